@@ -1,0 +1,1 @@
+"""Proof that tinyllm computes what PyTorch computes."""

@@ -1,0 +1,29 @@
+"""tinyllm: language models you can read, in NumPy, every number proven against PyTorch."""
+
+from tinyllm import functional, nn, optim
+from tinyllm.device import manual_seed
+from tinyllm.errors import Error
+from tinyllm.models import GPT2, GPT2Config, load_model
+from tinyllm.tensor import Tensor, concatenate, einsum, no_grad, split, stack, where
+from tinyllm.tokenizer import load_tokenizer
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "GPT2",
+    "Error",
+    "GPT2Config",
+    "Tensor",
+    "concatenate",
+    "einsum",
+    "functional",
+    "load_model",
+    "load_tokenizer",
+    "manual_seed",
+    "nn",
+    "no_grad",
+    "optim",
+    "split",
+    "stack",
+    "where",
+]

@@ -1,0 +1,171 @@
+"""Where do the arrays live, who draws the random numbers, and how are all cores used?
+
+The ops call NumPy; a CuPy array takes the call over by NumPy's own dispatch (NEP 13, 18, 35), so what
+is here is the little that is left: scattering, addressed random numbers, and blocks of work on threads.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+from threadpoolctl import ThreadpoolController
+
+from tinyllm.errors import Error
+
+# ---------------------------------------------------------------------------------- placement
+
+
+def pick_device(name: str) -> str:
+    """The device a name means: "auto" is "cuda" if CuPy sees a GPU, else "cpu"; others stand as they are."""
+    if name == "auto":
+        return "cuda" if _gpus_seen() else "cpu"
+    kind, _, number = name.partition(":")
+    if kind not in ("cpu", "cuda") or (number and (kind == "cpu" or not number.isdigit())):
+        raise Error(f"unknown device {name!r}; use auto, cpu, cuda, or cuda:1 and so on.")
+    return name
+
+
+def _gpus_seen() -> int:
+    try:
+        import cupy
+
+        return cupy.cuda.runtime.getDeviceCount()
+    except Exception:  # no CuPy, no driver, or a CuPy that does not fit the driver: no GPU for us
+        return 0
+
+
+def to_device(array, device: str):
+    """The array on "cpu" or "cuda[:N]": itself if it is there, else a copy."""
+    kind, _, number = pick_device(device).partition(":")
+    if kind == "cpu":
+        return array if isinstance(array, np.ndarray) else array.get()
+    if not _gpus_seen():
+        raise Error(f"device {device!r} needs a GPU and CuPy: pip install 'tinyllm[gpu12]' (or gpu13).")
+    import cupy
+
+    with cupy.cuda.Device(int(number or 0)):
+        return cupy.asarray(array)
+
+
+# ------------------------------------------------------------------------------- scattering
+
+
+def scatter_add(buffer, index, values) -> None:
+    """``buffer[index] += values`` where an element named twice receives both."""
+    one_array = hasattr(index, "dtype") and index.dtype.kind in "iu" and buffer.flags.c_contiguous
+    if one_array and buffer.ndim > 1:
+        # np.add.at is fast on one dimension only: address every element by its flat position.
+        size = buffer[0].size
+        index = (index.reshape(-1, 1) * size + np.arange(size, like=index)).reshape(-1)
+        buffer, values = buffer.reshape(-1), values.reshape(-1)
+    np.add.at(buffer, index, values)
+
+
+# --------------------------------------------------------------------------- random numbers
+
+
+class _Stream(threading.local):
+    seed, step, micro_batch, op = 0, 0, 0, 0
+
+
+_stream = _Stream()
+
+
+def manual_seed(seed: int, step: int = 0, micro_batch: int = 0) -> None:
+    """Dropout from here on, in this thread, follows from these three numbers alone.
+
+    Every dropout is addressed by (seed, step, micro_batch, number of the op since this call), so a
+    mask can be drawn again for the backward pass, and a resumed run needs no generator state.
+    """
+    _stream.seed, _stream.step, _stream.micro_batch, _stream.op = seed, step, micro_batch, 0
+
+
+def next_address() -> tuple[int, int, int, int]:
+    """The address (seed, step, micro_batch, op) of one op's random numbers; the next call gets another."""
+    address = (_stream.seed, _stream.step, _stream.micro_batch, _stream.op)
+    _stream.op += 1
+    return address
+
+
+def dropout_mask(address, block: int, shape, p: float, like):
+    """0 with probability ``p``, else 1/(1 - p), in ``like``'s dtype: the same every time for an address.
+
+    Philox is a function from a counter and a key to random bits (Salmon et al., "Parallel Random
+    Numbers: As Easy as 1, 2, 3", SC 2011): nothing is remembered between draws. ``block`` tells
+    apart the parts of one op that are drawn one after the other.
+    """
+    seed, step, micro_batch, op = address
+    bits = np.random.Philox(key=[seed, step], counter=[0, block, op, micro_batch])
+    keep = np.random.Generator(bits).random(shape, dtype=np.float32) >= p
+    return np.asarray(np.where(keep, 1 / (1 - p), 0).astype(like.dtype), like=like)
+
+
+# ---------------------------------------------------------------------------------- threads
+
+BLOCK = 128 * 1024  # elements: small enough for the cache, large enough that the GIL is no bottleneck
+
+
+def num_threads() -> int:
+    """Threads for our own pool: OMP_NUM_THREADS if the user set it, else the cores we may run on."""
+    asked = os.environ.get("OMP_NUM_THREADS", "")
+    if asked.isdigit() and int(asked) > 0:
+        return int(asked)
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+class _Workers:
+    """The pool and the handle on BLAS's own threads, made when first needed."""
+
+    pool = blas = None
+    busy = threading.local()
+
+
+def _forget_workers():
+    _Workers.pool = _Workers.blas = None
+
+
+if hasattr(os, "register_at_fork"):  # a forked child inherits the object, but not its threads
+    os.register_at_fork(after_in_child=_forget_workers)
+
+
+def run_tasks(function, tasks: list) -> None:
+    """``function(task)`` for every task, on all cores. Tasks write to places of their own."""
+    workers = num_threads()
+    if workers == 1 or len(tasks) == 1 or getattr(_Workers.busy, "flag", False):
+        for task in tasks:
+            function(task)
+        return
+    if _Workers.pool is None:
+        _Workers.pool = ThreadPoolExecutor(workers, thread_name_prefix="tinyllm")
+
+    def run(task):
+        _Workers.busy.flag = True  # work inside a task stays in its thread
+        function(task)
+
+    list(_Workers.pool.map(run, tasks))
+
+
+@contextlib.contextmanager
+def one_blas_thread():
+    """While our pool runs matrix products, BLAS does not start threads of its own."""
+    if _Workers.blas is None:
+        _Workers.blas = ThreadpoolController()
+    with _Workers.blas.limit(limits=1, user_api="blas"):
+        yield
+
+
+def each_block(function, rows: int, row_size: int, like) -> None:
+    """``function(slice)`` over ``range(rows)`` in blocks of about BLOCK elements, on all cores.
+
+    The blocks depend on the shape only, so a result does not depend on the number of threads. On a
+    device array there is one call: a GPU wants one large kernel, not many small ones.
+    """
+    step = max(1, BLOCK // max(1, row_size))
+    if not isinstance(like, np.ndarray) or rows <= step:
+        function(slice(0, rows))
+        return
+    run_tasks(function, [slice(start, min(start + step, rows)) for start in range(0, rows, step)])

@@ -1,0 +1,97 @@
+"""What does each op compute? The same ops as in ``tinyllm.functional``, written as the papers write them.
+
+Nothing here has a gradient of its own: everything is made of Tensor's methods, and the tape does the
+rest. It is slower and holds every intermediate; it is here to be read, to be looked into (attention
+weights), and as the specification that the fused ops are tested against.
+"""
+
+import math
+
+import numpy as np
+
+from tinyllm.device import dropout_mask, next_address
+from tinyllm.tensor import Tensor, einsum, where
+
+
+def linear(input, weight, bias=None):
+    """y = x Wᵀ + b: output channel o of a position is the sum over i of x_i W_oi, plus b_o."""
+    y = input @ weight.transpose()
+    return y if bias is None else y + bias
+
+
+def embedding(input, weight):
+    """Row ``input[i]`` of the table, for every id."""
+    return weight[input]
+
+
+def layer_norm(input, normalized_shape, weight=None, bias=None, eps=1e-5):
+    """Mean 0 and variance 1 over the channels of each position, then a learned scale and shift."""
+    mean = input.mean(axis=-1, keepdims=True)
+    variance = input.var(axis=-1, keepdims=True)
+    y = (input - mean) / (variance + eps).sqrt()
+    y = y if weight is None else y * weight
+    return y if bias is None else y + bias
+
+
+def gelu(input, approximate="tanh"):
+    """½ x (1 + tanh(sqrt(2/π) (x + 0.044715 x³))), the form GPT-2 uses; the exact one needs erf."""
+    if approximate != "tanh":
+        raise ValueError("composed.gelu is the tanh form only: Tensor has no erf")
+    cubic = input + 0.044715 * (input * input * input)
+    return 0.5 * input * (1 + (math.sqrt(2 / math.pi) * cubic).tanh())
+
+
+def softmax(input, dim=-1):
+    """exp(x) / Σ exp(x), with the maximum subtracted first so that nothing overflows."""
+    shifted = (input - input.detach().max(axis=dim, keepdims=True)).exp()
+    return shifted / shifted.sum(axis=dim, keepdims=True)
+
+
+def dropout(input, p=0.5, training=True):
+    """Keep each element with probability 1 - p, scaled so that the mean stays."""
+    if not training or p == 0:
+        return input
+    return input * Tensor(dropout_mask(next_address(), 0, input.shape, p, like=input.data))
+
+
+def attention_weights(query, key, attn_mask=None, is_causal=False, scale=None):
+    """How much each query t looks at each key s: (B, H, T, S), every row sums to 1.
+
+    At least one key must be visible to each query here.
+    """
+    D, T, S = query.shape[-1], query.shape[-2], key.shape[-2]
+    scores = einsum("bhtd,bhsd->bhts", query, key) * (1 / math.sqrt(D) if scale is None else scale)
+    if is_causal:  # the last query is aligned with the last key
+        time, keys = np.arange(T, like=query.data), np.arange(S, like=query.data)
+        scores = where(keys <= time.reshape(-1, 1) + (S - T), scores, -math.inf)
+    if attn_mask is not None and attn_mask.dtype == bool:
+        scores = where(attn_mask, scores, -math.inf)
+    elif attn_mask is not None:
+        scores = scores + Tensor(attn_mask)
+    return softmax(scores)
+
+
+def scaled_dot_product_attention(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None):
+    """Each query's output is the mean of the values, weighted by how well their keys match it."""
+    weights = attention_weights(query, key, attn_mask, is_causal, scale)  # (B, H, T, S)
+    return einsum("bhts,bhse->bhte", dropout(weights, dropout_p), value)  # (B, H, T, E)
+
+
+def cross_entropy(input, target, *, ignore_index=-100, divisor=None):
+    """Σ -log softmax(logits)[target] / divisor, over the targets that count."""
+    logits = input.reshape(-1, input.shape[-1])  # (N, V)
+    target = target.reshape(-1)
+    counted = target != ignore_index
+    peak = logits.detach().max(axis=1, keepdims=True)
+    log_sum = (logits - peak).exp().sum(axis=1).log() + peak.reshape(-1)
+    rows = np.arange(len(target), like=target)
+    losses = log_sum - logits[rows, np.where(counted, target, 0)]
+    return where(counted, losses, 0.0).sum() / (counted.sum().item() if divisor is None else divisor)
+
+
+def linear_cross_entropy(
+    input, linear_weight, target, *, linear_bias=None, ignore_index=-100, divisor=None
+):
+    """The output layer and the loss, one after the other."""
+    logits = linear(input, linear_weight, linear_bias)
+    return cross_entropy(logits, target, ignore_index=ignore_index, divisor=divisor)

@@ -1,0 +1,46 @@
+"""How does a matrix act on every position, and how does a token id become a vector?"""
+
+import numpy as np
+
+from tinyllm.data import check_ids
+from tinyllm.errors import Error
+from tinyllm.tensor import At, Tensor, as_rows
+
+
+def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """y = x Wᵀ + b for x (..., C_in), W (C_out, C_in), b (C_out,) -> (..., C_out).
+
+    With g = dL/dy and all positions stacked into rows: dx = g W, dW = gᵀ x, db = Σ_rows g.
+    """
+    if input.ndim == 0 or weight.ndim != 2 or input.shape[-1] != weight.shape[1]:
+        raise Error(
+            f"linear: input of shape {input.shape} does not fit a weight of shape {weight.shape} (out, in)."
+        )
+    x, w = as_rows(input.data), weight.data  # (N, C_in): one large product, not one per batch element
+    lead = input.shape[:-1]
+    y = x @ w.T
+    if bias is not None:
+        y += bias.data
+    needs = [input.requires_grad, weight.requires_grad, bias is not None and bias.requires_grad]
+
+    def vjp(grad):
+        grad = as_rows(grad)  # (N, C_out)
+        dx = (grad @ w).reshape(*lead, w.shape[1]) if needs[0] else None
+        dw = grad.T @ x if needs[1] else None
+        db = grad.sum(axis=0) if needs[2] else None
+        return dx, dw, db
+
+    return Tensor.from_op(y.reshape(*lead, w.shape[0]), (input, weight, bias), vjp)
+
+
+def embedding(input, weight: Tensor) -> Tensor:
+    """Row ``input[i]`` of W (V, C) for every integer id: (...) -> (..., C).
+
+    dW is zero except in the rows that were looked up; a row looked up twice gets both gradients.
+    Ids outside 0..V-1 raise Error (NumPy would take -1 for the last row). On a device they were
+    checked on the host, by the model.
+    """
+    ids = input if not isinstance(input, (list, tuple)) else np.asarray(input)
+    if isinstance(ids, np.ndarray):
+        ids = check_ids(ids, weight.shape[0])
+    return Tensor.from_op(weight.data[ids], (weight,), lambda grad: (At(ids, grad),))

@@ -1,0 +1,136 @@
+"""How wrong was the prediction, and what would have been better?
+
+Cross-entropy of the next token: loss = Σ -log p(target) / divisor with p = softmax(logits), over the
+targets that are not ``ignore_index``. Its gradient is what makes training simple:
+
+    d loss / d logits = (p - onehot(target)) / divisor,   zero for ignored targets
+
+``divisor`` is the number of targets that count unless it is given: micro-batches of one step all divide
+by the step's total, so that their gradients add up to those of the whole batch.
+"""
+
+import numpy as np
+
+from tinyllm.data import check_ids
+from tinyllm.device import each_block
+from tinyllm.errors import Error
+from tinyllm.tensor import Tensor, as_rows
+
+CHUNK = 512  # rows of logits at a time; below 256 the weight's way through memory dominates
+COLUMNS = 8192  # classes of dW at a time
+
+
+def cross_entropy(input: Tensor, target, *, ignore_index: int = -100, divisor: float | None = None) -> Tensor:
+    """Cross-entropy of logits (..., V) and integer targets (...): a scalar in the logits' dtype."""
+    logits = as_rows(input.data)  # (N, V)
+    target = _check_targets(target, input.shape, ignore_index)
+    divisor = _divisor(target, ignore_index, divisor)
+    shape, needed = input.shape, input.requires_grad
+    dlogits = logits.copy()
+    losses = _softmax_minus_onehot(dlogits, target, ignore_index)
+    if needed:
+        dlogits /= divisor
+
+    def vjp(grad):
+        return ((dlogits * grad).reshape(shape),)
+
+    return Tensor.from_op(losses.sum() / divisor, (input,), vjp)
+
+
+def linear_cross_entropy(
+    input: Tensor,
+    linear_weight: Tensor,
+    target,
+    *,
+    linear_bias: Tensor | None = None,
+    ignore_index: int = -100,
+    divisor: float | None = None,
+) -> Tensor:
+    """``cross_entropy(linear(input, linear_weight, linear_bias), target)`` without ever holding all logits.
+
+    x (..., C), W (V, C), targets (...). A chunk of rows at a time: its logits become its loss, then
+    (in place) its gradient, which becomes its part of dx, dW and db and is forgotten. The gradients are
+    formed in the forward pass, because the logits would have to be computed again otherwise.
+    """
+    x, w = as_rows(input.data), linear_weight.data  # (N, C), (V, C)
+    if linear_weight.ndim != 2 or input.ndim == 0 or x.shape[1] != w.shape[1]:
+        raise Error(f"linear_cross_entropy: input {input.shape} does not fit a weight {w.shape} (V, C).")
+    target = _check_targets(target, (*input.shape[:-1], len(w)), ignore_index)
+    divisor = _divisor(target, ignore_index, divisor)
+    b = None if linear_bias is None else linear_bias.data
+    dx = np.empty_like(x) if input.requires_grad else None
+    dw = np.zeros_like(w) if linear_weight.requires_grad else None
+    db = np.zeros_like(b) if b is not None and linear_bias.requires_grad else None
+    total = np.zeros((), x.dtype, like=x)
+    for start in range(0, len(x), CHUNK):
+        rows = slice(start, start + CHUNK)
+        logits = x[rows] @ w.T
+        if b is not None:
+            logits += b
+        total = total + _softmax_minus_onehot(logits, target[rows], ignore_index).sum()
+        if dx is None and dw is None and db is None:
+            continue
+        logits /= divisor  # now dL/dlogits of these rows
+        if dx is not None:
+            np.matmul(logits, w, out=dx[rows])
+        if dw is not None:
+            for first in range(0, len(w), COLUMNS):  # a small product to add, not one of W's size
+                some = slice(first, first + COLUMNS)
+                dw[some] += logits[:, some].T @ x[rows]
+        if db is not None:
+            db += logits.sum(axis=0)
+    shape = input.shape
+
+    def vjp(grad):
+        scaled = [None if d is None else np.multiply(d, grad, out=d) for d in (dx, dw, db)]
+        return (None if dx is None else scaled[0].reshape(shape)), scaled[1], scaled[2]
+
+    return Tensor.from_op(total / divisor, (input, linear_weight, linear_bias), vjp)
+
+
+def _softmax_minus_onehot(logits, target, ignore_index):
+    """In place: logits (N, V) -> d(Σ loss)/d(logits). Returns the loss of each row, 0 where ignored."""
+    counted = (target != ignore_index).reshape(-1, 1)
+    safe = np.where(counted[:, 0], target, 0)
+    losses = np.empty((len(logits), 1), logits.dtype, like=logits)
+
+    def rows_of(rows):
+        z, index = logits[rows], safe[rows].reshape(-1, 1)
+        z -= z.max(axis=1, keepdims=True)
+        at_target = np.take_along_axis(z, index, axis=1)
+        np.exp(z, out=z)
+        total = z.sum(axis=1, keepdims=True)
+        losses[rows] = np.where(counted[rows], np.log(total) - at_target, 0)
+        z /= total
+        np.put_along_axis(z, index, np.take_along_axis(z, index, axis=1) - 1, axis=1)
+        z *= counted[rows]
+
+    each_block(rows_of, *logits.shape, like=logits)
+    return losses
+
+
+def _check_targets(target, logits_shape, ignore_index):
+    """Targets as a flat integer array; on the host, each is a class or ``ignore_index``."""
+    target = np.asarray(target) if isinstance(target, (list, tuple, int)) else target
+    if tuple(target.shape) != tuple(logits_shape[:-1]):
+        raise Error(
+            f"targets of shape {tuple(target.shape)} do not fit logits of shape {tuple(logits_shape)}; "
+            f"they need shape {tuple(logits_shape[:-1])}."
+        )
+    target = target.reshape(-1)
+    if isinstance(target, np.ndarray):
+        counted = target[target != ignore_index]
+        if counted.size:
+            check_ids(counted, logits_shape[-1], name="targets")
+    return target
+
+
+def _divisor(target, ignore_index, divisor):
+    """The number of targets that count, unless the caller divides by something else."""
+    if divisor is None:
+        divisor = int((target != ignore_index).sum().item())
+        if divisor == 0:
+            raise Error(f"every target is ignore_index ({ignore_index}): there is no loss to compute.")
+    if divisor <= 0:
+        raise Error(f"divisor must be positive, not {divisor}.")
+    return divisor

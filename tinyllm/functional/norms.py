@@ -1,0 +1,65 @@
+"""Why does a deep network stay trainable? Every layer sees inputs of the same mean and size."""
+
+import math
+
+import numpy as np
+
+from tinyllm.device import each_block
+from tinyllm.errors import Error
+from tinyllm.tensor import Tensor, as_rows
+
+
+def layer_norm(
+    input: Tensor, normalized_shape, weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5
+) -> Tensor:
+    """y = x̂ w + b with x̂ = (x - mean(x)) / sqrt(var(x) + eps), over the last axis of x (..., C).
+
+    The variance is the biased one (divided by C). With g = dL/dy and d = g w:
+
+        dx = (d - mean(d) - x̂ mean(d x̂)) / sqrt(var(x) + eps),   dw = Σ_rows g x̂,   db = Σ_rows g
+
+    Ba, Kiros and Hinton, "Layer Normalization", arXiv 1607.06450, section 3.
+    """
+    channels = normalized_shape if isinstance(normalized_shape, int) else math.prod(normalized_shape)
+    if input.ndim == 0 or input.shape[-1] != channels or channels == 0:
+        raise Error(
+            f"layer_norm is over the last axis: {normalized_shape} does not fit an input of shape {input.shape}."
+        )
+    x = as_rows(input.data)  # (N, C)
+    w = None if weight is None else weight.data
+    b = None if bias is None else bias.data
+    x_hat, y = np.empty_like(x), np.empty_like(x)
+    inv_std = np.empty((len(x), 1), x.dtype, like=x)
+
+    def forward(rows):
+        centred = np.subtract(x[rows], x[rows].mean(axis=1, keepdims=True), out=x_hat[rows])
+        np.multiply(centred, centred, out=y[rows])  # y is scratch here
+        inv_std[rows] = 1 / np.sqrt(y[rows].mean(axis=1, keepdims=True) + eps)
+        centred *= inv_std[rows]
+        if w is None:
+            y[rows] = centred
+        else:
+            np.multiply(centred, w, out=y[rows])
+        if b is not None:
+            y[rows] += b
+
+    each_block(forward, *x.shape, like=x)
+    shape = input.shape
+
+    def vjp(grad):
+        g = as_rows(grad)  # (N, C)
+        dx = np.empty_like(x_hat)
+
+        def backward(rows):
+            d, xh = np.multiply(g[rows], 1 if w is None else w, out=dx[rows]), x_hat[rows]
+            mean_dx = (d * xh).mean(axis=1, keepdims=True)
+            d -= d.mean(axis=1, keepdims=True)
+            d -= xh * mean_dx
+            d *= inv_std[rows]
+
+        each_block(backward, *g.shape, like=g)
+        dw = None if w is None else (g * x_hat).sum(axis=0)
+        db = None if b is None else g.sum(axis=0)
+        return dx.reshape(shape), dw, db
+
+    return Tensor.from_op(y.reshape(shape), (input, weight, bias), vjp)
