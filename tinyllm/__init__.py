@@ -3,6 +3,7 @@
 from tinyllm import functional, nn, optim
 from tinyllm.device import manual_seed
 from tinyllm.errors import Error
+from tinyllm.generate import generate
 from tinyllm.models import GPT2, GPT2Config, load_model
 from tinyllm.tensor import Tensor, concatenate, einsum, no_grad, split, stack, where
 from tinyllm.tokenizer import load_tokenizer
@@ -17,6 +18,7 @@ __all__ = [
     "concatenate",
     "einsum",
     "functional",
+    "generate",
     "load_model",
     "load_tokenizer",
     "manual_seed",

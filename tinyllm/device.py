@@ -7,7 +7,9 @@ is here is the little that is left: scattering, addressed random numbers, and bl
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import os
+import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
@@ -99,9 +101,28 @@ def dropout_mask(address, block: int, shape, p: float, like):
     apart the parts of one op that are drawn one after the other.
     """
     seed, step, micro_batch, op = address
-    bits = np.random.Philox(key=[seed, step], counter=[0, block, op, micro_batch])
+    key, counter = np.array([seed, step], np.uint64), np.array([0, block, op, micro_batch], np.uint64)
+    bits = np.random.Philox(key=key, counter=counter)
     keep = np.random.Generator(bits).random(shape, dtype=np.float32) >= p
     return np.asarray(np.where(keep, 1 / (1 - p), 0).astype(like.dtype), like=like)
+
+
+# ----------------------------------------------------------------------------------- memory
+
+
+def keep_memory() -> None:
+    """Ask the C library to keep freed memory for the next step instead of returning it to the system.
+
+    A training step frees and allocates gigabytes, and the system clears every page it hands out:
+    measured for GPT-2 124M, 20,000 page faults and a fifth of the time of a step, against 5 faults.
+    It concerns the whole process, so programs call it (``tinyllm train`` does), the library does
+    not. Only glibc has the settings; elsewhere this does nothing.
+    """
+    if sys.platform != "linux" or not hasattr(libc := ctypes.CDLL(None), "mallopt"):
+        return
+    M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # from malloc.h
+    libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
+    libc.mallopt(M_MMAP_THRESHOLD, 2**30)
 
 
 # ---------------------------------------------------------------------------------- threads

@@ -109,7 +109,9 @@ def clip_grad_norm(parameters: Module | Iterable[tuple[str, Tensor]], max_norm: 
     return norm
 
 
-def warmup_cosine(peak_lr: float, initial_lr: float, min_lr: float, warmup: int, steps: int) -> Callable[[int], float]:
+def warmup_cosine(
+    peak_lr: float, initial_lr: float, min_lr: float, warmup: int, steps: int
+) -> Callable[[int], float]:
     """step (from 0) -> learning rate: linear from ``initial_lr`` to ``peak_lr``, then a cosine to ``min_lr``.
 
     The rate rises by (peak - initial)/warmup a step and stands at the peak at step ``warmup``; then it is

@@ -12,7 +12,7 @@ SQRT_2_OVER_PI = math.sqrt(2 / math.pi)
 
 
 def gelu(input: Tensor, approximate: str = "none") -> Tensor:
-    """GELU(x) = x Φ(x), Φ the standard normal's distribution function. Hendrycks and Gimpel, arXiv 1606.08415.
+    """GELU(x) = x Φ(x), Φ the standard normal's distribution function. Hendrycks, Gimpel: arXiv 1606.08415.
 
     ``approximate="tanh"`` is GPT-2's: Φ(x) ≈ ½ (1 + tanh u) with u = sqrt(2/π) (x + 0.044715 x³).
     ``"none"`` is exact, through erf: Φ(x) = ½ (1 + erf(x/√2)); it needs scipy.

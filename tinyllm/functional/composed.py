@@ -71,7 +71,9 @@ def attention_weights(query, key, attn_mask=None, is_causal=False, scale=None):
     return softmax(scores)
 
 
-def scaled_dot_product_attention(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None):
+def scaled_dot_product_attention(
+    query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None
+):
     """Each query's output is the mean of the values, weighted by how well their keys match it."""
     weights = attention_weights(query, key, attn_mask, is_causal, scale)  # (B, H, T, S)
     return einsum("bhts,bhse->bhte", dropout(weights, dropout_p), value)  # (B, H, T, E)
@@ -89,9 +91,7 @@ def cross_entropy(input, target, *, ignore_index=-100, divisor=None):
     return where(counted, losses, 0.0).sum() / (counted.sum().item() if divisor is None else divisor)
 
 
-def linear_cross_entropy(
-    input, linear_weight, target, *, linear_bias=None, ignore_index=-100, divisor=None
-):
+def linear_cross_entropy(input, linear_weight, target, *, linear_bias=None, ignore_index=-100, divisor=None):
     """The output layer and the loss, one after the other."""
     logits = linear(input, linear_weight, linear_bias)
     return cross_entropy(logits, target, ignore_index=ignore_index, divisor=divisor)

@@ -10,7 +10,11 @@ from tinyllm.tensor import Tensor, as_rows
 
 
 def layer_norm(
-    input: Tensor, normalized_shape, weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5
+    input: Tensor,
+    normalized_shape,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
 ) -> Tensor:
     """y = x̂ w + b with x̂ = (x - mean(x)) / sqrt(var(x) + eps), over the last axis of x (..., C).
 
@@ -23,7 +27,7 @@ def layer_norm(
     channels = normalized_shape if isinstance(normalized_shape, int) else math.prod(normalized_shape)
     if input.ndim == 0 or input.shape[-1] != channels or channels == 0:
         raise Error(
-            f"layer_norm is over the last axis: {normalized_shape} does not fit an input of shape {input.shape}."
+            f"layer_norm is over the last axis: {normalized_shape} does not fit an input {input.shape}"
         )
     x = as_rows(input.data)  # (N, C)
     w = None if weight is None else weight.data

@@ -19,7 +19,5 @@ def load_model(name: str | Path, dtype=np.float32) -> Module:
     folder = pretrained.find_folder(name)
     kind = pretrained.read_config(folder).get("model_type")
     if kind not in ARCHITECTURES:
-        raise Error(
-            f"{folder}: model_type {kind!r} is not supported; the supported ones are {', '.join(ARCHITECTURES)}."
-        )
+        raise Error(f"{folder}: model_type {kind!r} is not supported; supported: {', '.join(ARCHITECTURES)}")
     return ARCHITECTURES[kind].from_pretrained(folder, dtype)

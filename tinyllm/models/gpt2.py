@@ -111,7 +111,9 @@ class GPT2Config:
         ours = {field.name for field in fields(cls)}
         for key, value in FIXED.items():
             if config.get(key, value) != value:
-                raise Error(f"this GPT-2 computes with {key}={value!r} only, and the config has {config[key]!r}.")
+                raise Error(
+                    f"this GPT-2 computes with {key}={value!r} only, and the config has {config[key]!r}."
+                )
         unknown = set(config) - ours - set(FIXED) - BOOKKEEPING
         if unknown:
             raise Error(
@@ -207,8 +209,8 @@ class GPT2(nn.Module):
         """The longest sequence the model takes."""
         return self.config.n_positions
 
-    def forward(self, ids, targets=None, divisor=None) -> Tensor:
-        """Logits (B, T, V) of token ids (B, T); with ``targets`` (B, T), their loss instead."""
+    def forward(self, ids, targets=None, divisor=None, last_only=False) -> Tensor:
+        """Logits (B, T, V) of ids (B, T), or (B, 1, V) with ``last_only``; with ``targets``, their loss."""
         ids = check_ids(ids, self.config.vocab_size)
         if ids.ndim != 2 or ids.shape[1] > self.context:
             raise Error(
@@ -222,13 +224,13 @@ class GPT2(nn.Module):
             x = block(x)
         x = self.ln_f(x)
         if targets is None:
-            return self.lm_head(x)
+            return self.lm_head(x[:, -1:] if last_only else x)
         return F.linear_cross_entropy(
             x, self.lm_head.weight, targets, linear_bias=self.lm_head.bias, divisor=divisor
         )
 
     def loss(self, ids, targets, divisor=None) -> Tensor:
-        """Σ cross-entropy over the targets that are not -100, divided by ``divisor`` (default: their number)."""
+        """Σ cross-entropy over targets that are not -100, divided by ``divisor`` (default: their number)."""
         return self(ids, targets, divisor)
 
     def checkpoint_keys(self, arrays: Mapping) -> dict[str, str]:
@@ -242,7 +244,9 @@ class GPT2(nn.Module):
         if self.config.tie_word_embeddings and {"lm_head.weight", "wte.weight"} <= keys.keys():
             head = keys.pop("lm_head.weight")
             if not np.array_equal(arrays[head], arrays[keys["wte.weight"]]):
-                raise Error(f"{head} differs from the embedding, but tie_word_embeddings is true in the config.")
+                raise Error(
+                    f"{head} differs from the embedding, but tie_word_embeddings is true in the config."
+                )
         return keys
 
     @classmethod

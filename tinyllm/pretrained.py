@@ -1,0 +1,249 @@
+"""How does a folder from Hugging Face become named NumPy arrays, and back?
+
+Such a folder holds ``config.json`` and one ``model.safetensors``, or several shards of it and
+``model.safetensors.index.json``, whose ``weight_map`` says which tensor lies in which shard. A
+safetensors file is a JSON header (each tensor's name, dtype, shape, place) and then the numbers.
+"""
+
+import json
+import os
+import re
+import tempfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path, PureWindowsPath
+
+import numpy as np
+
+from tinyllm.errors import Error
+
+CONFIG, SINGLE_FILE, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
+MODEL_FILES = (CONFIG, SINGLE_FILE, INDEX, "model-*-of-*.safetensors")
+HUB_FILES = [*MODEL_FILES, "tokenizer*", "vocab.json", "merges.txt", "special_tokens_map.json"]
+DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+
+HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*|gpt2(-medium|-large|-xl)?|distilgpt2", re.ASCII)
+
+
+def find_folder(name: str | Path) -> Path:
+    """The local folder of a model: ``name`` itself if it is a folder, else a download from the hub.
+
+    Only ``owner/name`` and GPT-2's own names without an owner are looked for on the Hugging Face hub.
+    Raises Error for a file, for any other path that does not exist, and for a download that fails.
+    """
+    name = os.fspath(name)
+    path = os.path.expanduser(name)
+    if os.path.isdir(path):
+        return Path(path)
+    if os.path.lexists(path):
+        raise Error(f"{name!r} is not a folder: pass the folder that holds {CONFIG} and {SINGLE_FILE}")
+    if HUB_ID.fullmatch(name):
+        return _download(name)
+    raise Error(f"there is no folder {name!r}: pass a model's folder, or a hub id (owner/name, or gpt2)")
+
+
+def _download(repo_id: str) -> Path:
+    problem = f"there is no folder {repo_id!r}, and the Hugging Face hub"
+    by_hand = f"download https://huggingface.co/{repo_id} by hand and pass the folder's path"
+    try:
+        import huggingface_hub
+    except ImportError as error:
+        raise Error(f"{problem} needs `pip install huggingface_hub`: install it, or {by_hand}") from error
+    try:
+        return Path(huggingface_hub.snapshot_download(repo_id, allow_patterns=HUB_FILES))
+    except Exception as error:  # the hub client lets its HTTP library's own errors through
+        reason = f"{type(error).__name__}: " + str(error).partition("\n")[0]
+        check = "check the name, the network and, for a gated model, `hf auth login`"
+        raise Error(f"{problem} did not deliver it ({reason}): {check}, or {by_hand}") from error
+
+
+def read_json(path: str | Path) -> dict:
+    """The JSON object in a UTF-8 file. Raises Error, naming the file, if there is none."""
+    try:
+        value = json.loads(Path(path).read_bytes().decode("utf-8"))
+    except OSError as error:
+        raise Error(f"{path} cannot be read ({error.strerror}): check the path or copy it again") from error
+    except (ValueError, RecursionError) as error:
+        raise Error(f"{path} is not JSON in UTF-8 ({error}): correct it or copy it again") from error
+    if not isinstance(value, dict):
+        raise Error(f"{path} holds a JSON {type(value).__name__}, not an object {{...}}: correct it")
+    return value
+
+
+def read_config(folder: str | Path) -> dict:
+    """What ``config.json`` in a model's folder says, as it stands. Raises Error as `read_json` does."""
+    return read_json(Path(folder) / CONFIG)
+
+
+class Weights(Mapping[str, np.ndarray]):
+    """The tensors of a model's folder by name, read-only; each is read from disk when it is asked for.
+
+    Making one reads headers only: ``shapes`` (name to tuple) and ``dtypes`` (name to safetensors'
+    code, such as "F32"). Every ``weights[name]`` is a new array in the dtype it is stored in and
+    leaves no file open, so loading tensor by tensor never holds a second copy of a model. One file
+    counts before an index, as in transformers. Raises Error if a file is missing, broken, at odds
+    with the index or changed since its header was read, and if a tensor that is not float64/32/16
+    or bfloat16 (old GPT-2 files keep masks as bytes) is asked for.
+    """
+
+    def __init__(self, folder: str | Path):
+        folder = Path(folder)
+        self.shapes: dict[str, tuple[int, ...]] = {}
+        self.dtypes: dict[str, str] = {}
+        self._sources: dict[str, tuple[Path, int]] = {}  # file, and when it was last written
+        if (folder / SINGLE_FILE).exists():
+            self._read_header(folder / SINGLE_FILE)
+        elif (folder / INDEX).exists():
+            for shard, listed in _read_index(folder / INDEX).items():
+                disputed = ", ".join(sorted(listed.symmetric_difference(self._read_header(shard))))
+                if disputed:
+                    raise Error(f"{shard} and {INDEX} disagree about {disputed}: copy both again")
+        else:
+            pickles = "a .bin or .pth file is a pickle, which can run code: if you trust its author,"
+            convert = "convert it with transformers' from_pretrained and save_pretrained"
+            raise Error(f"{folder} holds neither {SINGLE_FILE} nor {INDEX} ({pickles} {convert})")
+
+    def _read_header(self, path: Path) -> list[str]:
+        with _open_safetensors(path) as file:
+            names = list(file.keys())
+            for name in names:
+                header = file.get_slice(name)
+                self.shapes[name] = tuple(header.get_shape())
+                self.dtypes[name] = header.get_dtype()
+                self._sources[name] = path, path.stat().st_mtime_ns
+        return names
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        import ml_dtypes  # noqa: F401  (teaches NumPy the name "bfloat16", which safetensors asks it for)
+
+        path, written = self._sources[name]
+        if self.dtypes[name] not in DTYPES:
+            raise Error(f"{path} stores {name} as {self.dtypes[name]}: convert it to {' or '.join(DTYPES)}")
+        with _open_safetensors(path) as file:
+            # Half of one model and half of the next would load without a complaint.
+            if path.stat().st_mtime_ns != written:
+                raise Error(f"{path} was replaced while it was being read: load the model again")
+            return file.get_tensor(name)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.shapes  # Mapping's own would read the tensor to find out
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.shapes)
+
+    def __len__(self) -> int:
+        return len(self.shapes)
+
+
+def _open_safetensors(path: Path):
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        return safe_open(path, framework="np")
+    except (SafetensorError, OSError) as error:
+        raise Error(f"{path} is not a complete safetensors file ({error}): copy it again") from error
+
+
+def _read_index(path: Path) -> dict[Path, set[str]]:
+    """Each shard, inside the folder, with the names of its tensors."""
+    weight_map = read_json(path).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise Error(f"{path} has no 'weight_map' from tensor names to shards: copy it again")
+    shards: dict[Path, set[str]] = {}
+    for name, shard in weight_map.items():
+        # Windows' rules know every separator and drive letter, so no system is led out of the folder.
+        if not isinstance(shard, str) or PureWindowsPath(shard).name != shard:
+            raise Error(f"{path} puts {name!r} into {shard!r}, which is no plain file name: correct it")
+        shards.setdefault(path.parent / shard, set()).add(name)
+    return shards
+
+
+def check_names_and_shapes(expected: dict[str, tuple], found: dict[str, tuple], source: str) -> None:
+    """Raise one Error that lists every missing, unexpected and misshaped tensor; else do nothing.
+
+    ``expected`` is what the model has and ``found`` what ``source`` (a folder, say) offers: name to shape.
+    """
+    both = [name for name in expected if name in found]
+    kinds = {
+        "Missing": [name for name in expected if name not in found],
+        "Unexpected": [name for name in found if name not in expected],
+        "Wrong shape": [f"{n} is {found[n]}, not {expected[n]}" for n in both if found[n] != expected[n]],
+    }
+    problems = [f"{kind} ({len(names)}): {', '.join(names)}." for kind, names in kinds.items() if names]
+    if problems:
+        raise Error(f"{source} does not fit the model: use the config it was made with. {' '.join(problems)}")
+
+
+def save_folder(
+    folder: str | Path,
+    config: dict,
+    tensors: Mapping[str, np.ndarray],
+    max_shard_bytes: int = 5 * 10**9,
+    overwrite: bool = False,
+) -> None:
+    """Write a model as transformers does: ``config.json`` and safetensors, sharded if large.
+
+    All is written and flushed to disk inside ``folder`` first, then renamed: a full disk or a crash
+    while writing leaves an older model untouched. Raises Error if a model is there and ``overwrite``
+    is False, for dtypes other than float64/32/16 and bfloat16, and if the folder cannot be written.
+    """
+    from safetensors import SafetensorError
+
+    folder = Path(folder)
+    old = {path.name for pattern in MODEL_FILES for path in folder.glob(pattern)}
+    if old and not overwrite:
+        raise Error(f"{folder} already holds a model: choose another folder or pass overwrite=True")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=".saving-", dir=folder) as temporary:
+            new = Path(temporary)
+            (new / CONFIG).write_bytes(json.dumps(config, indent=2).encode() + b"\n")
+            _write_weights(new, tensors, max_shard_bytes)
+            for path in new.iterdir():
+                os.chmod(path, (new / CONFIG).stat().st_mode)  # safetensors lets only the owner read
+                with open(path, "rb+") as file:
+                    os.fsync(file.fileno())
+            _replace_model(folder, old, new)
+    except (OSError, SafetensorError) as error:
+        raise Error(f"cannot write a model to {folder} ({error}): check the path and the disk") from error
+
+
+def _write_weights(folder: Path, tensors: Mapping[str, np.ndarray], max_shard_bytes: int) -> None:
+    from safetensors.numpy import save_file
+
+    shards = _split_into_shards(tensors, max_shard_bytes)
+    weight_map = {}
+    for number, names in enumerate(shards, start=1):
+        file = f"model-{number:05d}-of-{len(shards):05d}.safetensors" if len(shards) > 1 else SINGLE_FILE
+        # save_file takes memory as it lies: a transposed view would be stored in the wrong order.
+        contiguous = {name: np.asarray(tensors[name], order="C") for name in names}
+        save_file(contiguous, folder / file, metadata={"format": "pt"})
+        weight_map.update(dict.fromkeys(names, file))
+    if len(shards) > 1:
+        metadata = {"total_size": sum(tensor.nbytes for tensor in tensors.values())}
+        index = {"metadata": metadata, "weight_map": weight_map}
+        (folder / INDEX).write_bytes(json.dumps(index, indent=2).encode() + b"\n")
+
+
+def _split_into_shards(tensors: Mapping[str, np.ndarray], max_shard_bytes: int) -> list[list[str]]:
+    """The tensors' names in order; a new shard whenever the next tensor would not fit."""
+    shards, size = [[]], 0
+    for name, tensor in tensors.items():
+        if tensor.dtype.name not in DTYPES.values():
+            raise Error(f"{name} is {tensor.dtype}: convert it to one of {', '.join(DTYPES.values())}")
+        if shards[-1] and size + tensor.nbytes > max_shard_bytes:
+            shards, size = [*shards, []], 0
+        shards[-1].append(name)
+        size += tensor.nbytes
+    return shards
+
+
+def _replace_model(folder: Path, old: set[str], new: Path) -> None:
+    # The config goes first and comes back last: a crash in between leaves a folder that is refused,
+    # never the config of one model beside the weights of another.
+    (folder / CONFIG).unlink(missing_ok=True)
+    weights = {path.name for path in new.glob("model*")}
+    for name in weights:
+        os.replace(new / name, folder / name)
+    for name in old - weights - {CONFIG}:
+        (folder / name).unlink()
+    os.replace(new / CONFIG, folder / CONFIG)

@@ -1,0 +1,245 @@
+"""How does text become token ids and back?
+
+GPT-2's vocabulary through tiktoken, or one id per character. A tokenizer travels with a run as
+``tinyllm_tokenizer.json`` (Hugging Face's ``tokenizer.json`` is another format).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from tinyllm.data import check_ids
+from tinyllm.errors import Error
+
+if TYPE_CHECKING:
+    import tiktoken
+
+FILE_NAME = "tinyllm_tokenizer.json"
+
+GPT2_VOCABULARY = Path(__file__).with_name("assets") / "vocab.bpe"
+GPT2_SHA256 = "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5"
+
+# GPT-2 splits a text into these pieces first (contractions, words with the space before them, numbers,
+# punctuation, whitespace) and merges only inside a piece. The original ends in ` ?\p{L}+ … \s+(?!\S)|\s+`;
+# this makes the same pieces with less backtracking, as in tiktoken_ext/openai_public.py.
+GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
+
+
+class Tokenizer:
+    """What every tokenizer has: ``name``, ``vocab_size``, and text to ids and back."""
+
+    name: str
+    vocab_size: int
+
+    def encode(self, text: str, special: str = "refuse") -> list[int]:
+        """The token ids of a text.
+
+        ``special`` says what happens to a special token such as ``<|endoftext|>`` inside the text:
+        ``"refuse"`` raises ``Error``, ``"allow"`` makes it its id, ``"text"`` encodes it as ordinary text.
+        """
+        raise NotImplementedError
+
+    def decode_bytes(self, ids) -> bytes:
+        """The UTF-8 bytes of the ids (list or 1-D integer array); a token may be half a character.
+
+        Raises ``Error`` naming an id outside 0..vocab_size-1.
+        """
+        raise NotImplementedError
+
+    def decode(self, ids) -> str:
+        """The text of the ids (list or 1-D integer array); incomplete UTF-8 becomes U+FFFD, ``�``.
+
+        A token may be half a character, so decode all ids of a text at once, or feed ``decode_bytes``
+        to an incremental decoder. Raises ``Error`` naming an id outside 0..vocab_size-1.
+        """
+        return self.decode_bytes(ids).decode("utf-8", errors="replace")
+
+    def to_json(self) -> dict:
+        """What ``load_tokenizer`` needs to build this tokenizer again; ``kind`` says which class."""
+        raise NotImplementedError
+
+    def save(self, folder: str | Path) -> None:
+        """Write ``tinyllm_tokenizer.json`` into the folder, which is made if it is not there."""
+        definition = json.dumps(self.to_json())
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / FILE_NAME).write_text(definition + "\n", encoding="utf-8")
+
+
+class TiktokenTokenizer(Tokenizer):
+    """A byte-pair encoding that tiktoken runs: ids of merged byte sequences, any text can be encoded."""
+
+    def __init__(self, name: str, encoding: tiktoken.Encoding):
+        self.name = name
+        self.vocab_size = encoding.n_vocab
+        self._encoding = encoding
+
+    def encode(self, text: str, special: str = "refuse") -> list[int]:
+        _check_text(text, special)
+        if special == "refuse":
+            for token in sorted(self._encoding.special_tokens_set):
+                if token in text:
+                    raise Error(
+                        f"the text contains the special token {token!r}: pass special='allow' to encode it "
+                        "as its id, or special='text' to encode it as ordinary text"
+                    )
+        try:
+            # Not encode_ordinary: what is a ValueError here is a panic there.
+            return self._encoding.encode(
+                text, allowed_special="all" if special == "allow" else set(), disallowed_special=()
+            )
+        except ValueError as error:
+            raise Error(
+                f"the text cannot be tokenized ({error}): shorten its longest run of whitespace"
+            ) from None
+
+    def decode_bytes(self, ids) -> bytes:
+        checked = _check_sequence(ids, self.vocab_size)
+        try:
+            return self._encoding.decode_bytes(checked)
+        except KeyError as error:  # some vocabularies of tiktoken's leave ids out
+            raise Error(f"{error.args[0]}: tokenizer {self.name!r} leaves that id out") from None
+
+    def to_json(self) -> dict:
+        if self.name != "gpt2":
+            raise Error(f"tokenizer {self.name!r} cannot be saved: only 'gpt2' can be rebuilt from its name")
+        return {"kind": "gpt2"}
+
+
+class CharTokenizer(Tokenizer):
+    """One id per character, in the order given; there are no special tokens.
+
+    Raises ``Error`` if there are no characters or one comes twice; ``encode`` does for an unseen one.
+    """
+
+    name = "char"
+
+    def __init__(self, characters: str):
+        _check_text(characters)
+        if not characters:
+            raise Error(
+                "a character tokenizer needs at least one character: give it a text that is not empty"
+            )
+        self._id_of = {character: i for i, character in enumerate(characters)}
+        if len(self._id_of) < len(characters):
+            twice = next(c for i, c in enumerate(characters) if c in characters[:i])
+            raise Error(f"character {twice!r} comes twice: give each once, or use CharTokenizer.from_text")
+        self.characters = characters
+        self.vocab_size = len(characters)
+
+    @classmethod
+    def from_text(cls, text: str) -> CharTokenizer:
+        """The tokenizer of a text's own characters, sorted."""
+        return cls("".join(sorted(set(text))))
+
+    def encode(self, text: str, special: str = "refuse") -> list[int]:
+        _check_text(text, special)
+        try:
+            return [self._id_of[character] for character in text]
+        except KeyError as error:
+            unseen = error.args[0]
+            raise Error(
+                f"character {unseen!r} (U+{ord(unseen):04X}, at {text.index(unseen)}) is not one of this "
+                f"tokenizer's {self.vocab_size}: leave it out, or make the tokenizer from a text that has it"
+            ) from None
+
+    def decode_bytes(self, ids) -> bytes:
+        checked = _check_sequence(ids, self.vocab_size)
+        return "".join(self.characters[i] for i in checked).encode("utf-8")
+
+    def to_json(self) -> dict:
+        return {"kind": "char", "characters": self.characters}
+
+
+def gpt2() -> TiktokenTokenizer:
+    """GPT-2's tokenizer, 50,257 ids, from the vocabulary inside this package; nothing is downloaded.
+
+    The ids: 256 single bytes, then one per merge in the order they were learned (a lower id merges
+    first), then ``<|endoftext|>``. Radford et al. 2019; the file is OpenAI's.
+    """
+    import tiktoken
+
+    ranks = _gpt2_ranks()
+    encoding = tiktoken.Encoding(
+        "gpt2",
+        pat_str=GPT2_PATTERN,
+        mergeable_ranks=ranks,
+        special_tokens={"<|endoftext|>": len(ranks)},
+        explicit_n_vocab=50257,
+    )
+    return TiktokenTokenizer("gpt2", encoding)
+
+
+def _gpt2_ranks() -> dict[bytes, int]:
+    data = GPT2_VOCABULARY.read_bytes()
+    if hashlib.sha256(data).hexdigest() != GPT2_SHA256:
+        raise Error(f"{str(GPT2_VOCABULARY)!r} is damaged (its SHA-256 is not GPT-2's): reinstall tinyllm")
+
+    # The file is text, so each byte stands there as a visible symbol: itself if it is printable,
+    # otherwise the next character from U+0100 on (a space is Ġ). Bytes have their ids in this order too.
+    printable = [
+        *range(ord("!"), ord("~") + 1),
+        *range(ord("¡"), ord("¬") + 1),
+        *range(ord("®"), ord("ÿ") + 1),
+    ]
+    others = [byte for byte in range(256) if byte not in printable]
+    byte_of = {chr(byte): byte for byte in printable} | {chr(256 + n): byte for n, byte in enumerate(others)}
+
+    ranks = {bytes([byte]): rank for rank, byte in enumerate(printable + others)}
+    for line in data.decode("utf-8").split("\n")[1:-1]:  # after "#version", to the last line's end
+        left, right = line.split(" ")
+        ranks[bytes(byte_of[symbol] for symbol in left + right)] = len(ranks)
+    return ranks
+
+
+def load_tokenizer(spec: str | Path) -> Tokenizer:
+    """A tokenizer by name (``"gpt2"``), or the one saved in a run folder or tinyllm_tokenizer.json file.
+
+    The name wins over a folder of that name; write ``./gpt2`` for the folder.
+    """
+    if spec == "gpt2":
+        return gpt2()
+    path = Path(spec)
+    if os.path.isdir(path):
+        path = path / FILE_NAME
+    try:
+        definition = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        raise Error(
+            f"no tokenizer in {str(path)!r}: give 'gpt2', a run folder, or a {FILE_NAME} file"
+        ) from None
+    match definition:
+        case {"kind": "gpt2"}:
+            return gpt2()
+        case {"kind": "char", "characters": str(characters)}:
+            return CharTokenizer(characters)
+    raise Error(f"{str(path)!r} is not a tokenizer known here: its kind must be 'gpt2' or 'char'")
+
+
+def _check_text(text: str, special: str = "refuse") -> None:
+    if not isinstance(text, str):
+        raise Error(f"the text is a {type(text).__name__}: give a str")
+    if special not in ("refuse", "allow", "text"):
+        raise Error(f"special is {special!r}: choose 'refuse', 'allow' or 'text'")
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:  # tiktoken would put U+FFFD there without a word
+        raise Error(
+            f"the text has half a character, the lone surrogate {text[error.start]!r}, at {error.start}: "
+            "remove it"
+        ) from None
+
+
+def _check_sequence(ids, vocab_size: int) -> list[int]:
+    if np.asarray(ids, dtype=object).size == 0:
+        return []
+    checked = check_ids(ids, vocab_size)
+    if checked.ndim != 1:
+        raise Error(f"ids have shape {checked.shape}: decode one sequence at a time")
+    return checked.tolist()

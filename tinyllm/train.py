@@ -1,0 +1,402 @@
+"""How is a language model trained on a text?
+
+Per step: a batch of windows, the loss of predicting every next token, its gradients, clipped, and one
+AdamW update with the learning rate of that step. All of a run lies in its folder:
+
+    config.json           what was asked for, the text's hash, the library versions
+    tinyllm_tokenizer.json
+    metrics.jsonl         one object per step: step, tokens, train_loss, lr, grad_norm, tokens_per_s;
+                          at evaluations also val_loss, and train_eval_loss (as val_loss, without dropout)
+    samples.txt           what the model wrote at each evaluation
+    loss.png              the two curves
+    step-000135/          config.json and model.safetensors, as Hugging Face lays them out
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import platform
+import signal
+import threading
+import time
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+
+import tinyllm
+from tinyllm.data import Batches, Text, Windows, load_text, train_validation_split
+from tinyllm.device import keep_memory, manual_seed, pick_device
+from tinyllm.errors import Error
+from tinyllm.generate import generate
+from tinyllm.models import GPT2, GPT2Config
+from tinyllm.optim import AdamW, clip_grad_norm, warmup_cosine
+from tinyllm.tensor import no_grad
+from tinyllm.tokenizer import CharTokenizer, Tokenizer, load_tokenizer
+
+RUN_CONFIG, METRICS, SAMPLES, PLOT = "config.json", "metrics.jsonl", "samples.txt", "loss.png"
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Train a model on a text; everything the run makes goes into one folder."""
+
+    out: Path
+    """Folder of the run; it must not hold a run yet."""
+    text: str = "python-docs"
+    """A UTF-8 text file, or python-docs, or the-verdict."""
+    tokenizer: str = "char"
+    """gpt2; char (one id per character of the text); or a run folder or file that holds one."""
+    arch: str = "gpt2"
+    """The architecture: gpt2."""
+    n_layer: int = 4
+    """Blocks."""
+    n_head: int = 4
+    """Attention heads per block; must divide n_embd."""
+    n_embd: int = 128
+    """Channels."""
+    context: int = 128
+    """Tokens the model sees at once, and the length of a training window."""
+    stride: int | None = None
+    """Tokens between the starts of two windows; the context if not given."""
+    batch: int = 16
+    """Windows per step."""
+    steps: int = 1000
+    """Updates."""
+    lr: float = 2e-3
+    """Learning rate at its peak."""
+    initial_lr: float = 0.0
+    """Learning rate of the first step, before the warm-up."""
+    min_lr: float = 1e-4
+    """Learning rate at the end of the cosine."""
+    warmup: int = 50
+    """Steps in which the learning rate rises to its peak."""
+    weight_decay: float = 0.1
+    """Decay of the matrices (never of biases and norms)."""
+    clip: float = 1.0
+    """Largest L2 norm of all gradients together."""
+    dropout: float = 0.0
+    """Dropout probability, at all three places GPT-2 has one."""
+    tie_head: bool = True
+    """Use the token embedding as output layer."""
+    qkv_bias: bool = True
+    """Biases in the projection to queries, keys and values."""
+    head_bias: bool = False
+    """A bias in the output layer."""
+    eval_every: int | None = None
+    """Steps between evaluations; if not given, one epoch, or a tenth of the run if that is shorter."""
+    eval_windows: int = 64
+    """At most this many windows of each part, evenly spread, are evaluated."""
+    checkpoint_every: int | None = None
+    """Steps between checkpoints; if not given, only one at the end."""
+    prompt: str = "The "
+    """What the sample at each evaluation begins with."""
+    seed: int = 0
+    """Decides the initial weights, the order of the batches, dropout and samples."""
+    device: str = "cpu"
+    """cpu, cuda, cuda:1 …, or auto."""
+    dtype: str = "float32"
+    """float32 or float64."""
+
+    def __post_init__(self):
+        for name in ("steps", "eval_windows", "batch", "context"):
+            _require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
+        for name in ("eval_every", "checkpoint_every", "stride"):
+            value = getattr(self, name)
+            _require(value is None or value >= 1, name, value, "at least 1")
+        for name in ("initial_lr", "min_lr", "weight_decay"):
+            _require(0 <= getattr(self, name) < math.inf, name, getattr(self, name), "at least 0")
+        for name in ("lr", "clip"):
+            _require(0 < getattr(self, name) < math.inf, name, getattr(self, name), "above 0")
+        _require(0 <= self.seed < 2**64, "seed", self.seed, "from 0 to 2**64 - 1")
+        _require(
+            0 <= self.warmup < self.steps, "warmup", self.warmup, f"below the {self.steps} steps of the run"
+        )
+        _require(self.dtype in ("float32", "float64"), "dtype", self.dtype, "float32 or float64")
+        _require(self.arch == "gpt2", "arch", self.arch, "gpt2")
+
+    def model_config(self, vocab_size: int) -> GPT2Config:
+        return GPT2Config(
+            vocab_size=vocab_size,
+            n_positions=self.context,
+            n_embd=self.n_embd,
+            n_layer=self.n_layer,
+            n_head=self.n_head,
+            embd_pdrop=self.dropout,
+            attn_pdrop=self.dropout,
+            resid_pdrop=self.dropout,
+            tie_word_embeddings=self.tie_head,
+            qkv_bias=self.qkv_bias,
+            lm_head_bias=self.head_bias,
+        )
+
+
+def _require(holds: bool, name: str, value, what: str) -> None:
+    if not holds:
+        raise Error(f"--{name.replace('_', '-')} is {value}: it must be {what}")
+
+
+# The classic run of Raschka, "Build a Large Language Model (From Scratch)", chapter 5
+PRESETS = {
+    "small": {},
+    "gpt2-verdict": dict(
+        text="the-verdict",
+        tokenizer="gpt2",
+        n_layer=12,
+        n_head=12,
+        n_embd=768,
+        context=256,
+        batch=2,
+        steps=135,
+        lr=5e-4,
+        initial_lr=3e-5,
+        min_lr=1e-6,
+        warmup=10,
+        dropout=0.2,
+        tie_head=False,
+        qkv_bias=False,
+        head_bias=True,
+        prompt="Every effort moves you",
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Data:
+    """What a run reads: the text, its tokenizer, and the windows of both parts."""
+
+    text: Text
+    tokenizer: Tokenizer
+    train: Windows
+    validation: Windows
+
+
+def load_data(config: TrainConfig) -> Data:
+    """Read, split by characters (90/10), tokenise, cut into windows."""
+    text = load_text(config.text)
+    tokenizer = (
+        CharTokenizer.from_text(text.text) if config.tokenizer == "char" else load_tokenizer(config.tokenizer)
+    )
+    parts = [np.array(tokenizer.encode(part)) for part in train_validation_split(text.text)]
+    windows = [Windows(ids, config.context, stride) for ids, stride in zip(parts, (config.stride, None))]
+    return Data(text, tokenizer, *windows)
+
+
+def evaluate(model, windows: Windows, most: int, batch: int) -> float:
+    """Mean loss per token over at most ``most`` windows, spread evenly; in eval mode."""
+    chosen = np.linspace(0, len(windows) - 1, min(most, len(windows))).astype(int)
+    was_training, total, count = model.training, 0.0, 0
+    model.eval()
+    try:
+        with no_grad():
+            for start in range(0, len(chosen), batch):
+                ids, targets = windows[chosen[start : start + batch]]
+                total += model.loss(ids, targets, divisor=1).item()
+                count += targets.size
+    finally:
+        model.train(was_training)
+    return total / count
+
+
+def train(config: TrainConfig, progress: bool = True) -> GPT2:
+    """Run the training that ``config`` describes; returns the trained model.
+
+    SIGINT and SIGTERM let the step finish; then the weights are saved and KeyboardInterrupt is raised
+    with the signal's number as its argument. A loss or gradient norm that is not finite raises
+    FloatingPointError before it reaches the weights; the weights before that step are saved.
+    """
+    device = pick_device(config.device)
+    data = load_data(config)
+    model = GPT2(config.model_config(data.tokenizer.vocab_size), rng=np.random.default_rng(config.seed))
+    model.astype(np.dtype(config.dtype)).to(device).train()
+    prompt = data.tokenizer.encode(config.prompt)
+    if not 0 < len(prompt) <= model.context:
+        raise Error(f"--prompt is {len(prompt)} tokens long: it must have 1 to {model.context} (the context)")
+    batches = Batches(data.train, config.batch, config.seed)
+    run = _Run(config, data, model, batches.steps_per_epoch, device)
+    keep_memory()
+
+    optimizer = AdamW(model, config.lr, betas=(0.9, 0.999), weight_decay=config.weight_decay)
+    lr_at = warmup_cosine(config.lr, config.initial_lr, config.min_lr, config.warmup, config.steps)
+    eval_every = config.eval_every or min(batches.steps_per_epoch, math.ceil(config.steps / 10))
+    run.evaluate(0)
+    with _signals_wait() as arrived:
+        for step in _progress_bar(config.steps, progress):
+            started = time.perf_counter()
+            ids, targets = batches.at(step)
+            manual_seed(config.seed, step)
+            loss = model.loss(ids, targets)
+            loss.backward()
+            grad_norm = clip_grad_norm(model, config.clip)
+            if not (math.isfinite(loss.item()) and math.isfinite(grad_norm)):
+                run.save(step)
+                raise FloatingPointError(
+                    f"step {step + 1}: the loss is {loss.item()} and the gradient norm {grad_norm} at "
+                    f"learning rate {lr_at(step):.3g}: start again with a smaller --lr or --clip "
+                    f"(the weights before this step are in {run.checkpoint(step)})"
+                )
+            optimizer.lr = lr_at(step)
+            optimizer.step()
+            optimizer.zero_grad()
+            done = step + 1
+            run.log(
+                step=done,
+                tokens=run.tokens + ids.size,
+                train_loss=loss.item(),
+                lr=optimizer.lr,
+                grad_norm=grad_norm,
+                tokens_per_s=round(ids.size / (time.perf_counter() - started), 1),
+            )
+            if done % eval_every == 0 or done == config.steps:
+                run.evaluate(done)
+            if done == config.steps or (config.checkpoint_every and done % config.checkpoint_every == 0):
+                run.save(done)
+            if arrived:
+                run.evaluate(done)
+                run.save(done)
+                raise KeyboardInterrupt(
+                    arrived[0], f"stopped after step {done}; the weights are in {run.checkpoint(done)}"
+                )
+    return model
+
+
+class _Run:
+    """The folder of a run, and what is written into it as the run goes on."""
+
+    def __init__(self, config: TrainConfig, data: Data, model, steps_per_epoch: int, device: str):
+        self.config, self.data, self.model = config, data, model
+        self.folder, self.tokens, self.record = Path(config.out), 0, {}
+        self.history: list[dict] = []
+        if self.folder.exists() and (not self.folder.is_dir() or any(self.folder.iterdir())):
+            raise Error(f"{self.folder} exists and is not an empty folder: choose another --out")
+        self.folder.mkdir(parents=True, exist_ok=True)
+        data.tokenizer.save(self.folder)
+        about = {
+            "train": asdict(config) | {"out": str(config.out)},
+            "text": {"name": data.text.name, "sha256": data.text.sha256, "characters": len(data.text.text)},
+            "parameters": model.num_parameters(),
+            "steps_per_epoch": steps_per_epoch,
+            "versions": {
+                "tinyllm": tinyllm.__version__,
+                "numpy": np.__version__,
+                "python": platform.python_version(),
+            },
+        }
+        (self.folder / RUN_CONFIG).write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
+        _say(
+            f"{data.text.name}: {len(data.text.text):,} characters, {len(data.train.tokens):,} + "
+            f"{len(data.validation.tokens):,} tokens ({data.tokenizer.name}, {data.tokenizer.vocab_size:,} ids); "
+            f"{len(data.train)} + {len(data.validation)} windows of {config.context}, "
+            f"{data.train.unused_tokens} + {data.validation.unused_tokens} tokens in none"
+        )
+        _say(
+            f"{type(model).__name__} with {model.num_parameters():,} parameters on {device}; "
+            f"{config.steps} steps of {config.batch} windows, {steps_per_epoch} an epoch"
+        )
+
+    def log(self, **values) -> None:
+        """The record of a step; an evaluation after it may add to it before it is written."""
+        self.flush()
+        self.record, self.tokens = values, values["tokens"]
+
+    def flush(self) -> None:
+        if self.record:
+            self.history.append(self.record)
+            with open(self.folder / METRICS, "a", encoding="utf-8") as file:
+                file.write(json.dumps(self.record) + "\n")
+            self.record = {}
+
+    def evaluate(self, step: int) -> None:
+        """Both losses, a sample, and the plot so far. At step 0, before training, too."""
+        if "val_loss" in self.record:
+            return
+        config, model = self.config, self.model
+        self.record = self.record or {"step": step, "tokens": self.tokens}
+        for key, windows in (("train_eval_loss", self.data.train), ("val_loss", self.data.validation)):
+            self.record[key] = evaluate(model, windows, config.eval_windows, config.batch)
+        sample = self.sample(step)
+        with open(self.folder / SAMPLES, "a", encoding="utf-8") as file:
+            file.write(f"--- step {step}\n{sample}\n")
+        _say(
+            f"step {step:>5}  train {self.record['train_eval_loss']:.4f}  val {self.record['val_loss']:.4f}  "
+            f"{' '.join(sample.split())[:100]}"
+        )
+        self.flush()
+        plot_losses(self.history, self.folder / PLOT)
+
+    def sample(self, step: int, tokens: int = 50) -> str:
+        ids = self.data.tokenizer.encode(self.config.prompt)
+        rng = np.random.default_rng([self.config.seed, step])
+        drawn = generate(self.model, [ids], tokens, temperature=0.8, top_k=40, rng=rng)
+        return self.data.tokenizer.decode(ids + [int(token[0]) for token in drawn])
+
+    def checkpoint(self, step: int) -> Path:
+        return self.folder / f"step-{step:06}"
+
+    def save(self, step: int) -> None:
+        self.flush()
+        if not self.checkpoint(step).exists():
+            self.model.save_pretrained(self.checkpoint(step))
+
+
+def last_checkpoint(run: str | Path) -> Path:
+    """The newest checkpoint folder of a run."""
+    checkpoints = sorted(Path(run).glob("step-*/model.safetensors"))
+    if not checkpoints:
+        raise Error(
+            f"{run} holds no checkpoint (step-…/model.safetensors): give the --out of a run that saved one"
+        )
+    return checkpoints[-1].parent
+
+
+def plot_losses(history: list[dict], path: str | Path) -> None:
+    """Draw training and validation loss over the steps; without matplotlib, do nothing."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        return
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    axes = figure.subplots()
+    for key, label, style in (
+        ("train_loss", "training batch (with dropout, if any)", dict(color="C0", alpha=0.35, linewidth=1)),
+        ("train_eval_loss", "training text", dict(color="C0", marker="o", markersize=3)),
+        ("val_loss", "validation text", dict(color="C1", marker="o", markersize=3)),
+    ):
+        points = [(record["step"], record[key]) for record in history if key in record]
+        axes.plot(*zip(*points), label=label, **style) if points else None
+    axes.set(xlabel="step", ylabel="loss (nats per token)")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(path, dpi=120)
+
+
+def _say(line: str) -> None:
+    from tqdm import tqdm
+
+    tqdm.write(line)
+
+
+def _progress_bar(steps: int, shown: bool):
+    from tqdm import tqdm
+
+    return tqdm(range(steps), unit="step", disable=None if shown else True, dynamic_ncols=True)
+
+
+@contextmanager
+def _signals_wait():
+    """Collect SIGINT and SIGTERM in the list this yields, instead of breaking off in the middle of a step.
+
+    Handlers belong to the main thread; elsewhere signals are none of our business.
+    """
+    arrived: list[int] = []
+    before = {}
+    if threading.current_thread() is threading.main_thread():
+        for number in (signal.SIGINT, signal.SIGTERM):
+            before[number] = signal.signal(number, lambda received, _: arrived.append(received))
+    try:
+        yield arrived
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
