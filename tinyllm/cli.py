@@ -98,8 +98,6 @@ def parse_options(options: type, program: str, args: list[str], **more):
 
 
 def _train_options(args: list[str]) -> TrainConfig:
-    import tyro
-
     preset = argparse.ArgumentParser(prog="tinyllm train", add_help=False, allow_abbrev=False)
     preset.add_argument("--preset", default="small")
     chosen, rest = preset.parse_known_args(args)
@@ -109,7 +107,7 @@ def _train_options(args: list[str]) -> TrainConfig:
         TrainConfig,
         "tinyllm train",
         rest,
-        default=TrainConfig(out=tyro.MISSING, **PRESETS[chosen.preset]),
+        default=TrainConfig(**PRESETS[chosen.preset]),
         description=f"{TrainConfig.__doc__} --preset NAME ({', '.join(PRESETS)}) sets the defaults below.",
     )
 

@@ -14,6 +14,7 @@ AdamW update with the learning rate of that step. All of a run lies in its folde
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import platform
@@ -43,8 +44,8 @@ RUN_CONFIG, METRICS, SAMPLES, PLOT = "config.json", "metrics.jsonl", "samples.tx
 class TrainConfig:
     """Train a model on a text; everything the run makes goes into one folder."""
 
-    out: Path
-    """Folder of the run; it must not hold a run yet."""
+    out: Path | None = None
+    """Folder of the run, which must not hold one yet; a new one in runs/ if not given."""
     text: str = "python-docs"
     """A UTF-8 text file, or python-docs, or the-verdict."""
     tokenizer: str = "char"
@@ -256,9 +257,8 @@ def train(config: TrainConfig, progress: bool = True) -> GPT2:
             if arrived:
                 run.evaluate(done)
                 run.save(done)
-                raise KeyboardInterrupt(
-                    arrived[0], f"stopped after step {done}; the weights are in {run.checkpoint(done)}"
-                )
+                where = run.checkpoint(done)
+                raise KeyboardInterrupt(arrived[0], f"stopped after step {done}; the weights are in {where}")
     return model
 
 
@@ -267,14 +267,14 @@ class _Run:
 
     def __init__(self, config: TrainConfig, data: Data, model, steps_per_epoch: int, device: str):
         self.config, self.data, self.model = config, data, model
-        self.folder, self.tokens, self.record = Path(config.out), 0, {}
+        self.folder, self.tokens, self.record = config.out or _new_folder(data.text.name), 0, {}
         self.history: list[dict] = []
         if self.folder.exists() and (not self.folder.is_dir() or any(self.folder.iterdir())):
             raise Error(f"{self.folder} exists and is not an empty folder: choose another --out")
         self.folder.mkdir(parents=True, exist_ok=True)
         data.tokenizer.save(self.folder)
         about = {
-            "train": asdict(config) | {"out": str(config.out)},
+            "train": asdict(config) | {"out": str(self.folder)},
             "text": {"name": data.text.name, "sha256": data.text.sha256, "characters": len(data.text.text)},
             "parameters": model.num_parameters(),
             "steps_per_epoch": steps_per_epoch,
@@ -286,14 +286,18 @@ class _Run:
         }
         (self.folder / RUN_CONFIG).write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
         _say(
-            f"{data.text.name}: {len(data.text.text):,} characters, {len(data.train.tokens):,} + "
-            f"{len(data.validation.tokens):,} tokens ({data.tokenizer.name}, {data.tokenizer.vocab_size:,} ids); "
-            f"{len(data.train)} + {len(data.validation)} windows of {config.context}, "
-            f"{data.train.unused_tokens} + {data.validation.unused_tokens} tokens in none"
+            f"{data.text.name}: {len(data.text.text):,} characters; {data.tokenizer.name} tokenizer, "
+            f"{data.tokenizer.vocab_size:,} ids; "
+            f"{len(data.train.tokens):,} + {len(data.validation.tokens):,} tokens"
         )
         _say(
-            f"{type(model).__name__} with {model.num_parameters():,} parameters on {device}; "
-            f"{config.steps} steps of {config.batch} windows, {steps_per_epoch} an epoch"
+            f"{len(data.train):,} + {len(data.validation):,} windows of {config.context} tokens "
+            f"({data.train.unused_tokens} + {data.validation.unused_tokens} tokens at the ends fit none)"
+        )
+        _say(
+            f"{type(model).__name__}, {model.num_parameters():,} parameters, on {device}; "
+            f"{config.steps:,} steps of {config.batch} windows, {steps_per_epoch:,} an epoch; "
+            f"into {self.folder}"
         )
 
     def log(self, **values) -> None:
@@ -339,6 +343,12 @@ class _Run:
         self.flush()
         if not self.checkpoint(step).exists():
             self.model.save_pretrained(self.checkpoint(step))
+
+
+def _new_folder(text_name: str) -> Path:
+    """runs/NAME-N with the first number that is free."""
+    stem = Path(text_name).stem
+    return next(path for n in itertools.count(1) if not (path := Path("runs") / f"{stem}-{n}").exists())
 
 
 def last_checkpoint(run: str | Path) -> Path:

@@ -63,7 +63,7 @@ def scaled_dot_product_attention(
         if is_causal:
             n = rows.stop - rows.start
             edge = min(n, seen)  # the block's last n keys make the triangle
-            future = np.triu(np.full((n, n), -np.inf, q.dtype, like=q), 1)
+            future = np.triu(np.full_like(q, -np.inf, shape=(n, n)), 1)
             scores[..., seen - edge :] += future[:, n - edge :]
         if block_mask is not None and block_mask.dtype == bool:
             scores = np.where(block_mask, scores, -np.inf)

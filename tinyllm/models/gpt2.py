@@ -239,8 +239,13 @@ class GPT2(nn.Module):
         Names may begin with ``transformer.``; the causal masks some files hold are not parameters; a
         tied head may be stored a second time, if it equals the embedding.
         """
-        keys = {key.removeprefix("transformer."): key for key in arrays}
-        keys = {name: key for name, key in keys.items() if not name.endswith(MASK_BUFFERS)}
+        keys = {}
+        for key in arrays:
+            name = key.removeprefix("transformer.")
+            if name in keys:
+                raise Error(f"{key} and {keys[name]} are both given: keep one of them")
+            if not name.endswith(MASK_BUFFERS):
+                keys[name] = key
         if self.config.tie_word_embeddings and {"lm_head.weight", "wte.weight"} <= keys.keys():
             head = keys.pop("lm_head.weight")
             if not np.array_equal(arrays[head], arrays[keys["wte.weight"]]):
