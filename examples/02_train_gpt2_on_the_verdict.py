@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from tinyllm import GPT2, GPT2Config, generate, load_tokenizer, manual_seed, optim
+from tinyllm import GPT2, GPT2Config, generate, load_tokenizer, manual_seed, nn, optim
 from tinyllm.data import Batches, Windows, load_text, train_validation_split
 from tinyllm.device import keep_memory, pick_device
 from tinyllm.train import evaluate, plot_losses
@@ -41,7 +41,9 @@ print(f"{len(train)} + {len(validation)} windows, {batches.steps_per_epoch} step
 
 # %% [markdown]
 # ## The model
-# GPT-2 small with a context of 256, a head of its own with a bias, and no biases for Q, K and V.
+# GPT-2 small with a context of 256, a head of its own with a bias, and no biases for Q, K and V. The
+# published curve begins from PyTorch's default initial values, whose embeddings are 50 times as large as
+# GPT-2's own; from those, 135 steps end at a training loss above 3 instead of near 1.
 
 # %%
 size = dict(n_layer=2, n_head=2, n_embd=32) if SMALL else dict(n_layer=12, n_head=12, n_embd=768)
@@ -55,7 +57,10 @@ config = GPT2Config(
     qkv_bias=False,
     lm_head_bias=True,
 )
-model = GPT2(config, rng=np.random.default_rng(123)).to(device).train()
+rng = np.random.default_rng(123)
+model = GPT2(config, rng=rng)
+nn.initialize_as_torch(model, rng)
+model.to(device).train()
 print(f"{model.num_parameters():,} parameters on {device}")  # 162,469,969 parameters on cpu
 
 # %% [markdown]

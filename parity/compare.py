@@ -16,7 +16,9 @@ import numpy as np
 from tinyllm.tensor import Tensor
 
 RELATIVE = 1e-10  # of the reference's largest element, both in float64
-FLOOR = 1e-12  # times the scale of what went in (unit-scale inputs, the upstream gradient): where terms cancel
+FLOOR = (
+    1e-12  # times the scale of what went in (unit-scale inputs, the upstream gradient): where terms cancel
+)
 FLOAT32 = 1e-5  # the same two for float32 against float64: about 100 roundings of 6e-8
 STEP = 1e-5  # of the central difference: off by STEP² f'''/6 (truncation) and 1e-16 |f| / STEP (rounding)
 DIRECTION = 1e-7  # room for third derivatives of several hundred
@@ -45,8 +47,8 @@ def assert_close(ours, theirs, what: str, relative: float = RELATIVE, floor: flo
 
 def upstream(shape, dtype, seed: int) -> np.ndarray:
     """A random gradient dL/d(output), read-only, in the layouts a graph produces: rows, columns, repeated."""
-    grad = np.random.default_rng(seed).standard_normal(shape).astype(dtype)
-    if seed % 3 == 1:
+    grad = np.asarray(np.random.default_rng(seed).standard_normal(shape)).astype(dtype)
+    if seed % 3 == 1 and grad.ndim:
         grad = np.asfortranarray(grad)
     if seed % 3 == 2 and grad.ndim and grad.size:  # as the gradient of a sum: strides of 0
         grad = np.broadcast_to(grad[..., :1], shape)
@@ -65,8 +67,12 @@ def run(op, case: Case, dtype=np.float64):
     for i, (tensor, needed) in enumerate(zip(tensors, needs)):
         assert (tensor.grad is not None) == needed, f"{case.label}: input {i}: gradient where none was asked"
         if needed:
-            assert tensor.grad.dtype == dtype, f"{case.label}: gradient {i} of {np.dtype(dtype)} is {tensor.grad.dtype}"
-            assert tensor.grad.shape == tensor.shape, f"{case.label}: gradient {i} has shape {tensor.grad.shape}"
+            assert tensor.grad.dtype == dtype, (
+                f"{case.label}: gradient {i} of {np.dtype(dtype)} is {tensor.grad.dtype}"
+            )
+            assert tensor.grad.shape == tensor.shape, (
+                f"{case.label}: gradient {i} has shape {tensor.grad.shape}"
+            )
     return out.data, [tensor.grad for tensor in tensors], grad
 
 
@@ -77,6 +83,9 @@ def run_torch(case: Case, grad):
     needs = case.needs or [True] * len(case.inputs)
     inputs = [torch.tensor(x.copy(), requires_grad=n) for x, n in zip(case.inputs, needs)]
     out = case.theirs(*inputs)
+    assert tuple(out.shape) == grad.shape, (
+        f"{case.label}: shape {grad.shape}, and torch's is {tuple(out.shape)}"
+    )
     out.backward(torch.tensor(grad.copy()))
     return out.detach().numpy(), [None if x.grad is None else x.grad.numpy() for x in inputs]
 
@@ -132,4 +141,6 @@ def check_direction(case: Case) -> None:
     error = abs(sum(part.sum() for part in ours) - (w * jv).sum())
     scale = np.abs(w).sum() + np.abs(w * jv).sum() + sum(np.abs(part).sum() for part in ours)
     bound = DIRECTION * scale
-    assert error <= bound, f"{case.label}: ⟨vjp(w), v⟩ and ⟨w, Jv⟩ differ by {error:.3g}, the bound is {bound:.3g}"
+    assert error <= bound, (
+        f"{case.label}: ⟨vjp(w), v⟩ and ⟨w, Jv⟩ differ by {error:.3g}, the bound is {bound:.3g}"
+    )

@@ -29,6 +29,10 @@ def constant(value, like):
     return value.astype(like.dtype) if isinstance(value, np.ndarray) and value.dtype.kind == "f" else value
 
 
+def torch_constant(value):
+    return torch.tensor(value, dtype=torch.float64)
+
+
 @st.composite
 def other_operand(draw, shape):
     """What may stand beside a Tensor without a gradient of its own."""
@@ -58,7 +62,7 @@ def binary(draw, op):
     if kind == "itself":
         return Case(name, [x], lambda x: op(x, x), lambda x: op(x, x), seed=seed)
     c = draw(other_operand(right))
-    return Case(name, [x], lambda x: op(x, constant(c, x)), lambda x: op(x, torch.tensor(c)), seed=seed)
+    return Case(name, [x], lambda x: op(x, constant(c, x)), lambda x: op(x, torch_constant(c)), seed=seed)
 
 
 @st.composite
@@ -70,28 +74,37 @@ def reflected(draw, op):
         f"{op.__name__}, {type(c).__name__} on the left",
         [x],
         lambda x: op(constant(c, x), x),
-        lambda x: op(torch.tensor(c), x),
+        lambda x: op(torch_constant(c), x),
         seed=draw(some.SEEDS),
     )
 
 
 @st.composite
 def power(draw):
-    n = draw(st.sampled_from([0, 1, 2, 3, -1, -2, 0.5, -1.5, 2.5, np.int64(3), np.float64(2), np.float32(0.5)]))
+    n = draw(
+        st.sampled_from([0, 1, 2, 3, -1, -2, 0.5, -1.5, 2.5, np.int64(3), np.float64(2), np.float32(0.5)])
+    )
     values = some.nonzero if n == int(n) else some.positive
     x = draw(some.arrays(draw(some.shapes()), values))
     return Case(f"** {n!r}", [x], lambda x: x**n, lambda x: x ** float(n), seed=draw(some.SEEDS))
 
 
-MATMUL_SHAPES = hnp.mutually_broadcastable_shapes(
-    signature="(m?,n),(n,p?)->(m?,p?)", max_dims=2, min_side=0, max_side=4
-)
+@st.composite
+def matmul_shapes(draw):
+    """Vectors, matrices, batches, batches that broadcast."""
+    signature = draw(
+        st.sampled_from(["(n),(n)->()", "(n),(n,p)->(p)", "(m,n),(n)->(m)", "(m,n),(n,p)->(m,p)"])
+    )
+    batches = draw(st.integers(0, 2))
+    drawn = hnp.mutually_broadcastable_shapes(signature=signature, max_dims=batches, min_side=0, max_side=4)
+    left, right = draw(drawn).input_shapes
+    # The signature's broadcast axes lie before a vector's one axis, where @ has none.
+    return left[-1:] if "(n)," in signature else left, right[-1:] if ",(n)-" in signature else right
 
 
 @st.composite
 def matmul(draw):
-    """Vectors, matrices, batches, batches that broadcast."""
-    left, right = draw(MATMUL_SHAPES).input_shapes
+    left, right = draw(matmul_shapes())
     return Case(
         f"{left} @ {right}",
         [draw(some.arrays(left)), draw(some.arrays(right))],
@@ -104,14 +117,14 @@ def matmul(draw):
 
 @st.composite
 def rmatmul(draw):
-    left, right = draw(MATMUL_SHAPES).input_shapes
+    left, right = draw(matmul_shapes())
     c, dtype = draw(some.arrays(left)), draw(st.sampled_from([np.float64, np.int64]))
     c = (4 * c).astype(dtype)
     return Case(
         f"array of {np.dtype(dtype)} {left} @ {right}",
         [draw(some.arrays(right))],
         lambda x: constant(c, x) @ x,
-        lambda x: torch.tensor(c.astype(np.float64)) @ x,
+        lambda x: torch_constant(c) @ x,
         seed=draw(some.SEEDS),
     )
 
@@ -158,7 +171,9 @@ def reshape(draw):
         target = shape
     as_given = draw(st.sampled_from([lambda x: x.reshape(*target), lambda x: x.reshape(list(target))]))
     x = draw(some.arrays(shape))
-    return Case(f"reshape {shape} to {target}", [x], as_given, lambda x: x.reshape(target), seed=draw(some.SEEDS))
+    return Case(
+        f"reshape {shape} to {target}", [x], as_given, lambda x: x.reshape(target), seed=draw(some.SEEDS)
+    )
 
 
 @st.composite
@@ -199,8 +214,6 @@ def rearrange(draw):
                 ((6, 4), "(a b) (c d) -> (b c) (a d)", {"a": 2, "d": 2}),
                 ((2, 1, 3), "a 1 c -> c a", {}),
                 ((2, 3), "a b -> 1 b a 1", {}),
-                ((2, 3, 4), "... c -> c ...", {}),
-                ((2, 3, 4), "a ... -> (...) a", {}),
                 ((5,), "i -> i", {}),
             ]
         )
@@ -218,7 +231,9 @@ def rearrange(draw):
 def astype(draw):
     """Through float64 and back; casts that round have a test of their own."""
     x = draw(some.arrays(draw(some.shapes())))
-    return Case("astype", [x], lambda x: x.astype(np.float64).astype(x.dtype), lambda x: x * 1, seed=draw(some.SEEDS))
+    return Case(
+        "astype", [x], lambda x: x.astype(np.float64).astype(x.dtype), lambda x: x * 1, seed=draw(some.SEEDS)
+    )
 
 
 @st.composite
@@ -397,7 +412,8 @@ def test_every_public_op_has_a_case():
     functions = {
         name
         for name in tinyllm.__all__
-        if inspect.isfunction(getattr(tinyllm, name)) and getattr(tinyllm, name).__module__ == "tinyllm.tensor"
+        if inspect.isfunction(getattr(tinyllm, name))
+        and getattr(tinyllm, name).__module__ == "tinyllm.tensor"
     }
     assert (methods | functions) - NOT_OPS == set(CASES)
 
@@ -415,7 +431,7 @@ def scale_one_gradient(monkeypatch, position, factor):
             given = [i for i, result in enumerate(results) if result is not None]
             wrong = results[given[position]]
             if isinstance(wrong, tensor.At):
-                results[given[position]] = tensor.At(wrong.index, wrong.array * factor)
+                results[given[position]] = tensor.At(wrong.index, np.asarray(wrong.array * factor))
             else:
                 results[given[position]] = wrong * factor
             return results
@@ -454,8 +470,8 @@ def test_the_direction_check_catches_a_gradient_off_by_one_part_in_ten_thousand(
 
 def test_tied_maxima_share_the_gradient():
     x = np.array([[1.0, 3.0, 3.0], [2.0, 2.0, 2.0]])
-    for axis in (None, 0, 1, (0, 1)):
-        check_torch(Case("max with ties", [x], lambda x, a=axis: x.max(axis=a), lambda x, a=axis: x.amax(a or ())))
+    for axis in (0, 1, (0, 1)):
+        check_torch(Case("max with ties", [x], lambda x, a=axis: x.max(axis=a), lambda x, a=axis: x.amax(a)))
     a = Tensor(x, requires_grad=True)
     a.max(axis=1).backward(np.array([1.0, 1.0]))
     np.testing.assert_allclose(a.grad, [[0, 0.5, 0.5], [1 / 3, 1 / 3, 1 / 3]])
@@ -470,10 +486,17 @@ def test_an_element_named_twice_gets_both_gradients():
 
 @pytest.mark.parametrize("dtype", [np.uint8, np.uint16, np.int16, np.int32])
 def test_a_short_index_does_not_overflow(dtype):
-    """Row 200 of 300 columns is element 60,000: more than a byte, a short or a ushort counts to."""
+    """Row 250 of 300 columns begins at element 75,000: beyond what a byte or a short counts to."""
     x = Tensor(np.zeros((256, 300)), requires_grad=True)
-    x[np.array([200, 3, 200], dtype)].sum().backward()
-    assert (x.grad[200] == 2).all() and (x.grad[3] == 1).all() and x.grad.sum() == 900
+    x[np.array([250, 3, 250], dtype)].sum().backward()
+    assert (x.grad[250] == 2).all() and (x.grad[3] == 1).all() and x.grad.sum() == 900
+
+
+def test_a_number_of_numpy_is_an_index():
+    for i in (2, np.int64(2), np.uint8(2), np.array(2)):
+        x = Tensor(np.ones((3, 2)), requires_grad=True)
+        x[i].sum().backward()
+        np.testing.assert_array_equal(x.grad, [[0, 0], [0, 0], [1, 1]], err_msg=f"index {i!r}")
 
 
 def test_indexing_by_no_ids_at_all():
@@ -497,10 +520,15 @@ def test_the_grad_of_a_view_reaches_every_use_once():
 
 def test_lists_of_integers_are_operands():
     x = Tensor(np.array([1.0, 2.0], np.float32), requires_grad=True)
-    for result in (x + [1, 2], [1, 2] + x, x * [True, False], [3, 4] - x, [1, 2] / x, x @ [1, 2], [1, 2] @ x):
-        assert result.dtype == np.float32
-    np.testing.assert_array_equal(([3, 4] - x).data, [2, 2])
-    np.testing.assert_array_equal(([1, 2] @ x).data, 5)
+    for op in (operator.add, operator.sub, operator.mul, operator.truediv, operator.matmul):
+        for numbers in ([3, 4], [True, False]):
+            for left, right in (
+                ((x, numbers), (numbers, x)) if op is not operator.truediv else ((numbers, x),)
+            ):
+                arrays = [np.asarray(getattr(side, "data", side), np.float32) for side in (left, right)]
+                result = op(left, right)
+                assert result.dtype == np.float32
+                np.testing.assert_array_equal(result.data, op(*arrays))
 
 
 def test_an_integer_array_is_not_changed_by_an_operand():
@@ -585,11 +613,23 @@ ERRORS = {  # what is done -> what the sentence must say: the value, and the rem
     "np.asarray of a Tensor": (lambda: np.asarray(leaf(2)), [".data"]),
     "float32 + float64": (lambda: leaf(2) + np.ones(2, np.float32), ["float64", "float32", "astype()"]),
     "float64 @ float32": (lambda: leaf(2) @ leaf(2, dtype=np.float32), ["float64", "float32", "astype()"]),
-    "where of two dtypes": (lambda: where(np.ones(2, bool), leaf(2), leaf(2, dtype=np.float32)), ["astype()"]),
+    "where of two dtypes": (
+        lambda: where(np.ones(2, bool), leaf(2), leaf(2, dtype=np.float32)),
+        ["astype()"],
+    ),
+    "where of two numbers": (lambda: where(np.ones(2, bool), 1.0, 2.0), ["1.0", "2.0", "np.where"]),
+    "an op of two dtypes": (
+        lambda: Tensor.from_op(np.ones(2), (leaf(2), leaf(2, dtype=np.float32)), None),
+        ["float64, float32", "astype()"],
+    ),
     "power of a Tensor": (lambda: leaf(2) ** leaf(2), ["exponent", "number"]),
     "@ with a number": (lambda: leaf(2) @ 3, ["@", "use *"]),
     "split unevenly": (lambda: split(leaf(5), 2), ["5", "2 equal parts"]),
     "einsum without ->": (lambda: einsum("ij,jk", leaf(2, 2), leaf(2, 2)), ["'ij,jk'", "'->'"]),
+    "rearrange with an ellipsis": (
+        lambda: leaf(2, 2).rearrange("... c -> c ..."),
+        ["'... c -> c ...'", "every axis"],
+    ),
     "einsum with an ellipsis": (lambda: einsum("...i->i", leaf(2, 2)), ["'...i->i'", "'...'"]),
     "einsum of too few tensors": (lambda: einsum("i,i->i", leaf(2)), ["'i,i->i'", "one term per tensor"]),
     "einsum of a diagonal": (lambda: einsum("ii->i", leaf(2, 2)), ["'ii->i'", "repeats a letter"]),
@@ -605,10 +645,14 @@ def test_an_error_names_the_value_and_the_remedy(name):
         assert word in str(caught.value)
 
 
+def place_of_error(call):
+    """(file, line) of the ``raise`` that ends in ``call``."""
+    with pytest.raises(Error) as caught:
+        call()
+    return str(caught.traceback[-1].path), caught.traceback[-1].lineno
+
+
 def test_every_error_of_the_engine_is_raised_above():
-    lines = set()
-    for call, _ in ERRORS.values():
-        with pytest.raises(Error) as caught:
-            call()
-        lines.add(caught.traceback[-1].lineno)
-    assert len(lines) == inspect.getsource(tensor).count("raise Error(")
+    places = {place_of_error(call) for call, _ in ERRORS.values()}
+    raised = sum(path == tensor.__file__ for path, _ in places)
+    assert raised == inspect.getsource(tensor).count("raise Error(")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import math
 import os
 import sys
 import threading
@@ -61,8 +62,8 @@ def scatter_add(buffer, index, values) -> None:
     one_array = hasattr(index, "dtype") and index.dtype.kind in "iu" and buffer.flags.c_contiguous
     if one_array and buffer.ndim > 1:
         # np.add.at is fast on one dimension only: address every element by its flat position.
-        size = buffer[0].size
-        index = (index.reshape(-1, 1) * size + np.arange(size, like=index)).reshape(-1)
+        size = math.prod(buffer.shape[1:])
+        index = (index.reshape(-1, 1).astype(np.int64) * size + np.arange(size, like=buffer)).reshape(-1)
         buffer, values = buffer.reshape(-1), values.reshape(-1)
     np.add.at(buffer, index, values)
 

@@ -53,10 +53,10 @@ class At:
 
     def add_into(self, buffer):
         parts = self.index if isinstance(self.index, tuple) else (self.index,)
-        if any(hasattr(part, "dtype") for part in parts):  # integer arrays may name a row twice
-            scatter_add(buffer, self.index, self.array)
-        else:
+        if all(part is None or part is Ellipsis or isinstance(part, (slice, int)) for part in parts):
             buffer[self.index] += self.array
+        else:  # lists and integer arrays may name an element twice
+            scatter_add(buffer, self.index, self.array)
 
 
 def _oldest_first(root: Node) -> list[Node]:
@@ -245,6 +245,9 @@ class Tensor:
         optional input that was not given.
         """
         out = Tensor(data)
+        if len({parent.dtype for parent in parents if parent is not None}) > 1:
+            dtypes = ", ".join(str(parent.dtype) for parent in parents if parent is not None)
+            raise Error(f"an op got inputs of {dtypes}: convert them to one dtype with astype()")
         nodes = tuple(None if parent is None else parent.node for parent in parents)
         if _mode.recording and any(node is not None for node in nodes):
             out.node = Node(nodes, vjp, out.data.shape, out.data.dtype)
@@ -267,7 +270,8 @@ class Tensor:
                 raise Error(f"backward() of shape {self.shape} needs grad=, an array of that shape.")
             grad = np.ones_like(self.data)
         if getattr(grad, "shape", None) != self.shape or grad.dtype != self.dtype:
-            raise Error(f"grad must be an array of shape {self.shape} and dtype {self.dtype}.")
+            got = f"{grad.dtype} {grad.shape}" if hasattr(grad, "dtype") else type(grad).__name__
+            raise Error(f"grad must be an array of shape {self.shape} and dtype {self.dtype}, not {got}")
         _run_backward(self.node, grad)
 
     shape = property(lambda self: self.data.shape)
@@ -275,6 +279,8 @@ class Tensor:
     ndim = property(lambda self: self.data.ndim)
     size = property(lambda self: self.data.size)
     requires_grad = property(lambda self: self.node is not None)
+    # What an op asks before it prepares a gradient: under no_grad nobody will come for it.
+    wants_grad = property(lambda self: self.node is not None and _mode.recording)
 
     @property
     def grad(self):
@@ -355,8 +361,8 @@ class Tensor:
     def __pow__(self, exponent):
         """x^n for a Python number n; d/dx = n x^(n-1)."""
         if not _is_number(exponent):
-            raise Error("the exponent of ** must be a number.")
-        x, n = self.data, exponent
+            raise Error(f"the exponent of ** must be a number, not a {type(exponent).__name__}")
+        x, n = self.data, self._operand(exponent)
         return Tensor.from_op(x**n, (self,), lambda grad: (grad * (n * x ** (n - 1)) if n else grad * 0,))
 
     __radd__, __rmul__ = __add__, __mul__
@@ -372,6 +378,8 @@ class Tensor:
         other = self._operand(other)
         if _is_number(other) or not self.ndim or not other.ndim:
             raise Error("@ needs arrays of at least one dimension on both sides; use * for numbers.")
+        if self.ndim == 1 and other.ndim == 1:
+            return (self * other).sum()
         if self.ndim == 1:
             out = self.reshape(1, -1) @ other
             return out.reshape(out.shape[:-2] + out.shape[-1:])
@@ -392,7 +400,9 @@ class Tensor:
         )
 
     def __rmatmul__(self, other):
-        return Tensor(other) @ self
+        if _is_number(other):
+            return self @ other  # raises, as it does from the left
+        return self._operand(other) @ self
 
     # --------------------------------------------------------------------------- functions
 
@@ -462,9 +472,16 @@ class Tensor:
 
     def rearrange(self, pattern: str, **sizes: int):
         """einops notation: ``x.rearrange("b t (h d) -> b h t d", h=12)``; backwards, the pattern reversed."""
-        left, right = pattern.split("->")
-        # Reversed, the pattern splits what it merged, and must be told those sizes.
-        known = einops.parse_shape(self.data, re.sub(r"\(.*?\)", "_", left)) | sizes
+        left, arrow, right = pattern.partition("->")
+        if not arrow or "..." in pattern:
+            raise Error(
+                f"pattern {pattern!r} must have the form 'a b -> b a', with every axis named (no '...')"
+            )
+        known = dict(sizes)  # of every axis: reversed, the pattern splits what it merged
+        for n, group in zip(self.shape, re.findall(r"\(.*?\)|\S+", left)):
+            names = [name for name in group.strip("()").split() if not name.isdigit()]
+            rest = math.prod(known.get(name, 1) for name in names)
+            known |= {name: n // max(rest, 1) for name in names if name not in known}
         return Tensor.from_op(
             einops.rearrange(self.data, pattern, **sizes),
             (self,),
@@ -503,7 +520,7 @@ def stack(tensors, axis=0) -> Tensor:
 
 def split(tensor, sections: int, axis=0) -> list[Tensor]:
     """Equal parts along ``axis``, as views; each part's gradient lands in its place in one buffer."""
-    size, remainder = divmod(tensor.shape[axis], sections)
+    size, remainder = divmod(tensor.shape[axis], sections) if sections > 0 else (0, 1)
     if remainder:
         raise Error(f"cannot split an axis of length {tensor.shape[axis]} into {sections} equal parts.")
     before = (slice(None),) * (axis % tensor.ndim)
@@ -513,6 +530,8 @@ def split(tensor, sections: int, axis=0) -> list[Tensor]:
 def where(condition, a, b) -> Tensor:
     """``a`` where ``condition`` (a boolean array) holds, else ``b``; either may be a number."""
     like = a if isinstance(a, Tensor) else b
+    if not isinstance(like, Tensor):
+        raise Error(f"where({a!r}, {b!r}) needs a Tensor on at least one side; use np.where for numbers")
     a, b = (x if isinstance(x, Tensor) else Tensor(np.asarray(x, like.dtype, like=like.data)) for x in (a, b))
     return Tensor.from_op(
         np.where(condition, a.data, like._operand(b).data),

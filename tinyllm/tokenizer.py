@@ -1,7 +1,7 @@
 """How does text become token ids and back?
 
-GPT-2's vocabulary through tiktoken, or one id per character. A tokenizer travels with a run as
-``tinyllm_tokenizer.json`` (Hugging Face's ``tokenizer.json`` is another format).
+GPT-2's vocabulary or one of our own (``bpe.py``) through tiktoken, or one id per character. A tokenizer
+travels with a run as ``tinyllm_tokenizer.json`` (Hugging Face's ``tokenizer.json`` is another format).
 """
 
 from __future__ import annotations
@@ -18,9 +18,11 @@ from tinyllm.data import check_ids
 from tinyllm.errors import Error
 
 if TYPE_CHECKING:
+    import regex
     import tiktoken
 
 FILE_NAME = "tinyllm_tokenizer.json"
+END_OF_TEXT = "<|endoftext|>"
 
 GPT2_VOCABULARY = Path(__file__).with_name("assets") / "vocab.bpe"
 GPT2_SHA256 = "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5"
@@ -29,6 +31,17 @@ GPT2_SHA256 = "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5"
 # punctuation, whitespace) and merges only inside a piece. The original ends in ` ?\p{L}+ … \s+(?!\S)|\s+`;
 # this makes the same pieces with less backtracking, as in tiktoken_ext/openai_public.py.
 GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
+
+# GPT-2's vocabulary file is text, so a byte stands there as a visible symbol: itself if it is printable,
+# otherwise the next character from U+0100 on (a space is Ġ). Bytes have their ids in this order too.
+PRINTABLE = bytes(
+    [
+        *range(ord("!"), ord("~") + 1),
+        *range(ord("¡"), ord("¬") + 1),
+        *range(ord("®"), ord("ÿ") + 1),
+    ]
+)
+BYTE_ORDER = PRINTABLE + bytes(byte for byte in range(256) if byte not in PRINTABLE)
 
 
 class Tokenizer:
@@ -81,7 +94,7 @@ class TiktokenTokenizer(Tokenizer):
         self._encoding = encoding
 
     def encode(self, text: str, special: str = "refuse") -> list[int]:
-        _check_text(text, special)
+        check_text(text, special)
         if special == "refuse":
             for token in sorted(self._encoding.special_tokens_set):
                 if token in text:
@@ -112,6 +125,62 @@ class TiktokenTokenizer(Tokenizer):
         return {"kind": "gpt2"}
 
 
+class BPETokenizer(TiktokenTokenizer):
+    """A byte-level byte-pair encoding of our own, from the merges that ``bpe.train_bpe`` learned.
+
+    Ids 0 to 255 are the bytes in ``BYTE_ORDER``, id 256 + i joins the two ids of ``merges[i]``, and
+    ``<|endoftext|>`` is the last. Merges apply inside the pieces that ``pattern`` cuts. Raises ``Error``
+    naming a merge that is no pair of earlier ids or makes a token that is there already, or a pattern
+    that does not work; ``encode`` does for a text of which the pattern leaves a part out.
+    """
+
+    def __init__(self, merges: list[tuple[int, int]], pattern: str = GPT2_PATTERN):
+        import tiktoken
+
+        check_pattern(pattern)
+        ranks = _bpe_ranks(merges)
+        name = f"bpe:{len(ranks) + 1}"
+        try:
+            encoding = tiktoken.Encoding(
+                name, pat_str=pattern, mergeable_ranks=ranks, special_tokens={END_OF_TEXT: len(ranks)}
+            )
+        except ValueError as error:
+            raise Error(f"pattern {pattern!r} means nothing to tiktoken: {error}") from None
+        super().__init__(name, encoding)
+        self.merges = [tuple(pair) for pair in merges]
+        self.pattern = pattern
+
+    def encode(self, text: str, special: str = "refuse") -> list[int]:
+        ids = super().encode(text, special)
+        if self._encoding.decode_bytes(ids) != text.encode("utf-8"):  # tiktoken skips what does not match
+            raise Error(
+                f"pattern {self.pattern!r} leaves out a part of the text: train with one that matches all "
+                "of it"
+            )
+        return ids
+
+    def to_json(self) -> dict:
+        return {"kind": "bpe", "pattern": self.pattern, "merges": [list(pair) for pair in self.merges]}
+
+
+def _bpe_ranks(merges: list[tuple[int, int]]) -> dict[bytes, int]:
+    tokens = [bytes([byte]) for byte in BYTE_ORDER]
+    ranks = {token: i for i, token in enumerate(tokens)}
+    for i, pair in enumerate(merges):
+        match pair:
+            case (left, right) if type(left) is type(right) is int and all(
+                0 <= n < len(tokens) for n in pair
+            ):
+                token = tokens[left] + tokens[right]
+            case _:
+                raise Error(f"merges[{i}] is {pair!r}: it must be two ids from 0 to {len(tokens) - 1}")
+        if token in ranks:
+            raise Error(f"merges[{i}] makes {token!r}, which is id {ranks[token]} already: remove it")
+        ranks[token] = len(tokens)
+        tokens.append(token)
+    return ranks
+
+
 class CharTokenizer(Tokenizer):
     """One id per character, in the order given; there are no special tokens.
 
@@ -121,7 +190,7 @@ class CharTokenizer(Tokenizer):
     name = "char"
 
     def __init__(self, characters: str):
-        _check_text(characters)
+        check_text(characters)
         if not characters:
             raise Error(
                 "a character tokenizer needs at least one character: give it a text that is not empty"
@@ -139,7 +208,7 @@ class CharTokenizer(Tokenizer):
         return cls("".join(sorted(set(text))))
 
     def encode(self, text: str, special: str = "refuse") -> list[int]:
-        _check_text(text, special)
+        check_text(text, special)
         try:
             return [self._id_of[character] for character in text]
         except KeyError as error:
@@ -170,7 +239,7 @@ def gpt2() -> TiktokenTokenizer:
         "gpt2",
         pat_str=GPT2_PATTERN,
         mergeable_ranks=ranks,
-        special_tokens={"<|endoftext|>": len(ranks)},
+        special_tokens={END_OF_TEXT: len(ranks)},
         explicit_n_vocab=50257,
     )
     return TiktokenTokenizer("gpt2", encoding)
@@ -181,17 +250,9 @@ def _gpt2_ranks() -> dict[bytes, int]:
     if hashlib.sha256(data).hexdigest() != GPT2_SHA256:
         raise Error(f"{str(GPT2_VOCABULARY)!r} is damaged (its SHA-256 is not GPT-2's): reinstall tinyllm")
 
-    # The file is text, so each byte stands there as a visible symbol: itself if it is printable,
-    # otherwise the next character from U+0100 on (a space is Ġ). Bytes have their ids in this order too.
-    printable = [
-        *range(ord("!"), ord("~") + 1),
-        *range(ord("¡"), ord("¬") + 1),
-        *range(ord("®"), ord("ÿ") + 1),
-    ]
-    others = [byte for byte in range(256) if byte not in printable]
-    byte_of = {chr(byte): byte for byte in printable} | {chr(256 + n): byte for n, byte in enumerate(others)}
-
-    ranks = {bytes([byte]): rank for rank, byte in enumerate(printable + others)}
+    symbols = [chr(byte) for byte in PRINTABLE] + [chr(256 + n) for n in range(256 - len(PRINTABLE))]
+    byte_of = dict(zip(symbols, BYTE_ORDER))
+    ranks = {bytes([byte]): rank for rank, byte in enumerate(BYTE_ORDER)}
     for line in data.decode("utf-8").split("\n")[1:-1]:  # after "#version", to the last line's end
         left, right = line.split(" ")
         ranks[bytes(byte_of[symbol] for symbol in left + right)] = len(ranks)
@@ -212,17 +273,40 @@ def load_tokenizer(spec: str | Path) -> Tokenizer:
         definition = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         raise Error(
-            f"no tokenizer in {str(path)!r}: give 'gpt2', a run folder, or a {FILE_NAME} file"
+            f"no tokenizer in {str(path)!r}: give 'gpt2', a run folder, or a {FILE_NAME} file "
+            "('char' and 'bpe:VOCAB' are made from a text, by tinyllm train)"
         ) from None
     match definition:
         case {"kind": "gpt2"}:
             return gpt2()
         case {"kind": "char", "characters": str(characters)}:
             return CharTokenizer(characters)
-    raise Error(f"{str(path)!r} is not a tokenizer known here: its kind must be 'gpt2' or 'char'")
+        case {"kind": "bpe", "pattern": str(pattern), "merges": list(merges)}:
+            try:
+                return BPETokenizer(merges, pattern)
+            except Error as error:
+                raise Error(f"{str(path)!r} is damaged: {error}") from None
+    raise Error(
+        f"{str(path)!r} is not a tokenizer known here: its kind must be 'bpe' with a pattern and merges, "
+        "'gpt2' or 'char' with characters"
+    )
 
 
-def _check_text(text: str, special: str = "refuse") -> None:
+def check_pattern(pattern: str) -> regex.Pattern:
+    """The pattern, compiled; ``Error`` if it is no regular expression or matches the empty text."""
+    import regex  # unlike re, it knows \p{L} and \p{N}; tiktoken imports it too
+
+    try:
+        compiled = regex.compile(pattern)
+    except regex.error as error:
+        raise Error(f"pattern {pattern!r} is no regular expression ({error}): correct it") from None
+    if compiled.match(""):  # tiktoken would panic
+        raise Error(f"pattern {pattern!r} matches the empty text: make it match one character at least")
+    return compiled
+
+
+def check_text(text: str, special: str = "refuse") -> None:
+    """``Error`` if the text is no str or has a lone surrogate, or if ``special`` is no known word."""
     if not isinstance(text, str):
         raise Error(f"the text is a {type(text).__name__}: give a str")
     if special not in ("refuse", "allow", "text"):

@@ -33,6 +33,7 @@ from tinyllm.device import keep_memory, manual_seed, pick_device
 from tinyllm.errors import Error
 from tinyllm.generate import generate
 from tinyllm.models import GPT2, GPT2Config
+from tinyllm.nn import initialize_as_torch
 from tinyllm.optim import AdamW, clip_grad_norm, warmup_cosine
 from tinyllm.tensor import no_grad
 from tinyllm.tokenizer import CharTokenizer, Tokenizer, load_tokenizer
@@ -86,6 +87,8 @@ class TrainConfig:
     """Biases in the projection to queries, keys and values."""
     head_bias: bool = False
     """A bias in the output layer."""
+    init: str = "gpt2"
+    """Initial weights: gpt2 (N(0, 0.02)), or torch (PyTorch's defaults, embeddings from N(0, 1))."""
     eval_every: int | None = None
     """Steps between evaluations; if not given, one epoch, or a tenth of the run if that is shorter."""
     eval_windows: int = 64
@@ -117,6 +120,7 @@ class TrainConfig:
         )
         _require(self.dtype in ("float32", "float64"), "dtype", self.dtype, "float32 or float64")
         _require(self.arch == "gpt2", "arch", self.arch, "gpt2")
+        _require(self.init in ("gpt2", "torch"), "init", self.init, "gpt2 or torch")
 
     def model_config(self, vocab_size: int) -> GPT2Config:
         return GPT2Config(
@@ -159,6 +163,7 @@ PRESETS = {
         tie_head=False,
         qkv_bias=False,
         head_bias=True,
+        init="torch",
         prompt="Every effort moves you",
     ),
 }
@@ -210,7 +215,10 @@ def train(config: TrainConfig, progress: bool = True) -> GPT2:
     """
     device = pick_device(config.device)
     data = load_data(config)
-    model = GPT2(config.model_config(data.tokenizer.vocab_size), rng=np.random.default_rng(config.seed))
+    rng = np.random.default_rng(config.seed)
+    model = GPT2(config.model_config(data.tokenizer.vocab_size), rng=rng)
+    if config.init == "torch":
+        initialize_as_torch(model, rng)
     model.astype(np.dtype(config.dtype)).to(device).train()
     prompt = data.tokenizer.encode(config.prompt)
     if not 0 < len(prompt) <= model.context:

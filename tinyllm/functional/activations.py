@@ -31,10 +31,12 @@ def _elementwise(input: Tensor, function) -> Tensor:
     backward pass is one multiplication.
     """
     x = np.ascontiguousarray(input.data).reshape(-1)
-    y, slope = np.empty_like(x), np.empty_like(x)
+    y, slope = np.empty_like(x), np.empty_like(x) if input.wants_grad else None
 
     def forward(block):
-        y[block], slope[block] = function(x[block])
+        y[block], slope_here = function(x[block])
+        if slope is not None:
+            slope[block] = slope_here
 
     each_block(forward, x.size, 1, like=x)
     shape = input.shape

@@ -133,7 +133,7 @@ def scaled_dot_product_attention(
 
 def _check_shapes(q, k, v, mask, dropout_p):
     if q.ndim != 4 or k.ndim != 4 or v.ndim != 4:
-        raise Error("attention takes query, key and value of four axes: (B, H, T, D).")
+        raise Error(f"attention takes query, key and value (B, H, T, D), not {q.shape}, {k.shape}, {v.shape}")
     if k.shape[:2] != q.shape[:2] or k.shape[3] != q.shape[3] or v.shape[:3] != k.shape[:3]:
         raise Error(f"attention: query {q.shape}, key {k.shape} and value {v.shape} do not fit together.")
     if mask is not None and mask.dtype not in (bool, q.dtype):

@@ -25,10 +25,10 @@ def cross_entropy(input: Tensor, target, *, ignore_index: int = -100, divisor: f
     logits = as_rows(input.data)  # (N, V)
     target = _check_targets(target, input.shape, ignore_index)
     divisor = _divisor(target, ignore_index, divisor)
-    shape, needed = input.shape, input.requires_grad
+    shape = input.shape
     dlogits = logits.copy()
     losses = _softmax_minus_onehot(dlogits, target, ignore_index)
-    if needed:
+    if input.wants_grad:
         dlogits /= divisor
 
     def vjp(grad):
@@ -58,9 +58,9 @@ def linear_cross_entropy(
     target = _check_targets(target, (*input.shape[:-1], len(w)), ignore_index)
     divisor = _divisor(target, ignore_index, divisor)
     b = None if linear_bias is None else linear_bias.data
-    dx = np.empty_like(x) if input.requires_grad else None
-    dw = np.zeros_like(w) if linear_weight.requires_grad else None
-    db = np.zeros_like(b) if b is not None and linear_bias.requires_grad else None
+    dx = np.empty_like(x) if input.wants_grad else None
+    dw = np.zeros_like(w) if linear_weight.wants_grad else None
+    db = np.zeros_like(b) if b is not None and linear_bias.wants_grad else None
     total = np.zeros((), x.dtype, like=x)
     for start in range(0, len(x), CHUNK):
         rows = slice(start, start + CHUNK)
@@ -117,12 +117,9 @@ def _check_targets(target, logits_shape, ignore_index):
             f"targets of shape {tuple(target.shape)} do not fit logits of shape {tuple(logits_shape)}; "
             f"they need shape {tuple(logits_shape[:-1])}."
         )
-    target = target.reshape(-1)
-    if isinstance(target, np.ndarray):
-        counted = target[target != ignore_index]
-        if counted.size:
-            check_ids(counted, logits_shape[-1], name="targets")
-    return target
+    if isinstance(target, np.ndarray) and target.size:
+        check_ids(np.where(target == ignore_index, 0, target), logits_shape[-1], name="targets")
+    return target.reshape(-1)
 
 
 def _divisor(target, ignore_index, divisor):
@@ -131,6 +128,6 @@ def _divisor(target, ignore_index, divisor):
         divisor = int((target != ignore_index).sum().item())
         if divisor == 0:
             raise Error(f"every target is ignore_index ({ignore_index}): there is no loss to compute.")
-    if divisor <= 0:
-        raise Error(f"divisor must be positive, not {divisor}.")
-    return divisor
+    if not divisor > 0:
+        raise Error(f"divisor must be positive, not {divisor}")
+    return float(divisor)  # a NumPy number would widen the loss

@@ -1,7 +1,5 @@
 """Why does a deep network stay trainable? Every layer sees inputs of the same mean and size."""
 
-import math
-
 import numpy as np
 
 from tinyllm.device import each_block
@@ -24,8 +22,8 @@ def layer_norm(
 
     Ba, Kiros and Hinton, "Layer Normalization", arXiv 1607.06450, section 3.
     """
-    channels = normalized_shape if isinstance(normalized_shape, int) else math.prod(normalized_shape)
-    if input.ndim == 0 or input.shape[-1] != channels or channels == 0:
+    channels = (normalized_shape,) if isinstance(normalized_shape, int) else tuple(normalized_shape)
+    if len(channels) != 1 or channels != input.shape[-1:] or channels == (0,):
         raise Error(
             f"layer_norm is over the last axis: {normalized_shape} does not fit an input {input.shape}"
         )

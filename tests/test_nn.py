@@ -1,0 +1,577 @@
+"""Modules, watching them, and the optimiser: names, strictness, observe, AdamW against torch."""
+
+import math
+import threading
+import tracemalloc
+
+import numpy as np
+import pytest
+
+from tinyllm import GPT2, Error, GPT2Config, Tensor, manual_seed, nn, no_grad, optim
+
+
+class Tied(nn.Module):
+    """Every way an attribute can hold parameters: directly, in a module, in a list, and shared."""
+
+    def __init__(self, rng):
+        self.scale = Tensor(np.ones(3, np.float32), requires_grad=True)
+        self.first = nn.Linear(4, 3, rng=rng)
+        self.plain = [1, 2]
+        self.layers = [nn.Linear(3, 3, bias=False, rng=rng), nn.LayerNorm(3), nn.Dropout(0.5)]
+        self.last = nn.Linear(4, 3, rng=rng)
+        self.last.weight = self.first.weight
+
+    def forward(self, x):
+        x = self.first(x) * self.scale
+        for layer in self.layers:
+            x = layer(x)
+        return x @ self.last.weight + self.last.bias.sum()
+
+
+def tied(seed=0):
+    return Tied(np.random.default_rng(seed))
+
+
+NAMES = [
+    "scale", "first.weight", "first.bias", "layers.0.weight", "layers.1.weight", "layers.1.bias", "last.bias",
+]  # fmt: skip
+
+
+def small_gpt2(seed=0, **changes):
+    sizes = dict(vocab_size=11, n_positions=6, n_embd=8, n_layer=2, n_head=2)
+    return GPT2(GPT2Config(**sizes | changes), rng=np.random.default_rng(seed)).astype(np.float64)
+
+
+IDS = np.array([[1, 5, 2, 10], [0, 3, 3, 7]])
+TARGETS = np.array([[5, 2, 10, 4], [3, 3, 7, -100]])
+
+
+# ------------------------------------------------------------------------------------- names
+
+
+def test_names_are_paths_and_a_tied_parameter_is_listed_once():
+    model = tied()
+    assert [name for name, _ in model.named_parameters()] == NAMES
+    assert model.last.weight is model.first.weight
+    assert len(list(model.parameters())) == len(NAMES)
+    assert model.num_parameters() == 3 + 12 + 3 + 9 + 3 + 3 + 3
+
+
+def test_named_modules_in_the_order_of_definition():
+    names = [name for name, _ in tied().named_modules()]
+    assert names == ["", "first", "layers.0", "layers.1", "layers.2", "last"]
+    model = small_gpt2()
+    modules = dict(model.named_modules())
+    assert modules["h.1.attn.c_attn"] is model.h[1].attn.c_attn
+    assert [name for name, _ in model.children()] == ["wte", "wpe", "drop", "h.0", "h.1", "ln_f", "lm_head"]
+
+
+def test_parameters_start_as_float32_leaves():
+    for name, parameter in tied().named_parameters():
+        assert parameter.requires_grad and parameter.dtype == np.float32 and parameter.grad is None, name
+
+
+def test_train_and_eval_reach_every_module():
+    model = tied()
+    assert all(module.training for _, module in model.named_modules())
+    assert model.eval() is model
+    assert not any(module.training for _, module in model.named_modules())
+    assert model.train() is model
+    assert all(module.training for _, module in model.named_modules())
+    model.train(False)
+    assert not model.layers[2].training
+
+
+def test_astype_converts_every_parameter_and_drops_gradients():
+    model = tied()
+    weight = model.first.weight.data.copy()
+    model(Tensor(np.ones((2, 4), np.float32))).sum().backward()
+    assert model.first.weight.grad is not None
+    assert model.astype(np.float64) is model
+    assert {p.dtype for p in model.parameters()} == {np.dtype(np.float64)}
+    assert all(p.grad is None and p.requires_grad for p in model.parameters())
+    assert model.last.weight is model.first.weight
+    assert np.array_equal(model.first.weight.data, weight.astype(np.float64))
+
+
+def test_zero_grad_and_to():
+    model = tied()
+    model(Tensor(np.ones((2, 4), np.float32))).sum().backward()
+    model.zero_grad()
+    assert all(p.grad is None for p in model.parameters())
+    assert model.to("cpu") is model
+    with pytest.raises(Error, match="unknown device 'tpu'"):
+        model.to("tpu")
+
+
+def test_a_module_without_forward_says_so():
+    with pytest.raises(TypeError, match=r"Module defines no forward\(\)"):
+        nn.Module()(1)
+
+
+# -------------------------------------------------------------------------------- state dicts
+
+
+def test_a_state_dict_goes_round():
+    source, target = tied(0), tied(1)
+    arrays = {name: array.copy() for name, array in source.state_dict().items()}
+    assert list(arrays) == NAMES
+    target.load_state_dict(arrays)
+    for name, array in target.state_dict().items():
+        assert np.array_equal(array, arrays[name]), name
+        assert not np.shares_memory(array, arrays[name]), name  # copied
+    assert target.last.weight is target.first.weight
+
+
+def test_loading_keeps_the_dtype_of_the_parameters():
+    model = tied().astype(np.float64)
+    model.load_state_dict({name: array.astype(np.float16) for name, array in tied(1).state_dict().items()})
+    assert {p.dtype for p in model.parameters()} == {np.dtype(np.float64)}
+
+
+def test_a_loaded_parameter_is_contiguous_whatever_the_layout_of_the_file():
+    model = small_gpt2()
+    model.load_state_dict(
+        {name: np.asfortranarray(array) for name, array in small_gpt2(1).state_dict().items()}
+    )
+    assert all(p.data.flags.c_contiguous and p.data.flags.writeable for p in model.parameters())
+
+
+def test_conv1d_is_stored_transposed():
+    model = small_gpt2()
+    stored = model.state_dict()
+    assert stored["h.0.attn.c_attn.weight"].shape == (8, 24)
+    assert np.array_equal(stored["h.0.attn.c_attn.weight"], model.h[0].attn.c_attn.weight.data.T)
+    assert stored["wte.weight"].shape == (11, 8)
+
+
+def test_a_strict_load_lists_every_problem_and_changes_nothing():
+    model = tied()
+    before = {name: array.copy() for name, array in model.state_dict().items()}
+    arrays = {name: array + 1 for name, array in before.items()}
+    del arrays["scale"], arrays["layers.1.bias"]
+    arrays["first.bias"] = np.zeros((3, 1), np.float32)
+    arrays["layers.0.weight"] = np.zeros((3, 4), np.float32)
+    arrays["mystery"] = arrays["other.mystery"] = np.zeros(1, np.float32)
+    with pytest.raises(Error) as caught:
+        model.load_state_dict(arrays, source="a file")
+    message = str(caught.value)
+    assert message.startswith("a file does not fit the model")
+    assert "Missing (2): scale, layers.1.bias" in message
+    assert "Unexpected (2): mystery, other.mystery" in message
+    assert "Wrong shape (2): first.bias is (3, 1), not (3,), layers.0.weight is (3, 4), not (3, 3)" in message
+    for name, array in model.state_dict().items():
+        assert np.array_equal(array, before[name]), name
+
+
+def test_a_model_without_rng_takes_no_memory_until_it_is_filled():
+    tracemalloc.start()
+    try:
+        linear = nn.Linear(30_000, 30_000, bias=False, rng=None)
+        embedding = nn.Embedding(100_000, 10_000, rng=None)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak < 100_000
+    assert linear.num_parameters() == 900_000_000 and embedding.num_parameters() == 1_000_000_000
+    assert linear.weight.dtype == np.float32 and linear.weight.requires_grad
+    assert not linear.weight.data.flags.writeable  # nobody can mistake it for weights to train
+
+    filled = nn.Linear(2, 3, rng=None)
+    filled.load_state_dict({"weight": np.ones((3, 2)), "bias": np.zeros(3)})
+    assert filled.weight.data.flags.writeable
+    assert np.array_equal(filled(Tensor(np.ones((1, 2), np.float32))).data, [[2, 2, 2]])
+
+
+# ------------------------------------------------------------------------------------- layers
+
+
+def test_linear_and_embedding_start_from_a_normal_of_the_given_width():
+    rng = np.random.default_rng(0)
+    for module in (nn.Linear(400, 500, rng=rng, std=0.05), nn.Embedding(500, 400, rng=rng, std=0.05)):
+        weight = module.weight.data.astype(np.float64)
+        n = weight.size
+        assert abs(weight.std() - 0.05) < 0.05 * 5 / math.sqrt(2 * n)  # five standard errors
+        assert abs(weight.mean()) < 0.05 * 5 / math.sqrt(n)
+    assert not nn.Linear(2, 3, rng=rng).bias.data.any()
+
+
+def test_layer_norm_starts_as_the_plain_norm():
+    norm = nn.LayerNorm(4, eps=0.0)
+    assert np.array_equal(norm.weight.data, np.ones(4)) and np.array_equal(norm.bias.data, np.zeros(4))
+    assert nn.LayerNorm(4, bias=False).bias is None
+    x = np.array([[1.0, 2.0, 3.0, 6.0]], np.float32)
+    expected = (x - 3) / math.sqrt(3.5)
+    assert np.allclose(norm(Tensor(x)).data, expected, rtol=1e-6)
+
+
+def test_dropout_while_training_only():
+    layer, x = nn.Dropout(0.25), Tensor(np.ones((100, 200)), requires_grad=True)
+    manual_seed(3)
+    y = layer(x)
+    kept = y.data != 0
+    assert np.array_equal(y.data[kept], np.full(kept.sum(), 1 / 0.75))
+    assert abs(kept.mean() - 0.75) < 5 * math.sqrt(0.25 * 0.75 / kept.size)
+    y.backward(np.ones((100, 200)))
+    assert np.array_equal(x.grad, y.data)  # the same mask on the way back
+    assert layer.eval()(x) is x
+    assert nn.Dropout(0.0)(x) is x
+
+
+def test_dropout_follows_from_its_address():
+    x = Tensor(np.ones((50, 50)))
+    layer = nn.Dropout(0.5)
+
+    def masks(*address):
+        manual_seed(*address)
+        return layer(x).data, layer(x).data
+
+    first, second = masks(1, 2, 3)
+    again = masks(1, 2, 3)
+    assert np.array_equal(first, again[0]) and np.array_equal(second, again[1])
+    others = [second, *(masks(*address)[0] for address in ((2, 2, 3), (1, 3, 3), (1, 2, 4)))]
+    for i, mask in enumerate(others):
+        assert not np.array_equal(first, mask)
+        assert not any(np.array_equal(mask, other) for other in others[:i])
+
+
+@pytest.mark.parametrize("p", [-0.1, 1.0, 1.5, math.nan])
+def test_dropout_refuses_what_is_no_probability(p):
+    with pytest.raises(Error, match=f"at least 0 and below 1, not {p}"):
+        nn.Dropout(p)
+
+
+# ------------------------------------------------------------------------------------ observe
+
+
+def run_observed(model, action):
+    seen = []
+    with nn.observe(seen.append):
+        result = action(model)
+    return result, seen
+
+
+FORWARD_ORDER = [
+    "wte", "wpe", "drop",
+    *[f"h.{i}{part}" for i in (0, 1) for part in (
+        ".ln_1", ".attn.c_attn", ".attn.c_proj", ".attn.resid_dropout", ".attn",
+        ".ln_2", ".mlp.c_fc", ".mlp.c_proj", ".mlp.dropout", ".mlp", "")],
+    "ln_f", "lm_head", "",
+]  # fmt: skip
+
+
+def test_observe_sees_every_module_forward_and_backward():
+    model = small_gpt2()
+    logits, seen = run_observed(model, lambda model: model(IDS))
+    assert [o.name for o in seen] == FORWARD_ORDER
+    modules = dict(model.named_modules())
+    assert all(o.module is modules[o.name] for o in seen)
+    assert all(o.grad is None for o in seen)
+    assert np.array_equal(seen[-1].output.data, logits.data)
+    assert seen[0].inputs[0].shape == IDS.shape
+    by_name = {o.name: o for o in seen}
+    assert by_name["h.1"].inputs[0].data is by_name["h.0"].output.data
+    assert by_name["h.0.ln_1"].inputs[0].data is by_name["drop"].output.data
+
+    seen.clear()
+    upstream = np.random.default_rng(0).standard_normal(logits.shape)
+    logits.backward(upstream)  # after the block: what was watched reports back all the same
+    assert [o.name for o in seen] == FORWARD_ORDER[::-1]
+    assert all(o.grad.shape == by_name[o.name].output.shape for o in seen)
+    assert np.array_equal(seen[0].grad, upstream)
+
+
+def test_observed_gradients_are_those_of_the_outputs():
+    """A zero that is added to an output, as a leaf, has the gradient of that output."""
+    model = small_gpt2().eval()
+    _, seen = run_observed(model, lambda model: model.loss(IDS, TARGETS).backward())
+    backward = {o.name: o for o in seen if o.grad is not None}
+    assert set(backward) == {"", *FORWARD_ORDER} - {"lm_head"}  # the loss has the head within it
+    for name, module in model.named_modules():
+        if name in ("", "lm_head"):
+            continue
+        zero = Tensor(np.zeros(backward[name].grad.shape), requires_grad=True)
+        plain = module.forward
+        module.forward = lambda *args, plain=plain, zero=zero: plain(*args) + zero
+        model.loss(IDS, TARGETS).backward()
+        del module.forward
+        assert np.abs(zero.grad).max() > 0
+        assert np.allclose(zero.grad, backward[name].grad, rtol=1e-12, atol=1e-15), name
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.2])
+def test_watching_changes_nothing(dropout):
+    def step(model):
+        manual_seed(7)
+        loss = model.loss(IDS, TARGETS)
+        loss.backward()
+        return loss.data
+
+    plain = small_gpt2(embd_pdrop=dropout, attn_pdrop=dropout, resid_pdrop=dropout)
+    watched = small_gpt2(embd_pdrop=dropout, attn_pdrop=dropout, resid_pdrop=dropout)
+    expected = step(plain)
+    loss, seen = run_observed(watched, step)
+    assert len(seen) > 40
+    assert np.array_equal(loss, expected)
+    for (name, p), (_, q) in zip(plain.named_parameters(), watched.named_parameters()):
+        assert np.array_equal(p.grad, q.grad), name
+
+
+def test_observe_under_no_grad_reports_the_forward_pass_alone():
+    with no_grad():
+        logits, seen = run_observed(small_gpt2(), lambda model: model(IDS))
+    assert [o.name for o in seen] == FORWARD_ORDER and not logits.requires_grad
+
+
+def test_observe_names_are_relative_to_what_was_called():
+    model = small_gpt2()
+    x = Tensor(np.zeros((1, 2, 8)))
+    _, seen = run_observed(model, lambda model: model.h[0].mlp(x))
+    assert [o.name for o in seen] == ["c_fc", "c_proj", "dropout", ""]
+
+
+def test_observe_ends_with_its_block():
+    model, seen = small_gpt2(), []
+    with nn.observe(seen.append):
+        model(IDS)
+    count = len(seen)
+    model(IDS)
+    assert len(seen) == count
+
+
+def test_observe_is_restored_after_exceptions():
+    model, outer, inner = small_gpt2(), [], []
+    with nn.observe(outer.append):
+        with pytest.raises(Error), nn.observe(inner.append):
+            model(IDS + 100)  # not in the vocabulary
+        assert [o.name for o in inner] == []
+        model(IDS)
+        assert [o.name for o in outer] == FORWARD_ORDER  # names start afresh after the failure
+    model(IDS)
+    assert len(outer) == len(FORWARD_ORDER)
+
+
+def test_an_exception_in_the_callback_reaches_the_caller():
+    def callback(observation):
+        if observation.name == "h.0.mlp.c_fc":
+            raise RuntimeError("seen enough")
+
+    model = small_gpt2()
+    with pytest.raises(RuntimeError, match="seen enough"), nn.observe(callback):
+        model(IDS)
+    _, seen = run_observed(model, lambda model: model(IDS))
+    assert [o.name for o in seen] == FORWARD_ORDER
+
+
+def test_observe_is_per_thread():
+    model, seen = small_gpt2(), []
+    with nn.observe(seen.append):
+        thread = threading.Thread(target=lambda: model(IDS))
+        thread.start()
+        thread.join()
+    assert seen == []
+
+
+# -------------------------------------------------------------------------------------- AdamW
+
+SHAPES = {"matrix": (370, 360), "small": (5, 7), "cube": (2, 3, 4), "bias": (7,), "number": ()}
+
+
+def on_both_sides(torch, dtype=np.float64):
+    """The same parameters here and in torch."""
+    rng = np.random.default_rng(0)
+    start = {name: np.asarray(rng.standard_normal(shape), dtype) for name, shape in SHAPES.items()}
+    ours = {name: Tensor(array.copy(), requires_grad=True) for name, array in start.items()}
+    theirs = {name: torch.nn.Parameter(torch.tensor(array)) for name, array in start.items()}
+    return ours, theirs
+
+
+def torch_adamw(torch, parameters, lr, betas, eps, weight_decay):
+    """torch decays whatever it is told to: two groups leave biases and norms alone."""
+    groups = [
+        {"params": [p for p in parameters.values() if p.ndim >= 2], "weight_decay": weight_decay},
+        {"params": [p for p in parameters.values() if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, lr=lr, betas=betas, eps=eps)
+
+
+@pytest.mark.parametrize(
+    ("betas", "eps", "weight_decay"),
+    [((0.9, 0.999), 1e-8, 0.01), ((0.9, 0.95), 1e-6, 0.1), ((0.0, 0.5), 1e-2, 0.0), ((0.8, 0.0), 1e-8, 1.0)],
+)
+def test_adamw_against_torch_for_20_steps(betas, eps, weight_decay):
+    torch = pytest.importorskip("torch")
+    ours, theirs = on_both_sides(torch)
+    mine = optim.AdamW(ours.items(), 1e-2, betas, eps, weight_decay)
+    reference = torch_adamw(torch, theirs, 1e-2, betas, eps, weight_decay)
+    rng = np.random.default_rng(1)
+    for step in range(20):
+        lr = 1e-2 * (1 + step % 5)
+        mine.lr = lr
+        for group in reference.param_groups:
+            group["lr"] = lr
+        for name, shape in SHAPES.items():
+            grad = np.asarray(rng.standard_normal(shape) * 10.0 ** rng.integers(-6, 3))
+            ours[name].grad = grad.copy()
+            theirs[name].grad = torch.tensor(grad)
+        mine.step()
+        reference.step()
+        for name in SHAPES:
+            expected = theirs[name].detach().numpy()
+            worst = np.abs(ours[name].data - expected).max() / np.abs(expected).max()
+            assert worst < 1e-12, (step, name)
+
+
+def test_adamw_keeps_float32():
+    torch = pytest.importorskip("torch")
+    ours, theirs = on_both_sides(torch, np.float32)
+    mine = optim.AdamW(ours.items(), 1e-2, weight_decay=0.1)
+    reference = torch_adamw(torch, theirs, 1e-2, (0.9, 0.999), 1e-8, 0.1)
+    rng = np.random.default_rng(1)
+    for _ in range(20):
+        for name, shape in SHAPES.items():
+            grad = np.asarray(rng.standard_normal(shape), np.float32)
+            ours[name].grad = grad
+            theirs[name].grad = torch.tensor(grad)
+        mine.step()
+        reference.step()
+    for name in SHAPES:
+        assert ours[name].dtype == np.float32
+        assert {moment.dtype for moment in mine.moments[name]} == {np.dtype(np.float32)}
+        assert np.allclose(ours[name].data, theirs[name].detach().numpy(), rtol=1e-5, atol=1e-6), name
+
+
+def test_a_parameter_without_a_gradient_sits_the_step_out_as_in_torch():
+    torch = pytest.importorskip("torch")
+    ours, theirs = on_both_sides(torch)
+    mine = optim.AdamW(ours.items(), 1e-2, weight_decay=0.1)
+    reference = torch_adamw(torch, theirs, 1e-2, (0.9, 0.999), 1e-8, 0.1)
+    rng = np.random.default_rng(1)
+    for step in range(5):
+        mine.zero_grad()
+        reference.zero_grad()
+        for name in SHAPES:
+            if name == "small" and step in (0, 3):  # an expert nobody asked, a layer still frozen
+                continue
+            grad = np.asarray(rng.standard_normal(SHAPES[name]))
+            ours[name].grad = grad
+            theirs[name].grad = torch.tensor(grad)
+        before = ours["small"].data.copy()
+        mine.step()
+        reference.step()
+        if step in (0, 3):
+            assert np.array_equal(ours["small"].data, before)
+        for name in SHAPES:
+            expected = theirs[name].detach().numpy()
+            assert np.abs(ours[name].data - expected).max() <= 1e-12 * np.abs(expected).max(), (step, name)
+
+
+@pytest.mark.parametrize("layout", ["transposed", "strided", "stand-in"])
+def test_adamw_updates_a_parameter_of_any_layout_or_says_why_not(layout):
+    """What it must never do is write the update into a copy that nobody sees."""
+    data = {
+        "transposed": np.ones((3, 2)).T,
+        "strided": np.ones((2, 4))[:, :3],
+        "stand-in": np.broadcast_to(np.float64(1), (2, 3)),
+    }[layout]
+    parameter = Tensor(data, requires_grad=True)
+    optimizer = optim.AdamW([("w", parameter)], lr=0.1, weight_decay=0.0)
+    parameter.grad = np.ones((2, 3))
+    try:
+        optimizer.step()
+    except (Error, ValueError):
+        return
+    assert np.allclose(parameter.data, np.full((2, 3), 0.9))
+
+
+def test_adamw_updates_in_place_and_drops_gradients():
+    model = small_gpt2()
+    arrays = [p.data for p in model.parameters()]
+    optimizer = optim.AdamW(model, lr=1e-3)
+    model.loss(IDS, TARGETS).backward()
+    optimizer.step()
+    assert all(p.data is array for p, array in zip(model.parameters(), arrays))
+    optimizer.zero_grad()
+    assert all(p.grad is None for p in model.parameters())
+    assert [name for name, _ in optimizer.parameters] == [name for name, _ in model.named_parameters()]
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [{"lr": -1.0}, {"lr": 1, "eps": -1e-8}, {"lr": 1, "weight_decay": -0.1}, {"lr": 1, "betas": (0.9, 1)}],
+)
+def test_adamw_refuses(wrong):
+    with pytest.raises(Error, match="AdamW needs lr"):
+        optim.AdamW(small_gpt2(), **wrong)
+
+
+# ----------------------------------------------------------------------- clipping and schedules
+
+
+@pytest.mark.parametrize("max_norm", [1e-3, 1.0, 1e4])
+def test_clip_grad_norm_against_torch(max_norm):
+    torch = pytest.importorskip("torch")
+    ours, theirs = on_both_sides(torch)
+    rng = np.random.default_rng(1)
+    for name, shape in SHAPES.items():
+        if name == "bias":
+            continue  # no gradient: skipped on both sides
+        grad = np.asarray(rng.standard_normal(shape))
+        ours[name].grad = grad.copy()
+        theirs[name].grad = torch.tensor(grad)
+    norm = optim.clip_grad_norm(ours.items(), max_norm)
+    expected = torch.nn.utils.clip_grad_norm_(theirs.values(), max_norm)
+    assert norm == pytest.approx(expected.item(), rel=1e-13)
+    assert isinstance(norm, float)
+    assert ours["bias"].grad is None
+    for name in SHAPES.keys() - {"bias"}:
+        assert np.allclose(ours[name].grad, theirs[name].grad.numpy(), rtol=1e-12, atol=0), name
+
+
+def test_clip_grad_norm_at_the_bound_itself_as_in_torch():
+    """torch's factor is max_norm / (norm + 1e-6), already below 1 there."""
+    torch = pytest.importorskip("torch")
+    mine, theirs = Tensor(np.zeros(2), requires_grad=True), torch.nn.Parameter(torch.zeros(2).double())
+    mine.grad, theirs.grad = np.array([3.0, 4.0]), torch.tensor([3.0, 4.0]).double()
+    assert optim.clip_grad_norm([("p", mine)], 5.0) == 5.0
+    torch.nn.utils.clip_grad_norm_([theirs], 5.0)
+    assert np.allclose(mine.grad, theirs.grad.numpy(), rtol=1e-12, atol=0)
+
+
+def test_clip_grad_norm_scales_in_place_whatever_the_layout():
+    parameter = Tensor(np.zeros((2, 3)), requires_grad=True)
+    parameter.grad = np.ones((3, 2)).T * 2
+    grad = parameter.grad
+    assert optim.clip_grad_norm([("w", parameter)], 1.0) == pytest.approx(math.sqrt(24))
+    assert parameter.grad is grad
+    assert np.linalg.norm(parameter.grad) == pytest.approx(1.0, rel=1e-6)
+
+
+@pytest.mark.parametrize("max_norm", [0.0, -1.0, math.nan])
+def test_clip_grad_norm_refuses(max_norm):
+    with pytest.raises(Error, match=f"must be positive, not {max_norm}"):
+        optim.clip_grad_norm([], max_norm)
+
+
+def test_warmup_cosine():
+    lr_at = optim.warmup_cosine(peak_lr=5e-4, initial_lr=3e-5, min_lr=1e-6, warmup=10, steps=130)
+    assert lr_at(0) == 3e-5
+    assert lr_at(1) == pytest.approx(3e-5 + 4.7e-5, rel=1e-14)
+    assert lr_at(9) == pytest.approx(4.53e-4, rel=1e-14)
+    assert lr_at(10) == pytest.approx(5e-4, rel=1e-14)
+    assert lr_at(40) == pytest.approx(1e-6 + 4.99e-4 * (2 + math.sqrt(2)) / 4, rel=1e-14)  # cos(π/4)
+    assert lr_at(70) == pytest.approx((5e-4 + 1e-6) / 2, rel=1e-14)
+    assert lr_at(130) == pytest.approx(1e-6, rel=1e-14)
+    assert lr_at(1000) == pytest.approx(1e-6, rel=1e-14)
+    rates = [lr_at(step) for step in range(131)]
+    assert rates[:11] == sorted(rates[:11]) and rates[10:] == sorted(rates[10:], reverse=True)
+
+
+def test_warmup_cosine_without_warmup_starts_at_the_peak():
+    assert optim.warmup_cosine(1.0, 0.0, 0.0, warmup=0, steps=4)(0) == 1.0
+
+
+@pytest.mark.parametrize(("warmup", "steps"), [(10, 10), (11, 10), (-1, 10), (1, 0)])
+def test_warmup_cosine_refuses(warmup, steps):
+    with pytest.raises(Error, match="must be shorter than the run"):
+        optim.warmup_cosine(1.0, 0.0, 0.0, warmup, steps)
