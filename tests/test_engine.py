@@ -249,6 +249,14 @@ def test_running_gradients_are_freed_as_they_are_consumed(no_gc):
 # ------------------------------------------------------------------------ gradient ownership
 
 
+def one_new_array_for_both(a, b):
+    def vjp(grad):
+        doubled = grad * 2
+        return doubled, doubled
+
+    return Tensor.from_op(2 * (a.data + b.data), (a, b), vjp)
+
+
 def embedding_rows(a, b):
     return F.embedding(np.array([0, 1, 1]), a) + F.embedding(np.array([2, 0, 2]), b)
 
@@ -260,6 +268,8 @@ GRAPHS = {
     "a + b + a": lambda a, b: a + b + a,
     "(a + b) + (a + b)": lambda a, b: (a + b) + (a + b),
     "numbers": lambda a, b: (a + 1) + (b - 1),
+    "2 (a + b), one array": one_new_array_for_both,
+    "2 (2a + 2b), one array": lambda a, b: one_new_array_for_both(a * 2, b + 0) + a + b,
     "a * b": lambda a, b: a * b,
     "a * a + b": lambda a, b: a * a + b,
     "reshape": lambda a, b: a.reshape(4, 3) + b.reshape(4, 3),

@@ -28,6 +28,7 @@ from pathlib import Path
 import numpy as np
 
 import tinyllm
+from tinyllm.bpe import parse_bpe, train_bpe
 from tinyllm.data import Batches, Text, Windows, load_text, train_validation_split
 from tinyllm.device import keep_memory, manual_seed, pick_device
 from tinyllm.errors import Error
@@ -36,7 +37,7 @@ from tinyllm.models import GPT2, GPT2Config
 from tinyllm.nn import initialize_as_torch
 from tinyllm.optim import AdamW, clip_grad_norm, warmup_cosine
 from tinyllm.tensor import no_grad
-from tinyllm.tokenizer import CharTokenizer, Tokenizer, load_tokenizer
+from tinyllm.tokenizer import BPETokenizer, CharTokenizer, Tokenizer, load_tokenizer
 
 RUN_CONFIG, METRICS, SAMPLES, PLOT = "config.json", "metrics.jsonl", "samples.txt", "loss.png"
 
@@ -49,8 +50,8 @@ class TrainConfig:
     """Folder of the run, which must not hold one yet; a new one in runs/ if not given."""
     text: str = "python-docs"
     """A UTF-8 text file, or python-docs, or the-verdict."""
-    tokenizer: str = "char"
-    """gpt2; char (one id per character of the text); or a run folder or file that holds one."""
+    tokenizer: str = "bpe:1024"
+    """bpe:VOCAB (learned from the text), gpt2, char (an id per character), or a run folder or file."""
     arch: str = "gpt2"
     """The architecture: gpt2."""
     n_layer: int = 4
@@ -182,10 +183,15 @@ class Data:
 def load_data(config: TrainConfig) -> Data:
     """Read, split by characters (90/10), tokenise, cut into windows."""
     text = load_text(config.text)
-    tokenizer = (
-        CharTokenizer.from_text(text.text) if config.tokenizer == "char" else load_tokenizer(config.tokenizer)
-    )
-    parts = [np.array(tokenizer.encode(part)) for part in train_validation_split(text.text)]
+    train_text, validation_text = train_validation_split(text.text)
+    if config.tokenizer == "char":
+        tokenizer = CharTokenizer.from_text(text.text)
+    elif config.tokenizer.startswith("bpe:"):
+        # Learned from the training part only: the validation text stays unseen.
+        tokenizer = BPETokenizer(train_bpe(train_text, parse_bpe(config.tokenizer)))
+    else:
+        tokenizer = load_tokenizer(config.tokenizer)
+    parts = [np.array(tokenizer.encode(part)) for part in (train_text, validation_text)]
     windows = [Windows(ids, config.context, stride) for ids, stride in zip(parts, (config.stride, None))]
     return Data(text, tokenizer, *windows)
 
