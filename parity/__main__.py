@@ -25,15 +25,15 @@ class BenchTrain:
     def run(self) -> None:
         """Check the request, measure, print the report; an ``Error`` says what is wrong with the request."""
         if self.work not in bench.WORKS:
-            raise Error(f"--work {self.work} is unknown; choose one of {', '.join(bench.WORKS)}.")
+            raise Error(f"--work {self.work} is unknown; choose one of {', '.join(bench.WORKS)}")
         for name, least in {"rounds": 1, "warmup": 0, "steps": 1, "threads": 1}.items():
             if getattr(self, name) < least:
-                raise Error(f"--{name} {getattr(self, name)} is too small; give at least {least}.")
+                raise Error(f"--{name} {getattr(self, name)} is too small; give at least {least}")
         if self.json and (self.json.is_dir() or not self.json.parent.is_dir()):
-            raise Error(f"--json {self.json} cannot be written; name a file in a folder that exists.")
+            raise Error(f"--json {self.json} cannot be written; name a file in a folder that exists")
         for module in ("resource", "torch", "transformers"):
             if not importlib.util.find_spec(module):
-                raise Error(f"bench needs {module}: pip install 'tinyllm[parity]', on Linux or macOS.")
+                raise Error(f"bench needs {module}: pip install 'tinyllm[parity]', on Linux or macOS")
 
         result = bench.train(self.work, self.rounds, self.warmup, self.steps, self.threads)
         print(bench.report(result))
@@ -66,7 +66,7 @@ def parse(arguments: list[str]):
     if {"--help", "-h"} & set(arguments):
         print(f"What tinyllm computes, and how fast, beside PyTorch: see {known}.")
         sys.exit()
-    raise Error(f"there is no command '{' '.join(arguments)}'; try {known}.")
+    raise Error(f"there is no command '{' '.join(arguments)}'; try {known}")
 
 
 if __name__ == "__main__":

@@ -72,6 +72,7 @@ FUNCTIONS = _by_name(
         "round": lambda a, decimals=0, out=None: ...,
         "nan_to_num": lambda x, copy=True, nan=0.0, posinf=None, neginf=None: ...,
         "dot outer": lambda a, b, out=None: ...,
+        "vdot": lambda a, b: ...,
         "tensordot": lambda a, b, axes=2: ...,
         "einsum": lambda *operands, dtype=None, optimize=False: ...,
         "allclose isclose": lambda a, b, rtol=1e-5, atol=1e-8, equal_nan=False: ...,

@@ -109,7 +109,7 @@ def test_peak_memory_is_this_process_alone():
         (["--warmup", "-1"], "--warmup -1 is too small; give at least 0."),
         (["--json", "no/such/folder/x.json"], "cannot be written; name a file in a folder that exists."),
         (["--steps", "many"], "Error parsing --steps: invalid literal for int() with base 10: 'many'; see "),
-        (["--stepz", "3"], "Unrecognized options: --stepz, 3; see python -m parity bench train --help."),
+        (["--stepz", "3"], "Unrecognized options: --stepz, 3; see python -m parity bench train --help"),
     ],
 )
 def test_a_wrong_request_is_one_sentence_and_exit_code_2(arguments, sentence):

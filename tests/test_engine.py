@@ -13,11 +13,11 @@ import weakref
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 import tinyllm
-from tinyllm import GPT2, Error, GPT2Config, Tensor, no_grad
+from tinyllm import GPT2, Error, GPT2Config, Tensor, device, no_grad
 from tinyllm import functional as F
 from tinyllm.tensor import At
 
@@ -89,8 +89,14 @@ def arrays_made(monkeypatch):
     return made
 
 
+@pytest.fixture(params=[1, 2])
+def threads(request, monkeypatch):
+    """With and without the thread pool."""
+    monkeypatch.setattr(device, "num_threads", lambda: request.param)
+
+
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
-def test_no_array_of_a_step_survives_it(dropout, arrays_made, no_gc):
+def test_no_array_of_a_step_survives_it(dropout, threads, arrays_made, no_gc):
     model, ids, targets = small_gpt2(dropout)
     for _ in range(3):
         loss = model.loss(ids, targets)
@@ -112,7 +118,7 @@ def bytes_of_arrays():
 
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
 @pytest.mark.parametrize("backward", [True, False])
-def test_memory_returns_to_the_baseline_after_every_step(dropout, backward, no_gc):
+def test_memory_returns_to_the_baseline_after_every_step(dropout, backward, threads, no_gc):
     model, ids, targets = small_gpt2(dropout)
     activation = ids.size * model.config.n_embd * 4
 
@@ -136,7 +142,7 @@ def test_memory_returns_to_the_baseline_after_every_step(dropout, backward, no_g
         tracemalloc.stop()
 
 
-def test_a_training_step_makes_no_reference_cycles(no_gc):
+def test_a_training_step_makes_no_reference_cycles(threads, no_gc):
     model, ids, targets = small_gpt2(dropout=0.1)
     optimizer = tinyllm.optim.AdamW(model, lr=1e-3)
 
@@ -528,7 +534,6 @@ STEPS = {
 }
 
 
-@settings(deadline=None, max_examples=150)
 @given(
     program=st.lists(
         st.tuples(st.sampled_from(sorted(STEPS)), st.integers(0, 9), st.integers(0, 9)),

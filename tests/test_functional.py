@@ -548,8 +548,8 @@ def test_attention_dropout_keeps_its_share_and_no_two_blocks_share_a_mask():
 
 
 @pytest.mark.parametrize("is_causal", [False, True])
-def test_attention_dropout_is_the_composed_one_where_there_is_one_block(is_causal):
-    shape, address = (1, 3, 20, 4), (1, 2, 3, 1)
+def test_attention_dropout_is_the_composed_one_where_there_is_one_head_and_block(is_causal):
+    shape, address = (1, 1, 20, 4), (1, 2, 3, 1)
 
     def call(function):
         return at_address(address, lambda *x: function(*x, dropout_p=0.4, is_causal=is_causal))

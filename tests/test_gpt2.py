@@ -6,7 +6,7 @@ import tracemalloc
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from tinyllm import GPT2, Error, GPT2Config, load_model, manual_seed, no_grad
@@ -120,7 +120,6 @@ def configs(draw):
     )
 
 
-@settings(deadline=None, max_examples=40)
 @given(config=configs(), rows=st.integers(1, 3), seed=st.integers(0, 2**32 - 1), data=st.data())
 def test_logits_loss_and_all_gradients_against_transformers(config, rows, seed, data):
     time = data.draw(st.integers(1, config.n_positions), label="time")

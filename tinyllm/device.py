@@ -28,7 +28,7 @@ def pick_device(name: str) -> str:
         return "cuda" if _gpus_seen() else "cpu"
     kind, _, number = name.partition(":")
     if kind not in ("cpu", "cuda") or (number and (kind == "cpu" or not number.isdigit())):
-        raise Error(f"unknown device {name!r}; use auto, cpu, cuda, or cuda:1 and so on.")
+        raise Error(f"unknown device {name!r}; use auto, cpu, cuda, or cuda:1 and so on")
     return name
 
 
@@ -47,7 +47,7 @@ def to_device(array, device: str):
     if kind == "cpu":
         return array if isinstance(array, np.ndarray) else array.get()
     if not _gpus_seen():
-        raise Error(f"device {device!r} needs a GPU and CuPy: pip install 'tinyllm[gpu12]' (or gpu13).")
+        raise Error(f"device {device!r} needs a GPU and CuPy: pip install 'tinyllm[gpu12]' (or gpu13)")
     import cupy
 
     with cupy.cuda.Device(int(number or 0)):
@@ -58,14 +58,14 @@ def to_device(array, device: str):
 
 
 def scatter_add(buffer, index, values) -> None:
-    """``buffer[index] += values`` where an element named twice receives both."""
-    one_array = hasattr(index, "dtype") and index.dtype.kind in "iu" and buffer.flags.c_contiguous
-    if one_array and buffer.ndim > 1:
-        # np.add.at is fast on one dimension only: address every element by its flat position.
+    """``buffer[index] += values`` where an element named twice receives both; ``buffer`` is contiguous."""
+    # np.add.at is fast on one dimension only: address every element by its flat position.
+    if hasattr(index, "dtype") and index.dtype.kind in "iu":  # rows of an embedding: no table needed
         size = math.prod(buffer.shape[1:])
-        index = (index.reshape(-1, 1).astype(np.int64) * size + np.arange(size, like=buffer)).reshape(-1)
-        buffer, values = buffer.reshape(-1), values.reshape(-1)
-    np.add.at(buffer, index, values)
+        places = index.reshape(-1, 1).astype(np.int64) * size + np.arange(size, like=buffer)
+    else:
+        places = np.arange(buffer.size, like=buffer).reshape(buffer.shape)[index]
+    np.add.at(buffer.reshape(-1), places.reshape(-1), values.reshape(-1))
 
 
 # --------------------------------------------------------------------------- random numbers

@@ -83,9 +83,13 @@ class Module:
         return self.train(False)
 
     def astype(self, dtype):
-        """Convert every parameter, in place; gradients are dropped."""
+        """Convert every parameter, in place; gradients are dropped. A stand-in (see ``normal``) stays one."""
         for parameter in self.parameters():
-            parameter.replace(parameter.data.astype(dtype))
+            data = parameter.data
+            if data.size > 1 and not any(data.strides):
+                parameter.replace(np.broadcast_to(np.zeros((), dtype), data.shape))
+            else:
+                parameter.replace(data.astype(dtype))
         return self
 
     def to(self, device: str):
@@ -176,7 +180,7 @@ class Dropout(Module):
 
     def __init__(self, p: float):
         if not 0 <= p < 1:
-            raise Error(f"dropout probability must be at least 0 and below 1, not {p}.")
+            raise Error(f"dropout probability must be at least 0 and below 1, not {p}")
         self.p = p
 
     def forward(self, x):

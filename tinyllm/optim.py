@@ -44,31 +44,32 @@ class AdamW:
             )
         self.lr, self.betas, self.eps, self.weight_decay = lr, betas, eps, weight_decay
         self.parameters = _named(parameters)
-        self.t = 0
-        # Made at the first step: as large as the model, and a model may still be moved or converted.
-        self.moments: dict[str, tuple] = {}
+        # name -> [t, m, v], made at a parameter's first step: m and v together are twice as large as the
+        # model, and until then it may still be moved or converted.
+        self.state: dict[str, list] = {}
 
     def zero_grad(self) -> None:
         for _, parameter in self.parameters:
             parameter.grad = None
 
     def step(self) -> None:
-        """Update every parameter that has a gradient, in place."""
-        self.t += 1
+        """Update every parameter that has a gradient, in place; the others keep their t, too."""
         beta1, beta2 = self.betas
-        # Both bias corrections, folded into the step size and ε: one pass over memory.
-        root = math.sqrt(1 - beta2**self.t)
-        step_size, eps = self.lr * root / (1 - beta1**self.t), self.eps * root
         for name, parameter in self.parameters:
             if parameter.grad is None:
                 continue
-            if name not in self.moments:
-                self.moments[name] = (np.zeros_like(parameter.data), np.zeros_like(parameter.data))
+            if name not in self.state:
+                self.state[name] = [0, np.zeros_like(parameter.data), np.zeros_like(parameter.data)]
+            state = self.state[name]
+            state[0] += 1
+            # Both bias corrections, folded into the step size and ε: one pass over memory.
+            root = math.sqrt(1 - beta2 ** state[0])
+            step_size, eps = self.lr * root / (1 - beta1 ** state[0]), self.eps * root
             decay = 1 - self.lr * self.weight_decay if parameter.ndim >= 2 else 1.0
-            theta, g, m, v = (a.reshape(-1) for a in (parameter.data, parameter.grad, *self.moments[name]))
+            arrays = [_rows(array) for array in (parameter.data, parameter.grad, *state[1:])]
 
-            def update(block, theta=theta, g=g, m=m, v=v, decay=decay):
-                g, m, v, theta = g[block], m[block], v[block], theta[block]
+            def update(block, arrays=arrays, step_size=step_size, eps=eps, decay=decay):
+                theta, g, m, v = (array[block] for array in arrays)
                 scratch = g * (1 - beta1)
                 m *= beta1
                 m += scratch
@@ -83,29 +84,37 @@ class AdamW:
                 theta *= decay
                 theta -= scratch
 
-            each_block(update, theta.size, 1, like=theta)
+            _each_block_of(arrays[0], update)
+
+
+def _rows(array):
+    """The array itself, or a view of its one element: something whose first axis can be cut into blocks."""
+    return array if array.ndim else array.reshape(1)
+
+
+def _each_block_of(array, function) -> None:
+    each_block(function, array.shape[0], math.prod(array.shape[1:]), like=array)
 
 
 def clip_grad_norm(parameters: Module | Iterable[tuple[str, Tensor]], max_norm: float) -> float:
     """Scale all gradients, in place, so that their joint L2 norm is at most ``max_norm``.
 
     Returns the norm before. Pascanu, Mikolov and Bengio, arXiv 1211.5063, algorithm 1. As in torch,
-    the factor is max_norm / (norm + 1e-6), and 1 if the norm is already smaller.
+    the factor is max_norm / (norm + 1e-6), and nothing changes where that is 1 or more.
     """
     if not max_norm > 0:
-        raise Error(f"max_norm must be positive, not {max_norm}.")
+        raise Error(f"max_norm must be positive, not {max_norm}")
     grads = [parameter.grad for _, parameter in _named(parameters) if parameter.grad is not None]
     # Squares of float32 numbers are summed per parameter in float32, then all of them in float64.
     norm = math.sqrt(sum(np.vdot(g, g).item() for g in grads))
-    if norm > max_norm:
-        for g in grads:
-            flat = g.reshape(-1)
-            factor = max_norm / (norm + 1e-6)
+    factor = max_norm / (norm + 1e-6)
+    if factor < 1:
+        for g in map(_rows, grads):
 
-            def scale(block, flat=flat, factor=factor):
-                flat[block] *= factor
+            def scale(block, g=g):
+                g[block] *= factor
 
-            each_block(scale, flat.size, 1, like=flat)
+            _each_block_of(g, scale)
     return norm
 
 
@@ -119,7 +128,7 @@ def warmup_cosine(
     Hutter, "SGDR", arXiv 1608.03983, equation 5, without restarts.
     """
     if not 0 <= warmup < max(steps, 1):
-        raise Error(f"warmup ({warmup} steps) must be shorter than the run ({steps} steps).")
+        raise Error(f"warmup ({warmup} steps) must be shorter than the run ({steps} steps)")
 
     def lr_at(step: int) -> float:
         if step < warmup:

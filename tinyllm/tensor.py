@@ -67,7 +67,7 @@ def _oldest_first(root: Node) -> list[Node]:
         if node.parents is None:
             raise Error(
                 "backward() ran through this graph already and freed it; run the forward pass again "
-                "(or add the losses and call backward() once)."
+                "(or add the losses and call backward() once)"
             )
         for parent in node.parents:
             if parent is not None and parent not in seen:
@@ -78,7 +78,7 @@ def _oldest_first(root: Node) -> list[Node]:
 
 def _unbroadcast(grad, shape):
     """Sum ``grad`` over the axes along which NumPy repeated a parent of ``shape``."""
-    if grad.shape == shape:
+    if grad.shape == shape or np.broadcast_shapes(grad.shape, shape) != grad.shape:
         return grad
     extra = grad.ndim - len(shape)
     repeated = [extra + i for i, n in enumerate(shape) if n == 1 and grad.shape[extra + i] != 1]
@@ -117,17 +117,17 @@ def _checked(results, grad, parents):
         if parent is None or result is None:
             continue
         if isinstance(result, At):
-            yield parent, result, True
-            continue
-        # What a closure returns is new, unless it is the gradient it was given, a view, or the same
-        # array for two parents: then somebody else reads it too.
-        shared = sum(other is result for other in results) > 1
-        fresh = result is not grad and not shared and result.base is None
-        result = _unbroadcast(_as_array(result), parent.shape)
-        if result.shape != parent.shape or result.dtype != parent.dtype:
+            shape, dtype, fresh = parent.shape, result.array.dtype, True
+        else:
+            # What a closure returns is new, unless it is the gradient it was given, a view, or the same
+            # array for two parents: then somebody else reads it too.
+            shared = sum(other is result for other in results) > 1
+            fresh = result is not grad and not shared and result.base is None
+            result = _unbroadcast(_as_array(result), parent.shape)
+            shape, dtype = result.shape, result.dtype
+        if shape != parent.shape or dtype != parent.dtype:
             raise AssertionError(
-                f"an op's vjp returned {result.dtype} {result.shape} "
-                f"for an input that is {parent.dtype} {parent.shape}"
+                f"an op's vjp returned {dtype} {shape} for an input that is {parent.dtype} {parent.shape}"
             )
         yield parent, result, fresh
 
@@ -227,12 +227,12 @@ class Tensor:
 
     def __init__(self, data, requires_grad: bool = False):
         if isinstance(data, Tensor):
-            raise Error("Tensor(tensor) is ambiguous; use tensor.detach(), or Tensor(tensor.data).")
+            raise Error("Tensor(tensor) is ambiguous; use tensor.detach(), or Tensor(tensor.data)")
         self.data = _as_array(data) if hasattr(data, "dtype") else np.asarray(data)
         self.node = None
         if requires_grad:
             if self.data.dtype.kind != "f":
-                raise Error(f"only floating-point tensors have gradients, and this is {self.data.dtype}.")
+                raise Error(f"only floating-point tensors have gradients, and this is {self.data.dtype}")
             self.node = Node((), None, self.data.shape, self.data.dtype)
 
     @staticmethod
@@ -263,11 +263,11 @@ class Tensor:
         if self.node is None:
             raise Error(
                 "backward() on a tensor that depends on nothing with requires_grad=True "
-                "(or was computed under no_grad)."
+                "(or was computed under no_grad)"
             )
         if grad is None:
             if self.data.size != 1:
-                raise Error(f"backward() of shape {self.shape} needs grad=, an array of that shape.")
+                raise Error(f"backward() of shape {self.shape} needs grad=, an array of that shape")
             grad = np.ones_like(self.data)
         if getattr(grad, "shape", None) != self.shape or grad.dtype != self.dtype:
             got = f"{grad.dtype} {grad.shape}" if hasattr(grad, "dtype") else type(grad).__name__
@@ -290,7 +290,7 @@ class Tensor:
     @grad.setter
     def grad(self, value):
         if self.node is None or self.node.vjp is not None:
-            raise Error("only a leaf made with requires_grad=True has a .grad to set.")
+            raise Error("only a leaf made with requires_grad=True has a .grad to set")
         self.node.grad = value
 
     def replace(self, data) -> None:
@@ -310,10 +310,10 @@ class Tensor:
         return f"Tensor({self.data!r}{', requires_grad=True' if self.requires_grad else ''})"
 
     def __bool__(self):
-        raise Error("a Tensor has no truth value; compare .data, or take .item().")
+        raise Error("a Tensor has no truth value; compare .data, or take .item()")
 
     def __array__(self, *args, **kwargs):
-        raise Error("a Tensor is not converted to an array silently; use .data.")
+        raise Error("a Tensor is not converted to an array silently; use .data")
 
     def _operand(self, other):
         """``other`` in a form that cannot widen our dtype: a Python number or a Tensor like us."""
@@ -324,7 +324,7 @@ class Tensor:
             if other.dtype.kind in "iub":
                 other.data = other.data.astype(self.dtype)
         if other.dtype != self.dtype:
-            raise Error(f"cannot mix {self.dtype} and {other.dtype}; convert one with astype().")
+            raise Error(f"cannot mix {self.dtype} and {other.dtype}; convert one with astype()")
         return other
 
     # ------------------------------------------------------------------------ arithmetic
@@ -377,7 +377,7 @@ class Tensor:
         """(..., M, K) @ (..., K, N) -> (..., M, N): dA = dC Bᵀ, dB = Aᵀ dC. Vectors as in NumPy."""
         other = self._operand(other)
         if _is_number(other) or not self.ndim or not other.ndim:
-            raise Error("@ needs arrays of at least one dimension on both sides; use * for numbers.")
+            raise Error("@ needs arrays of at least one dimension on both sides; use * for numbers")
         if self.ndim == 1 and other.ndim == 1:
             return (self * other).sum()
         if self.ndim == 1:
@@ -522,7 +522,7 @@ def split(tensor, sections: int, axis=0) -> list[Tensor]:
     """Equal parts along ``axis``, as views; each part's gradient lands in its place in one buffer."""
     size, remainder = divmod(tensor.shape[axis], sections) if sections > 0 else (0, 1)
     if remainder:
-        raise Error(f"cannot split an axis of length {tensor.shape[axis]} into {sections} equal parts.")
+        raise Error(f"cannot split an axis of length {tensor.shape[axis]} into {sections} equal parts")
     before = (slice(None),) * (axis % tensor.ndim)
     return [tensor[(*before, slice(i * size, (i + 1) * size))] for i in range(sections)]
 
@@ -549,9 +549,9 @@ def einsum(subscripts: str, *tensors: Tensor) -> Tensor:
     inputs, _, output = subscripts.replace(" ", "").partition("->")
     terms = inputs.split(",")
     if "->" not in subscripts or "." in subscripts or len(terms) != len(tensors):
-        raise Error(f"einsum {subscripts!r} needs an explicit '->', no '...', and one term per tensor.")
+        raise Error(f"einsum {subscripts!r} needs an explicit '->', no '...', and one term per tensor")
     if any(len(set(term)) < len(term) for term in terms):
-        raise Error(f"einsum {subscripts!r} repeats a letter within one term, which has no gradient here.")
+        raise Error(f"einsum {subscripts!r} repeats a letter within one term, which has no gradient here")
     arrays, needed = [t.data for t in tensors], [t.requires_grad for t in tensors]
 
     def gradient_of(k, grad):

@@ -21,7 +21,7 @@ def gelu(input: Tensor, approximate: str = "none") -> Tensor:
         return _elementwise(input, _gelu_tanh)
     if approximate == "none":
         return _elementwise(input, _gelu_erf)
-    raise Error(f"gelu: approximate must be 'none' or 'tanh', not {approximate!r}.")
+    raise Error(f"gelu: approximate must be 'none' or 'tanh', not {approximate!r}")
 
 
 def _elementwise(input: Tensor, function) -> Tensor:
@@ -30,7 +30,7 @@ def _elementwise(input: Tensor, function) -> Tensor:
     The derivative is formed in the forward pass and kept in x's place: the same memory, and the
     backward pass is one multiplication.
     """
-    x = np.ascontiguousarray(input.data).reshape(-1)
+    x = input.data.reshape(-1)
     y, slope = np.empty_like(x), np.empty_like(x) if input.wants_grad else None
 
     def forward(block):
@@ -80,7 +80,7 @@ def dropout(input: Tensor, p: float = 0.5, training: bool = True) -> Tensor:
     being kept. Srivastava et al., "Dropout", JMLR 15 (2014).
     """
     if not 0 <= p < 1:
-        raise Error(f"dropout probability must be at least 0 and below 1, not {p}.")
+        raise Error(f"dropout probability must be at least 0 and below 1, not {p}")
     if not training or p == 0:
         return input
     address, shape, x = next_address(), input.shape, input.data

@@ -72,7 +72,11 @@ def scaled_dot_product_attention(
         return q_scaled, scores
 
     def dropped(bh, number, shape):
-        return dropout_mask(address, _block_id(bh, number, B, H, T), shape, dropout_p, like=q)
+        """The dropout mask of one block; drawn head by head, so that it does not depend on the grouping."""
+        heads = [b * H + h for b in range(B)[bh[0]] for h in range(H)[bh[1]]]
+        ids = [head * -(-T // QUERY_BLOCK) + number for head in heads]
+        masks = [dropout_mask(address, i, shape[2:], dropout_p, like=q) for i in ids]
+        return np.stack(masks).reshape(shape)
 
     out = np.zeros((B, T, H, v.shape[3]), q.dtype, like=q).swapaxes(1, 2)  # merging the heads is free
     log_sum = np.zeros((B, H, T, 1), q.dtype, like=q)
@@ -135,11 +139,11 @@ def _check_shapes(q, k, v, mask, dropout_p):
     if q.ndim != 4 or k.ndim != 4 or v.ndim != 4:
         raise Error(f"attention takes query, key and value (B, H, T, D), not {q.shape}, {k.shape}, {v.shape}")
     if k.shape[:2] != q.shape[:2] or k.shape[3] != q.shape[3] or v.shape[:3] != k.shape[:3]:
-        raise Error(f"attention: query {q.shape}, key {k.shape} and value {v.shape} do not fit together.")
+        raise Error(f"attention: query {q.shape}, key {k.shape} and value {v.shape} do not fit together")
     if mask is not None and mask.dtype not in (bool, q.dtype):
-        raise Error(f"attn_mask must be boolean or {q.dtype}, not {mask.dtype}.")
+        raise Error(f"attn_mask must be boolean or {q.dtype}, not {mask.dtype}")
     if not 0 <= dropout_p < 1:
-        raise Error(f"dropout probability must be at least 0 and below 1, not {dropout_p}.")
+        raise Error(f"dropout probability must be at least 0 and below 1, not {dropout_p}")
 
 
 def _head_groups(B, H, T, S, like):
@@ -149,9 +153,3 @@ def _head_groups(B, H, T, S, like):
     most = max(1, SCORES // max(1, min(T, QUERY_BLOCK) * S))
     size = -(-H // -(-H // most)) if H else 1  # groups of nearly the same size
     return [(slice(b, b + 1), slice(h, min(h + size, H))) for b in range(B) for h in range(0, H, size)]
-
-
-def _block_id(bh, number, B, H, T) -> int:
-    """A number of its own for every block of dropout within this op."""
-    first_head = bh[0].start * H + bh[1].start
-    return first_head * -(-T // QUERY_BLOCK) + number

@@ -14,7 +14,7 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """
     if input.ndim == 0 or weight.ndim != 2 or input.shape[-1] != weight.shape[1]:
         raise Error(
-            f"linear: input of shape {input.shape} does not fit a weight of shape {weight.shape} (out, in)."
+            f"linear: input of shape {input.shape} does not fit a weight of shape {weight.shape} (out, in)"
         )
     x, w = as_rows(input.data), weight.data  # (N, C_in): one large product, not one per batch element
     lead = input.shape[:-1]

@@ -23,7 +23,7 @@ COLUMNS = 8192  # classes of dW at a time
 def cross_entropy(input: Tensor, target, *, ignore_index: int = -100, divisor: float | None = None) -> Tensor:
     """Cross-entropy of logits (..., V) and integer targets (...): a scalar in the logits' dtype."""
     logits = as_rows(input.data)  # (N, V)
-    target = _check_targets(target, input.shape, ignore_index)
+    target = _check_targets(target, input.shape, ignore_index, like=logits)
     divisor = _divisor(target, ignore_index, divisor)
     shape = input.shape
     dlogits = logits.copy()
@@ -54,8 +54,8 @@ def linear_cross_entropy(
     """
     x, w = as_rows(input.data), linear_weight.data  # (N, C), (V, C)
     if linear_weight.ndim != 2 or input.ndim == 0 or x.shape[1] != w.shape[1]:
-        raise Error(f"linear_cross_entropy: input {input.shape} does not fit a weight {w.shape} (V, C).")
-    target = _check_targets(target, (*input.shape[:-1], len(w)), ignore_index)
+        raise Error(f"linear_cross_entropy: input {input.shape} does not fit a weight {w.shape} (V, C)")
+    target = _check_targets(target, (*input.shape[:-1], len(w)), ignore_index, like=x)
     divisor = _divisor(target, ignore_index, divisor)
     b = None if linear_bias is None else linear_bias.data
     dx = np.empty_like(x) if input.wants_grad else None
@@ -109,17 +109,17 @@ def _softmax_minus_onehot(logits, target, ignore_index):
     return losses
 
 
-def _check_targets(target, logits_shape, ignore_index):
-    """Targets as a flat integer array; on the host, each is a class or ``ignore_index``."""
+def _check_targets(target, logits_shape, ignore_index, like):
+    """Targets as a flat integer array, checked on the host, then beside the logits."""
     target = np.asarray(target) if isinstance(target, (list, tuple, int)) else target
     if tuple(target.shape) != tuple(logits_shape[:-1]):
         raise Error(
             f"targets of shape {tuple(target.shape)} do not fit logits of shape {tuple(logits_shape)}; "
-            f"they need shape {tuple(logits_shape[:-1])}."
+            f"they need shape {tuple(logits_shape[:-1])}"
         )
     if isinstance(target, np.ndarray) and target.size:
         check_ids(np.where(target == ignore_index, 0, target), logits_shape[-1], name="targets")
-    return target.reshape(-1)
+    return np.asarray(target.reshape(-1), like=like)
 
 
 def _divisor(target, ignore_index, divisor):
@@ -127,7 +127,7 @@ def _divisor(target, ignore_index, divisor):
     if divisor is None:
         divisor = int((target != ignore_index).sum().item())
         if divisor == 0:
-            raise Error(f"every target is ignore_index ({ignore_index}): there is no loss to compute.")
+            raise Error(f"every target is ignore_index ({ignore_index}): there is no loss to compute")
     if not divisor > 0:
         raise Error(f"divisor must be positive, not {divisor}")
     return float(divisor)  # a NumPy number would widen the loss

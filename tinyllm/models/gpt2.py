@@ -47,11 +47,11 @@ FIXED = {
 
 # Keys of a config.json that say nothing about the computation of the logits
 BOOKKEEPING = set(
-    "_name_or_path architectures bos_token_id chunk_size_feed_forward dtype eos_token_id "
-    "gradient_checkpointing id2label label2id n_ctx output_attentions output_hidden_states output_past "
-    "pad_token_id problem_type return_dict summary_activation summary_first_dropout "
-    "summary_proj_to_labels summary_type summary_use_proj task_specific_params torch_dtype "
-    "transformers_version use_cache".split()
+    "_name_or_path _num_labels architectures bos_token_id chunk_size_feed_forward dtype eos_token_id "
+    "gradient_checkpointing id2label label2id n_ctx n_special output_attentions output_hidden_states "
+    "output_past pad_token_id predict_special_tokens problem_type return_dict summary_activation "
+    "summary_first_dropout summary_proj_to_labels summary_type summary_use_proj task_specific_params "
+    "torch_dtype transformers_version use_cache".split()
 )
 
 
@@ -79,30 +79,30 @@ class GPT2Config:
         for name in ("vocab_size", "n_positions", "n_embd", "n_layer", "n_head"):
             value = getattr(self, name)
             if not isinstance(value, int) or value < 1:
-                raise Error(f"{name} must be a whole number of at least 1, not {value!r}.")
+                raise Error(f"{name} must be a whole number of at least 1, not {value!r}")
         if self.n_embd % self.n_head:
             raise Error(
                 f"n_embd ({self.n_embd}) must be divisible by n_head ({self.n_head}): "
-                f"every head gets an equal share of the channels."
+                f"every head gets an equal share of the channels"
             )
         if self.n_inner is not None and (not isinstance(self.n_inner, int) or self.n_inner < 1):
-            raise Error(f"n_inner must be a whole number of at least 1, or None, not {self.n_inner!r}.")
+            raise Error(f"n_inner must be a whole number of at least 1, or None, not {self.n_inner!r}")
         for name in ("embd_pdrop", "attn_pdrop", "resid_pdrop"):
             if not 0 <= getattr(self, name) < 1:
-                raise Error(f"{name} must be at least 0 and below 1, not {getattr(self, name)!r}.")
+                raise Error(f"{name} must be at least 0 and below 1, not {getattr(self, name)!r}")
         if self.activation_function not in GELU_FORMS:
             raise Error(
                 f"activation_function {self.activation_function!r} is not supported; use one of "
-                f"{', '.join(GELU_FORMS)}."
+                f"{', '.join(GELU_FORMS)}"
             )
         if not self.layer_norm_epsilon > 0:
-            raise Error(f"layer_norm_epsilon must be positive, not {self.layer_norm_epsilon!r}.")
+            raise Error(f"layer_norm_epsilon must be positive, not {self.layer_norm_epsilon!r}")
 
     @classmethod
     def preset(cls, size: str, **changes) -> GPT2Config:
         """A published size, "124M", "355M", "774M" or "1558M", with ``changes`` to single fields."""
         if size not in SIZES:
-            raise Error(f"unknown GPT-2 size {size!r}; the published ones are {', '.join(SIZES)}.")
+            raise Error(f"unknown GPT-2 size {size!r}; the published ones are {', '.join(SIZES)}")
         return cls(**SIZES[size] | changes)
 
     @classmethod
@@ -112,13 +112,13 @@ class GPT2Config:
         for key, value in FIXED.items():
             if config.get(key, value) != value:
                 raise Error(
-                    f"this GPT-2 computes with {key}={value!r} only, and the config has {config[key]!r}."
+                    f"this GPT-2 computes with {key}={value!r} only, and the config has {config[key]!r}"
                 )
         unknown = set(config) - ours - set(FIXED) - BOOKKEEPING
         if unknown:
             raise Error(
                 f"unknown config keys: {', '.join(sorted(unknown))}; remove them if they do not change "
-                f"what the model computes."
+                f"what the model computes"
             )
         return cls(**{key: value for key, value in config.items() if key in ours})
 
@@ -215,7 +215,7 @@ class GPT2(nn.Module):
         if ids.ndim != 2 or ids.shape[1] > self.context:
             raise Error(
                 f"token ids must have shape (batch, time) with at most {self.context} positions, "
-                f"not {ids.shape}."
+                f"not {ids.shape}"
             )
         device_ids = np.asarray(ids, like=self.wte.weight.data)
         positions = np.arange(ids.shape[1], like=self.wte.weight.data)
@@ -250,7 +250,7 @@ class GPT2(nn.Module):
             head = keys.pop("lm_head.weight")
             if not np.array_equal(arrays[head], arrays[keys["wte.weight"]]):
                 raise Error(
-                    f"{head} differs from the embedding, but tie_word_embeddings is true in the config."
+                    f"{head} differs from the embedding, but tie_word_embeddings is true in the config"
                 )
         return keys
 

@@ -1,0 +1,537 @@
+"""The command line: exit codes, one sentence for every wrong request, and text that comes out whole."""
+
+import dataclasses
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tinyllm import GPT2, GPT2Config, load_tokenizer
+from tinyllm.cli import GenerateConfig, _parse, main, print_stream
+from tinyllm.tokenizer import CharTokenizer
+from tinyllm.train import PRESETS, TrainConfig, last_checkpoint
+
+RHYME = "the cat sat on the mat. "
+TINY = (
+    "--tokenizer char --n-layer 1 --n-head 2 --n-embd 16 --context 16 --batch 4 --steps 4 --warmup 1".split()
+)
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    path = tmp_path_factory.mktemp("text") / "rhyme.txt"
+    path.write_text(RHYME * 40, encoding="utf-8")
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def run(text, tmp_path_factory):
+    """The folder of a finished run; nobody writes into it."""
+    out = tmp_path_factory.mktemp("runs") / "run"
+    assert main(["train", *TINY, "--text", text, "--prompt", "the", "--out", str(out)]) == 0
+    return str(out)
+
+
+@pytest.fixture
+def refused(capsys, tmp_path, monkeypatch):
+    """Runs a command in an empty folder; it must be refused with one line, which is returned."""
+    folder = tmp_path / "current"
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+
+    def refuse(*args):
+        assert main([str(arg) for arg in args]) == 2
+        out, err = capsys.readouterr()
+        assert out == ""
+        assert err.startswith("tinyllm: ")
+        assert err.endswith("\n")
+        assert err.count("\n") == 1, err
+        assert list(folder.iterdir()) == []  # nothing half-written
+        return err
+
+    return refuse
+
+
+def program(*args, **environment):
+    """``python -m tinyllm`` in a process of its own, with its output as bytes."""
+    return subprocess.run(
+        [sys.executable, "-m", "tinyllm", *args],
+        capture_output=True,
+        timeout=120,
+        env=os.environ | environment,
+    )
+
+
+# From training to text
+
+
+def test_train_then_generate(run, capsys):
+    assert (last_checkpoint(run) / "model.safetensors").is_file()
+
+    def written(*options):
+        assert (
+            main(["generate", "--run", run, "--prompt", "the cat", "--max-new-tokens", "30", *options]) == 0
+        )
+        return capsys.readouterr().out
+
+    first = written()
+    assert first.startswith("the cat")
+    assert first.endswith("\n")
+    assert len(first) == len("the cat") + 30 + len("\n")
+    assert set(first) <= set(RHYME + "\n")
+    assert written() == first
+    assert written("--seed", "0") == first
+    assert written("--seed", "1") != first
+    assert written("--temperature", "0") == written("--top-k", "1", "--seed", "9")
+    assert written("--top-k", "None", "--top-p", "1.0", "--temperature", "2.5") != first
+
+
+def test_same_text_from_another_process(run, capsys):
+    args = ["generate", "--run", run, "--prompt", "the ", "--max-new-tokens", "12"]
+    assert main(args) == 0
+    here = capsys.readouterr()
+    assert here.err == ""
+    there = program(*args)
+    assert there.returncode == 0
+    assert there.stdout.decode().splitlines() == here.out.splitlines()
+    assert there.stderr == b""
+
+
+def test_past_the_context_it_says_what_is_forgotten(run, capsys):
+    assert main(["generate", "--run", run, "--prompt", "the ", "--max-new-tokens", "13"]) == 0
+    assert "past 16 tokens the oldest are forgotten" in capsys.readouterr().err
+
+
+def test_no_new_tokens(run, capsys):
+    assert main(["generate", "--run", run, "--prompt", "the", "--max-new-tokens", "0"]) == 0
+    assert capsys.readouterr().out == "the\n"
+
+
+def test_generate_from_a_model_folder(tmp_path, capsys):
+    config = GPT2Config(n_layer=1, n_head=1, n_embd=4, n_positions=8)
+    GPT2(config, rng=np.random.default_rng(0)).save_pretrained(tmp_path)
+    assert main(["generate", "--model", str(tmp_path), "--prompt", "Hello", "--max-new-tokens", "3"]) == 0
+    assert capsys.readouterr().out.startswith("Hello")
+
+
+def test_options_arrive_in_the_run(text, tmp_path):
+    options = "--no-tie-head --head-bias --no-qkv-bias --dropout 0.1 --seed 7 --dtype float64".split()
+    assert main(["train", *TINY, *options, "--text", text, "--prompt", "a", "--out", str(tmp_path)]) == 0
+    asked = json.loads((tmp_path / "config.json").read_text(encoding="utf-8"))["train"]
+    assert (asked["n_embd"], asked["steps"], asked["seed"], asked["dtype"]) == (16, 4, 7, "float64")
+    model = json.loads((last_checkpoint(tmp_path) / "config.json").read_text(encoding="utf-8"))
+    assert (model["n_embd"], model["n_positions"], model["resid_pdrop"]) == (16, 16, 0.1)
+    assert not model["tie_word_embeddings"]
+    assert model["lm_head_bias"]
+    assert not model["qkv_bias"]
+
+
+# Options
+
+
+@pytest.mark.parametrize(("command", "options"), [("train", TrainConfig), ("generate", GenerateConfig)])
+def test_help_names_every_option(command, options, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main([command, "--help"])
+    assert not stop.value.code
+    out, err = capsys.readouterr()
+    assert err == ""
+    words = out.replace(",", " ").split()
+    for field in dataclasses.fields(options):
+        assert "--" + field.name.replace("_", "-") in words
+    if command == "train":
+        assert "--preset" in words
+        assert all(name in words or f"({name}" in words or f"{name})" in words for name in PRESETS)
+
+
+@pytest.mark.parametrize("option", ["--help", "-h"])
+def test_help_names_the_commands(option, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main([option])
+    assert not stop.value.code
+    assert "tinyllm train --help" in (out := capsys.readouterr().out)
+    assert "tinyllm generate --help" in out
+
+
+def test_defaults_are_the_dataclass():
+    assert _parse(["train", "--out", "x"]) == TrainConfig(out=Path("x"))
+    assert _parse(["train", "--preset", "small"]) == _parse(["train"]) == TrainConfig()
+    assert _parse(["generate", "--prompt", "a"]) == GenerateConfig(prompt="a")
+
+
+def test_preset_gpt2_verdict_is_the_classic_run():
+    config = _parse(["train", "--preset", "gpt2-verdict", "--out", "x"])
+    assert (config.text, config.tokenizer, config.context, config.batch) == ("the-verdict", "gpt2", 256, 2)
+    assert (config.n_layer, config.n_head, config.n_embd) == (12, 12, 768)
+    assert (config.tie_head, config.qkv_bias, config.head_bias) == (False, False, True)
+    assert (config.steps, config.warmup, config.dropout, config.clip) == (135, 10, 0.2, 1.0)  # 15 epochs of 9
+    assert (config.lr, config.initial_lr, config.min_lr) == (5e-4, 3e-5, 1e-6)
+    assert config.prompt == "Every effort moves you"
+    model = GPT2(config.model_config(50257), rng=None)
+    assert model.num_parameters() == 162_469_969
+
+
+@pytest.mark.parametrize("after", [True, False])
+def test_options_override_the_preset(after):
+    options = "--lr 0.001 --n-layer 3 --tie-head --text python-docs --out x".split()
+    preset = ["--preset", "gpt2-verdict"]
+    config = _parse(["train", *(preset + options if after else options + preset)])
+    plain = _parse(["train", *preset])
+    assert plain.lr == 5e-4
+    assert config == dataclasses.replace(
+        plain, lr=0.001, n_layer=3, tie_head=True, text="python-docs", out=Path("x")
+    )
+    assert _parse(["train", "--preset=gpt2-verdict"]) == plain
+
+
+def test_every_option_can_be_given():
+    train = (
+        "--out o --text t --tokenizer gpt2 --arch gpt2 --init torch --n-layer 2 --n-head 3 --n-embd 6 "
+        "--context 7 --stride 5 --batch 8 --steps 9 --lr 1e-2 --initial-lr 1e-5 --min-lr 1e-6 --warmup 4 "
+        "--weight-decay 0.2 --clip 0.5 --dropout 0.3 --no-tie-head --no-qkv-bias --head-bias --eval-every 2 "
+        "--eval-windows 11 --checkpoint-every 3 --prompt p --seed 12 --device cuda:1 --dtype float64"
+    )
+    given = dataclasses.asdict(_parse(["train", *train.split()]))
+    left = {name for name, value in dataclasses.asdict(TrainConfig()).items() if given[name] == value}
+    assert left == {"arch"}  # which has one value only
+    generate = (
+        "--prompt p --run r --model m --max-new-tokens 7 --temperature 2 --top-k 3 --top-p 0.5 --seed 9"
+    )
+    given = dataclasses.asdict(_parse(["generate", *generate.split()]))
+    assert given == dict(
+        prompt="p", run=Path("r"), model="m", max_new_tokens=7, temperature=2.0, top_k=3, top_p=0.5, seed=9
+    )
+    assert _parse(["generate", "--prompt", "p", "--top-k", "None"]).top_k is None
+
+
+# Wrong requests
+
+
+@pytest.mark.parametrize(
+    ("args", "said"),
+    [
+        ([], "no command"),
+        (["walk"], "no command 'walk'"),
+        (["train", "--bogus", "1"], "--bogus"),
+        (["train", "--step", "3"], "--step"),  # no abbreviations
+        (["train", "word"], "word"),
+        (["train", "--steps", "abc"], "--steps.*'abc'"),
+        (["train", "--steps", "1.5"], "--steps.*'1.5'"),
+        (["train", "--steps"], "--steps"),
+        (["train", "--lr", "fast"], "--lr.*'fast'"),
+        (["train", "--tie-head", "maybe"], "maybe"),
+        (["train", "--preset", "large"], "no preset 'large': choose one of small, gpt2-verdict"),
+        (["train", "--preset"], "--preset"),
+        (["generate"], "--prompt"),
+        (["generate", "--prompt", "a", "--run"], "--run"),
+        (["generate", "--prompt", "a", "--speed", "9"], "--speed"),
+        (["generate", "--prompt", "a", "--top-k", "x"], "--top-k.*'x'"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_words_that_mean_nothing(refused, args, said):
+    matches(refused(*args), said)
+
+
+def matches(sentence, said):
+    assert re.search(said, sentence), sentence
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ("--tokenizer words", "'words'"),
+        ("--dtype int8", "--dtype is int8: it must be float32 or float64"),
+        ("--device tpu", "device 'tpu'"),
+        ("--device cuda:x", "device 'cuda:x'"),
+        ("--arch rnn", "--arch is rnn"),
+        ("--init zero", "--init is zero"),
+        ("--n-embd 15", r"n_embd.* \(15\) .*divisible by n_head.* \(2\)|--n-embd is 15"),
+        ("--n-layer 0", "n.layer .*0"),
+        ("--steps -3", "--steps is -3: it must be at least 1"),
+        ("--steps 0", "--steps is 0"),
+        ("--warmup 4", "--warmup is 4: .*below the 4 steps"),
+        ("--warmup -1", "--warmup is -1"),
+        ("--batch 0", "--batch is 0"),
+        ("--context 0", "--context is 0"),
+        ("--stride 0", "--stride is 0"),
+        ("--eval-every 0", "--eval-every is 0"),
+        ("--eval-windows 0", "--eval-windows is 0"),
+        ("--checkpoint-every -2", "--checkpoint-every is -2"),
+        ("--lr 0", "--lr is 0"),
+        ("--lr nan", "--lr is nan"),
+        ("--initial-lr -1", "--initial-lr is -1"),
+        ("--min-lr inf", "--min-lr is inf"),
+        ("--weight-decay -0.1", "--weight-decay is -0.1"),
+        ("--clip 0", "--clip is 0"),
+        ("--dropout 1", "--dropout is 1.0"),
+        ("--dropout -0.5", "--dropout is -0.5"),
+        ("--seed -1", "--seed is -1"),
+        (f"--seed {2**64}", f"--seed is {2**64}"),
+        ("--context 200", "96 tokens .*window of 200"),
+        ("--prompt ", "--prompt is 0 tokens long"),
+        (f"--prompt {'t' * 17}", "--prompt is 17 tokens long: .* 16"),
+        ("--prompt X", "--prompt.*'X'"),
+    ],
+)
+def test_training_options_out_of_range(refused, text, options, said):
+    args = ["train", *TINY, "--text", text, "--prompt", "the", "--out", "out", *options.split(" ")]
+    matches(refused(*args), said)
+
+
+def test_default_prompt_that_the_text_cannot_write(refused, text):
+    """Nobody typed "The ": the sentence must say where the character comes from."""
+    matches(refused("train", *TINY, "--text", text, "--out", "out"), "--prompt.*'T'|'T'.*--prompt")
+
+
+def test_cuda_without_a_gpu(refused, text):
+    from tinyllm.device import _gpus_seen
+
+    if _gpus_seen():
+        pytest.skip("this machine has a GPU")
+    said = refused("train", *TINY, "--text", text, "--prompt", "the", "--out", "out", "--device", "cuda")
+    assert "needs a GPU" in said
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (None, "no text .*text.txt"),
+        (b"", "text.txt' is empty"),
+        (b" \n \n", "text.txt' is empty or only whitespace"),
+        (b"x", "1 characters"),
+        (b"too short for a window", "tokens is too short for a window of 16"),
+        (b"the caf\xe9 " * 99, r"text.txt' is not UTF-8 at byte offset 7 \(0xe9\)"),
+    ],
+)
+def test_texts_that_cannot_be_trained_on(refused, tmp_path, content, said):
+    path = tmp_path / "text.txt"
+    if content is not None:
+        path.write_bytes(content)
+    matches(refused("train", *TINY, "--text", path, "--prompt", "t", "--out", "out"), said)
+
+
+def test_a_folder_is_no_text(refused, tmp_path):
+    assert "is a folder" in refused("train", *TINY, "--text", tmp_path, "--out", "out")
+
+
+def test_special_token_in_the_text_has_a_remedy_at_the_command_line(refused, tmp_path):
+    path = tmp_path / "text.txt"
+    path.write_text(RHYME * 40 + "<|endoftext|>" + RHYME * 40)
+    said = refused("train", *TINY, "--tokenizer", "gpt2", "--text", path, "--prompt", "the", "--out", "out")
+    assert "'<|endoftext|>'" in said
+    assert "special=" not in said  # an argument in Python, out of reach from here
+
+
+def test_folder_that_holds_a_run(refused, text, run):
+    before = {path: path.read_bytes() for path in Path(run).rglob("*") if path.is_file()}
+    said = refused("train", *TINY, "--text", text, "--prompt", "the", "--out", run)
+    assert f"{run} exists and is not an empty folder: choose another --out" in said
+    assert {path: path.read_bytes() for path in Path(run).rglob("*") if path.is_file()} == before
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ("--temperature -1", "temperature is -1"),
+        ("--temperature nan", "temperature is nan"),
+        ("--top-k 0", "top.k is 0"),
+        ("--top-p 2", "top.p is 2"),
+        ("--top-p 0", "top.p is 0"),
+        ("--seed -1", "seed is -1"),
+        ("--max-new-tokens -1", "max.new.tokens is -1"),
+    ],
+)
+@pytest.mark.parametrize("past_the_context", [False, True])
+def test_sampling_options_out_of_range(refused, run, options, said, past_the_context):
+    length = ["--max-new-tokens", "100" if past_the_context else "5"]
+    matches(refused("generate", "--run", run, "--prompt", "the", *length, *options.split()), said)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "said"),
+    [
+        ("", "--prompt is empty"),
+        ("thé", r"'é' \(U\+00E9, at 2\)"),
+        ("t" * 17, "17.*16"),
+    ],
+)
+def test_prompts_that_cannot_be_continued(refused, run, prompt, said):
+    matches(refused("generate", "--run", run, "--prompt", prompt), said)
+
+
+def test_exactly_one_of_run_and_model(refused, run):
+    for which in ([], ["--run", run, "--model", run]):
+        assert "either --run DIR or --model FOLDER" in refused("generate", "--prompt", "the", *which)
+
+
+def test_model_of_another_vocabulary(refused, run):
+    said = refused("generate", "--model", last_checkpoint(run), "--prompt", "the")
+    matches(said, "gpt2 has 50257 ids and the model 11")
+
+
+def test_model_that_is_not_there(refused, tmp_path):
+    assert "nowhere" in refused("generate", "--model", tmp_path / "nowhere", "--prompt", "the")
+
+
+def test_runs_that_cannot_be_read(refused, run, tmp_path):
+    assert "holds no checkpoint" in refused("generate", "--run", tmp_path / "nowhere", "--prompt", "the")
+    assert "holds no checkpoint" in refused("generate", "--run", tmp_path, "--prompt", "the")
+
+    def damaged(name, damage):
+        copy = tmp_path / name
+        shutil.copytree(run, copy)
+        damage(copy, last_checkpoint(copy))
+        return refused("generate", "--run", copy, "--prompt", "the")
+
+    def truncate(_, checkpoint):
+        weights = checkpoint / "model.safetensors"
+        weights.write_bytes(weights.read_bytes()[:-100])
+
+    def other_sizes(_, checkpoint):
+        config = json.loads((checkpoint / "config.json").read_text(encoding="utf-8"))
+        (checkpoint / "config.json").write_text(json.dumps(config | {"n_layer": 2, "n_positions": 8}))
+
+    matches(damaged("truncated", truncate), "model.safetensors is not a complete safetensors file")
+    matches(damaged("empty", lambda _, c: (c / "model.safetensors").write_bytes(b"")), "model.safetensors")
+    matches(damaged("config", lambda _, c: (c / "config.json").write_text("{")), "config.json is not JSON")
+    matches(damaged("no config", lambda _, c: (c / "config.json").unlink()), "config.json cannot be read")
+    matches(
+        damaged("sizes", other_sizes), r"Missing \(12\): .*h.1.ln_1.weight.*Wrong shape \(1\): wpe.weight"
+    )
+    matches(damaged("no tokenizer", lambda r, _: (r / "tinyllm_tokenizer.json").unlink()), "no tokenizer in")
+
+
+# A run that fails
+
+
+@pytest.mark.parametrize(("lr", "eval_every"), [("1e12", "100"), ("1e30", "1")], ids=["step", "evaluation"])
+def test_a_run_that_diverges(text, tmp_path, lr, eval_every):
+    """Exit code 1 and one sentence, whoever sees it first: NumPy's warnings on the way would be noise."""
+    options = ["--lr", lr, "--eval-every", eval_every, "--steps", "40"]
+    out = tmp_path / "run"
+    done = program("train", *TINY, *options, "--text", text, "--prompt", "the", "--out", str(out))
+    said = done.stderr.decode()
+    assert done.returncode == 1, said
+    assert "smaller --lr" in said
+    assert str(last_checkpoint(out)) in said
+    assert said.startswith("tinyllm: ")
+    assert said.count("\n") == 1, said
+
+
+def test_a_disk_that_refuses(text, tmp_path, capsys, monkeypatch):
+    def full(*args):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("tinyllm.train.plot_losses", full)
+    assert main(["train", *TINY, "--text", text, "--prompt", "the", "--out", str(tmp_path / "run")]) == 1
+    err = capsys.readouterr().err
+    assert "No space left on device" in err
+    assert err.count("\n") == 1
+
+
+# Text that comes out whole
+
+
+class Terminal:
+    """What was written, and what could be read after each piece of it."""
+
+    def __init__(self):
+        self.pieces = []
+
+    def write(self, piece):
+        self.pieces.append(piece)
+
+    def flush(self):
+        pass
+
+
+def printed(tokenizer, ids, monkeypatch):
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stdout", terminal)
+    print_stream(tokenizer, ids)
+    monkeypatch.undo()
+    return [piece for piece in terminal.pieces if piece]
+
+
+def test_a_character_is_printed_when_it_is_whole(monkeypatch):
+    gpt2 = load_tokenizer("gpt2")
+    text = "naïve 😀🏳️‍🌈 — 日本語, Ελληνικά"
+    ids = gpt2.encode(text)
+    assert any("\ufffd" in gpt2.decode([i]) for i in ids)  # there are tokens that end inside a character
+    pieces = printed(gpt2, ids, monkeypatch)
+    assert "".join(pieces) == text + "\n"
+    assert not any("\ufffd" in piece for piece in pieces)
+    assert len(pieces) > 15  # it came bit by bit
+    for i in range(1, len(ids)):  # wherever it ends, only the unfinished character is lost
+        whole = gpt2.decode_bytes(ids[:i]).decode("utf-8", errors="replace")
+        assert "".join(printed(gpt2, ids[:i], monkeypatch)) == whole + "\n"
+
+
+def test_characters_of_a_char_tokenizer(monkeypatch):
+    text = "a😀é"
+    tokenizer = CharTokenizer.from_text(text)
+    assert printed(tokenizer, tokenizer.encode(text), monkeypatch) == ["a", "😀", "é", "\n"]
+
+
+def test_bytes_that_are_no_character(monkeypatch):
+    gpt2 = load_tokenizer("gpt2")
+    byte = {gpt2.decode_bytes([i]): i for i in range(256)}
+    # The first byte of a two-byte character, followed by an ASCII one; then by nothing.
+    assert "".join(printed(gpt2, [byte[b"\xc3"], byte[b"a"]], monkeypatch)) == "\ufffda\n"
+    assert "".join(printed(gpt2, [byte[b"a"], byte[b"\xc3"]], monkeypatch)) == "a\ufffd\n"
+    assert "".join(printed(gpt2, [byte[b"\xff"], byte[b"\x80"]], monkeypatch)) == "\ufffd\ufffd\n"
+    assert printed(gpt2, [], monkeypatch) == ["\n"]
+
+
+def test_output_that_cannot_show_every_character(tmp_path):
+    """A pipe on Windows, or an old terminal: a character it lacks must not end a run."""
+    path, out = tmp_path / "text.txt", str(tmp_path / "run")
+    path.write_text("naïve 😀 " * 200, encoding="utf-8")
+    done = program(
+        "train", *TINY, "--text", str(path), "--prompt", "na", "--out", out, PYTHONIOENCODING="ascii"
+    )
+    assert done.returncode == 0, done.stderr.decode()
+    args = ["generate", "--run", out, "--prompt", "naïve 😀", "--temperature", "5"]
+    done = program(*args, PYTHONIOENCODING="ascii")
+    assert done.returncode == 0, done.stderr.decode()
+
+
+def reads_one_byte(*args):
+    """Like ``tinyllm … | head -c 1``: exit code and standard error."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "tinyllm", *args], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    try:
+        assert len(process.stdout.read(1)) == 1
+        process.stdout.close()
+        said = process.stderr.read().decode()
+        return process.wait(timeout=60), said
+    finally:
+        process.kill()
+        process.wait()
+        process.stderr.close()
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows reports a closed pipe in another way")
+def test_a_reader_that_has_seen_enough(run):
+    code, said = reads_one_byte("generate", "--run", run, "--prompt", "the", "--max-new-tokens", "2000")
+    assert code == 0
+    assert said.count("\n") <= 1  # that the oldest tokens are forgotten
+    assert "rror" not in said
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows reports a closed pipe in another way")
+def test_a_run_goes_on_when_nobody_reads_what_it_says(text, tmp_path):
+    """Either it trains to its end or it says that it did not: never 0 with the weights lost."""
+    out = tmp_path / "run"
+    steps = ["--steps", "30", "--eval-every", "1"]
+    code, _ = reads_one_byte("train", *TINY, *steps, "--text", text, "--prompt", "the", "--out", str(out))
+    saved = last_checkpoint(out).name
+    assert (saved == "step-000030") == (code == 0)

@@ -1,0 +1,528 @@
+"""The training loop: what a run writes, that it can be repeated and interrupted, and that torch agrees."""
+
+import json
+import math
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import asdict, replace
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+import tinyllm.train
+from tinyllm import GPT2, load_model, load_tokenizer
+from tinyllm.data import Batches, Windows, load_text
+from tinyllm.errors import Error
+from tinyllm.train import TrainConfig, evaluate, last_checkpoint, load_data, train
+
+RHYME = "the cat sat on the mat. "
+CONTEXT = 16
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    path = tmp_path_factory.mktemp("text") / "rhyme.txt"
+    path.write_text(RHYME * 40, encoding="utf-8")
+    return path
+
+
+def small(text, out, **changes):
+    """A run of a second: one block, 12 steps, evaluated at 0, 5, 10 and 12."""
+    config = TrainConfig(
+        out=out,
+        text=str(text),
+        tokenizer="char",
+        n_layer=1,
+        n_head=2,
+        n_embd=16,
+        context=CONTEXT,
+        batch=4,
+        steps=12,
+        lr=1e-2,
+        initial_lr=1e-3,
+        min_lr=1e-4,
+        warmup=3,
+        eval_every=5,
+        prompt="the ",
+    )
+    return replace(config, **changes)
+
+
+def records(out):
+    return [json.loads(line) for line in (out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+
+
+def values(out):
+    """The metrics without the one that depends on the machine's mood."""
+    return [{key: value for key, value in r.items() if key != "tokens_per_s"} for r in records(out)]
+
+
+def weights(out):
+    return load_file(last_checkpoint(out) / "model.safetensors")
+
+
+def same_weights(a, b):
+    return a.keys() == b.keys() and all(np.array_equal(a[name], b[name]) for name in a)
+
+
+def contents(folder):
+    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+@pytest.fixture(scope="module")
+def run(text, tmp_path_factory):
+    """One finished run, its config and its model; nobody writes into it."""
+    config = small(text, tmp_path_factory.mktemp("runs") / "deep" / "run")
+    return config, train(config, progress=False)
+
+
+# What a run leaves
+
+
+def test_the_folder_of_a_run(run):
+    pytest.importorskip("matplotlib")
+    config, _ = run
+    assert {path.name for path in config.out.iterdir()} == {
+        "config.json",
+        "metrics.jsonl",
+        "samples.txt",
+        "loss.png",
+        "tinyllm_tokenizer.json",
+        "step-000012",
+    }
+    assert {path.name for path in (config.out / "step-000012").iterdir()} == {
+        "config.json",
+        "model.safetensors",
+    }
+    assert (config.out / "loss.png").read_bytes().startswith(b"\x89PNG")
+    assert load_tokenizer(config.out).decode(load_tokenizer(config.out).encode(RHYME)) == RHYME
+
+
+def test_config_says_what_was_run(run, text):
+    config, _ = run
+    about = json.loads((config.out / "config.json").read_text(encoding="utf-8"))
+    assert about["train"] == asdict(config) | {"out": str(config.out)}
+    assert TrainConfig(**about["train"] | {"out": config.out}) == config
+    loaded = load_text(text)
+    assert about["text"] == {"name": str(text), "sha256": loaded.sha256, "characters": 960}
+    assert about["parameters"] == sum(array.size for array in weights(config.out).values())
+    assert about["steps_per_epoch"] == math.ceil(len(range(0, 864 - CONTEXT, CONTEXT)) / 4) == 14
+    assert about["versions"]["numpy"] == np.__version__
+    assert about["versions"]["tinyllm"] == tinyllm.__version__
+
+
+def test_metrics_one_record_a_step(run):
+    config, _ = run
+    first, *steps = records(config.out)
+    assert first.keys() == {"step", "tokens", "train_eval_loss", "val_loss"}
+    assert (first["step"], first["tokens"]) == (0, 0)
+    assert [r["step"] for r in steps] == list(range(1, 13))
+    every_step = {"step", "tokens", "train_loss", "lr", "grad_norm", "tokens_per_s"}
+    for r in steps:
+        evaluated = {"train_eval_loss", "val_loss"} if r["step"] in (5, 10, 12) else set()
+        assert r.keys() == every_step | evaluated
+        assert all(math.isfinite(value) for value in r.values())
+        assert r["tokens"] == r["step"] * 4 * CONTEXT
+        assert r["grad_norm"] > 0
+        assert r["tokens_per_s"] > 0
+
+
+def test_tokens_count_what_was_shown_also_in_an_epochs_short_last_batch(text, tmp_path):
+    config = small(text, tmp_path / "run", batch=50, steps=3, warmup=0)  # 53 windows: 50, 3, 50
+    train(config, progress=False)
+    assert [r["tokens"] for r in records(config.out)] == [n * CONTEXT for n in (0, 50, 53, 103)]
+
+
+def test_learning_rates_are_those_of_the_schedule(run):
+    config, _ = run
+    rates = [r["lr"] for r in records(config.out)[1:]]
+    rising = [1e-3, 4e-3, 7e-3]
+    falling = [1e-4 + (1e-2 - 1e-4) * (1 + math.cos(math.pi * n / 9)) / 2 for n in range(9)]
+    assert rates == pytest.approx(rising + falling, rel=1e-12)
+
+
+def test_loss_begins_near_guessing_and_falls_on_a_rhyme(text, tmp_path):
+    config = small(text, tmp_path / "run", steps=120, eval_every=120)
+    train(config, progress=False)
+    first, *_, last = records(config.out)
+    assert first["val_loss"] == pytest.approx(math.log(len(set(RHYME))), abs=0.05)
+    assert first["train_eval_loss"] == pytest.approx(math.log(len(set(RHYME))), abs=0.05)
+    assert last["val_loss"] < first["val_loss"] / 3
+    assert last["train_loss"] < first["val_loss"] / 3
+
+
+def test_samples_begin_with_the_prompt(run):
+    config, _ = run
+    samples = (config.out / "samples.txt").read_text(encoding="utf-8")
+    parts = re.split(r"^--- step (\d+)\n", samples, flags=re.MULTILINE)[1:]
+    assert parts[::2] == ["0", "5", "10", "12"]
+    for sample in parts[1::2]:
+        assert sample.startswith("the ")
+        assert len(sample) == len("the ") + 50 + len("\n")
+
+
+def test_checkpoint_is_the_model_and_gives_the_last_losses(run):
+    config, model = run
+    loaded = load_model(last_checkpoint(config.out))
+    assert same_weights(loaded.state_dict(), model.state_dict())
+    data = load_data(config)
+    last = records(config.out)[-1]
+    assert evaluate(loaded, data.validation, config.eval_windows, config.batch) == last["val_loss"]
+    assert evaluate(loaded, data.train, config.eval_windows, config.batch) == last["train_eval_loss"]
+
+
+def test_checkpoints_on_the_way(text, tmp_path):
+    config = small(text, tmp_path / "run", checkpoint_every=5)
+    train(config, progress=False)
+    assert sorted(p.name for p in config.out.glob("step-*")) == ["step-000005", "step-000010", "step-000012"]
+    assert last_checkpoint(config.out).name == "step-000012"
+    evaluated = {r["step"]: r["val_loss"] for r in records(config.out) if "val_loss" in r}
+    data = load_data(config)
+    for step in (5, 10, 12):
+        model = load_model(config.out / f"step-{step:06}")
+        assert evaluate(model, data.validation, config.eval_windows, config.batch) == evaluated[step]
+
+
+def test_no_checkpoint(tmp_path):
+    (tmp_path / "step-000003").mkdir()  # without weights it is none
+    with pytest.raises(Error, match="holds no checkpoint") as raised:
+        last_checkpoint(tmp_path)
+    assert str(tmp_path) in str(raised.value)
+
+
+def test_run_in_float64(text, tmp_path):
+    config = small(text, tmp_path / "run", steps=2, warmup=0, dtype="float64")
+    model = train(config, progress=False)
+    assert {p.data.dtype for p in model.parameters()} == {np.dtype(np.float64)}
+    assert {array.dtype for array in weights(config.out).values()} == {np.dtype(np.float64)}
+
+
+def test_without_matplotlib_a_run_lacks_its_plot_only(text, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    config = small(text, tmp_path / "run", steps=2, warmup=0)
+    train(config, progress=False)
+    assert not (config.out / "loss.png").exists()
+    assert len(records(config.out)) == 3
+
+
+# The same again
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_same_config_same_numbers_and_weights(text, tmp_path, dropout):
+    # A batch of 64 windows, so that the threads have something to share out.
+    configs = [small(text, tmp_path / name, dropout=dropout, batch=64, n_embd=64) for name in "ab"]
+    for config in configs:
+        train(config, progress=False)
+    a, b = (config.out for config in configs)
+    assert values(a) == values(b)
+    assert same_weights(weights(a), weights(b))
+    assert (a / "samples.txt").read_bytes() == (b / "samples.txt").read_bytes()
+
+
+def test_seed_dropout_and_initial_weights_make_a_difference(run, text, tmp_path):
+    config, _ = run
+    for name, change in [("seed", {"seed": 1}), ("dropout", {"dropout": 0.3}), ("init", {"init": "torch"})]:
+        other = small(text, tmp_path / name, steps=4, **change)
+        train(other, progress=False)
+        changed_from = 0 if name != "dropout" else 1  # dropout is off at step 0's evaluation
+        pairs = list(zip(records(other.out), records(config.out)))
+        for ours, theirs in pairs[changed_from:4]:
+            for key in {"train_loss", "val_loss"} & ours.keys() & theirs.keys():
+                assert ours[key] != theirs[key]
+        if name == "dropout":
+            assert pairs[0][0] == pairs[0][1]
+
+
+def test_evaluating_and_saving_more_often_does_not_change_the_training(run, text, tmp_path):
+    config, _ = run
+    often = small(text, tmp_path / "often", eval_every=1, checkpoint_every=2)
+    train(often, progress=False)
+    assert same_weights(weights(often.out), weights(config.out))
+    losses = [[r["train_loss"] for r in records(out)[1:]] for out in (often.out, config.out)]
+    assert losses[0] == losses[1]
+
+
+# Evaluation
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("most", [3, 10**6])
+def test_evaluate_is_the_mean_over_its_windows_without_dropout(text, tmp_path, training, most):
+    data = load_data(small(text, tmp_path))
+    config = small(text, tmp_path, dropout=0.5).model_config(data.tokenizer.vocab_size)
+    model = GPT2(config, rng=np.random.default_rng(0)).astype(np.float64).train(training)
+    model.wte.weight.data *= 10  # otherwise every window would lose about the same
+    found = evaluate(model, data.train, most, batch=5)
+    assert all(module.training == training for _, module in model.named_modules())
+
+    model.eval()
+    chosen = [0, 26, 52] if most == 3 else range(53)
+    assert len(data.train) == 53
+    losses = []
+    for i in chosen:
+        ids, targets = data.train[[i]]
+        logits = model(ids).data[0]
+        log_sums = np.log(np.exp(logits).sum(axis=-1))
+        losses += [log_sums[t] - logits[t, target] for t, target in enumerate(targets[0])]
+    assert found == pytest.approx(np.mean(losses), rel=1e-12)
+    assert np.std(losses) > 0.1
+
+
+def test_evaluate_records_no_gradients_and_restores_the_mode_after_an_error(text, tmp_path):
+    data = load_data(small(text, tmp_path))
+    model = GPT2(small(text, tmp_path).model_config(data.tokenizer.vocab_size), rng=np.random.default_rng(0))
+    evaluate(model, data.validation, 2, 2)
+    assert all(parameter.grad is None for parameter in model.parameters())
+    with pytest.raises(Error, match="token ids run from 0"):
+        evaluate(model, Windows(np.full(40, 999), CONTEXT), 2, 2)
+    assert model.training
+
+
+# Refusals
+
+
+def test_a_folder_that_holds_something_is_refused_and_untouched(run, text, tmp_path):
+    config, _ = run
+    before = contents(config.out)
+    with pytest.raises(Error, match=r"not an empty folder: choose another --out") as raised:
+        train(replace(config, seed=5), progress=False)
+    assert str(config.out) in str(raised.value)
+    assert contents(config.out) == before
+
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes" / ".hidden").write_text("mine")
+    (tmp_path / "file").write_text("mine")
+    for name in ("notes", "file"):
+        with pytest.raises(Error, match="not an empty folder"):
+            train(small(text, tmp_path / name), progress=False)
+    assert contents(tmp_path) == {os.path.join("notes", ".hidden"): b"mine", "file": b"mine"}
+
+
+def test_an_empty_folder_is_taken(text, tmp_path):
+    (tmp_path / "run").mkdir()
+    train(small(text, tmp_path / "run", steps=1, warmup=0), progress=False)
+    assert last_checkpoint(tmp_path / "run").name == "step-000001"
+
+
+def test_without_out_every_run_gets_a_new_folder(text, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for _ in range(2):
+        train(small(text, None, steps=1, warmup=0), progress=False)
+    assert sorted(path.name for path in (tmp_path / "runs").iterdir()) == ["rhyme-1", "rhyme-2"]
+    for folder in (tmp_path / "runs").iterdir():
+        assert last_checkpoint(folder).name == "step-000001"
+        recorded = json.loads((folder / "config.json").read_text(encoding="utf-8"))["train"]["out"]
+        assert (tmp_path / recorded).samefile(folder)
+
+
+# Stopped and broken off
+
+
+@pytest.mark.parametrize("broken", ["loss", "gradient"])
+def test_a_number_that_is_not_finite_never_reaches_the_weights(text, tmp_path, monkeypatch, broken):
+    """The third step fails: what is saved are the weights as that step found them."""
+    found = []
+
+    def of_third_step(model, replacement, value):
+        if model.training:
+            found.append({name: p.data.copy() for name, p in model.named_parameters()})
+        return replacement(value) if model.training and len(found) == 3 else value
+
+    if broken == "loss":
+        loss = GPT2.loss
+        monkeypatch.setattr(
+            GPT2,
+            "loss",
+            lambda model, *args, **kw: of_third_step(model, lambda x: x * math.nan, loss(model, *args, **kw)),
+        )
+    else:
+        clip = tinyllm.train.clip_grad_norm
+        monkeypatch.setattr(
+            tinyllm.train,
+            "clip_grad_norm",
+            lambda model, most: of_third_step(model, lambda _: math.inf, clip(model, most)),
+        )
+    config = small(text, tmp_path / "run")
+    with pytest.raises(FloatingPointError, match=r"step 3: .*smaller --lr") as raised:
+        train(config, progress=False)
+    assert ("nan" if broken == "loss" else "inf") in str(raised.value)
+    assert str(last_checkpoint(config.out)) in str(raised.value)
+    assert last_checkpoint(config.out).name == "step-000002"
+    assert [r["step"] for r in records(config.out)] == [0, 1, 2]
+    saved = dict(load_model(last_checkpoint(config.out)).named_parameters())
+    assert len(found) == 3
+    assert saved.keys() == found[2].keys()
+    for name, parameter in saved.items():
+        assert np.isfinite(parameter.data).all()
+        assert np.array_equal(parameter.data, found[2][name])
+
+
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
+@pytest.mark.parametrize("during", ["a step", "an evaluation", "the last evaluation"])
+def test_a_signal_lets_the_step_finish_and_nothing_is_written_twice(
+    text, tmp_path, monkeypatch, name, during
+):
+    number = getattr(signal, name)
+    config = small(text, tmp_path / "run", eval_every=2, steps=6, warmup=0)
+    clip, plot = tinyllm.train.clip_grad_norm, tinyllm.train.plot_losses
+    calls = []
+
+    def clip_and_signal(*args):
+        calls.append(1)
+        if during == "a step" and len(calls) == 3:
+            signal.raise_signal(number)
+        return clip(*args)
+
+    def plot_and_signal(history, path):
+        plot(history, path)
+        if history[-1]["step"] == {"an evaluation": 4, "the last evaluation": 6}.get(during):
+            signal.raise_signal(number)
+
+    monkeypatch.setattr(tinyllm.train, "clip_grad_norm", clip_and_signal)
+    monkeypatch.setattr(tinyllm.train, "plot_losses", plot_and_signal)
+    handlers = [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)]
+    with pytest.raises(KeyboardInterrupt) as raised:
+        train(config, progress=False)
+    assert [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)] == handlers
+    received, said = raised.value.args
+    last = {"a step": 3, "an evaluation": 4, "the last evaluation": 6}[during]
+    assert received == number
+    assert f"step {last}" in said
+    assert str(last_checkpoint(config.out)) in said
+    assert last_checkpoint(config.out).name == f"step-{last:06}"
+    assert [r["step"] for r in records(config.out)] == list(range(last + 1))
+    evaluated = re.findall(r"--- step (\d+)", (config.out / "samples.txt").read_text(encoding="utf-8"))
+    assert evaluated == [str(step) for step in sorted({*range(0, last + 1, 2), last})]
+    model, data = load_model(last_checkpoint(config.out)), load_data(config)
+    val_loss = evaluate(model, data.validation, config.eval_windows, config.batch)
+    assert val_loss == records(config.out)[-1]["val_loss"]
+
+
+def test_a_run_goes_the_same_way_until_it_is_stopped(run, text, tmp_path, monkeypatch):
+    config, _ = run
+    stopped = small(text, tmp_path / "run")
+    clip = tinyllm.train.clip_grad_norm
+
+    def clip_and_signal(*args):
+        signal.raise_signal(signal.SIGTERM)
+        return clip(*args)
+
+    monkeypatch.setattr(tinyllm.train, "clip_grad_norm", clip_and_signal)
+    with pytest.raises(KeyboardInterrupt):
+        train(stopped, progress=False)
+    first = values(stopped.out)[1]
+    assert {key: first[key] for key in values(config.out)[1]} == values(config.out)[1]
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no signals to send to one process")
+@pytest.mark.parametrize(("name", "code"), [("SIGINT", 130), ("SIGTERM", 143)])
+def test_a_signal_from_outside(text, tmp_path, name, code):
+    out = tmp_path / "run"
+    options = (
+        f"--text {text} --out {out} --tokenizer char --n-layer 1 --n-head 2 --n-embd 16 --context {CONTEXT} "
+        "--batch 4 --steps 1000000 --warmup 0 --eval-every 1000 --prompt the"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-m", "tinyllm", "train", *options.split()],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        patience = time.monotonic() + 60
+        while not (out / "metrics.jsonl").exists() or len(records_so_far(out)) < 5:
+            assert process.poll() is None
+            assert time.monotonic() < patience
+            time.sleep(0.02)
+        process.send_signal(getattr(signal, name))
+        _, said = process.communicate(timeout=60)
+    finally:
+        process.kill()
+        process.wait()
+    assert process.returncode == code
+    checkpoint = last_checkpoint(out)
+    assert re.fullmatch(rf"tinyllm: stopped after step (\d+); .*{re.escape(str(checkpoint))}\n", said)
+    last = records(out)[-1]
+    assert checkpoint.name == f"step-{last['step']:06}"
+    assert [r["step"] for r in records(out)] == list(range(last["step"] + 1))
+    data = load_data(small(text, out))
+    assert evaluate(load_model(checkpoint), data.validation, 64, 4) == last["val_loss"]
+
+
+def records_so_far(out):
+    return (out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+
+
+# The whole of it, in torch
+
+
+@pytest.mark.parametrize("tie_head", [True, False])
+def test_the_training_run_in_torch(text, tmp_path, tie_head):
+    """20 steps of train() beside transformers' GPT-2 with torch's loss, AdamW, clipping and schedules.
+
+    In float64, from the same weights, on the same batches. GPT2LMHeadModel computes its own loss in
+    float32, so torch's cross-entropy takes its logits.
+    """
+    torch = pytest.importorskip("torch")
+    transformers = pytest.importorskip("transformers")
+    config = small(
+        text,
+        tmp_path / "run",
+        n_layer=2,
+        steps=20,
+        eval_every=20,
+        dtype="float64",
+        clip=1.4,
+        tie_head=tie_head,
+    )
+    data = load_data(config)
+    start = GPT2(config.model_config(data.tokenizer.vocab_size), rng=np.random.default_rng(config.seed))
+    start.astype(np.float64).save_pretrained(tmp_path / "start")
+    theirs = transformers.GPT2LMHeadModel.from_pretrained(
+        tmp_path / "start", dtype=torch.float64, attn_implementation="eager"
+    ).train()
+    assert all(p.dtype == torch.float64 for p in theirs.parameters())
+
+    ours = train(config, progress=False)
+
+    decayed = [p for p in theirs.parameters() if p.ndim >= 2]
+    others = [p for p in theirs.parameters() if p.ndim < 2]
+    optimizer = torch.optim.AdamW(
+        [{"params": decayed, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}], lr=config.lr
+    )
+    rise = torch.optim.lr_scheduler.LinearLR(
+        optimizer, config.initial_lr / config.lr, total_iters=config.warmup
+    )
+    fall = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, config.steps - config.warmup, config.min_lr)
+    schedule = torch.optim.lr_scheduler.SequentialLR(optimizer, [rise, fall], [config.warmup])
+    batches = Batches(data.train, config.batch, config.seed)
+    clipped = 0
+    for step, record in enumerate(records(config.out)[1:]):
+        ids, targets = (torch.from_numpy(array) for array in batches.at(step))
+        loss = torch.nn.functional.cross_entropy(theirs(ids).logits.flatten(0, 1), targets.flatten())
+        optimizer.zero_grad()
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(theirs.parameters(), config.clip)
+        clipped += norm.item() > config.clip
+        assert record["lr"] == pytest.approx(optimizer.param_groups[0]["lr"], rel=1e-12)
+        optimizer.step()
+        schedule.step()
+        assert abs(record["train_loss"] - loss.item()) < 1e-9
+        assert abs(record["grad_norm"] - norm.item()) < 1e-9
+    assert 0 < clipped < 20  # both sides of the clipping were walked
+
+    expected = {name.removeprefix("transformer."): p for name, p in theirs.named_parameters()}
+    found = ours.state_dict()
+    assert found.keys() == expected.keys()
+    began = start.state_dict()
+    for name, parameter in expected.items():
+        parameter = parameter.detach().numpy()
+        assert np.abs(found[name] - parameter).max() < 1e-9, name
+        assert np.abs(found[name] - began[name]).max() > 1e-4, name  # it was trained
