@@ -1,6 +1,6 @@
 """The language model's own ops: against torch.nn.functional, against themselves written plainly, at extremes.
 
-``CASES`` holds one strategy per op; the four checks of ``parity.compare`` run over all of them, with the
+``CASES`` holds one strategy per op; the four checks of ``parity.ops`` run over all of them, with the
 ops' block sizes so small that a few rows make many blocks. What needs the real sizes is further down.
 """
 
@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from test_tensor_ops import caught, place_of_error, scale_one_gradient
 
 from parity import strategies as some
-from parity.compare import (
+from parity.ops import (
     Case,
     assert_close,
     check_composed,

@@ -1,6 +1,6 @@
 """Every operator and method of Tensor, and every function of several tensors: value and gradients.
 
-``CASES`` holds one strategy per op; the four checks of ``parity.compare`` run over all of them.
+``CASES`` holds one strategy per op; the four checks of ``parity.ops`` run over all of them.
 """
 
 import inspect
@@ -17,7 +17,7 @@ from hypothesis.extra import numpy as hnp
 
 import tinyllm
 from parity import strategies as some
-from parity.compare import Case, assert_close, check_direction, check_float32, check_torch
+from parity.ops import Case, assert_close, check_direction, check_float32, check_torch
 from tinyllm import Tensor, concatenate, einsum, split, stack, tensor, where
 from tinyllm.errors import Error
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import codecs
 import contextlib
 import io
@@ -59,13 +58,16 @@ def _generate(config: GenerateConfig) -> None:
         )
     if config.seed < 0:
         raise Error(f"--seed is {config.seed}: choose a whole number of at least 0")
-    ids = tokenizer.encode(config.prompt)
+    try:
+        ids = tokenizer.encode(config.prompt)
+    except Error as error:
+        raise Error(f"--prompt: {error}") from None
     if not ids:
         raise Error("--prompt is empty: give at least one character to continue")
-    if len(ids) + config.max_new_tokens > model.context:
-        print(f"(past {model.context} tokens the oldest are forgotten: the model's context)", file=sys.stderr)
     rng = np.random.default_rng(config.seed)
     steps = generate(model, [ids], config.max_new_tokens, config.temperature, config.top_k, config.top_p, rng)
+    if len(ids) + config.max_new_tokens > model.context:
+        print(f"(past {model.context} tokens the oldest are forgotten: the model's context)", file=sys.stderr)
     print(config.prompt, end="", flush=True)
     print_stream(tokenizer, (int(tokens[0]) for tokens in steps))
 
@@ -98,16 +100,19 @@ def parse_options(options: type, program: str, args: list[str], **more):
 
 
 def _train_options(args: list[str]) -> TrainConfig:
-    preset = argparse.ArgumentParser(prog="tinyllm train", add_help=False, allow_abbrev=False)
-    preset.add_argument("--preset", default="small")
-    chosen, rest = preset.parse_known_args(args)
-    if chosen.preset not in PRESETS:
-        raise Error(f"there is no preset {chosen.preset!r}: choose one of {', '.join(PRESETS)}")
+    preset, rest = "small", list(args)
+    for i, word in enumerate(args):
+        if word == "--preset" or word.startswith("--preset="):
+            _, equals, value = word.partition("=")
+            preset = value if equals else "".join(args[i + 1 : i + 2])
+            rest = args[:i] + args[i + (1 if equals else 2) :]
+    if preset not in PRESETS:
+        raise Error(f"--preset {preset!r} is unknown: choose one of {', '.join(PRESETS)}")
     return parse_options(
         TrainConfig,
         "tinyllm train",
         rest,
-        default=TrainConfig(**PRESETS[chosen.preset]),
+        default=TrainConfig(**PRESETS[preset]),
         description=f"{TrainConfig.__doc__} --preset NAME ({', '.join(PRESETS)}) sets the defaults below.",
     )
 
@@ -126,6 +131,9 @@ def _parse(args: list[str]) -> TrainConfig | GenerateConfig:
 
 def main(args: list[str] | None = None) -> int:
     """Run a command line; returns the exit code: 0 done, 1 the run failed, 2 the request was wrong."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a terminal that cannot show a character shows a ?
+            stream.reconfigure(errors="replace")
     try:
         config = _parse(sys.argv[1:] if args is None else list(args))
         if isinstance(config, TrainConfig):

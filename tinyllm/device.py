@@ -7,6 +7,7 @@ is here is the little that is left: scattering, addressed random numbers, and bl
 from __future__ import annotations
 
 import contextlib
+import contextvars
 import ctypes
 import math
 import os
@@ -164,11 +165,12 @@ def run_tasks(function, tasks: list) -> None:
     if _Workers.pool is None:
         _Workers.pool = ThreadPoolExecutor(workers, thread_name_prefix="tinyllm")
 
-    def run(task):
+    def run(context, task):
         _Workers.busy.flag = True  # work inside a task stays in its thread
-        function(task)
+        context.run(function, task)
 
-    list(_Workers.pool.map(run, tasks))
+    # A copy of our context each: np.errstate holds in the workers, too.
+    list(_Workers.pool.map(run, [contextvars.copy_context() for _ in tasks], tasks))
 
 
 @contextlib.contextmanager

@@ -10,6 +10,7 @@ import numpy as np
 from tinyllm.data import check_ids
 from tinyllm.device import to_device
 from tinyllm.errors import Error
+from tinyllm.nn import evaluating
 from tinyllm.tensor import no_grad
 
 
@@ -33,7 +34,8 @@ def generate(
     The arguments are checked at the call. The model is in eval mode, without gradients, during each
     step only; between steps it is as it was.
     """
-    ids = check_ids(np.atleast_2d(ids), model.config.vocab_size, name="prompt ids")
+    ids = check_ids(ids, model.config.vocab_size, name="prompt ids")
+    ids = ids[None] if ids.ndim == 1 else ids  # one prompt is a batch of one
     stop_ids = check_ids(stop_ids, model.config.vocab_size, name="stop_ids") if len(stop_ids) else ()
     if ids.ndim != 2 or ids.shape[1] > model.context:
         raise Error(
@@ -61,13 +63,8 @@ def _steps(model, ids, max_new_tokens, temperature, top_k, top_p, rng, stop_ids)
 
 
 def _last_logits(model, ids):
-    was_training = model.training
-    model.eval()
-    try:
-        with no_grad():
-            return to_device(model(ids, last_only=True).data[:, 0], "cpu")
-    finally:
-        model.train(was_training)
+    with evaluating(model), no_grad():
+        return to_device(model(ids, last_only=True).data[:, 0], "cpu")
 
 
 def check_sampling(temperature: float, top_k: int | None, top_p: float | None) -> None:
@@ -95,15 +92,14 @@ def choose_tokens(
     ``top_p`` (Holtzman et al., arXiv 1904.09751, 3.1). The token drawn is the first at which the
     running sum of what is kept exceeds the uniform number. Computed in float64.
     """
-    if np.isnan(logits).any():
-        raise Error(
-            "the model's logits are not numbers (NaN): its weights are damaged or diverged in training"
-        )
+    if not np.isfinite(logits.max(axis=-1)).all():  # a single -inf is a token that cannot come
+        raise Error("the model's logits are not finite: its weights are damaged, or diverged in training")
     if temperature == 0:
         return logits.argmax(axis=-1)
     order = np.argsort(-logits, axis=-1, kind="stable")[:, :top_k]  # stable: equal logits stay in order of id
     kept = np.take_along_axis(logits, order, axis=-1).astype(np.float64)
-    weights = np.exp((kept - kept[:, :1]) / temperature)
+    with np.errstate(over="ignore"):  # at a tiny temperature, -inf for all but the largest: weight 0
+        weights = np.exp((kept - kept[:, :1]) / temperature)
     weights /= weights.sum(axis=-1, keepdims=True)
     if top_p is not None:
         before = np.cumsum(weights, axis=-1) - weights  # the sum of all that rank higher

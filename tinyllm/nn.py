@@ -129,6 +129,18 @@ class Module:
             parameter.replace(array.astype(parameter.dtype, order="C", copy=True))
 
 
+@contextlib.contextmanager
+def evaluating(model: Module):
+    """Within this block every module is in eval mode; afterwards each is as it was."""
+    before = [(module, module.training) for _, module in model.named_modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in before:
+            module.training = mode
+
+
 def normal(rng: np.random.Generator | None, shape, std: float) -> Tensor:
     """A float32 parameter drawn from N(0, std²).
 

@@ -99,8 +99,8 @@ class TiktokenTokenizer(Tokenizer):
             for token in sorted(self._encoding.special_tokens_set):
                 if token in text:
                     raise Error(
-                        f"the text contains the special token {token!r}: pass special='allow' to encode it "
-                        "as its id, or special='text' to encode it as ordinary text"
+                        f"the text contains the special token {token!r}: set special to 'allow' to encode it "
+                        "as its id, or to 'text' to encode it as ordinary text"
                     )
         try:
             # Not encode_ordinary: what is a ValueError here is a panic there.

@@ -6,7 +6,8 @@ AdamW update with the learning rate of that step. All of a run lies in its folde
     config.json           what was asked for, the text's hash, the library versions
     tinyllm_tokenizer.json
     metrics.jsonl         one object per step: step, tokens, train_loss, lr, grad_norm, tokens_per_s;
-                          at evaluations also val_loss, and train_eval_loss (as val_loss, without dropout)
+                          at evaluations also val_loss, val_bits_per_byte, and train_eval_loss (measured as
+                          val_loss, without dropout, on the training text)
     samples.txt           what the model wrote at each evaluation
     loss.png              the two curves
     step-000135/          config.json and model.safetensors, as Hugging Face lays them out
@@ -17,8 +18,10 @@ from __future__ import annotations
 import itertools
 import json
 import math
+import os
 import platform
 import signal
+import sys
 import threading
 import time
 from contextlib import contextmanager
@@ -34,11 +37,12 @@ from tinyllm.device import keep_memory, manual_seed, pick_device
 from tinyllm.errors import Error
 from tinyllm.generate import generate
 from tinyllm.models import GPT2, GPT2Config
-from tinyllm.nn import initialize_as_torch
+from tinyllm.nn import evaluating, initialize_as_torch
 from tinyllm.optim import AdamW, clip_grad_norm, warmup_cosine
 from tinyllm.tensor import no_grad
 from tinyllm.tokenizer import BPETokenizer, CharTokenizer, Tokenizer, load_tokenizer
 
+SPECIAL = ("refuse", "allow", "text")
 RUN_CONFIG, METRICS, SAMPLES, PLOT = "config.json", "metrics.jsonl", "samples.txt", "loss.png"
 
 
@@ -54,6 +58,8 @@ class TrainConfig:
     """bpe:VOCAB (learned from the text), gpt2, char (an id per character), or a run folder or file."""
     arch: str = "gpt2"
     """The architecture: gpt2."""
+    special: str = "refuse"
+    """Special tokens such as <|endoftext|> in the text: refuse, allow (as their ids), or text."""
     n_layer: int = 4
     """Blocks."""
     n_head: int = 4
@@ -120,6 +126,8 @@ class TrainConfig:
             0 <= self.warmup < self.steps, "warmup", self.warmup, f"below the {self.steps} steps of the run"
         )
         _require(self.dtype in ("float32", "float64"), "dtype", self.dtype, "float32 or float64")
+        _require(0 <= self.dropout < 1, "dropout", self.dropout, "at least 0 and below 1")
+        _require(self.special in SPECIAL, "special", self.special, " or ".join(SPECIAL))
         _require(self.arch == "gpt2", "arch", self.arch, "gpt2")
         _require(self.init in ("gpt2", "torch"), "init", self.init, "gpt2 or torch")
 
@@ -178,6 +186,7 @@ class Data:
     tokenizer: Tokenizer
     train: Windows
     validation: Windows
+    bytes_per_token: float  # of the validation text: losses per byte compare across tokenizers
 
 
 def load_data(config: TrainConfig) -> Data:
@@ -191,24 +200,20 @@ def load_data(config: TrainConfig) -> Data:
         tokenizer = BPETokenizer(train_bpe(train_text, parse_bpe(config.tokenizer)))
     else:
         tokenizer = load_tokenizer(config.tokenizer)
-    parts = [np.array(tokenizer.encode(part)) for part in (train_text, validation_text)]
+    parts = [np.array(tokenizer.encode(part, config.special)) for part in (train_text, validation_text)]
     windows = [Windows(ids, config.context, stride) for ids, stride in zip(parts, (config.stride, None))]
-    return Data(text, tokenizer, *windows)
+    return Data(text, tokenizer, *windows, len(validation_text.encode("utf-8")) / len(parts[1]))
 
 
 def evaluate(model, windows: Windows, most: int, batch: int) -> float:
     """Mean loss per token over at most ``most`` windows, spread evenly; in eval mode."""
     chosen = np.linspace(0, len(windows) - 1, min(most, len(windows))).astype(int)
-    was_training, total, count = model.training, 0.0, 0
-    model.eval()
-    try:
-        with no_grad():
-            for start in range(0, len(chosen), batch):
-                ids, targets = windows[chosen[start : start + batch]]
-                total += model.loss(ids, targets, divisor=1).item()
-                count += targets.size
-    finally:
-        model.train(was_training)
+    total, count = 0.0, 0
+    with evaluating(model), no_grad():
+        for start in range(0, len(chosen), batch):
+            ids, targets = windows[chosen[start : start + batch]]
+            total += model.loss(ids, targets, divisor=1).item()
+            count += targets.size
     return total / count
 
 
@@ -226,7 +231,10 @@ def train(config: TrainConfig, progress: bool = True) -> GPT2:
     if config.init == "torch":
         initialize_as_torch(model, rng)
     model.astype(np.dtype(config.dtype)).to(device).train()
-    prompt = data.tokenizer.encode(config.prompt)
+    try:
+        prompt = data.tokenizer.encode(config.prompt)
+    except Error as error:
+        raise Error(f"--prompt: {error}") from None
     if not 0 < len(prompt) <= model.context:
         raise Error(f"--prompt is {len(prompt)} tokens long: it must have 1 to {model.context} (the context)")
     batches = Batches(data.train, config.batch, config.seed)
@@ -236,8 +244,9 @@ def train(config: TrainConfig, progress: bool = True) -> GPT2:
     optimizer = AdamW(model, config.lr, betas=(0.9, 0.999), weight_decay=config.weight_decay)
     lr_at = warmup_cosine(config.lr, config.initial_lr, config.min_lr, config.warmup, config.steps)
     eval_every = config.eval_every or min(batches.steps_per_epoch, math.ceil(config.steps / 10))
-    run.evaluate(0)
-    with _signals_wait() as arrived:
+    # A run that diverges ends with one sentence, not with NumPy's warnings before it.
+    with _signals_wait() as arrived, np.errstate(over="ignore", invalid="ignore"):
+        run.evaluate(0)
         for step in _progress_bar(config.steps, progress):
             started = time.perf_counter()
             ids, targets = batches.at(step)
@@ -282,6 +291,7 @@ class _Run:
     def __init__(self, config: TrainConfig, data: Data, model, steps_per_epoch: int, device: str):
         self.config, self.data, self.model = config, data, model
         self.folder, self.tokens, self.record = config.out or _new_folder(data.text.name), 0, {}
+        self.evaluated: int | None = None  # the step of the last evaluation
         self.history: list[dict] = []
         if self.folder.exists() and (not self.folder.is_dir() or any(self.folder.iterdir())):
             raise Error(f"{self.folder} exists and is not an empty folder: choose another --out")
@@ -328,18 +338,27 @@ class _Run:
 
     def evaluate(self, step: int) -> None:
         """Both losses, a sample, and the plot so far. At step 0, before training, too."""
-        if "val_loss" in self.record:
+        if step == self.evaluated:
             return
+        self.evaluated = step
         config, model = self.config, self.model
         self.record = self.record or {"step": step, "tokens": self.tokens}
         for key, windows in (("train_eval_loss", self.data.train), ("val_loss", self.data.validation)):
-            self.record[key] = evaluate(model, windows, config.eval_windows, config.batch)
+            loss = self.record[key] = evaluate(model, windows, config.eval_windows, config.batch)
+            if not math.isfinite(loss):
+                self.save(step)
+                raise FloatingPointError(
+                    f"after step {step} the {key} is {loss}: start again with a smaller --lr or "
+                    f"--clip (the weights are in {self.checkpoint(step)})"
+                )
+        bits_per_byte = self.record["val_loss"] / math.log(2) / self.data.bytes_per_token
+        self.record["val_bits_per_byte"] = bits_per_byte
         sample = self.sample(step)
         with open(self.folder / SAMPLES, "a", encoding="utf-8") as file:
             file.write(f"--- step {step}\n{sample}\n")
         _say(
-            f"step {step:>5}  train {self.record['train_eval_loss']:.4f}  val {self.record['val_loss']:.4f}  "
-            f"{' '.join(sample.split())[:100]}"
+            f"step {step:>5}  train {self.record['train_eval_loss']:.4f}  val {self.record['val_loss']:.4f} "
+            f"({bits_per_byte:.3f} bits/byte)  {' '.join(sample.split())[:80]}"
         )
         self.flush()
         plot_losses(self.history, self.folder / PLOT)
@@ -399,7 +418,10 @@ def plot_losses(history: list[dict], path: str | Path) -> None:
 def _say(line: str) -> None:
     from tqdm import tqdm
 
-    tqdm.write(line)
+    try:
+        tqdm.write(line)
+    except BrokenPipeError:  # nobody reads what we say any more: no reason to end a run
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _progress_bar(steps: int, shown: bool):

@@ -1,0 +1,121 @@
+"""How do the same weights get into tinyllm, its PyTorch twin and ``transformers``?
+
+Everything here copies: two models never share memory, so changing one cannot change the other.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from parity.torch_gpt2 import TorchGPT2
+from tinyllm.device import to_device
+from tinyllm.errors import Error
+from tinyllm.models import GPT2, GPT2Config, load_model
+from tinyllm.nn import Module
+from tinyllm.pretrained import check_names_and_shapes
+
+TWINS = {GPT2: TorchGPT2}  # tinyllm's class -> the same in PyTorch
+DTYPES = ("float32", "float64")  # what NumPy and torch both compute in
+
+
+def to_torch(model: Module) -> torch.nn.Module:
+    """A PyTorch twin with the weights of a tinyllm model, in its dtype and its mode, on the CPU."""
+    if type(model) not in TWINS:
+        supported = ", ".join(ours.__name__ for ours in TWINS)
+        raise Error(f"{type(model).__name__} has no twin in PyTorch; supported: {supported}")
+    arrays = {name: to_device(parameter.data, "cpu") for name, parameter in model.named_parameters()}
+    dtype = _dtype(next(iter(arrays.values())).dtype.name)
+    twin = TWINS[type(model)](model.config).to(getattr(torch, dtype))
+    parameters = dict(twin.named_parameters())
+    _check(parameters, arrays, "the tinyllm model")
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            parameter.copy_(torch.tensor(np.array(arrays[name])))
+    return twin.train(model.training)
+
+
+def from_torch(twin: torch.nn.Module) -> Module:
+    """The tinyllm model with the weights of its PyTorch twin, in its dtype and its mode, on the CPU."""
+    ours = {theirs: ours for ours, theirs in TWINS.items()}
+    if type(twin) not in ours:
+        supported = ", ".join(theirs.__name__ for theirs in ours)
+        raise Error(f"{type(twin).__name__} is no twin of a tinyllm model; supported: {supported}")
+    tensors = dict(twin.named_parameters())
+    dtype = _dtype(str(next(iter(tensors.values())).dtype).removeprefix("torch."))
+    model = ours[type(twin)](twin.config, rng=None).astype(dtype)
+    parameters = dict(model.named_parameters())
+    _check(parameters, tensors, "the PyTorch twin")
+    for name, parameter in parameters.items():
+        parameter.replace(np.array(tensors[name].detach().cpu()))
+    return model.train(twin.training)
+
+
+def load_pair(name: str | Path, dtype: str = "float32") -> tuple[Module, torch.nn.Module]:
+    """(tinyllm model, PyTorch twin) from a Hugging Face folder or hub id, both in eval mode."""
+    model = load_model(name, np.dtype(_dtype(np.dtype(dtype).name)))
+    return model, to_torch(model)
+
+
+def from_transformers(theirs) -> tuple[Module, torch.nn.Module]:
+    """(tinyllm model, PyTorch twin) with the weights of a ``transformers.GPT2LMHeadModel``."""
+    import transformers
+
+    if not isinstance(theirs, transformers.GPT2LMHeadModel):
+        raise Error(f"{type(theirs).__name__} is not supported; supported: GPT2LMHeadModel")
+    config = GPT2Config.from_dict(theirs.config.to_dict())
+    arrays = {name: tensor.detach().cpu().numpy() for name, tensor in theirs.named_parameters()}
+    dtype = _dtype(str(theirs.dtype).removeprefix("torch."))
+    model = GPT2(config, rng=None).astype(dtype)
+    model.load_state_dict(arrays, source="the transformers model")
+    model.train(theirs.training)
+    return model, to_torch(model)
+
+
+def to_transformers(model: GPT2):
+    """A ``transformers.GPT2LMHeadModel`` (eager attention) with the weights of a tinyllm GPT-2.
+
+    What their class has no option for is put in: with ``lm_head_bias`` its head is replaced by one with
+    a bias; without ``qkv_bias`` the bias for Q, K and V, which it always has, is zero.
+    """
+    import transformers
+
+    ours = model.config
+    config = transformers.GPT2Config.from_dict(ours.to_dict(), bos_token_id=0, eos_token_id=0)
+    config._attn_implementation = "eager"
+    theirs = transformers.GPT2LMHeadModel(config)
+    if ours.lm_head_bias:
+        theirs.lm_head = torch.nn.Linear(ours.n_embd, ours.vocab_size)
+        theirs.tie_weights()
+    arrays = {name: torch.tensor(np.array(to_device(a, "cpu"))) for name, a in model.state_dict().items()}
+    theirs = theirs.to(arrays["wte.weight"].dtype)
+    parameters = {name.removeprefix("transformer."): p for name, p in theirs.named_parameters()}
+    if not ours.qkv_bias:
+        arrays |= {
+            f"h.{i}.attn.c_attn.bias": parameters[f"h.{i}.attn.c_attn.bias"].detach() * 0
+            for i in range(ours.n_layer)
+        }
+    _check(parameters, arrays, "the tinyllm model")
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            parameter.copy_(arrays[name])
+    return theirs.train(model.training)
+
+
+def transformers_names(model: Module, theirs) -> dict[str, str | None]:
+    """Each module of a tinyllm model -> its name in the ``transformers`` model; None if it has none."""
+    known = {name.removeprefix("transformer."): name for name, _ in theirs.named_modules()}
+    return {name: known.get(name) for name, _ in model.named_modules() if name}
+
+
+def _dtype(name: str) -> str:
+    if name not in DTYPES:
+        raise Error(f"weights in {name} cannot be compared: convert the model to {' or '.join(DTYPES)}")
+    return name
+
+
+def _check(parameters, arrays, source: str) -> None:
+    expected = {name: tuple(parameter.shape) for name, parameter in parameters.items()}
+    check_names_and_shapes(expected, {name: tuple(a.shape) for name, a in arrays.items()}, source)
