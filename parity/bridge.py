@@ -27,7 +27,7 @@ def to_torch(model: Module) -> torch.nn.Module:
         supported = ", ".join(ours.__name__ for ours in TWINS)
         raise Error(f"{type(model).__name__} has no twin in PyTorch; supported: {supported}")
     arrays = {name: to_device(parameter.data, "cpu") for name, parameter in model.named_parameters()}
-    dtype = _dtype(next(iter(arrays.values())).dtype.name)
+    dtype = _dtype(array.dtype.name for array in arrays.values())
     twin = TWINS[type(model)](model.config).to(getattr(torch, dtype))
     parameters = dict(twin.named_parameters())
     _check(parameters, arrays, "the tinyllm model")
@@ -44,7 +44,7 @@ def from_torch(twin: torch.nn.Module) -> Module:
         supported = ", ".join(theirs.__name__ for theirs in ours)
         raise Error(f"{type(twin).__name__} is no twin of a tinyllm model; supported: {supported}")
     tensors = dict(twin.named_parameters())
-    dtype = _dtype(str(next(iter(tensors.values())).dtype).removeprefix("torch."))
+    dtype = _dtype(str(tensor.dtype).removeprefix("torch.") for tensor in tensors.values())
     model = ours[type(twin)](twin.config, rng=None).astype(dtype)
     parameters = dict(model.named_parameters())
     _check(parameters, tensors, "the PyTorch twin")
@@ -55,7 +55,7 @@ def from_torch(twin: torch.nn.Module) -> Module:
 
 def load_pair(name: str | Path, dtype: str = "float32") -> tuple[Module, torch.nn.Module]:
     """(tinyllm model, PyTorch twin) from a Hugging Face folder or hub id, both in eval mode."""
-    model = load_model(name, np.dtype(_dtype(np.dtype(dtype).name)))
+    model = load_model(name, np.dtype(_dtype([np.dtype(dtype).name])))
     return model, to_torch(model)
 
 
@@ -66,8 +66,9 @@ def from_transformers(theirs) -> tuple[Module, torch.nn.Module]:
     if not isinstance(theirs, transformers.GPT2LMHeadModel):
         raise Error(f"{type(theirs).__name__} is not supported; supported: GPT2LMHeadModel")
     config = GPT2Config.from_dict(theirs.config.to_dict())
-    arrays = {name: tensor.detach().cpu().numpy() for name, tensor in theirs.named_parameters()}
-    dtype = _dtype(str(theirs.dtype).removeprefix("torch."))
+    tensors = {name: tensor.detach().cpu() for name, tensor in theirs.named_parameters()}
+    dtype = _dtype(str(tensor.dtype).removeprefix("torch.") for tensor in tensors.values())
+    arrays = {name: tensor.numpy() for name, tensor in tensors.items()}  # load_state_dict copies
     model = GPT2(config, rng=None).astype(dtype)
     model.load_state_dict(arrays, source="the transformers model")
     model.train(theirs.training)
@@ -110,10 +111,12 @@ def transformers_names(model: Module, theirs) -> dict[str, str | None]:
     return {name: known.get(name) for name, _ in model.named_modules() if name}
 
 
-def _dtype(name: str) -> str:
-    if name not in DTYPES:
-        raise Error(f"weights in {name} cannot be compared: convert the model to {' or '.join(DTYPES)}")
-    return name
+def _dtype(names) -> str:
+    found = sorted(set(names))
+    if len(found) != 1 or found[0] not in DTYPES:
+        both = " or ".join(DTYPES)
+        raise Error(f"weights in {' and '.join(found)} cannot be carried over: convert all to {both}")
+    return found[0]
 
 
 def _check(parameters, arrays, source: str) -> None:

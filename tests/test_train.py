@@ -119,12 +119,14 @@ def test_config_says_what_was_run(run, text):
 def test_metrics_one_record_a_step(run):
     config, _ = run
     first, *steps = records(config.out)
-    assert first.keys() == {"step", "tokens", "train_eval_loss", "val_loss"}
+    assert first.keys() == {"step", "tokens", "train_eval_loss", "val_loss", "val_bits_per_byte"}
     assert (first["step"], first["tokens"]) == (0, 0)
     assert [r["step"] for r in steps] == list(range(1, 13))
     every_step = {"step", "tokens", "train_loss", "lr", "grad_norm", "tokens_per_s"}
     for r in steps:
-        evaluated = {"train_eval_loss", "val_loss"} if r["step"] in (5, 10, 12) else set()
+        evaluated = (
+            {"train_eval_loss", "val_loss", "val_bits_per_byte"} if r["step"] in (5, 10, 12) else set()
+        )
         assert r.keys() == every_step | evaluated
         assert all(math.isfinite(value) for value in r.values())
         assert r["tokens"] == r["step"] * 4 * CONTEXT
@@ -153,6 +155,8 @@ def test_loss_begins_near_guessing_and_falls_on_a_rhyme(text, tmp_path):
     assert first["val_loss"] == pytest.approx(math.log(len(set(RHYME))), abs=0.05)
     assert first["train_eval_loss"] == pytest.approx(math.log(len(set(RHYME))), abs=0.05)
     assert last["val_loss"] < first["val_loss"] / 3
+    # Characters of RHYME are one byte each, and the char tokenizer's tokens are characters.
+    assert last["val_bits_per_byte"] == pytest.approx(last["val_loss"] / math.log(2), rel=1e-12)
     assert last["train_loss"] < first["val_loss"] / 3
 
 
