@@ -5,6 +5,7 @@ Everything here copies: two models never share memory, so changing one cannot ch
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -49,7 +50,7 @@ def from_torch(twin: torch.nn.Module) -> Module:
     parameters = dict(model.named_parameters())
     _check(parameters, tensors, "the PyTorch twin")
     for name, parameter in parameters.items():
-        parameter.replace(np.array(tensors[name].detach().cpu()))
+        parameter.replace(tensors[name].detach().cpu().numpy().copy())
     return model.train(twin.training)
 
 
@@ -84,7 +85,8 @@ def to_transformers(model: GPT2):
     import transformers
 
     ours = model.config
-    config = transformers.GPT2Config.from_dict(ours.to_dict(), bos_token_id=0, eos_token_id=0)
+    # Their default ids of the special tokens would be outside a small vocabulary.
+    config = transformers.GPT2Config(**asdict(ours), bos_token_id=0, eos_token_id=0)
     config._attn_implementation = "eager"
     theirs = transformers.GPT2LMHeadModel(config)
     if ours.lm_head_bias:

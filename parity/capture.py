@@ -113,8 +113,9 @@ def _capture_torch(module, inputs, call: Call, seed: int) -> Capture:
         check_ids(to_numpy(args[0]), embedding.num_embeddings)
 
     first = next(iter(parameters.values()), torch.empty(0, dtype=torch.float64))
-    inputs = [torch.tensor(x, device=first.device) for x in inputs]
-    inputs = [x.to(first.dtype).requires_grad_() if x.is_floating_point() else x for x in inputs]
+    inputs = [torch.tensor(x.astype(np.int64) if x.dtype.kind in "iu" else x) for x in inputs]
+    inputs = [x.to(first) if x.is_floating_point() else x.to(first.device) for x in inputs]
+    floats = {f"(input {i})": x.requires_grad_() for i, x in enumerate(inputs) if x.is_floating_point()}
     with _left_as_it_was(modules.values(), parameters.values()):
         for name, owner in modules.items():
             if name:
@@ -132,7 +133,6 @@ def _capture_torch(module, inputs, call: Call, seed: int) -> Capture:
             output.backward(torch.tensor(upstream(tuple(output.shape), seed)).to(output))
         grads = {name: to_numpy(parameter.grad) for name, parameter in parameters.items()}
     run.parameters = {name: g.T if name in conv and g is not None else g for name, g in grads.items()}
-    floats = {f"(input {i})": x for i, x in enumerate(inputs) if x.is_floating_point()}
     run.inputs = {name: to_numpy(x.grad) for name, x in floats.items()}
     return run
 
@@ -169,7 +169,7 @@ def _left_as_it_was(modules, parameters):
 
 
 def upstream(shape: tuple[int, ...], seed: int) -> np.ndarray:
-    """dL/d(output) to start from: 1 for a scalar, else normal numbers, the same ones for (B, T) and (B·T,)."""
+    """dL/d(output) to start from: 1 for a scalar, else normal numbers, the same for (B, T) and (B·T,)."""
     if math.prod(shape) == 1:
         return np.ones(shape)
     return np.random.default_rng(seed).standard_normal(math.prod(shape)).reshape(shape)
@@ -205,4 +205,4 @@ def to_numpy(x) -> np.ndarray | None:
     if "torch" in sys.modules and isinstance(x, sys.modules["torch"].Tensor):
         x = x.detach().cpu()
         return (x.float() if x.is_floating_point() and x.itemsize == 2 else x).numpy().copy()
-    return np.array(to_device(np.asarray(x) if isinstance(x, (list, tuple)) else x, "cpu"))
+    return np.array(to_device(x, "cpu") if hasattr(x, "__cuda_array_interface__") else x)

@@ -77,7 +77,7 @@ def dropout(input: Tensor, p: float = 0.5, training: bool = True) -> Tensor:
 
     Not in training, or with p = 0, the input itself. The mask follows from
     ``tinyllm.manual_seed(seed, step, micro_batch)`` and is drawn again in the backward pass instead of
-    being kept. Srivastava et al., "Dropout", JMLR 15 (2014).
+    being kept; ``p`` counts in steps of 1/65536. Srivastava et al., "Dropout", JMLR 15 (2014).
     """
     if not 0 <= p < 1:
         raise Error(f"dropout probability must be at least 0 and below 1, not {p}")

@@ -3,6 +3,7 @@
 import numpy as np
 
 from tinyllm.data import check_ids
+from tinyllm.device import matmul
 from tinyllm.errors import Error
 from tinyllm.tensor import At, Tensor, as_rows
 
@@ -18,15 +19,15 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         )
     x, w = as_rows(input.data), weight.data  # (N, C_in): one large product, not one per batch element
     lead = input.shape[:-1]
-    y = x @ w.T
+    y = matmul(x, w.T)
     if bias is not None:
         y += bias.data
     needs = [input.requires_grad, weight.requires_grad, bias is not None and bias.requires_grad]
 
     def vjp(grad):
         grad = as_rows(grad)  # (N, C_out)
-        dx = (grad @ w).reshape(*lead, w.shape[1]) if needs[0] else None
-        dw = grad.T @ x if needs[1] else None
+        dx = matmul(grad, w).reshape(*lead, w.shape[1]) if needs[0] else None
+        dw = matmul(grad.T, x) if needs[1] else None
         db = grad.sum(axis=0) if needs[2] else None
         return dx, dw, db
 

@@ -12,7 +12,7 @@ by the step's total, so that their gradients add up to those of the whole batch.
 import numpy as np
 
 from tinyllm.data import check_ids
-from tinyllm.device import each_block
+from tinyllm.device import each_block, matmul
 from tinyllm.errors import Error
 from tinyllm.tensor import Tensor, as_rows
 
@@ -64,7 +64,7 @@ def linear_cross_entropy(
     total = np.zeros((), x.dtype, like=x)
     for start in range(0, len(x), CHUNK):
         rows = slice(start, start + CHUNK)
-        logits = x[rows] @ w.T
+        logits = matmul(x[rows], w.T)
         if b is not None:
             logits += b
         total = total + _softmax_minus_onehot(logits, target[rows], ignore_index).sum()
@@ -72,11 +72,11 @@ def linear_cross_entropy(
             continue
         logits /= divisor  # now dL/dlogits of these rows
         if dx is not None:
-            np.matmul(logits, w, out=dx[rows])
+            matmul(logits, w, out=dx[rows])
         if dw is not None:
             for first in range(0, len(w), COLUMNS):  # a small product to add, not one of W's size
                 some = slice(first, first + COLUMNS)
-                dw[some] += logits[:, some].T @ x[rows]
+                dw[some] += matmul(logits[:, some].T, x[rows])
         if db is not None:
             db += logits.sum(axis=0)
     shape = input.shape
