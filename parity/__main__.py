@@ -70,50 +70,49 @@ class Report:
 
     def run(self) -> int:
         """Check the request, compare, print the table, write the page; 1 if a layer diverges, else 0."""
-        if self.random == (self.model is not None):
-            raise Error("say which model: either its folder or hub id, or --random")
-        if self.arch not in ARCHITECTURES:
-            raise Error(f"--arch {self.arch} is not supported; supported: {', '.join(ARCHITECTURES)}")
-        sizes = {name: getattr(self, name) for name in RANDOM_SIZES if getattr(self, name) is not None}
-        if sizes and not self.random:
-            raise Error(f"--{next(iter(sizes)).replace('_', '-')} is for --random: a model has its own sizes")
-        for name, least in {"seed": 0, "batch": 1, "tokens": 1}.items():
-            _check_at_least(least, name, getattr(self, name))
-        _check_writable("out", self.out)
-        for module in ("torch", "transformers"):
-            if not importlib.util.find_spec(module):
-                raise Error(f"report needs {module}: pip install 'tinyllm[parity]'")
+        self._check()
         from parity import page, report
 
         if self.random:
-            *models, source = (
-                *report.random_models(RANDOM_SIZES | sizes, self.dtype, self.seed),
-                report.COPIED,
-            )
+            models = report.random_models(RANDOM_SIZES | self._sizes(), self.dtype, self.seed)
+            name, source = f"{self.arch}, random weights, seed {self.seed}", report.COPIED
         else:
             *models, source = report.models_of(pretrained.find_folder(self.model), self.dtype)
-        ours = models[0]
+            name = self.model
         if self.ids:
-            batch = report.given_batch(ours, self.ids)
+            batch = report.given_batch(models[0], self.ids)
         else:
-            batch = report.random_batch(ours, self.batch, self.tokens, self.seed)
-        if batch[0].shape[1] > ours.context:
-            raise Error(f"{batch[0].shape[1]} tokens are too many: the model takes at most {ours.context}")
-
+            batch = report.random_batch(models[0], self.batch, self.tokens, self.seed)
         findings = report.examine(*models, *batch)
-        sizes = ", ".join(f"{name} {getattr(ours.config, name)}" for name in RANDOM_SIZES)
-        name = f"{self.arch}, random weights, seed {self.seed}" if self.random else self.model
+        sizes = ", ".join(f"{size} {getattr(models[0].config, size)}" for size in RANDOM_SIZES)
         findings.facts = {"model": name, "sizes": sizes, **findings.facts}
         findings.notes.append(source)
         print(findings)
         try:
             self.out.write_text(page.render(findings), encoding="utf-8")
         except OSError as error:
-            raise Error(
-                f"--out {self.out} cannot be written ({error.strerror}): choose another file"
-            ) from error
+            problem = f"--out {self.out} cannot be written ({error.strerror})"
+            raise Error(f"{problem}: choose another file") from error
         print(f"The page is {self.out}")
         return 0 if findings.first is None else 1
+
+    def _check(self) -> None:
+        if self.random == (self.model is not None):
+            raise Error("say which model: either its folder or hub id, or --random")
+        if self.arch not in ARCHITECTURES:
+            raise Error(f"--arch {self.arch} is not supported; supported: {', '.join(ARCHITECTURES)}")
+        if (given := [*self._sizes()]) and not self.random:
+            raise Error(f"--{given[0].replace('_', '-')} is for --random: a model has its own sizes")
+        for name, least in {"seed": 0, "batch": 1, "tokens": 1}.items():
+            _check_at_least(least, name, getattr(self, name))
+        _check_writable("out", self.out)
+        for module in ("torch", "transformers"):
+            if not importlib.util.find_spec(module):
+                raise Error(f"report needs {module}: pip install 'tinyllm[parity]'")
+
+    def _sizes(self) -> dict[str, int]:
+        """Those that were given."""
+        return {name: getattr(self, name) for name in RANDOM_SIZES if getattr(self, name) is not None}
 
 
 def _check_at_least(least: int, name: str, value: int) -> None:

@@ -155,7 +155,7 @@ def compare_captures(
                 add(PARAMETERS, parameter, other, ours.parameters[parameter], theirs.parameters[other], scale)
     for parameter, other in waiting.items():
         add(PARAMETERS, parameter, other, ours.parameters[parameter], theirs.parameters[other], scale)
-    for name in ours.inputs.keys() & theirs.inputs.keys():
+    for name in (name for name in ours.inputs if name in theirs.inputs):
         add(PARAMETERS, name, name, ours.inputs[name], theirs.inputs[name], scale)
 
     result.only_ours = _unpaired(ours, outputs.keys(), gradients.keys(), parameters.keys())
@@ -170,11 +170,11 @@ def difference(mine, other, scale: float) -> tuple[float, float]:
     if mine is None or other is None:
         return math.inf, math.inf
     other = other.reshape(mine.shape)
+    if np.array_equal(mine, other):
+        return 0.0, 0.0
     if not (np.isfinite(mine).all() and np.isfinite(other).all()):
         return math.nan, math.nan
     absolute = _largest(mine.astype(np.float64) - other)
-    if absolute == 0:
-        return 0.0, 0.0
     reference = max(_largest(other), FLOOR * scale)
     return absolute, absolute / reference if reference else math.inf
 

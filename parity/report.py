@@ -186,6 +186,7 @@ def models_of(folder: Path, dtype: str):
 
 def random_batch(model: Module, batch: int, tokens: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
     """Random ids and targets, both (batch, tokens); about every fifth target does not count."""
+    _check_length(model, tokens)
     V, rng = model.config.vocab_size, np.random.default_rng(seed)
     ids = rng.integers(0, V, (batch, tokens))
     targets = np.where(rng.random(ids.shape) < 0.2, -100, rng.integers(0, V, ids.shape))
@@ -197,5 +198,11 @@ def given_batch(model: Module, ids: tuple[int, ...]) -> tuple[np.ndarray, np.nda
     """One sequence (1, T) of at least two ids and its targets: at each position the next id."""
     if len(ids) < 2:
         raise Error("--ids needs at least two token ids: the second is the target of the first")
+    _check_length(model, len(ids) - 1)
     checked = check_ids(np.array([ids]), model.config.vocab_size, name="--ids")
     return checked[:, :-1], checked[:, 1:]
+
+
+def _check_length(model: Module, tokens: int) -> None:
+    if tokens > model.context:
+        raise Error(f"{tokens} tokens are too many: the model takes at most {model.context}")

@@ -105,9 +105,9 @@ def test_peak_memory_is_this_process_alone():
     ("arguments", "sentence"),
     [
         (["--work", "huge"], "--work huge is unknown; choose one of gpt2-124m,"),
-        (["--rounds", "0"], "--rounds 0 is too small; give at least 1."),
-        (["--warmup", "-1"], "--warmup -1 is too small; give at least 0."),
-        (["--json", "no/such/folder/x.json"], "cannot be written; name a file in a folder that exists."),
+        (["--rounds", "0"], "--rounds 0 is too small; give at least 1"),
+        (["--warmup", "-1"], "--warmup -1 is too small; give at least 0"),
+        (["--json", "no/such/folder/x.json"], "cannot be written; name a file in a folder that exists"),
         (["--steps", "many"], "Error parsing --steps: invalid literal for int() with base 10: 'many'; see "),
         (["--stepz", "3"], "Unrecognized options: --stepz, 3; see python -m parity bench train --help"),
     ],
@@ -123,7 +123,7 @@ def test_an_unknown_command_is_one_sentence_and_exit_code_2():
     done = parity("bench", "sleep")
     assert (done.returncode, done.stdout) == (2, "")
     known = "python -m parity bench train --help or python -m parity report --help"
-    assert done.stderr == f"there is no command 'bench sleep'; try {known}.\n"
+    assert done.stderr == f"there is no command 'bench sleep'; try {known}\n"
 
 
 def test_a_failing_variant_ends_the_benchmark_with_code_1():

@@ -64,17 +64,17 @@ class TrainConfig:
     """Blocks."""
     n_head: int = 4
     """Attention heads per block; must divide n_embd."""
-    n_embd: int = 128
+    n_embd: int = 192
     """Channels."""
-    context: int = 128
+    context: int = 256
     """Tokens the model sees at once, and the length of a training window."""
     stride: int | None = None
     """Tokens between the starts of two windows; the context if not given."""
-    batch: int = 16
+    batch: int = 8
     """Windows per step."""
-    steps: int = 1000
+    steps: int = 600
     """Updates."""
-    lr: float = 2e-3
+    lr: float = 3e-3
     """Learning rate at its peak."""
     initial_lr: float = 0.0
     """Learning rate of the first step, before the warm-up."""
@@ -86,7 +86,7 @@ class TrainConfig:
     """Decay of the matrices (never of biases and norms)."""
     clip: float = 1.0
     """Largest L2 norm of all gradients together."""
-    dropout: float = 0.0
+    dropout: float = 0.1
     """Dropout probability, at all three places GPT-2 has one."""
     tie_head: bool = True
     """Use the token embedding as output layer."""
