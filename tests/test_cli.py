@@ -71,6 +71,16 @@ def program(*args, **environment):
 # From training to text
 
 
+def test_the_grid_holds_the_single_texts(run, capsys):
+    ask = ["generate", "--run", run, "--prompt", "the cat", "--max-new-tokens", "20"]
+    assert main([*ask, "--grid"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 25
+    assert main([*ask, "--top-k", "3", "--temperature", "1.5"]) == 0
+    alone = capsys.readouterr().out.removeprefix("the cat")
+    assert f"top-k   3  temperature 1.5  {' '.join(alone.split())}" in lines
+
+
 def test_train_then_generate(run, capsys):
     assert (last_checkpoint(run) / "model.safetensors").is_file()
 
@@ -201,12 +211,18 @@ def test_every_option_can_be_given():
     given = dataclasses.asdict(_parse(["train", *train.split()]))
     left = {name for name, value in dataclasses.asdict(TrainConfig()).items() if given[name] == value}
     assert left == {"arch"}  # which has one value only
-    generate = (
-        "--prompt p --run r --model m --max-new-tokens 7 --temperature 2 --top-k 3 --top-p 0.5 --seed 9"
-    )
+    generate = "--prompt p --run r --model m --max-new-tokens 7 --temperature 2 --top-k 3 --top-p 0.5 --seed 9 --grid"
     given = dataclasses.asdict(_parse(["generate", *generate.split()]))
     assert given == dict(
-        prompt="p", run=Path("r"), model="m", max_new_tokens=7, temperature=2.0, top_k=3, top_p=0.5, seed=9
+        prompt="p",
+        run=Path("r"),
+        model="m",
+        max_new_tokens=7,
+        temperature=2.0,
+        top_k=3,
+        top_p=0.5,
+        seed=9,
+        grid=True,
     )
     assert _parse(["generate", "--prompt", "p", "--top-k", "None"]).top_k is None
 

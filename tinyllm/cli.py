@@ -19,6 +19,7 @@ from tinyllm.models import load_model
 from tinyllm.tokenizer import Tokenizer, load_tokenizer
 from tinyllm.train import PRESETS, TrainConfig, last_checkpoint, train
 
+GRID_TOP_K, GRID_TEMPERATURE = (1, 3, 5, 10, 100), (0.0, 0.5, 1.0, 1.5, 2.0)
 DONE, FAILED, WRONG = 0, 1, 2  # exit codes; 128 + signal when interrupted
 
 
@@ -42,6 +43,8 @@ class GenerateConfig:
     """Draw from the most likely tokens whose probabilities first reach this sum."""
     seed: int = 0
     """The same seed writes the same text."""
+    grid: bool = False
+    """Instead of one text, a line for every top-k in 1, 3, 5, 10, 100 and temperature in 0, 0.5 … 2."""
 
 
 def _generate(config: GenerateConfig) -> None:
@@ -64,12 +67,23 @@ def _generate(config: GenerateConfig) -> None:
         raise Error(f"--prompt: {error}") from None
     if not ids:
         raise Error("--prompt is empty: give at least one character to continue")
+    if config.grid:
+        return _print_grid(model, tokenizer, ids, config)
     rng = np.random.default_rng(config.seed)
     steps = generate(model, [ids], config.max_new_tokens, config.temperature, config.top_k, config.top_p, rng)
     if len(ids) + config.max_new_tokens > model.context:
         print(f"(past {model.context} tokens the oldest are forgotten: the model's context)", file=sys.stderr)
     print(config.prompt, end="", flush=True)
     print_stream(tokenizer, (int(tokens[0]) for tokens in steps))
+
+
+def _print_grid(model, tokenizer: Tokenizer, ids: list[int], config: GenerateConfig) -> None:
+    for top_k in GRID_TOP_K:
+        for temperature in GRID_TEMPERATURE:
+            rng = np.random.default_rng(config.seed)
+            steps = generate(model, [ids], config.max_new_tokens, temperature, top_k, config.top_p, rng)
+            text = tokenizer.decode([int(tokens[0]) for tokens in steps])
+            print(f"top-k {top_k:3}  temperature {temperature:.1f}  {' '.join(text.split())}", flush=True)
 
 
 def print_stream(tokenizer: Tokenizer, ids) -> None:
