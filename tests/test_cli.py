@@ -203,7 +203,7 @@ def test_options_override_the_preset(after):
 def test_every_option_can_be_given():
     train = (
         "--out o --text t --special allow --tokenizer gpt2 --arch gpt2 --init torch --n-layer 2 --n-head 3 "
-        "--n-embd 6 --context 7 --stride 5 --batch 8 --steps 9 --lr 1e-2 --initial-lr 1e-5 --min-lr 1e-6 "
+        "--n-embd 6 --context 7 --stride 5 --batch 12 --steps 9 --lr 1e-2 --initial-lr 1e-5 --min-lr 1e-6 "
         "--warmup 4 --weight-decay 0.2 --clip 0.5 --dropout 0.3 --no-tie-head --no-qkv-bias --head-bias "
         "--eval-every 2 --eval-windows 11 --checkpoint-every 3 --prompt p --seed 12 "
         "--device cuda:1 --dtype float64"
@@ -211,7 +211,8 @@ def test_every_option_can_be_given():
     given = dataclasses.asdict(_parse(["train", *train.split()]))
     left = {name for name, value in dataclasses.asdict(TrainConfig()).items() if given[name] == value}
     assert left == {"arch"}  # which has one value only
-    generate = "--prompt p --run r --model m --max-new-tokens 7 --temperature 2 --top-k 3 --top-p 0.5 --seed 9 --grid"
+    generate = "--prompt p --run r --model m --max-new-tokens 7 --temperature 2 --top-k 3 --top-p 0.5"
+    generate += " --seed 9 --grid"
     given = dataclasses.asdict(_parse(["generate", *generate.split()]))
     assert given == dict(
         prompt="p",
