@@ -245,7 +245,7 @@ def test_every_option_can_be_given():
         (["train", "--lr", "fast"], "--lr.*'fast'"),
         (["train", "--tie-head", "maybe"], "maybe"),
         (["train", "--preset", "large"], "'large' is unknown: choose one of small, gpt2-verdict"),
-        (["train", "--preset"], "no preset '': choose one of small"),
+        (["train", "--preset"], "--preset '' is unknown: choose one of small"),
         (["generate"], "--prompt"),
         (["generate", "--prompt", "a", "--run"], "--run"),
         (["generate", "--prompt", "a", "--speed", "9"], "--speed"),

@@ -47,6 +47,9 @@ def small(text, out, **changes):
         initial_lr=1e-3,
         min_lr=1e-4,
         warmup=3,
+        weight_decay=0.1,
+        clip=1.0,
+        dropout=0.0,
         eval_every=5,
         prompt="the ",
     )

@@ -114,12 +114,13 @@ def parse_options(options: type, program: str, args: list[str], **more):
 
 
 def _train_options(args: list[str]) -> TrainConfig:
-    preset, rest = "small", list(args)
-    for i, word in enumerate(args):
-        if word == "--preset" or word.startswith("--preset="):
-            _, equals, value = word.partition("=")
-            preset = value if equals else "".join(args[i + 1 : i + 2])
-            rest = args[:i] + args[i + (1 if equals else 2) :]
+    preset, rest, words = "small", [], iter(args)
+    for word in words:  # taken out first: it sets the defaults that the other options override
+        name, equals, value = word.partition("=")
+        if name == "--preset":
+            preset = value if equals else next(words, "")
+        else:
+            rest.append(word)
     if preset not in PRESETS:
         raise Error(f"--preset {preset!r} is unknown: choose one of {', '.join(PRESETS)}")
     return parse_options(

@@ -147,7 +147,7 @@ def _check_integers(values, name: str) -> np.ndarray:
     # As objects, what is not an array keeps its values as they were: [1, True, 2.0] would become floats.
     array = values if isinstance(values, np.ndarray) else np.asarray(values, dtype=object)
     if array.dtype.kind == "O":
-        wrong = np.array([not _is_integer(value) for value in array.flat], dtype=bool).reshape(array.shape)
+        wrong = np.array([not is_integer(value) for value in array.flat], dtype=bool).reshape(array.shape)
     else:
         wrong = np.full(array.shape, array.dtype.kind not in "iu")
     if wrong.any():
@@ -156,7 +156,7 @@ def _check_integers(values, name: str) -> np.ndarray:
     return array
 
 
-def _is_integer(value) -> bool:
+def is_integer(value) -> bool:
     return isinstance(value, int | np.integer) and not isinstance(value, bool)
 
 
@@ -168,7 +168,7 @@ def _first(array: np.ndarray, wrong: np.ndarray, name: str) -> tuple[str, object
 
 
 def _check_at_least(value: int, minimum: int, name: str) -> int:
-    if not _is_integer(value) or value < minimum:
+    if not is_integer(value) or value < minimum:
         raise Error(f"{name} is {value!r}: choose a whole number of at least {minimum}")
     return int(value)
 

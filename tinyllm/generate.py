@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from tinyllm.data import check_ids
+from tinyllm.data import check_ids, is_integer
 from tinyllm.device import to_device
 from tinyllm.errors import Error
 from tinyllm.nn import evaluating
@@ -42,7 +42,7 @@ def generate(
             f"prompts of shape {ids.shape} do not fit: give (batch, time) with at most {model.context} "
             f"tokens, the model's context"
         )
-    if isinstance(max_new_tokens, bool) or not isinstance(max_new_tokens, int) or max_new_tokens < 0:
+    if not is_integer(max_new_tokens) or max_new_tokens < 0:
         raise Error(f"max_new_tokens is {max_new_tokens!r}: choose a whole number of at least 0")
     check_sampling(temperature, top_k, top_p)
     rng = np.random.default_rng() if rng is None else rng
@@ -71,7 +71,7 @@ def check_sampling(temperature: float, top_k: int | None, top_p: float | None) -
     """Raise ``Error`` unless the three are in their ranges (see ``choose_tokens``)."""
     if not 0 <= temperature < math.inf:
         raise Error(f"temperature is {temperature}: choose a number of at least 0")
-    if top_k is not None and (isinstance(top_k, bool) or not isinstance(top_k, int) or top_k < 1):
+    if top_k is not None and (not is_integer(top_k) or top_k < 1):
         raise Error(f"top_k is {top_k!r}: choose a whole number of at least 1, or none")
     if top_p is not None and not 0 < top_p <= 1:
         raise Error(f"top_p is {top_p}: choose a number above 0 and at most 1, or none")

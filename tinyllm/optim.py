@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable
 
 import numpy as np
 
-from tinyllm.device import each_block
+from tinyllm.device import each_block, one_blas_thread
 from tinyllm.errors import Error
 from tinyllm.nn import Module
 from tinyllm.tensor import Tensor
@@ -105,8 +105,7 @@ def clip_grad_norm(parameters: Module | Iterable[tuple[str, Tensor]], max_norm: 
     if not max_norm > 0:
         raise Error(f"max_norm must be positive, not {max_norm}")
     grads = [parameter.grad for _, parameter in _named(parameters) if parameter.grad is not None]
-    # Squares of float32 numbers are summed per parameter in float32, then all of them in float64.
-    norm = math.sqrt(sum(np.vdot(g, g).item() for g in grads))
+    norm = math.sqrt(sum(_sum_of_squares(_rows(g)) for g in grads))
     factor = max_norm / (norm + 1e-6)
     if factor < 1:
         for g in map(_rows, grads):
@@ -116,6 +115,18 @@ def clip_grad_norm(parameters: Module | Iterable[tuple[str, Tensor]], max_norm: 
 
             _each_block_of(g, scale)
     return norm
+
+
+def _sum_of_squares(g) -> float:
+    """Block by block in g's dtype, and the blocks in float64: millions of float32 squares would drown."""
+    parts = {}
+
+    def add(block):
+        parts[block.start] = np.vdot(g[block], g[block]).item()
+
+    with one_blas_thread():
+        _each_block_of(g, add)
+    return math.fsum(parts.values())  # exact, so it does not depend on which block was first
 
 
 def warmup_cosine(

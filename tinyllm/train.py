@@ -344,13 +344,14 @@ class _Run:
         config, model = self.config, self.model
         self.record = self.record or {"step": step, "tokens": self.tokens}
         for key, windows in (("train_eval_loss", self.data.train), ("val_loss", self.data.validation)):
-            loss = self.record[key] = evaluate(model, windows, config.eval_windows, config.batch)
+            loss = evaluate(model, windows, config.eval_windows, config.batch)
             if not math.isfinite(loss):
                 self.save(step)
                 raise FloatingPointError(
                     f"after step {step} the {key} is {loss}: start again with a smaller --lr or "
                     f"--clip (the weights are in {self.checkpoint(step)})"
                 )
+            self.record[key] = loss
         bits_per_byte = self.record["val_loss"] / math.log(2) / self.data.bytes_per_token
         self.record["val_bits_per_byte"] = bits_per_byte
         sample = self.sample(step)
