@@ -9,7 +9,8 @@ from typing import Literal
 
 import tyro
 
-from parity import bench
+from parity import bench, bench_reach, bench_scaling
+from parity.bench_variants import what_is_missing
 from tinyllm import pretrained
 from tinyllm.cli import parse_options
 from tinyllm.errors import Error
@@ -18,9 +19,18 @@ from tinyllm.models import ARCHITECTURES
 
 @dataclass(frozen=True)
 class BenchTrain:
-    """Time training steps of tinyllm and of PyTorch, each in its own process, in turn."""
+    """Time training steps of tinyllm and its peers, each in its own process, in turn.
 
-    work: str = "gpt2-124m"  # gpt2-124m (4 x 256 tokens), gpt2-124m-1x1024, small or tiny
+    Without --work: on every work of the table of reach, with the variants it needs, and then that table.
+    Exit code 1 if a bound of that table was missed. The peers are PyTorch's: eager, eager with its fused
+    loss, compiled. JAX is left out: transformers has no GPT-2 in JAX.
+    """
+
+    work: str | None = None  # one only: gpt2-124m (4 x 256 tokens), gpt2-124m-1x1024, small or tiny
+    variants: tuple[
+        str, ...
+    ] = ()  # tinyllm, gemms (its matrix products alone), torch-eager, -linear-ce, -compile
+    peers: bool = False  # instead: all of them
     rounds: int = 3  # how many times every variant is measured
     warmup: int = 4  # untimed steps at the start of each measurement
     steps: int = 5  # timed steps of each measurement
@@ -29,20 +39,71 @@ class BenchTrain:
 
     def run(self) -> int:
         """Check the request, measure, print the report; an ``Error`` says what is wrong with the request."""
-        if self.work not in bench.WORKS:
+        if self.work is not None and self.work not in bench.WORKS:
             raise Error(f"--work {self.work} is unknown; choose one of {', '.join(bench.WORKS)}")
         for name, least in {"rounds": 1, "warmup": 0, "steps": 1, "threads": 1}.items():
             _check_at_least(least, name, getattr(self, name))
         if self.json:
             _check_writable("json", self.json)
-        for module in ("resource", "torch", "transformers"):
-            if not importlib.util.find_spec(module):
-                raise Error(f"bench needs {module}: pip install 'tinyllm[parity]', on Linux or macOS")
+        variants = self._variants()
+        _check_variants({variant for chosen in variants.values() for variant in chosen}, self.warmup)
 
-        result = bench.train(self.work, self.rounds, self.warmup, self.steps, self.threads)
+        result = bench.train(variants, self.rounds, self.warmup, self.steps, self.threads)
         print(bench.report(result))
+        _write_json(self.json, result)
+        return 1 if any(row["verdict"] == bench_reach.MISSED for row in result["reach"]) else 0
+
+    def _variants(self) -> dict[str, list[str]]:
+        """Work -> the variants to measure on it, the first of which is compared with the others."""
+        works = bench_reach.REACH_WORKS if self.work is None else (self.work,)
+        if self.variants and self.peers:
+            raise Error("--variants says which, and --peers means all: give one of the two")
+        if len(set(self.variants)) < len(self.variants):
+            raise Error(f"--variants {' '.join(self.variants)} names one twice; name each once")
+        if self.variants or self.peers:
+            return {work: list(self.variants or bench.VARIANTS) for work in works}
+        if self.work is None:
+            return {work: bench_reach.needed_variants(work) for work in works}
+        return {self.work: ["tinyllm", "torch-eager"]}
+
+
+@dataclass(frozen=True)
+class BenchScaling:
+    """Time and memory of a small model's training step against batch, context, width, depth and threads."""
+
+    out: Path = Path(".")  # folder of the plot, scaling.png; made if need be
+    axes: tuple[str, ...] = tuple(bench_scaling.AXES)  # which of them
+    rounds: int = 1  # how many times every point is measured
+    warmup: int = 3  # untimed steps at the start of each measurement
+    steps: int = 5  # timed steps of each measurement
+    json: Path | None = None  # also write everything measured to this file
+
+    def run(self) -> int:
+        """Check the request, measure, print the tables, write the plot."""
+        if unknown := [axis for axis in self.axes if axis not in bench_scaling.AXES]:
+            raise Error(f"--axes {unknown[0]} is unknown; choose from {', '.join(bench_scaling.AXES)}")
+        if not self.axes:
+            raise Error(f"--axes is empty; name at least one of {', '.join(bench_scaling.AXES)}")
+        for name, least in {"rounds": 1, "warmup": 0, "steps": 1}.items():
+            _check_at_least(least, name, getattr(self, name))
+        _check_variants(set(bench_scaling.VARIANTS), self.warmup)
+        if not importlib.util.find_spec("matplotlib"):
+            raise Error("bench scaling needs matplotlib: pip install 'tinyllm[plot]'")
         if self.json:
-            self.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+            _check_writable("json", self.json)
+        try:
+            self.out.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            problem = f"--out {self.out} cannot be made ({error.strerror})"
+            raise Error(f"{problem}: choose another folder") from error
+
+        axes = {axis: bench_scaling.AXES[axis] for axis in self.axes}
+        labels = {axis: label for axis, (label, *_) in axes.items()}
+        result = bench_scaling.scaling(axes, bench_scaling.BASE, self.rounds, self.warmup, self.steps)
+        print(bench_scaling.report(result, labels))
+        _write_json(self.json, result)
+        bench_scaling.plot(result, labels, self.out / "scaling.png")
+        print(f"\nThe plot is {self.out / 'scaling.png'}")
         return 0
 
 
@@ -125,11 +186,30 @@ def _check_writable(name: str, path: Path) -> None:
         raise Error(f"--{name} {path} cannot be written; name a file in a folder that exists")
 
 
-COMMANDS = {"bench train": BenchTrain, "report": Report}  # words -> dataclass of its options, with run()
+def _check_variants(variants: set[str], warmup: int) -> None:
+    for variant in sorted(variants):
+        if variant not in bench.VARIANTS:
+            raise Error(f"--variants {variant} is unknown; choose from {', '.join(bench.VARIANTS)}")
+        if missing := what_is_missing(variant):
+            raise Error(f"{variant} needs {missing}")
+    if "torch-compile" in variants and warmup == 0:
+        raise Error("--warmup 0 would time torch's compiler, which runs in the first step; give at least 1")
+
+
+def _write_json(path: Path | None, result: dict) -> None:
+    if path:
+        path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+
+
+# words -> dataclass of its options, with run()
+COMMANDS = {"bench train": BenchTrain, "bench scaling": BenchScaling, "report": Report}
 
 
 def main(arguments: list[str]) -> int:
-    """Run one command; the exit code: 0 done, 1 a layer diverges, 2 a wrong request, 130 interrupted."""
+    """Run one command; the exit code.
+
+    0 done, 1 a layer diverges or a bound of speed or memory is missed, 2 a wrong request, 130 interrupted.
+    """
     try:
         return parse(arguments).run()
     except Error as error:

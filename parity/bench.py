@@ -1,12 +1,11 @@
 """How fast is tinyllm beside PyTorch, and in how much memory?
 
-``python -m parity bench train`` lets every *variant* (one way to do the work: tinyllm, PyTorch eager) train
+``python -m parity bench train`` lets several *variants* (ways to do the work: ``bench_variants.py``) train
 the same model on the same tokens and prints what it measured. Each measurement has a process of its own,
 in turn (A B A B …): a process's peak memory never falls, and two libraries' thread pools share the cores.
 
-A variant is one function in ``VARIANTS``: it builds model and optimiser and returns ``step(ids, targets)``,
-one whole training step that returns its loss. At its top this module imports the standard library only, so
-that a variant's process holds that variant's libraries and nothing else.
+At its top this module imports the standard library only, so that a variant's process holds that variant's
+libraries and nothing else.
 """
 
 import json
@@ -18,117 +17,12 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from statistics import median
 
-
-@dataclass(frozen=True)
-class Work:
-    """A GPT-2 and the batch it trains on: a step is ``batch`` × ``context`` tokens."""
-
-    n_layer: int
-    n_embd: int
-    n_head: int
-    n_positions: int
-    vocab_size: int
-    batch: int
-    context: int
-
-    def gpt2_config(self) -> dict:
-        """The arguments of ``GPT2Config``: tinyllm and transformers give them the same names."""
-        sizes = {name: size for name, size in asdict(self).items() if name not in ("batch", "context")}
-        return sizes | {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
-
-
-WORKS = {
-    "gpt2-124m": Work(12, 768, 12, n_positions=1024, vocab_size=50257, batch=4, context=256),
-    "gpt2-124m-1x1024": Work(12, 768, 12, n_positions=1024, vocab_size=50257, batch=1, context=1024),
-    "small": Work(6, 384, 6, n_positions=256, vocab_size=2048, batch=16, context=256),
-    "tiny": Work(2, 32, 2, n_positions=16, vocab_size=64, batch=2, context=16),
-}
-
-# The recipe of every variant: float32, no dropout, AdamW with decay on matrices only, clipping.
-LEARNING_RATE, BETAS, EPS, WEIGHT_DECAY, MAX_GRAD_NORM = 3e-4, (0.9, 0.999), 1e-8, 0.1, 1.0
-
-Step = Callable[..., float]  # step(ids (B, T), targets (B, T)) -> loss; both int64 arrays of NumPy
-
-
-# ---- The variants ----
-
-
-def tinyllm_step(work: Work, threads: int) -> Step:
-    """tinyllm's GPT-2. Its number of threads comes from the environment, which ``measure`` sets."""
-    import numpy as np
-
-    from tinyllm import GPT2, GPT2Config, optim
-    from tinyllm.device import keep_memory
-
-    keep_memory()  # as ``tinyllm train`` does
-    model = GPT2(GPT2Config(**work.gpt2_config()), rng=np.random.default_rng(0))
-    model.train()
-    optimizer = optim.AdamW(model, LEARNING_RATE, betas=BETAS, eps=EPS, weight_decay=WEIGHT_DECAY)
-
-    def step(ids, targets):
-        loss = model.loss(ids, targets)
-        loss.backward()
-        optim.clip_grad_norm(model, MAX_GRAD_NORM)
-        optimizer.step()
-        optimizer.zero_grad()
-        return float(loss.item())
-
-    return step
-
-
-def torch_eager_step(work: Work, threads: int) -> Step:
-    """Hugging Face's GPT-2 in PyTorch eager at its best: SDPA attention, fused AdamW, no key-value cache."""
-    import torch.nn.functional as F
-
-    model = hugging_face_gpt2(work, threads)
-
-    def compute_loss(ids, targets):
-        logits = model(ids, use_cache=False).logits
-        return F.cross_entropy(logits.flatten(0, 1), targets.flatten())
-
-    return torch_train_step(model, compute_loss)
-
-
-def hugging_face_gpt2(work: Work, threads: int):
-    """``transformers.GPT2LMHeadModel`` with its own random initialisation, in training mode."""
-    import torch
-    from transformers import GPT2Config, GPT2LMHeadModel
-
-    torch.set_num_threads(threads)
-    torch.manual_seed(0)
-    config = GPT2Config(**work.gpt2_config(), bos_token_id=0, eos_token_id=0, attn_implementation="sdpa")
-    return GPT2LMHeadModel(config).train()
-
-
-def torch_train_step(model, compute_loss) -> Step:
-    """What every PyTorch variant does around its loss: backward, clipping, AdamW."""
-    import torch
-
-    parameters = list(model.parameters())
-    groups = [
-        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": WEIGHT_DECAY},
-        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
-    ]
-    optimizer = torch.optim.AdamW(groups, lr=LEARNING_RATE, betas=BETAS, eps=EPS, fused=True)
-
-    def step(ids, targets):
-        loss = compute_loss(torch.from_numpy(ids), torch.from_numpy(targets))
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(parameters, MAX_GRAD_NORM)
-        optimizer.step()
-        optimizer.zero_grad()
-        return loss.item()
-
-    return step
-
-
-VARIANTS = {"tinyllm": tinyllm_step, "torch-eager": torch_eager_step}
-
+from parity.bench_reach import COSTS, ratio_by_round, reach_rows, reach_table
+from parity.bench_variants import VARIANTS, WORKS, Work
 
 # ---- One measurement: what runs in a variant's own process ----
 
@@ -137,7 +31,8 @@ def run_variant(variant: str, work: Work, warmup: int, steps: int, threads: int)
     """Train ``warmup`` untimed and ``steps`` timed steps, and return what they cost.
 
     Returns ``seconds`` and minor ``page_faults`` of each timed step, ``losses`` of every step (warm-up
-    included), ``peak_bytes`` of the whole process, and the ``libraries`` loaded, with version and BLAS.
+    included), ``peak_bytes`` of the whole process, ``built_bytes``, the part of it that libraries and model
+    had taken before the first step, and the ``libraries`` loaded, with version and BLAS.
     """
     import resource
 
@@ -146,6 +41,7 @@ def run_variant(variant: str, work: Work, warmup: int, steps: int, threads: int)
     rng = np.random.default_rng(0)
     tokens = rng.integers(0, work.vocab_size, (warmup + steps, 2, work.batch, work.context))
     step = VARIANTS[variant](work, threads)
+    built_bytes = peak_memory()
     seconds, page_faults, losses = [], [], []
     for ids, targets in tokens:  # both (B, T)
         faults_before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
@@ -153,10 +49,10 @@ def run_variant(variant: str, work: Work, warmup: int, steps: int, threads: int)
         losses.append(step(ids, targets))
         seconds.append(time.perf_counter() - start)
         page_faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - faults_before)
-    if not all(math.isfinite(loss) for loss in losses):
+    if not all(math.isfinite(loss) for loss in losses if loss is not None):
         sys.exit(f"{variant}: the losses {losses} are not all finite, so its times mean nothing.")
     costs = {"seconds": seconds[warmup:], "page_faults": page_faults[warmup:], "losses": losses}
-    return costs | {"peak_bytes": peak_memory(), "libraries": libraries()}
+    return costs | {"peak_bytes": peak_memory(), "built_bytes": built_bytes, "libraries": libraries()}
 
 
 def peak_memory() -> int:
@@ -188,17 +84,19 @@ def libraries() -> dict[str, str]:
 # ---- All measurements, in turn ----
 
 
-def train(work_name: str, rounds: int, warmup: int, steps: int, threads: int) -> dict:
-    """Measure every variant on ``WORKS[work_name]``; returns all there is to report, ready for JSON."""
-    work, counts = WORKS[work_name], {"warmup": warmup, "steps": steps, "threads": threads}
-    runs = measure(work, list(VARIANTS), rounds, **counts)
+def train(variants: dict[str, list[str]], rounds: int, warmup: int, steps: int, threads: int) -> dict:
+    """Measure the variants of each work (name in ``WORKS`` -> variants); all there is to report, for JSON."""
+    counts, works, before = {"warmup": warmup, "steps": steps, "threads": threads}, {}, machine()
+    for name, chosen in variants.items():
+        print(f"{name}:", file=sys.stderr)
+        runs = measure(WORKS[name], chosen, rounds, **counts)
+        summary, ratios = summarise(runs, WORKS[name]), compare(runs)
+        works[name] = {"sizes": asdict(WORKS[name]), "variants": summary, "ratios": ratios, "runs": runs}
     return {
-        "request": {"work": work_name, "rounds": rounds, **counts},
-        "sizes": asdict(work),
-        "machine": machine(),
-        "variants": summarise(runs, work),
-        "ratios": compare(runs),
-        "runs": runs,
+        "request": {"rounds": rounds, **counts},
+        "machine": before,
+        "works": works,
+        "reach": reach_rows({name: work["runs"] for name, work in works.items()}),
     }
 
 
@@ -224,7 +122,7 @@ def measure(work: Work, variants: list[str], rounds: int, warmup: int, steps: in
 
 
 def machine() -> dict:
-    """The processor by name, its cores, the operating system, the Python."""
+    """The processor by name, its cores and how many it is already using, the operating system, the Python."""
     cpu = platform.processor()
     if sys.platform == "linux":
         named = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
@@ -232,7 +130,8 @@ def machine() -> dict:
     elif sys.platform == "darwin":
         cpu = subprocess.check_output(["sysctl", "-n", "machdep.cpu.brand_string"], text=True).strip()
     system, python = platform.platform(), platform.python_version()
-    return {"cpu": cpu, "cores": os.cpu_count(), "system": system, "python": python}
+    load = f"{os.getloadavg()[0]:.1f}"  # much above 0 before we start: the times will be somebody else's, too
+    return {"cpu": cpu, "cores": os.cpu_count(), "load": load, "system": system, "python": python}
 
 
 # ---- The report ----
@@ -259,39 +158,50 @@ def summarise(runs: dict[str, list[dict]], work: Work) -> dict[str, dict]:
 
 def compare(runs: dict[str, list[dict]]) -> dict[str, dict]:
     """The first variant's cost divided by each other's in the same round, and the spread of those ratios."""
-    costs = {
-        "time (medians)": lambda run: median(run["seconds"]),
-        "time (minima)": lambda run: min(run["seconds"]),
-        "peak memory": lambda run: run["peak_bytes"],
-    }
     first, *others = runs
     ratios = {other: {} for other in others}
     for other in others:
-        for name, cost in costs.items():
-            values = [cost(run) / cost(peer) for run, peer in zip(runs[first], runs[other], strict=True)]
+        memory = [] if other == "gemms" else ["peak memory"]  # it holds no gradients and trains nothing
+        for name in ["time (medians)", "time (minima)", *memory]:
+            values = ratio_by_round(runs, COSTS[name], first, [other])
             ratios[other][name] = spread(values) | {"rounds": values}
     return ratios
 
 
 def report(result: dict) -> str:
-    """The tables that ``python -m parity bench train`` prints."""
-    runs, describe = result["runs"], lambda facts: ", ".join(f"{name} {fact}" for name, fact in facts.items())
-    lines = [describe(result[name]) for name in ("request", "sizes", "machine")]
-    lines += [f"{variant}: {describe(rounds[0]['libraries'])}" for variant, rounds in runs.items()]
-    row = "{:<24}{:>9}{:>9}{:>9}{:>10}{:>9}{:>13}  {}".format
+    """What ``python -m parity bench train`` prints: the tables of every work, then the table of reach."""
+    lines = [describe(result[name]) for name in ("request", "machine")]
+    for name, work in result["works"].items():
+        lines += ["", f"{name}: {describe(work['sizes'])}", *work_tables(work)]
+    if result["reach"]:
+        lines += ["", *reach_table(result["reach"])]
+    return "\n".join(line.rstrip() for line in lines)
+
+
+def describe(facts: dict) -> str:
+    """``name value, name value …``"""
+    return ", ".join(f"{name} {fact}" for name, fact in facts.items())
+
+
+def work_tables(work: dict) -> list[str]:
+    """What each variant cost, and the first one's cost divided by each other's."""
+    runs = work["runs"]
+    lines = [f"{variant}: {describe(rounds[0]['libraries'])}" for variant, rounds in runs.items()]
+    row = "{:<26}{:>9}{:>9}{:>9}{:>10}{:>9}{:>13}  {}".format
     lines += ["", row("variant", "s/step", "min", "max", "tokens/s", "peak GB", "faults/step", "loss")]
-    for variant, cost in result["variants"].items():
+    for variant, cost in work["variants"].items():
         seconds = [f"{value:.4f}" for value in cost["seconds"].values()]
         memory, faults = cost["peak_bytes"]["median"] / 1e9, cost["page_faults"]["median"]
-        losses = runs[variant][0]["losses"]
         numbers = [*seconds, f"{cost['tokens_per_s']:.0f}", f"{memory:.3f}", f"{faults:.0f}"]
-        lines.append(row(variant, *numbers, f"{losses[0]:.4f} to {losses[-1]:.4f}"))
-    for other, ratios in result["ratios"].items():
+        losses = runs[variant][0]["losses"]
+        trained = "none" if losses[0] is None else f"{losses[0]:.4f} to {losses[-1]:.4f}"
+        lines.append(row(variant, *numbers, trained))
+    for other, ratios in work["ratios"].items():
         lines += ["", row(f"{next(iter(runs))} / {other}", "median", "min", "max", "by round:", "", "", "")]
         for name, ratio in ratios.items():
             numbers = [ratio["median"], ratio["min"], ratio["max"], *ratio["rounds"]]
-            lines.append(f"{name:<24}" + "".join(f"{value:>9.3f}" for value in numbers))
-    return "\n".join(line.rstrip() for line in lines)
+            lines.append(f"{name:<26}" + "".join(f"{value:>9.3f}" for value in numbers))
+    return lines
 
 
 if __name__ == "__main__":  # a variant's own process, started by measure

@@ -23,6 +23,9 @@ FLOAT32 = 1e-5  # the same two for float32 against float64: about 100 roundings 
 STEP = 1e-5  # of the central difference: off by STEP² f'''/6 (truncation) and 1e-16 |f| / STEP (rounding)
 DIRECTION = 1e-7  # room for third derivatives of several hundred
 
+# Called with (what was compared, its error in units of its bound) at every comparison; for parity.proof
+witness: Callable[[str, float], None] | None = None
+
 
 @dataclass(frozen=True)
 class Case:
@@ -42,6 +45,8 @@ def assert_close(ours, theirs, what: str, relative: float = RELATIVE, floor: flo
     assert ours.shape == theirs.shape, f"{what}: shape {ours.shape}, and the reference has {theirs.shape}"
     error = np.abs(ours - theirs).max(initial=0)
     bound = relative * np.abs(theirs).max(initial=0) + floor
+    if witness is not None:
+        witness(what, error / bound)
     assert error <= bound, f"{what}: off by {error:.3g}, and the bound is {bound:.3g}"
 
 
