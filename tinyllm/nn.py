@@ -203,7 +203,7 @@ def initialize_as_torch(model: Module, rng: np.random.Generator) -> None:
     """Draw all parameters again as PyTorch's layers do when nobody says otherwise.
 
     Embedding: N(0, 1). Linear, with n inputs: weight and bias from U(-1/√n, 1/√n); norms stay. In the
-    classic run on "The Verdict", GPT-2 has a training loss of 0.55 after 12 epochs from these values,
+    classic run on "The Verdict", GPT-2 has a training loss of 0.52 after 12 epochs from these values,
     and of 3.46 from its own.
     """
     for _, module in model.named_modules():
