@@ -202,13 +202,32 @@ def _write_json(path: Path | None, result: dict) -> None:
 
 
 # words -> dataclass of its options, with run()
-COMMANDS = {"bench train": BenchTrain, "bench scaling": BenchScaling, "report": Report}
+@dataclass(frozen=True)
+class Proof:
+    """Run the tests against PyTorch and the sabotage; print the worst errors and what was caught."""
+
+    tests: Path = Path("tests")  # the tests folder of a checkout
+
+    def run(self) -> int:
+        """Check the request, run the tests, print two Markdown tables; 1 if a test failed, else 0."""
+        if not self.tests.is_dir():
+            raise Error(f"--tests {self.tests} is no folder: give the tests folder of a checkout")
+        for module in ("pytest", "hypothesis", "torch", "transformers"):
+            if not importlib.util.find_spec(module):
+                raise Error(f"proof needs {module}: pip install 'tinyllm[test]'")
+        from parity import proof
+
+        return proof.run(self.tests)
+
+
+COMMANDS = {"bench train": BenchTrain, "bench scaling": BenchScaling, "report": Report, "proof": Proof}
 
 
 def main(arguments: list[str]) -> int:
     """Run one command; the exit code.
 
-    0 done, 1 a layer diverges or a bound of speed or memory is missed, 2 a wrong request, 130 interrupted.
+    0 done, 1 a layer diverges, a test fails, or a bound of speed or memory is missed, 2 a wrong request,
+    130 interrupted.
     """
     try:
         return parse(arguments).run()

@@ -23,8 +23,8 @@ FLOAT32 = 1e-5  # the same two for float32 against float64: about 100 roundings 
 STEP = 1e-5  # of the central difference: off by STEP² f'''/6 (truncation) and 1e-16 |f| / STEP (rounding)
 DIRECTION = 1e-7  # room for third derivatives of several hundred
 
-# Called with (what was compared, its error in units of its bound) at every comparison; for parity.proof
-witness: Callable[[str, float], None] | None = None
+# parity.proof listens here: called at every comparison with (what, its error, its bound, ``relative``)
+witness: Callable[[str, float, float, float], None] | None = None
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ def assert_close(ours, theirs, what: str, relative: float = RELATIVE, floor: flo
     error = np.abs(ours - theirs).max(initial=0)
     bound = relative * np.abs(theirs).max(initial=0) + floor
     if witness is not None:
-        witness(what, error / bound)
+        witness(what, float(error), float(bound), relative)
     assert error <= bound, f"{what}: off by {error:.3g}, and the bound is {bound:.3g}"
 
 

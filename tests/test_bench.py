@@ -305,7 +305,7 @@ def test_an_unknown_command_is_one_sentence_and_exit_code_2():
     done = parity("bench", "sleep")
     assert (done.returncode, done.stdout) == (2, "")
     known = " or ".join(
-        f"python -m parity {words} --help" for words in ("bench train", "bench scaling", "report")
+        f"python -m parity {words} --help" for words in ("bench train", "bench scaling", "report", "proof")
     )
     assert done.stderr == f"there is no command 'bench sleep'; try {known}\n"
 
