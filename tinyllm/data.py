@@ -157,6 +157,7 @@ def _check_integers(values, name: str) -> np.ndarray:
 
 
 def is_integer(value) -> bool:
+    """Whether a value is a whole number, Python's or NumPy's; True and 2.0 are not."""
     return isinstance(value, int | np.integer) and not isinstance(value, bool)
 
 

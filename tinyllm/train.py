@@ -409,7 +409,8 @@ def plot_losses(history: list[dict], path: str | Path) -> None:
         ("val_loss", "validation text", dict(color="C1", marker="o", markersize=3)),
     ):
         points = [(record["step"], record[key]) for record in history if key in record]
-        axes.plot(*zip(*points), label=label, **style) if points else None
+        if points:
+            axes.plot(*zip(*points), label=label, **style)
     axes.set(xlabel="step", ylabel="loss (nats per token)")
     axes.grid(alpha=0.3)
     axes.legend()
