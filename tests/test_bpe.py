@@ -8,7 +8,7 @@ from itertools import pairwise
 import pytest
 import regex
 import tokenizers
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from tokenizers.pre_tokenizers import ByteLevel
 
@@ -85,7 +85,7 @@ def train_with_tokenizers(text, merges):
         special_tokens=[],
         show_progress=False,
     )
-    reference.train_from_iterator([text], trainer)
+    reference.train_from_iterator([text] if isinstance(text, str) else text, trainer)
     pairs = json.loads(reference.to_str())["model"]["merges"]
     return [tuple(pair) for pair in pairs], reference.get_vocab()
 
@@ -96,7 +96,7 @@ def as_bytes(symbols):
 
 
 def bytes_of_merges(merges):
-    token = BPETokenizer(merges)._encoding.decode_single_token_bytes
+    token = BPETokenizer(merges).encoding.decode_single_token_bytes
     return [(token(left), token(right)) for left, right in merges]
 
 
@@ -173,7 +173,7 @@ def test_same_merges_and_ids_as_tokenizers_on_python_docs(docs):
     pairs, ids = train_with_tokenizers(PYTHON_DOCS, merges=1791)
     assert len(docs.merges) == 1791
     assert bytes_of_merges(docs.merges) == [(as_bytes(left), as_bytes(right)) for left, right in pairs]
-    assert {as_bytes(symbols): i for symbols, i in ids.items()} == docs._encoding._mergeable_ranks
+    assert {as_bytes(symbols): i for symbols, i in ids.items()} == docs.encoding._mergeable_ranks
     assert docs.vocab_size == 2048
     assert docs.decode([2047]) == END_OF_TEXT
 
@@ -213,11 +213,32 @@ def test_python_docs_encoded_plainly(docs):
 def test_gpt2_is_such_a_tokenizer():
     lines = GPT2_VOCABULARY.read_text(encoding="utf-8").split("\n")[1:-1]
     gpt2 = load_tokenizer("gpt2")
-    ranks = gpt2._encoding._mergeable_ranks
+    ranks = gpt2.encoding._mergeable_ranks
     merges = [tuple(ranks[as_bytes(symbols)] for symbols in line.split(" ")) for line in lines]
     tokenizer = BPETokenizer(merges)
     assert tokenizer.vocab_size == gpt2.vocab_size
     assert tokenizer.encode(PYTHON_DOCS) == gpt2.encode(PYTHON_DOCS)
+
+
+@given(documents=st.lists(texts, max_size=6))
+@example(documents=["ab", "ab", "a", "b"])
+@example(documents=["a" + "b" * 3, " b", "", "b"])
+def test_documents_are_never_joined(documents):
+    pairs, _ = train_with_tokenizers(documents, merges=1000)
+    size = 257 + len(pairs)
+    merges = train_bpe(documents, size)
+    assert bytes_of_merges(merges) == [(as_bytes(left), as_bytes(right)) for left, right in pairs]
+    assert train_bpe((document for document in documents), size) == merges  # an iterator is gone through once
+    assert train_bpe(END_OF_TEXT.join(documents), size) == merges
+    with pytest.raises(Error, match=f"ask for at most {size},"):
+        train_bpe(documents, size + 1)
+
+
+def test_no_piece_reaches_from_one_document_into_the_next():
+    assert train_bpe(["x", "y"] * 9, 257) == []
+    with pytest.raises(Error, match="at most 257"):
+        train_bpe(["x", "y"] * 9, 258)
+    assert train_bpe("xy" * 9, 258) == [tuple(ids_of("xy"))]
 
 
 @given(text=st.text())
@@ -255,7 +276,8 @@ def test_decode_refuses_ids_outside_the_vocabulary(docs):
 def test_save_and_load_give_the_same_tokenizer(docs, tmp_path):
     docs.save(tmp_path)
     saved = json.loads((tmp_path / FILE_NAME).read_text(encoding="utf-8"))
-    assert saved == {"kind": "bpe", "pattern": GPT2_PATTERN, "merges": [list(pair) for pair in docs.merges]}
+    merges = [list(pair) for pair in docs.merges]
+    assert saved == {"kind": "bpe", "pattern": GPT2_PATTERN, "merges": merges, "added_tokens": []}
     loaded = load_tokenizer(tmp_path)
     assert type(loaded) is BPETokenizer
     assert (loaded.name, loaded.vocab_size) == ("bpe:2048", 2048)
@@ -325,7 +347,16 @@ def test_vocab_size_below_257_or_no_integer(vocab_size):
         train_bpe("some text, some text", vocab_size)
 
 
-@pytest.mark.parametrize(("text", "said"), [(b"abc", "bytes"), (None, "NoneType"), ("a\ud800", "surrogate")])
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        (b"abc", "bytes"),
+        (None, "NoneType"),
+        ("a\ud800", "surrogate"),
+        (["abc", b"abc"], "bytes"),
+        (["abc", "a\ud800"], "surrogate"),
+    ],
+)
 def test_text_that_is_none(text, said):
     with pytest.raises(Error, match=said):
         train_bpe(text, 300)

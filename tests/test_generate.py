@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from tinyllm import GPT2, GPT2Config, Tensor, generate, nn
 from tinyllm.errors import Error
-from tinyllm.generate import choose_tokens
+from tinyllm.generate import choose_tokens, probabilities
 
 ALMOST_ONE = 1 - 2.0**-53  # the largest number that a generator's random() returns
 
@@ -29,13 +29,13 @@ def draws(logits, uniforms, **options):
 # Choosing a token
 
 
-def reference(row, uniform, temperature, top_k, top_p):
-    """One token from one row of logits, in plain torch and in the order the papers tell it."""
+def reference_candidates(row, temperature, top_k, top_p):
+    """The tokens that may be drawn and their probabilities, in plain torch, in the order of the papers."""
     torch = pytest.importorskip("torch")
     row = torch.from_numpy(row)
     ranked = sorted(range(len(row)), key=lambda i: (-row[i].item(), i))
     if temperature == 0:
-        return ranked[0]
+        return ranked[:1], torch.ones(1, dtype=torch.float64)
     if top_k is not None:
         ranked = ranked[:top_k]
     p = torch.softmax(row[ranked] / temperature, dim=0)
@@ -44,6 +44,19 @@ def reference(row, uniform, temperature, top_k, top_p):
         while n < len(p) and p[:n].sum() < top_p:
             n += 1
         ranked, p = ranked[:n], p[:n] / p[:n].sum()
+    return ranked, p
+
+
+def reference_probabilities(row, temperature, top_k, top_p):
+    ranked, p = reference_candidates(row, temperature, top_k, top_p)
+    everywhere = np.zeros(len(row))
+    everywhere[ranked] = p.numpy()
+    return everywhere
+
+
+def reference(row, uniform, temperature, top_k, top_p):
+    """The one token that a uniform number draws from one row of logits."""
+    ranked, p = reference_candidates(row, temperature, top_k, top_p)
     below = 0.0
     for token, probability in zip(ranked, p):
         below += probability.item()
@@ -172,12 +185,48 @@ def test_equally_spaced_uniforms_draw_in_proportion():
     assert np.abs(counts - count * expected).max() <= 1  # as a token owns one interval of its probability
 
 
+@given(
+    row=tied | untied,
+    temperature=st.sampled_from([0, 0.3, 1.0, 1.7]) | st.floats(0.05, 20),
+    top_k=st.none() | st.integers(1, 14),
+    nucleus=st.booleans(),
+    seed=st.integers(0, 2**32 - 1),
+)
+@example(row=[2.0, 2.0, 0.0], temperature=0, top_k=None, nucleus=False, seed=0)
+@example(row=[0.0] * 12, temperature=1.0, top_k=5, nucleus=True, seed=0)
+def test_probabilities_are_those_of_plain_torch_and_what_is_drawn_from(
+    row, temperature, top_k, nucleus, seed
+):
+    rng = np.random.default_rng(seed)
+    top_p = rng.random() if nucleus else None
+    logits = np.stack([rng.permutation(row) for _ in range(3)]).astype(np.float32)
+    p = probabilities(logits, temperature, top_k, top_p)
+    assert p.shape == logits.shape
+    assert p.dtype == np.float64
+    count = 500
+    for i, one in enumerate(logits):
+        expected = reference_probabilities(one.astype(np.float64), temperature, top_k, top_p)
+        assert np.abs(p[i] - expected).max() <= 1e-14
+        assert np.array_equal(p[i] > 0, expected > 0)
+        drawn = np.bincount(draws(one, grid(count), temperature=temperature, top_k=top_k, top_p=top_p))
+        assert np.abs(np.pad(drawn, (0, len(row) - len(drawn))) - count * p[i]).max() <= 1 + 1e-9
+
+
+def test_probabilities_of_temperature_zero_are_all_with_the_largest():
+    assert probabilities(np.array([[1.0, 3.0, 3.0], [5.0, -np.inf, 2.0]]), 0).tolist() == [
+        [0, 1, 0],
+        [1, 0, 0],
+    ]
+
+
 @pytest.mark.parametrize(("bad", "temperature"), [(np.nan, 0), (np.nan, 1.0), (np.inf, 1.0)])
 def test_logits_without_a_softmax(bad, temperature):
     logits = np.zeros((2, 4), np.float32)
     logits[1, 2] = bad
     with pytest.raises(Error, match=r"logits .*weights are damaged, or diverged"):
         choose_tokens(logits, np.array([0.5, 0.5]), temperature)
+    with pytest.raises(Error, match=r"logits .*weights are damaged, or diverged"):
+        probabilities(logits, temperature)
 
 
 def test_no_token_possible():

@@ -42,6 +42,7 @@ def test_gpt2_published_ids(text, ids):
 def test_gpt2_size_and_name():
     assert GPT2.vocab_size == 50257
     assert GPT2.name == "gpt2"
+    assert repr(GPT2) == "<TiktokenTokenizer gpt2: 50,257 ids>"
 
 
 @given(st.text())

@@ -24,18 +24,25 @@ from __future__ import annotations
 import heapq
 import re
 from collections import Counter, defaultdict
+from collections.abc import Iterable
 from itertools import pairwise
 
 from tinyllm.errors import Error
 from tinyllm.tokenizer import BYTE_ORDER, END_OF_TEXT, GPT2_PATTERN, check_pattern, check_text
 
 
-def train_bpe(text: str, vocab_size: int, pattern: str = GPT2_PATTERN) -> list[tuple[int, int]]:
+def train_bpe(
+    text: str | Iterable[str], vocab_size: int, pattern: str = GPT2_PATTERN
+) -> list[tuple[int, int]]:
     """The merges a text teaches, in the order learned: ``merges[i]`` are the two ids that id 256 + i joins.
+
+    ``text`` is one str, or an iterable of documents, which is gone through once; no piece reaches from
+    one document into the next. An ``<|endoftext|>`` in a text stands between documents too, and is not
+    counted.
 
     The ids of the vocabulary: 0 to 255 are the bytes in GPT-2's order (``BYTE_ORDER``), then one per
     merge, then ``<|endoftext|>``; so there are ``vocab_size`` - 257 merges. ``BPETokenizer(merges)``
-    is the tokenizer. An ``<|endoftext|>`` in the text stands between documents and is not counted.
+    is the tokenizer.
 
     Of pairs that are equally frequent the one with the smaller ids comes first (the first ids compared
     first): the rule of the ``tokenizers`` package, so these are its merges with ``min_frequency=2``. In
@@ -46,10 +53,10 @@ def train_bpe(text: str, vocab_size: int, pattern: str = GPT2_PATTERN) -> list[t
     """
     from tqdm import tqdm
 
-    check_text(text)
     if type(vocab_size) is not int or vocab_size < 257:
         raise Error(f"vocab_size is {vocab_size!r}: the least is 257, the 256 bytes and {END_OF_TEXT}")
-    piece_counts = _count_pieces(text, pattern)
+    one_text = isinstance(text, str | bytes) or not isinstance(text, Iterable)
+    piece_counts = _count_pieces([text] if one_text else text, pattern)
     pieces = [[BYTE_ORDER.index(byte) for byte in piece.encode("utf-8")] for piece in piece_counts]
     counts = list(piece_counts.values())
 
@@ -109,22 +116,24 @@ def parse_bpe(spec: str) -> int:
     return int(match[1])
 
 
-def _count_pieces(text: str, pattern: str) -> Counter[str]:
+def _count_pieces(texts: Iterable[str], pattern: str) -> Counter[str]:
     """How often each piece occurs, over all documents; no merge crosses a piece's end."""
     compiled = check_pattern(pattern)
     pieces = Counter()
-    for document in text.split(END_OF_TEXT):
-        end = 0
-        for match in compiled.finditer(document):
-            if match.start() != end or match.end() == end:
-                break
-            pieces[match[0]] += 1
-            end = match.end()
-        if end != len(document):
-            raise Error(
-                f"pattern {pattern!r} leaves out {document[end : end + 20]!r}: it must cut every text into "
-                "pieces and lose nothing"
-            )
+    for text in texts:
+        check_text(text)
+        for document in text.split(END_OF_TEXT):
+            end = 0
+            for match in compiled.finditer(document):
+                if match.start() != end or match.end() == end:
+                    break
+                pieces[match[0]] += 1
+                end = match.end()
+            if end != len(document):
+                raise Error(
+                    f"pattern {pattern!r} leaves out {document[end : end + 20]!r}: it must cut every text "
+                    "into pieces and lose nothing"
+                )
     return pieces
 
 

@@ -2,13 +2,19 @@
 
 GPT-2's vocabulary or one of our own (``bpe.py``) through tiktoken, or one id per character. A tokenizer
 travels with a run as ``tinyllm_tokenizer.json`` (Hugging Face's ``tokenizer.json`` is another format).
+
+A special token, such as ``<|endoftext|>`` between documents or ``<|user|>`` in a chat, stands for
+something that no text says: it has one id, and no merge makes it.
 """
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import os
+import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -45,17 +51,77 @@ BYTE_ORDER = PRINTABLE + bytes(byte for byte in range(256) if byte not in PRINTA
 
 
 class Tokenizer:
-    """What every tokenizer has: ``name``, ``vocab_size``, and text to ids and back."""
+    """What every tokenizer has: text to ids and back, and special tokens.
+
+    ``special_tokens`` holds their ids by name; ``added_tokens`` names those that came with
+    ``with_special_tokens``.
+    """
 
     name: str
     vocab_size: int
+    special_tokens: dict[str, int]
+    added_tokens: tuple[str, ...] = ()
+
+    def __repr__(self):
+        return f"<{type(self).__name__} {self.name}: {self.vocab_size:,} ids>"
 
     def encode(self, text: str, special: str = "refuse") -> list[int]:
         """The token ids of a text.
 
         ``special`` says what happens to a special token such as ``<|endoftext|>`` inside the text:
         ``"refuse"`` raises ``Error``, ``"allow"`` makes it its id, ``"text"`` encodes it as ordinary text.
+        Where two special tokens begin at the same place, the longer one counts.
         """
+        return self.encode_array(text, special).tolist()
+
+    def encode_array(self, text: str, special: str = "refuse") -> np.ndarray:
+        """The same ids as ``encode``, as an array (n,) of uint32: four bytes each, where a list takes 36."""
+        check_text(text, special)
+        parts = [text]
+        if self.special_tokens and special != "text":
+            longest_first = sorted(self.special_tokens, key=len, reverse=True)
+            parts = re.split(f"({'|'.join(re.escape(token) for token in longest_first)})", text)
+        if special == "refuse" and len(parts) > 1:
+            raise Error(
+                f"the text contains the special token {parts[1]!r}: set special to 'allow' to encode it "
+                "as its id, or to 'text' to encode it as ordinary text"
+            )
+        arrays, start = [], 0
+        for i, part in enumerate(parts):  # ordinary text, a special token, ordinary text …
+            if i % 2 == 0:
+                arrays.append(self._encode_ordinary(part, start))
+            else:
+                arrays.append(np.array([self.special_tokens[part]], dtype=np.uint32))
+            start += len(part)
+        return np.concatenate(arrays)
+
+    def _encode_ordinary(self, text: str, start: int) -> np.ndarray:
+        """The ids (n,), uint32, of a text without special tokens, which stands at ``start`` in the whole."""
+        raise NotImplementedError
+
+    def with_special_tokens(self, names: Sequence[str]) -> Tokenizer:
+        """A tokenizer of the same kind with these special tokens as well, at new ids after the last one.
+
+        Raises ``Error`` naming a name that is empty, given twice, or a token already. A model has to
+        grow with it: ``extend_vocabulary`` does both.
+        """
+        if isinstance(names, str) or not isinstance(names, Sequence):
+            raise Error(f"the names of special tokens are {names!r}: give a list of str")
+        extended = copy.copy(self)
+        extended.special_tokens = dict(self.special_tokens)
+        for name in names:
+            if not isinstance(name, str) or name == "":
+                raise Error(f"special token {name!r} has no name: give a str of at least one character")
+            check_text(name)
+            if name in extended.special_tokens or self._is_token(name):
+                raise Error(f"special token {name!r} is a token already: leave it out, or take another name")
+            extended.special_tokens[name] = extended.vocab_size
+            extended.vocab_size += 1
+        extended.added_tokens = (*self.added_tokens, *names)
+        return extended
+
+    def _is_token(self, name: str) -> bool:
+        """Whether one of the ordinary ids is this text."""
         raise NotImplementedError
 
     def decode_bytes(self, ids) -> bytes:
@@ -86,52 +152,67 @@ class Tokenizer:
 
 
 class TiktokenTokenizer(Tokenizer):
-    """A byte-pair encoding that tiktoken runs: ids of merged byte sequences, any text can be encoded."""
+    """A byte-pair encoding that tiktoken runs: ids of merged byte sequences, any text can be encoded.
+
+    ``encoding`` is tiktoken's own object, for everything else it can do.
+    """
 
     def __init__(self, name: str, encoding: tiktoken.Encoding):
         self.name = name
         self.vocab_size = encoding.n_vocab
-        self._encoding = encoding
+        self.encoding = encoding
+        ids = {token: encoding.encode_single_token(token) for token in encoding.special_tokens_set}
+        self.special_tokens = dict(sorted(ids.items(), key=lambda item: item[1]))
 
-    def encode(self, text: str, special: str = "refuse") -> list[int]:
-        check_text(text, special)
-        if special == "refuse":
-            for token in sorted(self._encoding.special_tokens_set):
-                if token in text:
-                    raise Error(
-                        f"the text contains the special token {token!r}: set special to 'allow' to encode it "
-                        "as its id, or to 'text' to encode it as ordinary text"
-                    )
+    def _encode_ordinary(self, text: str, start: int) -> np.ndarray:
         try:
             # Not encode_ordinary: what is a ValueError here is a panic there.
-            return self._encoding.encode(
-                text, allowed_special="all" if special == "allow" else set(), disallowed_special=()
-            )
+            return self.encoding.encode_to_numpy(text, disallowed_special=())
         except ValueError as error:
             raise Error(
                 f"the text cannot be tokenized ({error}): shorten its longest run of whitespace"
             ) from None
 
+    def with_special_tokens(self, names: Sequence[str]) -> TiktokenTokenizer:
+        import tiktoken
+
+        extended = super().with_special_tokens(names)
+        extended.encoding = tiktoken.Encoding(  # extended as tiktoken's README does it
+            self.encoding.name,
+            pat_str=self.encoding._pat_str,
+            mergeable_ranks=self.encoding._mergeable_ranks,
+            special_tokens=extended.special_tokens,
+        )
+        return extended
+
+    def _is_token(self, name: str) -> bool:
+        try:
+            self.encoding.encode_single_token(name)
+        except KeyError:
+            return False
+        return True
+
     def decode_bytes(self, ids) -> bytes:
         checked = _check_sequence(ids, self.vocab_size)
         try:
-            return self._encoding.decode_bytes(checked)
+            return self.encoding.decode_bytes(checked)
         except KeyError as error:  # some vocabularies of tiktoken's leave ids out
             raise Error(f"{error.args[0]}: tokenizer {self.name!r} leaves that id out") from None
 
     def to_json(self) -> dict:
         if self.name != "gpt2":
             raise Error(f"tokenizer {self.name!r} cannot be saved: only 'gpt2' can be rebuilt from its name")
-        return {"kind": "gpt2"}
+        return {"kind": "gpt2", "added_tokens": list(self.added_tokens)}
 
 
 class BPETokenizer(TiktokenTokenizer):
     """A byte-level byte-pair encoding of our own, from the merges that ``bpe.train_bpe`` learned.
 
-    Ids 0 to 255 are the bytes in ``BYTE_ORDER``, id 256 + i joins the two ids of ``merges[i]``, and
-    ``<|endoftext|>`` is the last. Merges apply inside the pieces that ``pattern`` cuts. Raises ``Error``
-    naming a merge that is no pair of earlier ids or makes a token that is there already, or a pattern
-    that does not work; ``encode`` does for a text of which the pattern leaves a part out.
+    Ids 0 to 255 are the bytes in ``BYTE_ORDER``, id 256 + i joins the two ids of ``merges[i]``,
+    ``<|endoftext|>`` comes next, and special tokens added later come after it. Merges apply inside the
+    pieces that ``pattern`` cuts. Raises ``Error`` naming a merge that is no pair of earlier ids or makes
+    a token that is there already, or a pattern that does not work; ``encode`` does for a text of which
+    the pattern leaves a part out.
     """
 
     def __init__(self, merges: list[tuple[int, int]], pattern: str = GPT2_PATTERN):
@@ -150,9 +231,9 @@ class BPETokenizer(TiktokenTokenizer):
         self.merges = [tuple(pair) for pair in merges]
         self.pattern = pattern
 
-    def encode(self, text: str, special: str = "refuse") -> list[int]:
-        ids = super().encode(text, special)
-        if self._encoding.decode_bytes(ids) != text.encode("utf-8"):  # tiktoken skips what does not match
+    def _encode_ordinary(self, text: str, start: int) -> np.ndarray:
+        ids = super()._encode_ordinary(text, start)
+        if self.encoding.decode_bytes(ids) != text.encode("utf-8"):  # tiktoken skips what does not match
             raise Error(
                 f"pattern {self.pattern!r} leaves out a part of the text: train with one that matches all "
                 "of it"
@@ -160,7 +241,12 @@ class BPETokenizer(TiktokenTokenizer):
         return ids
 
     def to_json(self) -> dict:
-        return {"kind": "bpe", "pattern": self.pattern, "merges": [list(pair) for pair in self.merges]}
+        return {
+            "kind": "bpe",
+            "pattern": self.pattern,
+            "merges": [list(pair) for pair in self.merges],
+            "added_tokens": list(self.added_tokens),
+        }
 
 
 def _bpe_ranks(merges: list[tuple[int, int]]) -> dict[bytes, int]:
@@ -182,7 +268,7 @@ def _bpe_ranks(merges: list[tuple[int, int]]) -> dict[bytes, int]:
 
 
 class CharTokenizer(Tokenizer):
-    """One id per character, in the order given; there are no special tokens.
+    """One id per character, in the order given; there are no special tokens, unless some are added.
 
     Raises ``Error`` if there are no characters or one comes twice; ``encode`` does for an unseen one.
     """
@@ -201,29 +287,38 @@ class CharTokenizer(Tokenizer):
             raise Error(f"character {twice!r} comes twice: give each once, or use CharTokenizer.from_text")
         self.characters = characters
         self.vocab_size = len(characters)
+        self.special_tokens = {}
 
     @classmethod
     def from_text(cls, text: str) -> CharTokenizer:
         """The tokenizer of a text's own characters, sorted."""
         return cls("".join(sorted(set(text))))
 
-    def encode(self, text: str, special: str = "refuse") -> list[int]:
-        check_text(text, special)
+    def _encode_ordinary(self, text: str, start: int) -> np.ndarray:
         try:
-            return [self._id_of[character] for character in text]
+            return np.array([self._id_of[character] for character in text], dtype=np.uint32)
         except KeyError as error:
             unseen = error.args[0]
             raise Error(
-                f"character {unseen!r} (U+{ord(unseen):04X}, at {text.index(unseen)}) is not one of this "
-                f"tokenizer's {self.vocab_size}: leave it out, or make the tokenizer from a text that has it"
+                f"character {unseen!r} (U+{ord(unseen):04X}, at {start + text.index(unseen)}) is not one of "
+                f"this tokenizer's {len(self.characters)}: leave it out, or make the tokenizer from a text "
+                "that has it"
             ) from None
+
+    def _is_token(self, name: str) -> bool:
+        return name in self._id_of
 
     def decode_bytes(self, ids) -> bytes:
         checked = _check_sequence(ids, self.vocab_size)
-        return "".join(self.characters[i] for i in checked).encode("utf-8")
+        tokens = [*self.characters, *self.special_tokens]
+        return "".join(tokens[i] for i in checked).encode("utf-8")
 
     def to_json(self) -> dict:
-        return {"kind": "char", "characters": self.characters}
+        return {
+            "kind": "char",
+            "characters": self.characters,
+            "added_tokens": list(self.added_tokens),
+        }
 
 
 def gpt2() -> TiktokenTokenizer:
@@ -276,20 +371,51 @@ def load_tokenizer(spec: str | Path) -> Tokenizer:
             f"no tokenizer in {str(path)!r}: give 'gpt2', a run folder, or a {FILE_NAME} file "
             "('char' and 'bpe:VOCAB' are made from a text, by tinyllm train)"
         ) from None
+    try:
+        return _from_json(definition)
+    except Error as error:
+        raise Error(f"{str(path)!r} cannot be loaded: {error}") from None
+
+
+def _from_json(definition: dict) -> Tokenizer:
     match definition:
         case {"kind": "gpt2"}:
-            return gpt2()
+            tokenizer = gpt2()
         case {"kind": "char", "characters": str(characters)}:
-            return CharTokenizer(characters)
+            tokenizer = CharTokenizer(characters)
         case {"kind": "bpe", "pattern": str(pattern), "merges": list(merges)}:
-            try:
-                return BPETokenizer(merges, pattern)
-            except Error as error:
-                raise Error(f"{str(path)!r} is damaged: {error}") from None
-    raise Error(
-        f"{str(path)!r} is not a tokenizer known here: its kind must be 'bpe' with a pattern and merges, "
-        "'gpt2' or 'char' with characters"
-    )
+            tokenizer = BPETokenizer(merges, pattern)
+        case _:
+            raise Error(
+                "its kind is no tokenizer known here: it must be 'bpe' with a pattern and merges, 'gpt2' or "
+                "'char' with characters"
+            )
+    added = definition.get("added_tokens", [])  # files from before there were any have none
+    return tokenizer if added == [] else tokenizer.with_special_tokens(added)
+
+
+def extend_vocabulary(
+    model, tokenizer: Tokenizer, names: Sequence[str], rng: np.random.Generator
+) -> Tokenizer:
+    """New special tokens for both: the tokenizer with these names, and the model grown in place to match.
+
+    The model's new rows are drawn from ``rng``, see ``GPT2.resize_token_embeddings``; what it computed
+    for the old ids stays. Raises ``Error``, before anything changes, if the two do not belong together
+    or as ``with_special_tokens`` does.
+    """
+    check_fits(tokenizer, model)
+    extended = tokenizer.with_special_tokens(names)
+    model.resize_token_embeddings(extended.vocab_size, rng)
+    return extended
+
+
+def check_fits(tokenizer: Tokenizer, model) -> None:
+    """``Error`` unless the tokenizer has as many ids as the model."""
+    if tokenizer.vocab_size != model.config.vocab_size:
+        raise Error(
+            f"the tokenizer {tokenizer.name} has {tokenizer.vocab_size} ids and the model "
+            f"{model.config.vocab_size}: use the tokenizer that the model was trained with"
+        )
 
 
 def check_pattern(pattern: str) -> regex.Pattern:

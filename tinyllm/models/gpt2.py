@@ -11,14 +11,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
 import numpy as np
 
 from tinyllm import functional as F
 from tinyllm import nn, pretrained
-from tinyllm.data import check_ids
+from tinyllm.data import check_ids, is_integer
 from tinyllm.errors import Error
 from tinyllm.tensor import Tensor, split
 
@@ -232,6 +232,34 @@ class GPT2(nn.Module):
     def loss(self, ids, targets, divisor=None) -> Tensor:
         """Σ cross-entropy over targets that are not -100, divided by ``divisor`` (default: their number)."""
         return self(ids, targets, divisor)
+
+    def resize_token_embeddings(self, vocab_size: int, rng: np.random.Generator) -> None:
+        """Make room for ids up to ``vocab_size`` - 1, in place; the old ids keep their weights bit for bit.
+
+        The new rows of the embedding, and of a head that is not tied to it, are drawn from
+        N(0, initializer_range²); the new biases of the head are 0. Gradients are dropped. Make the
+        optimiser afterwards: its averages have the shape of the parameters it was made for. The old
+        ids' logits are the same sums of products, though a BLAS may add up a matrix of another size in
+        another order, and then the last bits differ. Raises ``Error`` if the model has more ids already.
+        """
+        if not is_integer(vocab_size) or vocab_size < self.config.vocab_size:
+            raise Error(
+                f"vocab_size {vocab_size!r} does not hold the model's {self.config.vocab_size} ids: choose a "
+                "whole number of at least as many"
+            )
+        new = int(vocab_size) - self.config.vocab_size
+        self.zero_grad()
+        matrices = [self.wte.weight]
+        if not self.config.tie_word_embeddings:
+            matrices.append(self.lm_head.weight)
+        for weight in matrices:
+            drawn = nn.normal(rng, (new, self.config.n_embd), self.config.initializer_range).data
+            rows = np.asarray(drawn, dtype=weight.dtype, like=weight.data)
+            weight.replace(np.concatenate([weight.data, rows]))
+        if self.lm_head.bias is not None:
+            bias = self.lm_head.bias
+            bias.replace(np.concatenate([bias.data, np.zeros(new, bias.dtype, like=bias.data)]))
+        self.config = replace(self.config, vocab_size=int(vocab_size))
 
     def checkpoint_keys(self, arrays: Mapping) -> dict[str, str]:
         """Parameter name -> key, for any of the layouts GPT-2 is published in.
