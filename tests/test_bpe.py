@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from tokenizers.pre_tokenizers import ByteLevel
 
 from tinyllm.bpe import merge_pair, parse_bpe, train_bpe
-from tinyllm.data import load_text
 from tinyllm.errors import Error
+from tinyllm.text import load_text
 from tinyllm.tokenizer import (
     BYTE_ORDER,
     END_OF_TEXT,

@@ -1,200 +1,14 @@
-"""Texts, splits, windows, batches: against the classic run's numbers, plain loops, and bad input."""
+"""Token ids, windows, batches: against plain loops, and bad input."""
 
-import hashlib
-import http.server
-import os
-import threading
-from pathlib import Path
+import tracemalloc
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tinyllm import data
-from tinyllm.data import Batches, Text, Windows, check_ids, load_text, train_validation_split
+from tinyllm.data import Batches, Windows, check_ids
 from tinyllm.errors import Error
-from tinyllm.tokenizer import load_tokenizer
-
-# Texts
-
-
-def test_python_docs_is_always_at_hand():
-    from pydoc_data.topics import topics
-
-    docs = load_text("python-docs")
-    assert docs.name == "python-docs"
-    assert docs.sha256 == hashlib.sha256(docs.text.encode("utf-8")).hexdigest()
-    assert 300_000 < len(docs.text) < 1_000_000
-    assert docs.text.startswith(topics[min(topics)])
-    assert all(topic in docs.text for topic in topics.values())
-    assert load_text("python-docs") == docs
-
-
-@pytest.fixture(scope="module")
-def verdict():
-    folder = os.environ.get("TINYLLM_DATA")
-    if folder and (Path(folder) / "the-verdict.txt").exists():
-        return load_text("the-verdict")  # outside the try: here an error is a failure, not a skip
-    try:
-        return load_text("the-verdict")
-    except Error as error:
-        pytest.skip(f"neither TINYLLM_DATA nor the network has it: {error}")
-
-
-def test_the_verdict_and_the_classic_run(verdict):
-    assert verdict.name == "the-verdict"
-    assert verdict.sha256 == data.VERDICT_SHA256
-    assert len(verdict.text) == 20_479
-    gpt2 = load_tokenizer("gpt2")
-    assert len(gpt2.encode(verdict.text)) == 5145
-    parts = [gpt2.encode(part) for part in train_validation_split(verdict.text)]
-    assert [len(part) for part in parts] == [4612, 534]
-    windows = [Windows(part, context=256) for part in parts]
-    assert [len(w) for w in windows] == [18, 2]
-    assert [w.unused_tokens for w in windows] == [3, 21]
-    assert Batches(windows[0], batch_size=2, seed=0).steps_per_epoch == 9
-
-
-@pytest.fixture
-def small_verdict(tmp_path, monkeypatch):
-    """The pinned text becomes a small one, the cache and the current folder empty ones."""
-    content = b"I HAD always thought Jack Gisburn rather a cheap genius\r\n"
-    monkeypatch.setattr(data, "VERDICT_SHA256", hashlib.sha256(content).hexdigest())
-    monkeypatch.setattr(data, "VERDICT_URL", "http://127.0.0.1:1/the-verdict.txt")
-    monkeypatch.setattr("pooch.os_cache", lambda project: tmp_path / "cache" / project)
-    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-    monkeypatch.delenv("TINYLLM_DATA", raising=False)
-    return content
-
-
-@pytest.fixture
-def server(monkeypatch):
-    """A web server for one file; ``server.content`` is what it serves, ``server.asked`` counts."""
-
-    class Handler(http.server.BaseHTTPRequestHandler):
-        def do_GET(self):
-            self.server.asked += 1
-            self.send_response(200)
-            self.send_header("Content-Length", str(len(self.server.content)))
-            self.end_headers()
-            self.wfile.write(self.server.content)
-
-        def log_message(self, *args):
-            pass
-
-    with http.server.HTTPServer(("127.0.0.1", 0), Handler) as httpd:
-        httpd.asked = 0
-        thread = threading.Thread(target=httpd.serve_forever)
-        thread.start()
-        yield httpd
-        httpd.shutdown()
-        thread.join()
-
-
-def test_the_verdict_is_fetched_once_and_cached(small_verdict, server, monkeypatch):
-    server.content = small_verdict
-    monkeypatch.setattr(data, "VERDICT_URL", f"http://127.0.0.1:{server.server_port}/the-verdict.txt")
-    first = load_text("the-verdict")
-    assert first.text.encode("utf-8") == small_verdict
-    assert load_text("the-verdict") == first
-    assert server.asked == 1
-
-
-def test_the_verdict_with_another_hash_is_refused(small_verdict, server, monkeypatch):
-    server.content = small_verdict.replace(b"cheap", b"great")
-    monkeypatch.setattr(data, "VERDICT_URL", f"http://127.0.0.1:{server.server_port}/the-verdict.txt")
-    with pytest.raises(Error, match="could not be downloaded"):
-        load_text("the-verdict")
-
-
-def test_the_verdict_without_network_says_what_to_do(small_verdict):
-    with pytest.raises(Error, match=r"put http://127.0.0.1:1/the-verdict.txt .* TINYLLM_DATA") as raised:
-        load_text("the-verdict")
-    assert "\n" not in str(raised.value)
-
-
-def test_the_verdict_comes_from_tinyllm_data_first(small_verdict, tmp_path, monkeypatch):
-    monkeypatch.setenv("TINYLLM_DATA", str(tmp_path))
-    with pytest.raises(Error, match="could not be downloaded"):  # not there: the network is next
-        load_text("the-verdict")
-    (tmp_path / "the-verdict.txt").write_bytes(small_verdict)
-    assert load_text("the-verdict").text.encode("utf-8") == small_verdict
-    (tmp_path / "the-verdict.txt").write_bytes(small_verdict + b"more")
-    with pytest.raises(Error, match=r"the-verdict.txt' is not the expected text"):
-        load_text("the-verdict")
-
-
-@given(content=st.text().filter(lambda text: text.strip()))
-def test_file_is_taken_byte_for_byte(tmp_path_factory, content):
-    path = tmp_path_factory.getbasetemp() / "any.txt"
-    path.write_bytes(content.encode("utf-8"))
-    loaded = load_text(path)
-    assert loaded == Text(str(path), content, hashlib.sha256(content.encode("utf-8")).hexdigest())
-
-
-def test_file_keeps_its_newlines_and_spaces(tmp_path):
-    path = tmp_path / "windows.txt"
-    path.write_bytes(b"  one\r\ntwo\rthree\n ")
-    assert load_text(str(path)).text == "  one\r\ntwo\rthree\n "
-
-
-def test_known_name_wins_unless_given_as_a_path(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    Path("python-docs").write_text("mine")
-    assert load_text("python-docs").text != "mine"
-    assert load_text("./python-docs").text == "mine"
-    assert load_text(Path("python-docs")).text == "mine"
-
-
-def test_bad_files(tmp_path):
-    (tmp_path / "latin").write_bytes(b"caf\xe9 noir")
-    (tmp_path / "empty").write_bytes(b"")
-    (tmp_path / "blank").write_bytes(b" \n\t\r\n")
-    for name, said in [
-        ("missing", "no text .*missing.*python-docs, the-verdict"),
-        (".", "is a folder"),
-        ("latin", r"latin.* not UTF-8 at byte offset 3 \(0xe9\)"),
-        ("empty", "empty"),
-        ("blank", "whitespace"),
-        ("zero\0byte", "cannot be read"),
-        ("n" * 5000, "cannot be read|no text"),  # which of the two depends on the system
-    ]:
-        with pytest.raises(Error, match=said):
-            load_text(tmp_path / name)
-
-
-# Splits
-
-
-@given(st.text(min_size=2), st.floats(0.01, 0.99))
-def test_split_loses_nothing(text, fraction):
-    try:
-        train, validation = train_validation_split(text, fraction)
-    except Error:
-        assert int(len(text) * (1 - fraction)) in (0, len(text))
-    else:
-        assert train and validation
-        assert train + validation == text
-        assert len(train) == int(len(text) * (1 - fraction))
-
-
-def test_split_is_nine_to_one_unless_told_otherwise():
-    assert train_validation_split("abcdefghij") == ("abcdefghi", "j")
-    assert train_validation_split("abcd", validation_fraction=0.5) == ("ab", "cd")
-
-
-@pytest.mark.parametrize("fraction", [0, 1, -0.1, 1.5, float("nan")])
-def test_split_fraction_outside_0_1(fraction):
-    with pytest.raises(Error, match="validation_fraction"):
-        train_validation_split("some text", fraction)
-
-
-@pytest.mark.parametrize("text", ["", "a"])
-def test_split_of_too_little(text):
-    with pytest.raises(Error, match=f"{len(text)} characters"):
-        train_validation_split(text)
-
 
 # Token ids
 
@@ -294,6 +108,43 @@ def test_windows_do_not_follow_later_changes_of_the_tokens():
     windows = Windows(tokens, context=4)
     tokens[:] = 0
     assert windows[0][0].tolist() == [0, 1, 2, 3]
+
+
+def test_windows_of_a_memory_map_read_only_what_is_asked_for(tmp_path):
+    length = 4_000_000
+    np.arange(length).astype("<u2").tofile(tmp_path / "tokens.bin")
+    tokens = np.memmap(tmp_path / "tokens.bin", dtype="<u2", mode="r")
+    tracemalloc.start()
+    windows = Windows(tokens, context=8, stride=1)
+    inputs, targets = windows[[-1, 70_000]]
+    assert len(windows) == length - 8
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 100_000  # an array over all tokens or windows would take millions
+    assert np.shares_memory(windows.tokens, tokens)
+    assert inputs.dtype == targets.dtype == np.int64
+    assert inputs.tolist() == [[(length - 9 + i) % 2**16 for i in range(8)], list(range(4464, 4472))]
+    assert np.array_equal(targets[:, :-1], inputs[:, 1:])
+    part = Windows(tokens[10:60], context=5)  # as a split of a token file gives it
+    assert np.shares_memory(part.tokens, tokens)
+    assert part[0][0].tolist() == [10, 11, 12, 13, 14]
+
+
+def test_windows_of_a_memory_map_of_floats_are_refused(tmp_path):
+    np.zeros(9).tofile(tmp_path / "floats.bin")
+    floats = np.memmap(tmp_path / "floats.bin", dtype=np.float64, mode="r")
+    with pytest.raises(Error, match=r"tokens\[0\] is 0.0, not an integer"):
+        Windows(floats, context=2)
+
+
+def test_windows_give_arrays_of_their_own():
+    windows = Windows(range(10), context=3)
+    for chosen in (0, slice(0, 2), [0, 1]):
+        inputs, targets = windows[chosen]
+        inputs[...], targets[...] = -1, -1
+        assert inputs.flags.c_contiguous and targets.flags.c_contiguous
+    assert windows[0][0].tolist() == [0, 1, 2]
+    assert windows[0][1].tolist() == [1, 2, 3]
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 
 from tinyllm import GPT2, load_tokenizer
-from tinyllm.data import Windows, load_text, train_validation_split
+from tinyllm.data import Windows
+from tinyllm.text import load_text, train_validation_split
 from tinyllm.train import evaluate
 
 pytestmark = pytest.mark.network

@@ -11,8 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tinyllm import tokenizer as tokenizer_module
-from tinyllm.data import load_text
 from tinyllm.errors import Error
+from tinyllm.text import load_text
 from tinyllm.tokenizer import FILE_NAME, CharTokenizer, TiktokenTokenizer, load_tokenizer
 
 GPT2 = load_tokenizer("gpt2")
