@@ -12,7 +12,6 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
-import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -61,6 +60,10 @@ class Tokenizer:
     vocab_size: int
     special_tokens: dict[str, int]
     added_tokens: tuple[str, ...] = ()
+    # What a model's files say of its tokenizer, see ``tokenizer_files.read_tokenizer``
+    bos_id: int | None = None
+    eos_ids: tuple[int, ...] = ()
+    chat_template: str | None = None
 
     def __repr__(self):
         return f"<{type(self).__name__} {self.name}: {self.vocab_size:,} ids>"
@@ -193,7 +196,7 @@ class TiktokenTokenizer(Tokenizer):
         return True
 
     def decode_bytes(self, ids) -> bytes:
-        checked = _check_sequence(ids, self.vocab_size)
+        checked = check_sequence(ids, self.vocab_size)
         try:
             return self.encoding.decode_bytes(checked)
         except KeyError as error:  # some vocabularies of tiktoken's leave ids out
@@ -309,7 +312,7 @@ class CharTokenizer(Tokenizer):
         return name in self._id_of
 
     def decode_bytes(self, ids) -> bytes:
-        checked = _check_sequence(ids, self.vocab_size)
+        checked = check_sequence(ids, self.vocab_size)
         tokens = [*self.characters, *self.special_tokens]
         return "".join(tokens[i] for i in checked).encode("utf-8")
 
@@ -355,26 +358,33 @@ def _gpt2_ranks() -> dict[bytes, int]:
 
 
 def load_tokenizer(spec: str | Path) -> Tokenizer:
-    """A tokenizer by name (``"gpt2"``), or the one saved in a run folder or tinyllm_tokenizer.json file.
+    """A tokenizer by name (``"gpt2"``), or the one in a folder or file.
 
-    The name wins over a folder of that name; write ``./gpt2`` for the folder.
+    A run's folder and ``tinyllm_tokenizer.json`` are ours; any other folder or file is read as a published
+    model's (``tokenizer_files.py``). The name wins over a folder of that name; write ``./gpt2`` for the
+    folder. Raises ``Error`` if there is no tokenizer, or it is damaged or of an unknown kind.
     """
     if spec == "gpt2":
         return gpt2()
     path = Path(spec)
-    if os.path.isdir(path):
-        path = path / FILE_NAME
-    try:
-        definition = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    file = path / FILE_NAME if path.is_dir() else path
+    if not path.exists():
         raise Error(
-            f"no tokenizer in {str(path)!r}: give 'gpt2', a run folder, or a {FILE_NAME} file "
+            f"no tokenizer in {str(path)!r}: give 'gpt2', a run's or a model's folder, or a tokenizer file "
             "('char' and 'bpe:VOCAB' are made from a text, by tinyllm train)"
-        ) from None
+        )
+    if not file.exists() or file.name != FILE_NAME:
+        from tinyllm.tokenizer_files import read_tokenizer
+
+        return read_tokenizer(path)
+    try:
+        definition = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise Error(f"{str(file)!r} cannot be read as a tokenizer ({error}): copy it again") from None
     try:
         return _from_json(definition)
     except Error as error:
-        raise Error(f"{str(path)!r} cannot be loaded: {error}") from None
+        raise Error(f"{str(file)!r} cannot be loaded: {error}") from None
 
 
 def _from_json(definition: dict) -> Tokenizer:
@@ -409,12 +419,17 @@ def extend_vocabulary(
     return extended
 
 
-def check_fits(tokenizer: Tokenizer, model) -> None:
-    """``Error`` unless the tokenizer has as many ids as the model."""
-    if tokenizer.vocab_size != model.config.vocab_size:
+def check_fits(tokenizer: Tokenizer, model, padded: bool = False) -> None:
+    """``Error`` unless the tokenizer has as many ids as the model.
+
+    With ``padded`` the model may have more: some are padded with rows that no id uses, to a multiple of
+    64, say. Never may it have fewer.
+    """
+    rows = model.config.vocab_size
+    if tokenizer.vocab_size > rows or (tokenizer.vocab_size < rows and not padded):
         raise Error(
-            f"the tokenizer {tokenizer.name} has {tokenizer.vocab_size} ids and the model "
-            f"{model.config.vocab_size}: use the tokenizer that the model was trained with"
+            f"the tokenizer {tokenizer.name} has {tokenizer.vocab_size} ids and the model {rows}: use the "
+            "tokenizer that the model was trained with"
         )
 
 
@@ -446,7 +461,8 @@ def check_text(text: str, special: str = "refuse") -> None:
         ) from None
 
 
-def _check_sequence(ids, vocab_size: int) -> list[int]:
+def check_sequence(ids, vocab_size: int) -> list[int]:
+    """The ids of one sequence as a list of int, checked as ``check_ids`` does; there may be none."""
     if np.asarray(ids, dtype=object).size == 0:
         return []
     checked = check_ids(ids, vocab_size)
