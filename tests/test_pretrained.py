@@ -11,11 +11,15 @@ import ml_dtypes
 import numpy as np
 import pytest
 
+from tinyllm import GPT2, GPT2Config, pull
 from tinyllm.errors import Error
 from tinyllm.pretrained import (
     Weights,
     check_names_and_shapes,
     find_folder,
+    find_model,
+    model_config,
+    open_weights,
     read_config,
     read_json,
     save_folder,
@@ -589,6 +593,7 @@ def test_only_what_is_needed_is_downloaded(hub, tmp_path, monkeypatch):
         "tokenizer.model",
     ]
     needed += ["vocab.json", "merges.txt", "special_tokens_map.json"]
+    needed += ["chat_template.jinja", "generation_config.json"]
     useless = ["pytorch_model.bin", "tf_model.h5", "onnx/model.onnx", "README.md", "rust_model.ot"]
     useless += ["consolidated.safetensors", "original/tokenizer.py.bak", "flax_model.msgpack", "evil.py"]
     assert list(filter_repo_objects(needed + useless, allow_patterns=hub.patterns)) == needed
@@ -656,3 +661,133 @@ def test_without_the_hub_client_the_package_is_named(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
     text = message_of(find_folder, "gpt2")
     assert "pip install huggingface_hub" in text and "https://huggingface.co/gpt2" in text
+
+
+# ---------------------------------------------------------------------------- a model as a user names it
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("TINYLLM_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(pull, "pull", lambda *_: pytest.fail("nothing is pulled without being asked for"))
+    return tmp_path / "cache" / "models" / "smollm2"
+
+
+def test_a_model_is_a_folder_a_file_a_pulled_name_or_a_hub_id(hub, cache, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("USERPROFILE", str(tmp_path))
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "odd.gguf").mkdir()
+    (tmp_path / "Model.GGUF").write_bytes(b"")
+    for name in (
+        "folder",
+        "./folder",
+        str(tmp_path / "folder"),
+        "odd.gguf",
+        "Model.GGUF",
+        Path("Model.GGUF"),
+    ):
+        assert find_model(name) == Path(name)
+    assert find_model("~/Model.GGUF") == tmp_path / "Model.GGUF"
+
+    (cache / "hub").mkdir(parents=True)
+    for name in pull.KNOWN_MODELS["smollm2"].hub_files:
+        (cache / "hub" / name).write_text("")
+    assert find_model("smollm2") == cache / "hub"
+    assert hub.asked == []
+
+    hub.answer = str(tmp_path / "snapshot")
+    assert find_model("owner/name") == tmp_path / "snapshot"
+    assert hub.asked == ["owner/name"]
+
+
+def test_a_folder_of_that_name_comes_before_the_pulled_model(cache, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("smollm2").mkdir()
+    assert find_model("smollm2") == Path("smollm2")
+
+
+def test_a_known_model_that_is_not_here_is_not_downloaded_unasked(hub, cache, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert "run `tinyllm pull smollm2`" in message_of(find_model, "smollm2")
+    assert hub.asked == [] and not cache.exists()
+
+
+@pytest.mark.parametrize("name", ["model.gguf", "owner/name.gguf", "~/none.GGUF", "a\0b.gguf"])
+def test_a_gguf_file_that_is_not_there_is_not_looked_for_on_the_hub(hub, tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    assert f"there is no file {name!r}" in message_of(find_model, name)
+    assert hub.asked == []
+
+
+def test_what_can_be_named_is_in_the_refusal(hub, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    text = message_of(find_model, "gpt3")
+    for way in ("folder", ".gguf file", "smollm2", "hub id"):
+        assert way in text
+    Path("model.bin").write_bytes(b"")
+    assert ".gguf file" in message_of(find_model, "model.bin")
+
+
+def test_a_folder_and_a_gguf_file_are_opened_alike(tmp_path):
+    gguf = pytest.importorskip("gguf")
+    sizes = dict(embedding_length=32, block_count=1, feed_forward_length=32, context_length=8)
+    writer = gguf.GGUFWriter(tmp_path / "m.gguf", "llama")
+    for key, value in {**sizes, "attention.head_count": 2}.items():
+        writer.add_uint32(f"llama.{key}", value)
+    writer.add_float32("llama.attention.layer_norm_rms_epsilon", 1e-5)
+    writer.add_tensor("token_embd.weight", np.ones((5, 32), np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    save_folder(tmp_path / "folder", {"model_type": "llama", "hidden_size": 32}, {"w": np.ones((5, 32))})
+
+    path = find_model(tmp_path / "m.gguf")
+    config, weights = model_config(path), open_weights(path)
+    assert config["model_type"] == "llama" and config["hidden_size"] == 32
+    np.testing.assert_array_equal(weights["model.embed_tokens.weight"], np.ones((5, 32)))
+    path = find_model(tmp_path / "folder")
+    config, weights = model_config(path), open_weights(path)
+    assert config == {"model_type": "llama", "hidden_size": 32}
+    np.testing.assert_array_equal(weights["w"], np.ones((5, 32)))
+
+
+# ---------------------------------------------------------------------------- memory
+
+PEAK = """
+import sys
+from pathlib import Path
+from tinyllm import GPT2
+
+def kilobytes(field):
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return int(next(line for line in lines if line.startswith(field)).split()[1])
+
+GPT2.from_pretrained(sys.argv[2])  # imports, and whatever else is paid once
+Path("/proc/self/clear_refs").write_text("5")  # VmHWM, the peak, starts again from here
+before = kilobytes("VmHWM")
+model = GPT2.from_pretrained(sys.argv[1])
+size = sum(parameter.data.nbytes for _, parameter in model.named_parameters())
+print(size, (kilobytes("VmHWM") - before) * 1024 / size)
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the peak is read from /proc")
+@pytest.mark.parametrize("shard_bytes", [10**9, 9 * 10**6])
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+def test_the_peak_while_loading_is_the_weights_and_little_more(tmp_path, dtype, shard_bytes):
+    large = dict(n_layer=6, n_embd=512, vocab_size=2000)
+    for folder, sizes in {"large": large, "tiny": dict(n_layer=1, n_embd=16, vocab_size=20)}.items():
+        model = GPT2(GPT2Config(n_head=4, n_positions=64, tie_word_embeddings=False, **sizes), rng=None)
+        tensors = {name: array.astype(dtype) for name, array in model.state_dict().items()}
+        save_folder(tmp_path / folder, model.config.to_dict(), tensors, max_shard_bytes=shard_bytes)
+    result = subprocess.run(
+        [sys.executable, "-c", PEAK, tmp_path / "large", tmp_path / "tiny"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    size, ratio = (result.stdout or "0 nan").split()
+    assert int(size) > 80 * 10**6 and 0.95 < float(ratio) < 1.15, result.stdout + result.stderr

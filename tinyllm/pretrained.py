@@ -1,8 +1,10 @@
-"""How does a folder from Hugging Face become named NumPy arrays, and back?
+"""How does a model that others trained become named NumPy arrays, and back?
 
-Such a folder holds ``config.json`` and one ``model.safetensors``, or several shards of it and
-``model.safetensors.index.json``, whose ``weight_map`` says which tensor lies in which shard. A
-safetensors file is a JSON header (each tensor's name, dtype, shape, place) and then the numbers.
+`find_model` says where it is, `model_config` and `open_weights` what it holds. Models travel as GGUF
+files (``gguf_file.py``) or as a folder in Hugging Face's layout, which is also what we write: ``config.json``
+and one ``model.safetensors``, or several shards of it and ``model.safetensors.index.json``, whose
+``weight_map`` says which tensor lies in which shard. A safetensors file is a JSON header (each tensor's
+name, dtype, shape, place) and then the numbers.
 """
 
 import json
@@ -15,13 +17,54 @@ from pathlib import Path, PureWindowsPath
 import numpy as np
 
 from tinyllm.errors import Error
+from tinyllm.gguf_file import GGUFFile
+from tinyllm.pull import KNOWN_MODELS, find_pulled
 
 CONFIG, SINGLE_FILE, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 MODEL_FILES = (CONFIG, SINGLE_FILE, INDEX, "model-*-of-*.safetensors")
-HUB_FILES = [*MODEL_FILES, "tokenizer*", "vocab.json", "merges.txt", "special_tokens_map.json"]
+TEXT_FILES = ("tokenizer*", "vocab.json", "merges.txt", "special_tokens_map.json", "chat_template.jinja")
+HUB_FILES = [*MODEL_FILES, *TEXT_FILES, "generation_config.json"]
 DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
 HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*|gpt2(-medium|-large|-xl)?|distilgpt2", re.ASCII)
+
+
+def find_model(name: str | Path) -> Path:
+    """Where a model is, as a user names it: the path of its folder or of its .gguf file.
+
+    ``name`` is a folder or a file that ends in .gguf, else a name that ``tinyllm pull`` knows, else a
+    hub id. Raises Error if there is no such file, if a known model was not pulled, and as `find_folder`.
+    """
+    name = os.fspath(name)
+    path = os.path.expanduser(name)
+    if name.lower().endswith(".gguf") and not os.path.isdir(path):
+        if os.path.isfile(path):
+            return Path(path)
+        raise Error(f"there is no file {name!r}: check the path, or pass a model's folder or a hub id")
+    if name in KNOWN_MODELS and not os.path.lexists(path):
+        pulled = find_pulled(name)
+        if pulled is None:
+            raise Error(
+                f"{name} is not on this machine yet: run `tinyllm pull {name}`, or pass a model's folder"
+            )
+        return pulled
+    return find_folder(name)
+
+
+def model_config(path: Path) -> dict:
+    """What a ``config.json`` says, or would say, of the model at a path that `find_model` gave.
+
+    Raises Error as `read_config` and `GGUFFile` do.
+    """
+    return read_config(path) if path.is_dir() else GGUFFile(path).config
+
+
+def open_weights(path: Path) -> Mapping[str, np.ndarray]:
+    """The tensors there, by the names of a Hugging Face folder; each is read when it is asked for.
+
+    Raises Error as `Weights` and `GGUFFile` do.
+    """
+    return Weights(path) if path.is_dir() else GGUFFile(path)
 
 
 def find_folder(name: str | Path) -> Path:
@@ -35,10 +78,14 @@ def find_folder(name: str | Path) -> Path:
     if os.path.isdir(path):
         return Path(path)
     if os.path.lexists(path):
-        raise Error(f"{name!r} is not a folder: pass the folder that holds {CONFIG} and {SINGLE_FILE}")
+        either = f"the folder that holds {CONFIG} and {SINGLE_FILE}, or a .gguf file"
+        raise Error(f"{name!r} is not a folder: pass {either}")
     if HUB_ID.fullmatch(name):
         return _download(name)
-    raise Error(f"there is no folder {name!r}: pass a model's folder, or a hub id (owner/name, or gpt2)")
+    raise Error(
+        f"there is no folder {name!r}: pass a model's folder, a .gguf file, {', '.join(KNOWN_MODELS)}, or "
+        "a hub id (owner/name, or gpt2)"
+    )
 
 
 def _download(repo_id: str) -> Path:
