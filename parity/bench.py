@@ -56,7 +56,10 @@ def run_variant(variant: str, work: Work, warmup: int, steps: int, threads: int)
 
 
 def peak_memory() -> int:
-    """The peak resident memory of this process, in bytes."""
+    """The peak resident memory of this process, in bytes.
+
+    As ``tinyllm.device.peak_memory``, which would bring tinyllm into PyTorch's process.
+    """
     import resource
 
     if sys.platform == "linux":  # ru_maxrss survives exec: a child would start with its parent's peak

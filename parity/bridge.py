@@ -6,19 +6,23 @@ Everything here copies: two models never share memory, so changing one cannot ch
 from __future__ import annotations
 
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import torch
 
 from parity.torch_gpt2 import TorchGPT2
+from parity.torch_llama import TorchLlama
 from tinyllm.device import to_device
 from tinyllm.errors import Error
-from tinyllm.models import GPT2, GPT2Config, load_model
+from tinyllm.models import GPT2, GPT2Config, Llama, LlamaConfig, load_model
 from tinyllm.nn import Module
 from tinyllm.pretrained import check_names_and_shapes
 
-TWINS = {GPT2: TorchGPT2}  # tinyllm's class -> the same in PyTorch
+TWINS = {GPT2: TorchGPT2, Llama: TorchLlama}  # tinyllm's class -> the same in PyTorch
+PUBLISHED = {"GPT2LMHeadModel": (GPT2, GPT2Config), "LlamaForCausalLM": (Llama, LlamaConfig)}
 DTYPES = ("float32", "float64")  # what NumPy and torch both compute in
 
 
@@ -61,44 +65,35 @@ def load_pair(name: str | Path, dtype: str = "float32") -> tuple[Module, torch.n
 
 
 def from_transformers(theirs) -> tuple[Module, torch.nn.Module]:
-    """(tinyllm model, PyTorch twin) with the weights of a ``transformers.GPT2LMHeadModel``."""
-    import transformers
-
-    if not isinstance(theirs, transformers.GPT2LMHeadModel):
-        raise Error(f"{type(theirs).__name__} is not supported; supported: GPT2LMHeadModel")
-    config = GPT2Config.from_dict(theirs.config.to_dict())
+    """(tinyllm model, PyTorch twin) with the weights of a ``transformers`` model of one of ``PUBLISHED``."""
+    name = type(theirs).__name__
+    if name not in PUBLISHED:
+        raise Error(f"{name} is not supported; supported: {', '.join(PUBLISHED)}")
+    ours, config = PUBLISHED[name]
     tensors = {name: tensor.detach().cpu() for name, tensor in theirs.named_parameters()}
     dtype = _dtype(str(tensor.dtype).removeprefix("torch.") for tensor in tensors.values())
     arrays = {name: tensor.numpy() for name, tensor in tensors.items()}  # load_state_dict copies
-    model = GPT2(config, rng=None).astype(dtype)
+    model = ours(config.from_dict(theirs.config.to_dict()), rng=None).astype(dtype)
     model.load_state_dict(arrays, source="the transformers model")
     model.train(theirs.training)
     return model, to_torch(model)
 
 
-def to_transformers(model: GPT2):
-    """A ``transformers.GPT2LMHeadModel`` (eager attention) with the weights of a tinyllm GPT-2.
+def to_transformers(model: Module):
+    """The class of ``transformers`` with the weights of a tinyllm model, in its dtype and its mode.
 
-    What their class has no option for is put in: with ``lm_head_bias`` its head is replaced by one with
-    a bias; without ``qkv_bias`` the bias for Q, K and V, which it always has, is zero.
+    Of a GPT-2 a ``GPT2LMHeadModel`` with eager attention. What it has no option for is put in: with
+    ``lm_head_bias`` its head is replaced by one with a bias; without ``qkv_bias`` the bias for Q, K and V,
+    which it always has, is zero. Of a Llama a ``LlamaForCausalLM``, see ``in_its_own_dtype``.
     """
-    import transformers
-
-    ours = model.config
-    # Their default ids of the special tokens would be outside a small vocabulary.
-    config = transformers.GPT2Config(**asdict(ours), bos_token_id=0, eos_token_id=0)
-    config._attn_implementation = "eager"
-    theirs = transformers.GPT2LMHeadModel(config)
-    if ours.lm_head_bias:
-        theirs.lm_head = torch.nn.Linear(ours.n_embd, ours.vocab_size)
-        theirs.tie_weights()
+    theirs = _their_llama(model.config) if isinstance(model, Llama) else _their_gpt2(model.config)
     arrays = {name: torch.tensor(np.array(to_device(a, "cpu"))) for name, a in model.state_dict().items()}
-    theirs = theirs.to(arrays["wte.weight"].dtype)
-    parameters = {name.removeprefix("transformer."): p for name, p in theirs.named_parameters()}
-    if not ours.qkv_bias:
+    theirs = theirs.to(next(iter(arrays.values())).dtype)
+    parameters = {_our_name(theirs, name): p for name, p in theirs.named_parameters()}
+    if isinstance(model, GPT2) and not model.config.qkv_bias:
         arrays |= {
             f"h.{i}.attn.c_attn.bias": parameters[f"h.{i}.attn.c_attn.bias"].detach() * 0
-            for i in range(ours.n_layer)
+            for i in range(model.config.n_layer)
         }
     _check(parameters, arrays, "the tinyllm model")
     with torch.no_grad():
@@ -107,10 +102,64 @@ def to_transformers(model: GPT2):
     return theirs.train(model.training)
 
 
+def _their_gpt2(ours: GPT2Config):
+    import transformers
+
+    # Their default ids of the special tokens would be outside a small vocabulary.
+    config = transformers.GPT2Config(**asdict(ours), bos_token_id=0, eos_token_id=0)
+    config._attn_implementation = "eager"
+    theirs = transformers.GPT2LMHeadModel(config)
+    if ours.lm_head_bias:
+        theirs.lm_head = torch.nn.Linear(ours.n_embd, ours.vocab_size)
+        theirs.tie_weights()
+    return theirs
+
+
+def _their_llama(ours: LlamaConfig):
+    import transformers
+
+    config = transformers.LlamaConfig(**asdict(ours), bos_token_id=0, eos_token_id=0)
+    config._attn_implementation = "sdpa"
+    return in_its_own_dtype(transformers.LlamaForCausalLM(config))
+
+
+def in_its_own_dtype(theirs):
+    """A ``LlamaForCausalLM`` with SDPA attention that computes everything in the dtype of its weights.
+
+    Their RMSNorm, RoPE and eager softmax compute in float32 even in a float64 model, which is off by 1e-7
+    and would hide what is smaller. Here the norm is torch's own; the angles and their cosines are float64,
+    from the frequencies that *their* function computes when it is told that ``torch.float`` is float64.
+    """
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    rotary = theirs.model.rotary_emb
+    compute = ROPE_INIT_FUNCTIONS.get(rotary.rope_type, rotary.compute_default_rope_parameters)
+    with mock.patch.object(torch, "float", torch.float64):
+        frequencies, scaling = compute(theirs.config)
+
+    def rms_norm(norm, x):
+        return torch.nn.functional.rms_norm(x, norm.weight.shape, norm.weight, norm.variance_epsilon)
+
+    def cos_and_sin(x, position_ids):
+        angles = (position_ids[..., None] * frequencies).repeat(1, 1, 2)
+        return (angles.cos() * scaling).to(x), (angles.sin() * scaling).to(x)
+
+    rotary.forward = cos_and_sin
+    for module in theirs.modules():
+        if type(module).__name__ == "LlamaRMSNorm":
+            module.forward = partial(rms_norm, module)
+    return theirs
+
+
 def transformers_names(model: Module, theirs) -> dict[str, str | None]:
     """Each module of a tinyllm model -> its name in the ``transformers`` model; None if it has none."""
-    known = {name.removeprefix("transformer."): name for name, _ in theirs.named_modules()}
+    known = {_our_name(theirs, name): name for name, _ in theirs.named_modules()}
     return {name: known.get(name) for name, _ in model.named_modules() if name}
+
+
+def _our_name(theirs, name: str) -> str:
+    """Their names less ``transformer.`` or ``model.``."""
+    return name.removeprefix(f"{theirs.base_model_prefix}.")
 
 
 def _dtype(names) -> str:

@@ -22,7 +22,7 @@ from parity.capture import OUTPUT, capture
 from parity.layers import BOUNDS, Comparison, Row, compare_captures
 from tinyllm.data import check_ids
 from tinyllm.errors import Error
-from tinyllm.models import GPT2, GPT2Config
+from tinyllm.models import ARCHITECTURES, GPT2Config, Llama, LlamaConfig
 from tinyllm.nn import Module
 
 FUSED = (
@@ -32,6 +32,10 @@ FUSED = (
 THEIR_LOSS = (
     "The loss of transformers is computed here, from its logits in float64: its own loss converts them "
     "to float32 even in a float64 model, and would be off by about 3e-8."
+)
+THEIR_LLAMA = (
+    "The Llama of transformers has torch's RMSNorm and SDPA here, and RoPE's angles in float64: its own "
+    "norm, angles and eager softmax are float32 even in a float64 model, and would be off by about 1e-7."
 )
 COPIED = "transformers has the weights that tinyllm has, copied."
 LOADED = "transformers read the folder with its own loader, tinyllm with its own."
@@ -113,8 +117,8 @@ class Findings:
 def examine(ours: Module, twin, theirs, ids, targets) -> Findings:
     """Run the three models on ids and targets, both (B, T), forward and backward, and compare them.
 
-    ``ours`` is a tinyllm GPT-2, ``twin`` a ``TorchGPT2``, ``theirs`` a ``GPT2LMHeadModel`` with eager
-    attention, all with the same weights.
+    ``ours`` is a tinyllm model, ``twin`` its twin (``bridge.to_torch``), ``theirs`` the class of
+    ``transformers`` as ``bridge.to_transformers`` has it, all with the same weights.
     """
     batch = (ids, targets)
     logits = capture(ours, ids, lambda model, ids: model(ids).detach())  # the fused loss shows no logits
@@ -131,7 +135,7 @@ def examine(ours: Module, twin, theirs, ids, targets) -> Findings:
         _with_loss(compare_captures(run, capture(twin, batch))),
         _with_loss(compare_captures(run, capture(theirs, batch, _their_loss), names)),
         facts,
-        [FUSED, THEIR_LOSS, BOUNDS],
+        [FUSED, THEIR_LOSS, *[THEIR_LLAMA] * isinstance(ours, Llama), BOUNDS],
     )
 
 
@@ -155,14 +159,15 @@ def _grouped(names: list[str]) -> list[str]:
 # ------------------------------------------------------------------------- what to run it on
 
 
-def random_models(sizes: dict, dtype: str, seed: int):
-    """(tinyllm GPT-2, twin, transformers model) with the same random weights, in eval mode.
+def random_models(arch: str, sizes: dict, dtype: str, seed: int):
+    """(tinyllm model, twin, transformers model) with the same random weights, in eval mode.
 
     Matrices are drawn so that they keep the scale of what they multiply; biases, and norms around 1,
     with a standard deviation of 0.3: at 0 and 1, where training begins, a forgotten one would not show.
     """
     rng = np.random.default_rng(seed)
-    model = GPT2(GPT2Config(**sizes), rng=rng).astype(dtype).eval()
+    config = _llama_config(sizes) if arch == "llama" else GPT2Config(**sizes)
+    model = ARCHITECTURES[arch](config, rng=rng).astype(dtype).eval()
     for parameter in model.parameters():
         noise = rng.standard_normal(parameter.shape)
         if parameter.ndim == 2:
@@ -172,16 +177,45 @@ def random_models(sizes: dict, dtype: str, seed: int):
     return model, bridge.to_torch(model), bridge.to_transformers(model)
 
 
+def _llama_config(sizes: dict) -> LlamaConfig:
+    """A Llama of GPT-2's sizes with everything it can have: shared heads, biases, scaled frequencies."""
+    C, H, context = sizes["n_embd"], sizes["n_head"], sizes["n_positions"]
+    return LlamaConfig(
+        vocab_size=sizes["vocab_size"],
+        hidden_size=C,
+        intermediate_size=3 * C,
+        num_hidden_layers=sizes["n_layer"],
+        num_attention_heads=H,
+        num_key_value_heads=H // 2 if H % 2 == 0 else 1,
+        max_position_embeddings=context,
+        rope_parameters=dict(
+            rope_type="llama3",
+            factor=8.0,
+            low_freq_factor=1.0,
+            high_freq_factor=4.0,
+            original_max_position_embeddings=max(1, context // 2),
+        ),
+        attention_bias=True,
+        mlp_bias=True,
+    )
+
+
 def models_of(folder: Path, dtype: str):
     """(tinyllm model, twin, transformers model, how the latter got its weights) of a model's folder."""
     ours, twin = bridge.load_pair(folder, dtype)
+    if isinstance(ours, Llama):
+        theirs = _read_by_transformers(transformers.LlamaForCausalLM, folder, dtype, "sdpa")
+        return ours, twin, bridge.in_its_own_dtype(theirs), LOADED
     if ours.config.lm_head_bias or not ours.config.qkv_bias:  # transformers would not read these
         return ours, twin, bridge.to_transformers(ours), COPIED
+    theirs = _read_by_transformers(transformers.GPT2LMHeadModel, folder, dtype, "eager")
+    return ours, twin, theirs, LOADED
+
+
+def _read_by_transformers(kind, folder: Path, dtype: str, attention: str):
     transformers.utils.logging.disable_progress_bar()
-    theirs = transformers.GPT2LMHeadModel.from_pretrained(
-        folder, dtype=getattr(torch, dtype), attn_implementation="eager"
-    )
-    return ours, twin, theirs.eval(), LOADED
+    theirs = kind.from_pretrained(folder, dtype=getattr(torch, dtype), attn_implementation=attention)
+    return theirs.eval()
 
 
 def random_batch(model: Module, batch: int, tokens: int, seed: int) -> tuple[np.ndarray, np.ndarray]:

@@ -1,6 +1,7 @@
 """The same weights in tinyllm, its PyTorch twin and transformers: the same numbers, and nothing shared."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -13,12 +14,19 @@ transformers = pytest.importorskip("transformers")
 import torch.nn.functional as F  # noqa: E402
 from safetensors.torch import load_file, save_file  # noqa: E402
 from test_gpt2 import NO_DROPOUT, SMALL, assert_close, batch, configs, our_gradients, random_gpt2  # noqa: E402
+from test_llama import EVERYTHING, random_llama  # noqa: E402
 
 from parity import bridge  # noqa: E402
 from parity.torch_gpt2 import TorchGPT2  # noqa: E402
-from tinyllm import GPT2, Error, GPT2Config, nn  # noqa: E402
+from tinyllm import GPT2, Error, GPT2Config, LlamaConfig, nn  # noqa: E402
 
 CONFIG = GPT2Config(**SMALL, **NO_DROPOUT)
+every_kind = pytest.mark.parametrize("config", [CONFIG, EVERYTHING], ids=["gpt2", "llama"])
+
+
+def random_model(config, dtype=np.float64):
+    make = random_llama if isinstance(config, LlamaConfig) else random_gpt2
+    return make(config, dtype=dtype)
 
 
 # ------------------------------------------------------------------------ three times the same
@@ -57,10 +65,11 @@ def test_logits_loss_and_all_gradients_are_the_same_in_all_three(config, rows, s
 
 
 @pytest.mark.parametrize("tied", [True, False])
-def test_the_twin_has_the_names_and_the_tying_of_the_model(tied):
-    config = GPT2Config(**SMALL, tie_word_embeddings=tied)
-    model, twin = random_gpt2(config), TorchGPT2(config)
-    assert (twin.lm_head.weight is twin.wte.weight) == tied
+@every_kind
+def test_the_twin_has_the_names_and_the_tying_of_the_model(config, tied):
+    model = random_model(replace(config, tie_word_embeddings=tied))
+    twin = bridge.TWINS[type(model)](model.config)
+    assert (twin.lm_head.weight is next(twin.parameters())) == tied
     called = {name for name, module in twin.named_modules() if not isinstance(module, torch.nn.ModuleList)}
     assert {name for name, _ in model.named_modules()} == called
     shapes = {name: tuple(parameter.shape) for name, parameter in twin.named_parameters()}
@@ -83,30 +92,39 @@ def test_dropout_rates_and_eps_reach_the_twin():
 
 
 @pytest.mark.parametrize(
-    "changes", [{}, dict(tie_word_embeddings=False, lm_head_bias=True), dict(qkv_bias=False)]
+    "config",
+    [
+        CONFIG,
+        replace(CONFIG, tie_word_embeddings=False, lm_head_bias=True),
+        replace(CONFIG, qkv_bias=False),
+        EVERYTHING,
+        replace(EVERYTHING, tie_word_embeddings=True, attention_bias=False),
+    ],
 )
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
-def test_there_and_back_changes_no_bit(changes, dtype):
-    model = random_gpt2(GPT2Config(**SMALL, **changes), dtype=np.dtype(dtype))
+def test_there_and_back_changes_no_bit(config, dtype):
+    model = random_model(config, dtype=np.dtype(dtype))
     again = bridge.from_torch(bridge.to_torch(model))
     assert again.config == model.config and again.training == model.training
     for (name, p), (other, q) in zip(model.named_parameters(), again.named_parameters(), strict=True):
         assert name == other and q.dtype == dtype and q.requires_grad
         assert np.array_equal(p.data, q.data), name
-    assert (again.lm_head.weight is again.wte.weight) == model.config.tie_word_embeddings
+    assert (again.lm_head.weight is next(again.parameters())) == model.config.tie_word_embeddings
 
 
 @pytest.mark.parametrize("mode", [True, False])
-def test_the_mode_goes_along(mode):
-    model = random_gpt2(CONFIG).train(mode)
+@every_kind
+def test_the_mode_goes_along(config, mode):
+    model = random_model(config).train(mode)
     twin = bridge.to_torch(model)
     assert {module.training for module in twin.modules()} == {mode}
     assert {module.training for _, module in bridge.from_torch(twin).named_modules()} == {mode}
     assert {module.training for module in bridge.to_transformers(model).modules()} == {mode}
 
 
-def test_nothing_shares_memory():
-    model = random_gpt2(CONFIG)
+@every_kind
+def test_nothing_shares_memory(config):
+    model = random_model(config)
     twin, theirs = bridge.to_torch(model), bridge.to_transformers(model)
     back = bridge.from_torch(twin)
     pair = bridge.from_transformers(theirs)
@@ -118,8 +136,8 @@ def test_nothing_shares_memory():
         assert len(some) == len(arrays[0])
         for others in arrays[i + 1 :]:
             assert not any(np.shares_memory(a, b) for a in some for b in others)
-    model.wte.weight.data[...] = 7.0
-    assert not (twin.wte.weight == 7.0).any() and not (theirs.transformer.wte.weight == 7.0).any()
+    next(model.parameters()).data[...] = 7.0
+    assert not any((next(other.parameters()) == 7.0).any() for other in (twin, theirs))
 
 
 def test_from_a_model_object_of_transformers():
@@ -134,6 +152,31 @@ def test_from_a_model_object_of_transformers():
     assert_close(model(ids).data, expected, "tinyllm")
     assert_close(twin(torch.from_numpy(ids)).detach().numpy(), expected, "the twin")
     assert not model.training and not twin.training
+
+
+def test_from_a_llama_object_of_transformers():
+    config = transformers.LlamaConfig(
+        vocab_size=13, hidden_size=12, intermediate_size=20, num_hidden_layers=2, num_attention_heads=6,
+        num_key_value_heads=2, head_dim=4, max_position_embeddings=8, rms_norm_eps=0.1, attention_bias=True,
+        rope_parameters=dict(rope_type="linear", factor=3.0), attn_implementation="sdpa",
+    )  # fmt: skip
+    theirs = bridge.in_its_own_dtype(transformers.LlamaForCausalLM(config).double().eval())
+    model, twin = bridge.from_transformers(theirs)
+    ids, _ = batch(EVERYTHING, (2, 8))
+    expected = theirs(torch.from_numpy(ids)).logits
+    assert_close(model(ids).data, expected, "tinyllm")
+    assert_close(twin(torch.from_numpy(ids)).detach().numpy(), expected, "the twin")
+    assert not model.training and not twin.training
+
+
+def test_dropout_and_eps_reach_the_twin_of_llama():
+    twin = bridge.to_torch(random_llama(replace(EVERYTHING, attention_dropout=0.2, rms_norm_eps=0.7)))
+    layer = twin.layers[1]
+    assert layer.self_attn.attention_dropout == 0.2
+    assert [layer.input_layernorm.eps, layer.post_attention_layernorm.eps, twin.norm.eps] == [0.7, 0.7, 0.7]
+    ids = torch.zeros(1, 4, dtype=torch.long)
+    assert torch.equal(twin(ids), twin(ids))  # the model was in eval mode, so its twin is
+    assert not torch.equal(twin.train()(ids), twin(ids))
 
 
 # -------------------------------------------------------------------------------------- folders

@@ -1,4 +1,4 @@
-"""The source reads as NumPy and runs on CuPy: every op and a GPT-2 training step on the strict device array.
+"""The source reads as NumPy and runs on CuPy: every op and both models on the strict device array.
 
 ``DeviceArray`` has CuPy's limits and NumPy's numbers underneath, so each run is compared with the plain one.
 """
@@ -12,7 +12,18 @@ import pytest
 from device_array import DeviceArray
 
 import tinyllm
-from tinyllm import GPT2, GPT2Config, Tensor, manual_seed, nn, no_grad, optim, tensor
+from tinyllm import (
+    GPT2,
+    GPT2Config,
+    Llama,
+    LlamaConfig,
+    Tensor,
+    manual_seed,
+    nn,
+    no_grad,
+    optim,
+    tensor,
+)
 from tinyllm import functional as F
 from tinyllm.functional import composed
 
@@ -30,7 +41,7 @@ def world(put, dtype):
     return SimpleNamespace(
         x=leaf(2, 3, 4), y=leaf(2, 3, 4), row=leaf(4), other_row=leaf(4), w=leaf(5, 4), b=leaf(5),
         square=leaf(4, 4),
-        q=leaf(2, 2, 3, 4), k=leaf(2, 2, 5, 4), v=leaf(2, 2, 5, 6),
+        q=leaf(2, 2, 3, 4), shared_q=leaf(2, 6, 3, 4), k=leaf(2, 2, 5, 4), v=leaf(2, 2, 5, 6),
         constant=Tensor(put(rng.standard_normal(4).astype(dtype))),
         array=put(rng.standard_normal((2, 3, 4)).astype(dtype)),
         integers=put(np.arange(4)),
@@ -39,6 +50,8 @@ def world(put, dtype):
         condition=put(rng.random((2, 3, 4)) > 0.5),
         mask=put(SOME),
         bias=put(rng.standard_normal((2, 1, 3, 5)).astype(dtype)),
+        cos=put(np.cos(rng.standard_normal((3, 2))).astype(dtype)),
+        sin=put(np.sin(rng.standard_normal((2, 1, 3, 2))).astype(dtype)),
     )  # fmt: skip
 
 
@@ -111,6 +124,13 @@ CASES = {
     "F.embedding": lambda t: F.embedding(t.ids, t.w),
     "F.layer_norm": lambda t: F.layer_norm(t.x, (4,), t.row, t.other_row),
     "F.layer_norm plain": lambda t: F.layer_norm(t.x, 4),
+    "F.rms_norm": lambda t: F.rms_norm(t.x, (4,), t.row, 1e-5),
+    "F.rms_norm plain": lambda t: F.rms_norm(t.x, 4),
+    "F.silu": lambda t: F.silu(300 * t.x),
+    "F.swiglu": lambda t: F.swiglu(t.x, t.y),
+    "F.swiglu of one product": lambda t: F.swiglu(*tinyllm.split(t.x, 2, axis=-1)),
+    "F.rope": lambda t: F.rope(t.q, t.cos, t.cos * 2),
+    "F.rope of rows": lambda t: F.rope(t.q, t.sin, t.sin * 2),
     "F.gelu tanh": lambda t: F.gelu(30 * t.x, "tanh"),
     "F.gelu erf": lambda t: F.gelu(t.x),
     "F.gelu transposed": lambda t: F.gelu(t.x.transpose(), "tanh"),
@@ -129,6 +149,9 @@ CASES = {
     "F.scaled_dot_product_attention dropout": lambda t: F.scaled_dot_product_attention(
         t.q, t.k, t.v, dropout_p=0.4, is_causal=True
     ),
+    "F.scaled_dot_product_attention shared heads": lambda t: F.scaled_dot_product_attention(
+        t.shared_q, t.k, t.v, t.bias, dropout_p=0.4, is_causal=True, enable_gqa=True
+    ),
     "F.cross_entropy": lambda t: F.cross_entropy(t.x, t.targets),
     "F.cross_entropy host targets": lambda t: F.cross_entropy(t.x, TARGETS),
     "F.cross_entropy divisor": lambda t: F.cross_entropy(t.x, t.targets, divisor=17),
@@ -138,12 +161,20 @@ CASES = {
     "composed.linear": lambda t: composed.linear(t.x, t.w, t.b),
     "composed.embedding": lambda t: composed.embedding(t.ids, t.w),
     "composed.layer_norm": lambda t: composed.layer_norm(t.x, 4, t.row, t.other_row),
+    "composed.rms_norm": lambda t: composed.rms_norm(t.x, 4, t.row),
+    "composed.silu": lambda t: composed.silu(t.x),
+    "composed.swiglu": lambda t: composed.swiglu(t.x, t.y),
+    "composed.repeat_heads": lambda t: composed.repeat_heads(t.k, 6),
+    "composed.rope": lambda t: composed.rope(t.q, t.cos, t.cos * 2),
     "composed.gelu": lambda t: composed.gelu(t.x),
     "composed.softmax": lambda t: composed.softmax(t.x, dim=1),
     "composed.dropout": lambda t: composed.dropout(t.x, 0.3),
     "composed.attention_weights": lambda t: composed.attention_weights(t.q, t.k, t.mask, is_causal=False),
     "composed.scaled_dot_product_attention": lambda t: composed.scaled_dot_product_attention(
         t.q, t.k, t.v, t.bias, is_causal=True
+    ),
+    "composed.scaled_dot_product_attention shared heads": lambda t: composed.scaled_dot_product_attention(
+        t.shared_q, t.k, t.v, is_causal=True, enable_gqa=True
     ),
     "composed.cross_entropy": lambda t: composed.cross_entropy(t.x, t.targets),
     "composed.linear_cross_entropy": lambda t: composed.linear_cross_entropy(
@@ -227,28 +258,49 @@ def test_gradients_on_the_device_have_owners_too():
     assert a.grad.flags.c_contiguous and b.grad.flags.c_contiguous
 
 
-# --------------------------------------------------------------------------------------- GPT-2
+# -------------------------------------------------------------------------------------- models
 
-SIZES = dict(vocab_size=23, n_positions=140, n_embd=12, n_layer=2, n_head=3)  # two blocks of queries
-CONFIGS = {
-    "gpt2": {},
-    "untied": dict(tie_word_embeddings=False, lm_head_bias=True, qkv_bias=False, activation_function="gelu"),
+GPT2_SIZES = dict(vocab_size=23, n_positions=140, n_embd=12, n_layer=2, n_head=3)  # two blocks of queries
+LLAMA_SIZES = dict(
+    vocab_size=23, hidden_size=12, intermediate_size=20, num_hidden_layers=2, num_attention_heads=6,
+    num_key_value_heads=2, head_dim=4, max_position_embeddings=140,
+)  # fmt: skip
+
+
+def gpt2(dropout, **changes):
+    drops = dict(embd_pdrop=dropout, attn_pdrop=dropout, resid_pdrop=dropout)
+    return GPT2(GPT2Config(**GPT2_SIZES, **drops, **changes), rng=np.random.default_rng(0))
+
+
+def llama(dropout, **changes):
+    config = LlamaConfig(**LLAMA_SIZES, attention_dropout=dropout, **changes)
+    return Llama(config, rng=np.random.default_rng(0))
+
+
+UNTIED = dict(tie_word_embeddings=False, lm_head_bias=True, qkv_bias=False, activation_function="gelu")
+MODELS = {  # name -> the model with a dropout
+    "gpt2": gpt2,
+    "gpt2 untied": lambda dropout: gpt2(dropout, **UNTIED),
+    "llama": llama,
+    "llama tied": lambda dropout: llama(
+        dropout, tie_word_embeddings=True, attention_bias=True, mlp_bias=True
+    ),
 }
 
 
-def gpt2(put, dropout, changes):
-    drops = dict(embd_pdrop=dropout, attn_pdrop=dropout, resid_pdrop=dropout)
-    rng = np.random.default_rng(0)
-    model = GPT2(GPT2Config(**SIZES, **drops, **changes), rng=rng).astype(np.float64)
+def build(name, put, dropout=0.0):
+    """The model in float64 with its parameters moved off their start, and to where they are to live."""
+    rng = np.random.default_rng(1)
+    model = MODELS[name](dropout).astype(np.float64)
     for parameter in model.parameters():
         moved = parameter.data + 0.3 * rng.standard_normal(parameter.shape)
         parameter.replace(put(moved))
     return model
 
 
-def train(put, dropout, changes):
+def train(name, put, dropout):
     """Three steps of training: every loss, every gradient norm, and the parameters at the end."""
-    model = gpt2(put, dropout, changes)
+    model = build(name, put, dropout)
     optimizer = optim.AdamW(model, lr=1e-2, weight_decay=0.1)
     rng = np.random.default_rng(1)
     numbers = []
@@ -267,19 +319,23 @@ def train(put, dropout, changes):
     return numbers, {name: on_host(parameter.data) for name, parameter in model.named_parameters()}
 
 
+every_model = pytest.mark.parametrize("name", MODELS)
+
+
 @pytest.mark.parametrize("dropout", [0.0, 0.2])
-@pytest.mark.parametrize("changes", CONFIGS.values(), ids=CONFIGS)
-def test_training_gpt2_on_the_device(dropout, changes):
-    expected, expected_parameters = train(lambda array: array, dropout, changes)
-    numbers, parameters = train(DeviceArray.of, dropout, changes)
+@every_model
+def test_training_on_the_device(name, dropout):
+    expected, expected_parameters = train(name, lambda array: array, dropout)
+    numbers, parameters = train(name, DeviceArray.of, dropout)
     assert numbers == pytest.approx(expected, rel=1e-12)
     for name, array in parameters.items():
         assert np.allclose(array, expected_parameters[name], rtol=1e-12, atol=1e-12), name
 
 
-def test_logits_and_observing_on_the_device():
+@every_model
+def test_logits_and_observing_on_the_device(name):
     ids = np.random.default_rng(2).integers(0, 23, (2, 9))
-    host, device = (gpt2(put, 0.0, {}).eval() for put in (lambda array: array, DeviceArray.of))
+    host, device = (build(name, put).eval() for put in (lambda array: array, DeviceArray.of))
     names = []
     with no_grad(), nn.observe(lambda observation: names.append(observation.name)):
         logits = device(ids).data
@@ -288,9 +344,10 @@ def test_logits_and_observing_on_the_device():
     assert np.allclose(logits.get(), expected, rtol=1e-12, atol=1e-12)
 
 
-def test_a_model_on_the_device_is_converted_and_counted():
-    model = gpt2(DeviceArray.of, 0.0, {})
-    assert model.num_parameters() == gpt2(lambda array: array, 0.0, {}).num_parameters()
+@every_model
+def test_a_model_on_the_device_is_converted_and_counted(name):
+    model = build(name, DeviceArray.of)
+    assert model.num_parameters() == build(name, lambda array: array).num_parameters()
     model.astype(np.float32)
     loss = model.loss(np.array([[1, 2, 3]]), np.array([[2, 3, 4]]))
     loss.backward()

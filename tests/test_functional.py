@@ -29,7 +29,7 @@ from parity.ops import (
     check_torch,
     run,
 )
-from tinyllm import Tensor, device, functional, manual_seed
+from tinyllm import Tensor, device, functional, manual_seed, split
 from tinyllm import functional as F
 from tinyllm.device import dropout_mask, next_address
 from tinyllm.errors import Error
@@ -92,6 +92,54 @@ def layer_norm(draw):
         draw(some.subsets(len(inputs))),
         draw(some.SEEDS),
     )
+
+
+@st.composite
+def rms_norm(draw):
+    lead, channels = draw(some.shapes()), draw(st.integers(1, 6))
+    shape = draw(st.sampled_from([channels, (channels,), [channels]]))
+    eps, weighted = draw(st.sampled_from([None, 1e-5, 1e-12, 0.1])), draw(st.booleans())
+    # A row whose channels are all near 0 is steep: no central difference would follow it.
+    inputs = [draw(some.arrays((*lead, channels), some.nonzero))]
+    inputs += [draw(some.arrays((channels,)))] * weighted
+
+    def call(function, normalized_shape):
+        return lambda x, w=None: function(x, normalized_shape, w, eps)
+
+    return Case(
+        f"rms_norm {lead} of {shape}, weighted={weighted}, eps={eps}",
+        inputs,
+        call(F.rms_norm, shape),
+        call(TF.rms_norm, (channels,)),
+        call(composed.rms_norm, shape),
+        draw(some.subsets(len(inputs))),
+        draw(some.SEEDS),
+    )
+
+
+@st.composite
+def silu(draw):
+    x = draw(some.arrays(draw(some.shapes())))
+    return Case("silu", [x], F.silu, TF.silu, composed.silu, seed=draw(some.SEEDS))
+
+
+@st.composite
+def swiglu(draw):
+    """Two arrays, or both halves of one product, as views."""
+    shape, of_one = draw(some.shapes(min_dims=1)), draw(st.booleans())
+    wide = (*shape[:-1], 2 * shape[-1])
+
+    def call(function):
+        return (lambda x: function(*split(x, 2, axis=-1))) if of_one else function
+
+    def torch_swiglu(*x):
+        gate, up = x[0].chunk(2, -1) if of_one else x
+        return TF.silu(gate) * up
+
+    inputs = [draw(some.arrays(wide))] if of_one else [draw(some.arrays(shape)) for _ in range(2)]
+    needs = draw(some.subsets(len(inputs)))
+    label = f"swiglu {shape}{' of one product' * of_one}"
+    return Case(label, inputs, call(F.swiglu), torch_swiglu, call(composed.swiglu), needs, draw(some.SEEDS))
 
 
 @st.composite
@@ -231,7 +279,11 @@ def visible_keys(shape, mask=None, is_causal=False):
 
 
 def torch_attention(q, k, v, mask=None, is_causal=False, scale=None, kept=None):
-    """torch's op, told what each query sees; one that sees nothing gets zeros. ``kept``: a dropout mask."""
+    """torch's op, told what each query sees; one that sees nothing gets zeros. ``kept``: a dropout mask.
+
+    Where there are fewer key-value heads, each is repeated for the query heads that share it.
+    """
+    k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
     visible = torch.tensor(visible_keys((*q.shape[:3], k.shape[2]), mask, is_causal).copy())
     sees = visible.any(-1, keepdim=True)
     bias = torch.zeros(()) if mask is None or mask.dtype == bool else torch.tensor(np.maximum(mask, -1e9))
@@ -246,7 +298,7 @@ def torch_attention(q, k, v, mask=None, is_causal=False, scale=None, kept=None):
 def kept_weights(q, k, options, p, address):
     """The dropout mask of attention, read off: with the identity as value, the output is the weights."""
     S = k.shape[2]
-    identity = Tensor(np.broadcast_to(np.eye(S), (*q.shape[:2], S, S)))
+    identity = Tensor(np.broadcast_to(np.eye(S), (*k.shape[:2], S, S)))
     attend = at_address(address, F.scaled_dot_product_attention)
     weights = attend(Tensor(q), Tensor(k), identity, **options).data
     dropped = attend(Tensor(q), Tensor(k), identity, dropout_p=p, **options).data
@@ -269,26 +321,29 @@ def attention_masks(draw, shape):
 
 @st.composite
 def attentions(draw):
-    (B, H, T, S), D, E = (
+    (B, G, T, S), D, E = (
         (draw(st.integers(1, n)) for n in (2, 3, 7, 7)),
         *(draw(st.integers(1, 4)) for _ in "DE"),
     )
+    R = draw(st.sampled_from([1, 1, 2, 4]))  # query heads to a key-value head; 4: more than QUERY_BLOCK
+    H = G * R
     mask = draw(attention_masks((B, H, T, S)))
     options = {"is_causal": draw(st.booleans()), "scale": draw(st.sampled_from([None, 0.3]))}
+    gqa = {"enable_gqa": R > 1 or draw(st.booleans())}
     p, address = draw(st.sampled_from([0, 0, 0.4])), draw(addresses())
-    q, k, v = (draw(some.arrays(shape)) for shape in [(B, H, T, D), (B, H, S, D), (B, H, S, E)])
-    kept = kept_weights(q, k, options | {"attn_mask": mask}, p, address) if p else None
+    q, k, v = (draw(some.arrays(shape)) for shape in [(B, H, T, D), (B, G, S, D), (B, G, S, E)])
+    kept = kept_weights(q, k, options | gqa | {"attn_mask": mask}, p, address) if p else None
 
     def call(function):
         def op(q, k, v):
             own = mask.astype(q.dtype) if mask is not None and mask.dtype != bool else mask
-            return function(q, k, v, attn_mask=own, dropout_p=p, **options)
+            return function(q, k, v, attn_mask=own, dropout_p=p, **options, **gqa)
 
         return at_address(address, op)
 
     every_query_sees = visible_keys((B, H, T, S), mask, options["is_causal"]).any(-1).all()
     return Case(
-        f"attention B={B} H={H} T={T} S={S} D={D} E={E}, {options}, mask={mask!r}, p={p}, address {address}",
+        f"attention B={B} H={H} G={G} T={T} S={S} D={D} E={E}, {options}, mask={mask!r}, p={p} at {address}",
         [q, k, v],
         call(F.scaled_dot_product_attention),
         lambda q, k, v: torch_attention(q, k, v, mask, kept=kept, **options),
@@ -321,14 +376,43 @@ def attention_of_one_buffer(draw):
     )
 
 
+@st.composite
+def rope(draw):
+    """In torch, (a, b) is a complex number, multiplied by exp(i angle)."""
+    B, H, T, half = (draw(st.integers(1, n)) for n in (3, 3, 7, 3))
+    shape = draw(st.sampled_from([(T, half), (B, 1, T, half)]))  # the second: rows have their own positions
+    angles = draw(some.arrays(shape))
+    cos, sin = 1.5 * np.cos(angles), 1.5 * np.sin(angles)  # some models scale them
+
+    def call(function):
+        return lambda x: function(x, cos.astype(x.dtype), sin.astype(x.dtype))
+
+    def torch_rope(x):
+        turned = torch.complex(*x.chunk(2, -1)) * torch.complex(torch.tensor(cos), torch.tensor(sin))
+        return torch.cat([turned.real, turned.imag], -1)
+
+    return Case(
+        f"rope B={B} H={H} T={T} D={2 * half}, angles {angles.shape}",
+        [draw(some.arrays((B, H, T, 2 * half)))],
+        call(F.rope),
+        torch_rope,
+        call(composed.rope),
+        seed=draw(some.SEEDS),
+    )
+
+
 CASES = {
     "linear": linear(),
     "embedding": embedding(),
     "layer_norm": layer_norm(),
+    "rms_norm": rms_norm(),
     "gelu": gelu(),
+    "silu": silu(),
+    "swiglu": swiglu(),
     "softmax": softmax(),
     "dropout": dropout(),
     "scaled_dot_product_attention": attentions() | attention_of_one_buffer(),
+    "rope": rope(),
     "cross_entropy": cross_entropy(),
     "linear_cross_entropy": linear_cross_entropy(),
 }
@@ -460,6 +544,9 @@ def test_elementwise_ops_beyond_one_block():
         (lambda x: F.gelu(x, "tanh"), lambda x: TF.gelu(x, approximate="tanh")),
         (F.gelu, TF.gelu),
         (lambda x: F.layer_norm(x, shape[1]), lambda x: TF.layer_norm(x, shape[1:])),
+        (lambda x: F.rms_norm(x, shape[1]), lambda x: TF.rms_norm(x, shape[1:])),
+        (F.silu, TF.silu),
+        (lambda x: F.swiglu(x, x * 2), lambda x: TF.silu(x) * x * 2),
     ]:
         check_torch(Case("beyond one block", [normal(*shape)], ours, theirs))
 
@@ -689,6 +776,10 @@ def attend(q=(1, 1, 2, 4), k=(1, 1, 3, 4), v=(1, 1, 3, 4), **options):
     return F.scaled_dot_product_attention(leaf(*q), leaf(*k), leaf(*v), **options)
 
 
+def turn(x, angles, dtype=np.float64):
+    return F.rope(leaf(*x), np.ones(angles, dtype), np.ones(angles, dtype))
+
+
 ERRORS = {  # what is done -> what the sentence must say: the value, and the remedy
     "an unknown gelu": (lambda: F.gelu(leaf(2), "erf"), ["'erf'", "'none' or 'tanh'"]),
     "dropout of everything": (lambda: F.dropout(leaf(2), 1.0), ["1.0", "below 1"]),
@@ -701,6 +792,29 @@ ERRORS = {  # what is done -> what the sentence must say: the value, and the rem
     "attention of other heads": (
         lambda: attend(k=(1, 2, 3, 4), v=(1, 2, 3, 4)),
         ["(1, 1, 2, 4)", "(1, 2, 3, 4)"],
+    ),
+    "shared heads that nobody asked for": (
+        lambda: attend(q=(1, 4, 2, 4), k=(1, 2, 3, 4), v=(1, 2, 3, 4)),
+        ["(1, 4, 2, 4)", "(1, 2, 3, 4)", "enable_gqa=True"],
+    ),
+    "heads that cannot be shared": (
+        lambda: attend(q=(1, 3, 2, 4), k=(1, 2, 3, 4), v=(1, 2, 3, 4), enable_gqa=True),
+        ["(1, 3, 2, 4)", "(1, 2, 3, 4)"],
+    ),
+    "rope of an odd head size": (lambda: turn((1, 2, 3, 5), (3, 2)), ["(1, 2, 3, 5)", "even"]),
+    "rope without heads": (lambda: turn((2, 3, 4), (3, 2)), ["(2, 3, 4)", "(B, H, T, D)"]),
+    "rope with the angles of other positions": (
+        lambda: turn((1, 2, 3, 4), (4, 2)),
+        ["(3, 2) or (1, 1, 3, 2)", "not (4, 2)"],
+    ),
+    "rope with angles in another dtype": (
+        lambda: turn((1, 2, 3, 4), (3, 2), np.float32),
+        ["float64", "not in float32"],
+    ),
+    "swiglu of two shapes": (lambda: F.swiglu(leaf(2, 3), leaf(3)), ["(2, 3)", "(3,)", "one shape"]),
+    "rms_norm of other channels": (
+        lambda: F.rms_norm(leaf(2, 3), 4),
+        ["rms_norm", "4", "(2, 3)", "last axis"],
     ),
     "an integer attention mask": (
         lambda: attend(attn_mask=np.ones((2, 3), int)),

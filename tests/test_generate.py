@@ -250,14 +250,15 @@ class Uniforms:
 
 
 class Counting(nn.Module):
-    """After token i comes i + 1, with near certainty; after the last one, 0."""
+    """After token i comes i + 1, with near certainty; after the last one, 0. It needs no cache."""
 
     context = 4
+    learned_positions = True
 
     def __init__(self, vocab_size):
         self.config = SimpleNamespace(vocab_size=vocab_size)
 
-    def forward(self, ids, last_only=False):
+    def forward(self, ids, last_only=False, cache=None):
         return Tensor(100 * np.eye(self.config.vocab_size)[(ids[:, -1:] + 1) % self.config.vocab_size])
 
 
@@ -336,7 +337,7 @@ def test_stop_ids():
     counting = Counting(10)
 
     def tokens(prompts, stop_ids):
-        return written(generate(counting, prompts, 8, stop_ids=stop_ids)).tolist()
+        return written(generate(counting, prompts, 8, stop_ids=stop_ids, use_cache=False)).tolist()
 
     assert tokens([[0], [3]], []) == [[1, 2, 3, 4, 5, 6, 7, 8], [4, 5, 6, 7, 8, 9, 0, 1]]
     assert tokens([[0], [3]], [5]) == [[1, 2, 3, 4, 5], [4, 5, 5, 5, 5]]
@@ -424,12 +425,12 @@ def test_gradients_record_between_steps(model):
 
 def test_an_error_in_the_model_leaves_its_mode_and_the_recording_alone():
     class Broken(Counting):
-        def forward(self, ids, last_only=False):
+        def forward(self, ids, last_only=False, cache=None):
             raise ZeroDivisionError
 
     broken = Broken(5)
     with pytest.raises(ZeroDivisionError):
-        next(generate(broken, [[1]]))
+        next(generate(broken, [[1]], use_cache=False))
     assert broken.training
     x = Tensor(np.array([3.0]), requires_grad=True)
     (x * x).sum().backward()
@@ -447,7 +448,13 @@ def test_an_error_in_the_model_leaves_its_mode_and_the_recording_alone():
         ([[-1]], {}, r"prompt ids\[0, 0\] is -1, .* 0 to 12"),
         ([[1.0]], {}, r"prompt ids\[0, 0\] is 1.0, not an integer"),
         ([[1, True]], {}, r"prompt ids\[0, 1\] is True, not an integer"),
-        ([[1], [2, 3]], {}, "prompt ids"),
+        ([[1], [2, 13]], {}, r"prompt ids\[1\]\[1\] is 13, .* 0 to 12"),
+        ([[1, 2], [1] * 9], {}, r"\(2, 9\) .*at most 8"),
+        ([[1], []], {}, r"prompt ids\[1\] is empty"),
+        ([[1], 2], {}, "prompt ids"),
+        ([[1], [2, 3], 4], {}, r"\(3, 2\) .*batch, time"),
+        ([[1], [[2], [3]]], {}, r"\(2, 2\) .*batch, time"),
+        ((np.array([1]), [2, 2.5]), {}, r"prompt ids\[1\]\[1\] is 2.5, not an integer"),
         ([[1]], dict(stop_ids=[13]), r"stop_ids\[0\] is 13, .* 0 to 12"),
         ([[1]], dict(stop_ids=[0, -1]), r"stop_ids\[1\] is -1"),
         ([[1]], dict(max_new_tokens=-1), "max_new_tokens is -1: .* at least 0"),

@@ -1,6 +1,6 @@
 """Every layer and model against its twin in torch: outputs, and the gradients of inputs and parameters.
 
-``CASES`` holds one strategy per class. GPT-2's are compared with those of ``parity.torch_gpt2``, in
+``CASES`` holds one strategy per class. GPT-2's and Llama's are compared with those of their twins, in
 training mode too: torch is then handed the dropout masks that tinyllm draws.
 """
 
@@ -8,11 +8,12 @@ import contextlib
 import importlib
 import inspect
 import pkgutil
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import pytest
+import test_llama
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -21,16 +22,20 @@ from test_gpt2 import batch, configs, our_gradients, random_gpt2
 from transformers.pytorch_utils import Conv1D as TheirConv1D
 
 from parity import strategies as some
-from parity import torch_gpt2
+from parity import torch_gpt2, torch_llama
 from parity.ops import FLOOR, assert_close, upstream
 from tinyllm import GPT2Config, Tensor, manual_seed, models, nn
 from tinyllm.device import dropout_mask, next_address
-from tinyllm.models import gpt2
+from tinyllm.models import gpt2, llama
+from tinyllm.models.llama import rope_frequencies
 
 
 @dataclass(frozen=True)
 class LayerCase:
-    """A layer, the same in torch, and what both are called with. Floating-point inputs get a gradient."""
+    """A layer, the same in torch, and what both are called with.
+
+    Floating-point inputs get a gradient; those inside a tuple do not.
+    """
 
     ours: nn.Module
     theirs: torch.nn.Module
@@ -55,6 +60,7 @@ def check_layer(case: LayerCase) -> None:
     ours = [Tensor(x, requires_grad=True) if kind == "f" else x for x, kind in zip(case.inputs, kinds)]
     theirs = [torch.tensor(x.copy()) if isinstance(x, np.ndarray) else x for x in case.inputs]
     theirs = [x.requires_grad_() if kind == "f" else x for x, kind in zip(theirs, kinds)]
+    theirs = [tuple(map(torch.tensor, x)) if isinstance(x, tuple) else x for x in theirs]
     manual_seed(*case.address[:3])
     out = layer(*ours)
     with same_masks(case.address):
@@ -83,11 +89,12 @@ def same_masks(address):
             return x
         return x * torch.tensor(dropout_mask(next_address(), 0, tuple(x.shape), layer.p, like=np.ones(1)))
 
-    def attention_with_dropout(q, k, v, dropout_p, is_causal):
+    def attention_with_dropout(q, k, v, dropout_p, is_causal, enable_gqa=False):
         if dropout_p == 0:
-            return attention(q, k, v, is_causal=is_causal)
+            return attention(q, k, v, is_causal=is_causal, enable_gqa=enable_gqa)
         arrays = (x.detach().numpy() for x in (q, k))
-        kept = kept_weights(*arrays, {"is_causal": is_causal}, dropout_p, next_address())
+        options = {"is_causal": is_causal, "enable_gqa": enable_gqa}
+        kept = kept_weights(*arrays, options, dropout_p, next_address())
         return torch_attention(q, k, v, is_causal=is_causal, kept=kept)
 
     with pytest.MonkeyPatch.context() as patch:
@@ -98,12 +105,12 @@ def same_masks(address):
 
 
 @st.composite
-def layers(draw, ours, theirs, x):
-    """``ours`` with parameters away from where they start, as biases of zero hide mistakes; ``theirs``; x."""
+def layers(draw, ours, theirs, *inputs):
+    """``ours`` with parameters away from where they start, as biases of zero hide mistakes; ``theirs``."""
     layer, rng = ours.train(draw(st.booleans())), np.random.default_rng(draw(some.SEEDS))
     for parameter in layer.parameters():
         parameter.replace(parameter.data + 0.5 * rng.standard_normal(parameter.shape))
-    return LayerCase(layer, theirs, (x,), draw(addresses()), draw(some.SEEDS))
+    return LayerCase(layer, theirs, inputs, draw(addresses()), draw(some.SEEDS))
 
 
 # ---------------------------------------------------------------------------------- layers
@@ -136,6 +143,13 @@ def layer_norm(draw):
     x = draw(some.arrays((*draw(some.shapes()), channels), some.spread))
     twin = torch.nn.LayerNorm(channels, bias=bias, **eps)
     return draw(layers(nn.LayerNorm(channels, bias=bias, **eps), twin, x))
+
+
+@st.composite
+def rms_norm(draw):
+    channels, eps = draw(st.integers(1, 6)), draw(st.sampled_from([None, 1e-5, 1e-6, 0.1]))
+    x = draw(some.arrays((*draw(some.shapes()), channels), some.nonzero))
+    return draw(layers(nn.RMSNorm(channels, eps), torch.nn.RMSNorm(channels, eps), x))
 
 
 @st.composite
@@ -174,16 +188,51 @@ def gpt2_model(draw):
     return LayerCase(model, torch_gpt2.TorchGPT2(config), inputs, draw(addresses()), seed)
 
 
+# ----------------------------------------------------------------------------------- Llama
+
+
+@st.composite
+def llama_configs(draw):
+    return replace(draw(test_llama.configs()), attention_dropout=draw(st.sampled_from([0.0, 0.3])))
+
+
+@st.composite
+def llama_part(draw, ours, theirs, turns=True):
+    """A layer that is made from a config, and maps (B, T, C) to (B, T, C); ``turns``: and takes angles."""
+    config = draw(llama_configs())
+    T = draw(st.integers(1, config.max_position_embeddings))
+    angles = np.arange(T)[:, None] * rope_frequencies(config)
+    x = draw(some.arrays((draw(st.integers(1, 2)), T, config.hidden_size), some.nonzero))
+    rotation = [(np.cos(angles), np.sin(angles))] * turns
+    return draw(layers(ours(config, np.random.default_rng(0)), theirs(config), x, *rotation))
+
+
+@st.composite
+def llama_model(draw):
+    """Its logits, or its loss with and without a divisor."""
+    config, seed = draw(llama_configs()), draw(some.SEEDS)
+    model = test_llama.random_llama(config, seed).train(draw(st.booleans()))
+    shape = draw(st.integers(1, 3)), draw(st.integers(1, config.max_position_embeddings))
+    inputs = batch(config, shape, seed)
+    inputs = draw(st.sampled_from([inputs[:1], inputs, (*inputs, 7)]))
+    return LayerCase(model, torch_llama.TorchLlama(config), inputs, draw(addresses()), seed)
+
+
 CASES = {
     "Linear": linear(),
     "Embedding": embedding(),
     "LayerNorm": layer_norm(),
+    "RMSNorm": rms_norm(),
     "Dropout": dropout(),
     "Conv1D": linear(gpt2.Conv1D),
     "CausalSelfAttention": gpt2_part(gpt2.CausalSelfAttention, torch_gpt2.CausalSelfAttention),
     "MLP": gpt2_part(gpt2.MLP, torch_gpt2.MLP),
     "Block": gpt2_part(gpt2.Block, torch_gpt2.Block),
     "GPT2": gpt2_model(),
+    "GroupedQueryAttention": llama_part(llama.GroupedQueryAttention, torch_llama.GroupedQueryAttention),
+    "SwiGLU": llama_part(llama.SwiGLU, torch_llama.SwiGLU, turns=False),
+    "LlamaBlock": llama_part(llama.LlamaBlock, torch_llama.LlamaBlock),
+    "Llama": llama_model(),
 }
 
 

@@ -205,6 +205,17 @@ def test_layer_norm_starts_as_the_plain_norm():
     assert np.allclose(norm(Tensor(x)).data, expected, rtol=1e-6)
 
 
+def test_rms_norm_starts_as_the_plain_norm():
+    norm = nn.RMSNorm(4, eps=0.0)
+    assert [name for name, _ in norm.named_parameters()] == ["weight"]
+    assert np.array_equal(norm.weight.data, np.ones(4)) and norm.weight.dtype == np.float32
+    x = np.array([[1.0, -1.0, 5.0, 3.0]], np.float32)
+    assert np.allclose(norm(Tensor(x)).data, x / 3, rtol=1e-6)
+    tiny = Tensor(np.full((1, 4), 1e-4, np.float32))  # eps: float32's own, unless it is given
+    expected = 1e-4 / math.sqrt(1e-8 + np.finfo(np.float32).eps)
+    assert np.allclose(nn.RMSNorm(4)(tiny).data, expected, rtol=1e-6)
+
+
 def test_dropout_while_training_only():
     layer, x = nn.Dropout(0.25), Tensor(np.ones((100, 200)), requires_grad=True)
     manual_seed(3)

@@ -17,19 +17,22 @@ import test_functional
 import test_generate
 import test_gpt2
 import test_layers
+import test_llama
 import test_nn
 import test_training_parity as training
+from test_bridge import random_model
 
 import parity
 from parity import bridge, report
-from tinyllm import GPT2, Error, Tensor, functional, nn, optim, tensor
-from tinyllm.models import gpt2
+from tinyllm import GPT2, Error, GPT2Config, LlamaConfig, Tensor, functional, nn, optim, tensor
+from tinyllm.models import gpt2, llama
 
 FACTOR = 1 + 1e-8  # a gradient wrong in the ninth digit
 
 # ---------------------------------------------------------------------- the suite's checks
 
-MODEL, FOLDER = "GPT-2 beside transformers", "a folder of transformers"
+MODEL, LLAMA, FOLDER = "GPT-2 beside transformers", "Llama beside transformers", "a folder of transformers"
+FREQUENCIES = "RoPE frequencies beside transformers"
 ADAMW, TRAINING, SAMPLING = "AdamW beside torch", "50 training steps", "sampling beside torch"
 
 
@@ -54,6 +57,10 @@ def gpt2_beside_transformers():
     test_gpt2.test_longer_than_one_block_of_queries_and_one_chunk_of_rows()
 
 
+def llama_beside_transformers():
+    test_llama.test_longer_than_one_block_of_queries_and_one_chunk_of_rows()
+
+
 def a_folder_of_transformers():
     with tempfile.TemporaryDirectory() as folder:
         test_gpt2.test_a_folder_of_theirs_loads_here(Path(folder), GPT2.from_pretrained, tied=True)
@@ -71,6 +78,8 @@ CHECKS = {
     **{f"op {name}": functools.partial(op, name) for name in test_functional.CASES},
     **{f"layer {name}": functools.partial(layer, name) for name in test_layers.CASES},
     MODEL: gpt2_beside_transformers,
+    LLAMA: llama_beside_transformers,
+    FREQUENCIES: test_llama.test_frequencies_of_every_rope_type_are_those_of_transformers,
     FOLDER: a_folder_of_transformers,
     ADAMW: adamw_beside_torch,
     TRAINING: fifty_training_steps,
@@ -108,7 +117,8 @@ def attention(options):
     """Attention that computes with ``options(query, key, what it was given)``."""
     honest = functional.scaled_dot_product_attention
 
-    def sabotaged(q, k, v, **given):
+    def sabotaged(q, k, v, attn_mask=None, dropout_p=0.0, **given):
+        given |= {"attn_mask": attn_mask, "dropout_p": dropout_p}
         return honest(q, k, v, **given | options(q, k, given))
 
     return lambda patch: patch.setattr(functional, "scaled_dot_product_attention", sabotaged)
@@ -124,6 +134,52 @@ def one_key_too_many(q, k, given):
 
 def unscaled(q, k, given):
     return {"scale": given.get("scale") or 1.0}
+
+
+def heads_dealt_out(patch):
+    """Query head h shares key-value head h % G: as cards are dealt, not as torch groups them."""
+    honest = functional.scaled_dot_product_attention
+
+    def sabotaged(q, k, v, *more, **given):
+        H, G = q.shape[1], k.shape[1]
+        order = np.arange(H).reshape(H // G, G).T.reshape(-1)
+        return honest(q[:, order], k, v, *more, **given)[:, np.argsort(order)]
+
+    patch.setattr(functional, "scaled_dot_product_attention", sabotaged)
+
+
+def neighbours_paired(patch):
+    """RoPE turns channels 2i and 2i + 1 together, as Meta's own files want it."""
+    honest = functional.rope
+
+    def sabotaged(x, cos, sin):
+        order = np.arange(x.shape[-1]).reshape(-1, 2).T.reshape(-1)
+        return honest(x[..., order], cos, sin)[..., np.argsort(order)]
+
+    patch.setattr(functional, "rope", sabotaged)
+
+
+def gate_and_up_swapped(patch):
+    honest = functional.swiglu
+    patch.setattr(functional, "swiglu", lambda gate, up: honest(up, gate))
+
+
+def another_rms_eps(patch):
+    def forward(layer, x):
+        return functional.rms_norm(x, layer.weight.shape, layer.weight, 1e-5)
+
+    patch.setattr(nn.RMSNorm, "forward", forward)
+
+
+def scaling_ignored(patch):
+    """The frequencies of rope_type "default", whatever the config says."""
+    honest = llama.rope_frequencies
+
+    def sabotaged(config):
+        return honest(replace(config, rope_parameters={"rope_theta": config.rope_parameters["rope_theta"]}))
+
+    patch.setattr(llama, "rope_frequencies", sabotaged)
+    patch.setattr(test_llama, "rope_frequencies", sabotaged)
 
 
 def erf_for_tanh(patch):
@@ -222,6 +278,7 @@ class Fault:
     plant: Callable[[pytest.MonkeyPatch], None]
     caught_by: tuple[str, ...]
     located: tuple[str, str] | None  # the last that agrees, the first that differs; None: not in a layer
+    config: GPT2Config | LlamaConfig = training.CONFIG  # of the model that the report is about
 
 
 FAULTS = {
@@ -292,6 +349,54 @@ FAULTS = {
         ("layer GPT2", MODEL, TRAINING),
         ("gradient of the output of wte", "gradient of wte.weight"),
     ),
+    "rms_norm: dx × (1 + 1e-8)": Fault(
+        scaled_gradient("rms_norm", 0),
+        ("op rms_norm", "layer RMSNorm", LLAMA),
+        ("gradient of norm.weight", "gradient of the output of layers.1"),
+        test_llama.EVERYTHING,
+    ),
+    "swiglu: da × (1 + 1e-8)": Fault(
+        scaled_gradient("swiglu", 0),
+        ("op swiglu", "layer SwiGLU", LLAMA),
+        ("gradient of layers.1.mlp.up_proj.bias", "gradient of the output of layers.1.mlp.gate_proj"),
+        test_llama.EVERYTHING,
+    ),
+    "rope: dx × (1 + 1e-8)": Fault(
+        scaled_gradient("rope", 0),
+        ("op rope", "layer GroupedQueryAttention", LLAMA),
+        ("gradient of layers.1.self_attn.v_proj.bias", "gradient of the output of layers.1.self_attn.k_proj"),
+        test_llama.EVERYTHING,
+    ),
+    "RMSNorm: eps 1e-5 for 1e-6": Fault(
+        another_rms_eps,
+        ("layer RMSNorm", "layer Llama", LLAMA),
+        ("output of embed_tokens", "output of layers.0.input_layernorm"),
+        test_llama.EVERYTHING,
+    ),
+    "RoPE: neighbours paired": Fault(
+        neighbours_paired,
+        ("op rope", "layer GroupedQueryAttention", LLAMA),
+        ("output of layers.0.self_attn.v_proj", "output of layers.0.self_attn.o_proj"),
+        test_llama.EVERYTHING,
+    ),
+    "RoPE: scaling of the frequencies ignored": Fault(
+        scaling_ignored,
+        (FREQUENCIES, "layer Llama", LLAMA),
+        ("output of layers.0.self_attn.v_proj", "output of layers.0.self_attn.o_proj"),
+        test_llama.EVERYTHING,
+    ),
+    "SwiGLU: gate and up swapped": Fault(
+        gate_and_up_swapped,
+        ("op swiglu", "layer SwiGLU", LLAMA),
+        ("output of layers.0.mlp.up_proj", "output of layers.0.mlp.down_proj"),
+        test_llama.EVERYTHING,
+    ),
+    "GQA: heads dealt out, not grouped": Fault(
+        heads_dealt_out,
+        ("op scaled_dot_product_attention", "layer GroupedQueryAttention", LLAMA),
+        ("output of layers.0.self_attn.v_proj", "output of layers.0.self_attn.o_proj"),
+        test_llama.EVERYTHING,
+    ),
     "AdamW: no bias correction": Fault(adamw(bias_correction=False), (ADAMW, TRAINING), None),
     "AdamW: decay of norms and biases": Fault(adamw(decay_everything=True), (ADAMW, TRAINING), None),
     "accumulation: plain means": Fault(plain_means, (TRAINING,), None),
@@ -301,9 +406,9 @@ FAULTS = {
 # -------------------------------------------------------------------------------- the tests
 
 
-def located() -> tuple[str, str] | None:
+def located(config) -> tuple[str, str] | None:
     """The last row of the report that agrees and the first that differs; None if all agree."""
-    model = test_gpt2.random_gpt2(training.CONFIG)
+    model = random_model(config)
     batch = report.random_batch(model, 2, 8, 0)
     findings = report.examine(model, bridge.to_torch(model), bridge.to_transformers(model), *batch)
     if findings.first is None:
@@ -319,7 +424,7 @@ def test_nothing_is_seen_where_nothing_is_wrong(monkeypatch):
     attention(lambda q, k, given: {})(monkeypatch)
     for name in sorted({name for fault in FAULTS.values() for name in fault.caught_by}):
         CHECKS[name]()
-    assert located() is None
+    assert located(training.CONFIG) is None and located(test_llama.EVERYTHING) is None
 
 
 @pytest.mark.parametrize("name", FAULTS)
@@ -328,7 +433,7 @@ def test_a_fault_is_caught_and_located(name, monkeypatch, record_property):
     training.reference(training.CONFIG)  # torch's run begins with weights copied before the fault
     fault.plant(monkeypatch)
     caught_by = [check for check in fault.caught_by if failure(CHECKS[check])]
-    where = located()
+    where = located(fault.config)
     if where:
         place = f"{where[1]} (the {where[0]} agrees)"
     elif TRAINING in caught_by:
@@ -341,10 +446,13 @@ def test_a_fault_is_caught_and_located(name, monkeypatch, record_property):
     assert where == fault.located
 
 
-def test_the_layer_that_is_wrong_is_the_one_that_is_named():
+UNTIED = replace(training.CONFIG, tie_word_embeddings=False, lm_head_bias=True)
+
+
+@pytest.mark.parametrize("config", [UNTIED, test_llama.EVERYTHING], ids=["gpt2", "llama"])
+def test_the_layer_that_is_wrong_is_the_one_that_is_named(config):
     """Each parameter of ours in turn is scaled by 1 + 1e-8: the first to differ is its layer's output."""
-    config = replace(training.CONFIG, tie_word_embeddings=False, lm_head_bias=True)
-    model = test_gpt2.random_gpt2(config)
+    model = random_model(config)
     twin = bridge.to_torch(model)
     ids, _ = report.random_batch(model, 2, 8, 0)
     for name, parameter in model.named_parameters():

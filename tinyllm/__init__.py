@@ -4,7 +4,7 @@ from tinyllm import functional, nn, optim
 from tinyllm.device import manual_seed
 from tinyllm.errors import Error
 from tinyllm.generate import generate
-from tinyllm.models import GPT2, GPT2Config, load_model
+from tinyllm.models import GPT2, GPT2Config, Llama, LlamaConfig, load_model
 from tinyllm.tensor import Tensor, concatenate, einsum, no_grad, split, stack, where
 from tinyllm.tokenizer import load_tokenizer
 
@@ -14,6 +14,8 @@ __all__ = [
     "GPT2",
     "Error",
     "GPT2Config",
+    "Llama",
+    "LlamaConfig",
     "Tensor",
     "concatenate",
     "einsum",

@@ -11,9 +11,11 @@ import contextvars
 import ctypes
 import math
 import os
+import re
 import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 from threadpoolctl import ThreadpoolController
@@ -130,9 +132,23 @@ def keep_memory() -> None:
     libc.mallopt(M_MMAP_THRESHOLD, 2**30)
 
 
+def peak_memory() -> int | None:
+    """The peak resident memory of this process in bytes; None where the system does not say (Windows)."""
+    try:
+        import resource
+    except ImportError:
+        return None
+    if sys.platform == "linux":  # ru_maxrss survives exec: a child would start with its parent's peak
+        status = Path("/proc/self/status").read_text(encoding="utf-8")
+        return 1024 * int(re.search(r"VmHWM:\s*(\d+) kB", status)[1])
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # bytes on macOS
+
+
 # ---------------------------------------------------------------------------------- threads
 
 SMALL_PRODUCT = 2**20  # multiplications: below, starting a second thread costs more than it saves
+FEW_ROWS = 16  # below, a product takes the time of reading its matrix
+LARGE_MATRIX = 2**22  # elements: where reading it takes ten times as long as starting a second thread
 BLOCK = 128 * 1024  # elements: small enough for the cache, large enough that the GIL is no bottleneck
 
 
@@ -179,27 +195,49 @@ def run_tasks(function, tasks: list) -> None:
 
 @contextlib.contextmanager
 def one_blas_thread():
-    """While our pool runs matrix products, BLAS does not start threads of its own."""
+    """While our pool runs matrix products, BLAS does not start threads of its own.
+
+    Telling it takes as long as a small product; inside another such block there is nothing to tell, so
+    that whoever runs many small ones puts one block around them all.
+    """
+    if getattr(_Workers.busy, "one_blas_thread", False):
+        yield
+        return
     if _Workers.blas is None:
         _Workers.blas = ThreadpoolController()
-    with _Workers.blas.limit(limits=1, user_api="blas"):
-        yield
+    _Workers.busy.one_blas_thread = True
+    try:
+        with _Workers.blas.limit(limits=1, user_api="blas"):
+            yield
+    finally:
+        _Workers.busy.one_blas_thread = False
 
 
 def matmul(a, b, out=None):
-    """a @ b for matrices, the rows of the result shared out among our threads.
+    """a @ b for matrices, the rows of the result shared out among our threads; of few rows, the columns.
 
     BLAS could use all cores by itself, but its threads go on spinning for a while after each product, and
-    take the cores from the elementwise work that follows.
+    take the cores from the elementwise work that follows. With few rows, as when a text is written token by
+    token, the time goes into reading b: each thread reads its own columns.
     """
     if out is None:
         out = np.empty((a.shape[0], b.shape[1]), a.dtype, like=a)
-    parts = num_threads() if isinstance(a, np.ndarray) and a.size * b.shape[1] > SMALL_PRODUCT else 1
-    step = max(1, -(-len(a) // parts))
-    rows = [slice(start, start + step) for start in range(0, len(a), step)]
     with one_blas_thread():
-        run_tasks(lambda part: np.matmul(a[part], b, out=out[part]), rows)
+        if not isinstance(a, np.ndarray) or a.size * b.shape[1] <= SMALL_PRODUCT:
+            np.matmul(a, b, out=out)
+        elif len(a) >= FEW_ROWS:
+            run_tasks(lambda part: np.matmul(a[part], b, out=out[part]), _shares(len(a)))
+        elif b.size >= LARGE_MATRIX:
+            run_tasks(lambda part: np.matmul(a, b[:, part], out=out[:, part]), _shares(b.shape[1]))
+        else:
+            np.matmul(a, b, out=out)
     return out
+
+
+def _shares(length: int) -> list[slice]:
+    """``range(length)`` in parts of nearly the same size, one for each of our threads."""
+    step = -(-length // num_threads())
+    return [slice(start, start + step) for start in range(0, length, step)]
 
 
 def each_block(function, rows: int, row_size: int, like) -> None:

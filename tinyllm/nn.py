@@ -133,7 +133,8 @@ class Module:
 def evaluating(model: Module):
     """Within this block every module is in eval mode; afterwards each is as it was."""
     before = [(module, module.training) for _, module in model.named_modules()]
-    model.eval()
+    for module, _ in before:
+        module.training = False
     try:
         yield
     finally:
@@ -185,6 +186,17 @@ class LayerNorm(Module):
 
     def forward(self, x):
         return F.layer_norm(x, self.weight.shape, self.weight, self.bias, self.eps)
+
+
+class RMSNorm(Module):
+    """``F.rms_norm`` over the last axis, with a learned scale (from 1)."""
+
+    def __init__(self, channels: int, eps: float | None = None):
+        self.weight = Tensor(np.ones(channels, np.float32), requires_grad=True)
+        self.eps = eps
+
+    def forward(self, x):
+        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
 
 
 class Dropout(Module):

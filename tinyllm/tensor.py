@@ -245,12 +245,13 @@ class Tensor:
         optional input that was not given.
         """
         out = Tensor(data)
-        if len({parent.dtype for parent in parents if parent is not None}) > 1:
+        if len({parent.data.dtype for parent in parents if parent is not None}) > 1:
             dtypes = ", ".join(str(parent.dtype) for parent in parents if parent is not None)
             raise Error(f"an op got inputs of {dtypes}: convert them to one dtype with astype()")
-        nodes = tuple(None if parent is None else parent.node for parent in parents)
-        if _mode.recording and any(node is not None for node in nodes):
-            out.node = Node(nodes, vjp, out.data.shape, out.data.dtype)
+        if _mode.recording:
+            nodes = tuple(None if parent is None else parent.node for parent in parents)
+            if any(node is not None for node in nodes):
+                out.node = Node(nodes, vjp, out.data.shape, out.data.dtype)
         return out
 
     def backward(self, grad=None) -> None:
@@ -477,16 +478,17 @@ class Tensor:
             raise Error(
                 f"pattern {pattern!r} must have the form 'a b -> b a', with every axis named (no '...')"
             )
-        known = dict(sizes)  # of every axis: reversed, the pattern splits what it merged
-        for n, group in zip(self.shape, re.findall(r"\(.*?\)|\S+", left)):
-            names = [name for name in group.strip("()").split() if not name.isdigit()]
-            rest = math.prod(known.get(name, 1) for name in names)
-            known |= {name: n // max(rest, 1) for name in names if name not in known}
-        return Tensor.from_op(
-            einops.rearrange(self.data, pattern, **sizes),
-            (self,),
-            lambda grad: (einops.rearrange(grad, f"{right}->{left}", **known),),
-        )
+        shape = self.shape
+
+        def vjp(grad):
+            known = dict(sizes)  # of every axis: reversed, the pattern splits what it merged
+            for n, group in zip(shape, re.findall(r"\(.*?\)|\S+", left)):
+                names = [name for name in group.strip("()").split() if not name.isdigit()]
+                rest = math.prod(known.get(name, 1) for name in names)
+                known |= {name: n // max(rest, 1) for name in names if name not in known}
+            return (einops.rearrange(grad, f"{right}->{left}", **known),)
+
+        return Tensor.from_op(einops.rearrange(self.data, pattern, **sizes), (self,), vjp)
 
     def astype(self, dtype):
         before = self.dtype

@@ -4,11 +4,11 @@ Names and argument order are those of ``torch.nn.functional`` wherever it has th
 written plainly are in ``tinyllm.functional.composed``: read those first.
 """
 
-from tinyllm.functional.activations import dropout, gelu, softmax
-from tinyllm.functional.attention import scaled_dot_product_attention
+from tinyllm.functional.activations import dropout, gelu, silu, softmax, swiglu
+from tinyllm.functional.attention import rope, scaled_dot_product_attention
 from tinyllm.functional.linear import embedding, linear
 from tinyllm.functional.losses import cross_entropy, linear_cross_entropy
-from tinyllm.functional.norms import layer_norm
+from tinyllm.functional.norms import layer_norm, rms_norm
 
 __all__ = [
     "cross_entropy",
@@ -18,6 +18,10 @@ __all__ = [
     "layer_norm",
     "linear",
     "linear_cross_entropy",
+    "rms_norm",
+    "rope",
     "scaled_dot_product_attention",
+    "silu",
     "softmax",
+    "swiglu",
 ]

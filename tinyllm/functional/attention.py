@@ -11,7 +11,7 @@ import math
 
 import numpy as np
 
-from tinyllm.device import dropout_mask, next_address, one_blas_thread, run_tasks
+from tinyllm.device import dropout_mask, each_block, next_address, one_blas_thread, run_tasks
 from tinyllm.errors import Error
 from tinyllm.tensor import Tensor
 
@@ -27,8 +27,14 @@ def scaled_dot_product_attention(
     dropout_p: float = 0.0,
     is_causal: bool = False,
     scale: float | None = None,
+    enable_gqa: bool = False,
 ) -> Tensor:
     """softmax(Q Kᵀ · scale + mask) V for Q (B, H, T, D), K (B, H, S, D), V (B, H, S, E) -> (B, H, T, E).
+
+    With ``enable_gqa`` K and V may have fewer heads G, a divisor of H: query heads 0 to H/G - 1 share the
+    first, and so on (Ainslie et al., "GQA", arXiv 2305.13245). K and V are not repeated: the queries of a
+    group lie below each other in one product, so K and V are read once for all of them, and the same
+    product backwards adds up dK and dV over the group.
 
     ``scale`` is 1/sqrt(D) unless given. ``attn_mask`` is an array that broadcasts to (B, H, T, S):
     boolean (True: may be attended to) or a number added to the scores. ``is_causal`` lets query t see
@@ -42,26 +48,45 @@ def scaled_dot_product_attention(
         dV = Pᵀ g,   dP = g Vᵀ,   dS = P (dP - δ),   dQ = dS K · scale,   dK = dSᵀ Q · scale
     """
     q, k, v = query.data, key.data, value.data
-    _check_shapes(q, k, v, attn_mask, dropout_p)
-    (B, H, T, D), S = q.shape, k.shape[2]
+    _check_shapes(q, k, v, attn_mask, dropout_p, enable_gqa)
+    (B, H, T, D), (G, S) = q.shape, k.shape[1:3]
+    R = H // G if G else 1  # query heads to each key-value head
     scale = 1 / math.sqrt(D) if scale is None else scale
     mask = None if attn_mask is None else np.broadcast_to(attn_mask, (B, H, T, S))
     address = next_address() if dropout_p else None
-    tasks = _head_groups(B, H, T, S, like=q)
+    step = max(1, QUERY_BLOCK // R)  # the rows of R heads make one block
+    tasks = _head_groups(B, G, R * min(T, step) * S, like=q)
 
-    def blocks(bh):
-        """The blocks of a group of heads: (rows of queries, how many keys they see, mask, block number)."""
-        for number, start in enumerate(range(0, T, QUERY_BLOCK)):
-            rows = slice(start, min(start + QUERY_BLOCK, T))
+    def grouped(x):
+        """(B, H, T, D) -> (B, G, R, T, D), a view: head h is number h % R of group h // R."""
+        return x.reshape(B, G, R, *x.shape[2:])
+
+    def stacked(x):
+        """(b, g, R, rows, D) -> (b, g, R · rows, D): what a key-value head meets in one product."""
+        return x.reshape(*x.shape[:2], R * x.shape[3], x.shape[4])
+
+    def unstacked(x):
+        return x.reshape(*x.shape[:2], R, x.shape[2] // R, x.shape[3])
+
+    def zeros_grouped(channels):
+        """(B, G, R, T, channels), in memory (B, T, H, channels), as the projections around us want it."""
+        return np.zeros((B, T, G, R, channels), q.dtype, like=q).transpose(0, 2, 3, 1, 4)
+
+    q, mask = grouped(q), None if mask is None else grouped(mask)
+
+    def blocks(bg):
+        """The blocks of some key-value heads: (rows of queries, how many keys they see, mask, number)."""
+        for number, start in enumerate(range(0, T, step)):
+            rows = slice(start, min(start + step, T))
             seen = max(0, rows.stop + S - T) if is_causal else S
-            yield rows, seen, None if mask is None else mask[bh][:, :, rows, :seen], number
+            yield rows, seen, None if mask is None else mask[bg][..., rows, :seen], number
 
-    def scores_of(bh, rows, seen, block_mask):
+    def scores_of(bg, rows, seen, block_mask):
         """(Q · scale) and Q Kᵀ · scale + mask of one block, -inf where a key may not be seen."""
-        q_scaled = q[bh][:, :, rows] * scale  # scaling (rows, D) is cheaper than (rows, S)
-        scores = q_scaled @ k[bh][:, :, :seen].swapaxes(-1, -2)
-        if is_causal:
-            n = rows.stop - rows.start
+        q_scaled = stacked(q[bg][..., rows, :] * scale)  # scaling (rows, D) is cheaper than (rows, S)
+        scores = unstacked(q_scaled @ k[bg][:, :, :seen].swapaxes(-1, -2))  # (b, g, R, rows, seen)
+        n = rows.stop - rows.start
+        if is_causal and n > 1:
             edge = min(n, seen)  # the block's last n keys make the triangle
             future = np.triu(np.full_like(q, -np.inf, shape=(n, n)), 1)
             scores[..., seen - edge :] += future[:, n - edge :]
@@ -71,85 +96,133 @@ def scaled_dot_product_attention(
             scores += block_mask
         return q_scaled, scores
 
-    def dropped(bh, number, shape):
+    def dropped(bg, number, shape):
         """The dropout mask of one block; drawn head by head, so that it does not depend on the grouping."""
-        heads = [b * H + h for b in range(B)[bh[0]] for h in range(H)[bh[1]]]
-        ids = [head * -(-T // QUERY_BLOCK) + number for head in heads]
-        masks = [dropout_mask(address, i, shape[2:], dropout_p, like=q) for i in ids]
+        heads = [b * H + g * R + r for b in range(B)[bg[0]] for g in range(G)[bg[1]] for r in range(R)]
+        ids = [head * -(-T // step) + number for head in heads]
+        masks = [dropout_mask(address, i, shape[3:], dropout_p, like=q) for i in ids]
         return np.stack(masks).reshape(shape)
 
-    out = np.zeros((B, T, H, v.shape[3]), q.dtype, like=q).swapaxes(1, 2)  # merging the heads is free
-    log_sum = np.zeros((B, H, T, 1), q.dtype, like=q)
+    out = zeros_grouped(v.shape[3])
+    log_sum = np.zeros((B, G, R, T, 1), q.dtype, like=q)
     lowest = float(np.finfo(q.dtype).min)
 
-    def forward(bh):
-        for rows, seen, block_mask, number in blocks(bh):
+    def forward(bg):
+        for rows, seen, block_mask, number in blocks(bg):
             if seen == 0:
                 continue
-            _, p = scores_of(bh, rows, seen, block_mask)
+            _, p = scores_of(bg, rows, seen, block_mask)
             # A finite maximum even where every score is -inf: all weights are exp(-inf) = 0 then.
             peak = np.maximum(p.max(axis=-1, keepdims=True), lowest)
             p -= peak
             np.exp(p, out=p)
             # The largest weight is exp(0) = 1, so a sum below 1 is the 0 of a query that sees nothing.
             total = np.maximum(p.sum(axis=-1, keepdims=True), 1)
-            log_sum[bh][:, :, rows] = peak + np.log(total)
+            log_sum[bg][..., rows, :] = peak + np.log(total)
             if dropout_p:
-                p *= dropped(bh, number, p.shape)
-            out[bh][:, :, rows] = (p @ v[bh][:, :, :seen]) / total
+                p *= dropped(bg, number, p.shape)
+            out[bg][..., rows, :] = unstacked(stacked(p) @ v[bg][:, :, :seen]) / total
 
     with one_blas_thread():
         run_tasks(forward, tasks)
 
     def vjp(grad):
-        # Memory in the order (B, T, H, D), as the projections before and after want it.
-        dq, dk, dv = (
-            np.zeros((B, a.shape[2], H, a.shape[3]), a.dtype, like=a).swapaxes(1, 2) for a in (q, k, v)
-        )
+        dq, grad = zeros_grouped(D), grouped(grad)
+        dk, dv = (np.zeros((B, S, G, a.shape[3]), a.dtype, like=a).swapaxes(1, 2) for a in (k, v))
 
-        def backward(bh):
-            delta = (grad[bh] * out[bh]).sum(axis=-1, keepdims=True)  # (b, h, T, 1)
-            for rows, seen, block_mask, number in blocks(bh):
+        def backward(bg):
+            delta = (grad[bg] * out[bg]).sum(axis=-1, keepdims=True)  # (b, g, R, T, 1)
+            for rows, seen, block_mask, number in blocks(bg):
                 if seen == 0:
                     continue
-                q_scaled, p = scores_of(bh, rows, seen, block_mask)
-                p -= log_sum[bh][:, :, rows]
+                q_scaled, p = scores_of(bg, rows, seen, block_mask)
+                p -= log_sum[bg][..., rows, :]
                 np.exp(p, out=p)
-                g, k_seen = grad[bh][:, :, rows], k[bh][:, :, :seen]
-                ds = g @ v[bh][:, :, :seen].swapaxes(-1, -2)
+                g, k_seen = stacked(grad[bg][..., rows, :]), k[bg][:, :, :seen]
+                ds = unstacked(g @ v[bg][:, :, :seen].swapaxes(-1, -2))
                 if dropout_p:
-                    kept = dropped(bh, number, p.shape)
-                    dv[bh][:, :, :seen] += (p * kept).swapaxes(-1, -2) @ g
+                    kept = dropped(bg, number, p.shape)
+                    dv[bg][:, :, :seen] += stacked(p * kept).swapaxes(-1, -2) @ g
                     ds *= kept
                 else:
-                    dv[bh][:, :, :seen] += p.swapaxes(-1, -2) @ g
-                ds -= delta[:, :, rows]
+                    dv[bg][:, :, :seen] += stacked(p).swapaxes(-1, -2) @ g
+                ds -= delta[..., rows, :]
                 ds *= p
-                dq[bh][:, :, rows] = (ds @ k_seen) * scale
-                dk[bh][:, :, :seen] += ds.swapaxes(-1, -2) @ q_scaled
+                ds = stacked(ds)
+                dq[bg][..., rows, :] = unstacked(ds @ k_seen) * scale
+                dk[bg][:, :, :seen] += ds.swapaxes(-1, -2) @ q_scaled
 
         with one_blas_thread():
             run_tasks(backward, tasks)
-        return dq, dk, dv
+        return dq.reshape(B, H, T, D), dk, dv
 
-    return Tensor.from_op(out, (query, key, value), vjp)
+    return Tensor.from_op(out.reshape(B, H, T, v.shape[3]), (query, key, value), vjp)
 
 
-def _check_shapes(q, k, v, mask, dropout_p):
+def _check_shapes(q, k, v, mask, dropout_p, enable_gqa):
     if q.ndim != 4 or k.ndim != 4 or v.ndim != 4:
         raise Error(f"attention takes query, key and value (B, H, T, D), not {q.shape}, {k.shape}, {v.shape}")
-    if k.shape[:2] != q.shape[:2] or k.shape[3] != q.shape[3] or v.shape[:3] != k.shape[:3]:
-        raise Error(f"attention: query {q.shape}, key {k.shape} and value {v.shape} do not fit together")
+    H, G = q.shape[1], k.shape[1]
+    heads_fit = H == G or (enable_gqa and G > 0 and H % G == 0)
+    if not heads_fit or k.shape[0] != q.shape[0] or k.shape[3] != q.shape[3] or v.shape[:3] != k.shape[:3]:
+        shared = "; heads may be shared with enable_gqa=True" if not enable_gqa and G and H % G == 0 else ""
+        raise Error(
+            f"attention: query {q.shape}, key {k.shape} and value {v.shape} do not fit together{shared}"
+        )
     if mask is not None and mask.dtype not in (bool, q.dtype):
         raise Error(f"attn_mask must be boolean or {q.dtype}, not {mask.dtype}")
     if not 0 <= dropout_p < 1:
         raise Error(f"dropout probability must be at least 0 and below 1, not {dropout_p}")
 
 
-def _head_groups(B, H, T, S, like):
-    """Indices (batch, heads) of the groups of heads whose blocks of scores fit the cache together."""
+def _head_groups(B, G, scores, like):
+    """Indices (batch, key-value heads) of those whose blocks, of ``scores`` each, fit the cache together."""
     if not isinstance(like, np.ndarray):  # a GPU wants everything in one call
-        return [(slice(0, B), slice(0, H))]
-    most = max(1, SCORES // max(1, min(T, QUERY_BLOCK) * S))
-    size = -(-H // -(-H // most)) if H else 1  # groups of nearly the same size
-    return [(slice(b, b + 1), slice(h, min(h + size, H))) for b in range(B) for h in range(0, H, size)]
+        return [(slice(0, B), slice(0, G))]
+    most = max(1, SCORES // max(1, scores))
+    size = -(-G // -(-G // most)) if G else 1  # groups of nearly the same size
+    return [(slice(b, b + 1), slice(g, min(g + size, G))) for b in range(B) for g in range(0, G, size)]
+
+
+def rope(input: Tensor, cos, sin) -> Tensor:
+    """Turn queries or keys (B, H, T, D) by angles that grow with the position; q · k sees the distance only.
+
+    Channels i and i + D/2 are the two coordinates of a point in a plane (as Hugging Face pairs them; Meta
+    pairs 2i and 2i + 1). With (a, b) the halves of a head:
+
+        y = (a cos - b sin, b cos + a sin)
+
+    The gradient is turned back: da = g₁ cos + g₂ sin, db = g₂ cos - g₁ sin. ``cos`` and ``sin`` are arrays
+    (T, D/2) of the input's dtype, or (B, 1, T, D/2) where every row has positions of its own.
+
+    Su et al., "RoFormer", arXiv 2104.09864, section 3.4.2.
+    """
+    if input.ndim != 4 or input.shape[3] % 2:
+        raise Error(f"rope takes (B, H, T, D) with an even D, not {input.shape}")
+    B, _, T, D = input.shape
+    if cos.shape != sin.shape or cos.shape not in ((T, D // 2), (B, 1, T, D // 2)):
+        raise Error(
+            f"rope of {input.shape} needs cos and sin of shape {(T, D // 2)} or {(B, 1, T, D // 2)}, "
+            f"not {cos.shape} and {sin.shape}"
+        )
+    if not input.dtype == cos.dtype == sin.dtype:
+        raise Error(f"rope of {input.dtype} needs cos and sin in it, not in {cos.dtype} and {sin.dtype}")
+    return Tensor.from_op(_turn(input.data, cos, sin), (input,), lambda grad: (_turn(grad, cos, -sin),))
+
+
+def _turn(x, cos, sin):
+    """Every pair (a, b) of x (B, H, T, D) turned; a block of positions at a time."""
+    B, H, T, D = x.shape
+    y = np.empty_like(x)
+    a, b = x[..., : D // 2], x[..., D // 2 :]
+    y_a, y_b = y[..., : D // 2], y[..., D // 2 :]
+
+    def turn(t):
+        c, s = cos[..., t, :], sin[..., t, :]
+        np.multiply(a[:, :, t], c, out=y_a[:, :, t])
+        np.multiply(b[:, :, t], c, out=y_b[:, :, t])
+        y_a[:, :, t] -= b[:, :, t] * s
+        y_b[:, :, t] += a[:, :, t] * s
+
+    each_block(turn, T, B * H * D, like=x)
+    return y

@@ -10,7 +10,7 @@ import math
 import numpy as np
 
 from tinyllm.device import dropout_mask, next_address
-from tinyllm.tensor import Tensor, einsum, where
+from tinyllm.tensor import Tensor, concatenate, einsum, where
 
 
 def linear(input, weight, bias=None):
@@ -33,12 +33,29 @@ def layer_norm(input, normalized_shape, weight=None, bias=None, eps=1e-5):
     return y if bias is None else y + bias
 
 
+def rms_norm(input, normalized_shape, weight=None, eps=None):
+    """Root mean square 1 over the channels of each position, then a learned scale."""
+    eps = float(np.finfo(input.dtype).eps) if eps is None else eps
+    y = input / ((input * input).mean(axis=-1, keepdims=True) + eps).sqrt()
+    return y if weight is None else y * weight
+
+
 def gelu(input, approximate="tanh"):
     """½ x (1 + tanh(sqrt(2/π) (x + 0.044715 x³))), the form GPT-2 uses; the exact one needs erf."""
     if approximate != "tanh":
         raise ValueError("composed.gelu is the tanh form only: Tensor has no erf")
     cubic = input + 0.044715 * (input * input * input)
     return 0.5 * input * (1 + (math.sqrt(2 / math.pi) * cubic).tanh())
+
+
+def silu(input):
+    """x σ(x) = x / (1 + exp(-x)): x where it is large, 0 where it is very negative."""
+    return input / (1 + (-input).exp())
+
+
+def swiglu(gate, up):
+    """One projection of x, through silu, multiplies the other."""
+    return silu(gate) * up
 
 
 def softmax(input, dim=-1):
@@ -54,12 +71,13 @@ def dropout(input, p=0.5, training=True):
     return input * Tensor(dropout_mask(next_address(), 0, input.shape, p, like=input.data))
 
 
-def attention_weights(query, key, attn_mask=None, is_causal=False, scale=None):
+def attention_weights(query, key, attn_mask=None, is_causal=False, scale=None, enable_gqa=False):
     """How much each query t looks at each key s: (B, H, T, S), every row sums to 1.
 
     At least one key must be visible to each query here.
     """
     D, T, S = query.shape[-1], query.shape[-2], key.shape[-2]
+    key = repeat_heads(key, query.shape[1]) if enable_gqa else key
     scores = einsum("bhtd,bhsd->bhts", query, key) * (1 / math.sqrt(D) if scale is None else scale)
     if is_causal:  # the last query is aligned with the last key
         time, keys = np.arange(T, like=query.data), np.arange(S, like=query.data)
@@ -71,12 +89,25 @@ def attention_weights(query, key, attn_mask=None, is_causal=False, scale=None):
     return softmax(scores)
 
 
+def repeat_heads(x, heads):
+    """(B, G, S, D) -> (B, H, S, D): query head h looks at key-value head h // (H/G)."""
+    return x[:, np.arange(heads, like=x.data) // (heads // x.shape[1])]
+
+
 def scaled_dot_product_attention(
-    query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None
+    query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False
 ):
     """Each query's output is the mean of the values, weighted by how well their keys match it."""
-    weights = attention_weights(query, key, attn_mask, is_causal, scale)  # (B, H, T, S)
+    weights = attention_weights(query, key, attn_mask, is_causal, scale, enable_gqa)  # (B, H, T, S)
+    value = repeat_heads(value, query.shape[1]) if enable_gqa else value
     return einsum("bhts,bhse->bhte", dropout(weights, dropout_p), value)  # (B, H, T, E)
+
+
+def rope(input, cos, sin):
+    """Channels i and i + D/2 are a point in a plane; it is turned by the angle of its position."""
+    half = input.shape[-1] // 2
+    a, b = input[..., :half], input[..., half:]
+    return concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1)
 
 
 def cross_entropy(input, target, *, ignore_index=-100, divisor=None):

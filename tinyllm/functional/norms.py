@@ -22,11 +22,7 @@ def layer_norm(
 
     Ba, Kiros and Hinton, "Layer Normalization", arXiv 1607.06450, section 3.
     """
-    channels = (normalized_shape,) if isinstance(normalized_shape, int) else tuple(normalized_shape)
-    if len(channels) != 1 or channels != input.shape[-1:] or channels == (0,):
-        raise Error(
-            f"layer_norm is over the last axis: {normalized_shape} does not fit an input {input.shape}"
-        )
+    _check_shape("layer_norm", normalized_shape, input)
     x = as_rows(input.data)  # (N, C)
     w = None if weight is None else weight.data
     b = None if bias is None else bias.data
@@ -65,3 +61,58 @@ def layer_norm(
         return dx.reshape(shape), dw, db
 
     return Tensor.from_op(y.reshape(shape), (input, weight, bias), vjp)
+
+
+def rms_norm(
+    input: Tensor, normalized_shape, weight: Tensor | None = None, eps: float | None = None
+) -> Tensor:
+    """y = x̂ w with x̂ = x / rms(x), rms(x) = sqrt(mean(x²) + eps), over the last axis of x (..., C).
+
+    LayerNorm without the mean and the bias: what matters is the size. ``eps=None`` is the dtype's own
+    epsilon, as torch has it. With g = dL/dy and d = g w:
+
+        dx = (d - x̂ mean(d x̂)) / rms(x),   dw = Σ_rows g x̂
+
+    Zhang and Sennrich, "Root Mean Square Layer Normalization", arXiv 1910.07467, section 3.
+    """
+    _check_shape("rms_norm", normalized_shape, input)
+    x = as_rows(input.data)  # (N, C)
+    w = None if weight is None else weight.data
+    eps = float(np.finfo(x.dtype).eps) if eps is None else eps
+    y, inv_rms = np.empty_like(x), np.empty((len(x), 1), x.dtype, like=x)
+
+    def forward(rows):
+        square = np.multiply(x[rows], x[rows], out=y[rows])  # y is scratch here
+        inv_rms[rows] = 1 / np.sqrt(square.mean(axis=1, keepdims=True) + eps)
+        np.multiply(x[rows], inv_rms[rows], out=y[rows])
+        if w is not None:
+            y[rows] *= w
+
+    each_block(forward, *x.shape, like=x)
+    shape = input.shape
+
+    def vjp(grad):  # x̂ is formed again from x, which costs one pass and saves an array as large as x
+        g = as_rows(grad)  # (N, C)
+        dx = np.empty_like(x)
+        dw_parts = {}  # where a block begins -> its Σ_rows g x̂
+
+        def backward(rows):
+            x_hat, d = x[rows] * inv_rms[rows], np.multiply(g[rows], 1 if w is None else w, out=dx[rows])
+            if w is not None:
+                dw_parts[rows.start] = (g[rows] * x_hat).sum(axis=0)
+            x_hat *= (d * x_hat).mean(axis=1, keepdims=True)
+            d -= x_hat
+            d *= inv_rms[rows]
+
+        each_block(backward, *g.shape, like=g)
+        # In the order of the blocks: the sum does not depend on which thread was first.
+        dw = None if w is None else sum(dw_parts[start] for start in sorted(dw_parts))
+        return dx.reshape(shape), dw
+
+    return Tensor.from_op(y.reshape(shape), (input, weight), vjp)
+
+
+def _check_shape(op, normalized_shape, input):
+    channels = (normalized_shape,) if isinstance(normalized_shape, int) else tuple(normalized_shape)
+    if len(channels) != 1 or channels != input.shape[-1:] or channels == (0,):
+        raise Error(f"{op} is over the last axis: {normalized_shape} does not fit an input {input.shape}")

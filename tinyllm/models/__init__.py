@@ -6,18 +6,43 @@ import numpy as np
 
 from tinyllm import pretrained
 from tinyllm.errors import Error
+from tinyllm.models import gpt2, llama
 from tinyllm.models.gpt2 import GPT2, GPT2Config
+from tinyllm.models.llama import Llama, LlamaConfig
 from tinyllm.nn import Module
 
-ARCHITECTURES = {"gpt2": GPT2}
+ARCHITECTURES = {"gpt2": GPT2, "llama": Llama}
+CONFIGS = {"gpt2": GPT2Config, "llama": LlamaConfig}
 
-__all__ = ["ARCHITECTURES", "GPT2", "GPT2Config", "load_model"]
+__all__ = ["ARCHITECTURES", "GPT2", "GPT2Config", "Llama", "LlamaConfig", "empty_model", "load_model"]
 
 
 def load_model(name: str | Path, dtype=np.float32) -> Module:
-    """The model in a Hugging Face folder or behind a hub id; its ``config.json`` says which class."""
-    folder = pretrained.find_folder(name)
-    kind = pretrained.read_config(folder).get("model_type")
+    """A trained model, in ``dtype``, in eval mode; its config says which class.
+
+    ``name`` is a folder in Hugging Face's layout, a .gguf file, a name that ``tinyllm pull`` knows, or a hub
+    id. Weights are read one at a time, so memory never holds much more than the model.
+    """
+    path = pretrained.find_model(name)
+    model = _empty(path).astype(dtype)
+    model.load_state_dict(pretrained.open_weights(path), source=str(path))
+    return model.eval()
+
+
+def empty_model(name: str | Path) -> Module:
+    """The same model without its weights: stand-ins that take no memory, whatever its size.
+
+    ``name`` may also be a published size, such as "124M" or "Llama-3.2-1B".
+    """
+    for kind, sizes in (("gpt2", gpt2.SIZES), ("llama", llama.SIZES)):
+        if name in sizes:
+            return ARCHITECTURES[kind](CONFIGS[kind].preset(name), rng=None)
+    return _empty(pretrained.find_model(name))
+
+
+def _empty(path: Path) -> Module:
+    config = pretrained.model_config(path)
+    kind = config.get("model_type")
     if kind not in ARCHITECTURES:
-        raise Error(f"{folder}: model_type {kind!r} is not supported; supported: {', '.join(ARCHITECTURES)}")
-    return ARCHITECTURES[kind].from_pretrained(folder, dtype)
+        raise Error(f"{path}: model_type {kind!r} is not supported; supported: {', '.join(ARCHITECTURES)}")
+    return ARCHITECTURES[kind](CONFIGS[kind].from_dict(config), rng=None)

@@ -18,6 +18,7 @@ import numpy as np
 
 from tinyllm import functional as F
 from tinyllm import nn, pretrained
+from tinyllm.cache import Cache, LayerCache
 from tinyllm.data import check_ids, is_integer
 from tinyllm.errors import Error
 from tinyllm.tensor import Tensor, split
@@ -144,13 +145,16 @@ class CausalSelfAttention(nn.Module):
         self.c_proj = Conv1D(C, C, rng=rng, std=std / math.sqrt(2 * config.n_layer))
         self.resid_dropout = nn.Dropout(config.resid_pdrop)
 
-    def forward(self, x):  # (B, T, C)
+    def forward(self, x, cache: LayerCache | None = None):  # (B, T, C)
         q, k, v = (
             part.rearrange("b t (h d) -> b h t d", h=self.n_head)  # (B, H, T, D)
             for part in split(self.c_attn(x), 3, axis=-1)
         )
+        mask = None
+        if cache is not None:
+            (k, v), mask = cache.extend(k, v), cache.mask  # (B, H, S, D): those of the text so far, too
         dropout_p = self.attn_pdrop if self.training else 0.0
-        y = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout_p, is_causal=True)  # (B, H, T, D)
+        y = F.scaled_dot_product_attention(q, k, v, mask, dropout_p, is_causal=True)  # (B, H, T, D)
         return self.resid_dropout(self.c_proj(y.rearrange("b h t d -> b t (h d)")))  # (B, T, C)
 
 
@@ -178,8 +182,8 @@ class Block(nn.Module):
         self.ln_2 = nn.LayerNorm(config.n_embd, config.layer_norm_epsilon)
         self.mlp = MLP(config, rng)
 
-    def forward(self, x):  # (B, T, C)
-        x = x + self.attn(self.ln_1(x))
+    def forward(self, x, cache: LayerCache | None = None):  # (B, T, C)
+        x = x + self.attn(self.ln_1(x), cache)
         return x + self.mlp(self.ln_2(x))
 
 
@@ -190,6 +194,8 @@ class GPT2(nn.Module):
     each block divided by sqrt(2 n_layer) so that the stream does not grow with depth. With
     ``rng=None`` the parameters are stand-ins that take no memory until ``load_state_dict``.
     """
+
+    learned_positions = True  # a cache whose oldest entries are dropped would be wrong: positions change
 
     def __init__(self, config: GPT2Config, rng: np.random.Generator | None):
         self.config = config
@@ -209,8 +215,17 @@ class GPT2(nn.Module):
         """The longest sequence the model takes."""
         return self.config.n_positions
 
-    def forward(self, ids, targets=None, divisor=None, last_only=False) -> Tensor:
-        """Logits (B, T, V) of ids (B, T), or (B, 1, V) with ``last_only``; with ``targets``, their loss."""
+    def new_cache(self, batch: int, room: int | None = None, padding=None) -> Cache:
+        """An empty ``Cache`` for ``batch`` rows of at most ``room`` tokens (None: the context)."""
+        room, like = self.context if room is None else min(room, self.context), self.wte.weight.data
+        H, D = self.config.n_head, self.config.n_embd // self.config.n_head
+        return Cache(self.config.n_layer, batch, H, room, D, like, padding)
+
+    def forward(self, ids, targets=None, divisor=None, last_only=False, cache=None) -> Tensor:
+        """Logits (B, T, V) of ids (B, T), or (B, 1, V) with ``last_only``; with ``targets``, their loss.
+
+        With a ``cache`` the ids continue the text it holds, and are added to it.
+        """
         ids = check_ids(ids, self.config.vocab_size)
         if ids.ndim != 2 or ids.shape[1] > self.context:
             raise Error(
@@ -218,10 +233,14 @@ class GPT2(nn.Module):
                 f"not {ids.shape}"
             )
         device_ids = np.asarray(ids, like=self.wte.weight.data)
-        positions = np.arange(ids.shape[1], like=self.wte.weight.data)
+        positions = np.arange(ids.shape[1]) if cache is None else cache.positions(ids.shape[1])
+        positions = np.asarray(positions, like=self.wte.weight.data)
         x = self.drop(self.wte(device_ids) + self.wpe(positions))  # (B, T, C)
-        for block in self.h:
-            x = block(x)
+        layers = [None] * len(self.h) if cache is None else cache.layers(*ids.shape)
+        for block, layer in zip(self.h, layers):
+            x = block(x, layer)
+        if cache is not None:
+            cache.length += ids.shape[1]
         x = self.ln_f(x)
         if targets is None:
             return self.lm_head(x[:, -1:] if last_only else x)
