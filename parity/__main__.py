@@ -3,18 +3,19 @@
 import importlib.util
 import json
 import sys
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 import tyro
 
-from parity import bench, bench_reach, bench_scaling
+from parity import bench, bench_decode, bench_reach, bench_scaling
 from parity.bench_variants import what_is_missing
 from tinyllm import pretrained
 from tinyllm.cli import parse_options
 from tinyllm.errors import Error
-from tinyllm.models import ARCHITECTURES
+from tinyllm.models import ARCHITECTURES, load_model
 
 
 @dataclass(frozen=True)
@@ -111,12 +112,47 @@ RANDOM_SIZES = dict(n_layer=4, n_head=4, n_embd=64, vocab_size=256, n_positions=
 
 
 @dataclass(frozen=True)
+class BenchDecode:
+    """Time how tinyllm and transformers write: tokens, the products' share, a long prompt, the start.
+
+    Exit code 1 if a bound of the table of reach was missed.
+    """
+
+    model: str | None = None  # a folder, .gguf file or hub id; if not given, SmolLM2's shape at random
+    rounds: int = 3  # how many times each side is measured
+    threads: int = 2  # threads of each side
+    json: Path | None = None  # also write everything measured to this file
+
+    def run(self) -> int:
+        """Check the request, measure, print the tables."""
+        for name in ("rounds", "threads"):
+            _check_at_least(1, name, getattr(self, name))
+        if self.json:
+            _check_writable("json", self.json)
+        for module in ("torch", "transformers"):
+            if not importlib.util.find_spec(module):
+                raise Error(f"bench decode needs {module}: pip install 'tinyllm[parity]'")
+        path = None if self.model is None else pretrained.find_model(self.model)
+        with tempfile.TemporaryDirectory() as folder:
+            if path is None:
+                bench_decode.write_smollm2(Path(folder) / "model")
+            elif path.is_file():  # a GGUF file: both sides read its weights from one folder
+                load_model(path).save_pretrained(Path(folder) / "model")
+            source = path if path is not None and path.is_dir() else Path(folder) / "model"
+            name = self.model or "SmolLM2-135M's shape, random weights"
+            result = bench_decode.decode(source, name, self.rounds, self.threads)
+        print(bench_decode.report(result))
+        _write_json(self.json, result)
+        return 1 if bench_decode.missed(result) else 0
+
+
+@dataclass(frozen=True)
 class Report:
     """Compare every layer and gradient of a model with PyTorch and transformers; write an HTML page."""
 
     model: tyro.conf.Positional[str | None] = None  # a model's folder or hub id (owner/name, or gpt2)
     random: bool = False  # instead: random weights, norms and biases included, so that nothing hides
-    arch: str = "gpt2"  # architecture of --random
+    arch: str = "gpt2"  # architecture of --random: gpt2 or llama, whose sizes have GPT-2's names here
     n_layer: int | None = None  # blocks of --random; 4 if not given
     n_head: int | None = None  # heads of --random; 4 if not given
     n_embd: int | None = None  # channels of --random; 64 if not given
@@ -135,7 +171,8 @@ class Report:
         from parity import page, report
 
         if self.random:
-            models = report.random_models(RANDOM_SIZES | self._sizes(), self.dtype, self.seed)
+            asked = RANDOM_SIZES | self._sizes()
+            models = report.random_models(self.arch, asked, self.dtype, self.seed)
             name, source = f"{self.arch}, random weights, seed {self.seed}", report.COPIED
         else:
             *models, source = report.models_of(pretrained.find_folder(self.model), self.dtype)
@@ -145,7 +182,8 @@ class Report:
         else:
             batch = report.random_batch(models[0], self.batch, self.tokens, self.seed)
         findings = report.examine(*models, *batch)
-        sizes = ", ".join(f"{size} {getattr(models[0].config, size)}" for size in RANDOM_SIZES)
+        fields = vars(models[0].config).items()
+        sizes = ", ".join(f"{field} {value}" for field, value in fields if type(value) is int)
         findings.facts = {"model": name, "sizes": sizes, **findings.facts}
         findings.notes.append(source)
         print(findings)
@@ -220,7 +258,13 @@ class Proof:
         return proof.run(self.tests)
 
 
-COMMANDS = {"bench train": BenchTrain, "bench scaling": BenchScaling, "report": Report, "proof": Proof}
+COMMANDS = {
+    "bench train": BenchTrain,
+    "bench scaling": BenchScaling,
+    "bench decode": BenchDecode,
+    "report": Report,
+    "proof": Proof,
+}
 
 
 def main(arguments: list[str]) -> int:
