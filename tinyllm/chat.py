@@ -270,9 +270,8 @@ def _environment():
                 parser.parse_statements(("name:endgeneration",), drop_needle=True), lineno=line
             )
 
-    class Namespace(
-        utils.Namespace
-    ):  # Jinja's own takes the name __class__ and then passes for what it is not
+    # Jinja's own takes the name __class__ and then passes for what it is not.
+    class Namespace(utils.Namespace):
         def __init__(*args, **kwargs):
             for name in dict(*args[1:], **kwargs):
                 check_name(name)
