@@ -15,9 +15,11 @@ from pathlib import Path
 import numpy as np
 
 from tinyllm import GPT2, GPT2Config, generate, load_tokenizer, manual_seed, nn, optim
-from tinyllm.data import Batches, Windows, load_text, train_validation_split
+from tinyllm.data import Batches, Windows
 from tinyllm.device import keep_memory, pick_device
-from tinyllm.train import evaluate, plot_losses
+from tinyllm.plot import plot_losses
+from tinyllm.text import load_text, train_validation_split
+from tinyllm.train import evaluate
 
 SMALL = os.environ.get("TINYLLM_EXAMPLES") == "small"
 device = pick_device("auto")

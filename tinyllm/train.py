@@ -1,29 +1,19 @@
 """How is a language model trained on a text?
 
 Per step: a batch of windows, the loss of predicting every next token, its gradients, clipped, and one
-AdamW update with the learning rate of that step. All of a run lies in its folder:
-
-    config.json           what was asked for, the text's hash, the library versions
-    tinyllm_tokenizer.json
-    metrics.jsonl         one object per step: step, tokens, train_loss, lr, grad_norm, tokens_per_s;
-                          at evaluations also val_loss, val_bits_per_byte, and train_eval_loss (measured as
-                          val_loss, without dropout, on the training text)
-    samples.txt           what the model wrote at each evaluation
-    loss.png              the two curves
-    step-000135/          config.json and model.safetensors, as Hugging Face lays them out
+AdamW update with the learning rate of that step. What can be asked for is in ``config.py``, what a run
+leaves behind in ``run.py``.
 """
 
 from __future__ import annotations
 
-import itertools
-import json
+import functools
 import math
-import os
 import platform
 import signal
-import sys
 import threading
 import time
+from collections.abc import Callable, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -31,181 +21,95 @@ from pathlib import Path
 import numpy as np
 
 import tinyllm
+from tinyllm import baselines
 from tinyllm.bpe import parse_bpe, train_bpe
-from tinyllm.data import Batches, Text, Windows, load_text, train_validation_split
-from tinyllm.device import keep_memory, manual_seed, pick_device
+from tinyllm.config import TrainConfig
+from tinyllm.data import Batches, Windows
+from tinyllm.device import keep_memory, manual_seed, peak_memory, pick_device
 from tinyllm.errors import Error
 from tinyllm.generate import generate
-from tinyllm.models import GPT2, GPT2Config
-from tinyllm.nn import evaluating, initialize_as_torch
+from tinyllm.info import flops_per_token, gemm_rate
+from tinyllm.nn import Module, evaluating, initialize_as_torch
 from tinyllm.optim import AdamW, clip_grad_norm, warmup_cosine
+from tinyllm.profile import Profile, profile
+from tinyllm.run import RunFolder, new_folder, say
 from tinyllm.tensor import no_grad
-from tinyllm.tokenizer import BPETokenizer, CharTokenizer, Tokenizer, load_tokenizer
+from tinyllm.text import Corpus, encode_documents, open_corpus, train_validation_split
+from tinyllm.tokenfile import tokenize_corpus
+from tinyllm.tokenizer import END_OF_TEXT, BPETokenizer, CharTokenizer, Tokenizer, load_tokenizer
 
-SPECIAL = ("refuse", "allow", "text")
-RUN_CONFIG, METRICS, SAMPLES, PLOT = "config.json", "metrics.jsonl", "samples.txt", "loss.png"
-
-
-@dataclass(frozen=True)
-class TrainConfig:
-    """Train a model on a text; everything the run makes goes into one folder."""
-
-    out: Path | None = None
-    """Folder of the run, which must not hold one yet; a new one in runs/ if not given."""
-    text: str = "python-docs"
-    """A UTF-8 text file, or python-docs, or the-verdict."""
-    tokenizer: str = "bpe:1024"
-    """bpe:VOCAB (learned from the text), gpt2, char (an id per character), or a run folder or file."""
-    arch: str = "gpt2"
-    """The architecture: gpt2."""
-    special: str = "refuse"
-    """Special tokens such as <|endoftext|> in the text: refuse, allow (as their ids), or text."""
-    n_layer: int = 4
-    """Blocks."""
-    n_head: int = 4
-    """Attention heads per block; must divide n_embd."""
-    n_embd: int = 192
-    """Channels."""
-    context: int = 256
-    """Tokens the model sees at once, and the length of a training window."""
-    stride: int | None = None
-    """Tokens between the starts of two windows; the context if not given."""
-    batch: int = 8
-    """Windows per step."""
-    steps: int = 600
-    """Updates."""
-    lr: float = 3e-3
-    """Learning rate at its peak."""
-    initial_lr: float = 0.0
-    """Learning rate of the first step, before the warm-up."""
-    min_lr: float = 1e-4
-    """Learning rate at the end of the cosine."""
-    warmup: int = 50
-    """Steps in which the learning rate rises to its peak."""
-    weight_decay: float = 0.1
-    """Decay of the matrices (never of biases and norms)."""
-    clip: float = 1.0
-    """Largest L2 norm of all gradients together."""
-    dropout: float = 0.1
-    """Dropout probability, at all three places GPT-2 has one."""
-    tie_head: bool = True
-    """Use the token embedding as output layer."""
-    qkv_bias: bool = True
-    """Biases in the projection to queries, keys and values."""
-    head_bias: bool = False
-    """A bias in the output layer."""
-    init: str = "gpt2"
-    """Initial weights: gpt2 (N(0, 0.02)), or torch (PyTorch's defaults, embeddings from N(0, 1))."""
-    eval_every: int | None = None
-    """Steps between evaluations; if not given, one epoch, or a tenth of the run if that is shorter."""
-    eval_windows: int = 64
-    """At most this many windows of each part, evenly spread, are evaluated."""
-    checkpoint_every: int | None = None
-    """Steps between checkpoints; if not given, only one at the end."""
-    prompt: str = "The "
-    """What the sample at each evaluation begins with."""
-    seed: int = 0
-    """Decides the initial weights, the order of the batches, dropout and samples."""
-    device: str = "cpu"
-    """cpu, cuda, cuda:1 …, or auto."""
-    dtype: str = "float32"
-    """float32 or float64."""
-
-    def __post_init__(self):
-        for name in ("steps", "eval_windows", "batch", "context"):
-            _require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
-        for name in ("eval_every", "checkpoint_every", "stride"):
-            value = getattr(self, name)
-            _require(value is None or value >= 1, name, value, "at least 1")
-        for name in ("initial_lr", "min_lr", "weight_decay"):
-            _require(0 <= getattr(self, name) < math.inf, name, getattr(self, name), "at least 0")
-        for name in ("lr", "clip"):
-            _require(0 < getattr(self, name) < math.inf, name, getattr(self, name), "above 0")
-        _require(0 <= self.seed < 2**64, "seed", self.seed, "from 0 to 2**64 - 1")
-        _require(
-            0 <= self.warmup < self.steps, "warmup", self.warmup, f"below the {self.steps} steps of the run"
-        )
-        _require(self.dtype in ("float32", "float64"), "dtype", self.dtype, "float32 or float64")
-        _require(0 <= self.dropout < 1, "dropout", self.dropout, "at least 0 and below 1")
-        _require(self.special in SPECIAL, "special", self.special, " or ".join(SPECIAL))
-        _require(self.arch == "gpt2", "arch", self.arch, "gpt2")
-        _require(self.init in ("gpt2", "torch"), "init", self.init, "gpt2 or torch")
-
-    def model_config(self, vocab_size: int) -> GPT2Config:
-        return GPT2Config(
-            vocab_size=vocab_size,
-            n_positions=self.context,
-            n_embd=self.n_embd,
-            n_layer=self.n_layer,
-            n_head=self.n_head,
-            embd_pdrop=self.dropout,
-            attn_pdrop=self.dropout,
-            resid_pdrop=self.dropout,
-            tie_word_embeddings=self.tie_head,
-            qkv_bias=self.qkv_bias,
-            lm_head_bias=self.head_bias,
-        )
-
-
-def _require(holds: bool, name: str, value, what: str) -> None:
-    if not holds:
-        raise Error(f"--{name.replace('_', '-')} is {value}: it must be {what}")
-
-
-# The classic run of Raschka, "Build a Large Language Model (From Scratch)", chapter 5
-PRESETS = {
-    "small": {},
-    "gpt2-verdict": dict(
-        text="the-verdict",
-        tokenizer="gpt2",
-        n_layer=12,
-        n_head=12,
-        n_embd=768,
-        context=256,
-        batch=2,
-        steps=135,
-        lr=5e-4,
-        initial_lr=3e-5,
-        min_lr=1e-6,
-        warmup=10,
-        dropout=0.2,
-        tie_head=False,
-        qkv_bias=False,
-        head_bias=True,
-        init="torch",
-        prompt="Every effort moves you",
-    ),
-}
+SAMPLE_TOKENS = 50
+BPE_CHARACTERS = 10_000_000  # of a text that is too large to learn a vocabulary from all of it
 
 
 @dataclass(frozen=True)
 class Data:
     """What a run reads: the text, its tokenizer, and the windows of both parts."""
 
-    text: Text
+    corpus: Corpus
     tokenizer: Tokenizer
     train: Windows
     validation: Windows
     bytes_per_token: float  # of the validation text: losses per byte compare across tokenizers
+    texts: tuple[bytes, bytes] | None  # both parts, unless they were too large to read at once
 
 
 def load_data(config: TrainConfig) -> Data:
-    """Read, split by characters (90/10), tokenise, cut into windows."""
-    text = load_text(config.text)
-    train_text, validation_text = train_validation_split(text.text)
+    """Read the text, learn or load a tokenizer, tokenise, cut into windows: 90% for training.
+
+    A text of at most ``config.in_memory`` MB is split by characters. A larger one goes through a file of
+    tokens on disk, which is split between two of its chunks.
+    """
+    corpus = open_corpus(config.text, config.text_field)
+    if corpus.left_out:
+        say(f"{corpus.name}: {len(corpus.left_out)} files are neither .txt nor .jsonl and were left out")
+    if corpus.num_bytes > config.in_memory * 10**6:
+        return _from_token_file(config, corpus)
+    train, validation = parts = train_validation_split(corpus.documents())
     if config.tokenizer == "char":
-        tokenizer = CharTokenizer.from_text(text.text)
-    elif config.tokenizer.startswith("bpe:"):
-        # Learned from the training part only: the validation text stays unseen.
-        tokenizer = BPETokenizer(train_bpe(train_text, parse_bpe(config.tokenizer)))
+        tokenizer = CharTokenizer.from_text("".join(train + validation))
+        if corpus.num_documents > 1:
+            tokenizer = tokenizer.with_special_tokens([END_OF_TEXT])  # to stand between them
     else:
-        tokenizer = load_tokenizer(config.tokenizer)
-    parts = [np.array(tokenizer.encode(part, config.special)) for part in (train_text, validation_text)]
-    windows = [Windows(ids, config.context, stride) for ids, stride in zip(parts, (config.stride, None))]
-    return Data(text, tokenizer, *windows, len(validation_text.encode("utf-8")) / len(parts[1]))
+        tokenizer = _tokenizer(config, train)
+    tokenizer = tokenizer.with_special_tokens(config.special_tokens)
+    ids = [encode_documents(tokenizer, part, config.special) for part in parts]
+    texts = tuple("".join(part).encode("utf-8") for part in parts)
+    return _windows(config, corpus, tokenizer, *ids, len(texts[1]), texts)
 
 
-def evaluate(model, windows: Windows, most: int, batch: int) -> float:
+def _from_token_file(config: TrainConfig, corpus: Corpus) -> Data:
+    if config.tokenizer == "char":
+        raise Error(
+            f"{corpus.name} has {corpus.num_bytes / 10**6:,.0f} MB, too much for a character tokenizer: "
+            "choose bpe:VOCAB or gpt2, or a larger --in-memory"
+        )
+    tokenizer = _tokenizer(config, corpus.sample(BPE_CHARACTERS)).with_special_tokens(config.special_tokens)
+    beside_the_text = f"{corpus.name.rstrip('/')}.{tokenizer.name.replace(':', '-')}.tokens"
+    tokens = tokenize_corpus(corpus, tokenizer, config.special, config.tokens or Path(beside_the_text))
+    *ids, validation_bytes = tokens.split(0.1)
+    return _windows(config, corpus, tokenizer, *ids, validation_bytes, None)
+
+
+def _tokenizer(config: TrainConfig, train_documents: Sequence[str]) -> Tokenizer:
+    if config.tokenizer.startswith("bpe:"):
+        # Learned from the training part only: the validation text stays unseen.
+        return BPETokenizer(train_bpe(train_documents, parse_bpe(config.tokenizer)))
+    return load_tokenizer(config.tokenizer)
+
+
+def _windows(config, corpus, tokenizer, train, validation, validation_bytes, texts) -> Data:
+    return Data(
+        corpus,
+        tokenizer,
+        Windows(train, config.context, config.stride or max(1, config.context // 4)),
+        Windows(validation, config.context),
+        validation_bytes / len(validation),
+        texts,
+    )
+
+
+def evaluate(model: Module, windows: Windows, most: int, batch: int) -> float:
     """Mean loss per token over at most ``most`` windows, spread evenly; in eval mode."""
     chosen = np.linspace(0, len(windows) - 1, min(most, len(windows))).astype(int)
     total, count = 0.0, 0
@@ -217,8 +121,32 @@ def evaluate(model, windows: Windows, most: int, batch: int) -> float:
     return total / count
 
 
-def train(config: TrainConfig, progress: bool = True) -> GPT2:
+def gradients(model: Module, ids, targets, micro_batch: int, seed: int, step: int) -> float:
+    """Add dL/dθ of a step to every parameter's ``.grad``, ``micro_batch`` rows at a time; returns L.
+
+    L = Σ cross-entropy / N with N the targets of the whole step that count (are not -100). Every
+    micro-batch divides by N, not by its own number, so the sum is exactly the whole batch's gradient.
+    """
+    counted = int((targets != -100).sum())
+    total = 0.0
+    for number, first in enumerate(range(0, len(ids), micro_batch)):
+        rows = slice(first, first + micro_batch)
+        manual_seed(seed, step, number)
+        loss = model.loss(ids[rows], targets[rows], divisor=counted)
+        loss.backward()
+        total += loss.item()
+    return total
+
+
+def train(
+    config: TrainConfig, progress: bool = True, callback: Callable[[dict], None] | None = None
+) -> Module:
     """Run the training that ``config`` describes; returns the trained model.
+
+    With ``config.profile`` nothing is written: a few steps are taken apart, and the table printed.
+
+    All logging goes through one place: the record of every step, as it is written to metrics.jsonl and
+    at evaluations with the ``sample``, goes to the run's folder (``run.py``) and to ``callback``.
 
     SIGINT and SIGTERM let the step finish; then the weights are saved and KeyboardInterrupt is raised
     with the signal's number as its argument. A loss or gradient norm that is not finite raises
@@ -226,204 +154,173 @@ def train(config: TrainConfig, progress: bool = True) -> GPT2:
     """
     device = pick_device(config.device)
     data = load_data(config)
+    model = _model(config, data).to(device)
+    prompt = _prompt(config, data, model)
+    batches = Batches(data.train, config.batch, config.seed)
+    optimizer = AdamW(model, config.lr, weight_decay=config.weight_decay)
+    keep_memory()
+    if config.profile:
+        print(_profile(config, model, batches, optimizer))
+        return model
+    run = _begin_run(config, data, model, batches.steps_per_epoch, device)
+    lr_at = warmup_cosine(config.lr, config.initial_lr, config.min_lr, config.warmup, config.steps)
+    eval_every = config.eval_every or min(batches.steps_per_epoch, math.ceil(config.steps / 10))
+
+    def log(record: dict, evaluated: bool) -> None:
+        try:
+            if evaluated:
+                record |= _evaluation(config, data, model, prompt, record["step"])
+        finally:  # what the step itself found is written down even if its evaluation fails
+            run(record)
+            if callback is not None:
+                callback(record)
+
+    done, tokens, speed = 0, 0, _Speed(config, model)
+    # A run that diverges ends with one sentence, not with NumPy's warnings before it.
+    with _signals_wait() as arrived, np.errstate(over="ignore", invalid="ignore"):
+        try:
+            log({"step": 0, "tokens": 0}, evaluated=True)
+            for step in _progress_bar(config.steps, progress):
+                started = time.perf_counter()
+                ids, targets = batches.at(step)
+                optimizer.lr = lr_at(step)
+                loss = gradients(model, ids, targets, config.at_once, config.seed, step)
+                grad_norm = clip_grad_norm(model, config.clip)
+                if not (math.isfinite(loss) and math.isfinite(grad_norm)):
+                    raise FloatingPointError(
+                        f"step {step + 1}: the loss is {loss} and the gradient norm {grad_norm} at learning "
+                        f"rate {optimizer.lr:.3g}: start again with a smaller --lr or --clip"
+                    )
+                optimizer.step()
+                optimizer.zero_grad()
+                done, tokens = step + 1, tokens + ids.size
+                record = dict(step=done, tokens=tokens, train_loss=loss, lr=optimizer.lr, grad_norm=grad_norm)
+                record |= speed.of_step(ids.size, time.perf_counter() - started)
+                evaluated = bool(arrived) or done == config.steps or done % eval_every == 0
+                if evaluated:
+                    record |= speed.on_the_whole(config.steps - done)
+                log(record, evaluated)
+                stop = evaluated and arrived
+                if stop or done == config.steps or done % (config.checkpoint_every or math.inf) == 0:
+                    run.save(model, done)
+                if stop:
+                    where = f"the weights are in {run.checkpoint(done)}"
+                    raise KeyboardInterrupt(arrived[0], f"stopped after step {done}; {where}")
+        except FloatingPointError as error:
+            where = run.save(model, done)
+            raise FloatingPointError(f"{error} (the weights after step {done} are in {where})") from None
+    if data.texts:
+        say(baselines.describe(record["val_bits_per_byte"], *data.texts))
+    return model
+
+
+def _profile(config: TrainConfig, model: Module, batches: Batches, optimizer: AdamW) -> Profile:
+    """A step of this run, always on the first batch, taken apart."""
+    ids, targets = batches.at(0)
+    parts = {
+        "gradients": lambda: gradients(model, ids, targets, config.at_once, config.seed, 0),
+        "clip_grad_norm": lambda: clip_grad_norm(model, config.clip),
+        "AdamW": optimizer.step,
+        "zero_grad": optimizer.zero_grad,
+    }
+    return profile(model, parts)
+
+
+def _model(config: TrainConfig, data: Data) -> Module:
     rng = np.random.default_rng(config.seed)
-    model = GPT2(config.model_config(data.tokenizer.vocab_size), rng=rng)
+    model = config.model(data.tokenizer.vocab_size, rng)
     if config.init == "torch":
         initialize_as_torch(model, rng)
-    model.astype(np.dtype(config.dtype)).to(device).train()
+    return model.astype(np.dtype(config.dtype)).train()
+
+
+def _prompt(config: TrainConfig, data: Data, model: Module) -> list[int]:
     try:
         prompt = data.tokenizer.encode(config.prompt)
     except Error as error:
         raise Error(f"--prompt: {error}") from None
     if not 0 < len(prompt) <= model.context:
         raise Error(f"--prompt is {len(prompt)} tokens long: it must have 1 to {model.context} (the context)")
-    batches = Batches(data.train, config.batch, config.seed)
-    run = _Run(config, data, model, batches.steps_per_epoch, device)
-    keep_memory()
+    return prompt
 
-    optimizer = AdamW(model, config.lr, betas=(0.9, 0.999), weight_decay=config.weight_decay)
-    lr_at = warmup_cosine(config.lr, config.initial_lr, config.min_lr, config.warmup, config.steps)
-    eval_every = config.eval_every or min(batches.steps_per_epoch, math.ceil(config.steps / 10))
-    # A run that diverges ends with one sentence, not with NumPy's warnings before it.
-    with _signals_wait() as arrived, np.errstate(over="ignore", invalid="ignore"):
-        run.evaluate(0)
-        for step in _progress_bar(config.steps, progress):
-            started = time.perf_counter()
-            ids, targets = batches.at(step)
-            manual_seed(config.seed, step)
-            loss = model.loss(ids, targets)
-            loss.backward()
-            grad_norm = clip_grad_norm(model, config.clip)
-            if not (math.isfinite(loss.item()) and math.isfinite(grad_norm)):
-                run.save(step)
-                raise FloatingPointError(
-                    f"step {step + 1}: the loss is {loss.item()} and the gradient norm {grad_norm} at "
-                    f"learning rate {lr_at(step):.3g}: start again with a smaller --lr or --clip "
-                    f"(the weights before this step are in {run.checkpoint(step)})"
-                )
-            optimizer.lr = lr_at(step)
-            optimizer.step()
-            optimizer.zero_grad()
-            done = step + 1
-            run.log(
-                step=done,
-                tokens=run.tokens + ids.size,
-                train_loss=loss.item(),
-                lr=optimizer.lr,
-                grad_norm=grad_norm,
-                tokens_per_s=round(ids.size / (time.perf_counter() - started), 1),
+
+def _begin_run(
+    config: TrainConfig, data: Data, model: Module, steps_per_epoch: int, device: str
+) -> RunFolder:
+    """The run's new folder, and what everything starts from, said in three lines."""
+    corpus, tokenizer = data.corpus, data.tokenizer
+    folder = config.out or new_folder(corpus.name)
+    about = {
+        "train": asdict(config) | {"out": str(folder), "tokens": config.tokens and str(config.tokens)},
+        "text": {"name": corpus.name, "sha256": corpus.sha256, "bytes": corpus.num_bytes},
+        "parameters": model.num_parameters(),
+        "steps_per_epoch": steps_per_epoch,
+        "versions": {
+            "tinyllm": tinyllm.__version__,
+            "numpy": np.__version__,
+            "python": platform.python_version(),
+        },
+    }
+    run = RunFolder(folder, about, tokenizer.vocab_size, data.bytes_per_token)
+    tokenizer.save(folder)
+    say(
+        f"{corpus.name}: {corpus.num_bytes:,} bytes; {tokenizer.name} tokenizer, {tokenizer.vocab_size:,} ids"
+        f"; {len(data.train.tokens):,} + {len(data.validation.tokens):,} tokens"
+    )
+    say(
+        f"{len(data.train):,} + {len(data.validation):,} windows of {config.context} tokens, "
+        f"{data.train.stride} and {data.validation.stride} apart "
+        f"({data.train.unused_tokens} + {data.validation.unused_tokens} tokens at the ends fit none)"
+    )
+    say(
+        f"{type(model).__name__}, {model.num_parameters():,} parameters, on {device}; "
+        f"{config.steps:,} steps of {config.batch} windows, {steps_per_epoch:,} an epoch; into {folder}"
+    )
+    return run
+
+
+def _evaluation(config: TrainConfig, data: Data, model: Module, prompt: list[int], step: int) -> dict:
+    """Both losses, on a fixed set of windows, and a sample."""
+    found = {}
+    for key, windows in (("train_eval_loss", data.train), ("val_loss", data.validation)):
+        found[key] = evaluate(model, windows, config.eval_windows, config.at_once)
+        if not math.isfinite(found[key]):
+            raise FloatingPointError(
+                f"after step {step} the {key} is {found[key]}: start again with a smaller --lr or --clip"
             )
-            if done % eval_every == 0 or done == config.steps:
-                run.evaluate(done)
-            if done == config.steps or (config.checkpoint_every and done % config.checkpoint_every == 0):
-                run.save(done)
-            if arrived:
-                run.evaluate(done)
-                run.save(done)
-                where = run.checkpoint(done)
-                raise KeyboardInterrupt(arrived[0], f"stopped after step {done}; the weights are in {where}")
-    return model
+    found["val_bits_per_byte"] = found["val_loss"] / math.log(2) / data.bytes_per_token
+    rng = np.random.default_rng([config.seed, step])
+    drawn = generate(model, [prompt], SAMPLE_TOKENS, temperature=0.8, top_k=40, rng=rng)
+    found["sample"] = data.tokenizer.decode(prompt + [int(token[0]) for token in drawn])
+    return found
 
 
-class _Run:
-    """The folder of a run, and what is written into it as the run goes on."""
+class _Speed:
+    """How fast a run goes, and what share of its matrix products' rate on this machine that is."""
 
-    def __init__(self, config: TrainConfig, data: Data, model, steps_per_epoch: int, device: str):
-        self.config, self.data, self.model = config, data, model
-        self.folder, self.tokens, self.record = config.out or _new_folder(data.text.name), 0, {}
-        self.evaluated: int | None = None  # the step of the last evaluation
-        self.history: list[dict] = []
-        if self.folder.exists() and (not self.folder.is_dir() or any(self.folder.iterdir())):
-            raise Error(f"{self.folder} exists and is not an empty folder: choose another --out")
-        self.folder.mkdir(parents=True, exist_ok=True)
-        data.tokenizer.save(self.folder)
-        about = {
-            "train": asdict(config) | {"out": str(self.folder)},
-            "text": {"name": data.text.name, "sha256": data.text.sha256, "characters": len(data.text.text)},
-            "parameters": model.num_parameters(),
-            "steps_per_epoch": steps_per_epoch,
-            "versions": {
-                "tinyllm": tinyllm.__version__,
-                "numpy": np.__version__,
-                "python": platform.python_version(),
-            },
+    def __init__(self, config: TrainConfig, model: Module):
+        self.flops = flops_per_token(model, config.context).training
+        self.gemm_rate = _gemm_rate(config.dtype)
+        self.tokens, self.seconds, self.begun, self.steps = 0, 0.0, time.perf_counter(), 0
+
+    def of_step(self, tokens: int, seconds: float) -> dict:
+        self.tokens, self.seconds, self.steps = self.tokens + tokens, self.seconds + seconds, self.steps + 1
+        return {"tokens_per_s": round(tokens / seconds, 1)}
+
+    def on_the_whole(self, steps_left: int) -> dict:
+        rate = self.tokens / self.seconds
+        left = (time.perf_counter() - self.begun) / self.steps * steps_left
+        return {
+            "mean_tokens_per_s": round(rate, 1),
+            "gemm_share": rate * self.flops / self.gemm_rate,
+            "peak_memory": peak_memory(),
+            "seconds_left": left,
         }
-        (self.folder / RUN_CONFIG).write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
-        _say(
-            f"{data.text.name}: {len(data.text.text):,} characters; {data.tokenizer.name} tokenizer, "
-            f"{data.tokenizer.vocab_size:,} ids; "
-            f"{len(data.train.tokens):,} + {len(data.validation.tokens):,} tokens"
-        )
-        _say(
-            f"{len(data.train):,} + {len(data.validation):,} windows of {config.context} tokens "
-            f"({data.train.unused_tokens} + {data.validation.unused_tokens} tokens at the ends fit none)"
-        )
-        _say(
-            f"{type(model).__name__}, {model.num_parameters():,} parameters, on {device}; "
-            f"{config.steps:,} steps of {config.batch} windows, {steps_per_epoch:,} an epoch; "
-            f"into {self.folder}"
-        )
-
-    def log(self, **values) -> None:
-        """The record of a step; an evaluation after it may add to it before it is written."""
-        self.flush()
-        self.record, self.tokens = values, values["tokens"]
-
-    def flush(self) -> None:
-        if self.record:
-            self.history.append(self.record)
-            with open(self.folder / METRICS, "a", encoding="utf-8") as file:
-                file.write(json.dumps(self.record) + "\n")
-            self.record = {}
-
-    def evaluate(self, step: int) -> None:
-        """Both losses, a sample, and the plot so far. At step 0, before training, too."""
-        if step == self.evaluated:
-            return
-        self.evaluated = step
-        config, model = self.config, self.model
-        self.record = self.record or {"step": step, "tokens": self.tokens}
-        for key, windows in (("train_eval_loss", self.data.train), ("val_loss", self.data.validation)):
-            loss = evaluate(model, windows, config.eval_windows, config.batch)
-            if not math.isfinite(loss):
-                self.save(step)
-                raise FloatingPointError(
-                    f"after step {step} the {key} is {loss}: start again with a smaller --lr or "
-                    f"--clip (the weights are in {self.checkpoint(step)})"
-                )
-            self.record[key] = loss
-        bits_per_byte = self.record["val_loss"] / math.log(2) / self.data.bytes_per_token
-        self.record["val_bits_per_byte"] = bits_per_byte
-        sample = self.sample(step)
-        with open(self.folder / SAMPLES, "a", encoding="utf-8") as file:
-            file.write(f"--- step {step}\n{sample}\n")
-        _say(
-            f"step {step:>5}  train {self.record['train_eval_loss']:.4f}  val {self.record['val_loss']:.4f} "
-            f"({bits_per_byte:.3f} bits/byte)  {' '.join(sample.split())[:80]}"
-        )
-        self.flush()
-        plot_losses(self.history, self.folder / PLOT)
-
-    def sample(self, step: int, tokens: int = 50) -> str:
-        ids = self.data.tokenizer.encode(self.config.prompt)
-        rng = np.random.default_rng([self.config.seed, step])
-        drawn = generate(self.model, [ids], tokens, temperature=0.8, top_k=40, rng=rng)
-        return self.data.tokenizer.decode(ids + [int(token[0]) for token in drawn])
-
-    def checkpoint(self, step: int) -> Path:
-        return self.folder / f"step-{step:06}"
-
-    def save(self, step: int) -> None:
-        self.flush()
-        if not self.checkpoint(step).exists():
-            self.model.save_pretrained(self.checkpoint(step))
 
 
-def _new_folder(text_name: str) -> Path:
-    """runs/NAME-N with the first number that is free."""
-    stem = Path(text_name).stem
-    return next(path for n in itertools.count(1) if not (path := Path("runs") / f"{stem}-{n}").exists())
-
-
-def last_checkpoint(run: str | Path) -> Path:
-    """The newest checkpoint folder of a run."""
-    checkpoints = sorted(Path(run).glob("step-*/model.safetensors"))
-    if not checkpoints:
-        raise Error(
-            f"{run} holds no checkpoint (step-…/model.safetensors): give the --out of a run that saved one"
-        )
-    return checkpoints[-1].parent
-
-
-def plot_losses(history: list[dict], path: str | Path) -> None:
-    """Draw training and validation loss over the steps; without matplotlib, do nothing."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        return
-    figure = Figure(figsize=(8, 4.5), layout="constrained")
-    axes = figure.subplots()
-    for key, label, style in (
-        ("train_loss", "training batch (with dropout, if any)", dict(color="C0", alpha=0.35, linewidth=1)),
-        ("train_eval_loss", "training text", dict(color="C0", marker="o", markersize=3)),
-        ("val_loss", "validation text", dict(color="C1", marker="o", markersize=3)),
-    ):
-        points = [(record["step"], record[key]) for record in history if key in record]
-        if points:
-            axes.plot(*zip(*points), label=label, **style)
-    axes.set(xlabel="step", ylabel="loss (nats per token)")
-    axes.grid(alpha=0.3)
-    axes.legend()
-    figure.savefig(path, dpi=120)
-
-
-def _say(line: str) -> None:
-    from tqdm import tqdm
-
-    try:
-        tqdm.write(line)
-    except BrokenPipeError:  # nobody reads what we say any more: no reason to end a run
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+@functools.cache
+def _gemm_rate(dtype: str) -> float:
+    return gemm_rate(np.dtype(dtype), seconds=0.3)
 
 
 def _progress_bar(steps: int, shown: bool):
