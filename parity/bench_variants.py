@@ -144,6 +144,7 @@ def attention_products(q, k, v, g) -> None:
     from tinyllm.functional.attention import QUERY_BLOCK, _head_groups
 
     B, H, T, _ = q.shape
+    groups = _head_groups(B, H, min(T, QUERY_BLOCK) * T, like=q)
 
     def blocks(bh):
         """(queries, keys they see, values they see, output's gradient) of every block of a group of heads."""
@@ -165,8 +166,8 @@ def attention_products(q, k, v, g) -> None:
             ds.swapaxes(-1, -2) @ queries
 
     with one_blas_thread():
-        run_tasks(forward, _head_groups(B, H, T, T, like=q))
-        run_tasks(backward, _head_groups(B, H, T, T, like=q))
+        run_tasks(forward, groups)
+        run_tasks(backward, groups)
 
 
 # ---- PyTorch ----

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from parity import bench, bench_reach, bench_variants
-from parity.__main__ import main
+from parity.__main__ import COMMANDS, main
 from parity.bench_reach import Bound
 from parity.bench_variants import WORKS
 
@@ -304,9 +304,7 @@ def test_a_wrong_request_is_one_sentence_and_exit_code_2(arguments, sentence):
 def test_an_unknown_command_is_one_sentence_and_exit_code_2():
     done = parity("bench", "sleep")
     assert (done.returncode, done.stdout) == (2, "")
-    known = " or ".join(
-        f"python -m parity {words} --help" for words in ("bench train", "bench scaling", "report", "proof")
-    )
+    known = " or ".join(f"python -m parity {words} --help" for words in COMMANDS)
     assert done.stderr == f"there is no command 'bench sleep'; try {known}\n"
 
 

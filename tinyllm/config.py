@@ -167,7 +167,7 @@ def _require(holds: bool, name: str, value, what: str) -> None:
 
 PRESETS = {
     "small": {},
-    "ten-minutes": dict(n_head=5, n_embd=320, steps=850, lr=2.5e-3),
+    "ten-minutes": dict(n_head=5, n_embd=320, context=64, batch=64, steps=600, lr=2.5e-3, dropout=0.2),
     # The classic run of Raschka, "Build a Large Language Model (From Scratch)", chapter 5
     "gpt2-verdict": dict(
         text="the-verdict",

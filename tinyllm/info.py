@@ -287,7 +287,7 @@ class Memory(NamedTuple):
     gradients: int  # of all parameters, as the backward pass leaves them
     optimizer: int  # AdamW's m and v
     activations: int  # what the forward pass keeps for the backward pass
-    logits: int  # a chunk, or two: the next one is made before the last is gone
+    logits: int  # of one chunk
     peak: int  # of a training step
     peak_moment: str  # where in the step that is
     peak_parts: dict[str, int]  # and what is there then; the sum is ``peak``
@@ -336,10 +336,9 @@ def memory(model: Model, batch: int, context: int, dtype="float32", optimizer: b
     activations = diary.held["activations"]
 
     # The loss makes its gradients at once: dx beside x, and dW, to which it adds block by block.
-    chunk = min(N, CHUNK) * V
-    logits = chunk + min(max(0, N - CHUNK), CHUNK) * V
+    logits = min(N, CHUNK) * V
     diary.held["gradients"] += plan.head_weights
-    diary.write("forward", "loss", 2 * a + max(logits, chunk + min(COLUMNS, V) * plan.channels))
+    diary.write("forward", "loss", 2 * a + logits + min(COLUMNS, V) * plan.channels)
 
     for part in reversed(plan.parts):
         arriving, beside = (0, a) if part.residual else (a, 0)
@@ -507,7 +506,7 @@ def _memory_lines(costs: Memory) -> list[str]:
         _line("gradients", costs.gradients, "B", "one for each; complete when the backward pass ends"),
         _line("AdamW", costs.optimizer, "B", "two running averages for each, m and v"),
         _line("activations", costs.activations, "B", "what the forward pass keeps for the backward pass"),
-        _line("logits", costs.logits, "B", f"of {CHUNK} positions at a time, and of the {CHUNK} before them"),
+        _line("logits", costs.logits, "B", f"of {CHUNK} positions at a time"),
         _line("peak", costs.peak, "B", f"the most at one time; here in: {costs.peak_moment}"),
         f"{'':18}= {there}",
         "Memory of inference on the same tokens",

@@ -7,7 +7,6 @@ leaves behind in ``run.py``.
 
 from __future__ import annotations
 
-import functools
 import math
 import platform
 import signal
@@ -299,8 +298,7 @@ class _Speed:
     """How fast a run goes, and what share of its matrix products' rate on this machine that is."""
 
     def __init__(self, config: TrainConfig, model: Module):
-        self.flops = flops_per_token(model, config.context).training
-        self.gemm_rate = _gemm_rate(config.dtype)
+        self.flops, self.dtype = flops_per_token(model, config.context).training, config.dtype
         self.tokens, self.seconds, self.begun, self.steps = 0, 0.0, time.perf_counter(), 0
 
     def of_step(self, tokens: int, seconds: float) -> dict:
@@ -312,15 +310,19 @@ class _Speed:
         left = (time.perf_counter() - self.begun) / self.steps * steps_left
         return {
             "mean_tokens_per_s": round(rate, 1),
-            "gemm_share": rate * self.flops / self.gemm_rate,
+            "gemm_share": rate * self.flops / _best_gemm_rate(self.dtype),
             "peak_memory": peak_memory(),
             "seconds_left": left,
         }
 
 
-@functools.cache
-def _gemm_rate(dtype: str) -> float:
-    return gemm_rate(np.dtype(dtype), seconds=0.3)
+_gemm_rates: dict[str, float] = {}
+
+
+def _best_gemm_rate(dtype: str) -> float:
+    """The best this process has seen: other programs may be using the machine at any one moment."""
+    _gemm_rates[dtype] = max(gemm_rate(dtype, seconds=0.1), _gemm_rates.get(dtype, 0.0))
+    return _gemm_rates[dtype]
 
 
 def _progress_bar(steps: int, shown: bool):

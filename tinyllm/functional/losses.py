@@ -17,7 +17,7 @@ from tinyllm.errors import Error
 from tinyllm.tensor import Tensor, as_rows
 
 CHUNK = 512  # rows of logits at a time; below 256 the weight's way through memory dominates
-COLUMNS = 8192  # classes of dW at a time
+COLUMNS = 2048  # classes of dW at a time
 
 
 def cross_entropy(input: Tensor, target, *, ignore_index: int = -100, divisor: float | None = None) -> Tensor:
@@ -27,9 +27,7 @@ def cross_entropy(input: Tensor, target, *, ignore_index: int = -100, divisor: f
     divisor = _divisor(target, ignore_index, divisor)
     shape = input.shape
     dlogits = logits.copy()
-    losses = _softmax_minus_onehot(dlogits, target, ignore_index)
-    if input.wants_grad:
-        dlogits /= divisor
+    losses = _into_gradient(dlogits, target, ignore_index, divisor)
 
     def vjp(grad):
         return ((dlogits * grad).reshape(shape),)
@@ -62,15 +60,13 @@ def linear_cross_entropy(
     dw = np.zeros_like(w) if linear_weight.wants_grad else None
     db = np.zeros_like(b) if b is not None and linear_bias.wants_grad else None
     total = np.zeros((), x.dtype, like=x)
+    chunk = np.empty((min(CHUNK, len(x)), len(w)), x.dtype, like=x)  # one for all: it is the largest array
     for start in range(0, len(x), CHUNK):
         rows = slice(start, start + CHUNK)
-        logits = matmul(x[rows], w.T)
+        logits = matmul(x[rows], w.T, out=chunk[: len(x[rows])])
         if b is not None:
             logits += b
-        total = total + _softmax_minus_onehot(logits, target[rows], ignore_index).sum()
-        if dx is None and dw is None and db is None:
-            continue
-        logits /= divisor  # now dL/dlogits of these rows
+        total = total + _into_gradient(logits, target[rows], ignore_index, divisor).sum()
         if dx is not None:
             matmul(logits, w, out=dx[rows])
         if dw is not None:
@@ -82,15 +78,19 @@ def linear_cross_entropy(
     shape = input.shape
 
     def vjp(grad):
-        scaled = [None if d is None else np.multiply(d, grad, out=d) for d in (dx, dw, db)]
-        return (None if dx is None else scaled[0].reshape(shape)), scaled[1], scaled[2]
+        if grad.item() != 1:  # it is 1 where backward() begins
+            for d in (dx, dw, db):
+                if d is not None:
+                    d *= grad
+        return (None if dx is None else dx.reshape(shape)), dw, db
 
     return Tensor.from_op(total / divisor, (input, linear_weight, linear_bias), vjp)
 
 
-def _softmax_minus_onehot(logits, target, ignore_index):
-    """In place: logits (N, V) -> d(Σ loss)/d(logits). Returns the loss of each row, 0 where ignored."""
+def _into_gradient(logits, target, ignore_index, divisor):
+    """In place: logits (N, V) -> (p - onehot) / divisor. Returns the loss (N, 1) of each row, undivided."""
     counted = (target != ignore_index).reshape(-1, 1)
+    weight = np.where(counted, 1 / divisor, 0).astype(logits.dtype)
     safe = np.where(counted[:, 0], target, 0)
     losses = np.empty((len(logits), 1), logits.dtype, like=logits)
 
@@ -101,9 +101,8 @@ def _softmax_minus_onehot(logits, target, ignore_index):
         np.exp(z, out=z)
         total = z.sum(axis=1, keepdims=True)
         losses[rows] = np.where(counted[rows], np.log(total) - at_target, 0)
-        z /= total
-        np.put_along_axis(z, index, np.take_along_axis(z, index, axis=1) - 1, axis=1)
-        z *= counted[rows]
+        z *= weight[rows] / total
+        np.put_along_axis(z, index, np.take_along_axis(z, index, axis=1) - weight[rows], axis=1)
 
     each_block(rows_of, *logits.shape, like=logits)
     return losses
