@@ -29,7 +29,7 @@ from parity.ops import (
     check_torch,
     run,
 )
-from tinyllm import Tensor, device, functional, manual_seed, split
+from tinyllm import Tensor, device, functional, manual_seed, no_grad, split
 from tinyllm import functional as F
 from tinyllm.device import dropout_mask, next_address
 from tinyllm.errors import Error
@@ -536,6 +536,31 @@ def test_losses_beyond_one_chunk_of_rows_or_columns(rows, classes):
     logits = x @ w.T
     ours, theirs = lambda x: F.cross_entropy(x, target), lambda x: torch_cross_entropy(x, target)
     check_torch(Case("cross_entropy", [logits], ours, theirs))
+
+
+@pytest.mark.parametrize(
+    "op",
+    [
+        lambda x, w: F.gelu(x, "tanh"),
+        lambda x, w: F.gelu(x),
+        lambda x, w: F.silu(x),
+        lambda x, w: F.swiglu(x, x * 2),
+        lambda x, w: F.layer_norm(x, 7, w, w),
+        lambda x, w: F.layer_norm(x, 7),
+        lambda x, w: F.rms_norm(x, 7, w),
+    ],
+)
+def test_what_is_made_again_is_what_was_made(op):
+    """To the last bit, and it is not kept: who remembers it gets another array. Without gradients it is."""
+    x, w = (Tensor(normal(*shape).astype(np.float32), requires_grad=True) for shape in ((2, 5, 7), (7,)))
+    with small_blocks():
+        y = op(x, w)
+        again = y.remembered()()
+        with no_grad():
+            z = op(x, w)
+    assert again is not y.data and again.shape == y.shape and again.tobytes() == y.data.tobytes()
+    assert z.remembered()() is z.data and z.data.tobytes() == y.data.tobytes()
+    assert x.remembered()() is x.data
 
 
 def test_elementwise_ops_beyond_one_block():

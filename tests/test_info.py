@@ -254,7 +254,8 @@ def test_memory_is_what_a_step_takes(work, one_thread):
 def test_each_kind_of_peak_is_among_the_works(one_thread):
     """Where the most is held, and of what: else a mistake in one of the moments would go unseen."""
     costs = {work: info.memory(*sizes) for work, sizes in WORKS.items()}
-    assert costs["deep"].peak_moment == "forward, block 11, gelu"
+    assert costs["deep"].peak_moment == "backward, block 11, gelu"
+    assert costs["narrow MLP"].peak_moment == "forward, block 1, dropout"
     assert costs["logits"].peak_moment == costs["logits, one chunk"].peak_moment == "forward, loss"
     assert costs["weights"].peak_moment == "update, AdamW"
     assert costs["attention, dropout"].peak_moment == "backward, block 0, attention"

@@ -315,8 +315,8 @@ def test_what_single_ops_keep_and_need():
     training = Training("gpt2, no dropout", batch=16)
     rows = {f"{r.place} {r.op}": r for r in profile(training.model, training.parts).rows}
     a = 4 * 16 * 64 * 32  # bytes of one residual stream
-    assert rows["h.*.mlp gelu"].keeps == 2 * 4 * a  # the slope, in two layers
-    assert rows["h.*.mlp.c_proj linear"].keeps == 2 * 4 * a  # GELU's output
+    assert rows["h.*.mlp gelu"].keeps == 2 * 4 * a  # its input, in two layers
+    assert rows["h.*.mlp.c_proj linear"].keeps == 0  # GELU's output, which can be made again
     assert rows["h.*.attn.c_proj linear"].keeps == 0  # attention's output, which attention keeps
     assert 4 * a <= rows["h.*.mlp.c_fc linear"].needs < 4.5 * a  # one call's output, and NumPy's own buffers
     assert rows["AdamW "].needs == pytest.approx(4 * 128 * 32, rel=0.1)  # a scratch for the largest matrix

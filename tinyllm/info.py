@@ -117,7 +117,7 @@ class Part(NamedTuple):
 
     name: str
     ops: list[Op]
-    streams: int = 1  # arrays of the residual stream meanwhile: its input, and in an MLP's half its own
+    streams: int = 2  # arrays like the residual stream meanwhile: the norm's output, the block's input, …
     kept_streams: int = 0  # how many of them some op keeps anyway
     residual: bool = True  # its result is added to the stream, whose gradient passes beside it
 
@@ -143,13 +143,13 @@ def _plan(model: Module, batch: int, context: int, dtype: np.dtype) -> Plan:
 def _gpt2_plan(config: GPT2Config, batch: int, context: int, dtype: np.dtype) -> Plan:
     """GPT-2. N = batch x context positions, C channels; a = N C is one residual stream.
 
-    A block keeps 16 a for the backward pass: the two norms 2 a and what they put out 2 a, q, k and v 3 a,
-    attention's output a, and, 4 C channels wide, GELU's output and its slope, 8 a.
+    A block keeps 10 a for the backward pass: the two norms 2 a, q, k and v 3 a, attention's output a, and,
+    4 C channels wide, what goes into GELU, 4 a. What norms and GELU put out is made again.
     """
     N, C, H = batch * context, config.n_embd, config.n_head
     inner = 4 * C if config.n_inner is None else config.n_inner
     a, i = N * C, N * inner
-    norm = Op("norm", a + N, 2 * C, gradients=a, forward=a, backward=a, inference=a)
+    norm = Op("norm", a + N, 2 * C, gradients=a, backward=a, inference=a)
     embedding = [
         # Added into place through a table of 64-bit positions.
         Op("embedding", weights=config.n_positions * C, backward=8 * a // dtype.itemsize),
@@ -159,24 +159,32 @@ def _gpt2_plan(config: GPT2Config, batch: int, context: int, dtype: np.dtype) ->
         embedding[0] = embedding[0]._replace(weights=(config.n_positions + config.vocab_size) * C)
     attention = [
         norm._replace(name="ln_1"),
-        Op("c_attn", a, 3 * C * (C + config.qkv_bias), gradients=a, forward=3 * a, inference=3 * a),
+        Op(
+            "c_attn",
+            0,
+            3 * C * (C + config.qkv_bias),
+            gradients=a,
+            forward=3 * a,
+            backward=a,
+            inference=3 * a,
+        ),
         Op("split", gradients=3 * a),  # the gradients of q, k and v are put into one array
         _attention(batch, context, H, H, C // H, config.attn_pdrop),
         # Without gradients q, k and v are still there, because their names are in use.
         Op("attn.c_proj", 0, C * (C + 1), gradients=a, forward=a, inference=5 * a),
         *_dropout(config.resid_pdrop, a),
     ]
-    blocks = 6 * num_threads() * min(BLOCK, i)  # GELU's intermediates, a block in every thread
+    block = num_threads() * min(BLOCK, i)  # of GELU's intermediates, in every thread
     mlp = [
         norm._replace(name="ln_2"),
-        Op("c_fc", a, inner * (C + 1), gradients=a, forward=i, inference=i),
-        Op("gelu", i, gradients=i, forward=2 * i + blocks, inference=2 * i + blocks),
-        Op("mlp.c_proj", i, C * (inner + 1), gradients=i, forward=a, inference=a + i),
+        Op("c_fc", 0, inner * (C + 1), gradients=a, forward=i, backward=a, inference=i),
+        Op("gelu", i, gradients=i, forward=i + 3 * block, backward=5 * block, inference=2 * i + 3 * block),
+        Op("mlp.c_proj", 0, C * (inner + 1), gradients=i, forward=a + i, backward=i, inference=a + i),
         *_dropout(config.resid_pdrop, a),
     ]
-    parts = [Part("embedding", embedding, residual=False)]
+    parts = [Part("embedding", embedding, streams=1, residual=False)]
     for number in range(config.n_layer):
-        parts += [Part(f"block {number}", attention), Part(f"block {number}", mlp, streams=2)]
+        parts += [Part(f"block {number}", attention), Part(f"block {number}", mlp, streams=3)]
     parts.append(Part("the end", [norm._replace(name="ln_f")], residual=False))
     head_weights = config.vocab_size * (C + config.lm_head_bias)
     return Plan(config.n_layer, C, H, H, C // H, config.vocab_size, head_weights, parts)
@@ -185,14 +193,14 @@ def _gpt2_plan(config: GPT2Config, batch: int, context: int, dtype: np.dtype) ->
 def _llama_plan(config: LlamaConfig, batch: int, context: int, dtype: np.dtype) -> Plan:
     """Llama. a = N C, and q, k and f are the numbers of all queries, of all keys, and of an MLP's inside.
 
-    A block keeps 4 a + 2 q + 2 k + 3 f: what goes into the norms 2 a and what they put out 2 a, q, k and v,
-    attention's output, the gate, what it lets pass or not, and their product.
+    A block keeps 2 a + 2 q + 2 k + 2 f: what goes into the norms 2 a, q, k and v, attention's output, the
+    gate, and what it lets pass or not. What norms and gate put out is made again.
     """
     N, C, F = batch * context, config.hidden_size, config.intermediate_size
     H, G, D = config.num_attention_heads, config.num_key_value_heads, config.head_dim
     a, q, k, f = N * C, N * H * D, N * G * D, N * F
-    # Backward, the stream's gradient and the norm's become one new array.
-    norm = Op("norm", a + N, C, gradients=a, forward=a, backward=a)
+    # Backward, the gradients that were added up to the one that arrives are still there.
+    norm = Op("norm", a + N, C, gradients=a, backward=2 * a)
     embedding_weights = 0 if config.tie_word_embeddings else config.vocab_size * C
     embedding = [
         Op("embed_tokens", weights=embedding_weights, backward=8 * a // dtype.itemsize),
@@ -204,7 +212,6 @@ def _llama_plan(config: LlamaConfig, batch: int, context: int, dtype: np.dtype) 
         # All three give a gradient of their one input: two, and their sum, are there at a time.
         Op(
             "q_proj, k_proj, v_proj",
-            keeps=a,
             weights=(C + bias) * (H + 2 * G) * D,
             gradients=a,
             forward=q + 2 * k,
@@ -220,11 +227,10 @@ def _llama_plan(config: LlamaConfig, batch: int, context: int, dtype: np.dtype) 
         norm._replace(name="post_attention_layernorm"),
         Op(
             "gate_proj, up_proj",
-            keeps=a,
             weights=2 * (C + config.mlp_bias) * F,
             gradients=a,
             forward=2 * f,
-            backward=max(0, 2 * a - f),
+            backward=max(a, 2 * a - f),
             inference=2 * f,
         ),
         Op(
@@ -235,12 +241,14 @@ def _llama_plan(config: LlamaConfig, batch: int, context: int, dtype: np.dtype) 
             backward=3 * blocks,
             inference=3 * f + 2 * blocks,
         ),
-        Op("down_proj", f, (F + config.mlp_bias) * C, gradients=f, forward=a, inference=a + f),
+        Op(
+            "down_proj", 0, (F + config.mlp_bias) * C, gradients=f, forward=a + f, backward=f, inference=a + f
+        ),
     ]
-    parts = [Part("embedding", embedding, residual=False)]
+    parts = [Part("embedding", embedding, streams=1, residual=False)]
     for number in range(config.num_hidden_layers):
         name = f"block {number}"
-        parts += [Part(name, attention, kept_streams=1), Part(name, mlp, streams=2, kept_streams=2)]
+        parts += [Part(name, attention, kept_streams=1), Part(name, mlp, streams=3, kept_streams=2)]
     parts.append(Part("the end", [norm._replace(name="norm", backward=0)], kept_streams=1, residual=False))
     vocabulary = config.vocab_size
     return Plan(config.num_hidden_layers, C, H, G, D, vocabulary, vocabulary * C, parts)
@@ -352,7 +360,7 @@ def memory(model: Model, batch: int, context: int, dtype="float32", optimizer: b
     diary.write("update", "AdamW", min(largest, num_threads() * BLOCK))
 
     tables = sum(op.keeps for op in plan.parts[0].ops)  # what the embedding makes for all layers
-    inference = max((part.streams + 1) * a + op.inference for part in plan.parts for op in part.ops)
+    inference = max(part.streams * a + op.inference for part in plan.parts for op in part.ops)
     return Memory(
         weights=size * weights,
         gradients=size * diary.held["gradients"],

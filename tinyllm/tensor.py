@@ -222,14 +222,14 @@ class Tensor:
     dtype; integer and boolean arrays are converted to it.
     """
 
-    __slots__ = ("data", "node")
+    __slots__ = ("again", "data", "node")
     __array_ufunc__ = None  # ndarray * Tensor is ours: NumPy hands it to __rmul__
 
     def __init__(self, data, requires_grad: bool = False):
         if isinstance(data, Tensor):
             raise Error("Tensor(tensor) is ambiguous; use tensor.detach(), or Tensor(tensor.data)")
         self.data = _as_array(data) if hasattr(data, "dtype") else np.asarray(data)
-        self.node = None
+        self.node = self.again = None
         if requires_grad:
             if self.data.dtype.kind != "f":
                 raise Error(f"only floating-point tensors have gradients, and this is {self.data.dtype}")
@@ -253,6 +253,20 @@ class Tensor:
             if any(node is not None for node in nodes):
                 out.node = Node(nodes, vjp, out.data.shape, out.data.dtype)
         return out
+
+    def with_again(self, again) -> Tensor:
+        """This result, which ``again()`` can make once more, to the last bit, from what its vjp holds.
+
+        So whoever needs it for a gradient need not keep it: time is given for memory.
+        """
+        if self.node is not None:
+            self.again = again
+        return self
+
+    def remembered(self):
+        """() -> the array, for a closure to hold: it is kept, unless the op it is from can make it again."""
+        data = self.data
+        return self.again or (lambda: data)
 
     def backward(self, grad=None) -> None:
         """Add dL/d(leaf) to ``.grad`` of every leaf this tensor was computed from.

@@ -8,7 +8,9 @@ from tinyllm.device import dropout_mask, each_block, next_address
 from tinyllm.errors import Error
 from tinyllm.tensor import Tensor, as_rows
 
-SQRT_2_OVER_PI = math.sqrt(2 / math.pi)
+# GPT-2's GELU: 2u = LINEAR x + CUBIC x³
+LINEAR = 2 * math.sqrt(2 / math.pi)
+CUBIC = 0.044715 * LINEAR
 
 
 def gelu(input: Tensor, approximate: str = "none") -> Tensor:
@@ -18,48 +20,66 @@ def gelu(input: Tensor, approximate: str = "none") -> Tensor:
     ``"none"`` is exact, through erf: Φ(x) = ½ (1 + erf(x/√2)); it needs scipy.
     """
     if approximate == "tanh":
-        return _elementwise(input, _gelu_tanh)
+        return _elementwise(input, _gelu_tanh, _gelu_tanh_slope)
     if approximate == "none":
-        return _elementwise(input, _gelu_erf)
+        return _elementwise(input, _gelu_erf, _gelu_erf_slope)
     raise Error(f"gelu: approximate must be 'none' or 'tanh', not {approximate!r}")
 
 
-def _elementwise(input: Tensor, function) -> Tensor:
-    """y = f(x) with ``function(x) -> (f(x), f'(x))``, in blocks: x is in the cache for both.
+def _elementwise(input: Tensor, value, slope) -> Tensor:
+    """y = f(x), block by block, with ``value(x)`` = f(x) and ``slope(x)`` = f'(x).
 
-    The derivative is formed in the forward pass and kept in x's place: the same memory, and the
-    backward pass is one multiplication.
+    Only x is kept. The backward pass computes the slope from it, and y again if somebody needs it there:
+    that takes less time than two more arrays take memory.
     """
-    x = input.data.reshape(-1)
-    y, slope = np.empty_like(x), np.empty_like(x) if input.wants_grad else None
+    x, shape = input.data.reshape(-1), input.shape
 
-    def forward(block):
-        y[block], slope_here = function(x[block])
-        if slope is not None:
-            slope[block] = slope_here
+    def result():
+        y = np.empty_like(x)
 
-    each_block(forward, x.size, 1, like=x)
-    shape = input.shape
-    return Tensor.from_op(y.reshape(shape), (input,), lambda grad: (grad * slope.reshape(shape),))
+        def forward(block):
+            y[block] = value(x[block])
+
+        each_block(forward, x.size, 1, like=x)
+        return y.reshape(shape)
+
+    def vjp(grad):
+        g, dx = grad.reshape(-1), np.empty_like(x)
+
+        def backward(block):
+            np.multiply(g[block], slope(x[block]), out=dx[block])
+
+        each_block(backward, x.size, 1, like=x)
+        return (dx.reshape(shape),)
+
+    return Tensor.from_op(result(), (input,), vjp).with_again(result)
 
 
 def _gelu_tanh(x):
-    """½ (1 + tanh u) = σ(2u), so y = x s with s = σ(2u), and dy/dx = s + x s (1 - s) 2u'."""
+    """½ (1 + tanh u) = σ(2u), so y = x σ(2u)."""
+    return x * _sigmoid(x * (LINEAR + CUBIC * x * x))
+
+
+def _gelu_tanh_slope(x):
+    """dy/dx = s + x s (1 - s) 2u' with s = σ(2u)."""
     square = x * x
-    two_u = (2 * SQRT_2_OVER_PI) * x * (1 + 0.044715 * square)
-    with np.errstate(over="ignore"):  # exp(large) = inf gives s = 0, as it should
-        s = 1 / (1 + np.exp(-two_u))
-    y = x * s
-    two_du = (2 * SQRT_2_OVER_PI) * (1 + 3 * 0.044715 * square)
-    return y, s + y * (1 - s) * two_du
+    s = _sigmoid(x * (LINEAR + CUBIC * square))
+    return s + x * s * (1 - s) * (LINEAR + 3 * CUBIC * square)
+
+
+def _normal_cdf(x):
+    from scipy.special import erf  # here, not above: GPT-2 does not need it, and scipy is large
+
+    return 0.5 * (1 + erf(x * math.sqrt(0.5)))
 
 
 def _gelu_erf(x):
-    """y = x Φ(x), and dy/dx = Φ(x) + x φ(x) with the normal density φ(x) = exp(-x²/2) / sqrt(2π)."""
-    from scipy.special import erf  # here, not above: GPT-2 does not need it, and scipy is large
+    return x * _normal_cdf(x)
 
-    cdf = 0.5 * (1 + erf(x * math.sqrt(0.5)))
-    return x * cdf, cdf + x * np.exp(-0.5 * x * x) * (1 / math.sqrt(2 * math.pi))
+
+def _gelu_erf_slope(x):
+    """dy/dx = Φ(x) + x φ(x) with the normal density φ(x) = exp(-x²/2) / sqrt(2π)."""
+    return _normal_cdf(x) + x * np.exp(-0.5 * x * x) * (1 / math.sqrt(2 * math.pi))
 
 
 def silu(input: Tensor) -> Tensor:
@@ -67,14 +87,16 @@ def silu(input: Tensor) -> Tensor:
 
     dx = g (σ(x) + x σ(x) (1 - σ(x))). Hendrycks, Gimpel: arXiv 1606.08415, section 2.
     """
-    return _elementwise(input, _silu)
+    return _elementwise(input, _silu, _silu_slope)
 
 
 def _silu(x):
-    """y = x s with s = σ(x), and dy/dx = s + y (1 - s)."""
+    return x * _sigmoid(x)
+
+
+def _silu_slope(x):
     s = _sigmoid(x)
-    y = x * s
-    return y, s + y * (1 - s)
+    return s + x * s * (1 - s)
 
 
 def _sigmoid(x):
@@ -86,37 +108,40 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     """y = silu(a) u for a = ``gate`` and u = ``up``, both (..., F): a decides how much of u passes.
 
     With g = dL/dy: da = g u silu'(a), du = g silu(a). Only a and u are kept, which exist anyway; the
-    backward pass computes σ(a) again, which takes less time than two more arrays take memory.
+    backward pass computes σ(a) again, and y: that takes less time than three more arrays take memory.
 
     Shazeer, "GLU Variants Improve Transformer", arXiv 2002.05202, section 2.
     """
     if gate.ndim == 0 or gate.shape != up.shape:
         raise Error(f"swiglu takes gate and up of one shape (..., F), not {gate.shape} and {up.shape}")
     a, u = as_rows(gate.data), as_rows(up.data)  # (N, F)
-    y = np.empty_like(a)
-
-    def forward(rows):
-        s = _sigmoid(a[rows])
-        s *= a[rows]
-        np.multiply(s, u[rows], out=y[rows])
-
-    each_block(forward, *a.shape, like=a)
     shape = gate.shape
+
+    def result():
+        y = np.empty_like(a)
+
+        def forward(rows):
+            np.multiply(_silu(a[rows]), u[rows], out=y[rows])
+
+        each_block(forward, *a.shape, like=a)
+        return y.reshape(shape)
 
     def vjp(grad):
         g = as_rows(grad)  # (N, F)
         da, du = np.empty_like(a), np.empty_like(u)
 
         def backward(rows):
-            silu_a, slope = _silu(a[rows])
+            s = _sigmoid(a[rows])
+            silu_a = a[rows] * s
             np.multiply(g[rows], silu_a, out=du[rows])
+            slope = s + silu_a * (1 - s)
             slope *= u[rows]
             np.multiply(g[rows], slope, out=da[rows])
 
         each_block(backward, *g.shape, like=g)
         return da.reshape(shape), du.reshape(shape)
 
-    return Tensor.from_op(y.reshape(shape), (gate, up), vjp)
+    return Tensor.from_op(result(), (gate, up), vjp).with_again(result)
 
 
 def softmax(input: Tensor, dim: int = -1) -> Tensor:

@@ -22,12 +22,13 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     y = matmul(x, w.T)
     if bias is not None:
         y += bias.data
+    remembered = input.remembered()  # for dW
     needs = [input.requires_grad, weight.requires_grad, bias is not None and bias.requires_grad]
 
     def vjp(grad):
         grad = as_rows(grad)  # (N, C_out)
         dx = matmul(grad, w).reshape(*lead, w.shape[1]) if needs[0] else None
-        dw = matmul(grad.T, x) if needs[1] else None
+        dw = matmul(grad.T, as_rows(remembered())) if needs[1] else None
         db = grad.sum(axis=0) if needs[2] else None
         return dx, dw, db
 

@@ -26,23 +26,26 @@ def layer_norm(
     x = as_rows(input.data)  # (N, C)
     w = None if weight is None else weight.data
     b = None if bias is None else bias.data
-    x_hat, y = np.empty_like(x), np.empty_like(x)
+    x_hat, shape = np.empty_like(x), input.shape
     inv_std = np.empty((len(x), 1), x.dtype, like=x)
 
-    def forward(rows):
+    def normalize(rows):
         centred = np.subtract(x[rows], x[rows].mean(axis=1, keepdims=True), out=x_hat[rows])
-        np.multiply(centred, centred, out=y[rows])  # y is scratch here
-        inv_std[rows] = 1 / np.sqrt(y[rows].mean(axis=1, keepdims=True) + eps)
+        inv_std[rows] = 1 / np.sqrt((centred * centred).mean(axis=1, keepdims=True) + eps)
         centred *= inv_std[rows]
-        if w is None:
-            y[rows] = centred
-        else:
-            np.multiply(centred, w, out=y[rows])
-        if b is not None:
-            y[rows] += b
 
-    each_block(forward, *x.shape, like=x)
-    shape = input.shape
+    each_block(normalize, *x.shape, like=x)
+
+    def result():
+        y = np.empty_like(x_hat)
+
+        def forward(rows):
+            np.multiply(x_hat[rows], 1 if w is None else w, out=y[rows])
+            if b is not None:
+                y[rows] += b
+
+        each_block(forward, *y.shape, like=y)
+        return y.reshape(shape)
 
     def vjp(grad):
         g = as_rows(grad)  # (N, C)
@@ -60,7 +63,7 @@ def layer_norm(
         db = None if b is None else g.sum(axis=0)
         return dx.reshape(shape), dw, db
 
-    return Tensor.from_op(y.reshape(shape), (input, weight, bias), vjp)
+    return Tensor.from_op(result(), (input, weight, bias), vjp).with_again(result)
 
 
 def rms_norm(
@@ -79,17 +82,23 @@ def rms_norm(
     x = as_rows(input.data)  # (N, C)
     w = None if weight is None else weight.data
     eps = float(np.finfo(x.dtype).eps) if eps is None else eps
-    y, inv_rms = np.empty_like(x), np.empty((len(x), 1), x.dtype, like=x)
+    inv_rms, shape = np.empty((len(x), 1), x.dtype, like=x), input.shape
 
-    def forward(rows):
-        square = np.multiply(x[rows], x[rows], out=y[rows])  # y is scratch here
-        inv_rms[rows] = 1 / np.sqrt(square.mean(axis=1, keepdims=True) + eps)
-        np.multiply(x[rows], inv_rms[rows], out=y[rows])
-        if w is not None:
-            y[rows] *= w
+    def measure(rows):
+        inv_rms[rows] = 1 / np.sqrt((x[rows] * x[rows]).mean(axis=1, keepdims=True) + eps)
 
-    each_block(forward, *x.shape, like=x)
-    shape = input.shape
+    each_block(measure, *x.shape, like=x)
+
+    def result():
+        y = np.empty_like(x)
+
+        def forward(rows):
+            np.multiply(x[rows], inv_rms[rows], out=y[rows])
+            if w is not None:
+                y[rows] *= w
+
+        each_block(forward, *y.shape, like=y)
+        return y.reshape(shape)
 
     def vjp(grad):  # x̂ is formed again from x, which costs one pass and saves an array as large as x
         g = as_rows(grad)  # (N, C)
@@ -109,7 +118,7 @@ def rms_norm(
         dw = None if w is None else sum(dw_parts[start] for start in sorted(dw_parts))
         return dx.reshape(shape), dw
 
-    return Tensor.from_op(y.reshape(shape), (input, weight), vjp)
+    return Tensor.from_op(result(), (input, weight), vjp).with_again(result)
 
 
 def _check_shape(op, normalized_shape, input):
