@@ -95,7 +95,9 @@ def run_tinyllm(folder: str, sizes: Sizes, threads: int, started: float) -> dict
     import numpy as np
 
     from tinyllm import generate, load_model, no_grad
+    from tinyllm.device import keep_memory
 
+    keep_memory()  # as ``tinyllm generate`` does
     model = load_model(folder)
     prompt, long_prompt = (np.array([ids_of(count)]) for count in (sizes.prompt, sizes.long_prompt))
     next(generate(model, prompt, sizes.new, temperature=0))

@@ -18,6 +18,7 @@ import tyro
 from tinyllm.bpe import parse_bpe
 from tinyllm.chat import encode_chat
 from tinyllm.config import PRESETS, TrainConfig
+from tinyllm.device import keep_memory
 from tinyllm.errors import Error
 from tinyllm.generate import generate
 from tinyllm.info import describe
@@ -83,6 +84,7 @@ def _generate(config: GenerateConfig) -> None:
     else:
         model, tokenizer = load_model_and_tokenizer(config.model)
     ids = _prompt(config, tokenizer)
+    keep_memory()
     if config.grid:
         return _print_grid(model, tokenizer, ids, config)
     rng = np.random.default_rng(config.seed)

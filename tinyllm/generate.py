@@ -93,6 +93,7 @@ def _is_ragged(ids) -> bool:
 def _steps(model, ids, padding, max_new_tokens, sampling, rng, stop_ids, use_cache):
     B, T = ids.shape
     cache = model.new_cache(B, T + max_new_tokens, padding) if use_cache else None
+    modules = [module for _, module in model.named_modules()]
     unread, finished = ids, np.zeros(B, bool)
     for _ in range(max_new_tokens):
         if cache is not None and cache.length + unread.shape[1] > cache.room:  # the context is full
@@ -100,7 +101,8 @@ def _steps(model, ids, padding, max_new_tokens, sampling, rng, stop_ids, use_cac
                 cache = None
             else:
                 cache.drop_oldest(max(1, cache.room // 4))
-        logits = _read_window(model, ids, padding) if cache is None else _read(model, unread, cache)
+        with evaluating(model, modules):
+            logits = _read_window(model, ids, padding) if cache is None else _read(model, unread, cache)
         tokens = choose_tokens(logits, rng.random(B), *sampling)
         tokens = np.where(finished, ids[:, -1], tokens)  # (B,)
         ids = np.concatenate([ids, tokens[:, None]], axis=1)
@@ -113,7 +115,7 @@ def _steps(model, ids, padding, max_new_tokens, sampling, rng, stop_ids, use_cac
 def _read(model, ids, cache=None) -> np.ndarray:
     """The logits (B, V), on the host, of what follows the ids (B, T), which follow what the cache holds."""
     # Each of a step's many small products would else hold BLAS to one thread by itself.
-    with evaluating(model), no_grad(), one_blas_thread():
+    with no_grad(), one_blas_thread():
         return to_device(model(ids, last_only=True, cache=cache).data[:, 0], "cpu")
 
 

