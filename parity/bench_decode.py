@@ -92,14 +92,12 @@ def run_side(side: str, folder: str, sizes: Sizes, threads: int, started: float)
 
 def run_tinyllm(folder: str, sizes: Sizes, threads: int, started: float) -> dict:
     """Its number of threads comes from the environment, which ``measure`` sets."""
-    import numpy as np
-
-    from tinyllm import generate, load_model, no_grad
+    from tinyllm import generate, load_model, no_grad  # before NumPy, as in ``tinyllm generate``
     from tinyllm.device import keep_memory
 
     keep_memory()  # as ``tinyllm generate`` does
     model = load_model(folder)
-    prompt, long_prompt = (np.array([ids_of(count)]) for count in (sizes.prompt, sizes.long_prompt))
+    prompt, long_prompt = ([ids_of(count)] for count in (sizes.prompt, sizes.long_prompt))
     next(generate(model, prompt, sizes.new, temperature=0))
     first_token_s = time.time() - started
 

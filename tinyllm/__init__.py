@@ -1,5 +1,11 @@
 """tinyllm: language models you can read, in NumPy, every number proven against PyTorch."""
 
+import os
+import sys
+
+if "numpy" not in sys.modules:  # OpenBLAS reads it when it is loaded; device.step_of_few_rows says why
+    os.environ.setdefault("OPENBLAS_THREAD_TIMEOUT", "20")
+
 from tinyllm import functional, nn, optim
 from tinyllm.device import manual_seed
 from tinyllm.errors import Error

@@ -148,7 +148,6 @@ def peak_memory() -> int | None:
 
 SMALL_PRODUCT = 2**20  # multiplications: below, starting a second thread costs more than it saves
 FEW_ROWS = 16  # below, a product takes the time of reading its matrix
-LARGE_MATRIX = 2**22  # elements: where reading it takes ten times as long as starting a second thread
 BLOCK = 128 * 1024  # elements: small enough for the cache, large enough that the GIL is no bottleneck
 
 
@@ -213,24 +212,39 @@ def one_blas_thread():
         _Workers.busy.one_blas_thread = False
 
 
+def step_of_few_rows():
+    """What to put around a pass of the model over few rows, as when a text is written token by token.
+
+    Its products take the time of reading every weight once, and BLAS's own threads, still awake from the
+    product before, share that in two microseconds where our pool would take fifty: measured on two cores,
+    18 ms a token of SmolLM2-135M instead of 27. But OpenBLAS's threads stay awake for 2**26 ticks of the
+    clock, offering their core to others all that time, and where another program takes it each product
+    waits for it to come back: 600 ms a token. With OPENBLAS_THREAD_TIMEOUT=20, 2**20 ticks, it is 50.
+    OpenBLAS reads that when it is loaded: ``import tinyllm`` sets it if NumPy is not there yet. Without it
+    BLAS has one thread in this block.
+    """
+    return contextlib.nullcontext() if _BLAS_FALLS_ASLEEP else one_blas_thread()
+
+
+_BLAS_FALLS_ASLEEP = "OPENBLAS_THREAD_TIMEOUT" in os.environ
+
+
 def matmul(a, b, out=None):
-    """a @ b for matrices, the rows of the result shared out among our threads; of few rows, the columns.
+    """a @ b for matrices, the rows of the result shared out among our threads.
 
     BLAS could use all cores by itself, but its threads go on spinning for a while after each product, and
-    take the cores from the elementwise work that follows. With few rows, as when a text is written token by
-    token, the time goes into reading b: each thread reads its own columns.
+    take the cores from the elementwise work that follows. After a product of few rows there is hardly any:
+    it is left to BLAS (see ``step_of_few_rows``).
     """
+    if not isinstance(a, np.ndarray) or len(a) < FEW_ROWS:
+        return np.matmul(a, b, out=out)
     if out is None:
         out = np.empty((a.shape[0], b.shape[1]), a.dtype, like=a)
     with one_blas_thread():
-        if not isinstance(a, np.ndarray) or a.size * b.shape[1] <= SMALL_PRODUCT:
+        if a.size * b.shape[1] <= SMALL_PRODUCT:
             np.matmul(a, b, out=out)
-        elif len(a) >= FEW_ROWS:
-            run_tasks(lambda part: np.matmul(a[part], b, out=out[part]), _shares(len(a)))
-        elif b.size >= LARGE_MATRIX:
-            run_tasks(lambda part: np.matmul(a, b[:, part], out=out[:, part]), _shares(b.shape[1]))
         else:
-            np.matmul(a, b, out=out)
+            run_tasks(lambda part: np.matmul(a[part], b, out=out[part]), _shares(len(a)))
     return out
 
 

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 from tinyllm.data import check_ids, is_integer
-from tinyllm.device import one_blas_thread, to_device
+from tinyllm.device import step_of_few_rows, to_device
 from tinyllm.errors import Error
 from tinyllm.nn import evaluating
 from tinyllm.tensor import no_grad
@@ -114,8 +114,7 @@ def _steps(model, ids, padding, max_new_tokens, sampling, rng, stop_ids, use_cac
 
 def _read(model, ids, cache=None) -> np.ndarray:
     """The logits (B, V), on the host, of what follows the ids (B, T), which follow what the cache holds."""
-    # Each of a step's many small products would else hold BLAS to one thread by itself.
-    with no_grad(), one_blas_thread():
+    with no_grad(), step_of_few_rows():
         return to_device(model(ids, last_only=True, cache=cache).data[:, 0], "cpu")
 
 

@@ -9,17 +9,17 @@ from __future__ import annotations
 import contextlib
 import math
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from tinyllm import functional as F
-from tinyllm.device import to_device
+from tinyllm.device import FEW_ROWS, matmul, to_device
 from tinyllm.errors import Error
 from tinyllm.pretrained import check_names_and_shapes
-from tinyllm.tensor import Tensor
+from tinyllm.tensor import Tensor, as_rows
 
 
 class Module:
@@ -86,17 +86,24 @@ class Module:
         """Convert every parameter, in place; gradients are dropped. A stand-in (see ``normal``) stays one."""
         for parameter in self.parameters():
             data = parameter.data
-            if data.size > 1 and not any(data.strides):
+            if _is_stand_in(data):
                 parameter.replace(np.broadcast_to(np.zeros((), dtype), data.shape))
             else:
                 parameter.replace(data.astype(dtype))
+        self.fuse()
         return self
 
     def to(self, device: str):
         """Move every parameter to "cpu", "cuda", "cuda:1" …, in place; gradients are dropped."""
         for parameter in self.parameters():
             parameter.replace(to_device(parameter.data, device))
+        self.fuse()
         return self
+
+    def fuse(self) -> None:
+        """Called when parameters have new arrays: a module may ``fuse_rows`` of its linear layers."""
+        for _, child in self.children():
+            child.fuse()
 
     def layout(self, name: str, array):
         """Between a parameter as this module computes with it and as a checkpoint stores it.
@@ -127,6 +134,7 @@ class Module:
         for full, owner, name, parameter in entries:
             array = owner.layout(name, arrays[keys[full]])
             parameter.replace(array.astype(parameter.dtype, order="C", copy=True))
+        self.fuse()
 
 
 @contextlib.contextmanager
@@ -160,15 +168,63 @@ def normal(rng: np.random.Generator | None, shape, std: float) -> Tensor:
     return Tensor(data, requires_grad=True)
 
 
+def _is_stand_in(data) -> bool:
+    return data.size > 1 and not any(data.strides)
+
+
 class Linear(Module):
     """y = x Wᵀ + b; W (out, in) from N(0, std²), b zero. The rng is as in ``normal``."""
 
     def __init__(self, in_features: int, out_features: int, bias: bool = True, *, rng, std: float = 0.02):
         self.weight = normal(rng, (out_features, in_features), std)
         self.bias = Tensor(np.zeros(out_features, np.float32), requires_grad=True) if bias else None
+        self.fused = None  # after ``fuse_rows``: the buffer, and the weight's first row in it
 
     def forward(self, x):
         return F.linear(x, self.weight, self.bias)
+
+
+def fuse_rows(*layers: Linear) -> None:
+    """Lay the weights below each other in one buffer, for ``fused``; they become views of it."""
+    weights = [layer.weight.data for layer in layers]
+    if any(map(_is_stand_in, weights)):
+        return
+    buffer, first = np.concatenate(weights), 0
+    for layer, weight in zip(layers, weights):
+        layer.weight.data, layer.fused = buffer[first : first + len(weight)], (buffer, first)
+        first += len(weight)
+
+
+def fused(x: Tensor, *layers: Linear) -> list[Tensor]:
+    """[layer(x) for layer in layers]; when a text is written token by token, in one product.
+
+    A product of few rows takes the time of reading its matrix, and one large matrix is read faster than
+    several small ones. Layers whose weights no longer lie as ``fuse_rows`` laid them, because one was given
+    another array or another layer took its place, are applied one by one.
+    """
+    few = x.ndim > 1 and math.prod(x.shape[:-1]) < FEW_ROWS
+    if not few or x.wants_grad or _watch.callback is not None or not _lie_fused(layers):
+        return [layer(x) for layer in layers]
+    y = matmul(as_rows(x.data), layers[0].fused[0].T)
+    parts = []
+    for layer in layers:
+        first, rows = layer.fused[1], layer.weight.data.shape[0]
+        part = Tensor(y[:, first : first + rows].reshape(*x.shape[:-1], rows))
+        parts.append(part if layer.bias is None else part + layer.bias)
+    return parts
+
+
+def _lie_fused(layers: Sequence[Linear]) -> bool:
+    """Whether the weights are the whole of one buffer in this order, and no gradient is wanted."""
+    first = 0
+    for layer in layers:
+        if type(layer) is not Linear or layer.fused is None or layer.weight.wants_grad:
+            return False
+        weight, (buffer, row) = layer.weight.data, layer.fused
+        if weight.base is not buffer or buffer is not layers[0].fused[0] or row != first:
+            return False
+        first += weight.shape[0]
+    return first == len(buffer)
 
 
 class Embedding(Module):

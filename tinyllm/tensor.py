@@ -245,9 +245,10 @@ class Tensor:
         optional input that was not given.
         """
         out = Tensor(data)
-        if len({parent.data.dtype for parent in parents if parent is not None}) > 1:
-            dtypes = ", ".join(str(parent.dtype) for parent in parents if parent is not None)
-            raise Error(f"an op got inputs of {dtypes}: convert them to one dtype with astype()")
+        dtypes = [parent.data.dtype for parent in parents if parent is not None]
+        if dtypes.count(dtypes[0]) < len(dtypes):
+            names = ", ".join(map(str, dtypes))
+            raise Error(f"an op got inputs of {names}: convert them to one dtype with astype()")
         if _mode.recording:
             nodes = tuple(None if parent is None else parent.node for parent in parents)
             if any(node is not None for node in nodes):

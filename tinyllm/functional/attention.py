@@ -53,6 +53,8 @@ def scaled_dot_product_attention(
     R = H // G if G else 1  # query heads to each key-value head
     scale = 1 / math.sqrt(D) if scale is None else scale
     mask = None if attn_mask is None else np.broadcast_to(attn_mask, (B, H, T, S))
+    if T == 1 and S and G and not (dropout_p or query.wants_grad or key.wants_grad or value.wants_grad):
+        return Tensor(_of_one_query(q, k, v, mask, scale))
     address = next_address() if dropout_p else None
     step = max(1, QUERY_BLOCK // R)  # the rows of R heads make one block
     tasks = _head_groups(B, G, R * min(T, step) * S, like=q)
@@ -159,6 +161,21 @@ def scaled_dot_product_attention(
     return Tensor.from_op(out.reshape(B, H, T, v.shape[3]), (query, key, value), vjp)
 
 
+def _of_one_query(q, k, v, mask, scale):
+    """The same for one query that sees every key, without a gradient: a step of writing token by token."""
+    (B, H, _, D), G, E = q.shape, k.shape[1], v.shape[3]
+    p = (q * scale).reshape(B, G, H // G, D) @ k.swapaxes(-1, -2)  # (B, G, R, S)
+    if mask is not None:
+        mask = mask.reshape(p.shape)
+        p = np.where(mask, p, -np.inf) if mask.dtype == bool else p + mask
+    peak = p.max(axis=-1, keepdims=True)
+    p -= peak if mask is None else np.maximum(peak, float(np.finfo(p.dtype).min))
+    np.exp(p, out=p)
+    out = p @ v  # (B, G, R, E)
+    out /= np.maximum(p.sum(axis=-1, keepdims=True), 1)
+    return out.reshape(B, H, 1, E)
+
+
 def _check_shapes(q, k, v, mask, dropout_p, enable_gqa):
     if q.ndim != 4 or k.ndim != 4 or v.ndim != 4:
         raise Error(f"attention takes query, key and value (B, H, T, D), not {q.shape}, {k.shape}, {v.shape}")
@@ -214,15 +231,14 @@ def _turn(x, cos, sin):
     """Every pair (a, b) of x (B, H, T, D) turned; a block of positions at a time."""
     B, H, T, D = x.shape
     y = np.empty_like(x)
-    a, b = x[..., : D // 2], x[..., D // 2 :]
-    y_a, y_b = y[..., : D // 2], y[..., D // 2 :]
 
     def turn(t):
-        c, s = cos[..., t, :], sin[..., t, :]
-        np.multiply(a[:, :, t], c, out=y_a[:, :, t])
-        np.multiply(b[:, :, t], c, out=y_b[:, :, t])
-        y_a[:, :, t] -= b[:, :, t] * s
-        y_b[:, :, t] += a[:, :, t] * s
+        c, s, x_t, y_t = cos[..., t, :], sin[..., t, :], x[:, :, t], y[:, :, t]
+        a, b, y_a, y_b = x_t[..., : D // 2], x_t[..., D // 2 :], y_t[..., : D // 2], y_t[..., D // 2 :]
+        np.multiply(a, c, out=y_a)
+        y_a -= b * s
+        np.multiply(b, c, out=y_b)
+        y_b += a * s
 
     each_block(turn, T, B * H * D, like=x)
     return y

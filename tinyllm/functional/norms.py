@@ -84,21 +84,24 @@ def rms_norm(
     eps = float(np.finfo(x.dtype).eps) if eps is None else eps
     inv_rms, shape = np.empty((len(x), 1), x.dtype, like=x), input.shape
 
-    def measure(rows):
-        inv_rms[rows] = 1 / np.sqrt((x[rows] * x[rows]).mean(axis=1, keepdims=True) + eps)
-
-    each_block(measure, *x.shape, like=x)
+    def scaled(y, rows):
+        np.multiply(x[rows], inv_rms[rows], out=y[rows])
+        if w is not None:
+            y[rows] *= w
 
     def result():
         y = np.empty_like(x)
-
-        def forward(rows):
-            np.multiply(x[rows], inv_rms[rows], out=y[rows])
-            if w is not None:
-                y[rows] *= w
-
-        each_block(forward, *y.shape, like=y)
+        each_block(lambda rows: scaled(y, rows), *x.shape, like=x)
         return y.reshape(shape)
+
+    y = np.empty_like(x)
+
+    def forward(rows):
+        squares = (x[rows] * x[rows]).sum(axis=1, keepdims=True)
+        inv_rms[rows] = 1 / np.sqrt(squares / x.shape[1] + eps)
+        scaled(y, rows)
+
+    each_block(forward, *x.shape, like=x)
 
     def vjp(grad):  # x̂ is formed again from x, which costs one pass and saves an array as large as x
         g = as_rows(grad)  # (N, C)
@@ -118,7 +121,7 @@ def rms_norm(
         dw = None if w is None else sum(dw_parts[start] for start in sorted(dw_parts))
         return dx.reshape(shape), dw
 
-    return Tensor.from_op(result(), (input, weight), vjp).with_again(result)
+    return Tensor.from_op(y.reshape(shape), (input, weight), vjp).with_again(result)
 
 
 def _check_shape(op, normalized_shape, input):

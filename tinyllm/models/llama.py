@@ -271,12 +271,16 @@ class GroupedQueryAttention(nn.Module):
         self.k_proj = nn.Linear(C, G * D, bias=config.attention_bias, rng=rng, std=std)
         self.v_proj = nn.Linear(C, G * D, bias=config.attention_bias, rng=rng, std=std)
         self.o_proj = nn.Linear(H * D, C, bias=config.attention_bias, rng=rng, std=std)
+        self.fuse()
+
+    def fuse(self):
+        nn.fuse_rows(self.q_proj, self.k_proj, self.v_proj)
 
     def forward(self, x, rotation, cache: LayerCache | None = None):
         """x (B, T, C), and cos and sin (T, D/2), or (B, 1, T, D/2), of its positions -> (B, T, C)."""
         q, k, v = (
-            projection(x).rearrange("b t (h d) -> b h t d", d=self.head_dim)  # (B, H or G, T, D)
-            for projection in (self.q_proj, self.k_proj, self.v_proj)
+            y.rearrange("b t (h d) -> b h t d", d=self.head_dim)  # (B, H or G, T, D)
+            for y in nn.fused(x, self.q_proj, self.k_proj, self.v_proj)
         )
         q, k = F.rope(q, *rotation), F.rope(k, *rotation)
         mask = None
@@ -297,9 +301,13 @@ class SwiGLU(nn.Module):
         self.gate_proj = nn.Linear(C, inner, bias=config.mlp_bias, rng=rng, std=std)
         self.up_proj = nn.Linear(C, inner, bias=config.mlp_bias, rng=rng, std=std)
         self.down_proj = nn.Linear(inner, C, bias=config.mlp_bias, rng=rng, std=std)
+        self.fuse()
+
+    def fuse(self):
+        nn.fuse_rows(self.gate_proj, self.up_proj)
 
     def forward(self, x):  # (B, T, C)
-        return self.down_proj(F.swiglu(self.gate_proj(x), self.up_proj(x)))  # (B, T, C)
+        return self.down_proj(F.swiglu(*nn.fused(x, self.gate_proj, self.up_proj)))  # (B, T, C)
 
 
 class LlamaBlock(nn.Module):
