@@ -27,7 +27,7 @@ class BenchTrain:
     loss, compiled. JAX is left out: transformers has no GPT-2 in JAX.
     """
 
-    work: str | None = None  # one only: gpt2-124m (4 x 256 tokens), gpt2-124m-1x1024, small or tiny
+    work: str | None = None  # one only: gpt2-124m (4 x 256 tokens), gpt2-124m-1x1024, llama-124m, small …
     variants: tuple[
         str, ...
     ] = ()  # tinyllm, gemms (its matrix products alone), torch-eager, -linear-ce, -compile

@@ -39,10 +39,13 @@ REACH = (
     Bound("gpt2-124m", "time (medians)", ("gemms",), 1.22, stretch=1.12),
     Bound("gpt2-124m-1x1024", "time (medians)", ("torch-eager",), 0.80),
     Bound("gpt2-124m-1x1024", "peak memory", ("torch-eager",), 0.58),
+    Bound("llama-124m", "time (medians)", ("torch-eager",), 0.80),
+    Bound("llama-124m", "peak memory", ("torch-eager",), 0.58),
     Bound("small", "time (medians)", ("torch-eager",), 1.00, stretch=0.85),
     Bound("small", "peak memory", ("torch-eager",), 0.40),
     Bound("gpt2-124m", "page faults", (), 5000),
     Bound("gpt2-124m-1x1024", "page faults", (), 5000),
+    Bound("llama-124m", "page faults", (), 5000),
     Bound("small", "page faults", (), 5000),
 )
 REACH_WORKS = tuple(dict.fromkeys(bound.work for bound in REACH))

@@ -14,12 +14,12 @@ import os
 import shutil
 import sys
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
 class Work:
-    """A GPT-2 and the batch it trains on: a step is ``batch`` × ``context`` tokens."""
+    """A model and the batch it trains on: a step is ``batch`` × ``context`` tokens."""
 
     n_layer: int
     n_embd: int
@@ -28,16 +28,29 @@ class Work:
     vocab_size: int
     batch: int
     context: int
+    arch: str = "gpt2"  # or llama
 
-    def gpt2_config(self) -> dict:
-        """The arguments of ``GPT2Config``: tinyllm and transformers give them the same names."""
-        sizes = {name: size for name, size in asdict(self).items() if name not in ("batch", "context")}
-        return sizes | {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+    def config(self) -> dict:
+        """The arguments of ``GPT2Config`` or ``LlamaConfig``: tinyllm and transformers name them alike."""
+        if self.arch == "gpt2":
+            sizes = {name: getattr(self, name) for name in ("n_layer", "n_embd", "n_head", "n_positions")}
+            dropouts = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+            return {"vocab_size": self.vocab_size, **sizes, **dropouts}
+        return {
+            "vocab_size": self.vocab_size,
+            "hidden_size": self.n_embd,
+            "intermediate_size": self.n_embd * 8 // 3,  # as many weights in three matrices as 4 n_embd in two
+            "num_hidden_layers": self.n_layer,
+            "num_attention_heads": self.n_head,
+            "max_position_embeddings": self.n_positions,
+            "tie_word_embeddings": True,
+        }
 
 
 WORKS = {
     "gpt2-124m": Work(12, 768, 12, n_positions=1024, vocab_size=50257, batch=4, context=256),
     "gpt2-124m-1x1024": Work(12, 768, 12, n_positions=1024, vocab_size=50257, batch=1, context=1024),
+    "llama-124m": Work(12, 768, 12, 1024, vocab_size=50257, batch=4, context=256, arch="llama"),
     "small": Work(6, 384, 6, n_positions=256, vocab_size=2048, batch=16, context=256),
     "tiny": Work(2, 32, 2, n_positions=16, vocab_size=64, batch=2, context=16),
 }
@@ -53,10 +66,10 @@ Step = Callable[..., float | None]
 
 
 def tinyllm_step(work: Work, threads: int) -> Step:
-    """tinyllm's GPT-2. Its number of threads comes from the environment, which ``measure`` sets."""
+    """tinyllm's model. Its number of threads comes from the environment, which ``measure`` sets."""
     from tinyllm import optim
 
-    model = tinyllm_gpt2(work)
+    model = tinyllm_model(work)
     optimizer = optim.AdamW(model, LEARNING_RATE, betas=BETAS, eps=EPS, weight_decay=WEIGHT_DECAY)
 
     def step(ids, targets):
@@ -70,15 +83,16 @@ def tinyllm_step(work: Work, threads: int) -> Step:
     return step
 
 
-def tinyllm_gpt2(work: Work):
-    """``tinyllm.GPT2`` with random weights, in training mode, in a process that keeps its memory."""
+def tinyllm_model(work: Work):
+    """tinyllm's model with random weights, in training mode, in a process that keeps its memory."""
     import numpy as np
 
-    from tinyllm import GPT2, GPT2Config
     from tinyllm.device import keep_memory
+    from tinyllm.models import ARCHITECTURES, CONFIGS
 
     keep_memory()  # as ``tinyllm train`` does
-    return GPT2(GPT2Config(**work.gpt2_config()), rng=np.random.default_rng(0)).train()
+    config = CONFIGS[work.arch](**work.config())
+    return ARCHITECTURES[work.arch](config, rng=np.random.default_rng(0)).train()
 
 
 def gemms_step(work: Work, threads: int) -> Step:
@@ -90,17 +104,20 @@ def gemms_step(work: Work, threads: int) -> Step:
     """
     import numpy as np
 
-    model, rng = tinyllm_gpt2(work), np.random.default_rng(1)
+    from tinyllm.nn import Linear
+
+    model, rng = tinyllm_model(work), np.random.default_rng(1)
     B, T, C, H = work.batch, work.context, work.n_embd, work.n_head
-    linears = [
-        layer.weight.data  # (C_out, C_in)
-        for block in model.h
-        for layer in (block.attn.c_attn, block.attn.c_proj, block.mlp.c_fc, block.mlp.c_proj)
-    ]
-    rows = {size: rng.standard_normal((B * T, size), np.float32) for size in (C, 3 * C, 4 * C)}
-    # As in the step: q, k and v are strided views of one product, (B, H, T, D); so is their gradient's.
-    q, k, v = rows[3 * C].reshape(B, T, 3, H, C // H).transpose(2, 0, 3, 1, 4)
-    g = rows[C].reshape(B, T, H, C // H).swapaxes(1, 2)
+    modules = [module for name, module in model.named_modules() if name != "lm_head"]
+    linears = [module.weight.data for module in modules if isinstance(module, Linear)]  # (C_out, C_in) each
+    widths = {size for w in linears for size in w.shape}
+    rows = {size: rng.standard_normal((B * T, size), np.float32) for size in widths}
+    # As in the step, (B, H, T, D) each: strided views of rows, but Llama's q and k, which were turned.
+    g = v = rows[C].reshape(B, T, H, C // H).swapaxes(1, 2)
+    if work.arch == "gpt2":
+        q, k, v = rows[3 * C].reshape(B, T, 3, H, C // H).transpose(2, 0, 3, 1, 4)
+    else:
+        q = k = np.ascontiguousarray(v)
 
     def step(ids, targets):
         linear_products(linears, rows)
@@ -126,16 +143,17 @@ def head_products(x, w) -> None:
     """``linear_cross_entropy``'s: the logits, dx and dW, for one chunk of rows after the other."""
     import numpy as np
 
-    from tinyllm.device import matmul
+    from tinyllm.device import matmul, one_blas_thread, run_tasks
     from tinyllm.functional.losses import CHUNK, COLUMNS
 
     dx = np.empty_like(x)
+    columns = [slice(first, first + COLUMNS) for first in range(0, len(w), COLUMNS)]
     for start in range(0, len(x), CHUNK):
-        some = slice(start, start + CHUNK)
-        logits = matmul(x[some], w.T)
-        matmul(logits, w, out=dx[some])
-        for first in range(0, len(w), COLUMNS):
-            matmul(logits[:, first : first + COLUMNS].T, x[some])
+        rows = slice(start, start + CHUNK)
+        logits = matmul(x[rows], w.T)
+        matmul(logits, w, out=dx[rows])
+        with one_blas_thread():
+            run_tasks(lambda some, logits=logits, rows=rows: logits[:, some].T @ x[rows], columns)
 
 
 def attention_products(q, k, v, g) -> None:
@@ -174,8 +192,8 @@ def attention_products(q, k, v, g) -> None:
 
 
 def torch_eager_step(work: Work, threads: int) -> Step:
-    """Hugging Face's GPT-2 in PyTorch eager at its best: SDPA attention, fused AdamW, no key-value cache."""
-    model = hugging_face_gpt2(work, threads)
+    """Hugging Face's model in PyTorch eager at its best: SDPA attention, fused AdamW, no key-value cache."""
+    model = hugging_face_model(work, threads)
     return torch_train_step(model, cross_entropy_of(model))
 
 
@@ -187,11 +205,11 @@ def torch_linear_ce_step(work: Work, threads: int) -> Step:
     import torch
     import torch.nn.functional as F
 
-    model = hugging_face_gpt2(work, threads)
+    model = hugging_face_model(work, threads)
     options = torch.nn.LinearCrossEntropyOptions(batch_chunk_size=512, chunking_method=None)
 
     def compute_loss(ids, targets):
-        hidden = model.transformer(ids, use_cache=False).last_hidden_state.flatten(0, 1)
+        hidden = model.base_model(ids, use_cache=False).last_hidden_state.flatten(0, 1)
         return F.linear_cross_entropy(hidden, model.lm_head.weight, targets.flatten(), options=options)
 
     return torch_train_step(model, compute_loss)
@@ -201,19 +219,19 @@ def torch_compile_step(work: Work, threads: int) -> Step:
     """The eager step with model and loss compiled into one graph, in the first step: warm up at least one."""
     import torch
 
-    model = hugging_face_gpt2(work, threads)
+    model = hugging_face_model(work, threads)
     return torch_train_step(model, torch.compile(cross_entropy_of(model), fullgraph=True))
 
 
-def hugging_face_gpt2(work: Work, threads: int):
-    """``transformers.GPT2LMHeadModel`` with its own random initialisation, in training mode."""
+def hugging_face_model(work: Work, threads: int):
+    """``GPT2LMHeadModel`` or ``LlamaForCausalLM`` with its own random initialisation, in training mode."""
     import torch
-    from transformers import GPT2Config, GPT2LMHeadModel
+    from transformers import AutoConfig, AutoModelForCausalLM
 
     torch.set_num_threads(threads)
     torch.manual_seed(0)
-    config = GPT2Config(**work.gpt2_config(), bos_token_id=0, eos_token_id=0, attn_implementation="sdpa")
-    return GPT2LMHeadModel(config).train()
+    config = AutoConfig.for_model(work.arch, **work.config(), bos_token_id=0, eos_token_id=0)
+    return AutoModelForCausalLM.from_config(config, attn_implementation="sdpa").train()
 
 
 def cross_entropy_of(model):

@@ -5,6 +5,7 @@ import math
 import subprocess
 import sys
 from collections import Counter
+from dataclasses import replace
 from statistics import median
 from typing import ClassVar
 
@@ -17,7 +18,7 @@ from parity.bench_reach import Bound
 from parity.bench_variants import WORKS
 
 pytest.importorskip("resource", reason="the benchmark reads page faults and memory through resource")
-pytest.importorskip("torch")
+torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
 
 
@@ -63,6 +64,14 @@ def test_both_variants_train_the_same_kind_of_model(tiny):
             assert len(set(run["losses"])) == 5  # new tokens, or new weights, in every step
         # Same seeds and one thread: the second process repeats the first.
         assert rounds[0]["losses"] == pytest.approx(rounds[1]["losses"], rel=1e-6)
+
+
+@pytest.mark.parametrize("arch", ["gpt2", "llama"])
+def test_both_sides_train_as_many_parameters(arch):
+    work = replace(WORKS["tiny"], arch=arch)
+    theirs = bench_variants.hugging_face_model(work, threads=torch.get_num_threads())
+    assert theirs.config.model_type == arch and theirs.config._attn_implementation == "sdpa"
+    assert bench_variants.tinyllm_model(work).num_parameters() == theirs.num_parameters()
 
 
 def test_a_variants_process_holds_its_own_libraries_only(tiny):
@@ -162,6 +171,7 @@ class Recorded(np.ndarray):
         dict(n_layer=2, n_embd=32, n_head=2, vocab_size=64, batch=2, context=16),
         # Several chunks of rows and of classes, blocks of queries, groups of heads, all with a rest.
         dict(n_layer=1, n_embd=24, n_head=24, vocab_size=8500, batch=2, context=300),
+        dict(n_layer=2, n_embd=48, n_head=3, vocab_size=64, batch=2, context=300, arch="llama"),
     ],
 )
 def test_gemms_are_exactly_the_products_of_a_training_step(monkeypatch, sizes):
@@ -175,16 +185,15 @@ def test_gemms_are_exactly_the_products_of_a_training_step(monkeypatch, sizes):
         function()
         return Recorded.products
 
-    model = bench_variants.tinyllm_gpt2(work)
+    model = bench_variants.tinyllm_model(work)
     for parameter in model.parameters():
         parameter.data = parameter.data.view(Recorded)
     expected = products_of(lambda: model.loss(ids, ids).backward())
     gemms = bench_variants.gemms_step(work, threads=1)
-    monkeypatch.setattr(
-        bench_variants,
-        "attention_products",
-        lambda *arrays, plain=bench_variants.attention_products: plain(*(a.view(Recorded) for a in arrays)),
-    )
+    for name in ("attention_products", "head_products"):  # these have @, which does not ask np.matmul
+        plain = getattr(bench_variants, name)
+        recorded = lambda *arrays, plain=plain: plain(*(array.view(Recorded) for array in arrays))  # noqa: E731
+        monkeypatch.setattr(bench_variants, name, recorded)
     assert expected.total() > 12 * work.n_layer
     assert products_of(lambda: gemms(ids, ids)) == expected
 

@@ -346,7 +346,7 @@ def memory(model: Model, batch: int, context: int, dtype="float32", optimizer: b
     # The loss makes its gradients at once: dx beside x, and dW, to which it adds block by block.
     logits = min(N, CHUNK) * V
     diary.held["gradients"] += plan.head_weights
-    diary.write("forward", "loss", 2 * a + logits + min(COLUMNS, V) * plan.channels)
+    diary.write("forward", "loss", 2 * a + logits + min(num_threads() * COLUMNS, V) * plan.channels)
 
     for part in reversed(plan.parts):
         arriving, beside = (0, a) if part.residual else (a, 0)

@@ -89,7 +89,7 @@ class Module:
             if _is_stand_in(data):
                 parameter.replace(np.broadcast_to(np.zeros((), dtype), data.shape))
             else:
-                parameter.replace(data.astype(dtype))
+                parameter.replace(data.astype(dtype, copy=False))
         self.fuse()
         return self
 
@@ -101,7 +101,7 @@ class Module:
         return self
 
     def fuse(self) -> None:
-        """Called when parameters have new arrays: a module may ``fuse_rows`` of its linear layers."""
+        """Called when parameters were given new arrays: a module may ``fuse_rows`` of its layers."""
         for _, child in self.children():
             child.fuse()
 
@@ -178,32 +178,60 @@ class Linear(Module):
     def __init__(self, in_features: int, out_features: int, bias: bool = True, *, rng, std: float = 0.02):
         self.weight = normal(rng, (out_features, in_features), std)
         self.bias = Tensor(np.zeros(out_features, np.float32), requires_grad=True) if bias else None
-        self.fused = None  # after ``fuse_rows``: the buffer, and the weight's first row in it
+        self.fused = None  # of ``fused_linears``: the buffer, and the weight's first row in it
 
     def forward(self, x):
         return F.linear(x, self.weight, self.bias)
 
 
+def fused_linears(
+    in_features: int, out_features: Sequence[int], bias: bool = True, *, rng, std: float = 0.02
+) -> list[Linear]:
+    """Linear layers of one input, whose weights lie below each other in one buffer, for ``fused``."""
+    layers = [Linear(in_features, size, bias, rng=None) for size in out_features]
+    if rng is not None:
+        _lay_rows(normal(rng, (sum(out_features), in_features), std).data, layers)
+    return layers
+
+
 def fuse_rows(*layers: Linear) -> None:
-    """Lay the weights below each other in one buffer, for ``fused``; they become views of it."""
+    """Lay the weights so if they do not lie so."""
     weights = [layer.weight.data for layer in layers]
-    if any(map(_is_stand_in, weights)):
-        return
-    buffer, first = np.concatenate(weights), 0
-    for layer, weight in zip(layers, weights):
-        layer.weight.data, layer.fused = buffer[first : first + len(weight)], (buffer, first)
-        first += len(weight)
+    if not any(map(_is_stand_in, weights)) and not _lie_fused(layers):
+        _lay_rows(np.concatenate(weights), layers)
+
+
+def _lay_rows(buffer, layers: Sequence[Linear]) -> None:
+    first = 0
+    for layer in layers:
+        rows = slice(first, first + layer.weight.shape[0])
+        layer.weight.data, layer.fused = buffer[rows], (buffer, first)
+        first = rows.stop
+
+
+def _lie_fused(layers: Sequence[Linear]) -> bool:
+    """Whether the weights are the whole of one buffer, in this order."""
+    first = 0
+    for layer in layers:
+        if type(layer) is not Linear or layer.fused is None:
+            return False
+        weight, (buffer, row) = layer.weight.data, layer.fused
+        if weight.base is not buffer or buffer is not layers[0].fused[0] or row != first:
+            return False
+        first += weight.shape[0]
+    return first == len(buffer)
 
 
 def fused(x: Tensor, *layers: Linear) -> list[Tensor]:
     """[layer(x) for layer in layers]; when a text is written token by token, in one product.
 
     A product of few rows takes the time of reading its matrix, and one large matrix is read faster than
-    several small ones. Layers whose weights no longer lie as ``fuse_rows`` laid them, because one was given
-    another array or another layer took its place, are applied one by one.
+    several small ones. Layers whose weights no longer lie as ``fused_linears`` laid them, because one was
+    given another array or another layer took its place, are applied one by one.
     """
     few = x.ndim > 1 and math.prod(x.shape[:-1]) < FEW_ROWS
-    if not few or x.wants_grad or _watch.callback is not None or not _lie_fused(layers):
+    gradient = x.wants_grad or any(layer.weight.wants_grad for layer in layers)
+    if not few or gradient or _watch.callback is not None or not _lie_fused(layers):
         return [layer(x) for layer in layers]
     y = matmul(as_rows(x.data), layers[0].fused[0].T)
     parts = []
@@ -212,19 +240,6 @@ def fused(x: Tensor, *layers: Linear) -> list[Tensor]:
         part = Tensor(y[:, first : first + rows].reshape(*x.shape[:-1], rows))
         parts.append(part if layer.bias is None else part + layer.bias)
     return parts
-
-
-def _lie_fused(layers: Sequence[Linear]) -> bool:
-    """Whether the weights are the whole of one buffer in this order, and no gradient is wanted."""
-    first = 0
-    for layer in layers:
-        if type(layer) is not Linear or layer.fused is None or layer.weight.wants_grad:
-            return False
-        weight, (buffer, row) = layer.weight.data, layer.fused
-        if weight.base is not buffer or buffer is not layers[0].fused[0] or row != first:
-            return False
-        first += weight.shape[0]
-    return first == len(buffer)
 
 
 class Embedding(Module):

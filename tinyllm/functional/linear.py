@@ -27,8 +27,9 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
     def vjp(grad):
         grad = as_rows(grad)  # (N, C_out)
-        dx = matmul(grad, w).reshape(*lead, w.shape[1]) if needs[0] else None
+        # dW first: what was made again for it is forgotten before there is a dx.
         dw = matmul(grad.T, as_rows(remembered())) if needs[1] else None
+        dx = matmul(grad, w).reshape(*lead, w.shape[1]) if needs[0] else None
         db = grad.sum(axis=0) if needs[2] else None
         return dx, dw, db
 

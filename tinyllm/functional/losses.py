@@ -9,15 +9,17 @@ targets that are not ``ignore_index``. Its gradient is what makes training simpl
 by the step's total, so that their gradients add up to those of the whole batch.
 """
 
+from functools import partial
+
 import numpy as np
 
 from tinyllm.data import check_ids
-from tinyllm.device import each_block, matmul
+from tinyllm.device import each_block, matmul, one_blas_thread, run_tasks
 from tinyllm.errors import Error
 from tinyllm.tensor import Tensor, as_rows
 
-CHUNK = 512  # rows of logits at a time; below 256 the weight's way through memory dominates
-COLUMNS = 2048  # classes of dW at a time
+CHUNK = 256  # rows of logits at a time; with fewer, the weight's way through memory dominates
+COLUMNS = 1024  # classes of dW at a time, in each thread
 
 
 def cross_entropy(input: Tensor, target, *, ignore_index: int = -100, divisor: float | None = None) -> Tensor:
@@ -60,7 +62,12 @@ def linear_cross_entropy(
     dw = np.zeros_like(w) if linear_weight.wants_grad else None
     db = np.zeros_like(b) if b is not None and linear_bias.wants_grad else None
     total = np.zeros((), x.dtype, like=x)
+    columns = [slice(first, first + COLUMNS) for first in range(0, len(w), COLUMNS)]
     chunk = np.empty((min(CHUNK, len(x)), len(w)), x.dtype, like=x)  # one for all: it is the largest array
+
+    def add_to_dw(some, logits, rows):  # a small product to add, not one of W's size
+        dw[some] += logits[:, some].T @ x[rows]
+
     for start in range(0, len(x), CHUNK):
         rows = slice(start, start + CHUNK)
         logits = matmul(x[rows], w.T, out=chunk[: len(x[rows])])
@@ -70,9 +77,8 @@ def linear_cross_entropy(
         if dx is not None:
             matmul(logits, w, out=dx[rows])
         if dw is not None:
-            for first in range(0, len(w), COLUMNS):  # a small product to add, not one of W's size
-                some = slice(first, first + COLUMNS)
-                dw[some] += matmul(logits[:, some].T, x[rows])
+            with one_blas_thread():
+                run_tasks(partial(add_to_dw, logits=logits, rows=rows), columns)
         if db is not None:
             db += logits.sum(axis=0)
     shape = input.shape

@@ -265,13 +265,12 @@ class GroupedQueryAttention(nn.Module):
 
     def __init__(self, config: LlamaConfig, rng):
         C, D, std = config.hidden_size, config.head_dim, config.initializer_range
-        H, G = config.num_attention_heads, config.num_key_value_heads
+        H, G, bias = config.num_attention_heads, config.num_key_value_heads, config.attention_bias
         self.head_dim, self.attention_dropout = D, config.attention_dropout
-        self.q_proj = nn.Linear(C, H * D, bias=config.attention_bias, rng=rng, std=std)
-        self.k_proj = nn.Linear(C, G * D, bias=config.attention_bias, rng=rng, std=std)
-        self.v_proj = nn.Linear(C, G * D, bias=config.attention_bias, rng=rng, std=std)
-        self.o_proj = nn.Linear(H * D, C, bias=config.attention_bias, rng=rng, std=std)
-        self.fuse()
+        self.q_proj, self.k_proj, self.v_proj = nn.fused_linears(
+            C, (H * D, G * D, G * D), bias, rng=rng, std=std
+        )
+        self.o_proj = nn.Linear(H * D, C, bias, rng=rng, std=std)
 
     def fuse(self):
         nn.fuse_rows(self.q_proj, self.k_proj, self.v_proj)
@@ -297,11 +296,10 @@ class SwiGLU(nn.Module):
     """Every position thinks by itself: out to a wider layer, gated, and back."""
 
     def __init__(self, config: LlamaConfig, rng):
-        C, inner, std = config.hidden_size, config.intermediate_size, config.initializer_range
-        self.gate_proj = nn.Linear(C, inner, bias=config.mlp_bias, rng=rng, std=std)
-        self.up_proj = nn.Linear(C, inner, bias=config.mlp_bias, rng=rng, std=std)
-        self.down_proj = nn.Linear(inner, C, bias=config.mlp_bias, rng=rng, std=std)
-        self.fuse()
+        C, inner, bias = config.hidden_size, config.intermediate_size, config.mlp_bias
+        std = config.initializer_range
+        self.gate_proj, self.up_proj = nn.fused_linears(C, (inner, inner), bias, rng=rng, std=std)
+        self.down_proj = nn.Linear(inner, C, bias, rng=rng, std=std)
 
     def fuse(self):
         nn.fuse_rows(self.gate_proj, self.up_proj)
