@@ -264,11 +264,12 @@ def test_every_option_can_be_given():
         "--warmup 4 --weight-decay 0.2 --clip 0.5 --dropout 0.3 --no-tie-head --no-qkv-bias "
         "--eval-every 2 --eval-windows 11 --checkpoint-every 3 --prompt p --seed 12 --text-field f "
         "--in-memory 3 --tokens k --special-tokens <|a|> <|b|> --micro-batch 6 --n-kv-head 3 --profile "
-        "--device cuda:1 --dtype float64"
+        "--device cuda:1 --dtype float64 --checkpoint-minutes 1.5 --keep 4 --skip-nonfinite 2 "
+        "--log tensorboard"
     )
     given = dataclasses.asdict(_parse(["train", *train.split()]))
     left = {name for name, value in dataclasses.asdict(TrainConfig()).items() if given[name] == value}
-    assert left == {"head_bias"}  # which a Llama has not
+    assert left == {"head_bias", "resume"}  # which a Llama has not, and which brings options of its own
     generate = "--prompt p --run r --model m --max-new-tokens 7 --temperature 2 --top-k 3 --top-p 0.5"
     generate += " --seed 9 --grid --special text --show-probabilities --chat --slide"
     given = dataclasses.asdict(_parse(["generate", *generate.split()]))
@@ -354,6 +355,10 @@ def matches(sentence, said):
         ("--eval-every 0", "--eval-every is 0"),
         ("--eval-windows 0", "--eval-windows is 0"),
         ("--checkpoint-every -2", "--checkpoint-every is -2"),
+        ("--checkpoint-minutes -1", "--checkpoint-minutes is -1"),
+        ("--checkpoint-minutes nan", "--checkpoint-minutes is nan"),
+        ("--keep 0", "--keep is 0: it must be at least 1"),
+        ("--skip-nonfinite -1", "--skip-nonfinite is -1"),
         ("--lr 0", "--lr is 0"),
         ("--lr nan", "--lr is nan"),
         ("--initial-lr -1", "--initial-lr is -1"),

@@ -616,6 +616,12 @@ DAMAGED = {
         header(1, 0, tensor_info(code=99) + bytes(512)),
         "'output.weight' in the type number 99",
     ),
+    "two tensors of the same bytes": (
+        header(2, 0, tensor_info(b"a") + tensor_info(b"b") + bytes(512)),
+        "'b' does not begin where the tensor before it ends",
+    ),
+    "a hole": (header(2, 0, tensor_info(b"a") + tensor_info(b"b", offset=160) + bytes(512)), "'b' does not"),
+    "an offset that is not aligned": (header(1, 0, tensor_info(offset=1) + bytes(512)), "does not begin"),
     "a name twice": (header(2, 0, tensor_info() * 2 + bytes(512)), "same name"),
 }
 
@@ -632,6 +638,12 @@ def test_damage_is_one_sentence_and_takes_no_memory(tmp_path, kind):
     finally:
         tracemalloc.stop()
     assert str(path) in message and problem in message
+
+
+@pytest.mark.skipif(os.name != "posix", reason="Windows has no pipes with names")
+def test_a_pipe_is_no_file(tmp_path):
+    os.mkfifo(tmp_path / "m.gguf")
+    assert str(tmp_path / "m.gguf") in message_of(GGUFFile, tmp_path / "m.gguf")
 
 
 def test_no_file_and_a_folder(tmp_path):

@@ -5,11 +5,14 @@ import os
 import stat
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import ml_dtypes
 import numpy as np
 import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
 
 from tinyllm import GPT2, GPT2Config, pull
 from tinyllm.errors import Error
@@ -23,11 +26,13 @@ from tinyllm.pretrained import (
     read_config,
     read_json,
     save_folder,
+    write_safetensors,
 )
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 from safetensors import safe_open  # noqa: E402
+from safetensors.numpy import save as numpy_save  # noqa: E402
 from safetensors.torch import load_file, save_file  # noqa: E402  (needs torch)
 
 
@@ -246,6 +251,49 @@ def test_an_index_and_a_shard_that_disagree_are_refused(tmp_path):
     assert first in text and "disagree about b:" in text
 
 
+@pytest.mark.skipif(os.name != "posix", reason="links are for administrators on Windows")
+def test_links_lead_anywhere_and_names_do_not(tmp_path):
+    """The hub's cache is made of links to ../../blobs; what an index says comes from a stranger."""
+    folder = tmp_path / "snapshot"
+    save_folder(folder, {}, simple_arrays(), max_shard_bytes=100)
+    (tmp_path / "blobs").mkdir()
+    for path in [*folder.iterdir()]:
+        path.rename(tmp_path / "blobs" / path.name)
+        path.symlink_to(tmp_path / "blobs" / path.name)
+    assert {name: array.shape for name, array in Weights(folder).items()} == dict.fromkeys("abcd", (5, 4))
+
+
+@pytest.mark.skipif(os.name != "posix", reason="Windows has no pipes with names")
+@pytest.mark.parametrize("shard_bytes", [10**9, 100])
+def test_a_pipe_is_no_file(tmp_path, shard_bytes):
+    save_folder(tmp_path, {}, simple_arrays(), max_shard_bytes=shard_bytes)
+    path = next(path for path in tmp_path.iterdir() if path.suffix == ".safetensors")
+    path.unlink()
+    os.mkfifo(path)
+    assert str(path) in message_of(Weights, tmp_path)
+
+
+@pytest.mark.parametrize("shape", [[1] * 1000 + [2], [0] * 100, [0, 2**62]])
+def test_an_array_that_numpy_does_not_have_is_refused(tmp_path, shape):
+    size = 8 if 0 not in shape else 0
+    header = {"w": {"dtype": "F32", "shape": shape, "data_offsets": [0, size]}}
+    text = json.dumps(header).encode()
+    (tmp_path / "model.safetensors").write_bytes(len(text).to_bytes(8, "little") + text + bytes(size))
+    try:
+        array = Weights(tmp_path)["w"]
+    except Error as error:
+        assert str(tmp_path / "model.safetensors") in str(error)
+    else:
+        assert array.shape == tuple(shape)
+
+
+def test_half_a_character_in_a_shards_name(tmp_path):
+    (tmp_path / "model.safetensors.index.json").write_text(
+        r'{"weight_map": {"a": "\ud800"}}', encoding="utf-8"
+    )
+    assert "index.json is not JSON" in message_of(Weights, tmp_path)
+
+
 @pytest.mark.parametrize("content", [{}, {"weight_map": {}}, {"weight_map": ["a"]}, {"weight_map": None}])
 def test_an_index_without_a_map_is_refused(tmp_path, content):
     path = tmp_path / "model.safetensors.index.json"
@@ -313,12 +361,12 @@ def test_every_name_and_shape_problem_is_in_one_error():
         del found[name]
     text = message_of(check_names_and_shapes, expected, found, "my/folder")
     assert text.startswith("my/folder ")
-    assert f"Missing (20): {', '.join(missing)}." in text
-    assert "Unexpected (2): x, y." in text
-    assert "Wrong shape (2): h.2 is (4, 3), not (3, 4), h.3 is (4,), not (4, 4)." in text
+    assert f"Missing (20): {', '.join(missing)}; " in text
+    assert "Unexpected (2): x, y; " in text
+    assert "Wrong shape (2): h.2 is (4, 3), not (3, 4), h.3 is (4,), not (4, 4))" in text
 
     text = message_of(check_names_and_shapes, {"a": (1,)}, {}, "s")
-    assert "Missing (1): a." in text and "Unexpected" not in text and "Wrong" not in text
+    assert "(Missing (1): a)" in text and "Unexpected" not in text and "Wrong" not in text
 
 
 # ---------------------------------------------------------------------------- writing
@@ -401,6 +449,32 @@ def test_big_endian_numbers_are_written_right(tmp_path, dtype):
     array = np.random.default_rng(1).standard_normal((6, 4)).astype(dtype)
     save_folder(tmp_path, {}, {"w": array.T})
     np.testing.assert_array_equal(load_file(tmp_path / "model.safetensors")["w"].numpy(), array.T)
+
+
+@settings(max_examples=200)
+@given(
+    st.dictionaries(
+        st.text(st.characters(codec="utf-8"), max_size=6).filter(lambda name: name != "__metadata__"),
+        st.tuples(
+            st.sampled_from([np.float64, np.float32, np.float16, ml_dtypes.bfloat16]),
+            st.lists(st.integers(0, 3), max_size=3),
+        ),
+        max_size=7,
+    )
+)
+@example({})  # the state of an optimizer that has not made a step
+@example(
+    {"b": (np.float16, [3]), "a": (ml_dtypes.bfloat16, [1]), "c": (np.float64, []), 'é\n"': (np.float32, [2])}
+)
+def test_a_file_has_the_bytes_that_the_library_writes(tensors):
+    rng = np.random.default_rng(0)
+    arrays = {name: rng.standard_normal(shape).astype(dtype) for name, (dtype, shape) in tensors.items()}
+    arrays = {name: np.asarray(array) for name, array in arrays.items()}  # NumPy makes scalars of 0-d arrays
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "x.safetensors"
+        write_safetensors(path, arrays)
+        found = path.read_bytes()
+    assert found == numpy_save(arrays, metadata={"format": "pt"})
 
 
 def test_the_config_is_written_as_given(tmp_path):

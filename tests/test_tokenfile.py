@@ -287,7 +287,7 @@ class FullDisk:
                     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
                 disk.left -= len(data)
 
-            flush, fileno = file.flush, file.fileno
+            flush, fileno, read = file.flush, file.fileno, file.read
 
         return File()
 
@@ -455,6 +455,87 @@ def test_damage(tmp_path, corpus, monkeypatch):
     progress.write_bytes(progress.read_bytes() + b"\0\0\0\n")
     with pytest.raises(Error, match=r"tokens.progress' is damaged .*delete the folder"):
         tokenize_corpus(corpus, GPT2, "refuse", tmp_path / "u")
+
+
+def test_an_index_that_says_something_else(tmp_path, corpus):
+    folder = tmp_path / "t"
+    index = tokenize_corpus(corpus, BYTES, "refuse", folder).index
+    for change in [
+        {"dtype": "O"},
+        {"dtype": ["<u2"]},
+        {"corpus": 3},
+        {"corpus": {"sha256": corpus.sha256}},
+        {"tokenizer_sha256": None},
+        {"special": 1},
+        {"count": index["count"] + 1},
+        {"count": float("nan")},
+        {"chunks": None},
+        {"chunks": []},
+        {"chunks": [[1, 2, 3]]},
+        {"chunks": [[-1, 0], *index["chunks"]]},
+        {"chunks": [["1", 2]]},
+        {"chunks": [[index["count"], True]]},
+        {"chunks": [[index["count"], index["corpus"]["bytes"] + 1]]},
+    ]:
+        (folder / INDEX).write_text(json.dumps(index | change), encoding="utf-8")
+        with pytest.raises(Error, match="delete") as caught:
+            TokenFile.open(folder)
+        assert str(folder) in str(caught.value)
+    (folder / INDEX).write_text("[" * 100_000, encoding="utf-8")
+    with pytest.raises(Error, match=r"cannot be read .*delete the folder"):
+        TokenFile.open(folder)
+
+
+def test_an_id_out_of_range(tmp_path, corpus, monkeypatch):
+    monkeypatch.setattr(tokenfile, "CHECKED_AT_ONCE", 100)
+    folder = tmp_path / "t"
+    assert len(tokenize_corpus(corpus, BYTES, "refuse", folder).tokens) > 1000
+    data = (folder / TOKENS).read_bytes()
+    for place in (0, 50, len(data) - 2):
+        (folder / TOKENS).write_bytes(data[:place] + b"\x01\x01" + data[place + 2 :])  # 257
+        with pytest.raises(Error, match=r"tokens.bin' is damaged .it has the id 257, .* 257 ids.: delete"):
+            TokenFile.open(folder, corpus, BYTES)
+    (folder / TOKENS).write_bytes(data)
+    assert TokenFile.open(folder, corpus, BYTES).tokens.tobytes() == data
+
+
+def test_progress_that_is_none(tmp_path, corpus, monkeypatch):
+    interrupt_after(monkeypatch, 4)
+    with pytest.raises(KeyboardInterrupt):
+        tokenize_corpus(corpus, BYTES, "refuse", tmp_path / "t")
+    progress = tmp_path / "t" / PROGRESS
+    about, chunk, *_ = progress.read_bytes().split(b"\n")
+    for line in (
+        b"[1.5, 2]",
+        b"[1]",
+        b"[-1, 1]",
+        b"[true, 1]",
+        b"{}",
+        b"null",
+        b"[1, 1000000000]",
+        b"[" * 10**5,
+    ):
+        progress.write_bytes(about + b"\n" + chunk + b"\n" + line + b"\n")
+        with pytest.raises(Error, match=r"tokens.progress' is damaged .*delete the folder"):
+            tokenize_corpus(corpus, BYTES, "refuse", tmp_path / "t")
+    progress.write_bytes(about.replace(b'"special"', b'"other"') + b"\n")
+    with pytest.raises(Error, match="is damaged: delete the folder"):
+        tokenize_corpus(corpus, BYTES, "refuse", tmp_path / "t")
+
+
+@pytest.mark.skipif(os.name != "posix", reason="Windows has no pipes with names")
+@pytest.mark.parametrize("name", [INDEX, TOKENS, PART, PROGRESS])
+def test_a_pipe_is_no_file(tmp_path, corpus, name):
+    folder = tmp_path / "t"
+    if name in (INDEX, TOKENS):
+        tokenize_corpus(corpus, BYTES, "refuse", folder)
+        (folder / name).unlink()
+    else:
+        folder.mkdir()
+    os.mkfifo(folder / name)
+    with pytest.raises(Error) as caught:
+        tokenize_corpus(corpus, BYTES, "refuse", folder)
+    assert str(folder) in str(caught.value)
 
 
 # Splits

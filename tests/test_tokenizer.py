@@ -260,19 +260,29 @@ def test_load_unknown_lists_what_is_known(tmp_path):
             load_tokenizer(spec)
 
 
-@pytest.mark.parametrize("content", [b"{not json", b"\xff\xfe", b""])
+@pytest.mark.parametrize("content", [b"{not json", b"\xff\xfe", b"", b"[" * 100_000, b'{"kind": NaN}'])
 def test_load_file_that_is_not_json(tmp_path, content):
     (tmp_path / FILE_NAME).write_bytes(content)
-    with pytest.raises(Error, match="cannot be read as a tokenizer"):
+    with pytest.raises(Error, match=f"{FILE_NAME} is not JSON in UTF-8"):
         load_tokenizer(tmp_path)
 
 
 @pytest.mark.parametrize(
-    "definition", [{}, [], 3, {"kind": "word"}, {"kind": "char"}, {"kind": "char", "characters": ["a"]}]
+    "definition",
+    [{}, {"kind": "word"}, {"kind": []}, {"kind": "char"}, {"kind": "char", "characters": ["a"]}],
 )
 def test_load_json_that_is_no_tokenizer_of_ours(tmp_path, definition):
     (tmp_path / FILE_NAME).write_text(json.dumps(definition), encoding="utf-8")
     with pytest.raises(Error, match="'gpt2' or 'char'"):
+        load_tokenizer(tmp_path)
+
+
+def test_load_merges_that_would_fill_the_memory(tmp_path):
+    """Each doubles the token of the one before: fifty of them would make one of 2**50 bytes."""
+    merges = [[0, 0], *([i, i] for i in range(256, 305))]
+    definition = {"kind": "bpe", "pattern": r"\w+", "merges": merges}
+    (tmp_path / FILE_NAME).write_text(json.dumps(definition), encoding="utf-8")
+    with pytest.raises(Error, match=rf"{FILE_NAME}.*merges\[22\] makes more than 8,388,608 bytes"):
         load_tokenizer(tmp_path)
 
 

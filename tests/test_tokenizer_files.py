@@ -709,6 +709,81 @@ def test_tokenizers_that_would_lose_text_or_decode_wrongly_are_refused(tmp_path)
     assert "unknown character" in refusal(decoder={"type": "Sequence", "decoders": steps})
 
 
+@pytest.mark.parametrize("i", [2**31, 2**63, -1, 1.0, True, "1", None])
+def test_ids_that_are_none_are_refused_before_the_library_counts_to_them(tmp_path, i):
+    definition = a_tokenizer()
+    definition["model"]["vocab"][SYMBOLS[5]] = i
+    said = message_of(read_tokenizer, write_json(tmp_path, definition))
+    assert f"{tmp_path / 'tokenizer.json'} gives the token {SYMBOLS[5]!r} the id {i!r}" in said
+    (tmp_path / "tokenizer.json").unlink()
+    (tmp_path / "vocab.json").write_text(json.dumps(definition["model"]["vocab"]), encoding="utf-8")
+    (tmp_path / "merges.txt").write_text("#version: 0.2\n", encoding="utf-8")
+    assert f"vocab.json gives the token {SYMBOLS[5]!r} the id {i!r}" in message_of(read_tokenizer, tmp_path)
+
+
+def test_two_tokens_of_one_id_and_merges_of_one_token_are_refused(tmp_path):
+    vocabulary = {symbol: i for i, symbol in enumerate(SYMBOLS)}
+    (tmp_path / "merges.txt").write_text("a\n", encoding="utf-8")
+    for vocab, problem in (
+        (vocabulary | {"ab": 5}, "two tokens the same id"),
+        (vocabulary | {"ab": 256}, "no pair of tokens, 'a'"),
+    ):
+        (tmp_path / "vocab.json").write_text(json.dumps(vocab), encoding="utf-8")
+        said = message_of(read_tokenizer, tmp_path)
+        assert problem in said and "vocab.json" in said and "\n" not in said
+
+
+def test_a_panic_of_the_library_is_an_error_of_ours(tmp_path):
+    """A prefix that is longer than the tokens: the library slices beyond their end."""
+    model = {"continuing_subword_prefix": "a long prefix", "merges": [["a", "b"]]}
+    definition = a_tokenizer(model=model)
+    definition["model"]["vocab"] |= {"ab": 256}
+    said = message_of(read_tokenizer, write_json(tmp_path, definition))
+    assert "tokenizer.json is no complete tokenizer" in said and "\n" not in said
+
+
+@pytest.mark.parametrize("name", ["tokenizer_config.json", "generation_config.json"])
+def test_true_is_no_id(byte_level, tmp_path, name):
+    (tmp_path / "tokenizer.json").write_bytes((byte_level / "tokenizer.json").read_bytes())
+    keys = {"eos_token": True, "eos_token_id": True}
+    (tmp_path / name).write_text(json.dumps(keys), encoding="utf-8")
+    assert "names the special token True" in message_of(read_tokenizer, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("model", [1, 2]),
+        ("pre", [1, 2]),
+        ("chat_template", 7),
+        ("add_space_prefix", [1, 2]),
+        ("remove_extra_whitespaces", 1),
+        ("bos_token_id", True),
+    ],
+)
+def test_gguf_keys_of_another_type_are_refused(tmp_path, key, value):
+    tokens = SYMBOLS if key == "pre" else ["<unk>", *(f"<0x{byte:02X}>" for byte in range(256)), "a"]
+    keys = {
+        "model": "gpt2" if key == "pre" else "llama",
+        "tokens": tokens,
+        "scores": [0.0] * len(tokens),
+        "token_type": [1] * 256 if key == "pre" else [2, *[6] * 256, 1],
+    }
+    said = message_of(read_tokenizer, write_gguf(tmp_path / "m.gguf", **keys | {key: value}))
+    assert "m.gguf" in said and key in said
+
+
+@pytest.mark.skipif(os.name != "posix", reason="Windows has no pipes with names")
+@pytest.mark.parametrize(
+    "name", ["tokenizer.json", "tokenizer.model", "tokenizer_config.json", "chat_template.jinja"]
+)
+def test_a_pipe_is_no_file(byte_level, tmp_path, name):
+    if name not in ("tokenizer.json", "tokenizer.model"):
+        (tmp_path / "tokenizer.json").write_bytes((byte_level / "tokenizer.json").read_bytes())
+    os.mkfifo(tmp_path / name)
+    assert str(tmp_path / name) in message_of(read_tokenizer, tmp_path)
+
+
 def test_a_missing_byte_is_an_error_not_a_gap(tmp_path):
     definition = a_tokenizer()
     definition["model"]["vocab"] = {s: i for i, s in enumerate(sorted(set(SYMBOLS) - {SYMBOLS[-1]}))}

@@ -20,13 +20,14 @@ from tinyllm.chat import encode_chat
 from tinyllm.config import PRESETS, TrainConfig
 from tinyllm.device import keep_memory
 from tinyllm.errors import Error
+from tinyllm.evaluate import EvalConfig, print_evaluation
 from tinyllm.generate import generate
 from tinyllm.info import describe
 from tinyllm.models import empty_model, load_model
 from tinyllm.nn import Module
 from tinyllm.plot import plot_runs, summary
 from tinyllm.pull import pull
-from tinyllm.run import last_checkpoint
+from tinyllm.run import begun_config, last_checkpoint
 from tinyllm.show import show_tokens, shows_blocks, wants_colour, watch_probabilities
 from tinyllm.talk import ChatConfig, chat, load_model_and_tokenizer, text_stream
 from tinyllm.text import load_text
@@ -238,6 +239,7 @@ COMMANDS = {
     "train": (TrainConfig, train),
     "generate": (GenerateConfig, _generate),
     "chat": (ChatConfig, chat),
+    "eval": (EvalConfig, print_evaluation),
     "pull": (PullConfig, _pull),
     "tokenize": (TokenizeConfig, _tokenize),
     "info": (InfoConfig, _info),
@@ -269,18 +271,25 @@ def _preset(name: str) -> TrainConfig:
 
 
 def _train_options(args: list[str]) -> TrainConfig:
-    name, rest, words = "small", [], iter(args)
-    for word in words:  # taken out first: it sets the defaults that the other options override
+    taken, rest, words = {}, [], iter(args)
+    for word in words:  # taken out first: they set the defaults that the other options override
         option, equals, value = word.partition("=")
-        if option == "--preset":
-            name = value if equals else next(words, "")
+        if option in ("--preset", "--resume"):
+            taken[option] = value if equals else next(words, "")
         else:
             rest.append(word)
+    if len(taken) == 2:
+        raise Error("--resume takes the run's own options: leave --preset away")
+    default = _preset(taken.get("--preset", "small"))
+    if "--resume" in taken:
+        if not taken["--resume"]:
+            raise Error("--resume is empty: give the folder of a run")
+        default = begun_config(Path(taken["--resume"]))
     return parse_options(
         TrainConfig,
         "tinyllm train",
         rest,
-        default=_preset(name),
+        default=default,
         description=f"{TrainConfig.__doc__} --preset NAME ({', '.join(PRESETS)}) sets the defaults below.",
     )
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import get_type_hints
 
 import numpy as np
 
@@ -13,6 +14,11 @@ from tinyllm.models import ARCHITECTURES, GPT2Config, LlamaConfig
 from tinyllm.nn import Module
 
 SPECIAL = ("refuse", "allow", "text")
+# What a resumed run may be asked otherwise than it was begun with: its numbers stay the same.
+FREE = set(
+    "resume text text_field tokens eval_every eval_windows checkpoint_every checkpoint_minutes keep "
+    "skip_nonfinite log prompt".split()
+)
 
 
 @dataclass(frozen=True)
@@ -21,6 +27,8 @@ class TrainConfig:
 
     out: Path | None = None
     """Folder of the run, which must not hold one yet; a new one in runs/ if not given."""
+    resume: Path | None = None
+    """Instead of a new run, go on with the one in this folder; its own options are the defaults then."""
     text: str = "python-docs"
     """python-docs, the-verdict, a text file, a .jsonl file, or a folder of them; each may be gzipped."""
     text_field: str | None = None
@@ -82,7 +90,15 @@ class TrainConfig:
     eval_windows: int = 128
     """At most this many windows of each part, evenly spread, are evaluated."""
     checkpoint_every: int | None = None
-    """Steps between checkpoints; if not given, only one at the end."""
+    """Steps between checkpoints; if given, an evaluation with the lowest val_loss so far makes one, too."""
+    checkpoint_minutes: float = 10.0
+    """Minutes between checkpoints, besides those by steps and the one at the end; 0 for none by the clock."""
+    keep: int = 2
+    """The newest checkpoints that stay; the one with the lowest val_loss stays as well."""
+    skip_nonfinite: int = 0
+    """Steps in a row without an update, their loss or gradient not finite, before the run stops."""
+    log: tuple[str, ...] = ()
+    """Where the run is logged besides its folder: tensorboard, wandb (Weights & Biases), or both."""
     prompt: str = "The "
     """What the sample at each evaluation begins with."""
     profile: bool = False
@@ -95,15 +111,16 @@ class TrainConfig:
     """float32 or float64."""
 
     def __post_init__(self):
-        for name in ("steps", "eval_windows", "batch", "context"):
+        for name in ("steps", "eval_windows", "batch", "context", "keep"):
             _require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
         for name in ("eval_every", "checkpoint_every", "stride", "micro_batch"):
             value = getattr(self, name)
             _require(value is None or value >= 1, name, value, "at least 1")
         divides = self.batch % self.at_once == 0
         _require(divides, "micro_batch", self.micro_batch, f"a divisor of the batch, {self.batch}")
-        _require(self.in_memory >= 0, "in_memory", self.in_memory, "at least 0")
-        for name in ("initial_lr", "min_lr", "weight_decay"):
+        for name in ("in_memory", "skip_nonfinite"):
+            _require(getattr(self, name) >= 0, name, getattr(self, name), "at least 0")
+        for name in ("initial_lr", "min_lr", "weight_decay", "checkpoint_minutes"):
             _require(0 <= getattr(self, name) < math.inf, name, getattr(self, name), "at least 0")
         for name in ("lr", "clip"):
             _require(0 < getattr(self, name) < math.inf, name, getattr(self, name), "above 0")
@@ -120,6 +137,24 @@ class TrainConfig:
         else:
             _require(self.n_kv_head is None, "n_kv_head", self.n_kv_head, "left out: only a Llama has them")
         _require(self.init in ("gpt2", "torch"), "init", self.init, "gpt2 or torch")
+
+    @classmethod
+    def from_json(cls, options: dict) -> TrainConfig:
+        """The options as a run's config.json holds them, in ``to_json``'s form.
+
+        Raises ``Error`` naming one that is unknown or has a value of another type.
+        """
+        kinds = get_type_hints(cls)
+        unknown = sorted(options.keys() - kinds.keys())
+        if unknown:
+            raise Error(f"option {unknown[0]!r} is unknown to this version of tinyllm")
+        return cls(**{name: _from_json(name, value, kinds[name]) for name, value in options.items()})
+
+    def to_json(self) -> dict:
+        """The options as JSON knows them."""
+        return {
+            name: str(value) if isinstance(value, Path) else value for name, value in asdict(self).items()
+        }
 
     @property
     def at_once(self) -> int:
@@ -157,6 +192,34 @@ class TrainConfig:
             tie_word_embeddings=self.tie_head,
             qkv_bias=self.qkv_bias,
             lm_head_bias=self.head_bias,
+        )
+
+
+def _from_json(name: str, value, kind):
+    if kind == Path | None and isinstance(value, str):
+        return Path(value)
+    if kind == tuple[str, ...]:
+        holds = isinstance(value, list) and all(isinstance(item, str) for item in value)
+        value, kind = tuple(value) if holds else value, tuple
+    if kind is float:
+        kind = int | float
+    if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
+        raise Error(f"option {name!r} is {value!r}, which it cannot be")
+    return value
+
+
+def check_continues(begun: TrainConfig, asked: TrainConfig) -> None:
+    """``Error``, naming the options, if ``asked`` would not go on with the run bit for bit."""
+    names = [name for name in begun.to_json() if name not in FREE]
+    changed = [name for name in names if getattr(begun, name) != getattr(asked, name)]
+    if changed:
+        was, wanted = (
+            ", ".join(f"--{name.replace('_', '-')} {getattr(options, name)}" for name in changed)
+            for options in (begun, asked)
+        )
+        raise Error(
+            f"the run was begun with {was}, not {wanted}: a run goes on bit for bit, so leave that away, or "
+            "start a new one"
         )
 
 

@@ -23,6 +23,7 @@ from typing import BinaryIO
 import numpy as np
 
 from tinyllm.errors import Error
+from tinyllm.reading import check_is_file
 
 MAGIC, VERSIONS = b"GGUF", (2, 3)
 SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
@@ -91,6 +92,7 @@ class GGUFFile(Mapping[str, np.ndarray]):
     def __init__(self, path: str | Path):
         self.path = Path(path)
         try:
+            check_is_file(self.path)
             with open(self.path, "rb") as file:
                 self._written = os.fstat(file.fileno()).st_mtime_ns
                 self.metadata, entries = _read_header(file)
@@ -400,6 +402,7 @@ def _read_header(file: BinaryIO) -> tuple[dict, list[Entry]]:
     entries = [_locate(header, start, *info) for info in infos]
     if len({entry.name for entry in entries}) < len(entries):
         raise ValueError("two tensors have the same name")
+    _check_places(entries, start, alignment)
     return metadata, entries
 
 
@@ -428,3 +431,13 @@ def _locate(header: _Header, start: int, name: str, shape: tuple[int, ...], code
     if start + offset + math.prod(shape[:-1]) * row_bytes > header.size:
         raise ValueError(f"{name!r} lies beyond its end")
     return Entry(name, shape, type_.name, row_bytes, start + offset)
+
+
+def _check_places(entries: list[Entry], start: int, alignment: int) -> None:
+    """One after another in the header's order, as llama.cpp has it: a thousand tensors of the same bytes
+    would make a small file a large model."""
+    for entry in entries:
+        if entry.offset != start:
+            raise ValueError(f"{entry.name!r} does not begin where the tensor before it ends")
+        size = math.prod(entry.shape[:-1]) * entry.row_bytes
+        start += -(-size // alignment) * alignment

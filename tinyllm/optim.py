@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 
 import numpy as np
 
@@ -85,6 +85,37 @@ class AdamW:
                 theta -= scratch
 
             _each_block_of(arrays[0], update)
+
+    def state_dict(self) -> dict[str, dict]:
+        """What later steps need of earlier ones: "t", "m" and "v", each by the parameters' names.
+
+        Parameters that had no step yet have none. The arrays are those in use, not copies.
+        """
+        return {
+            key: {name: state[i] for name, state in self.state.items()}
+            for i, key in enumerate(("t", "m", "v"))
+        }
+
+    def load_state_dict(self, state: Mapping[str, Mapping]) -> None:
+        """Go on from what ``state_dict`` gave. The arrays are taken as they are, on their parameters' device.
+
+        Raises ``Error``, and changes nothing, if a name is unknown or in one of the three only, or if an
+        array has not its parameter's shape and dtype.
+        """
+        parameters = dict(self.parameters)
+        if not parameters.keys() >= state["t"].keys() == state["m"].keys() == state["v"].keys():
+            raise Error("the optimizer's state is not of these parameters: use the model it was saved with")
+        restored = {}
+        for name, t in state["t"].items():
+            like = parameters[name].data
+            for array in (state["m"][name], state["v"][name]):
+                if array.shape != like.shape or array.dtype != like.dtype:
+                    raise Error(
+                        f"the optimizer's state of {name} is {array.dtype} {array.shape}, the parameter "
+                        f"{like.dtype} {like.shape}: use the model it was saved with"
+                    )
+            restored[name] = [t, *(np.asarray(state[key][name], like=like) for key in ("m", "v"))]
+        self.state = restored
 
 
 def _rows(array):

@@ -29,6 +29,8 @@ Y_AXES = {"loss": "loss (nats per token)", "bits-per-byte": "bits per byte"}
 COLORS = ("#2f6db0", "#d1622b", "#3d8f5f", "#8a5fb0", "#b8912a", "#2b9aa8", "#b0487a", "#6b6b6b")
 GREY, LIGHT = "#6b6b6b", "#e4e4e4"
 OPTIONS_SHOWN = 5  # of a run in the legend; the summary has all
+# Options that say where and how often a run was saved, and nothing about its curves
+BOOKKEEPING = ("out", "resume", "checkpoint_every", "checkpoint_minutes", "keep", "skip_nonfinite", "log")
 
 
 # A run while it trains
@@ -170,7 +172,7 @@ def read_run(folder: str | Path) -> RecordedRun:
     name = folder.resolve().name
     about, tokenizer = (_read_json(folder, file) for file in (CONFIG, TOKENIZER))
     try:
-        options = {key: value for key, value in about["train"].items() if key != "out"}
+        options = {key: value for key, value in about["train"].items() if key not in BOOKKEEPING}
         options["text_sha256"] = about["text"]["sha256"][:8]
     except (TypeError, KeyError, AttributeError):
         raise _not_a_run(folder, f"its {CONFIG} is not one that tinyllm train wrote") from None
@@ -203,21 +205,22 @@ def _read_metrics(path: Path) -> tuple[list[dict], list[str]]:
         raise Error(f"{path} cannot be read ({error.strerror or error}): check the file") from None
     rest = lines.pop()  # what stands after the end of the last line: nothing, if all went well
     notes = []
-    if _parse(rest) is not None:
+    if parse_record(rest) is not None:
         lines.append(rest)
     elif rest:
         notes.append(f"the last line of {path.name}, number {len(lines) + 1}, is half-written and left out")
     records = []
     for number, line in enumerate(lines, start=1):
-        record = _parse(line)
-        wrong = _what_is_wrong(record, records[-1] if records else None)
+        record = parse_record(line)
+        wrong = what_is_wrong(record, records[-1] if records else None)
         if wrong:
             raise Error(f"{path}, line {number}, is damaged ({wrong}): repair or remove it")
         records.append(record)
     return records, notes
 
 
-def _parse(line: bytes) -> dict | None:
+def parse_record(line: bytes) -> dict | None:
+    """The record in a line of metrics.jsonl, or None if there is none."""
     try:
         record = json.loads(line)
     except (ValueError, RecursionError):
@@ -225,8 +228,8 @@ def _parse(line: bytes) -> dict | None:
     return record if isinstance(record, dict) else None
 
 
-def _what_is_wrong(record: dict | None, before: dict | None) -> str | None:
-    """With a record, which must go on from the one before it."""
+def what_is_wrong(record: dict | None, before: dict | None) -> str | None:
+    """What is wrong with a record, which must go on from the one before it; None if nothing is."""
     if record is None:
         return "it is not a JSON object"
     for key in NUMBERS:

@@ -4,7 +4,8 @@
 files (``gguf_file.py``) or as a folder in Hugging Face's layout, which is also what we write: ``config.json``
 and one ``model.safetensors``, or several shards of it and ``model.safetensors.index.json``, whose
 ``weight_map`` says which tensor lies in which shard. A safetensors file is a JSON header (each tensor's
-name, dtype, shape, place) and then the numbers.
+name, dtype, shape, place) and then the numbers, which we write ourselves and leave to the safetensors library
+to read.
 """
 
 import json
@@ -16,15 +17,19 @@ from pathlib import Path, PureWindowsPath
 
 import numpy as np
 
+from tinyllm.device import to_device
 from tinyllm.errors import Error
+from tinyllm.files import sync
 from tinyllm.gguf_file import GGUFFile
 from tinyllm.pull import KNOWN_MODELS, find_pulled
+from tinyllm.reading import check_is_file, read_json
 
 CONFIG, SINGLE_FILE, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 MODEL_FILES = (CONFIG, SINGLE_FILE, INDEX, "model-*-of-*.safetensors")
 TEXT_FILES = ("tokenizer*", "vocab.json", "merges.txt", "special_tokens_map.json", "chat_template.jinja")
 HUB_FILES = [*MODEL_FILES, *TEXT_FILES, "generation_config.json"]
 DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+CODES = {"float64": "F64", "float32": "F32", "bfloat16": "BF16", "float16": "F16"}  # in the order of a file
 
 HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*|gpt2(-medium|-large|-xl)?|distilgpt2", re.ASCII)
 
@@ -103,19 +108,6 @@ def _download(repo_id: str) -> Path:
         raise Error(f"{problem} did not deliver it ({reason}): {check}, or {by_hand}") from error
 
 
-def read_json(path: str | Path) -> dict:
-    """The JSON object in a UTF-8 file. Raises Error, naming the file, if there is none."""
-    try:
-        value = json.loads(Path(path).read_bytes().decode("utf-8"))
-    except OSError as error:
-        raise Error(f"{path} cannot be read ({error.strerror}): check the path or copy it again") from error
-    except (ValueError, RecursionError) as error:
-        raise Error(f"{path} is not JSON in UTF-8 ({error}): correct it or copy it again") from error
-    if not isinstance(value, dict):
-        raise Error(f"{path} holds a JSON {type(value).__name__}, not an object {{...}}: correct it")
-    return value
-
-
 def read_config(folder: str | Path) -> dict:
     """What ``config.json`` in a model's folder says, as it stands. Raises Error as `read_json` does."""
     return read_json(Path(folder) / CONFIG)
@@ -169,7 +161,10 @@ class Weights(Mapping[str, np.ndarray]):
             # Half of one model and half of the next would load without a complaint.
             if path.stat().st_mtime_ns != written:
                 raise Error(f"{path} was replaced while it was being read: load the model again")
-            return file.get_tensor(name)
+            try:
+                return file.get_tensor(name)
+            except ValueError as error:  # more dimensions or a larger one than NumPy has
+                raise Error(f"{path}: {name!r} is no array ({error}): copy the file again") from error
 
     def __contains__(self, name: object) -> bool:
         return name in self.shapes  # Mapping's own would read the tensor to find out
@@ -185,13 +180,17 @@ def _open_safetensors(path: Path):
     from safetensors import SafetensorError, safe_open
 
     try:
+        check_is_file(path)
         return safe_open(path, framework="np")
-    except (SafetensorError, OSError) as error:
+    except (SafetensorError, OSError, ValueError) as error:  # ValueError: no system has such a name
         raise Error(f"{path} is not a complete safetensors file ({error}): copy it again") from error
 
 
 def _read_index(path: Path) -> dict[Path, set[str]]:
-    """Each shard, inside the folder, with the names of its tensors."""
+    """Each shard, inside the folder, with the names of its tensors.
+
+    A shard there may be a link to anywhere, as in the hub's cache; its name leads nowhere else.
+    """
     weight_map = read_json(path).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise Error(f"{path} has no 'weight_map' from tensor names to shards: copy it again")
@@ -215,9 +214,10 @@ def check_names_and_shapes(expected: dict[str, tuple], found: dict[str, tuple], 
         "Unexpected": [name for name in found if name not in expected],
         "Wrong shape": [f"{n} is {found[n]}, not {expected[n]}" for n in both if found[n] != expected[n]],
     }
-    problems = [f"{kind} ({len(names)}): {', '.join(names)}." for kind, names in kinds.items() if names]
+    problems = [f"{kind} ({len(names)}): {', '.join(names)}" for kind, names in kinds.items() if names]
     if problems:
-        raise Error(f"{source} does not fit the model: use the config it was made with. {' '.join(problems)}")
+        listed = "; ".join(problems)
+        raise Error(f"{source} does not fit the model: use the config it was made with ({listed})")
 
 
 def save_folder(
@@ -233,8 +233,6 @@ def save_folder(
     while writing leaves an older model untouched. Raises Error if a model is there and ``overwrite``
     is False, for dtypes other than float64/32/16 and bfloat16, and if the folder cannot be written.
     """
-    from safetensors import SafetensorError
-
     folder = Path(folder)
     old = {path.name for pattern in MODEL_FILES for path in folder.glob(pattern)}
     if old and not overwrite:
@@ -243,32 +241,60 @@ def save_folder(
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=".saving-", dir=folder) as temporary:
             new = Path(temporary)
-            (new / CONFIG).write_bytes(json.dumps(config, indent=2).encode() + b"\n")
+            _write_json(new / CONFIG, config)
             _write_weights(new, tensors, max_shard_bytes)
-            for path in new.iterdir():
-                os.chmod(path, (new / CONFIG).stat().st_mode)  # safetensors lets only the owner read
-                with open(path, "rb+") as file:
-                    os.fsync(file.fileno())
             _replace_model(folder, old, new)
-    except (OSError, SafetensorError) as error:
+    except OSError as error:
         raise Error(f"cannot write a model to {folder} ({error}): check the path and the disk") from error
 
 
-def _write_weights(folder: Path, tensors: Mapping[str, np.ndarray], max_shard_bytes: int) -> None:
-    from safetensors.numpy import save_file
+def _write_json(path: Path, value: dict) -> None:
+    with open(path, "wb") as file:
+        file.write(json.dumps(value, indent=2).encode() + b"\n")
+        sync(file)
 
+
+def _write_weights(folder: Path, tensors: Mapping[str, np.ndarray], max_shard_bytes: int) -> None:
     shards = _split_into_shards(tensors, max_shard_bytes)
     weight_map = {}
     for number, names in enumerate(shards, start=1):
         file = f"model-{number:05d}-of-{len(shards):05d}.safetensors" if len(shards) > 1 else SINGLE_FILE
-        # save_file takes memory as it lies: a transposed view would be stored in the wrong order.
-        contiguous = {name: np.asarray(tensors[name], order="C") for name in names}
-        save_file(contiguous, folder / file, metadata={"format": "pt"})
+        write_safetensors(folder / file, {name: tensors[name] for name in names})
         weight_map.update(dict.fromkeys(names, file))
     if len(shards) > 1:
         metadata = {"total_size": sum(tensor.nbytes for tensor in tensors.values())}
-        index = {"metadata": metadata, "weight_map": weight_map}
-        (folder / INDEX).write_bytes(json.dumps(index, indent=2).encode() + b"\n")
+        _write_json(folder / INDEX, {"metadata": metadata, "weight_map": weight_map})
+
+
+def write_safetensors(path: Path, tensors: Mapping[str, np.ndarray]) -> None:
+    """Write float64/32/16 or bfloat16 arrays into a safetensors file, and flush it to the disk.
+
+    The file: the length of the header (8 bytes, little-endian), the header (JSON, filled up with spaces to
+    a multiple of 8 bytes) with the dtype, shape, begin and end of each tensor, then the numbers, row by row,
+    little-endian. Longer numbers come first, so that all are aligned, then names decide: byte for byte what
+    the safetensors library writes. But tensor by tensor: never a second copy of a model in memory. Raises
+    OSError.
+    """
+    order = sorted(tensors, key=lambda name: (list(CODES).index(tensors[name].dtype.name), name))
+    header, end = {"__metadata__": {"format": "pt"}}, 0
+    for name in order:
+        begin, end = end, end + tensors[name].nbytes
+        code, shape = CODES[tensors[name].dtype.name], list(tensors[name].shape)
+        header[name] = {"dtype": code, "shape": shape, "data_offsets": [begin, end]}
+    encoded = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode("utf-8")
+    encoded += b" " * (-len(encoded) % 8)
+    with open(path, "wb") as file:
+        file.write(len(encoded).to_bytes(8, "little") + encoded)
+        for name in order:
+            file.write(_stored(tensors[name]))
+        sync(file)
+
+
+def _stored(array) -> np.ndarray:
+    """The bytes of an array as a file holds them; a copy only if they do not lie like that already."""
+    array = np.asarray(array if isinstance(array, np.generic) else to_device(array, "cpu"))
+    little_endian = array.astype(array.dtype.newbyteorder("<"), order="C", copy=False)
+    return little_endian.reshape(-1).view(np.uint8)
 
 
 def _split_into_shards(tensors: Mapping[str, np.ndarray], max_shard_bytes: int) -> list[list[str]]:

@@ -57,8 +57,8 @@ class ChatConfig:
     """The same seed and the same words get the same answers."""
 
 
-def load_model_and_tokenizer(name: str) -> tuple[Module, Tokenizer]:
-    """A model as ``load_model`` finds it, and the tokenizer that came with it.
+def load_model_and_tokenizer(name: str, dtype=np.float32) -> tuple[Module, Tokenizer]:
+    """A model as ``load_model`` finds it, in ``dtype``, and the tokenizer that came with it.
 
     A folder without any, such as ``GPT2.save_pretrained`` writes, gets GPT-2's if the model has as many
     ids. Raises Error if there is no tokenizer, it is damaged, or it does not fit.
@@ -66,7 +66,7 @@ def load_model_and_tokenizer(name: str) -> tuple[Module, Tokenizer]:
     path = find_model(name)
     bare = path.is_dir() and not any(next(path.glob(files), None) for files in TOKENIZER_FILES)
     tokenizer = load_tokenizer("gpt2" if bare and empty_model(path).config.vocab_size == 50257 else path)
-    model = load_model(path)
+    model = load_model(path, dtype)
     check_fits(tokenizer, model, padded=True)
     return model, tokenizer
 

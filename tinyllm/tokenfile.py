@@ -30,11 +30,15 @@ import numpy as np
 
 from tinyllm.device import num_threads
 from tinyllm.errors import Error
+from tinyllm.files import lock, sync, sync_folder
+from tinyllm.reading import check_is_file, parse_json, read_file
 from tinyllm.text import CUT, PIECE_CHARACTERS, Corpus, check_fraction, encode_documents, end_of_text_id
 from tinyllm.tokenizer import Tokenizer
 
 FORMAT = 1
 TOKENS, INDEX, PART, PROGRESS, LOCK = "tokens.bin", "index.json", "tokens.part", "tokens.progress", "lock"
+
+CHECKED_AT_ONCE = 2**20  # bytes of ids
 
 CHUNKS_PER_FLUSH = 16  # how much a crash may cost: at most so many chunks are done and not yet recorded
 
@@ -58,23 +62,29 @@ class TokenFile:
         """The file that ``tokenize_corpus`` made in this folder.
 
         Raises ``Error`` if it is not complete or damaged, or if it was made from another text than the
-        corpus, by another tokenizer, or with another ``special``, where these are given.
+        corpus, by another tokenizer, or with another ``special``, where these are given. With a tokenizer
+        all ids are looked at once: one out of range would stop a run when its turn comes, hours later.
         """
         folder = Path(folder)
         try:
-            index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
+            for name in (INDEX, TOKENS):
+                check_is_file(folder / name)
+            index = parse_json((folder / INDEX).read_bytes())
             size = (folder / TOKENS).stat().st_size
         except FileNotFoundError:
             raise Error(f"{str(folder)!r} holds no complete token file: make it by tokenize_corpus") from None
         except (OSError, ValueError) as error:
             raise Error(f"{str(folder / INDEX)!r} cannot be read ({error}): delete the folder") from None
         _check_same(index, folder, corpus, tokenizer, special)
+        _check_counts(index, folder)
         expected = index["count"] * np.dtype(index["dtype"]).itemsize
         if size != expected:
             raise Error(
                 f"{str(folder / TOKENS)!r} has {size:,} bytes, not the {expected:,} of its index: delete the "
                 "folder and tokenize again"
             )
+        if tokenizer is not None:
+            _check_range(folder, index["dtype"], tokenizer)
         return cls(folder, np.memmap(folder / TOKENS, dtype=index["dtype"], mode="r"), index)
 
     def split(self, validation_fraction: float) -> tuple[np.ndarray, np.ndarray, int]:
@@ -123,24 +133,19 @@ def tokenize_corpus(
 
 @contextmanager
 def _locked(folder: Path) -> Iterator[None]:
-    """One writer at a time; the system takes the lock back from a process that dies."""
-    from filelock import FileLock, Timeout
-
+    """One writer at a time."""
+    busy = (
+        f"another process is writing the token file in {str(folder)!r}: wait for it, or choose another folder"
+    )
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(folder / LOCK)
-        lock.acquire(timeout=0)
-    except Timeout:
-        raise Error(
-            f"another process is writing the token file in {str(folder)!r}: wait for it, or choose another "
-            "folder"
-        ) from None
+        held = lock(folder / LOCK, busy)
     except OSError as error:
         raise Error(f"{str(folder)!r} cannot be written ({error}): choose another folder") from None
     try:
         yield
     finally:
-        lock.release()
+        held.release()
 
 
 def _write(corpus: Corpus, tokenizer: Tokenizer, special: str, folder: Path, progress: bool) -> None:
@@ -228,13 +233,14 @@ def _about(corpus: Corpus, tokenizer: Tokenizer, special: str) -> dict:
         "format": FORMAT,
         "dtype": "<u2" if tokenizer.vocab_size <= 2**16 else "<u4",
         "tokenizer": tokenizer.to_json(),
-        "tokenizer_sha256": _sha256(tokenizer),
+        "tokenizer_sha256": tokenizer_sha256(tokenizer),
         "corpus": {"name": corpus.name, "sha256": corpus.sha256, "bytes": corpus.num_bytes},
         "special": special,
     }
 
 
-def _sha256(tokenizer: Tokenizer) -> str:
+def tokenizer_sha256(tokenizer: Tokenizer) -> str:
+    """The hex digest of all that decides a text's ids."""
     return hashlib.sha256(json.dumps(tokenizer.to_json(), sort_keys=True).encode("utf-8")).hexdigest()
 
 
@@ -244,9 +250,19 @@ def _check_same(found, folder: Path, corpus: Corpus | None, tokenizer: Tokenizer
         raise Error(
             f"{str(folder)!r} holds no token file of this version: delete it, or choose another folder"
         )
+    match found:
+        case {
+            "dtype": "<u2" | "<u4",
+            "tokenizer_sha256": str(),
+            "corpus": {"sha256": str(), "bytes": int()},
+            "special": str(),
+        }:
+            pass
+        case _:
+            raise _damaged(folder)
     if corpus is not None and corpus.sha256 != found["corpus"]["sha256"]:
         other = f"text {corpus.name!r} changed since it was tokenized into {str(folder)!r}, or is another one"
-    elif tokenizer is not None and _sha256(tokenizer) != found["tokenizer_sha256"]:
+    elif tokenizer is not None and tokenizer_sha256(tokenizer) != found["tokenizer_sha256"]:
         other = f"the tokens in {str(folder)!r} are not of this tokenizer, {tokenizer.name!r}"
     elif special is not None and special != found["special"]:
         other = f"the tokens in {str(folder)!r} were made with special {found['special']!r}, not {special!r}"
@@ -255,17 +271,53 @@ def _check_same(found, folder: Path, corpus: Corpus | None, tokenizer: Tokenizer
     raise Error(f"{other}: delete that folder to tokenize again, or choose another folder")
 
 
+def _check_counts(index: dict, folder: Path) -> None:
+    """``Error`` unless the chunks are as many ids and bytes as the index says."""
+    if not _are_chunks(index.get("chunks")) or not index["chunks"]:
+        raise _damaged(folder)
+    count, num_bytes = (sum(column) for column in zip(*index["chunks"]))
+    if index.get("count") != count or index["corpus"]["bytes"] != num_bytes or count == 0:
+        raise _damaged(folder)
+
+
+def _are_chunks(found) -> bool:
+    """Whether they are pairs of whole numbers of at least 0."""
+    return isinstance(found, list) and all(
+        isinstance(chunk, list) and len(chunk) == 2 and all(type(n) is int and n >= 0 for n in chunk)
+        for chunk in found
+    )
+
+
+def _check_range(folder: Path, dtype: str, tokenizer: Tokenizer) -> None:
+    with open(folder / TOKENS, "rb") as file:  # through a memory map the whole file would count as ours
+        while data := file.read(CHECKED_AT_ONCE):
+            largest = np.frombuffer(data, dtype).max()
+            if largest >= tokenizer.vocab_size:
+                raise Error(
+                    f"{str(folder / TOKENS)!r} is damaged (it has the id {largest}, and the tokenizer "
+                    f"{tokenizer.vocab_size} ids): delete the folder and tokenize again"
+                )
+
+
+def _damaged(folder: Path) -> Error:
+    return Error(f"the index of {str(folder)!r} is damaged: delete the folder and tokenize again")
+
+
 def _resume(folder: Path, about: dict, corpus: Corpus, tokenizer: Tokenizer, special: str) -> list[list[int]]:
     """Both files as they were when the last chunk was recorded; the chunks that they have."""
     part, progress = folder / PART, folder / PROGRESS
-    lines = progress.read_bytes() if progress.exists() else b""
+    if part.exists():
+        check_is_file(part)
+    lines = read_file(progress) if progress.exists() else b""
     lines = lines[: lines.rfind(b"\n") + 1]  # a crash may have cut the last one
     if not lines:
         part.write_bytes(b"")
         progress.write_bytes(_line(about))
         return []
     try:
-        found, *chunks = [json.loads(line) for line in lines.splitlines()]
+        found, *chunks = [parse_json(line) for line in lines.splitlines()]
+        if not _are_chunks(chunks) or sum(num_bytes for _, num_bytes in chunks) > corpus.num_bytes:
+            raise ValueError("its chunks are none")
     except ValueError as error:
         raise Error(f"{str(progress)!r} is damaged ({error}): delete the folder and start again") from None
     _check_same(found, folder, corpus, tokenizer, special)
@@ -283,9 +335,9 @@ def _resume(folder: Path, about: dict, corpus: Corpus, tokenizer: Tokenizer, spe
 
 def _record(part, record, chunks: list[list[int]]) -> None:
     """Chunks are recorded only once their ids are safely on the disk."""
-    _sync(part)
+    sync(part)
     record.write(b"".join(_line(chunk) for chunk in chunks))
-    _sync(record)
+    sync(record)
 
 
 def _line(value) -> bytes:
@@ -297,26 +349,11 @@ def _finish(folder: Path, index: dict) -> None:
     new = folder / (INDEX + ".new")
     with open(new, "wb") as file:
         file.write(_line(index))
-        _sync(file)
-    _sync_folder(folder)  # the index must not be there before the tokens, even if the power fails
+        sync(file)
+    sync_folder(folder)  # the index must not be there before the tokens, even if the power fails
     os.replace(new, folder / INDEX)
-    _sync_folder(folder)
+    sync_folder(folder)
     os.remove(folder / PROGRESS)
-
-
-def _sync(file) -> None:
-    file.flush()
-    os.fsync(file.fileno())
-
-
-def _sync_folder(folder: Path) -> None:
-    if os.name == "nt":  # Windows opens no folders
-        return
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _cannot_write(error: OSError, folder: Path, about: dict, chunks: list, unrecorded: list) -> Error:

@@ -21,6 +21,7 @@ import numpy as np
 
 from tinyllm.data import check_ids
 from tinyllm.errors import Error
+from tinyllm.reading import read_json
 
 if TYPE_CHECKING:
     import regex
@@ -36,6 +37,8 @@ GPT2_SHA256 = "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5"
 # punctuation, whitespace) and merges only inside a piece. The original ends in ` ?\p{L}+ … \s+(?!\S)|\s+`;
 # this makes the same pieces with less backtracking, as in tiktoken_ext/openai_public.py.
 GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
+
+MAX_BYTES = 8 * 2**20  # of all tokens of a BPE together; 50,000 merges of English make 0.3 MB
 
 # GPT-2's vocabulary file is text, so a byte stands there as a visible symbol: itself if it is printable,
 # otherwise the next character from U+0100 on (a space is Ġ). Bytes have their ids in this order too.
@@ -253,7 +256,7 @@ class BPETokenizer(TiktokenTokenizer):
 
 
 def _bpe_ranks(merges: list[tuple[int, int]]) -> dict[bytes, int]:
-    tokens = [bytes([byte]) for byte in BYTE_ORDER]
+    tokens, num_bytes = [bytes([byte]) for byte in BYTE_ORDER], 0
     ranks = {token: i for i, token in enumerate(tokens)}
     for i, pair in enumerate(merges):
         match pair:
@@ -265,6 +268,9 @@ def _bpe_ranks(merges: list[tuple[int, int]]) -> dict[bytes, int]:
                 raise Error(f"merges[{i}] is {pair!r}: it must be two ids from 0 to {len(tokens) - 1}")
         if token in ranks:
             raise Error(f"merges[{i}] makes {token!r}, which is id {ranks[token]} already: remove it")
+        num_bytes += len(token)
+        if num_bytes > MAX_BYTES:  # each merge can double the longest token
+            raise Error(f"merges[{i}] makes more than {MAX_BYTES:,} bytes of tokens: leave it out")
         ranks[token] = len(tokens)
         tokens.append(token)
     return ranks
@@ -377,10 +383,7 @@ def load_tokenizer(spec: str | Path) -> Tokenizer:
         from tinyllm.tokenizer_files import read_tokenizer
 
         return read_tokenizer(path)
-    try:
-        definition = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise Error(f"{str(file)!r} cannot be read as a tokenizer ({error}): copy it again") from None
+    definition = read_json(file)
     try:
         return _from_json(definition)
     except Error as error:

@@ -23,16 +23,18 @@ import itertools
 import json
 import re
 import struct
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
+from tinyllm.data import is_integer
 from tinyllm.errors import Error
 from tinyllm.gguf_file import MAGIC, GGUFFile
-from tinyllm.pretrained import read_json
+from tinyllm.reading import check_is_file, read_json, read_text
 from tinyllm.tokenizer import (
     BYTE_ORDER,
     END_OF_TEXT,
@@ -92,6 +94,9 @@ SENTENCEPIECE_DECODERS = [{"type": "Sequence", "decoders": steps} for steps in (
 # What a piece is, under the same numbers in SentencePiece's models and in a GGUF's tokenizer.ggml.token_type.
 UNKNOWN, CONTROL, USER_DEFINED, BYTE = 2, 3, 4, 6
 
+# Ids that a vocabulary may leave out; the library takes memory for each.
+SPARE_IDS = 2**20
+
 GGUF_PRE = ("gpt-2", "smollm", "llama-bpe")
 
 
@@ -142,6 +147,7 @@ def _kind(file: Path) -> str:
     if file.name in (VOCAB, MERGES):
         return "pair"
     try:
+        check_is_file(file)
         with open(file, "rb") as opened:
             start = opened.readline(4096)
     except OSError as error:
@@ -164,6 +170,20 @@ def _import(name: str):
         return __import__(name)
     except ImportError as error:
         raise Error(f"this tokenizer needs the package {name}: pip install 'tinyllm[models]'") from error
+
+
+@contextmanager
+def _refusals(said: str) -> Iterator[None]:
+    """What a library has against a file, as an ``Error`` that begins with what is ``said``."""
+    try:
+        yield
+    except MemoryError:
+        raise
+    except BaseException as error:  # the libraries raise Exception itself, and a panic of Rust's is none
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        reason = str(error).partition("\n")[0]
+        raise Error(f"{said} ({reason}): copy it again") from error
 
 
 # ---------------------------------------------------------------------------- the library tokenizers
@@ -310,22 +330,33 @@ def _sentencepiece_bytes(piece: str) -> bytes:
 def _read_tokenizer_json(file: Path) -> TokenizersTokenizer:
     library = _import("tokenizers")
     definition = read_json(file)
-    try:
+    match definition:
+        case {"model": {"vocab": dict(vocabulary)}}:
+            _check_vocabulary(file, vocabulary)
+    with _refusals(f"{file} is no complete tokenizer"):
         tokenizer = library.Tokenizer.from_str(json.dumps(definition))
-    except Exception as error:  # the library raises Exception itself
-        raise Error(f"{file} is no complete tokenizer ({error}): copy it again") from error
     return TokenizersTokenizer(str(file), tokenizer)
+
+
+def _check_vocabulary(source: Path, vocabulary: dict) -> None:
+    """``Error`` unless every token has an id of its own, none far beyond their number.
+
+    The library counts up to the largest, and two tokens of one id would share it in one direction only.
+    """
+    for token, i in vocabulary.items():
+        if not is_integer(i) or not 0 <= i < len(vocabulary) + SPARE_IDS:
+            raise Error(f"{source} gives the token {token!r} the id {i!r}: copy it again")
+    if len(set(vocabulary.values())) < len(vocabulary):
+        raise Error(f"{source} gives two tokens the same id: copy it again")
 
 
 def _read_vocab_and_merges(file: Path) -> TokenizersTokenizer:
     """GPT-2's pair: the ids of the tokens in the byte symbols, and the merges in their order."""
     vocabulary = read_json(file.with_name(VOCAB))
     merges_file = file.with_name(MERGES)
-    try:
-        lines = merges_file.read_text(encoding="utf-8").split("\n")
-    except (OSError, ValueError) as error:
-        raise Error(f"{merges_file} cannot be read ({error}): copy it into the folder again") from error
+    lines = read_text(merges_file).split("\n")
     merges = [line for line in lines[lines[0].startswith("#version") :] if line]
+    _check_vocabulary(file.with_name(VOCAB), vocabulary)
     tokenizer = _build_byte_level(file.with_name(VOCAB), vocabulary, merges, "gpt-2")
     tokenizer.add_special_tokens([END_OF_TEXT] if END_OF_TEXT in vocabulary else [])
     return TokenizersTokenizer(str(file.parent), tokenizer)
@@ -338,15 +369,13 @@ def _build_byte_level(source: Path, vocabulary: dict[str, int], merges: list[str
     """
     library = _import("tokenizers")
     split = library.pre_tokenizers
-    try:
+    pairs = [tuple(merge.split(" ")) for merge in merges]
+    for merge, pair in zip(merges, pairs):
+        if len(pair) != 2:
+            raise Error(f"{source} has a merge that is no pair of tokens, {merge!r}: copy it again")
+    with _refusals(f"{source} holds no complete BPE vocabulary"):
         # Llama 3 takes a piece that is a token as a whole, before any merge.
-        model = library.models.BPE(
-            vocab=vocabulary,
-            merges=[tuple(merge.split(" ")) for merge in merges],
-            ignore_merges=pre == "llama-bpe",
-        )
-    except Exception as error:  # the library raises Exception itself
-        raise Error(f"{source} holds no complete BPE vocabulary ({error}): copy it again") from error
+        model = library.models.BPE(vocab=vocabulary, merges=pairs, ignore_merges=pre == "llama-bpe")
     tokenizer = library.Tokenizer(model)
     gpt2_pieces = split.ByteLevel(add_prefix_space=False)
     tokenizer.pre_tokenizer = {
@@ -470,10 +499,8 @@ def _read_sentencepiece(file: Path) -> SentencePieceTokenizer:
 
 def _load_sentencepiece(source: Path, model: bytes) -> SentencePieceTokenizer:
     library = _import("sentencepiece")
-    try:
+    with _refusals(f"{source} holds no complete SentencePiece model"):
         processor = library.SentencePieceProcessor(model_proto=model)
-    except Exception as error:  # RuntimeError, or what its bindings make of it
-        raise Error(f"{source} holds no complete SentencePiece model ({error}): copy it again") from error
     tokenizer = SentencePieceTokenizer(str(source), processor)
     tokenizer.bos_id = processor.bos_id() if processor.bos_id() >= 0 else None
     tokenizer.eos_ids = (processor.eos_id(),) if processor.eos_id() >= 0 else ()
@@ -493,7 +520,7 @@ def _read_gguf(file: Path) -> Tokenizer:
     if not np.isin(types, range(1, 7)).all():
         raise Error(f"{file} has a token of a type that there is not: copy it again")
     types = types.tolist()
-    model = metadata.get("tokenizer.ggml.model")
+    model = _gguf_text(file, metadata, "ggml.model")
     if model == "gpt2":
         tokenizer = _gguf_byte_level(file, metadata, tokens, types)
     elif model == "llama":
@@ -502,12 +529,19 @@ def _read_gguf(file: Path) -> Tokenizer:
         raise Error(f"{file} has a vocabulary of the kind {model!r}: only 'gpt2' and 'llama' are read")
     ids = {key: metadata.get(f"tokenizer.ggml.{key}_token_id") for key in ("bos", "eos", "eot", "eom")}
     for key, i in ids.items():
-        if i is not None and not (isinstance(i, int) and 0 <= i < len(tokens)):
+        if i is not None and not (is_integer(i) and 0 <= i < len(tokens)):
             raise Error(f"{file} has {i!r} as tokenizer.ggml.{key}_token_id, which is no id: copy it again")
     tokenizer.bos_id = ids["bos"]
     tokenizer.eos_ids = _distinct([ids["eos"], ids["eot"], ids["eom"]])
-    tokenizer.chat_template = metadata.get("tokenizer.chat_template")
+    tokenizer.chat_template = _gguf_text(file, metadata, "chat_template")
     return tokenizer
+
+
+def _gguf_text(file: Path, metadata: dict, key: str) -> str | None:
+    value = metadata.get(f"tokenizer.{key}")
+    if not isinstance(value, str | None):
+        raise Error(f"{file} has something other than a text in tokenizer.{key}: copy it again")
+    return value
 
 
 def _gguf_list(file: Path, metadata: dict, key: str) -> list[str]:
@@ -525,8 +559,15 @@ def _gguf_numbers(file: Path, metadata: dict, key: str, default: np.ndarray | No
     return value
 
 
+def _gguf_switch(file: Path, metadata: dict, key: str, default: bool) -> bool:
+    value = metadata.get(f"tokenizer.ggml.{key}", default)
+    if not isinstance(value, bool):
+        raise Error(f"{file} has something other than yes or no in tokenizer.ggml.{key}: copy it again")
+    return value
+
+
 def _gguf_byte_level(file: Path, metadata: dict, tokens: list[str], types: list[int]) -> TokenizersTokenizer:
-    pre = metadata.get("tokenizer.ggml.pre")
+    pre = _gguf_text(file, metadata, "ggml.pre")
     pre = "llama-bpe" if pre in ("llama3", "llama-v3") else pre  # llama.cpp's other names for it
     if pre not in GGUF_PRE:
         raise Error(f"{file} cuts a text in pieces as {pre!r} does: only {', '.join(GGUF_PRE)} are read")
@@ -560,9 +601,9 @@ def _sentencepiece_model(file: Path, metadata: dict, tokens: list[str], types: l
     unknown = types.index(UNKNOWN)
     trainer = _field(3, 2) + _field(4, len(tokens)) + _field(35, int(BYTE in types))
     trainer += _field(40, unknown) + _field(45, tokens[unknown].encode("utf-8"))
-    prefix = metadata.get("tokenizer.ggml.add_space_prefix", True)
-    squeeze = metadata.get("tokenizer.ggml.remove_extra_whitespaces", False)
-    normalizer = _field(1, b"identity") + _field(3, int(bool(prefix))) + _field(4, int(bool(squeeze)))
+    prefix = _gguf_switch(file, metadata, "add_space_prefix", True)
+    squeeze = _gguf_switch(file, metadata, "remove_extra_whitespaces", False)
+    normalizer = _field(1, b"identity") + _field(3, int(prefix)) + _field(4, int(squeeze))
     return pieces + _field(2, trainer) + _field(3, normalizer)
 
 
@@ -611,7 +652,7 @@ def _ids_of(tokenizer: Tokenizer, found: list, folder: Path) -> tuple[int, ...]:
     for token in found:
         name = token.get("content") if isinstance(token, dict) else token
         i = tokenizer.special_tokens.get(name) if isinstance(name, str) else name
-        if token is not None and not (isinstance(i, int) and 0 <= i < tokenizer.vocab_size):
+        if token is not None and not (is_integer(i) and 0 <= i < tokenizer.vocab_size):
             raise Error(
                 f"a config in {folder} names the special token {token!r}, which {tokenizer.name} lacks"
             )
@@ -626,11 +667,8 @@ def _distinct(ids: list[int | None]) -> tuple[int, ...]:
 def _chat_template(folder: Path, tokenizer_config: dict) -> str | None:
     """``chat_template.jinja`` counts before ``tokenizer_config.json``, and of several the default."""
     file = folder / "chat_template.jinja"
-    try:
-        if file.exists():
-            return file.read_text(encoding="utf-8")
-    except (OSError, ValueError) as error:
-        raise Error(f"{file} cannot be read ({error}): copy it again") from error
+    if file.exists():
+        return read_text(file)
     match tokenizer_config.get("chat_template"):
         case None | str() as template:
             return template

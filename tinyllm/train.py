@@ -14,7 +14,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -28,13 +28,15 @@ from tinyllm.device import keep_memory, manual_seed, peak_memory, pick_device
 from tinyllm.errors import Error
 from tinyllm.generate import generate
 from tinyllm.info import flops_per_token, gemm_rate
+from tinyllm.logs import check_logs, open_logs
+from tinyllm.models import load_model
 from tinyllm.nn import Module, evaluating, initialize_as_torch
 from tinyllm.optim import AdamW, clip_grad_norm, warmup_cosine
 from tinyllm.profile import Profile, profile
-from tinyllm.run import RunFolder, new_folder, say
+from tinyllm.run import RunFolder, last_checkpoint, say
 from tinyllm.tensor import no_grad
 from tinyllm.text import Corpus, encode_documents, open_corpus, train_validation_split
-from tinyllm.tokenfile import tokenize_corpus
+from tinyllm.tokenfile import tokenize_corpus, tokenizer_sha256
 from tinyllm.tokenizer import END_OF_TEXT, BPETokenizer, CharTokenizer, Tokenizer, load_tokenizer
 
 SAMPLE_TOKENS = 50
@@ -53,37 +55,45 @@ class Data:
     texts: tuple[bytes, bytes] | None  # both parts, unless they were too large to read at once
 
 
-def load_data(config: TrainConfig) -> Data:
+def load_data(
+    config: TrainConfig, tokenizer: Tokenizer | None = None, text_sha256: str | None = None
+) -> Data:
     """Read the text, learn or load a tokenizer, tokenise, cut into windows: 90% for training.
 
     A text of at most ``config.in_memory`` MB is split by characters. A larger one goes through a file of
-    tokens on disk, which is split between two of its chunks.
+    tokens on disk, which is split between two of its chunks. A resumed run brings its ``tokenizer`` and the
+    hash of its text; raises ``Error`` if the text is another one now.
     """
     corpus = open_corpus(config.text, config.text_field)
+    if text_sha256 not in (None, corpus.sha256):
+        raise Error(
+            f"the text {corpus.name} is not the one that the run was begun with (its SHA-256 is "
+            f"{corpus.sha256[:8]}…, not {text_sha256[:8]}…): give that with --text, or start a new run"
+        )
     if corpus.left_out:
         say(f"{corpus.name}: {len(corpus.left_out)} files are neither .txt nor .jsonl and were left out")
     if corpus.num_bytes > config.in_memory * 10**6:
-        return _from_token_file(config, corpus)
+        return _from_token_file(config, corpus, tokenizer)
     train, validation = parts = train_validation_split(corpus.documents())
-    if config.tokenizer == "char":
+    if tokenizer is None and config.tokenizer == "char":
         tokenizer = CharTokenizer.from_text("".join(train + validation))
         if corpus.num_documents > 1:
             tokenizer = tokenizer.with_special_tokens([END_OF_TEXT])  # to stand between them
-    else:
+        tokenizer = tokenizer.with_special_tokens(config.special_tokens)
+    elif tokenizer is None:
         tokenizer = _tokenizer(config, train)
-    tokenizer = tokenizer.with_special_tokens(config.special_tokens)
     ids = [encode_documents(tokenizer, part, config.special) for part in parts]
     texts = tuple("".join(part).encode("utf-8") for part in parts)
     return _windows(config, corpus, tokenizer, *ids, len(texts[1]), texts)
 
 
-def _from_token_file(config: TrainConfig, corpus: Corpus) -> Data:
+def _from_token_file(config: TrainConfig, corpus: Corpus, tokenizer: Tokenizer | None) -> Data:
     if config.tokenizer == "char":
         raise Error(
             f"{corpus.name} has {corpus.num_bytes / 10**6:,.0f} MB, too much for a character tokenizer: "
             "choose bpe:VOCAB or gpt2, or a larger --in-memory"
         )
-    tokenizer = _tokenizer(config, corpus.sample(BPE_CHARACTERS)).with_special_tokens(config.special_tokens)
+    tokenizer = tokenizer or _tokenizer(config, corpus.sample(BPE_CHARACTERS))
     beside_the_text = f"{corpus.name.rstrip('/')}.{tokenizer.name.replace(':', '-')}.tokens"
     tokens = tokenize_corpus(corpus, tokenizer, config.special, config.tokens or Path(beside_the_text))
     *ids, validation_bytes = tokens.split(0.1)
@@ -93,8 +103,10 @@ def _from_token_file(config: TrainConfig, corpus: Corpus) -> Data:
 def _tokenizer(config: TrainConfig, train_documents: Sequence[str]) -> Tokenizer:
     if config.tokenizer.startswith("bpe:"):
         # Learned from the training part only: the validation text stays unseen.
-        return BPETokenizer(train_bpe(train_documents, parse_bpe(config.tokenizer)))
-    return load_tokenizer(config.tokenizer)
+        tokenizer = BPETokenizer(train_bpe(train_documents, parse_bpe(config.tokenizer)))
+    else:
+        tokenizer = load_tokenizer(config.tokenizer)
+    return tokenizer.with_special_tokens(config.special_tokens)
 
 
 def _windows(config, corpus, tokenizer, train, validation, validation_bytes, texts) -> Data:
@@ -108,27 +120,47 @@ def _windows(config, corpus, tokenizer, train, validation, validation_bytes, tex
     )
 
 
-def evaluate(model: Module, windows: Windows, most: int, batch: int) -> float:
-    """Mean loss per token over at most ``most`` windows, spread evenly; in eval mode."""
+def _go_on() -> None:
+    """A check that never stops anything."""
+
+
+def evaluate(
+    model: Module, windows: Windows, most: int, batch: int, check: Callable[[], None] = _go_on
+) -> float:
+    """Mean loss per token over at most ``most`` windows, spread evenly; in eval mode.
+
+    ``check()`` is called before every batch; what it raises ends the evaluation.
+    """
     chosen = np.linspace(0, len(windows) - 1, min(most, len(windows))).astype(int)
     total, count = 0.0, 0
     with evaluating(model), no_grad():
         for start in range(0, len(chosen), batch):
+            check()
             ids, targets = windows[chosen[start : start + batch]]
             total += model.loss(ids, targets, divisor=1).item()
             count += targets.size
     return total / count
 
 
-def gradients(model: Module, ids, targets, micro_batch: int, seed: int, step: int) -> float:
+def gradients(
+    model: Module,
+    ids,
+    targets,
+    micro_batch: int,
+    seed: int,
+    step: int,
+    check: Callable[[], None] = _go_on,
+) -> float:
     """Add dL/dθ of a step to every parameter's ``.grad``, ``micro_batch`` rows at a time; returns L.
 
     L = Σ cross-entropy / N with N the targets of the whole step that count (are not -100). Every
     micro-batch divides by N, not by its own number, so the sum is exactly the whole batch's gradient.
+    ``check()`` is called before each of them; what it raises ends the step.
     """
     counted = int((targets != -100).sum())
     total = 0.0
     for number, first in enumerate(range(0, len(ids), micro_batch)):
+        check()
         rows = slice(first, first + micro_batch)
         manual_seed(seed, step, number)
         loss = model.loss(ids[rows], targets[rows], divisor=counted)
@@ -140,19 +172,37 @@ def gradients(model: Module, ids, targets, micro_batch: int, seed: int, step: in
 def train(
     config: TrainConfig, progress: bool = True, callback: Callable[[dict], None] | None = None
 ) -> Module:
-    """Run the training that ``config`` describes; returns the trained model.
+    """Run the training that ``config`` describes, or the rest of it; returns the trained model.
 
-    With ``config.profile`` nothing is written: a few steps are taken apart, and the table printed.
+    With ``config.profile`` nothing is written: a few steps are taken apart, and the table printed. With
+    ``config.resume`` a run that was stopped, however, goes on from its newest checkpoint as if it had never
+    been: on the same machine all numbers are the same, bit for bit.
 
     All logging goes through one place: the record of every step, as it is written to metrics.jsonl and
-    at evaluations with the ``sample``, goes to the run's folder (``run.py``) and to ``callback``.
+    at evaluations with the ``sample``, goes to the run's folder (``run.py``), to the logs that are asked for
+    (``logs.py``) and to ``callback``.
 
-    SIGINT and SIGTERM let the step finish; then the weights are saved and KeyboardInterrupt is raised
-    with the signal's number as its argument. A loss or gradient norm that is not finite raises
-    FloatingPointError before it reaches the weights; the weights before that step are saved.
+    SIGINT and SIGTERM break off the step or the evaluation; then a checkpoint of the last whole step is
+    written and KeyboardInterrupt is raised with the signal's number as its argument. A loss or gradient norm
+    that is not finite never reaches the weights: more than ``config.skip_nonfinite`` in a row raise
+    FloatingPointError, after a checkpoint of what was before. A checkpoint that cannot be written raises
+    OSError; the one before it is whole.
     """
+    check_logs(config.log)
+    with RunFolder(config) as run:
+        return _train(config, run, progress, callback)
+
+
+def _train(
+    config: TrainConfig, run: RunFolder, progress: bool, callback: Callable[[dict], None] | None
+) -> Module:
+    if config.resume is not None:
+        run.reopen()
+        if run.is_finished():
+            say(f"{run.folder} is finished: its {config.steps:,} steps are done")
+            return load_model(last_checkpoint(run.folder), np.dtype(config.dtype))
     device = pick_device(config.device)
-    data = load_data(config)
+    data = load_data(config, run.tokenizer, run.text_sha256)
     model = _model(config, data).to(device)
     prompt = _prompt(config, data, model)
     batches = Batches(data.train, config.batch, config.seed)
@@ -161,55 +211,66 @@ def train(
     if config.profile:
         print(_profile(config, model, batches, optimizer))
         return model
-    run = _begin_run(config, data, model, batches.steps_per_epoch, device)
+    done, tokens = 0, 0
+    if config.resume is None:
+        _begin(config, run, data, model, batches.steps_per_epoch, device)
+    else:
+        done, tokens = run.restore(model, optimizer)
+    run.bytes_per_token = data.bytes_per_token
     lr_at = warmup_cosine(config.lr, config.initial_lr, config.min_lr, config.warmup, config.steps)
     eval_every = config.eval_every or min(batches.steps_per_epoch, math.ceil(config.steps / 10))
 
-    def log(record: dict, evaluated: bool) -> None:
+    def is_evaluated(step: int) -> bool:
+        return step % eval_every == 0 or step == config.steps
+
+    def log(record: dict) -> None:
         try:
-            if evaluated:
-                record |= _evaluation(config, data, model, prompt, record["step"])
+            if is_evaluated(record["step"]):
+                record |= _evaluation(config, data, model, prompt, record["step"], check)
         finally:  # what the step itself found is written down even if its evaluation fails
             run(record)
+            logs(record)
             if callback is not None:
                 callback(record)
 
-    done, tokens, speed = 0, 0, _Speed(config, model)
+    speed = _Speed(config, model)
     # A run that diverges ends with one sentence, not with NumPy's warnings before it.
-    with _signals_wait() as arrived, np.errstate(over="ignore", invalid="ignore"):
+    quiet = np.errstate(over="ignore", invalid="ignore")
+    with open_logs(config.log, run.folder, run.about) as logs, _signals_wait() as check, quiet:
         try:
-            log({"step": 0, "tokens": 0}, evaluated=True)
-            for step in _progress_bar(config.steps, progress):
+            if is_evaluated(done) and not run.was_evaluated(done):
+                log(run.take_back(done))
+            for step in _progress_bar(done, config.steps, progress):
                 started = time.perf_counter()
                 ids, targets = batches.at(step)
                 optimizer.lr = lr_at(step)
-                loss = gradients(model, ids, targets, config.at_once, config.seed, step)
+                loss = gradients(model, ids, targets, config.at_once, config.seed, step, check)
                 grad_norm = clip_grad_norm(model, config.clip)
-                if not (math.isfinite(loss) and math.isfinite(grad_norm)):
-                    raise FloatingPointError(
-                        f"step {step + 1}: the loss is {loss} and the gradient norm {grad_norm} at learning "
-                        f"rate {optimizer.lr:.3g}: start again with a smaller --lr or --clip"
-                    )
-                optimizer.step()
+                check()
+                if math.isfinite(loss) and math.isfinite(grad_norm):
+                    optimizer.step()
+                    found = {"train_loss": loss, "lr": optimizer.lr, "grad_norm": grad_norm}
+                else:
+                    why = run.not_finite(step + 1, ids, targets, loss, grad_norm, optimizer.lr)
+                    found = {"skipped": why, "lr": optimizer.lr}
                 optimizer.zero_grad()
                 done, tokens = step + 1, tokens + ids.size
-                record = dict(step=done, tokens=tokens, train_loss=loss, lr=optimizer.lr, grad_norm=grad_norm)
+                record = {"step": done, "tokens": tokens} | found
                 record |= speed.of_step(ids.size, time.perf_counter() - started)
-                evaluated = bool(arrived) or done == config.steps or done % eval_every == 0
-                if evaluated:
+                if is_evaluated(done):
                     record |= speed.on_the_whole(config.steps - done)
-                log(record, evaluated)
-                stop = evaluated and arrived
-                if stop or done == config.steps or done % (config.checkpoint_every or math.inf) == 0:
-                    run.save(model, done)
-                if stop:
-                    where = f"the weights are in {run.checkpoint(done)}"
-                    raise KeyboardInterrupt(arrived[0], f"stopped after step {done}; {where}")
+                log(record)
+                run.save_if_due(model, optimizer, done)
+                check()
+        except _Stopped as stop:
+            where = run.save(model, optimizer, done)
+            said = f"stopped after step {done}; tinyllm train --resume {run.folder} goes on from {where}"
+            raise KeyboardInterrupt(stop.args[0], said) from None
         except FloatingPointError as error:
-            where = run.save(model, done)
+            where = run.save(model, optimizer, done)
             raise FloatingPointError(f"{error} (the weights after step {done} are in {where})") from None
     if data.texts:
-        say(baselines.describe(record["val_bits_per_byte"], *data.texts))
+        say(baselines.describe(run.history[-1]["val_bits_per_byte"], *data.texts))
     return model
 
 
@@ -243,15 +304,15 @@ def _prompt(config: TrainConfig, data: Data, model: Module) -> list[int]:
     return prompt
 
 
-def _begin_run(
-    config: TrainConfig, data: Data, model: Module, steps_per_epoch: int, device: str
-) -> RunFolder:
+def _begin(
+    config: TrainConfig, run: RunFolder, data: Data, model: Module, steps_per_epoch: int, device: str
+) -> None:
     """The run's new folder, and what everything starts from, said in three lines."""
     corpus, tokenizer = data.corpus, data.tokenizer
-    folder = config.out or new_folder(corpus.name)
     about = {
-        "train": asdict(config) | {"out": str(folder), "tokens": config.tokens and str(config.tokens)},
+        "train": config.to_json() | {"out": str(run.folder)},
         "text": {"name": corpus.name, "sha256": corpus.sha256, "bytes": corpus.num_bytes},
+        "tokenizer": {"name": tokenizer.name, "sha256": tokenizer_sha256(tokenizer)},
         "parameters": model.num_parameters(),
         "steps_per_epoch": steps_per_epoch,
         "versions": {
@@ -260,8 +321,7 @@ def _begin_run(
             "python": platform.python_version(),
         },
     }
-    run = RunFolder(folder, about, tokenizer.vocab_size, data.bytes_per_token)
-    tokenizer.save(folder)
+    run.begin(about, tokenizer, model)
     say(
         f"{corpus.name}: {corpus.num_bytes:,} bytes; {tokenizer.name} tokenizer, {tokenizer.vocab_size:,} ids"
         f"; {len(data.train.tokens):,} + {len(data.validation.tokens):,} tokens"
@@ -273,24 +333,33 @@ def _begin_run(
     )
     say(
         f"{type(model).__name__}, {model.num_parameters():,} parameters, on {device}; "
-        f"{config.steps:,} steps of {config.batch} windows, {steps_per_epoch:,} an epoch; into {folder}"
+        f"{config.steps:,} steps of {config.batch} windows, {steps_per_epoch:,} an epoch; into {run.folder}"
     )
-    return run
 
 
-def _evaluation(config: TrainConfig, data: Data, model: Module, prompt: list[int], step: int) -> dict:
-    """Both losses, on a fixed set of windows, and a sample."""
+def _evaluation(
+    config: TrainConfig,
+    data: Data,
+    model: Module,
+    prompt: list[int],
+    step: int,
+    check: Callable[[], None],
+) -> dict:
+    """Both losses, on a fixed set of windows, and a sample; ``check`` may break it off."""
     found = {}
     for key, windows in (("train_eval_loss", data.train), ("val_loss", data.validation)):
-        found[key] = evaluate(model, windows, config.eval_windows, config.at_once)
+        found[key] = evaluate(model, windows, config.eval_windows, config.at_once, check)
         if not math.isfinite(found[key]):
             raise FloatingPointError(
                 f"after step {step} the {key} is {found[key]}: start again with a smaller --lr or --clip"
             )
     found["val_bits_per_byte"] = found["val_loss"] / math.log(2) / data.bytes_per_token
     rng = np.random.default_rng([config.seed, step])
-    drawn = generate(model, [prompt], SAMPLE_TOKENS, temperature=0.8, top_k=40, rng=rng)
-    found["sample"] = data.tokenizer.decode(prompt + [int(token[0]) for token in drawn])
+    sample = list(prompt)
+    for token in generate(model, [prompt], SAMPLE_TOKENS, temperature=0.8, top_k=40, rng=rng):
+        check()
+        sample.append(int(token[0]))
+    found["sample"] = data.tokenizer.decode(sample)
     return found
 
 
@@ -325,25 +394,38 @@ def _best_gemm_rate(dtype: str) -> float:
     return _gemm_rates[dtype]
 
 
-def _progress_bar(steps: int, shown: bool):
+def _progress_bar(done: int, steps: int, shown: bool):
     from tqdm import tqdm
 
-    return tqdm(range(steps), unit="step", disable=None if shown else True, dynamic_ncols=True)
+    disable = None if shown else True
+    return tqdm(
+        range(done, steps), initial=done, total=steps, unit="step", disable=disable, dynamic_ncols=True
+    )
+
+
+class _Stopped(Exception):
+    """A signal arrived; its number is the argument."""
 
 
 @contextmanager
 def _signals_wait():
-    """Collect SIGINT and SIGTERM in the list this yields, instead of breaking off in the middle of a step.
+    """SIGINT and SIGTERM wait until the function that this yields is called: it raises ``_Stopped`` then.
 
-    Handlers belong to the main thread; elsewhere signals are none of our business.
+    So nothing is broken off in the middle of an update or of a checkpoint. Handlers belong to the main
+    thread; elsewhere signals are none of our business.
     """
     arrived: list[int] = []
     before = {}
+
+    def check() -> None:
+        if arrived:
+            raise _Stopped(arrived[0])
+
     if threading.current_thread() is threading.main_thread():
         for number in (signal.SIGINT, signal.SIGTERM):
             before[number] = signal.signal(number, lambda received, _: arrived.append(received))
     try:
-        yield arrived
+        yield check
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

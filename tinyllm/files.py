@@ -1,0 +1,97 @@
+"""How does a file outlive whatever happens while it is written?
+
+A process can be killed, a disk fill up, the power fail, at any moment. What must never be half there is
+written under another name, flushed to the disk, and renamed: the rename happens or it does not. What may be
+damaged later carries its own SHA-256. And two processes that would write the same files are kept apart by a
+lock that the system takes back from whoever dies.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, BinaryIO
+
+from tinyllm.errors import Error
+
+if TYPE_CHECKING:
+    from filelock import BaseFileLock
+
+SAVING = ".saving-"  # begins the name of what is not complete yet
+
+
+def sync(file: BinaryIO) -> None:
+    """Bring what was written to an open file onto the disk."""
+    file.flush()
+    os.fsync(file.fileno())
+
+
+def sync_folder(folder: Path) -> None:
+    """Bring the names in a folder onto the disk: what was renamed there stays renamed."""
+    if os.name == "nt":  # Windows opens no folders
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_whole(path: Path, data: bytes) -> None:
+    """Write a file, or replace one: whoever looks sees the old file or the new one, never a part."""
+    new = path.with_name(SAVING + path.name)
+    with open(new, "wb") as file:
+        file.write(data)
+        sync(file)
+    os.replace(new, path)
+    sync_folder(path.parent)
+
+
+def lock(path: Path, busy: str) -> BaseFileLock:
+    """Become the one holder of the lock in a file, until ``release()`` or the end of the process.
+
+    Raises ``Error(busy)`` at once if there is another one, and OSError if the file cannot be made.
+    """
+    from filelock import FileLock, Timeout
+
+    found = FileLock(path)
+    try:
+        found.acquire(timeout=0)
+    except Timeout:
+        raise Error(busy) from None
+    return found
+
+
+def sealed(content: dict) -> bytes:
+    """A JSON object as a file that tells when one of its bits was changed.
+
+    Its last member, ``sha256``, is the hash of the file as it would be without it.
+    """
+    digest = hashlib.sha256(_as_json(content)).hexdigest()
+    return _as_json(content | {"sha256": digest})
+
+
+def read_sealed(path: Path) -> dict:
+    """What ``sealed`` wrote into a file, ``sha256`` included.
+
+    Raises ``Error``, naming the file, if it is not there, or not as it was written, down to the last space.
+    """
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise Error(f"{path} cannot be read ({error.strerror}): check the path or copy it again") from error
+    try:
+        found = json.loads(data)
+        content = {key: value for key, value in found.items() if key != "sha256"}
+        whole = sealed(content) == data
+    except (ValueError, AttributeError, RecursionError):
+        whole = False
+    if not whole:
+        raise Error(f"{path} is damaged (it does not have the SHA-256 it was written with): copy it again")
+    return found
+
+
+def _as_json(content: dict) -> bytes:
+    return json.dumps(content, indent=2, allow_nan=False).encode("utf-8") + b"\n"
