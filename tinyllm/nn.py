@@ -127,7 +127,11 @@ class Module:
         nothing is changed. Arrays are taken one at a time, so a lazy mapping (``pretrained.Weights``)
         is never whole in memory.
         """
-        keys, entries = self.checkpoint_keys(arrays), list(self._entries())
+        try:
+            keys = self.checkpoint_keys(arrays)
+        except Error as error:
+            raise Error(f"{source} does not fit the model: {error}") from None
+        entries = list(self._entries())
         expected = {full: owner.layout(name, p.data).shape for full, owner, name, p in entries}
         shapes = arrays.shapes if hasattr(arrays, "shapes") else {k: np.shape(arrays[k]) for k in arrays}
         check_names_and_shapes(expected, {name: shapes[key] for name, key in keys.items()}, source)

@@ -18,10 +18,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from tinyllm.errors import Error
+from tinyllm.reading import check_is_file, parse_json
 from tinyllm.tokenizer import FILE_NAME as TOKENIZER
 
 CONFIG, METRICS = "config.json", "metrics.jsonl"  # of a run folder
 NUMBERS = ("step", "tokens", "train_loss", "tokens_per_s", "train_eval_loss", "val_loss", "val_bits_per_byte")
+TINY = 1e-9  # tokens per second, or bytes per token: what is less was not measured, and 1 / it may be inf
 PICTURES = (".png", ".svg", ".pdf")
 X_AXES = ("step", "tokens", "time")
 Y_AXES = {"loss": "loss (nats per token)", "bits-per-byte": "bits per byte"}
@@ -138,8 +140,12 @@ class RecordedRun:
         """Of the validation text: what turned its loss into its bits per byte."""
         for record in self.records:
             if "val_loss" in record and record.get("val_bits_per_byte", 0) > 0:
-                return record["val_loss"] / math.log(2) / record["val_bits_per_byte"]
-        raise Error(f"run {self.name} holds no val_bits_per_byte: plot its loss instead")
+                ratio = record["val_loss"] / math.log(2) / record["val_bits_per_byte"]
+                if TINY < ratio < 1 / TINY:
+                    return ratio
+        raise Error(
+            f"run {self.name} holds no val_bits_per_byte that fits its val_loss: plot its loss instead"
+        )
 
     def along(self, x: str) -> list[float]:
         """Steps, tokens, or seconds of training (without the evaluations) at each record."""
@@ -188,16 +194,18 @@ def _not_a_run(folder: Path, why: str) -> Error:
 
 def _read_json(folder: Path, file: str) -> dict:
     try:
-        return json.loads((folder / file).read_bytes())
+        check_is_file(folder / file)
+        return parse_json((folder / file).read_bytes())
     except OSError:
         raise _not_a_run(folder, f"it holds no {file} that can be read") from None
-    except (ValueError, RecursionError):
+    except ValueError:
         raise _not_a_run(folder, f"its {file} is damaged") from None
 
 
 def _read_metrics(path: Path) -> tuple[list[dict], list[str]]:
     """The records, and a note if the last line is half-written."""
     try:
+        check_is_file(path)
         lines = path.read_bytes().split(b"\n")
     except FileNotFoundError:  # it is written with the first evaluation
         return [], []
@@ -244,7 +252,7 @@ def what_is_wrong(record: dict | None, before: dict | None) -> str | None:
         return f"step {record['step']} follows step {before['step']}"
     if record["tokens"] < tokens:
         return f"{record['tokens']} tokens follow {tokens}"
-    if record["tokens"] > tokens and not record.get("tokens_per_s", 0) > 0:
+    if record["tokens"] > tokens and not record.get("tokens_per_s", 0) > TINY:
         return "its tokens_per_s is missing or not above 0"
     return None
 

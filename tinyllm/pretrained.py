@@ -13,6 +13,7 @@ import os
 import re
 import tempfile
 from collections.abc import Iterator, Mapping
+from dataclasses import fields
 from pathlib import Path, PureWindowsPath
 
 import numpy as np
@@ -30,6 +31,17 @@ TEXT_FILES = ("tokenizer*", "vocab.json", "merges.txt", "special_tokens_map.json
 HUB_FILES = [*MODEL_FILES, *TEXT_FILES, "generation_config.json"]
 DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 CODES = {"float64": "F64", "float32": "F32", "bfloat16": "BF16", "float16": "F16"}  # in the order of a file
+
+# Far above any model's. Of these two, even a model without weights takes memory.
+MAX_LAYERS, MAX_WIDTH, MAX_SIZE = 2**12, 2**20, 2**31 - 1
+FIELD_TYPES = {
+    "int": int,
+    "int | None": int | None,
+    "float": int | float,
+    "bool": bool,
+    "str": str,
+    "dict": Mapping,
+}
 
 HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*|gpt2(-medium|-large|-xl)?|distilgpt2", re.ASCII)
 
@@ -201,6 +213,23 @@ def _read_index(path: Path) -> dict[Path, set[str]]:
             raise Error(f"{path} puts {name!r} into {shard!r}, which is no plain file name: correct it")
         shards.setdefault(path.parent / shard, set()).add(name)
     return shards
+
+
+def check_fields(config, layers: tuple[str, ...], widths: tuple[str, ...]) -> None:
+    """Raise Error unless a config's fields have their types, its numbers are finite and its sizes sane.
+
+    True is no number here, though it is one in Python. ``layers`` and ``widths`` name the sizes for which
+    building a model takes time and memory, before its weights are looked at.
+    """
+    limits = dict.fromkeys(layers, MAX_LAYERS) | dict.fromkeys(widths, MAX_WIDTH)
+    for field in fields(config):
+        name, value = field.name, getattr(config, field.name)
+        truth = isinstance(value, bool)
+        if not isinstance(value, FIELD_TYPES[field.type]) or truth != (field.type == "bool"):
+            kind = "a whole number of at least 1" if field.type.startswith("int") else f"a {field.type}"
+            raise Error(f"{name} must be {kind}, not {value!r}")
+        if isinstance(value, int | float) and not abs(value) <= limits.get(name, MAX_SIZE):
+            raise Error(f"{name} must be at most {limits.get(name, MAX_SIZE):,}, not {value!r}")
 
 
 def check_names_and_shapes(expected: dict[str, tuple], found: dict[str, tuple], source: str) -> None:

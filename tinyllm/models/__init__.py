@@ -43,6 +43,10 @@ def empty_model(name: str | Path) -> Module:
 def _empty(path: Path) -> Module:
     config = pretrained.model_config(path)
     kind = config.get("model_type")
-    if kind not in ARCHITECTURES:
+    if not isinstance(kind, str) or kind not in ARCHITECTURES:
         raise Error(f"{path}: model_type {kind!r} is not supported; supported: {', '.join(ARCHITECTURES)}")
-    return ARCHITECTURES[kind](CONFIGS[kind].from_dict(config), rng=None)
+    try:
+        config = CONFIGS[kind].from_dict(config)
+    except Error as error:
+        raise Error(f"the config of {path} is refused: {error}") from None
+    return ARCHITECTURES[kind](config, rng=None)

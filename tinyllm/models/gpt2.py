@@ -81,6 +81,7 @@ class GPT2Config:
             value = getattr(self, name)
             if not isinstance(value, int) or value < 1:
                 raise Error(f"{name} must be a whole number of at least 1, not {value!r}")
+        pretrained.check_fields(self, layers=("n_layer",), widths=("n_embd", "n_inner"))
         if self.n_embd % self.n_head:
             raise Error(
                 f"n_embd ({self.n_embd}) must be divisible by n_head ({self.n_head}): "

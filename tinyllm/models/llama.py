@@ -20,6 +20,7 @@ vocabulary.
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -137,6 +138,8 @@ class LlamaConfig:
         for name in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
                      "num_attention_heads", "max_position_embeddings"):  # fmt: skip
             self._check_size(name)
+        widths = ("hidden_size", "intermediate_size", "head_dim")
+        pretrained.check_fields(self, layers=("num_hidden_layers",), widths=widths)
         if self.hidden_size % self.num_attention_heads:
             raise Error(
                 f"hidden_size ({self.hidden_size}) must be divisible by num_attention_heads "
@@ -205,7 +208,12 @@ class LlamaConfig:
 
 def _rope_of(config: Mapping) -> dict:
     """``rope_parameters`` of a ``config.json``, from either spelling, or both where they agree."""
-    given = [*(config.get("rope_scaling") or {}).items(), *(config.get("rope_parameters") or {}).items()]
+    given = []
+    for key in ("rope_scaling", "rope_parameters"):
+        parameters = config.get(key) or {}
+        if not isinstance(parameters, Mapping):
+            raise Error(f"{key} must be an object of parameters, not {parameters!r}")
+        given += parameters.items()
     if config.get("rope_theta") is not None:
         given.append(("rope_theta", config["rope_theta"]))
     rope = {}
@@ -220,7 +228,7 @@ def _checked_rope(given: Mapping) -> dict:
     """``rope_parameters``, complete. Raises Error if one is missing, unknown, or no positive number."""
     rope = {"rope_type": "default", "rope_theta": 10000.0, **given}
     kind = rope["rope_type"]
-    if kind not in ROPE_TYPES:
+    if not isinstance(kind, str) or kind not in ROPE_TYPES:
         raise Error(f"rope_type {kind!r} is not supported; supported: {', '.join(ROPE_TYPES)}")
     needed = {"rope_type", "rope_theta", *ROPE_TYPES[kind]}
     if rope.keys() != needed:
@@ -229,7 +237,8 @@ def _checked_rope(given: Mapping) -> dict:
             f"not {', '.join(sorted(rope))}"
         )
     for name in ("rope_theta", *ROPE_TYPES[kind]):
-        if not isinstance(rope[name], (int, float)) or not 0 < rope[name] < math.inf:
+        number = isinstance(rope[name], (int, float)) and not isinstance(rope[name], bool)
+        if not number or not 0 < rope[name] <= sys.float_info.max:
             raise Error(f"{name} in rope_parameters must be a positive number, not {rope[name]!r}")
     if kind == "llama3" and not rope["low_freq_factor"] < rope["high_freq_factor"]:
         raise Error(

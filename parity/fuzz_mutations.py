@@ -1,0 +1,395 @@
+"""In how many ways can a file be wrong?
+
+A mutation turns a valid folder into one that may be broken. The fixed ones are a list that is gone through:
+every key of a JSON file with every kind of value, every length with every number that overflows something,
+the file cut off at every place where one thing ends and the next begins, and what is no file at all in its
+place. The drawn ones come from a generator: flipped bits, random bytes, parts moved or doubled.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+
+Rng = np.random.Generator
+
+DEPTH = 100_000  # of nested lists: far beyond what recursion reaches
+
+# JSON, as it is written into the place of a value
+VALUES = {
+    "null": "null",
+    "true": "true",
+    "false": "false",
+    "zero": "0",
+    "one": "1",
+    "negative": "-1",
+    "a large size": "1000003",
+    "2**31": str(2**31),
+    "2**63 - 1": str(2**63 - 1),
+    "2**64": str(2**64),
+    "5,000 digits": "9" * 5000,
+    "a fraction": "1.5",
+    "a tiny number": "1e-320",
+    "1e308": "1e308",
+    "1e999": "1e999",
+    "-1e999": "-1e999",
+    "NaN": "NaN",
+    "Infinity": "Infinity",
+    "empty text": '""',
+    "text": '"x"',
+    "a number as text": '"1"',
+    "half a character": r'"\ud800"',
+    "control characters": r'"\u001b[2J\n\u0000"',
+    "a path upwards": '"../x"',
+    "an absolute path": '"/etc/hostname"',
+    "long text": '"' + "a" * 20_000 + '"',
+    "empty list": "[]",
+    "empty object": "{}",
+    "a list of one number": "[1]",
+    "a list of texts": '["x", "y"]',
+    "a list of lists": "[[], [[]]]",
+    "an object": '{"x": 1}',
+    "an object in an object": '{"x": {"y": null}}',
+    "deep lists": "[" * DEPTH + "]" * DEPTH,
+    "deep objects": '{"x":' * DEPTH + "1" + "}" * DEPTH,
+}
+
+# Where a binary file holds a number of n bytes: 0, 1, the largest of each sign, and what overflows when it
+# is added to, doubled, or taken times four.
+NUMBERS = (0, 1, 2, 5, 2**16, 2**24, 2**31 - 1, 2**31, 2**32 - 1, 2**40, 2**62, 2**63 - 1, 2**63, 2**64 - 1)
+
+
+@dataclass(frozen=True)
+class Mutation:
+    """``apply(folder, rng)`` changes a valid folder; ``expect`` ("refused" or "loaded") if that is known."""
+
+    name: str
+    apply: Callable[[Path, Rng], None]
+    drawn: bool = False
+    expect: str | None = None
+
+
+def write_json(path: Path, value) -> None:
+    path.write_text(json.dumps(value), encoding="utf-8")
+
+
+def read_json(path: Path):
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def edit(file: str, name: str, change: Callable[[bytes, Rng], bytes], **options) -> Mutation:
+    """A mutation of one file's bytes."""
+
+    def apply(folder: Path, rng: Rng) -> None:
+        path = folder / file
+        path.write_bytes(change(path.read_bytes(), rng))
+
+    return Mutation(f"{file}: {name}", apply, **options)
+
+
+def fixed_edit(file: str, name: str, change: Callable[[bytes], bytes], **options) -> Mutation:
+    return edit(file, name, lambda data, rng: change(data), **options)
+
+
+def replace(data: bytes, start: int, stop: int, by: bytes) -> bytes:
+    return data[:start] + by + data[stop:]
+
+
+# ---------------------------------------------------------------------------- any file
+
+
+def byte_mutations(data: bytes, file: str, places: Iterable[int] = ()) -> list[Mutation]:
+    """Of a file with these bytes; ``places`` are the offsets at which a part of it ends."""
+    cuts = sorted({place + by for place in (0, len(data), *places) for by in (-1, 0, 1)})
+    mutations = [
+        fixed_edit(file, f"cut off after {n} of {len(data)} bytes", lambda data, n=n: data[:n])
+        for n in cuts
+        if 0 <= n < len(data)
+    ]
+    for name, more in (("a byte", b"\x00"), ("a line", b"\n"), ("text", b"x"), ("a megabyte", bytes(10**6))):
+        mutations.append(fixed_edit(file, f"{name} appended", lambda data, more=more: data + more))
+    for name, first in (("no UTF-8", b"\xff\xfe"), ("a byte order mark", b"\xef\xbb\xbf"), ("\\0", b"\x00")):
+        mutations.append(fixed_edit(file, f"{name} in front", lambda data, first=first: first + data))
+    mutations.append(fixed_edit(file, "twice", lambda data: data + data))
+    mutations.append(fixed_edit(file, "nothing but zeros", lambda data: bytes(len(data))))
+    drawn = {
+        "bits flipped": _flip_bits,
+        "a stretch of random bytes": _randomise,
+        "a stretch left out": _leave_out,
+        "a stretch twice": _repeat,
+        "a stretch put in": _insert,
+        "cut off": lambda data, rng: data[: rng.integers(len(data))],
+        "one byte": _one_byte,
+        "a number": _number_somewhere,
+        "random bytes": lambda data, rng: rng.bytes(len(data)),
+        "random bytes appended": lambda data, rng: data + rng.bytes(rng.integers(1, 100)),
+        "no UTF-8": lambda data, rng: _put_in(data, rng, b"\xc3\x28"),
+    }
+    return mutations + [edit(file, name, change, drawn=True) for name, change in drawn.items()]
+
+
+def _stretch(data: bytes, rng: Rng) -> tuple[int, int]:
+    """Most often a short one, anywhere."""
+    start = int(rng.integers(len(data)))
+    return start, min(len(data), start + int(2 ** rng.uniform(0, 8)))
+
+
+def _flip_bits(data: bytes, rng: Rng) -> bytes:
+    changed = bytearray(data)
+    for place in rng.integers(len(data), size=rng.integers(1, 5)):
+        changed[place] ^= 1 << int(rng.integers(8))
+    return bytes(changed)
+
+
+def _randomise(data: bytes, rng: Rng) -> bytes:
+    start, stop = _stretch(data, rng)
+    return replace(data, start, stop, rng.bytes(stop - start))
+
+
+def _leave_out(data: bytes, rng: Rng) -> bytes:
+    return replace(data, *_stretch(data, rng), b"")
+
+
+def _repeat(data: bytes, rng: Rng) -> bytes:
+    start, stop = _stretch(data, rng)
+    return replace(data, stop, stop, data[start:stop])
+
+
+def _insert(data: bytes, rng: Rng) -> bytes:
+    start, stop = _stretch(data, rng)
+    return _put_in(data, rng, data[start:stop])
+
+
+def _put_in(data: bytes, rng: Rng, more: bytes) -> bytes:
+    place = int(rng.integers(len(data) + 1))
+    return replace(data, place, place, more)
+
+
+def _one_byte(data: bytes, rng: Rng) -> bytes:
+    place = int(rng.integers(len(data)))
+    return replace(data, place, place + 1, rng.bytes(1))
+
+
+def _number_somewhere(data: bytes, rng: Rng) -> bytes:
+    width = int(rng.choice([1, 2, 4, 8]))
+    number = int(NUMBERS[rng.integers(len(NUMBERS))]) % 2 ** (8 * width)
+    place = int(rng.integers(max(1, len(data) - width)))
+    return replace(data, place, place + width, number.to_bytes(width, "little"))
+
+
+def number_mutations(file: str, places: dict[str, tuple[int, int]]) -> list[Mutation]:
+    """Every number of a binary file, by its name with offset and width, as each of ``NUMBERS``."""
+    mutations = []
+    for name, (start, width) in places.items():
+        for number in sorted({number % 2 ** (8 * width) for number in NUMBERS}):
+            by = number.to_bytes(width, "little")
+            change = partial(replace, start=start, stop=start + width, by=by)
+            mutations.append(fixed_edit(file, f"{name} is {number}", change))
+    return mutations
+
+
+# ---------------------------------------------------------------------------- what is no file
+
+
+def file_mutations(file: str) -> list[Mutation]:
+    """No file at all, and the things a system has under a file's name."""
+    kinds = {"missing": Path.unlink, "a folder": _make_folder}
+    if os.name == "posix":  # Windows has no pipes with names, and links for administrators only
+        kinds |= {
+            "a pipe": _make_pipe,
+            "a link to itself": _link_to_itself,
+            "a link to nothing": _link_to_nothing,
+            "a link to an endless device": _link_to_device,
+        }
+    mutations = [
+        Mutation(f"{file}: {name}", lambda folder, rng, change=change: change(folder / file))
+        for name, change in kinds.items()
+    ]
+    if os.name == "posix":
+        # As in Hugging Face's cache, where every file of a model is a link to ../../blobs.
+        move = Mutation(
+            f"{file}: a link to ../blobs", lambda folder, rng: _to_blobs(folder / file), expect="loaded"
+        )
+        mutations.append(move)
+    return mutations
+
+
+def _make_folder(path: Path) -> None:
+    path.unlink()
+    path.mkdir()
+
+
+def _make_pipe(path: Path) -> None:
+    path.unlink()
+    os.mkfifo(path)
+
+
+def _link_to_itself(path: Path) -> None:
+    path.unlink()
+    path.symlink_to(path.name)
+
+
+def _link_to_nothing(path: Path) -> None:
+    path.unlink()
+    path.symlink_to("nothing")
+
+
+def _link_to_device(path: Path) -> None:
+    path.unlink()
+    path.symlink_to("/dev/zero")
+
+
+def _to_blobs(path: Path) -> None:
+    blobs = path.parent.with_name("blobs")
+    blobs.mkdir()
+    path.replace(blobs / path.name)
+    path.symlink_to(Path("..", "blobs", path.name))
+
+
+# ---------------------------------------------------------------------------- JSON
+
+HERE, FIRST = "<<here>>", "<<first>>"  # stand where raw JSON is written in; in no file of ours
+
+
+def json_mutations(file: str, document, put: Callable[[bytes, str], bytes] | None = None) -> list[Mutation]:
+    """Of a JSON document in a file: every value as every kind of value; keys missing, new and twice.
+
+    ``put(data, text)`` gives the file's bytes with another text of the document; without it the file is
+    the document.
+    """
+    put = put or (lambda data, text: text.encode("utf-8", "surrogatepass"))
+    places = {"the document": json.dumps(HERE)}  # what is replaced -> the text with HERE in its place
+    texts = {"there are two documents": json.dumps(document) * 2, "its brackets do not end": "[" * DEPTH}
+    for path in _paths(document):
+        name = "/".join(map(str, path))
+        places[name] = json.dumps(_changed(document, path, HERE))
+        texts |= {f"{name}: {what}": text for what, text in _keys_changed(document, path)}
+    mutations = [
+        # The text is made when it is needed: all of them together are hundreds of megabytes.
+        fixed_edit(file, f"{name} is {kind}", partial(_with_value, put=put, text=text, value=value))
+        for name, text in places.items()
+        for kind, value in VALUES.items()
+    ]
+    mutations += [
+        fixed_edit(file, name, lambda data, text=text: put(data, text)) for name, text in texts.items()
+    ]
+    exchange = edit(
+        file, "two values exchanged", lambda data, rng: put(data, _exchanged(document, rng)), drawn=True
+    )
+    return [*mutations, exchange]
+
+
+def _with_value(data: bytes, put: Callable[[bytes, str], bytes], text: str, value: str) -> bytes:
+    return put(data, text.replace(json.dumps(HERE), value))
+
+
+def _paths(value, path: tuple = ()) -> Iterator[tuple]:
+    """To every value; of a long list or object only to the first, second and last one."""
+    if isinstance(value, dict):
+        inside = list(value)
+    elif isinstance(value, list):
+        inside = list(range(len(value)))
+    else:
+        return
+    for key in inside if len(inside) <= 40 else [*inside[:2], inside[-1]]:
+        yield (*path, key)
+        yield from _paths(value[key], (*path, key))
+
+
+def _at(document, path: tuple):
+    for key in path:
+        document = document[key]
+    return document
+
+
+def _changed(document, path: tuple, value):
+    copy = json.loads(json.dumps(document))
+    _at(copy, path[:-1])[path[-1]] = value
+    return copy
+
+
+def _keys_changed(document, path: tuple) -> Iterator[tuple[str, str]]:
+    parent, key = _at(document, path[:-1]), path[-1]
+    if isinstance(parent, dict):
+        without = {name: value for name, value in parent.items() if name != key}
+        yield "missing", json.dumps(_replaced(document, path[:-1], without))
+        yield (
+            "under another name",
+            json.dumps(_replaced(document, path[:-1], without | {f"{key}x": parent[key]})),
+        )
+        twice = json.dumps(_replaced(document, path[:-1], {FIRST: 1, **parent}))
+        for what, first in (("there twice", json.dumps(parent[key])), ("there twice, once as a text", '"x"')):
+            yield what, twice.replace(f"{json.dumps(FIRST)}: 1", f"{json.dumps(key)}: {first}", 1)
+    else:
+        yield "left out", json.dumps(_replaced(document, path[:-1], parent[:key] + parent[key + 1 :]))
+        yield "twice", json.dumps(_replaced(document, path[:-1], [*parent, parent[key]]))
+
+
+def _replaced(document, path: tuple, value):
+    return _changed(document, path, value) if path else value
+
+
+def _exchanged(document, rng: Rng) -> str:
+    paths = list(_paths(document))
+    one, other = (paths[i] for i in rng.integers(len(paths), size=2))
+    if one[: len(other)] == other or other[: len(one)] == one:  # one holds the other
+        return json.dumps(_changed(document, one, None))
+    return json.dumps(_changed(_changed(document, one, _at(document, other)), other, _at(document, one)))
+
+
+# ---------------------------------------------------------------------------- lines
+
+
+# Nothing, spaces, no UTF-8, too few and too many words, JSON of other kinds, ranks that are none, a line
+# separator that is none, and a line that is long.
+LINES = (
+    *(b"", b" ", b"\x00", b"\xff\xff", b"x", b"x y z", b"{}", b"[]", b"[1, -1]", b"[1e999, 0]", b"0 0"),
+    *(b"IQ== -1", b"IQ== 99999999999999999999", b"\xe2\x80\xa8", b"A" * 100_000),
+)
+
+
+def line_mutations(data: bytes, file: str) -> list[Mutation]:
+    """Of a file in lines: other lines, fewer, more, in another order."""
+    count = data.count(b"\n")
+    mutations = []
+    for number in sorted({0, 1, count // 2, count - 1}):
+        for line in LINES:
+            mutations.append(
+                fixed_edit(
+                    file,
+                    f"line {number} is {line[:20]!r}",
+                    lambda data, number=number, line=line: _with_line(data, number, [line]),
+                )
+            )
+        mutations.append(
+            fixed_edit(file, f"line {number} left out", lambda data, n=number: _with_line(data, n, []))
+        )
+    mutations.append(fixed_edit(file, "other line ends", lambda data: data.replace(b"\n", b"\r\n")))
+    mutations.append(fixed_edit(file, "no line ends", lambda data: data.replace(b"\n", b" ")))
+    mutations.append(edit(file, "two lines exchanged", _exchange_lines, drawn=True))
+    mutations.append(edit(file, "a line twice", _double_line, drawn=True))
+    return mutations
+
+
+def _with_line(data: bytes, number: int, lines: list[bytes]) -> bytes:
+    old = data.split(b"\n")
+    return b"\n".join([*old[:number], *lines, *old[number + 1 :]])
+
+
+def _exchange_lines(data: bytes, rng: Rng) -> bytes:
+    lines = data.split(b"\n")
+    one, other = (int(i) for i in rng.integers(len(lines), size=2))
+    lines[one], lines[other] = lines[other], lines[one]
+    return b"\n".join(lines)
+
+
+def _double_line(data: bytes, rng: Rng) -> bytes:
+    lines = data.split(b"\n")
+    one, other = (int(i) for i in rng.integers(len(lines), size=2))
+    return b"\n".join([*lines[:one], lines[other], *lines[one:]])
