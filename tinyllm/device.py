@@ -6,6 +6,7 @@ is here is the little that is left: scattering, addressed random numbers, and bl
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import contextvars
 import ctypes
@@ -14,7 +15,7 @@ import os
 import re
 import sys
 import threading
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
 
 import numpy as np
@@ -175,21 +176,49 @@ if hasattr(os, "register_at_fork"):  # a forked child inherits the object, but n
 
 
 def run_tasks(function, tasks: list) -> None:
-    """``function(task)`` for every task, on all cores. Tasks write to places of their own."""
-    workers = num_threads()
-    if workers == 1 or len(tasks) == 1 or getattr(_Workers.busy, "flag", False):
+    """``function(task)`` for every task, on all cores. Tasks write to places of their own.
+
+    Every thread, this one too, takes the next task when it is done with one: to hand over each by itself
+    would take longer than a small one. What a task raises ends its thread's share, and is raised here.
+    """
+    helpers = min(num_threads(), len(tasks)) - 1
+    if helpers < 1 or in_task():
         for task in tasks:
             function(task)
         return
     if _Workers.pool is None:
-        _Workers.pool = ThreadPoolExecutor(workers, thread_name_prefix="tinyllm")
+        _Workers.pool = ThreadPoolExecutor(num_threads(), thread_name_prefix="tinyllm")
+    left = collections.deque(tasks)
 
-    def run(context, task):
+    def work():
         _Workers.busy.flag = True  # work inside a task stays in its thread
-        context.run(function, task)
+        try:
+            while (task := _next(left)) is not None:
+                function(task)
+        finally:
+            _Workers.busy.flag = False
 
-    # A copy of our context each: np.errstate holds in the workers, too.
-    list(_Workers.pool.map(run, [contextvars.copy_context() for _ in tasks], tasks))
+    # A copy of our context each: np.errstate holds in the helpers, too.
+    running = [_Workers.pool.submit(contextvars.copy_context().run, work) for _ in range(helpers)]
+    try:
+        work()
+    finally:
+        wait(running)  # they write into our arrays
+    for helper in running:
+        helper.result()
+
+
+def _next(tasks: collections.deque):
+    """The next task, for one thread only; None if there is none left."""
+    try:
+        return tasks.popleft()
+    except IndexError:
+        return None
+
+
+def in_task() -> bool:
+    """Whether this thread is at work for ``run_tasks``, beside others."""
+    return getattr(_Workers.busy, "flag", False)
 
 
 @contextlib.contextmanager
@@ -229,22 +258,29 @@ def step_of_few_rows():
 _BLAS_FALLS_ASLEEP = "OPENBLAS_THREAD_TIMEOUT" in os.environ
 
 
-def matmul(a, b, out=None):
-    """a @ b for matrices, the rows of the result shared out among our threads.
+def matmul(a, b, out=None, bias=None):
+    """a @ b (+ bias, a row, if given) for matrices, the rows of the result shared out among our threads.
 
     BLAS could use all cores by itself, but its threads go on spinning for a while after each product, and
     take the cores from the elementwise work that follows. After a product of few rows there is hardly any:
     it is left to BLAS (see ``step_of_few_rows``).
     """
     if not isinstance(a, np.ndarray) or len(a) < FEW_ROWS:
-        return np.matmul(a, b, out=out)
+        out = np.matmul(a, b, out=out)
+        if bias is not None:
+            out += bias
+        return out
     if out is None:
         out = np.empty((a.shape[0], b.shape[1]), a.dtype, like=a)
+
+    def multiply(part):
+        np.matmul(a[part], b, out=out[part])
+        if bias is not None:  # while the part is in the cache
+            out[part] += bias
+
+    small = a.size * b.shape[1] <= SMALL_PRODUCT
     with one_blas_thread():
-        if a.size * b.shape[1] <= SMALL_PRODUCT:
-            np.matmul(a, b, out=out)
-        else:
-            run_tasks(lambda part: np.matmul(a[part], b, out=out[part]), _shares(len(a)))
+        run_tasks(multiply, [slice(None)] if small else _shares(len(a)))
     return out
 
 

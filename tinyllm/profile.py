@@ -23,7 +23,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from tinyllm.device import num_threads
+from tinyllm.device import in_task, num_threads
 from tinyllm.errors import Error
 from tinyllm.nn import Module
 from tinyllm.tensor import Tensor
@@ -164,8 +164,8 @@ class _Account:
         row.time[kind] += now - self.last
         row.faults = None if faults is None else row.faults + faults - self.faults
         self.last, self.faults = now, faults
-        for thread, nanoseconds in _Timed.products:
-            row.products += nanoseconds if thread == self.thread else nanoseconds / num_threads()
+        for beside_others, nanoseconds in _Timed.products:
+            row.products += nanoseconds / num_threads() if beside_others else nanoseconds
         _Timed.products.clear()
         if self.bytes_too:
             held, peak = tracemalloc.get_traced_memory()
@@ -310,7 +310,8 @@ def _tracing():
 class _Timed(np.ndarray):
     """An array that writes down how long every matrix product with it takes; what is made of it does too."""
 
-    products: list[tuple[int, int]] = []  # noqa: RUF012  (thread, nanoseconds), one list for all arrays
+    # (on all threads at once?, nanoseconds), one list for all arrays
+    products: list[tuple[bool, int]] = []  # noqa: RUF012
 
     def __array_ufunc__(self, ufunc, method, *inputs, out=None, **kwargs):
         plain = [_plain(x) for x in inputs]
@@ -319,7 +320,7 @@ class _Timed(np.ndarray):
         start = time.perf_counter_ns()
         result = getattr(ufunc, method)(*plain, **kwargs)
         if ufunc is np.matmul:
-            _Timed.products.append((threading.get_ident(), time.perf_counter_ns() - start))
+            _Timed.products.append((in_task(), time.perf_counter_ns() - start))
         return out[0] if out is not None else _timed(result)
 
     def __array_function__(self, function, types, args, kwargs):

@@ -19,9 +19,7 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         )
     x, w = as_rows(input.data), weight.data  # (N, C_in): one large product, not one per batch element
     lead = input.shape[:-1]
-    y = matmul(x, w.T)
-    if bias is not None:
-        y += bias.data
+    y = matmul(x, w.T, bias=None if bias is None else bias.data)
     remembered = input.remembered()  # for dW
     needs = [input.requires_grad, weight.requires_grad, bias is not None and bias.requires_grad]
 

@@ -59,14 +59,17 @@ def linear_cross_entropy(
     divisor = _divisor(target, ignore_index, divisor)
     b = None if linear_bias is None else linear_bias.data
     dx = np.empty_like(x) if input.wants_grad else None
-    dw = np.zeros_like(w) if linear_weight.wants_grad else None
+    dw = (np.empty_like if len(x) else np.zeros_like)(w) if linear_weight.wants_grad else None
     db = np.zeros_like(b) if b is not None and linear_bias.wants_grad else None
     total = np.zeros((), x.dtype, like=x)
     columns = [slice(first, first + COLUMNS) for first in range(0, len(w), COLUMNS)]
     chunk = np.empty((min(CHUNK, len(x)), len(w)), x.dtype, like=x)  # one for all: it is the largest array
 
     def add_to_dw(some, logits, rows):  # a small product to add, not one of W's size
-        dw[some] += logits[:, some].T @ x[rows]
+        if rows.start == 0:
+            np.matmul(logits[:, some].T, x[rows], out=dw[some])
+        else:
+            dw[some] += logits[:, some].T @ x[rows]
 
     for start in range(0, len(x), CHUNK):
         rows = slice(start, start + CHUNK)
