@@ -258,20 +258,62 @@ class Proof:
         return proof.run(self.tests)
 
 
+SMALL_PROOFS = dict(kills=20, flips=160, cases=950)
+LARGE_PROOFS = dict(kills=100, flips=2_000, cases=10_000)
+
+
+@dataclass(frozen=True)
+class Reliability:
+    """Kill runs, let their disk fail, flip bits of their checkpoints, fuzz every file that we read.
+
+    Prints one table, and every failure; exit code 1 if there is one.
+    """
+
+    large: bool = False  # the sizes that the README speaks of, and --checkpoint-124m: about ten minutes
+    kills: int | None = None  # kill -9 a run this often; 20 if not given, 100 with --large
+    flips: int | None = None  # bits of a checkpoint to flip; 160 if not given, 2,000 with --large
+    cases: int | None = None  # broken files to read; 950 if not given, 10,000 with --large
+    checkpoint_124m: bool = False  # also time and size of a checkpoint of GPT-2 124M: 3 GB of memory
+    seed: int = 0  # of everything drawn
+    keep: Path | None = None  # folder for what failed, to look at it
+    json: Path | None = None  # also write everything to this file
+
+    def run(self) -> int:
+        """Check the request, run the proofs, print the table."""
+        sizes = LARGE_PROOFS if self.large else SMALL_PROOFS
+        given = {name: getattr(self, name) for name in sizes}
+        sizes = sizes | {name: size for name, size in given.items() if size is not None}
+        for name, size in sizes.items():
+            _check_at_least(1, name, size)
+        _check_at_least(0, "seed", self.seed)
+        if self.json:
+            _check_writable("json", self.json)
+        for module in ("gguf", "sentencepiece", "tokenizers"):
+            if not importlib.util.find_spec(module):
+                raise Error(f"reliability needs {module}: pip install 'tinyllm[models]'")
+        from parity import reliability
+
+        rows = reliability.proofs(**sizes, seed=self.seed, keep=self.keep)
+        result = reliability.report(rows, self.seed, costs=self.large or self.checkpoint_124m)
+        _write_json(self.json, result)
+        return 1 if reliability.failed(result) else 0
+
+
 COMMANDS = {
     "bench train": BenchTrain,
     "bench scaling": BenchScaling,
     "bench decode": BenchDecode,
     "report": Report,
     "proof": Proof,
+    "reliability": Reliability,
 }
 
 
 def main(arguments: list[str]) -> int:
     """Run one command; the exit code.
 
-    0 done, 1 a layer diverges, a test fails, or a bound of speed or memory is missed, 2 a wrong request,
-    130 interrupted.
+    0 done, 1 a layer diverges, a test or another proof fails, or a bound of speed or memory is missed,
+    2 a wrong request, 130 interrupted.
     """
     try:
         return parse(arguments).run()

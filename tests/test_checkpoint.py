@@ -1,12 +1,10 @@
 """Checkpoints: all comes back bit for bit, every damage is found, no failure touches the one before."""
 
-import builtins
 import errno
 import hashlib
 import json
 import os
 import shutil
-from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +13,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import load_file
 
+from parity.faults import raising, writing
 from tinyllm import GPT2, GPT2Config, Llama, LlamaConfig, load_model
 from tinyllm.checkpoint import (
     check_space,
@@ -233,63 +232,6 @@ def test_averages_that_do_not_belong_to_the_steps(saved):
 AFTER_THE_RENAME = 0 if os.name == "nt" else 1  # the folder is flushed then, where a system can do that
 
 
-class Failing:
-    """A file that counts what is asked of it, as ``writing`` says."""
-
-    def __init__(self, file, count):
-        self.file, self.count = file, count
-
-    def __getattr__(self, name):
-        return getattr(self.file, name)
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        self.file.close()
-
-    def write(self, data):
-        self.count("write")
-        return self.file.write(data)
-
-    def flush(self):
-        self.count("flush")
-        self.file.flush()
-
-
-@contextmanager
-def writing(fail_at=None, failure=None):
-    """Counts every folder made, file opened to write, write, flush and rename; the one asked for fails."""
-    calls = []
-
-    def count(what):
-        calls.append(what)
-        if len(calls) - 1 == fail_at:
-            raise failure
-
-    def counted(what, function):
-        def call(*args, **kwargs):
-            count(what)
-            return function(*args, **kwargs)
-
-        return call
-
-    real = {name: getattr(os, name) for name in ("mkdir", "fsync", "replace")}
-    real_open = builtins.open
-
-    def open_(file, mode="r", *args, **kwargs):
-        if "w" not in mode and "a" not in mode and "x" not in mode:
-            return real_open(file, mode, *args, **kwargs)
-        count("open")
-        return Failing(real_open(file, mode, *args, **kwargs), count)
-
-    with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(builtins, "open", open_)
-        for name, function in real.items():
-            patched.setattr(os, name, counted(name, function))
-        yield calls
-
-
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EIO])
 def test_no_failure_touches_the_checkpoint_before(tmp_path, code):
     save_checkpoint(tmp_path / "step-000003", *trained(a_model()), ABOUT)
@@ -310,7 +252,7 @@ def test_no_failure_touches_the_checkpoint_before(tmp_path, code):
         if n == inner_mkdir:  # of a folder that is there already: nobody minds
             continue
         failure = OSError(code, os.strerror(code))
-        with writing(n, failure), pytest.raises(OSError, match=os.strerror(code)) as raised:
+        with writing(n, raising(failure)), pytest.raises(OSError, match=os.strerror(code)) as raised:
             save_checkpoint(new, model, optimizer, ABOUT)
         assert str(new) in str(raised.value)
         verify(tmp_path / "step-000003")
@@ -333,7 +275,7 @@ def test_a_process_killed_anywhere_leaves_whole_checkpoints_only(tmp_path):
         save_checkpoint(new, model, optimizer, ABOUT)
     remove_checkpoint(new)
     for n in range(len(calls)):
-        with writing(n, Killed()), pytest.raises(Killed):
+        with writing(n, raising(Killed())), pytest.raises(Killed):
             save_checkpoint(new, model, optimizer, ABOUT)
         for folder in checkpoints(tmp_path):
             verify(folder)
@@ -419,7 +361,7 @@ def test_a_file_is_old_or_new_whatever_fails(tmp_path):
         write_whole(path, b"newer")
     for n in range(len(calls)):
         write_whole(path, b"old")
-        with writing(n, OSError(errno.EIO, "broken")), pytest.raises(OSError, match="broken"):
+        with writing(n, raising(OSError(errno.EIO, "broken"))), pytest.raises(OSError, match="broken"):
             write_whole(path, b"newer")
         assert path.read_bytes() == (b"newer" if n == len(calls) - AFTER_THE_RENAME else b"old")
 

@@ -27,31 +27,50 @@ from tinyllm.errors import Error
 
 
 def pick_device(name: str) -> str:
-    """The device a name means: "auto" is "cuda" if CuPy sees a GPU, else "cpu"; others stand as they are."""
+    """The device a name means: "auto" is "cuda" if CuPy sees a GPU, else "cpu"; others stand as they are.
+
+    Raises ``Error`` for another name, and for a GPU that is not there, or that CuPy cannot use.
+    """
     if name == "auto":
-        return "cuda" if _gpus_seen() else "cpu"
-    kind, _, number = name.partition(":")
-    if kind not in ("cpu", "cuda") or (number and (kind == "cpu" or not number.isdigit())):
+        try:
+            return pick_device("cuda")
+        except Error:
+            return "cpu"
+    kind, colon, number = name.partition(":")
+    numbered = number.isascii() and number.isdecimal()
+    if kind not in ("cpu", "cuda") or (colon and (kind == "cpu" or not numbered)):
         raise Error(f"unknown device {name!r}; use auto, cpu, cuda, or cuda:1 and so on")
+    if kind == "cuda":
+        gpus = _gpus_seen(name)
+        if int(number or 0) >= gpus:
+            raise Error(f"there is no device {name!r}: CuPy sees {gpus} GPUs, numbered from 0")
     return name
 
 
-def _gpus_seen() -> int:
+def _gpus_seen(name: str) -> int:
     try:
         import cupy
-
+    except ModuleNotFoundError:
+        raise Error(
+            f"device {name!r} needs a GPU and CuPy: pip install 'tinyllm[gpu12]' for CUDA 12, gpu13 for 13"
+        ) from None
+    except ImportError as error:  # its message is a page: what it is about stands first
+        reason = " ".join(str(error).split())[:200]
+        raise Error(f"device {name!r}: CuPy does not load ({reason}): install it again") from None
+    try:
         return cupy.cuda.runtime.getDeviceCount()
-    except Exception:  # no CuPy, no driver, or a CuPy that does not fit the driver: no GPU for us
-        return 0
+    except Exception as error:  # CuPy's own: no driver, or one older than the CUDA it is built for
+        raise Error(
+            f"device {name!r}: CuPy {cupy.__version__} finds no GPU ({error}): see to the driver "
+            "(nvidia-smi), and that this CuPy is the one for its CUDA (gpu12 or gpu13)"
+        ) from None
 
 
 def to_device(array, device: str):
-    """The array on "cpu" or "cuda[:N]": itself if it is there, else a copy."""
+    """The array on "cpu" or "cuda[:N]": itself if it is there, else a copy. Raises Error as `pick_device`."""
     kind, _, number = pick_device(device).partition(":")
     if kind == "cpu":
         return array if isinstance(array, np.ndarray) else array.get()
-    if not _gpus_seen():
-        raise Error(f"device {device!r} needs a GPU and CuPy: pip install 'tinyllm[gpu12]' (or gpu13)")
     import cupy
 
     with cupy.cuda.Device(int(number or 0)):
