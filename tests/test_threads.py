@@ -1,5 +1,6 @@
 """Work shared out among threads is done once, by all of them, and what goes wrong in one is said here."""
 
+import os
 import threading
 import time
 
@@ -13,6 +14,27 @@ from tinyllm import device
 def three_threads(monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "3")
     monkeypatch.setattr(device._Workers, "pool", None)
+
+
+@pytest.mark.parametrize(
+    "omp, openblas, threads",
+    [
+        ("3", "2", 3),
+        ("3", None, 3),
+        (None, "2", 2),
+        ("", "2", 2),
+        ("0", "2", 2),
+        ("x", "2", 2),
+        (None, None, None),
+    ],
+)
+def test_the_user_says_how_many(monkeypatch, omp, openblas, threads):
+    for name, value in (("OMP_NUM_THREADS", omp), ("OPENBLAS_NUM_THREADS", openblas)):
+        monkeypatch.delenv(name, raising=False)
+        if value is not None:
+            monkeypatch.setenv(name, value)
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    assert device.num_threads() == (threads or cores)
 
 
 @pytest.mark.parametrize("count", [0, 1, 2, 3, 100])

@@ -172,10 +172,14 @@ BLOCK = 128 * 1024  # elements: small enough for the cache, large enough that th
 
 
 def num_threads() -> int:
-    """Threads for our own pool: OMP_NUM_THREADS if the user set it, else the cores we may run on."""
-    asked = os.environ.get("OMP_NUM_THREADS", "")
-    if asked.isdigit() and int(asked) > 0:
-        return int(asked)
+    """Threads for our own pool: as many as the user allows BLAS, else the cores we may run on.
+
+    The user says so in OMP_NUM_THREADS, or in OPENBLAS_NUM_THREADS where that is not set.
+    """
+    for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
+        asked = os.environ.get(name, "")
+        if asked.isdecimal() and int(asked) > 0:
+            return int(asked)
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 

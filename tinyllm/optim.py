@@ -48,6 +48,16 @@ class AdamW:
         # model, and until then it may still be moved or converted.
         self.state: dict[str, list] = {}
 
+    def reserve(self) -> None:
+        """Make m and v now. From here on the parameters must stay where they are, and in their dtype.
+
+        They outlive all arrays of a step. Made at the end of the first one, they would take places between
+        those, and the next step would need others: 2.18 GB instead of 2.24 for a Llama of 124M parameters.
+        """
+        for name, parameter in self.parameters:
+            if name not in self.state:
+                self.state[name] = _no_step_yet(parameter)
+
     def zero_grad(self) -> None:
         for _, parameter in self.parameters:
             parameter.grad = None
@@ -59,7 +69,7 @@ class AdamW:
             if parameter.grad is None:
                 continue
             if name not in self.state:
-                self.state[name] = [0, np.zeros_like(parameter.data), np.zeros_like(parameter.data)]
+                self.state[name] = _no_step_yet(parameter)
             state = self.state[name]
             state[0] += 1
             # Both bias corrections, folded into the step size and ε: one pass over memory.
@@ -92,7 +102,7 @@ class AdamW:
         Parameters that had no step yet have none. The arrays are those in use, not copies.
         """
         return {
-            key: {name: state[i] for name, state in self.state.items()}
+            key: {name: state[i] for name, state in self.state.items() if state[0] > 0}
             for i, key in enumerate(("t", "m", "v"))
         }
 
@@ -116,6 +126,10 @@ class AdamW:
                     )
             restored[name] = [t, *(np.asarray(state[key][name], like=like) for key in ("m", "v"))]
         self.state = restored
+
+
+def _no_step_yet(parameter: Tensor) -> list:
+    return [0, np.zeros_like(parameter.data), np.zeros_like(parameter.data)]
 
 
 def _rows(array):

@@ -216,6 +216,7 @@ def _train(
         _begin(config, run, data, model, batches.steps_per_epoch, device)
     else:
         done, tokens = run.restore(model, optimizer)
+    optimizer.reserve()
     run.bytes_per_token = data.bytes_per_token
     lr_at = warmup_cosine(config.lr, config.initial_lr, config.min_lr, config.warmup, config.steps)
     eval_every = config.eval_every or min(batches.steps_per_epoch, math.ceil(config.steps / 10))

@@ -427,10 +427,10 @@ class Llama(nn.Module):
 
     @classmethod
     def from_pretrained(cls, name: str | Path, dtype=np.float32) -> Llama:
-        """From a Hugging Face folder or hub id, in ``dtype``, in eval mode."""
-        folder = pretrained.find_folder(name)
-        model = cls(LlamaConfig.from_dict(pretrained.read_config(folder)), rng=None).astype(dtype)
-        model.load_state_dict(pretrained.Weights(folder), source=str(folder))
+        """From what ``load_model`` takes, in ``dtype``, in eval mode."""
+        path = pretrained.find_model(name)
+        model = cls(LlamaConfig.from_dict(pretrained.model_config(path)), rng=None).astype(dtype)
+        model.load_state_dict(pretrained.open_weights(path), source=str(path))
         return model.eval()
 
     def save_pretrained(self, folder: str | Path, overwrite: bool = False) -> None:
