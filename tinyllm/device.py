@@ -271,7 +271,7 @@ def step_of_few_rows():
     product before, share that in two microseconds where our pool would take fifty: measured on two cores,
     18 ms a token of SmolLM2-135M instead of 27. But OpenBLAS's threads stay awake for 2**26 ticks of the
     clock, offering their core to others all that time, and where another program takes it each product
-    waits for it to come back: 600 ms a token. With OPENBLAS_THREAD_TIMEOUT=20, 2**20 ticks, it is 50.
+    waits for it to come back: 600 ms a token. With OPENBLAS_THREAD_TIMEOUT=20, 2**20 ticks, it is 40 to 70.
     OpenBLAS reads that when it is loaded: ``import tinyllm`` sets it if NumPy is not there yet. Without it
     BLAS has one thread in this block.
     """
