@@ -334,7 +334,8 @@ def _find_files(name: str | Path) -> tuple[tuple[Path, ...], tuple[Path, ...]]:
         known = ", ".join(KNOWN_TEXTS)
         raise Error(f"no text {str(name)!r}: give the path of a file or folder, or one of {known}") from None
     except (OSError, ValueError) as error:  # ValueError: a path with a zero byte in it
-        raise Error(f"text {str(name)!r} cannot be read ({error}): check the path") from None
+        reason = getattr(error, "strerror", None) or error  # without the name once more
+        raise Error(f"text {str(name)!r} cannot be read ({reason}): check the path") from None
     if stat.S_ISDIR(mode):
         return _files_in(Path(name))
     if not stat.S_ISREG(mode):  # a pipe can be read once only
