@@ -19,7 +19,7 @@ from tinyllm.errors import Error
 from tinyllm.tensor import Tensor, as_rows
 
 CHUNK = 256  # rows of logits at a time; with fewer, the weight's way through memory dominates
-COLUMNS = 1024  # classes of dW at a time, in each thread
+COLUMNS = 512  # classes of dW at a time, in each thread
 
 
 def cross_entropy(input: Tensor, target, *, ignore_index: int = -100, divisor: float | None = None) -> Tensor:
