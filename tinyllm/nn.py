@@ -199,7 +199,7 @@ def fused_linears(
 
 
 def fuse_rows(*layers: Linear) -> None:
-    """Lay the weights so if they do not lie so."""
+    """Lay the weights as ``fused_linears`` does, unless they lie like that or are stand-ins."""
     weights = [layer.weight.data for layer in layers]
     if not any(map(_is_stand_in, weights)) and not _lie_fused(layers):
         _lay_rows(np.concatenate(weights), layers)
