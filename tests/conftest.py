@@ -1,7 +1,8 @@
-"""One thread per test process, and how much Hypothesis tries: HYPOTHESIS_PROFILE=thorough, ten times as much.
+"""One thread per test process; how much Hypothesis tries; which devices there are to test on.
 
-Several test processes share the cores (pytest -n): threads of each one's BLAS would fight over them.
-The variables must be set before NumPy is imported, and reach the processes that tests start.
+HYPOTHESIS_PROFILE=thorough tries ten times as much. Tests marked ``gpu`` need CuPy and a GPU. Several test
+processes share the cores (pytest -n): threads of each one's BLAS would fight over them. The variables must be
+set before NumPy is imported, and reach the processes that tests start.
 """
 
 import os
@@ -10,13 +11,48 @@ import sys
 for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
     os.environ.setdefault(name, "1")
 
+import pytest  # noqa: E402
+from cuda_on_cpu import Simulator, needs_compiler  # noqa: E402
+from device_array import DeviceArray  # noqa: E402
 from hypothesis import settings  # noqa: E402
+
+from tinyllm import Error, kernels  # noqa: E402
+from tinyllm.device import pick_device  # noqa: E402
 
 settings.register_profile("ci", derandomize=True, deadline=None, max_examples=40)
 settings.register_profile("thorough", deadline=None, max_examples=400)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 
 
+def pytest_collection_modifyitems(items):
+    marked = [item for item in items if item.get_closest_marker("gpu")]
+    try:
+        if marked:
+            pick_device("cuda")
+    except Error as error:
+        for item in marked:
+            item.add_marker(pytest.mark.skip(reason=str(error)))
+
+
 def pytest_collection_finish():
     if "torch" in sys.modules:
         sys.modules["torch"].set_num_threads(1)
+
+
+DEVICES = [
+    "strict array",
+    pytest.param("simulated GPU", marks=needs_compiler),
+    pytest.param("GPU", marks=pytest.mark.gpu),
+]
+
+
+@pytest.fixture(params=DEVICES)
+def put(request, monkeypatch):
+    """Moves an array to the device under test."""
+    if request.param == "GPU":
+        import cupy
+
+        return cupy.asarray
+    if request.param == "simulated GPU":
+        monkeypatch.setitem(kernels.LIBRARIES, DeviceArray, Simulator())
+    return DeviceArray.of

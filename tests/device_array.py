@@ -13,7 +13,7 @@ not on them is refused: before adding a line, see that CuPy has it.
 import inspect
 import numbers
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import numpy as np
 from einops._backends import AbstractBackend
@@ -131,18 +131,58 @@ class Flags(NamedTuple):
     owndata: bool
 
 
+class Device:
+    """A GPU, by its number; without one, the current one: of the last `use()`, or of the `with` around."""
+
+    current: ClassVar[int] = 0
+
+    def __init__(self, id: int | None = None):
+        self.id = Device.current if id is None else id
+        self._before: list[int] = []
+
+    def use(self) -> "Device":
+        Device.current = self.id
+        return self
+
+    def __enter__(self) -> "Device":
+        self._before.append(Device.current)
+        return self.use()
+
+    def __exit__(self, *_) -> None:
+        Device.current = self._before.pop()
+
+    def __eq__(self, other) -> bool:
+        return isinstance(other, Device) and self.id == other.id
+
+    def __hash__(self) -> int:
+        return hash(self.id)
+
+    def __repr__(self) -> str:
+        return f"<CUDA Device {self.id}>"
+
+    def synchronize(self) -> None:
+        """There is nothing to wait for."""
+
+
+class Pointer(NamedTuple):
+    """Where an array begins: the address, as kernels and cuBLAS take it."""
+
+    ptr: int
+
+
 class DeviceArray(NDArrayOperatorsMixin):
     """A CuPy array as far as the code under test can tell; `of` builds one, `get` brings it back."""
 
-    __slots__ = ("__weakref__", "_array")
+    __slots__ = ("__weakref__", "_array", "device")
 
-    def __init__(self, array: np.ndarray):
+    def __init__(self, array: np.ndarray, device: Device | None = None):
         self._array = array
+        self.device = Device() if device is None else device
 
     @classmethod
-    def of(cls, array) -> "DeviceArray":
-        """A copy of a NumPy array (or a number, or a nested list of numbers)."""
-        return cls(np.array(array))
+    def of(cls, array, device: Device | None = None) -> "DeviceArray":
+        """A copy of a NumPy array (or a number, or a nested list of numbers) on a device, the current one."""
+        return cls(np.array(array), device)
 
     def get(self) -> np.ndarray:
         """A copy on the host."""
@@ -156,16 +196,22 @@ class DeviceArray(NDArrayOperatorsMixin):
         if name in ("shape", "dtype", "ndim", "size", "nbytes", "itemsize", "strides"):
             return getattr(self._array, name)
         if name in ("T", "mT", "real", "imag"):
-            return DeviceArray(getattr(self._array, name))
+            return DeviceArray(getattr(self._array, name), self.device)
         if name in METHODS:
             method = getattr(np.ndarray, name)
-            return lambda *args, **kwargs: _call(name, METHODS[name], method, (self, *args), kwargs)
+            return lambda *args, **kwargs: _call(
+                name, METHODS[name], method, (self, *args), kwargs, self.device
+            )
         raise AttributeError(f"{name!r} is not on the list of attributes that a CuPy array has")
+
+    @property
+    def data(self) -> Pointer:
+        return Pointer(self._array.__array_interface__["data"][0])
 
     @property
     def base(self) -> "DeviceArray | None":
         owner = self._array.base
-        return None if owner is None else DeviceArray(owner)
+        return None if owner is None else DeviceArray(owner, self.device)
 
     @property
     def flags(self) -> Flags:
@@ -181,17 +227,17 @@ class DeviceArray(NDArrayOperatorsMixin):
                 raise TypeError(f"numpy.{name} got a {type(value).__name__} beside a device array")
         if method == "at" and inputs[0].dtype.name not in ADD_AT_DTYPES:
             raise TypeError(f"numpy.{name} has no {inputs[0].dtype} in CuPy")
-        return _call(name, UFUNCS[name], getattr(ufunc, method), inputs, kwargs)
+        return _call(name, UFUNCS[name], getattr(ufunc, method), inputs, kwargs, self.device)
 
     def __array_function__(self, func, types, args, kwargs):
         name = f"{func.__module__}.{func.__name__}".removeprefix("numpy.")
         if name not in FUNCTIONS:
             raise TypeError(f"numpy.{name} is not on the list of functions that CuPy has")
         if name in CONVERSIONS and not isinstance(args[0], DeviceArray):
-            args = (DeviceArray.of(args[0]), *args[1:])
-        result = _call(name, FUNCTIONS[name], func, args, kwargs)
+            args = (DeviceArray.of(args[0], self.device), *args[1:])
+        result = _call(name, FUNCTIONS[name], func, args, kwargs, self.device)
         python_value = name in ZERO_D_RESULTS and not isinstance(result, DeviceArray)
-        return DeviceArray.of(result) if python_value else result
+        return DeviceArray.of(result, self.device) if python_value else result
 
     def __len__(self) -> int:
         return len(self._array)
@@ -200,12 +246,15 @@ class DeviceArray(NDArrayOperatorsMixin):
         return f"DeviceArray({self._array!r})"
 
     def __getitem__(self, index) -> "DeviceArray":
-        return DeviceArray(self._array[_to_index(index)])
+        return DeviceArray(self._array[_to_index(index, self.device)], self.device)
 
     def __setitem__(self, index, value) -> None:
         if not isinstance(value, (DeviceArray, *NUMBERS)):
             raise TypeError(f"a {type(value).__name__} cannot be assigned into a device array")
-        self._array[_to_index(index)] = _to_host(value, {})
+        given = {}
+        value = _to_host(value, given)
+        _check_devices("an assignment", given, self.device)
+        self._array[_to_index(index, self.device)] = value
 
     def _refuse(self, *args, **kwargs):
         raise TypeError("a device array is not converted implicitly: .item() makes a number, .get() a copy")
@@ -217,7 +266,7 @@ class DeviceArray(NDArrayOperatorsMixin):
         raise TypeError("a @= b means another thing in CuPy than in NumPy: use np.matmul(a, b, out=a)")
 
 
-def _call(name, signature, function, args, kwargs):
+def _call(name, signature, function, args, kwargs, device):
     """Run NumPy's function on the hidden arrays, if CuPy's twin would take these arguments."""
     try:
         bound = signature.bind(*args, **kwargs)
@@ -230,8 +279,72 @@ def _call(name, signature, function, args, kwargs):
         if in_sequence and parameter not in (*PLAIN, "inputs", "arrays_and_dtypes"):
             raise TypeError(f"{name}: {parameter} is a sequence of host numbers, not a device array")
     given = {}
+    host_args = _to_host(args, given)
     host_kwargs = {key: _to_host(value, given) for key, value in kwargs.items()}
-    return _to_device(function(*_to_host(args, given), **host_kwargs), given)
+    _check_devices(name, given, device)
+    if any(_is_bfloat16(array._array) for array in given.values()):
+        function = _IN_FLOAT32.get(name, lambda function: function)(function)
+    return _to_device(function(*host_args, **host_kwargs), given, device)
+
+
+def _check_devices(name, given, device) -> None:
+    for array in given.values():
+        if array.device != device:
+            raise TypeError(f"{name}: arrays on {device} and on {array.device}")
+
+
+# NumPy leaves bfloat16 to ml_dtypes, which is CuPy's, too, and computes elements as CuPy does. Not so sums,
+# products of matrices and where.
+
+
+def _add_in_float32(function):
+    """A reduction of bfloat16 adds up in float32, and is rounded at its end."""
+
+    def reduce(array, *axis, dtype=None, **kwargs):
+        if len(axis) > 1:
+            raise TypeError("dtype and out of a sum of bfloat16: by name, please")
+        if dtype is not None and np.dtype(dtype).itemsize > array.itemsize:
+            return function(array, *axis, dtype=dtype, **kwargs)
+        result = function(np.asarray(array, np.float32), *axis, **kwargs)
+        return result if kwargs.get("out") is not None else result.astype(array.dtype)
+
+    return reduce
+
+
+def _multiply_in_float32(function):
+    """Matrices of bfloat16 are multiplied in float32, and the result rounded; batches of them not at all."""
+
+    def matmul(a, b, **kwargs):
+        if a.dtype != b.dtype:
+            return function(a, b, **kwargs)
+        if a.ndim > 2 or b.ndim > 2:
+            raise TypeError("matmul: CuPy has no batched product in bfloat16")
+        product = function(np.asarray(a, np.float32), np.asarray(b, np.float32))
+        if kwargs.get("out") is None:
+            return product.astype(kwargs.get("dtype") or a.dtype)
+        kwargs["out"][0][...] = product
+        return kwargs["out"][0]
+
+    return matmul
+
+
+def _is_bfloat16(x) -> bool:
+    return isinstance(x, np.ndarray) and x.dtype.name == "bfloat16"
+
+
+def _choose_in_float32(function):
+    """`where` of bfloat16 is float32: CuPy has no other for it."""
+
+    def where(condition, *choices):
+        wider = [x.astype(np.float32) if _is_bfloat16(x) else x for x in choices]
+        return function(condition, *wider)
+
+    return where
+
+
+_SUMS = ("sum", "mean", "prod", "add.reduce", "multiply.reduce")
+_IN_FLOAT32 = dict.fromkeys(_SUMS, _add_in_float32)
+_IN_FLOAT32 |= {"matmul": _multiply_in_float32, "where": _choose_in_float32}
 
 
 def _holds(value, kinds) -> bool:
@@ -252,22 +365,23 @@ def _to_host(value, given: dict[int, DeviceArray]):
     return value
 
 
-def _to_device(result, given: dict[int, DeviceArray]):
+def _to_device(result, given: dict[int, DeviceArray], device: Device):
     """Arrays and NumPy scalars become device arrays; an argument that comes back (`out=`) is itself."""
     if isinstance(result, (list, tuple)) and _holds(result, np.ndarray):
-        return type(result)([_to_device(element, given) for element in result])
+        return type(result)([_to_device(element, given, device) for element in result])
     if isinstance(result, (np.ndarray, np.generic)):
-        return given.get(id(result), DeviceArray(np.asarray(result)))
+        return given.get(id(result), DeviceArray(np.asarray(result), device))
     return result
 
 
-def _to_index(index) -> tuple:
-    items = []
+def _to_index(index, device: Device) -> tuple:
+    items, given = [], {}
     for item in index if isinstance(index, tuple) else (index,):
         plain = item is None or item is Ellipsis or isinstance(item, (int, np.integer, slice))
         if not plain and not isinstance(item, DeviceArray):
             raise TypeError(f"a {type(item).__name__} as index would be copied to the device at every use")
-        items.append(_to_host(item, {}))
+        items.append(_to_host(item, given))
+    _check_devices("an index", given, device)
     if not any(item is Ellipsis for item in items):
         items.append(Ellipsis)  # so that a single element is a 0-d view too, as in CuPy
     return tuple(items)

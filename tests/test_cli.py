@@ -265,14 +265,15 @@ def test_every_option_can_be_given():
         "--warmup 4 --weight-decay 0.2 --clip 0.5 --dropout 0.3 --no-tie-head --no-qkv-bias "
         "--eval-every 2 --eval-windows 11 --checkpoint-every 3 --prompt p --seed 12 --text-field f "
         "--in-memory 3 --tokens k --special-tokens <|a|> <|b|> --micro-batch 6 --n-kv-head 3 --profile "
-        "--device cuda:1 --dtype float64 --checkpoint-minutes 1.5 --keep 4 --skip-nonfinite 2 "
-        "--log tensorboard"
+        "--device cuda:1 --dtype bfloat16 --gpu-memory 3 --checkpoint-minutes 1.5 --keep 4 "
+        "--skip-nonfinite 2 --log tensorboard"
     )
     given = dataclasses.asdict(_parse(["train", *train.split()]))
     left = {name for name, value in dataclasses.asdict(TrainConfig()).items() if given[name] == value}
     assert left == {"head_bias", "resume"}  # which a Llama has not, and which brings options of its own
     generate = "--prompt p --run r --model m --max-new-tokens 7 --temperature 2 --top-k 3 --top-p 0.5"
     generate += " --seed 9 --grid --special text --show-probabilities --chat --slide"
+    generate += " --device cuda:1 --dtype tf32 --gpu-memory 0.5"
     given = dataclasses.asdict(_parse(["generate", *generate.split()]))
     assert given == dict(
         prompt="p",
@@ -288,6 +289,9 @@ def test_every_option_can_be_given():
         slide=True,
         grid=True,
         show_probabilities=True,
+        device="cuda:1",
+        dtype="tf32",
+        gpu_memory=0.5,
     )
     assert _parse(["generate", "--prompt", "p", "--top-k", "None"]).top_k is None
 
@@ -329,7 +333,10 @@ def matches(sentence, said):
     ("options", "said"),
     [
         ("--tokenizer words", "'words'"),
-        ("--dtype int8", "--dtype is int8: it must be float32 or float64"),
+        ("--dtype int8", "--dtype is int8: it must be one of float32, tf32, bfloat16, float16, float64"),
+        ("--dtype tf32", "--dtype tf32 needs a GPU: a CPU multiplies float32 faster"),
+        ("--dtype bfloat16 --device cpu", "--dtype bfloat16 needs a GPU"),
+        ("--gpu-memory 2", "--gpu-memory 2.0 bounds a GPU's memory: on a CPU choose None"),
         ("--device tpu", "device 'tpu'"),
         ("--device cuda:x", "device 'cuda:x'"),
         ("--arch rnn", "--arch is rnn: it must be gpt2 or llama"),
@@ -386,11 +393,33 @@ def test_default_prompt_that_the_text_cannot_write(refused, text):
     matches(refused("train", *TINY, "--text", text, "--out", "out"), "--prompt.*'T'|'T'.*--prompt")
 
 
-def test_cuda_without_a_gpu(refused, text):
+def test_cuda_without_a_gpu(refused, text, run):
     if pick_device("auto") == "cuda":
         pytest.skip("this machine has a GPU")
     said = refused("train", *TINY, "--text", text, "--prompt", "the", "--out", "out", "--device", "cuda")
     assert "needs a GPU" in said
+    said = refused("generate", "--run", run, "--prompt", "the", "--device", "cuda")
+    assert "needs a GPU" in said
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ("--dtype float16", "--dtype float16 needs a GPU: a CPU multiplies float32 faster"),
+        (
+            "--dtype int8",
+            "^tinyllm: invalid choice 'int8' for argument '--dtype'. Expected .*'float64'",
+        ),
+        ("--gpu-memory 2", "--gpu-memory 2.0 bounds a GPU's memory"),
+        ("--gpu-memory much", "--gpu-memory.*'much'"),
+        ("--device tpu", "unknown device 'tpu'"),
+    ],
+)
+@pytest.mark.parametrize(
+    "command", ["generate --prompt the --run", "eval --text the-verdict --run", "chat --model"]
+)
+def test_devices_of_programs_that_read(refused, run, command, options, said):
+    matches(refused(*command.split(), run, *options.split()), said)
 
 
 @pytest.mark.parametrize(
@@ -576,6 +605,22 @@ def test_a_disk_that_refuses(text, tmp_path, capsys, monkeypatch):
     err = capsys.readouterr().err
     assert "No space left on device" in err
     assert err.count("\n") == 1
+
+
+@pytest.mark.parametrize("said", ["Unable to allocate 7.45 GiB", ""])
+def test_memory_that_runs_out(run, text, capsys, monkeypatch, said):
+    def full(*_, **__):
+        raise MemoryError(said)
+
+    for name in ("cli.generate", "evaluate.evaluate_text", "cli.show_tokens"):
+        monkeypatch.setattr(f"tinyllm.{name}", full)
+    for args, remedy in [
+        (["generate", "--run", run, "--prompt", "the"], ": try fewer --max-new-tokens"),
+        (["eval", "--run", run, "--text", text], ": try a smaller --batch or a shorter --context"),
+        (["tokenize", "--text", "the"], ""),
+    ]:
+        assert main(args) == 1
+        assert capsys.readouterr() == ("", f"tinyllm: {said or 'the memory is full'}{remedy}\n")
 
 
 # Text that comes out whole

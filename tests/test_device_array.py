@@ -4,15 +4,17 @@ The calls are written as text, one a line, so that a failing test is named by th
 """
 
 import copy
+import ctypes
 import inspect
 import math
 import operator
 import re
 
 import einops
+import ml_dtypes
 import numpy as np
 import pytest
-from device_array import FUNCTIONS, METHODS, UFUNCS, DeviceArray
+from device_array import FUNCTIONS, METHODS, UFUNCS, Device, DeviceArray
 
 X = np.linspace(-2, 2, 6, dtype=np.float32).reshape(2, 3)
 Y = np.array([[1, 3, 2], [6, 5, 4]], dtype=np.float32)
@@ -180,7 +182,7 @@ def test_refusals(call):
         run(call, **on_device())
 
 
-@pytest.mark.parametrize("name", ["tolist", "tofile", "resize", "put", "data", "__array_interface__"])
+@pytest.mark.parametrize("name", ["tolist", "tofile", "resize", "put", "ctypes", "__array_interface__"])
 def test_attributes_off_the_list_are_missing(name):
     assert not hasattr(DeviceArray.of(X), name)
 
@@ -280,6 +282,89 @@ def test_copy_module_and_repr():
     twin = copy.deepcopy(x)
     twin[0] = 9
     assert repr(x) == "DeviceArray(array([2, 0, 1]))" and repr(twin) == "DeviceArray(array([9, 0, 1]))"
+
+
+def test_arrays_live_on_a_device():
+    x, there = DeviceArray.of(X), DeviceArray.of(X, Device(1))
+    assert repr(x.device) == "<CUDA Device 0>" and there.device.id == 1
+    with Device(2):
+        assert DeviceArray.of(X).device == Device() == Device(2)
+    assert Device() == Device(0) != Device(1)
+    made = [there + 1, there.T, there[0], there[0, 1], np.exp(there), there.sum(), np.zeros(2, like=there)]
+    made += [
+        np.asarray(X, like=there),
+        np.split(there, 3, axis=1)[2],
+        np.allclose(there, there),
+        there.copy(),
+    ]
+    made += [there.T.base, np.exp(there, out=there[:1].copy() + there), copy.deepcopy(there), 2 * there]
+    assert [array.device.id for array in made] == [1] * len(made)
+
+
+MIXED = """
+x + y
+x.dot(y.T)
+np.where(x > 0, x, y)
+np.exp(x, out=y)
+np.concatenate([x, y])
+np.asarray(x, like=y)
+x[y > 0]
+operator.setitem(x, 0, y[0])
+operator.setitem(x, y > 0, 0)
+operator.iadd(x, y)
+""".strip().splitlines()
+
+
+@pytest.mark.parametrize("call", MIXED)
+def test_devices_do_not_mix(call):
+    x, y = DeviceArray.of(X), DeviceArray.of(Y, Device(1))
+    with pytest.raises(TypeError, match=r"<CUDA Device \d> and on <CUDA Device \d>"):
+        run(call, x=x, y=y)
+    np.testing.assert_array_equal(x.get(), X)
+
+
+def test_data_is_where_the_array_begins():
+    x = DeviceArray.of(X)
+    assert (x[1].data.ptr - x.data.ptr, x[:, ::-1].data.ptr - x.data.ptr) == (12, 8)
+    assert (
+        np.frombuffer((ctypes.c_float * 6).from_address(x.data.ptr), np.float32).tolist()
+        == X.ravel().tolist()
+    )
+
+
+SHORT = np.arange(-4, 4).reshape(2, 4).astype(ml_dtypes.bfloat16)
+
+
+@pytest.mark.parametrize(
+    "call, dtype",
+    [
+        ("x + x", "bfloat16"), ("x * 2", "bfloat16"), ("-x", "bfloat16"), ("np.exp(x)", "bfloat16"),
+        ("x * 2.0", "float32"), ("x + np.float32(1)", "float32"), ("x + x.astype(np.float32)", "float32"),
+        ("x > 0", "bool"), ("x.astype(np.float64)", "float64"), ("np.maximum(x, x * 2)", "bfloat16"),
+        ("x.max(axis=1)", "bfloat16"), ("np.sum(x, axis=0)", "bfloat16"), ("x.mean()", "bfloat16"),
+        ("np.add.reduce(x)", "bfloat16"), ("x.sum(-1, dtype=np.float32)", "float32"), ("x.T", "bfloat16"),
+        ("x @ x.T", "bfloat16"), ("x[0] @ x[1]", "bfloat16"),
+        ("np.matmul(x, x.T, dtype=np.float32)", "float32"),
+        ("np.where(x > 0, x, 0.0)", "float32"), ("np.where(x > 0, x, x)", "float32"),
+        ("np.matmul(x, x.T, out=x[:, :2])", "bfloat16"), ("np.sum(x, axis=1, out=x[:, 0])", "bfloat16"),
+    ],
+)  # fmt: skip
+def test_bfloat16_is_cupys(call, dtype):
+    """These numbers are small and whole, so bfloat16 holds them, exp aside: what is tested is the type."""
+    result = run(call, x=DeviceArray.of(SHORT))
+    assert type(result) is DeviceArray and result.dtype.name == dtype
+    want = run(call, x=SHORT.astype(np.float64))
+    np.testing.assert_allclose(result.get().astype(np.float64), want, rtol=2**-8 if "exp" in call else 0)
+
+
+def test_bfloat16_adds_up_in_float32():
+    ones = DeviceArray.of(np.ones(1024, ml_dtypes.bfloat16))
+    sums = [ones.sum(), np.sum(ones), np.add.reduce(ones), ones @ ones, ones.sum(dtype=ones.dtype)]
+    assert [s.item() for s in sums] == [1024] * 5
+    with pytest.raises(TypeError, match="no batched product"):
+        ones.reshape(4, 16, 16) @ ones.reshape(4, 16, 16)
+    with pytest.raises(TypeError, match="by name"):
+        ones.sum(None, np.float32)
 
 
 def test_scipys_erf():

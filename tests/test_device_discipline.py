@@ -1,6 +1,8 @@
-"""The source reads as NumPy and runs on CuPy: every op and both models on the strict device array.
+"""The source reads as NumPy and runs on a GPU: every op and both models on arrays that are not NumPy's.
 
-``DeviceArray`` has CuPy's limits and NumPy's numbers underneath, so each run is compared with the plain one.
+``DeviceArray`` has CuPy's limits and NumPy's numbers underneath; on it everything runs twice, with NumPy's
+calls alone and with the CUDA kernels, which a simulated GPU runs (``cuda_on_cpu.py``). Where there is a GPU,
+it all runs on CuPy, too (``pytest -m gpu``). Each run is compared with the plain one.
 """
 
 import inspect
@@ -18,6 +20,7 @@ from tinyllm import (
     Llama,
     LlamaConfig,
     Tensor,
+    kernels,
     manual_seed,
     nn,
     no_grad,
@@ -29,6 +32,11 @@ from tinyllm.functional import composed
 
 TARGETS = np.array([[0, 3, 1], [2, -100, 3]])
 SOME = np.array([[[True, False, True, True, False]]])
+
+
+def stay(array):
+    """As ``put``: leaves an array on the host."""
+    return array
 
 
 def world(put, dtype):
@@ -184,7 +192,7 @@ CASES = {
 
 
 def on_host(array):
-    return array.get() if isinstance(array, DeviceArray) else array
+    return array if isinstance(array, np.ndarray) else array.get()
 
 
 def run(case, put, dtype):
@@ -207,9 +215,9 @@ def run(case, put, dtype):
 
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 @pytest.mark.parametrize("dtype", [np.float64, np.float32])
-def test_an_op_on_the_device_forward_and_backward(case, dtype):
-    expected, expected_grads = run(case, lambda array: array, dtype)
-    result, grads = run(case, DeviceArray.of, dtype)
+def test_an_op_on_the_device_forward_and_backward(case, dtype, put):
+    expected, expected_grads = run(case, stay, dtype)
+    result, grads = run(case, put, dtype)
     tolerance = 1e-12 if dtype == np.float64 else 1e-5
     assert result.dtype == expected.dtype and result.shape == expected.shape
     assert np.allclose(result, expected, rtol=tolerance, atol=tolerance)
@@ -237,19 +245,19 @@ def test_no_op_is_missing_above():
     assert {name.partition(" ")[0] for name in CASES} == expected
 
 
-def test_a_tensor_on_the_device():
-    x = Tensor(DeviceArray.of([1.0, 2.0]), requires_grad=True)
+def test_a_tensor_on_the_device(put):
+    x = Tensor(put(np.array([1.0, 2.0])), requires_grad=True)
     loss = (x * x).sum()
     loss.backward()  # its seed is made on the device
-    assert loss.item() == 5.0 and isinstance(x.grad, DeviceArray)
+    assert loss.item() == 5.0 and isinstance(x.grad, type(x.data))
     assert np.array_equal(x.grad.get(), [2.0, 4.0])
     assert x.detach().data is x.data
     assert "Tensor(" in repr(x)
 
 
-def test_gradients_on_the_device_have_owners_too():
-    a, b = (Tensor(DeviceArray.of(np.ones((2, 3))), requires_grad=True) for _ in range(2))
-    seed = DeviceArray.of(np.ones((2, 3)))
+def test_gradients_on_the_device_have_owners_too(put):
+    a, b = (Tensor(put(np.ones((2, 3))), requires_grad=True) for _ in range(2))
+    seed = put(np.ones((2, 3)))
     (a + b).backward(seed)
     a.grad *= 0.0
     assert b.grad.get().all() and seed.get().all()
@@ -325,33 +333,36 @@ every_model = pytest.mark.parametrize("name", MODELS)
 
 @pytest.mark.parametrize("dropout", [0.0, 0.2])
 @every_model
-def test_training_on_the_device(name, dropout):
-    expected, expected_parameters = train(name, lambda array: array, dropout)
-    numbers, parameters = train(name, DeviceArray.of, dropout)
+def test_training_on_the_device(name, dropout, put):
+    expected, expected_parameters = train(name, stay, dropout)
+    numbers, parameters = train(name, put, dropout)
+    # With NumPy's calls the same numbers; kernels add up in another order, and AdamW divides the rounding
+    # errors of the key bias, whose true gradient is zero, by their own size.
+    tolerance = 1e-12 if put == DeviceArray.of and DeviceArray not in kernels.LIBRARIES else 1e-9
     assert numbers == pytest.approx(expected, rel=1e-12)
     for name, array in parameters.items():
-        assert np.allclose(array, expected_parameters[name], rtol=1e-12, atol=1e-12), name
+        assert np.allclose(array, expected_parameters[name], rtol=tolerance, atol=tolerance), name
 
 
 @every_model
-def test_logits_and_observing_on_the_device(name):
+def test_logits_and_observing_on_the_device(name, put):
     ids = np.random.default_rng(2).integers(0, 23, (2, 9))
-    host, device = (build(name, put).eval() for put in (lambda array: array, DeviceArray.of))
+    host, device = (build(name, where).eval() for where in (stay, put))
     names = []
     with no_grad(), nn.observe(lambda observation: names.append(observation.name)):
         logits = device(ids).data
         expected = host(ids).data
-    assert isinstance(logits, DeviceArray) and names[-1] == ""
+    assert isinstance(logits, type(put(ids))) and names[-1] == ""
     assert np.allclose(logits.get(), expected, rtol=1e-12, atol=1e-12)
 
 
 @every_model
-def test_a_model_on_the_device_is_converted_and_counted(name):
-    model = build(name, DeviceArray.of)
-    assert model.num_parameters() == build(name, lambda array: array).num_parameters()
+def test_a_model_on_the_device_is_converted_and_counted(name, put):
+    model, kind = build(name, put), type(put(np.zeros(1)))
+    assert model.num_parameters() == build(name, stay).num_parameters()
     model.astype(np.float32)
     loss = model.loss(np.array([[1, 2, 3]]), np.array([[2, 3, 4]]))
     loss.backward()
     assert loss.dtype == np.float32 and math.isfinite(loss.item())
-    assert all(p.grad.dtype == np.float32 and isinstance(p.grad, DeviceArray) for p in model.parameters())
-    assert all(isinstance(array, DeviceArray) for array in model.state_dict().values())
+    assert all(p.grad.dtype == np.float32 and isinstance(p.grad, kind) for p in model.parameters())
+    assert all(isinstance(array, kind) for array in model.state_dict().values())

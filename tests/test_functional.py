@@ -847,6 +847,14 @@ ERRORS = {  # what is done -> what the sentence must say: the value, and the rem
     ),
     "attention dropout of 1.5": (lambda: attend(dropout_p=1.5), ["1.5", "below 1"]),
     "linear of other channels": (lambda: F.linear(leaf(2, 3), leaf(5, 4)), ["(2, 3)", "(5, 4)", "(out, in)"]),
+    "linear written in another type": (
+        lambda: F.linear(leaf(2, 3), leaf(5, 3), dtype=np.float32),
+        ["float64", "float32", "GPU"],
+    ),
+    "a norm written in another type": (
+        lambda: F.rms_norm(leaf(2, 3), 3, dtype=np.float32),
+        ["float64", "float32", "GPU"],
+    ),
     "linear of a number": (lambda: F.linear(leaf(), leaf(5, 4)), ["()", "(5, 4)"]),
     "an id that is too large": (lambda: F.embedding(np.array([0, 5]), leaf(5, 2)), ["5", "0 to 4"]),
     "a negative id": (lambda: F.embedding([[1, -1]], leaf(5, 2)), ["-1", "0 to 4"]),

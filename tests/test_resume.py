@@ -21,7 +21,7 @@ from parity.survive import left
 from tinyllm import GPT2, Llama, load_model
 from tinyllm.checkpoint import checkpoints, verify
 from tinyllm.cli import main
-from tinyllm.config import TrainConfig
+from tinyllm.config import TrainConfig, check_continues
 from tinyllm.errors import Error
 from tinyllm.files import lock, read_sealed, sealed
 from tinyllm.run import begun_config, last_checkpoint
@@ -281,7 +281,6 @@ OTHERWISE = dict(
     context=4,
     stride=None,
     batch=16,
-    micro_batch=None,
     steps=7,
     lr=1e-3,
     initial_lr=1e-5,
@@ -296,7 +295,6 @@ OTHERWISE = dict(
     init="torch",
     profile=True,
     seed=1,
-    device="auto",
     dtype="float64",
     n_kv_head=1,
 )
@@ -306,7 +304,8 @@ def test_every_option_is_either_free_or_refused(whole, tmp_path):
     out = shutil.copytree(whole, tmp_path / "run")
     before = left(out)
     config = begun_config(out)
-    assert OTHERWISE.keys() == config.to_json().keys() - tinyllm.config.FREE - {"out"}
+    elsewhere = tinyllm.config.ELSEWHERE - {"dtype"}  # of which float64 is refused
+    assert OTHERWISE.keys() == config.to_json().keys() - tinyllm.config.FREE - elsewhere - {"out"}
     for name, value in OTHERWISE.items():
         both = {"arch": "llama"} if name == "n_kv_head" else {}
         with pytest.raises(Error, match="bit for bit") as raised:
@@ -319,6 +318,46 @@ def test_every_option_is_either_free_or_refused(whole, tmp_path):
     with pytest.raises(Error, match="--seed 0, --dtype float32, not --seed 1, --dtype float64"):
         train(replace(config, seed=1, dtype="float64"), progress=False)
     assert left(out) == before
+
+
+@pytest.mark.parametrize(
+    ("begun", "asked", "same"),
+    [
+        ("float32", "bfloat16", True),
+        ("bfloat16", "float32", True),
+        ("float16", "tf32", True),
+        ("float64", "float32", False),
+        ("float16", "float64", False),
+        ("float64", "float64", True),
+    ],
+)
+def test_products_may_be_of_another_type_and_parameters_not(begun, asked, same):
+    begun, asked = TrainConfig(dtype=begun), TrainConfig(dtype=asked, device="cuda:1", micro_batch=4)
+    if same:
+        check_continues(begun, asked)
+        return
+    with pytest.raises(
+        Error, match=f"begun with --dtype {begun.dtype}, not --dtype {asked.dtype}: a run goes on"
+    ):
+        check_continues(begun, asked)
+
+
+def test_whole_numbers_where_others_may_stand():
+    config = TrainConfig(lr=1, gpu_memory=2)
+    assert TrainConfig.from_json(json.loads(json.dumps(config.to_json()))) == config
+
+
+def test_smaller_micro_batches_from_the_middle_on(text, tmp_path, capsys):
+    """The same gradients, whatever is drawn at once: without dropout it is the same run, but for rounding."""
+    config = tiny(text, tmp_path / "whole", dropout=0.0, dtype="float64")
+    train(config, progress=False)
+    out = tmp_path / "run"
+    stopped_after(replace(config, out=out), 3)
+    capsys.readouterr()
+    train(replace(begun_config(out), micro_batch=2, gpu_memory=None), progress=False)
+    said = "warning: micro-batch was 8 and is 2: the numbers may differ from now on\n"
+    assert said in capsys.readouterr().out
+    assert val_losses(out) == pytest.approx(val_losses(tmp_path / "whole"), rel=1e-9)
 
 
 def test_at_the_command_line(text, tmp_path, whole, capsys):
@@ -412,6 +451,17 @@ def test_another_machine_is_a_warning(text, tmp_path, monkeypatch, capsys):
     assert "and is 9.9; threads was " in said
     stopped_after(begun_config(out), 5)
     assert "warning" not in capsys.readouterr().out  # the last checkpoint is of this machine
+
+
+def test_a_checkpoint_that_does_not_say_its_dtype(text, tmp_path, monkeypatch, capsys):
+    """As those of older versions."""
+    out = tmp_path / "run"
+    with monkeypatch.context() as patched:
+        patched.setattr(tinyllm.run.RunFolder, "_machine", lambda run: tinyllm.run.machine("cpu"))
+        stopped_after(tiny(text, out), 2)
+    assert "dtype" not in verify(last_checkpoint(out))["machine"]
+    train(begun_config(out), progress=False)
+    assert "warning" not in capsys.readouterr().out
 
 
 # Damaged checkpoints

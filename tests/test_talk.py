@@ -9,6 +9,8 @@ import sys
 
 import numpy as np
 import pytest
+from cupy_stand_in import OutOfMemoryError, stand_in_cupy
+from device_array import DeviceArray
 from hypothesis import example, given
 from hypothesis import strategies as st
 
@@ -470,6 +472,44 @@ def test_wrong_options_are_refused_before_anything_is_loaded(chat, monkeypatch, 
     code, out, err = chat("hi\n", f"{option}={value}", model=None)
     assert (code, out) == (2, "") and err.count("\n") == 1
     assert option.strip("-").replace("-", "_") in err.replace("-", "_") and "choose" in err
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [("--dtype bfloat16", "needs a GPU"), ("--gpu-memory 2", "a GPU's memory"), ("--device tpu", "'tpu'")],
+)
+def test_a_device_that_cannot_do_that_is_refused_before_anything_is_loaded(chat, monkeypatch, options, said):
+    monkeypatch.setattr(talk, "load_model_and_tokenizer", None)
+    code, out, err = chat("Hello\n", *options.split())
+    assert (code, out) == (2, "") and said in err and err.count("\n") == 1
+
+
+def test_the_same_answers_from_a_gpu(chat, monkeypatch):
+    expected = chat("Hello\nAnd you?\n")[1]
+    cupy, seen = stand_in_cupy(monkeypatch), []
+    generate = talk.generate
+
+    def see(model, *args):
+        seen.extend(type(parameter.data) for parameter in model.parameters())
+        return generate(model, *args)
+
+    monkeypatch.setattr(talk, "generate", see)
+    code, out, err = chat("Hello\nAnd you?\n", "--device", "auto", "--gpu-memory", "0.5")
+    assert (code, out) == (0, expected)
+    assert err.startswith("device: cuda (Paper GPU, CuPy 14.2.0)\n")
+    assert set(seen) == {DeviceArray} and cupy.limit == 5 * 10**8
+
+
+def test_a_gpu_that_is_full_ends_it_with_a_sentence(chat, answers, monkeypatch):
+    stand_in_cupy(monkeypatch)
+    answers[:] = ["Hi.", [OutOfMemoryError(4_096, 2_000)]]
+    code, out, err = chat("Hello\nAnd you?\nStill there?\n", "--device", "cuda")
+    assert code == 1 and out == "Hi.\n"
+    said = err.splitlines()[-1]
+    assert said.startswith(
+        "tinyllm: Out of memory allocating 4,096 bytes (allocated so far: 2,000 bytes), and"
+    )
+    assert said.endswith("are free: try fewer --max-new-tokens or --dtype bfloat16")
 
 
 def test_instructions_that_are_no_text_are_refused(chat):

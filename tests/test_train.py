@@ -12,15 +12,18 @@ from dataclasses import asdict, replace
 
 import numpy as np
 import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
 from safetensors.numpy import load_file
 
 import tinyllm.run
 import tinyllm.train
-from tinyllm import GPT2, GPT2Config, load_model, load_tokenizer
+from tinyllm import GPT2, GPT2Config, Tensor, load_model, load_tokenizer
 from tinyllm.checkpoint import verify
 from tinyllm.config import TrainConfig
 from tinyllm.data import Batches, Windows
 from tinyllm.errors import Error
+from tinyllm.optim import LossScale
 from tinyllm.run import last_checkpoint
 from tinyllm.text import load_text
 from tinyllm.train import evaluate, gradients, load_data, train
@@ -302,6 +305,68 @@ def test_every_micro_batch_has_its_own_dropout(text, tmp_path):
     once = gradients(model, row, row, 1, seed=0, step=0)
     assert twice != once  # the mean of two draws, not the same one twice
     assert gradients(model, ids, ids, 1, seed=0, step=0) == twice
+
+
+def test_nobody_waits_for_a_loss_before_the_last_micro_batch(monkeypatch):
+    """A GPU computes while the host prepares the next one; to ask for a number would be to wait for it."""
+    config = GPT2Config(vocab_size=9, n_positions=4, n_embd=8, n_head=2, n_layer=1)
+    model, happened = GPT2(config, rng=np.random.default_rng(0)), []
+    backward, item = Tensor.backward, Tensor.item
+    monkeypatch.setattr(Tensor, "backward", lambda *args: (happened.append("backward"), backward(*args))[1])
+    monkeypatch.setattr(Tensor, "item", lambda *args: (happened.append("item"), item(*args))[1])
+    ids = np.arange(8).reshape(4, 2)
+    gradients(model, ids, ids, 1, seed=0, step=0)
+    assert happened == 4 * ["backward"] + 4 * ["item"]
+
+
+# Loss scale
+
+
+@settings(max_examples=20)
+@given(steps=st.lists(st.sampled_from([True, False]), max_size=40), before=st.integers(0, 1999))
+@example(steps=[True], before=1999)
+@example(steps=[False, True], before=1999)
+def test_loss_scale_goes_as_torchs(steps, before):
+    torch = pytest.importorskip("torch")
+    ours = LossScale()
+    ours.load_state_dict({"scale": 1024.0, "good_steps": before})
+    scale, good_steps = torch.tensor(1024.0), torch.tensor(before, dtype=torch.int32)
+    for finite in steps:
+        ours.update(finite)
+        torch._amp_update_scale_(scale, good_steps, torch.tensor(float(not finite)), 2.0, 0.5, 2000)
+        assert ours.state_dict() == {"scale": scale.item(), "good_steps": good_steps.item()}
+
+
+@pytest.mark.parametrize("micro_batch", [2, 5])
+def test_scaled_gradients_are_the_gradients(micro_batch):
+    ids = np.random.default_rng(1).integers(0, 11, (5, 6))
+    config = GPT2Config(vocab_size=11, n_positions=6, n_embd=8, n_head=2, n_layer=1)
+    model = GPT2(config, rng=np.random.default_rng(0))
+    plain = gradients(model, ids, ids, micro_batch, seed=3, step=0)
+    expected = {name: p.grad for name, p in model.named_parameters()}
+    model.zero_grad()
+    assert gradients(model, ids, ids, micro_batch, seed=3, step=0, scale=LossScale()) == plain
+    for name, p in model.named_parameters():  # a power of two: not a bit is lost
+        assert np.array_equal(p.grad, expected[name]), name
+
+
+def test_a_loss_scale_in_backward():
+    x = Tensor(np.array([3.0], np.float32), requires_grad=True)
+    scale = LossScale(8.0)
+    loss = (x * x).sum()
+    loss.backward(scale.seed(loss))
+    assert x.grad == 8 * 6
+    unused = Tensor(np.ones(2), requires_grad=True)
+    number = Tensor(np.array(2.0, np.float32), requires_grad=True)
+    number.grad = np.array(4.0, np.float32)
+    scale.unscale([("x", x), ("unused", unused), ("number", number)])
+    assert (x.grad, unused.grad, number.grad) == (6, None, 0.5)
+
+
+@pytest.mark.parametrize("value", [0.0, -1.0, math.inf, math.nan])
+def test_no_loss_scale(value):
+    with pytest.raises(Error, match=f"a loss scale must be above 0 and finite, not {value}"):
+        LossScale(value)
 
 
 def test_a_profile_instead_of_a_run(text, tmp_path, capsys):

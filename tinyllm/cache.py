@@ -47,18 +47,21 @@ class LayerCache:
 class Cache:
     """Keys and values of all layers, of ``batch`` rows, with room for ``room`` tokens; at first empty.
 
-    ``like`` is an array of the model: its dtype and its device are the cache's. ``padding`` (B,) says how
-    many tokens at the start of each row are none: rows of different length are filled up on the left, so
-    that all end together. Such a token is never attended to, and the first real one has position 0.
+    ``like`` is an array of the model: its device is the cache's, and its dtype unless ``dtype`` is given.
+    ``padding`` (B,) says how many tokens at the start of each row are none: rows of different length are
+    filled up on the left, so that all end together. Such a token is never attended to, and the first real one
+    has position 0.
 
     ``model(ids, cache=cache)`` reads ids (B, T) as the continuation of what the cache holds, and adds
     them to it. If that fails, the cache is as it was.
     """
 
-    def __init__(self, layers: int, batch: int, heads: int, room: int, head_size: int, like, padding=None):
-        shape = (batch, heads, room, head_size)
-        self.keys = [np.zeros(shape, like.dtype, like=like) for _ in range(layers)]
-        self.values = [np.zeros(shape, like.dtype, like=like) for _ in range(layers)]
+    def __init__(
+        self, layers: int, batch: int, heads: int, room: int, head_size: int, like, padding=None, dtype=None
+    ):
+        shape, dtype = (batch, heads, room, head_size), dtype or like.dtype
+        self.keys = [np.zeros(shape, dtype, like=like) for _ in range(layers)]
+        self.values = [np.zeros(shape, dtype, like=like) for _ in range(layers)]
         self.room = room  # for how many tokens there are places
         self.length = 0  # how many are taken
         # The position of the first entry: -2 where two of padding come before the text, and later, when

@@ -40,6 +40,7 @@ from tinyllm.errors import Error
 from tinyllm.files import SAVING, read_sealed, sealed, sync, sync_folder
 from tinyllm.nn import Module
 from tinyllm.optim import AdamW
+from tinyllm.placement import describe_device
 from tinyllm.pretrained import CONFIG, Weights, write_safetensors
 
 FORMAT = 1
@@ -85,7 +86,8 @@ def save_checkpoint(folder: Path, model: Module, optimizer: AdamW, about: dict) 
         sync_folder(new)
         os.replace(new, folder)
         sync_folder(folder.parent)
-    except (OSError, Error) as error:  # a model that cannot be saved is an Error, and the OSError its cause
+    # A model that cannot be saved is an Error, and the OSError its cause; a GPU may have no room for a copy.
+    except (OSError, MemoryError, Error) as error:
         shutil.rmtree(new, ignore_errors=True)
         reason = error.__cause__ if isinstance(error, Error) else error
         raise OSError(f"the checkpoint {folder} cannot be written ({reason})") from error
@@ -204,5 +206,5 @@ def machine(device: str) -> dict[str, str | int]:
         "processor": platform.machine(),
         "blas": "; ".join(blas),
         "threads": num_threads(),
-        "device": device,
+        "device": describe_device(device),
     }

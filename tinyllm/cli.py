@@ -20,18 +20,19 @@ from tinyllm.chat import encode_chat
 from tinyllm.config import PRESETS, TrainConfig
 from tinyllm.device import keep_memory
 from tinyllm.errors import Error
-from tinyllm.evaluate import EvalConfig, print_evaluation
+from tinyllm.evaluate import EvalConfig, load_run_or_model, print_evaluation
 from tinyllm.generate import generate
 from tinyllm.info import describe
-from tinyllm.models import empty_model, load_model
+from tinyllm.models import empty_model
 from tinyllm.nn import Module
+from tinyllm.placement import Precision, open_device, out_of_memory, weights_dtype
 from tinyllm.plot import plot_runs, summary
 from tinyllm.pull import pull
 from tinyllm.run import begun_config, last_checkpoint
 from tinyllm.show import show_tokens, shows_blocks, wants_colour, watch_probabilities
-from tinyllm.talk import ChatConfig, chat, load_model_and_tokenizer, text_stream
+from tinyllm.talk import ChatConfig, chat, text_stream
 from tinyllm.text import load_text
-from tinyllm.tokenizer import Tokenizer, check_fits, load_tokenizer
+from tinyllm.tokenizer import Tokenizer, load_tokenizer
 from tinyllm.train import train
 
 GRID_TOP_K, GRID_TEMPERATURE = (1, 3, 5, 10, 100), (0.0, 0.5, 1.0, 1.5, 2.0)
@@ -70,22 +71,25 @@ class GenerateConfig:
     """Instead of one text, a line for every top-k in 1, 3, 5, 10, 100 and temperature in 0, 0.5 … 2."""
     show_probabilities: bool = False
     """Instead of the text, the likeliest tokens at each step as bars, and which one was drawn."""
+    device: str = "cpu"
+    """cpu, cuda, cuda:1 …, or auto: a GPU if CuPy sees one; it says which."""
+    dtype: Precision = "float32"
+    """What the weights are kept and multiplied in (tf32: kept in float32). All but float32 and float64 need
+    a GPU."""
+    gpu_memory: float | None = None
+    """Gigabytes (10^9 bytes) of a GPU's memory to take at most; all of it if not given."""
 
 
 def _generate(config: GenerateConfig) -> None:
-    if (config.run is None) == (config.model is None):
-        raise Error("say which model: either --run DIR or --model FOLDER")
     if config.grid and config.show_probabilities:
         raise Error("--grid and --show-probabilities are two ways to print: choose one")
     if config.seed < 0:
         raise Error(f"--seed is {config.seed}: choose a whole number of at least 0")
-    if config.run is not None:
-        model, tokenizer = load_model(last_checkpoint(config.run)), load_tokenizer(config.run)
-        check_fits(tokenizer, model)
-    else:
-        model, tokenizer = load_model_and_tokenizer(config.model)
+    device = open_device(config.device, config.dtype, config.gpu_memory)
+    model, tokenizer = load_run_or_model(config.run, config.model, weights_dtype(config.dtype))
     ids = _prompt(config, tokenizer)
     keep_memory()
+    model.to(device)
     if config.grid:
         return _print_grid(model, tokenizer, ids, config)
     rng = np.random.default_rng(config.seed)
@@ -247,6 +251,20 @@ COMMANDS = {
 }
 
 
+# What needs less memory. A run in training has a checkpoint besides: ``train`` says all of it.
+SMALLER = {
+    GenerateConfig: ["fewer --max-new-tokens"],
+    ChatConfig: ["fewer --max-new-tokens"],
+    EvalConfig: ["a smaller --batch", "a shorter --context"],
+}
+
+
+def _out_of_memory(error: MemoryError, config) -> str:
+    if type(config) not in SMALLER:
+        return str(error) or "the memory is full"
+    return out_of_memory(error, config.dtype, SMALLER[type(config)])
+
+
 def parse_options(options: type, program: str, args: list[str], **more):
     """An instance of the dataclass ``options`` from command-line words; tyro's box becomes one ``Error``.
 
@@ -260,8 +278,14 @@ def parse_options(options: type, program: str, args: list[str], **more):
         if not stop.code:
             raise
     rows = [row.strip("│ ") for row in box.getvalue().splitlines()[1:]]
-    sentence = " ".join(itertools.takewhile(lambda row: not row.startswith("─"), rows))
+    # In a terminal without UTF-8 a line made of hyphens is there below the title, too.
+    text = itertools.dropwhile(_is_line, rows)
+    sentence = " ".join(itertools.takewhile(lambda row: not _is_line(row), text))
     raise Error(f"{sentence.rstrip('.')}; see {program} --help")
+
+
+def _is_line(row: str) -> bool:
+    return not row.strip("─-")
 
 
 def _preset(name: str) -> TrainConfig:
@@ -327,6 +351,9 @@ def main(args: list[str] | None = None) -> int:
         return DONE
     except (FloatingPointError, OSError) as error:
         print(f"tinyllm: {error}", file=sys.stderr)
+        return FAILED
+    except MemoryError as error:
+        print(f"tinyllm: {_out_of_memory(error, config)}", file=sys.stderr)
         return FAILED
     except KeyboardInterrupt as interrupt:
         number, said = interrupt.args if len(interrupt.args) == 2 else (2, "interrupted")

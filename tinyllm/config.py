@@ -12,13 +12,17 @@ import numpy as np
 from tinyllm.errors import Error
 from tinyllm.models import ARCHITECTURES, GPT2Config, LlamaConfig
 from tinyllm.nn import Module
+from tinyllm.placement import PRECISIONS
 
 SPECIAL = ("refuse", "allow", "text")
 # What a resumed run may be asked otherwise than it was begun with: its numbers stay the same.
 FREE = set(
     "resume text text_field tokens eval_every eval_windows checkpoint_every checkpoint_minutes keep "
-    "skip_nonfinite log prompt".split()
+    "skip_nonfinite log prompt gpu_memory".split()
 )
+# And what it may be asked otherwise because it goes on where there is another device, or less memory: its
+# numbers differ from then on, as numbers are rounded otherwise and dropout is drawn for each micro-batch.
+ELSEWHERE = {"device", "dtype", "micro_batch"}
 
 
 @dataclass(frozen=True)
@@ -106,9 +110,12 @@ class TrainConfig:
     seed: int = 0
     """Decides the initial weights, the order of the batches, dropout and samples."""
     device: str = "cpu"
-    """cpu, cuda, cuda:1 …, or auto."""
+    """cpu, cuda, cuda:1 …, or auto: a GPU if CuPy sees one; it says which."""
     dtype: str = "float32"
-    """float32 or float64."""
+    """float32 or float64; on a GPU also bfloat16, float16 or tf32: matrices are multiplied in that type,
+    everything else is float32."""
+    gpu_memory: float | None = None
+    """Gigabytes (10^9 bytes) of a GPU's memory to take at most; all of it if not given."""
 
     def __post_init__(self):
         for name in ("steps", "eval_windows", "batch", "context", "keep"):
@@ -128,7 +135,7 @@ class TrainConfig:
         _require(
             0 <= self.warmup < self.steps, "warmup", self.warmup, f"below the {self.steps} steps of the run"
         )
-        _require(self.dtype in ("float32", "float64"), "dtype", self.dtype, "float32 or float64")
+        _require(self.dtype in PRECISIONS, "dtype", self.dtype, f"one of {', '.join(PRECISIONS)}")
         _require(0 <= self.dropout < 1, "dropout", self.dropout, "at least 0 and below 1")
         _require(self.special in SPECIAL, "special", self.special, " or ".join(SPECIAL))
         _require(self.arch in ARCHITECTURES, "arch", self.arch, " or ".join(ARCHITECTURES))
@@ -155,6 +162,11 @@ class TrainConfig:
         return {
             name: str(value) if isinstance(value, Path) else value for name, value in asdict(self).items()
         }
+
+    @property
+    def parameter_dtype(self) -> np.dtype:
+        """What the parameters and the optimizer are kept in, whatever they are multiplied in."""
+        return np.dtype("float64" if self.dtype == "float64" else "float32")
 
     @property
     def at_once(self) -> int:
@@ -201,17 +213,22 @@ def _from_json(name: str, value, kind):
     if kind == tuple[str, ...]:
         holds = isinstance(value, list) and all(isinstance(item, str) for item in value)
         value, kind = tuple(value) if holds else value, tuple
-    if kind is float:
-        kind = int | float
+    if kind in (float, float | None):
+        kind |= int
     if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
         raise Error(f"option {name!r} is {value!r}, which it cannot be")
     return value
 
 
 def check_continues(begun: TrainConfig, asked: TrainConfig) -> None:
-    """``Error``, naming the options, if ``asked`` would not go on with the run bit for bit."""
-    names = [name for name in begun.to_json() if name not in FREE]
+    """``Error``, naming the options, if ``asked`` would be another run.
+
+    It goes on bit for bit, unless what is in ``ELSEWHERE`` changes.
+    """
+    names = [name for name in begun.to_json() if name not in FREE | ELSEWHERE]
     changed = [name for name in names if getattr(begun, name) != getattr(asked, name)]
+    if begun.parameter_dtype != asked.parameter_dtype:
+        changed.append("dtype")
     if changed:
         was, wanted = (
             ", ".join(f"--{name.replace('_', '-')} {getattr(options, name)}" for name in changed)

@@ -21,7 +21,28 @@ from pathlib import Path
 import numpy as np
 from threadpoolctl import ThreadpoolController
 
+from tinyllm import kernels
 from tinyllm.errors import Error
+
+# ------------------------------------------------------------------------------------- types
+
+
+def dtype_of(name: str) -> np.dtype:
+    """The dtype of that name: float32, float64, or one of the short ones, bfloat16 and float16."""
+    if name == "bfloat16":
+        import ml_dtypes
+
+        return np.dtype(ml_dtypes.bfloat16)
+    return np.dtype(name)
+
+
+def allow_tf32(allowed: bool) -> None:
+    """Whether float32 products on a GPU may round what they multiply to TF32: 10 bits for 23, and faster.
+
+    They add up in float32 either way. It concerns the whole process; at first it is not allowed.
+    """
+    kernels.Products.tf32 = allowed
+
 
 # ---------------------------------------------------------------------------------- placement
 
@@ -52,7 +73,8 @@ def _gpus_seen(name: str) -> int:
         import cupy
     except ModuleNotFoundError:
         raise Error(
-            f"device {name!r} needs a GPU and CuPy: pip install 'tinyllm[gpu12]' for CUDA 12, gpu13 for 13"
+            f"device {name!r} needs a GPU and CuPy: pip install 'tinyllm[gpu12]' for CUDA 12, gpu13 for 13, "
+            "or choose cpu"
         ) from None
     except ImportError as error:  # its message is a page: what it is about stands first
         reason = " ".join(str(error).split())[:200]
@@ -67,14 +89,29 @@ def _gpus_seen(name: str) -> int:
 
 
 def to_device(array, device: str):
-    """The array on "cpu" or "cuda[:N]": itself if it is there, else a copy. Raises Error as `pick_device`."""
-    kind, _, number = pick_device(device).partition(":")
-    if kind == "cpu":
+    """The array on "cpu" or "cuda[:N]": itself if it is there, else a copy. Raises Error as `pick_device`.
+
+    CuPy computes on one GPU at a time, the thread's current one: that is, from here on, the one named.
+    """
+    device = pick_device(device)
+    if device == "cpu":
         return array if isinstance(array, np.ndarray) else array.get()
     import cupy
 
-    with cupy.cuda.Device(int(number or 0)):
-        return cupy.asarray(array)
+    cupy.cuda.Device(number_of(device)).use()
+    return cupy.asarray(array)
+
+
+def beside(array, like):
+    """The array on the device of ``like``: itself if it is there, else a copy."""
+    if type(array) is type(like):
+        return array
+    return array.get() if isinstance(like, np.ndarray) else np.asarray(array, like=like)
+
+
+def number_of(device: str) -> int:
+    """Which GPU "cuda:1" is: the first unless it says so."""
+    return int(device.partition(":")[2] or 0)
 
 
 # ------------------------------------------------------------------------------- scattering
@@ -83,7 +120,11 @@ def to_device(array, device: str):
 def scatter_add(buffer, index, values) -> None:
     """``buffer[index] += values`` where an element named twice receives both; ``buffer`` is contiguous."""
     # np.add.at is fast on one dimension only: address every element by its flat position.
-    if hasattr(index, "dtype") and index.dtype.kind in "iu":  # rows of an embedding: no table needed
+    rows = hasattr(index, "dtype") and index.dtype.kind in "iu"  # of an embedding
+    if rows and kernels.library_of(buffer) is not None:
+        kernels.add_rows_at(buffer, index, values)
+        return
+    if rows:  # no table needed
         size = math.prod(buffer.shape[1:])
         places = index.reshape(-1, 1).astype(np.int64) * size + np.arange(size, like=buffer)
     else:
@@ -125,6 +166,9 @@ def dropout_mask(address, block: int, shape, p: float, like):
     apart the parts of one op that are drawn one after the other. Sixteen bits decide each element (a
     quarter of the cost of a float32), so it is zero with probability round(65536 p) / 65536.
     """
+    if kernels.library_of(like) is not None:
+        kept = kernels.dropout_kept(address, [block], math.prod(shape), p, like).reshape(shape)
+        return (kept * kernels.wide(like.dtype).type(1 / (1 - p))).astype(like.dtype, copy=False)
     seed, step, micro_batch, op = address
     key, counter = np.array([seed, step], np.uint64), np.array([0, block, op, micro_batch], np.uint64)
     bits = np.random.Philox(key=key, counter=counter)
@@ -152,8 +196,15 @@ def keep_memory() -> None:
     libc.mallopt(M_MMAP_THRESHOLD, 2**30)
 
 
-def peak_memory() -> int | None:
-    """The peak resident memory of this process in bytes; None where the system does not say (Windows)."""
+def peak_memory(device: str = "cpu") -> int | None:
+    """The peak resident memory of this process in bytes; None where the system does not say (Windows).
+
+    Of a GPU, the current one: what CuPy's pool has taken of its memory, and keeps for the arrays to come.
+    """
+    if device != "cpu":
+        import cupy
+
+        return cupy.get_default_memory_pool().total_bytes()
     try:
         import resource
     except ImportError:
@@ -288,8 +339,9 @@ def matmul(a, b, out=None, bias=None):
     take the cores from the elementwise work that follows. After a product of few rows there is hardly any:
     it is left to BLAS (see ``step_of_few_rows``).
     """
-    if not isinstance(a, np.ndarray) or len(a) < FEW_ROWS:
-        out = np.matmul(a, b, out=out)
+    on_gpu = kernels.library_of(a) is not None
+    if on_gpu or not isinstance(a, np.ndarray) or len(a) < FEW_ROWS:
+        out = kernels.gemm(a, b, out) if on_gpu else np.matmul(a, b, out=out)
         if bias is not None:
             out += bias
         return out

@@ -18,15 +18,15 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 
 from tinyllm.data import check_ids, is_integer
-from tinyllm.device import keep_memory, pick_device
+from tinyllm.device import keep_memory
 from tinyllm.errors import Error
 from tinyllm.models import load_model
 from tinyllm.nn import Module, evaluating
+from tinyllm.placement import Precision, open_device, weights_dtype
 from tinyllm.run import last_checkpoint, say
 from tinyllm.talk import load_model_and_tokenizer
 from tinyllm.tensor import no_grad
@@ -211,9 +211,12 @@ class EvalConfig:
     special: str = "refuse"
     """Special tokens such as <|endoftext|> in the text: refuse, allow (as their ids), or text."""
     device: str = "cpu"
-    """cpu, cuda, cuda:1 …, or auto."""
-    dtype: Literal["float32", "float64"] = "float32"
-    """float32 or float64."""
+    """cpu, cuda, cuda:1 …, or auto: a GPU if CuPy sees one; it says which."""
+    dtype: Precision = "float32"
+    """What the weights are kept and multiplied in (tf32: kept in float32). All but float32 and float64 need
+    a GPU."""
+    gpu_memory: float | None = None
+    """Gigabytes (10^9 bytes) of a GPU's memory to take at most; all of it if not given."""
 
 
 def print_evaluation(config: EvalConfig) -> None:
@@ -223,14 +226,14 @@ def print_evaluation(config: EvalConfig) -> None:
     predicted too, for it takes information to say where a document ends, and stands for no byte. The
     bytes are those of the text in UTF-8, less those of its first token, which nothing predicts.
     """
-    device = pick_device(config.device)
-    model, tokenizer = _load(config)
+    device = open_device(config.device, config.dtype, config.gpu_memory)
+    model, tokenizer = load_run_or_model(config.run, config.model, weights_dtype(config.dtype))
     context, stride, batch = check_windows(model, config.context, config.stride, config.batch)
     corpus = open_corpus(config.text, config.text_field)
     if corpus.left_out:
         say(f"{corpus.name}: {len(corpus.left_out)} files are neither .txt nor .jsonl and were left out")
-    model = model.to(device)
     keep_memory()
+    model.to(device)
     with ids_on_disk(corpus, tokenizer, config.special) as ids:
         found = evaluate_text(model, ids, context, stride, batch, progress=True)
         num_bytes = corpus.num_bytes - len(tokenizer.decode_bytes(ids[:1]))
@@ -248,12 +251,12 @@ def print_evaluation(config: EvalConfig) -> None:
     )
 
 
-def _load(config: EvalConfig) -> tuple[Module, Tokenizer]:
-    if (config.run is None) == (config.model is None):
+def load_run_or_model(run: Path | None, model: str | None, dtype) -> tuple[Module, Tokenizer]:
+    """The model that --run or --model names, in ``dtype``, and its tokenizer; ``Error`` for both or none."""
+    if (run is None) == (model is None):
         raise Error("say which model: either --run DIR or --model FOLDER")
-    dtype = np.dtype(config.dtype)
-    if config.run is not None:
-        model, tokenizer = load_model(last_checkpoint(config.run), dtype), load_tokenizer(config.run)
-        check_fits(tokenizer, model)
-        return model, tokenizer
-    return load_model_and_tokenizer(config.model, dtype)
+    if run is None:
+        return load_model_and_tokenizer(model, dtype)
+    trained, tokenizer = load_model(last_checkpoint(run), dtype), load_tokenizer(run)
+    check_fits(tokenizer, trained)
+    return trained, tokenizer

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from tinyllm import functional as F
-from tinyllm.device import FEW_ROWS, matmul, to_device
+from tinyllm.device import FEW_ROWS, beside, matmul, to_device
 from tinyllm.errors import Error
 from tinyllm.pretrained import check_names_and_shapes
 from tinyllm.tensor import Tensor, as_rows
@@ -26,6 +26,7 @@ class Module:
     """Base of every layer and model: subclasses set attributes and define ``forward``."""
 
     training = True
+    product_dtype = None  # what products are computed in, if not in the parameters' type (``multiply_in``)
 
     def forward(self, *args, **kwargs):
         raise TypeError(f"{type(self).__name__} defines no forward()")
@@ -93,6 +94,16 @@ class Module:
         self.fuse()
         return self
 
+    def multiply_in(self, dtype):
+        """Compute products in ``dtype``, bfloat16 or float16, and keep the parameters as they are; on a GPU.
+
+        The norms before the products write that type; sums, norms, softmax and loss stay in float32, and so
+        does what runs past them from block to block. None: in the parameters' type again.
+        """
+        for _, module in self.named_modules():
+            module.product_dtype = None if dtype is None else np.dtype(dtype)
+        return self
+
     def to(self, device: str):
         """Move every parameter to "cpu", "cuda", "cuda:1" …, in place; gradients are dropped."""
         for parameter in self.parameters():
@@ -121,7 +132,7 @@ class Module:
         return {key: key for key in arrays}
 
     def load_state_dict(self, arrays: Mapping[str, Any], source: str = "the given arrays") -> None:
-        """Copy every array into the parameter of its name, in the parameter's dtype.
+        """Copy every array into the parameter of its name, in the parameter's dtype, on its device.
 
         Strict: if a name is missing or unknown or a shape differs, Error lists all of them and
         nothing is changed. Arrays are taken one at a time, so a lazy mapping (``pretrained.Weights``)
@@ -137,7 +148,7 @@ class Module:
         check_names_and_shapes(expected, {name: shapes[key] for name, key in keys.items()}, source)
         for full, owner, name, parameter in entries:
             array = owner.layout(name, arrays[keys[full]])
-            parameter.replace(array.astype(parameter.dtype, order="C", copy=True))
+            parameter.replace(beside(array.astype(parameter.dtype, order="C", copy=True), parameter.data))
         self.fuse()
 
 
@@ -184,8 +195,8 @@ class Linear(Module):
         self.bias = Tensor(np.zeros(out_features, np.float32), requires_grad=True) if bias else None
         self.fused = None  # of ``fused_linears``: the buffer, and the weight's first row in it
 
-    def forward(self, x):
-        return F.linear(x, self.weight, self.bias)
+    def forward(self, x, dtype=None):
+        return F.linear(x, self.weight, self.bias, dtype)
 
 
 def fused_linears(
@@ -235,7 +246,8 @@ def fused(x: Tensor, *layers: Linear) -> list[Tensor]:
     """
     few = x.ndim > 1 and math.prod(x.shape[:-1]) < FEW_ROWS
     gradient = x.wants_grad or any(layer.weight.wants_grad for layer in layers)
-    if not few or gradient or _watch.callback is not None or not _lie_fused(layers):
+    same = x.dtype == layers[0].weight.dtype
+    if not few or gradient or not same or is_watched() or not _lie_fused(layers):
         return [layer(x) for layer in layers]
     y = matmul(as_rows(x.data), layers[0].fused[0].T)
     parts = []
@@ -265,7 +277,8 @@ class LayerNorm(Module):
         self.eps = eps
 
     def forward(self, x):
-        return F.layer_norm(x, self.weight.shape, self.weight, self.bias, self.eps)
+        dtype = self.product_dtype or self.weight.dtype
+        return F.layer_norm(x, self.weight.shape, self.weight, self.bias, self.eps, dtype)
 
 
 class RMSNorm(Module):
@@ -276,7 +289,8 @@ class RMSNorm(Module):
         self.eps = eps
 
     def forward(self, x):
-        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+        dtype = self.product_dtype or self.weight.dtype
+        return F.rms_norm(x, self.weight.shape, self.weight, self.eps, dtype)
 
 
 class Dropout(Module):
@@ -327,6 +341,11 @@ class _Watch(threading.local):
 
 
 _watch = _Watch()
+
+
+def is_watched() -> bool:
+    """Whether somebody observes: then every module is called, even where there is a shorter way."""
+    return _watch.callback is not None
 
 
 @contextlib.contextmanager

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import numpy as np
 
+from tinyllm import kernels
 from tinyllm.device import each_block, one_blas_thread
 from tinyllm.errors import Error
 from tinyllm.nn import Module
@@ -65,18 +66,17 @@ class AdamW:
     def step(self) -> None:
         """Update every parameter that has a gradient, in place; the others keep their t, too."""
         beta1, beta2 = self.betas
+        if kernels.fit_for_many(
+            [a for _, p in self.parameters if p.grad is not None for a in (p.data, p.grad)]
+        ):
+            begun = [self._begin(name, p) for name, p in self.parameters if p.grad is not None]
+            arrays, numbers = zip(*begun)
+            kernels.adamw(*zip(*arrays), numbers, self.betas)
+            return
         for name, parameter in self.parameters:
             if parameter.grad is None:
                 continue
-            if name not in self.state:
-                self.state[name] = _no_step_yet(parameter)
-            state = self.state[name]
-            state[0] += 1
-            # Both bias corrections, folded into the step size and ε: one pass over memory.
-            root = math.sqrt(1 - beta2 ** state[0])
-            step_size, eps = self.lr * root / (1 - beta1 ** state[0]), self.eps * root
-            decay = 1 - self.lr * self.weight_decay if parameter.ndim >= 2 else 1.0
-            arrays = [_rows(array) for array in (parameter.data, parameter.grad, *state[1:])]
+            arrays, (step_size, eps, decay) = self._begin(name, parameter)
 
             def update(block, arrays=arrays, step_size=step_size, eps=eps, decay=decay):
                 theta, g, m, v = (array[block] for array in arrays)
@@ -95,6 +95,19 @@ class AdamW:
                 theta -= scratch
 
             _each_block_of(arrays[0], update)
+
+    def _begin(self, name: str, parameter: Tensor) -> tuple[list, tuple[float, float, float]]:
+        """One more step of a parameter: its (θ, g, m, v), and (step size, ε, decay)."""
+        if name not in self.state:
+            self.state[name] = _no_step_yet(parameter)
+        state, (beta1, beta2) = self.state[name], self.betas
+        state[0] += 1
+        # Both bias corrections, folded into the step size and ε: one pass over memory.
+        root = math.sqrt(1 - beta2 ** state[0])
+        step_size, eps = self.lr * root / (1 - beta1 ** state[0]), self.eps * root
+        decay = 1 - self.lr * self.weight_decay if parameter.ndim >= 2 else 1.0
+        arrays = [_rows(array) for array in (parameter.data, parameter.grad, *state[1:])]
+        return arrays, (step_size, eps, decay)
 
     def state_dict(self) -> dict[str, dict]:
         """What later steps need of earlier ones: "t", "m" and "v", each by the parameters' names.
@@ -149,17 +162,32 @@ def clip_grad_norm(parameters: Module | Iterable[tuple[str, Tensor]], max_norm: 
     """
     if not max_norm > 0:
         raise Error(f"max_norm must be positive, not {max_norm}")
-    grads = [parameter.grad for _, parameter in _named(parameters) if parameter.grad is not None]
-    norm = math.sqrt(sum(_sum_of_squares(_rows(g)) for g in grads))
+    grads = _grads(parameters)
+    if kernels.fit_for_many(grads):
+        norm = math.sqrt(kernels.sum_of_squares(grads))
+    else:
+        norm = math.sqrt(sum(map(_sum_of_squares, grads)))
     factor = max_norm / (norm + 1e-6)
     if factor < 1:
-        for g in map(_rows, grads):
-
-            def scale(block, g=g):
-                g[block] *= factor
-
-            _each_block_of(g, scale)
+        scale(grads, factor)
     return norm
+
+
+def _grads(parameters) -> list:
+    return [_rows(parameter.grad) for _, parameter in _named(parameters) if parameter.grad is not None]
+
+
+def scale(arrays: Sequence, factor: float) -> None:
+    """Every array times ``factor``, in place."""
+    if kernels.fit_for_many(arrays):
+        kernels.scale(arrays, factor)
+        return
+    for x in arrays:
+
+        def multiply(block, x=x):
+            x[block] *= factor
+
+        _each_block_of(x, multiply)
 
 
 def _sum_of_squares(g) -> float:
@@ -172,6 +200,47 @@ def _sum_of_squares(g) -> float:
     with one_blas_thread():
         _each_block_of(g, add)
     return math.fsum(parts.values())  # exact, so it does not depend on which block was first
+
+
+class LossScale:
+    """Keeps small gradients from becoming zero in float16. Micikevicius et al., arXiv 1710.03740, 3.2.
+
+    float16 has nothing between 0 and 6e-8, where many gradients lie. The loss is multiplied by S, and by the
+    chain rule so is every gradient; before the update they are divided by S. As large an S as possible is
+    found by trying, like torch's GradScaler: a step with a gradient that is not finite is left out and S
+    halved; after 2,000 steps in a row without one S is doubled.
+    """
+
+    GROWTH_STEPS = 2000
+
+    def __init__(self, scale: float = 65536.0):
+        self.load_state_dict({"scale": scale, "good_steps": 0})
+
+    def seed(self, loss: Tensor):
+        """S, as the array that ``loss.backward`` takes: every gradient is S times what it is."""
+        return np.full_like(loss.data, self.scale)
+
+    def unscale(self, parameters: Module | Iterable[tuple[str, Tensor]]) -> None:
+        """Divide all gradients, in place, by S."""
+        scale(_grads(parameters), 1 / self.scale)  # a power of two, like S: exact
+
+    def update(self, finite: bool) -> None:
+        """Choose the next step's S, by whether this one's gradients were all finite."""
+        self.good_steps = self.good_steps + 1 if finite else 0
+        if not finite:
+            self.scale /= 2
+        elif self.good_steps == self.GROWTH_STEPS:
+            self.scale, self.good_steps = 2 * self.scale, 0
+
+    def state_dict(self) -> dict[str, float | int]:
+        """S and the number of good steps since it changed, as plain numbers."""
+        return {"scale": self.scale, "good_steps": self.good_steps}
+
+    def load_state_dict(self, state: Mapping[str, float | int]) -> None:
+        """Go on from what ``state_dict`` gave. Raises ``Error`` if S is not above 0 and finite."""
+        if not 0 < state["scale"] < math.inf:
+            raise Error(f"a loss scale must be above 0 and finite, not {state['scale']}")
+        self.scale, self.good_steps = float(state["scale"]), state["good_steps"]
 
 
 def warmup_cosine(

@@ -4,8 +4,10 @@ config.json           what was asked for, the text's hash, the library versions
 tinyllm_tokenizer.json
 metrics.jsonl         one object per step: step, tokens, train_loss, lr, grad_norm, tokens_per_s; at
                       evaluations also train_eval_loss, val_loss (without dropout), val_bits_per_byte,
-                      mean_tokens_per_s and gemm_share (of the run so far), peak_memory (bytes); a step
-                      whose loss or gradient was not finite has ``skipped`` instead of train_loss
+                      mean_tokens_per_s and, on a CPU, gemm_share (of the run so far), peak_memory (bytes,
+                      of the GPU if it is on one); a step whose loss or gradient was not finite has
+                      ``skipped`` instead of train_loss; in float16 a step has its loss_scale, and one
+                      whose gradients that was too large for has ``overflow`` instead of grad_norm
 samples.txt           what the model wrote at each evaluation
 loss.png              the curves
 step-000135/          a checkpoint: the model as Hugging Face lays it out, and what a resumed run needs
@@ -46,7 +48,7 @@ from tinyllm.device import pick_device
 from tinyllm.errors import Error
 from tinyllm.files import SAVING, lock, read_sealed, sealed, sync, write_whole
 from tinyllm.nn import Module
-from tinyllm.optim import AdamW
+from tinyllm.optim import AdamW, LossScale
 from tinyllm.plot import parse_record, plot_losses, what_is_wrong
 from tinyllm.tokenfile import tokenizer_sha256
 from tinyllm.tokenizer import Tokenizer, load_tokenizer
@@ -98,6 +100,7 @@ class RunFolder:
         self.tokenizer: Tokenizer | None = None
         self.about: dict = {}  # config.json
         self.bytes_per_token = math.nan  # of the validation text
+        self.loss_scale: LossScale | None = None  # of a run in float16
         self._lock = None
         self._saved_at = time.monotonic()
 
@@ -220,16 +223,22 @@ class RunFolder:
         folder = checkpoint_folder(self.folder, self.state["step"])
         say(f"{folder}: going on after step {self.state['step']:,} of {self.config.steps:,}")
         load_checkpoint(folder, self.state, model, optimizer, pick_device(self.config.device))
+        if self.loss_scale is not None and "loss_scale" in self.state:
+            self.loss_scale.load_state_dict(self.state["loss_scale"])
         here, there = self._machine(), self.state["machine"]
         changed = [
-            f"{key} was {there.get(key)} and is {here[key]}" for key in here if here[key] != there.get(key)
+            f"{key} was {there[key]} and is {here[key]}"
+            for key in here
+            if here[key] != there.get(key, here[key])
         ]
         if changed:
-            say(f"warning: {'; '.join(changed)}: the numbers may differ in their last bits from now on")
+            say(f"warning: {'; '.join(changed)}: the numbers may differ from now on")
         return self.state["step"], self.state["tokens"]
 
     def _machine(self) -> dict:
-        return machine(pick_device(self.config.device))
+        """What a checkpoint says of where it was made, and of what may be another there (``ELSEWHERE``)."""
+        here = machine(pick_device(self.config.device))
+        return here | {"dtype": self.config.dtype, "micro-batch": self.config.at_once}
 
     # What happens at every step
 
@@ -313,6 +322,8 @@ class RunFolder:
             "versions": self.about["versions"],
             "machine": self._machine(),
         }
+        if self.loss_scale is not None:
+            about["loss_scale"] = self.loss_scale.state_dict()
         try:
             check_space(self.folder, model)
             save_checkpoint(folder, model, optimizer, about)
@@ -367,9 +378,11 @@ def _evaluation(record: dict) -> str:
         f"step {record['step']:>5}  train {record['train_eval_loss']:.4f}  val {record['val_loss']:.4f}"
         f" = perplexity {perplexity:.1f} = {record['val_bits_per_byte']:.3f} bits/byte"
     )
+    if "mean_tokens_per_s" in record:
+        line += f"  {record['mean_tokens_per_s']:,.0f} tokens/s"
     if "gemm_share" in record:
-        line += f"  {record['mean_tokens_per_s']:,.0f} tokens/s, {record['gemm_share']:.0%} of GEMM rate"
-    if "peak_memory" in record:
+        line += f", {record['gemm_share']:.0%} of GEMM rate"
+    if record.get("peak_memory") is not None:
         line += f", {record['peak_memory'] / 1e9:.2f} GB"
     if record.get("seconds_left"):
         minutes, seconds = divmod(round(record["seconds_left"]), 60)

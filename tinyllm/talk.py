@@ -24,6 +24,7 @@ from tinyllm.errors import Error
 from tinyllm.generate import check_sampling, generate
 from tinyllm.models import empty_model, load_model
 from tinyllm.nn import Module
+from tinyllm.placement import Precision, open_device, weights_dtype
 from tinyllm.pretrained import find_model
 from tinyllm.pull import KNOWN_MODELS, find_pulled, pull
 from tinyllm.tokenizer import Tokenizer, check_fits, check_text, load_tokenizer
@@ -55,6 +56,13 @@ class ChatConfig:
     """Draw from the most likely tokens whose probabilities first reach this sum."""
     seed: int = 0
     """The same seed and the same words get the same answers."""
+    device: str = "cpu"
+    """cpu, cuda, cuda:1 …, or auto: a GPU if CuPy sees one; it says which."""
+    dtype: Precision = "float32"
+    """What the weights are kept and multiplied in (tf32: kept in float32). All but float32 and float64 need
+    a GPU."""
+    gpu_memory: float | None = None
+    """Gigabytes (10^9 bytes) of a GPU's memory to take at most; all of it if not given."""
 
 
 def load_model_and_tokenizer(name: str, dtype=np.float32) -> tuple[Module, Tokenizer]:
@@ -186,10 +194,12 @@ def chat(config: ChatConfig) -> None:
     line that cannot be answered gets a sentence, and the conversation goes on.
     """
     _check_options(config)
+    device = open_device(config.device, config.dtype, config.gpu_memory)
     if config.model in KNOWN_MODELS and not Path(config.model).exists() and find_pulled(config.model) is None:
         pull(config.model, ask=None if config.yes else _ask)
-    model, tokenizer = load_model_and_tokenizer(config.model)
+    model, tokenizer = load_model_and_tokenizer(config.model, weights_dtype(config.dtype))
     keep_memory()
+    model.to(device)
     conversation = Conversation(model, tokenizer, config)
     conversation.prompt("")  # a model without a chat template is refused before the first word
     terminal = sys.stdin.isatty()

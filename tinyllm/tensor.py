@@ -23,6 +23,7 @@ import numpy as np
 
 from tinyllm.device import scatter_add
 from tinyllm.errors import Error
+from tinyllm.kernels import check_one_device, wide
 
 # --------------------------------------------------------------------------------- the tape
 
@@ -185,6 +186,11 @@ def _as_array(x):
     return np.asarray(x) if isinstance(x, np.generic) else x
 
 
+def _meet_in_a_product(dtypes) -> bool:
+    """Whether the types are float32 and one short one: a GPU converts parameters for a product."""
+    return len(set(dtypes)) == 2 and {wide(dtype) for dtype in dtypes} == {np.dtype(np.float32)}
+
+
 def _is_number(x) -> bool:
     return isinstance(x, (int, float, np.number, np.bool_))
 
@@ -219,7 +225,8 @@ class Tensor:
     makes them. Data changes only between ``backward()`` and the next forward pass.
 
     float32 and float64 never mix: an op between them raises Error. Python numbers take the array's
-    dtype; integer and boolean arrays are converted to it.
+    dtype; integer and boolean arrays are converted to it. bfloat16 and float16 are for products on a GPU
+    (``functional/gpu.py``), whose weights may be float32; elsewhere they do not mix with it either.
     """
 
     __slots__ = ("again", "data", "node")
@@ -231,7 +238,7 @@ class Tensor:
         self.data = _as_array(data) if hasattr(data, "dtype") else np.asarray(data)
         self.node = self.again = None
         if requires_grad:
-            if self.data.dtype.kind != "f":
+            if self.data.dtype.kind != "f" and self.data.dtype.name != "bfloat16":
                 raise Error(f"only floating-point tensors have gradients, and this is {self.data.dtype}")
             self.node = Node((), None, self.data.shape, self.data.dtype)
 
@@ -246,7 +253,7 @@ class Tensor:
         """
         out = Tensor(data)
         dtypes = [parent.data.dtype for parent in parents if parent is not None]
-        if dtypes.count(dtypes[0]) < len(dtypes):
+        if dtypes.count(dtypes[0]) < len(dtypes) and not _meet_in_a_product(dtypes):
             names = ", ".join(map(str, dtypes))
             raise Error(f"an op got inputs of {names}: convert them to one dtype with astype()")
         if _mode.recording:
@@ -339,6 +346,8 @@ class Tensor:
             other = Tensor(np.asarray(other, like=self.data) if isinstance(other, (list, tuple)) else other)
             if other.dtype.kind in "iub":
                 other.data = other.data.astype(self.dtype)
+        if type(self.data) is not np.ndarray or type(other.data) is not np.ndarray:
+            check_one_device(self, other)
         if other.dtype != self.dtype:
             raise Error(f"cannot mix {self.dtype} and {other.dtype}; convert one with astype()")
         return other
@@ -506,7 +515,10 @@ class Tensor:
         return Tensor.from_op(einops.rearrange(self.data, pattern, **sizes), (self,), vjp)
 
     def astype(self, dtype):
+        """In another dtype; the same Tensor if it is in that one."""
         before = self.dtype
+        if before == dtype:
+            return self
         return Tensor.from_op(self.data.astype(dtype), (self,), lambda grad: (grad.astype(before),))
 
     def __getitem__(self, index):

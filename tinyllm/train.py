@@ -13,7 +13,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,16 +22,18 @@ import numpy as np
 import tinyllm
 from tinyllm import baselines
 from tinyllm.bpe import parse_bpe, train_bpe
+from tinyllm.checkpoint import checkpoints
 from tinyllm.config import TrainConfig
 from tinyllm.data import Batches, Windows
-from tinyllm.device import keep_memory, manual_seed, peak_memory, pick_device
+from tinyllm.device import dtype_of, keep_memory, manual_seed, peak_memory
 from tinyllm.errors import Error
 from tinyllm.generate import generate
 from tinyllm.info import flops_per_token, gemm_rate
 from tinyllm.logs import check_logs, open_logs
 from tinyllm.models import load_model
 from tinyllm.nn import Module, evaluating, initialize_as_torch
-from tinyllm.optim import AdamW, clip_grad_norm, warmup_cosine
+from tinyllm.optim import AdamW, LossScale, clip_grad_norm, warmup_cosine
+from tinyllm.placement import describe_device, open_device, out_of_memory
 from tinyllm.profile import Profile, profile
 from tinyllm.run import RunFolder, last_checkpoint, say
 from tinyllm.tensor import no_grad
@@ -150,21 +152,28 @@ def gradients(
     seed: int,
     step: int,
     check: Callable[[], None] = _go_on,
+    scale: LossScale | None = None,
 ) -> float:
     """Add dL/dθ of a step to every parameter's ``.grad``, ``micro_batch`` rows at a time; returns L.
 
     L = Σ cross-entropy / N with N the targets of the whole step that count (are not -100). Every
     micro-batch divides by N, not by its own number, so the sum is exactly the whole batch's gradient.
-    ``check()`` is called before each of them; what it raises ends the step.
+    ``check()`` is called before each of them; what it raises ends the step. On the way back the gradients
+    are ``scale`` times as large, if there is one.
     """
     counted = int((targets != -100).sum())
-    total = 0.0
+    losses = []
     for number, first in enumerate(range(0, len(ids), micro_batch)):
         check()
         rows = slice(first, first + micro_batch)
         manual_seed(seed, step, number)
         loss = model.loss(ids[rows], targets[rows], divisor=counted)
-        loss.backward()
+        loss.backward(None if scale is None else scale.seed(loss))
+        losses.append(loss)
+    if scale is not None:
+        scale.unscale(model)
+    total = 0.0
+    for loss in losses:  # not before: a GPU still computes while we prepare the next one, until it is asked
         total += loss.item()
     return total
 
@@ -186,11 +195,18 @@ def train(
     written and KeyboardInterrupt is raised with the signal's number as its argument. A loss or gradient norm
     that is not finite never reaches the weights: more than ``config.skip_nonfinite`` in a row raise
     FloatingPointError, after a checkpoint of what was before. A checkpoint that cannot be written raises
-    OSError; the one before it is whole.
+    OSError; the one before it is whole. MemoryError, of this machine or of its GPU, comes after a checkpoint
+    of the last whole step, if that can be written, and says what to try.
+
+    In float16 a gradient that is not finite is the loss scale's fault (``LossScale``) as long as that is
+    above 1: the step is left out and the run goes on.
     """
     check_logs(config.log)
     with RunFolder(config) as run:
-        return _train(config, run, progress, callback)
+        try:
+            return _train(config, run, progress, callback)
+        except MemoryError as error:
+            raise MemoryError(_what_to_try(config, run, error)) from None
 
 
 def _train(
@@ -200,8 +216,8 @@ def _train(
         run.reopen()
         if run.is_finished():
             say(f"{run.folder} is finished: its {config.steps:,} steps are done")
-            return load_model(last_checkpoint(run.folder), np.dtype(config.dtype))
-    device = pick_device(config.device)
+            return load_model(last_checkpoint(run.folder), config.parameter_dtype)
+    device = open_device(config.device, config.dtype, config.gpu_memory)
     data = load_data(config, run.tokenizer, run.text_sha256)
     model = _model(config, data).to(device)
     prompt = _prompt(config, data, model)
@@ -211,7 +227,8 @@ def _train(
     if config.profile:
         print(_profile(config, model, batches, optimizer))
         return model
-    done, tokens = 0, 0
+    scale = run.loss_scale = LossScale() if config.dtype == "float16" else None
+    done, tokens, whole = 0, 0, True
     if config.resume is None:
         _begin(config, run, data, model, batches.steps_per_epoch, device)
     else:
@@ -234,7 +251,7 @@ def _train(
             if callback is not None:
                 callback(record)
 
-    speed = _Speed(config, model)
+    speed = _Speed(config, model, device)
     # A run that diverges ends with one sentence, not with NumPy's warnings before it.
     quiet = np.errstate(over="ignore", invalid="ignore")
     with open_logs(config.log, run.folder, run.about) as logs, _signals_wait() as check, quiet:
@@ -245,17 +262,23 @@ def _train(
                 started = time.perf_counter()
                 ids, targets = batches.at(step)
                 optimizer.lr = lr_at(step)
-                loss = gradients(model, ids, targets, config.at_once, config.seed, step, check)
+                loss = gradients(model, ids, targets, config.at_once, config.seed, step, check, scale)
                 grad_norm = clip_grad_norm(model, config.clip)
                 check()
+                whole = False
                 if math.isfinite(loss) and math.isfinite(grad_norm):
                     optimizer.step()
                     found = {"train_loss": loss, "lr": optimizer.lr, "grad_norm": grad_norm}
+                elif math.isfinite(loss) and scale is not None and scale.scale > 1:
+                    found = {"train_loss": loss, "lr": optimizer.lr, "overflow": _overflow(step + 1, scale)}
                 else:
                     why = run.not_finite(step + 1, ids, targets, loss, grad_norm, optimizer.lr)
                     found = {"skipped": why, "lr": optimizer.lr}
+                if scale is not None:
+                    found["loss_scale"] = scale.scale
+                    scale.update("grad_norm" in found)
                 optimizer.zero_grad()
-                done, tokens = step + 1, tokens + ids.size
+                done, tokens, whole = step + 1, tokens + ids.size, True
                 record = {"step": done, "tokens": tokens} | found
                 record |= speed.of_step(ids.size, time.perf_counter() - started)
                 if is_evaluated(done):
@@ -270,9 +293,37 @@ def _train(
         except FloatingPointError as error:
             where = run.save(model, optimizer, done)
             raise FloatingPointError(f"{error} (the weights after step {done} are in {where})") from None
+        except MemoryError as error:
+            error.__traceback__ = None  # it holds the step's arrays, and to save takes some room
+            optimizer.zero_grad()
+            if whole:  # the memory did not run out in the middle of an update
+                with suppress(OSError):
+                    run.save(model, optimizer, done)
+            raise
     if data.texts:
         say(baselines.describe(run.history[-1]["val_bits_per_byte"], *data.texts))
     return model
+
+
+def _overflow(step: int, scale: LossScale) -> str:
+    """Say that a step's gradients, times the loss scale, are too large for float16."""
+    what = f"the gradients overflow float16 at loss scale {scale.scale:,.0f}: no update, and half of it now"
+    say(f"step {step}: {what}")
+    return what
+
+
+def _what_to_try(config: TrainConfig, run: RunFolder, error: MemoryError) -> str:
+    """The sentence about memory that ran out, with where the run stands and the command that goes on."""
+    smaller = max((n for n in range(1, config.at_once) if config.batch % n == 0), default=None)
+    options = [] if smaller is None else [f"--micro-batch {smaller}"]
+    said = out_of_memory(error, config.dtype, [*options, "a new run with a shorter --context"])
+    if not run.about:  # there is no run yet
+        return said
+    command = " ".join([f"tinyllm train --resume {run.folder}", *options])
+    saved = checkpoints(run.folder)
+    if not saved:
+        return f"{said}; {command} begins again"
+    return f"{said}; the checkpoint {saved[-1]} is whole, and {command} goes on from it"
 
 
 def _profile(config: TrainConfig, model: Module, batches: Batches, optimizer: AdamW) -> Profile:
@@ -292,7 +343,8 @@ def _model(config: TrainConfig, data: Data) -> Module:
     model = config.model(data.tokenizer.vocab_size, rng)
     if config.init == "torch":
         initialize_as_torch(model, rng)
-    return model.astype(np.dtype(config.dtype)).train()
+    model = model.astype(config.parameter_dtype).train()
+    return model.multiply_in(dtype_of(config.dtype)) if config.dtype in ("bfloat16", "float16") else model
 
 
 def _prompt(config: TrainConfig, data: Data, model: Module) -> list[int]:
@@ -333,7 +385,7 @@ def _begin(
         f"({data.train.unused_tokens} + {data.validation.unused_tokens} tokens at the ends fit none)"
     )
     say(
-        f"{type(model).__name__}, {model.num_parameters():,} parameters, on {device}; "
+        f"{type(model).__name__}, {model.num_parameters():,} parameters, on {describe_device(device)}; "
         f"{config.steps:,} steps of {config.batch} windows, {steps_per_epoch:,} an epoch; into {run.folder}"
     )
 
@@ -365,10 +417,11 @@ def _evaluation(
 
 
 class _Speed:
-    """How fast a run goes, and what share of its matrix products' rate on this machine that is."""
+    """How fast a run goes and, on a CPU, what share of its matrix products' rate on this machine that is."""
 
-    def __init__(self, config: TrainConfig, model: Module):
+    def __init__(self, config: TrainConfig, model: Module, device: str):
         self.flops, self.dtype = flops_per_token(model, config.context).training, config.dtype
+        self.device = device
         self.tokens, self.seconds, self.begun, self.steps = 0, 0.0, time.perf_counter(), 0
 
     def of_step(self, tokens: int, seconds: float) -> dict:
@@ -378,12 +431,10 @@ class _Speed:
     def on_the_whole(self, steps_left: int) -> dict:
         rate = self.tokens / self.seconds
         left = (time.perf_counter() - self.begun) / self.steps * steps_left
-        return {
-            "mean_tokens_per_s": round(rate, 1),
-            "gemm_share": rate * self.flops / _best_gemm_rate(self.dtype),
-            "peak_memory": peak_memory(),
-            "seconds_left": left,
-        }
+        found = {"mean_tokens_per_s": round(rate, 1)}
+        if self.device == "cpu":  # whose rate is what ``gemm_rate`` measures
+            found["gemm_share"] = rate * self.flops / _best_gemm_rate(self.dtype)
+        return found | {"peak_memory": peak_memory(self.device), "seconds_left": left}
 
 
 _gemm_rates: dict[str, float] = {}

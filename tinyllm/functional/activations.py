@@ -6,6 +6,8 @@ import numpy as np
 
 from tinyllm.device import dropout_mask, each_block, next_address
 from tinyllm.errors import Error
+from tinyllm.functional import gpu
+from tinyllm.kernels import on_gpu
 from tinyllm.tensor import Tensor, as_rows
 
 # GPT-2's GELU: 2u = LINEAR x + CUBIC x³
@@ -13,17 +15,21 @@ LINEAR = 2 * math.sqrt(2 / math.pi)
 CUBIC = 0.044715 * LINEAR
 
 
-def gelu(input: Tensor, approximate: str = "none") -> Tensor:
+def gelu(input: Tensor, approximate: str = "none", bias: Tensor | None = None) -> Tensor:
     """GELU(x) = x Φ(x), Φ the standard normal's distribution function. Hendrycks, Gimpel: arXiv 1606.08415.
 
     ``approximate="tanh"`` is GPT-2's: Φ(x) ≈ ½ (1 + tanh u) with u = sqrt(2/π) (x + 0.044715 x³).
-    ``"none"`` is exact, through erf: Φ(x) = ½ (1 + erf(x/√2)); it needs scipy.
+    ``"none"`` is exact, through erf: Φ(x) = ½ (1 + erf(x/√2)); on a CPU it needs scipy. With a ``bias`` (C,)
+    it is GELU(x + b): a GPU adds it on the way.
     """
+    if approximate not in ("none", "tanh"):
+        raise Error(f"gelu: approximate must be 'none' or 'tanh', not {approximate!r}")
+    if on_gpu(input, bias):
+        return gpu.gelu(input, bias, tanh=approximate == "tanh")
+    input = input if bias is None else input + bias
     if approximate == "tanh":
         return _elementwise(input, _gelu_tanh, _gelu_tanh_slope)
-    if approximate == "none":
-        return _elementwise(input, _gelu_erf, _gelu_erf_slope)
-    raise Error(f"gelu: approximate must be 'none' or 'tanh', not {approximate!r}")
+    return _elementwise(input, _gelu_erf, _gelu_erf_slope)
 
 
 def _elementwise(input: Tensor, value, slope) -> Tensor:
@@ -114,6 +120,8 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     """
     if gate.ndim == 0 or gate.shape != up.shape:
         raise Error(f"swiglu takes gate and up of one shape (..., F), not {gate.shape} and {up.shape}")
+    if on_gpu(gate, up):
+        return gpu.swiglu(gate, up)
     a, u = as_rows(gate.data), as_rows(up.data)  # (N, F)
     shape = gate.shape
 

@@ -13,6 +13,8 @@ import numpy as np
 
 from tinyllm.device import dropout_mask, each_block, next_address, one_blas_thread, run_tasks
 from tinyllm.errors import Error
+from tinyllm.functional import gpu
+from tinyllm.kernels import on_gpu, wide
 from tinyllm.tensor import Tensor
 
 QUERY_BLOCK = 128  # rows of scores at a time
@@ -52,6 +54,11 @@ def scaled_dot_product_attention(
     (B, H, T, D), (G, S) = q.shape, k.shape[1:3]
     R = H // G if G else 1  # query heads to each key-value head
     scale = 1 / math.sqrt(D) if scale is None else scale
+    if on_gpu(query, key, value):
+        address = next_address() if dropout_p else None
+        return gpu.scaled_dot_product_attention(
+            query, key, value, attn_mask, address, dropout_p, is_causal, scale
+        )
     mask = None if attn_mask is None else np.broadcast_to(attn_mask, (B, H, T, S))
     if T == 1 and S and G and not (dropout_p or query.wants_grad or key.wants_grad or value.wants_grad):
         return Tensor(_of_one_query(q, k, v, mask, scale))
@@ -222,8 +229,14 @@ def rope(input: Tensor, cos, sin) -> Tensor:
             f"rope of {input.shape} needs cos and sin of shape {(T, D // 2)} or {(B, 1, T, D // 2)}, "
             f"not {cos.shape} and {sin.shape}"
         )
-    if not input.dtype == cos.dtype == sin.dtype:
-        raise Error(f"rope of {input.dtype} needs cos and sin in it, not in {cos.dtype} and {sin.dtype}")
+    angles_in = wide(input.dtype)
+    if angles_in != cos.dtype or angles_in != sin.dtype:
+        raise Error(
+            f"rope of {input.dtype} needs cos and sin in {angles_in}, not in {cos.dtype} and {sin.dtype}"
+        )
+    if on_gpu(input):
+        turned = gpu.turn(input.data, cos, sin, 1.0)
+        return Tensor.from_op(turned, (input,), lambda grad: (gpu.turn(grad, cos, sin, -1.0),))
     return Tensor.from_op(_turn(input.data, cos, sin), (input,), lambda grad: (_turn(grad, cos, -sin),))
 
 

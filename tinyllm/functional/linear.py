@@ -5,18 +5,25 @@ import numpy as np
 from tinyllm.data import check_ids
 from tinyllm.device import matmul
 from tinyllm.errors import Error
+from tinyllm.functional import gpu
+from tinyllm.kernels import on_gpu, wide
 from tinyllm.tensor import At, Tensor, as_rows
 
 
-def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None, dtype=None) -> Tensor:
     """y = x Wᵀ + b for x (..., C_in), W (C_out, C_in), b (C_out,) -> (..., C_out).
 
-    With g = dL/dy and all positions stacked into rows: dx = g W, dW = gᵀ x, db = Σ_rows g.
+    With g = dL/dy and all positions stacked into rows: dx = g W, dW = gᵀ x, db = Σ_rows g. On a GPU the
+    product is computed in the input's type, and y written in ``dtype`` (the input's unless given).
     """
     if input.ndim == 0 or weight.ndim != 2 or input.shape[-1] != weight.shape[1]:
         raise Error(
             f"linear: input of shape {input.shape} does not fit a weight of shape {weight.shape} (out, in)"
         )
+    if on_gpu(input, weight, bias):
+        return gpu.linear(input, weight, bias, dtype)
+    if dtype is not None and dtype != input.dtype:
+        raise Error(f"linear of {input.dtype} is written as {np.dtype(dtype)} on a GPU only: leave dtype out")
     x, w = as_rows(input.data), weight.data  # (N, C_in): one large product, not one per batch element
     lead = input.shape[:-1]
     y = matmul(x, w.T, bias=None if bias is None else bias.data)
@@ -39,9 +46,12 @@ def embedding(input, weight: Tensor) -> Tensor:
 
     dW is zero except in the rows that were looked up; a row looked up twice gets both gradients.
     Ids outside 0..V-1 raise Error (NumPy would take -1 for the last row). On a device they were
-    checked on the host, by the model.
+    checked on the host, by the model. Rows of a table in a short type come out in float32.
     """
+    on_gpu(weight)  # refuses a short type on a CPU
     ids = input if not isinstance(input, (list, tuple)) else np.asarray(input)
     if isinstance(ids, np.ndarray):
         ids = check_ids(ids, weight.shape[0])
-    return Tensor.from_op(weight.data[ids], (weight,), lambda grad: (At(ids, grad),))
+    dtype = weight.dtype
+    rows = weight.data[ids].astype(wide(dtype), copy=False)
+    return Tensor.from_op(rows, (weight,), lambda grad: (At(ids, grad.astype(dtype, copy=False)),))

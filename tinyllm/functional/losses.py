@@ -16,6 +16,8 @@ import numpy as np
 from tinyllm.data import check_ids
 from tinyllm.device import each_block, matmul, one_blas_thread, run_tasks
 from tinyllm.errors import Error
+from tinyllm.functional import gpu
+from tinyllm.kernels import library_of, on_gpu
 from tinyllm.tensor import Tensor, as_rows
 
 CHUNK = 256  # rows of logits at a time; with fewer, the weight's way through memory dominates
@@ -57,6 +59,8 @@ def linear_cross_entropy(
         raise Error(f"linear_cross_entropy: input {input.shape} does not fit a weight {w.shape} (V, C)")
     target = _check_targets(target, (*input.shape[:-1], len(w)), ignore_index, like=x)
     divisor = _divisor(target, ignore_index, divisor)
+    if on_gpu(input, linear_weight, linear_bias):
+        return gpu.linear_cross_entropy(input, linear_weight, linear_bias, target, ignore_index, divisor)
     b = None if linear_bias is None else linear_bias.data
     dx = np.empty_like(x) if input.wants_grad else None
     dw = (np.empty_like if len(x) else np.zeros_like)(w) if linear_weight.wants_grad else None
@@ -98,6 +102,8 @@ def linear_cross_entropy(
 
 def _into_gradient(logits, target, ignore_index, divisor):
     """In place: logits (N, V) -> (p - onehot) / divisor. Returns the loss (N, 1) of each row, undivided."""
+    if library_of(logits) is not None:
+        return gpu.cross_entropy(logits, target, ignore_index, 1 / divisor, gradient=logits)
     counted = (target != ignore_index).reshape(-1, 1)
     weight = np.where(counted, 1 / divisor, 0).astype(logits.dtype)
     safe = np.where(counted[:, 0], target, 0)

@@ -4,6 +4,8 @@ import numpy as np
 
 from tinyllm.device import each_block
 from tinyllm.errors import Error
+from tinyllm.functional import gpu
+from tinyllm.kernels import on_gpu, wide
 from tinyllm.tensor import Tensor, as_rows
 
 
@@ -13,6 +15,7 @@ def layer_norm(
     weight: Tensor | None = None,
     bias: Tensor | None = None,
     eps: float = 1e-5,
+    dtype=None,
 ) -> Tensor:
     """y = x̂ w + b with x̂ = (x - mean(x)) / sqrt(var(x) + eps), over the last axis of x (..., C).
 
@@ -20,9 +23,13 @@ def layer_norm(
 
         dx = (d - mean(d) - x̂ mean(d x̂)) / sqrt(var(x) + eps),   dw = Σ_rows g x̂,   db = Σ_rows g
 
+    ``dtype``, on a GPU, is that of the result: what the products after it are to be computed in.
     Ba, Kiros and Hinton, "Layer Normalization", arXiv 1607.06450, section 3.
     """
     _check_shape("layer_norm", normalized_shape, input)
+    if on_gpu(input, weight, bias):
+        return gpu.norm(input, weight, bias, eps, centred=True, dtype=dtype)
+    _check_dtype("layer_norm", dtype, input)
     x = as_rows(input.data)  # (N, C)
     w = None if weight is None else weight.data
     b = None if bias is None else bias.data
@@ -67,7 +74,7 @@ def layer_norm(
 
 
 def rms_norm(
-    input: Tensor, normalized_shape, weight: Tensor | None = None, eps: float | None = None
+    input: Tensor, normalized_shape, weight: Tensor | None = None, eps: float | None = None, dtype=None
 ) -> Tensor:
     """y = x̂ w with x̂ = x / rms(x), rms(x) = sqrt(mean(x²) + eps), over the last axis of x (..., C).
 
@@ -76,12 +83,16 @@ def rms_norm(
 
         dx = (d - x̂ mean(d x̂)) / rms(x),   dw = Σ_rows g x̂
 
+    ``dtype``, on a GPU, is that of the result: what the products after it are to be computed in.
     Zhang and Sennrich, "Root Mean Square Layer Normalization", arXiv 1910.07467, section 3.
     """
     _check_shape("rms_norm", normalized_shape, input)
+    eps = float(np.finfo(wide(input.dtype)).eps) if eps is None else eps
+    if on_gpu(input, weight):
+        return gpu.norm(input, weight, None, eps, centred=False, dtype=dtype)
+    _check_dtype("rms_norm", dtype, input)
     x = as_rows(input.data)  # (N, C)
     w = None if weight is None else weight.data
-    eps = float(np.finfo(x.dtype).eps) if eps is None else eps
     inv_rms, shape = np.empty((len(x), 1), x.dtype, like=x), input.shape
 
     def scaled(y, rows):
@@ -128,3 +139,8 @@ def _check_shape(op, normalized_shape, input):
     channels = (normalized_shape,) if isinstance(normalized_shape, int) else tuple(normalized_shape)
     if len(channels) != 1 or channels != input.shape[-1:] or channels == (0,):
         raise Error(f"{op} is over the last axis: {normalized_shape} does not fit an input {input.shape}")
+
+
+def _check_dtype(op, dtype, input):
+    if dtype is not None and dtype != input.dtype:
+        raise Error(f"{op} of {input.dtype} is written as {np.dtype(dtype)} on a GPU only: leave dtype out")

@@ -21,6 +21,7 @@ from tinyllm import nn, pretrained
 from tinyllm.cache import Cache, LayerCache
 from tinyllm.data import check_ids, is_integer
 from tinyllm.errors import Error
+from tinyllm.kernels import on_gpu, wide
 from tinyllm.tensor import Tensor, split
 
 # Hugging Face's names for activations -> F.gelu's ``approximate``
@@ -171,7 +172,11 @@ class MLP(nn.Module):
         self.approximate = GELU_FORMS[config.activation_function]
 
     def forward(self, x):  # (B, T, C)
-        return self.dropout(self.c_proj(F.gelu(self.c_fc(x), self.approximate)))  # (B, T, C)
+        if on_gpu(x) and not nn.is_watched():  # the bias is added where GELU reads, not in a pass of its own
+            y = F.gelu(F.linear(x, self.c_fc.weight), self.approximate, self.c_fc.bias)
+        else:
+            y = F.gelu(self.c_fc(x), self.approximate)
+        return self.dropout(self.c_proj(y))  # (B, T, C)
 
 
 class Block(nn.Module):
@@ -184,8 +189,8 @@ class Block(nn.Module):
         self.mlp = MLP(config, rng)
 
     def forward(self, x, cache: LayerCache | None = None):  # (B, T, C)
-        x = x + self.attn(self.ln_1(x), cache)
-        return x + self.mlp(self.ln_2(x))
+        x = x + self.attn(self.ln_1(x), cache).astype(x.dtype)
+        return x + self.mlp(self.ln_2(x)).astype(x.dtype)
 
 
 class GPT2(nn.Module):
@@ -220,7 +225,7 @@ class GPT2(nn.Module):
         """An empty ``Cache`` for ``batch`` rows of at most ``room`` tokens (None: the context)."""
         room, like = self.context if room is None else min(room, self.context), self.wte.weight.data
         H, D = self.config.n_head, self.config.n_embd // self.config.n_head
-        return Cache(self.config.n_layer, batch, H, room, D, like, padding)
+        return Cache(self.config.n_layer, batch, H, room, D, like, padding, self.product_dtype)
 
     def forward(self, ids, targets=None, divisor=None, last_only=False, cache=None) -> Tensor:
         """Logits (B, T, V) of ids (B, T), or (B, 1, V) with ``last_only``; with ``targets``, their loss.
@@ -244,7 +249,7 @@ class GPT2(nn.Module):
             cache.length += ids.shape[1]
         x = self.ln_f(x)
         if targets is None:
-            return self.lm_head(x[:, -1:] if last_only else x)
+            return self.lm_head(x[:, -1:] if last_only else x, dtype=wide(x.dtype))
         return F.linear_cross_entropy(
             x, self.lm_head.weight, targets, linear_bias=self.lm_head.bias, divisor=divisor
         )

@@ -32,6 +32,7 @@ from tinyllm import nn, pretrained
 from tinyllm.cache import Cache, LayerCache
 from tinyllm.data import check_ids
 from tinyllm.errors import Error
+from tinyllm.kernels import wide
 from tinyllm.tensor import Tensor
 
 # What a rope_type needs beside rope_theta. "default" is RoFormer's; "linear" divides every frequency
@@ -327,8 +328,8 @@ class LlamaBlock(nn.Module):
         self.mlp = SwiGLU(config, rng)
 
     def forward(self, x, rotation, cache: LayerCache | None = None):  # (B, T, C)
-        x = x + self.self_attn(self.input_layernorm(x), rotation, cache)
-        return x + self.mlp(self.post_attention_layernorm(x))
+        x = x + self.self_attn(self.input_layernorm(x), rotation, cache).astype(x.dtype)
+        return x + self.mlp(self.post_attention_layernorm(x)).astype(x.dtype)
 
 
 class Llama(nn.Module):
@@ -366,14 +367,14 @@ class Llama(nn.Module):
         """
         like = self.embed_tokens.weight.data
         angles = positions[..., None] * self.frequencies
-        return tuple(np.asarray(f(angles).astype(like.dtype), like=like) for f in (np.cos, np.sin))
+        return tuple(np.asarray(f(angles).astype(wide(like.dtype)), like=like) for f in (np.cos, np.sin))
 
     def new_cache(self, batch: int, room: int | None = None, padding=None) -> Cache:
         """An empty ``Cache`` for ``batch`` rows of at most ``room`` tokens (None: the context)."""
         config, like = self.config, self.embed_tokens.weight.data
         room = self.context if room is None else min(room, self.context)
         layers, G = config.num_hidden_layers, config.num_key_value_heads
-        return Cache(layers, batch, G, room, config.head_dim, like, padding)
+        return Cache(layers, batch, G, room, config.head_dim, like, padding, self.product_dtype)
 
     def forward(self, ids, targets=None, divisor=None, last_only=False, cache=None) -> Tensor:
         """Logits (B, T, V) of ids (B, T), or (B, 1, V) with ``last_only``; with ``targets``, their loss.
@@ -397,7 +398,7 @@ class Llama(nn.Module):
             cache.length += ids.shape[1]
         x = self.norm(x)
         if targets is None:
-            return self.lm_head(x[:, -1:] if last_only else x)
+            return self.lm_head(x[:, -1:] if last_only else x, dtype=wide(x.dtype))
         return F.linear_cross_entropy(x, self.lm_head.weight, targets, divisor=divisor)
 
     def loss(self, ids, targets, divisor=None) -> Tensor:
