@@ -2,18 +2,20 @@
 
 import importlib.util
 import json
+import shlex
 import sys
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Literal
 
 import tyro
 
-from parity import bench, bench_decode, bench_reach, bench_scaling
+from parity import bench, bench_cuda, bench_cuda_variants, bench_decode, bench_reach, bench_scaling
 from parity.bench_variants import what_is_missing
 from tinyllm import pretrained
 from tinyllm.cli import parse_options
+from tinyllm.device import pick_device
 from tinyllm.errors import Error
 from tinyllm.models import ARCHITECTURES, load_model
 
@@ -106,6 +108,102 @@ class BenchScaling:
         bench_scaling.plot(result, labels, self.out / "scaling.png")
         print(f"\nThe plot is {self.out / 'scaling.png'}")
         return 0
+
+
+@dataclass(frozen=True)
+class BenchDevice:
+    """Time tinyllm and PyTorch on a GPU: GPT-2 124M training, a Llama of 1B parameters reading and writing.
+
+    In float32, TF32 and bfloat16, each variant in its own process, in turn; tokens/s, the share of the
+    FLOP/s of a large matrix product (MFU), memory. Exit code 1 if a bound of the table of reach was missed,
+    or if two variants did not compute the same. The weights are written to the temporary folder first, 5.5 GB
+    (TMPDIR says where that is). On a CPU: bench train, bench decode, bench scaling.
+    """
+
+    device: Literal["cuda", "cpu"]  # cuda; cpu takes --small, and shows only that the program runs
+    works: tuple[str, ...] = tuple(bench_cuda_variants.WORKS)  # which of them
+    precisions: tuple[str, ...] = ()  # which of float32, tf32, bfloat16; all if not given, on a CPU float32
+    variants: tuple[str, ...] = bench_cuda_variants.VARIANTS  # which of them
+    small: bool = False  # small models instead: whether everything runs, in a minute
+    rounds: int = 3  # how many times every variant is measured
+    warmup: int = 3  # untimed steps at the start of each measurement
+    steps: int = 10  # timed steps of each measurement
+    compiler: str = "inductor"  # the backend of torch.compile
+    json: Path | None = None  # also write everything measured to this file
+
+    def run(self) -> int:
+        """Check the request, measure, print the tables."""
+        precisions = self._precisions()
+        self._check_names("works", self.works, tuple(bench_cuda_variants.WORKS))
+        self._check_names("precisions", precisions, bench_cuda_variants.PRECISIONS)
+        self._check_names("variants", self.variants, bench_cuda_variants.VARIANTS)
+        for name, least in {"rounds": 1, "warmup": 0, "steps": 1}.items():
+            _check_at_least(least, name, getattr(self, name))
+        if self.json:
+            _check_writable("json", self.json)
+        pick_device(self.device)
+        if self.device == "cpu" and (missing := what_is_missing("tinyllm")):
+            raise Error(f"bench --device cpu needs {missing}")
+        if any(variant.startswith("torch") for variant in self.variants):
+            self._check_torch()
+
+        request = bench_cuda.Request(
+            self.device,
+            self.works,
+            precisions,
+            self.variants,
+            self.small,
+            self.rounds,
+            self.warmup,
+            self.steps,
+            self.compiler,
+        )
+        result = bench_cuda.bench(request, self._command())
+        _write_json(self.json, result)
+        return 1 if any(row["verdict"] == bench_reach.MISSED for row in result["reach"]) else 0
+
+    def _precisions(self) -> tuple[str, ...]:
+        if self.device == "cuda":
+            return self.precisions or bench_cuda_variants.PRECISIONS
+        if not self.small:
+            raise Error("--device cpu takes --small: on a CPU bench train and bench decode measure speed")
+        if set(self.precisions) - {"float32"}:
+            raise Error(f"--precisions {' '.join(self.precisions)}: a CPU has float32 only, so leave it out")
+        return ("float32",)
+
+    def _check_names(self, option: str, given: tuple[str, ...], known: tuple[str, ...]) -> None:
+        if unknown := [name for name in given if name not in known]:
+            raise Error(f"--{option} {unknown[0]} is unknown; choose from {', '.join(known)}")
+        if len(set(given)) < len(given) or not given:
+            raise Error(f"--{option} {' '.join(given)}: name one or more of {', '.join(known)}, each once")
+
+    def _check_torch(self) -> None:
+        for module in ("torch", "transformers"):
+            if not importlib.util.find_spec(module):
+                raise Error(f"bench --device {self.device} needs {module}: pip install 'tinyllm[parity]'")
+        if self.device == "cuda":
+            import torch
+
+            if torch.version.cuda is None:
+                raise Error(
+                    f"torch {torch.__version__} is built without CUDA: install the one for your CUDA "
+                    "(pytorch.org/get-started), or choose --variants tinyllm"
+                )
+            if not torch.cuda.is_available():
+                raise Error(
+                    f"torch {torch.__version__} for CUDA {torch.version.cuda} finds no GPU: see to the "
+                    "driver (nvidia-smi), or choose --variants tinyllm"
+                )
+
+    def _command(self) -> str:
+        """What to type for this measurement: the options that are not the default."""
+        words = ["python", "-m", "parity", "bench", "--device", self.device]
+        for option in fields(self)[1:]:
+            value = getattr(self, option.name)
+            if value != option.default:
+                values = value if isinstance(value, tuple) else () if value is True else (value,)
+                words += [f"--{option.name}", *map(str, values)]
+        return shlex.join(words)
 
 
 RANDOM_SIZES = dict(n_layer=4, n_head=4, n_embd=64, vocab_size=256, n_positions=64)
@@ -303,6 +401,7 @@ COMMANDS = {
     "bench train": BenchTrain,
     "bench scaling": BenchScaling,
     "bench decode": BenchDecode,
+    "bench": BenchDevice,
     "report": Report,
     "proof": Proof,
     "reliability": Reliability,
@@ -328,8 +427,11 @@ def parse(arguments: list[str]):
     """The options of the command that ``arguments`` begin with."""
     for words, options in COMMANDS.items():
         length = len(words.split())
+        rest = arguments[length:]
+        if words == "bench" and not (rest and rest[0].startswith("-")):
+            continue  # it has options only: another word would be another command
         if arguments[:length] == words.split():
-            return parse_options(options, f"python -m parity {words}", arguments[length:])
+            return parse_options(options, f"python -m parity {words}", rest)
     known = " or ".join(f"python -m parity {words} --help" for words in COMMANDS)
     if {"--help", "-h"} & set(arguments):
         print(f"What tinyllm computes, and how fast, beside PyTorch: see {known}.")

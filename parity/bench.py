@@ -108,20 +108,36 @@ def measure(work: Work, variants: list[str], rounds: int, warmup: int, steps: in
 
     A variant that fails ends the program with exit code 1: its own message stands on stderr.
     """
-    names = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "VECLIB_MAXIMUM_THREADS")
-    environment = os.environ | dict.fromkeys(names, str(threads))
+    environment = with_threads(threads)
     runs = {variant: [] for variant in variants}
     for number in range(1, rounds + 1):
         for variant in variants:
             print(f"round {number}/{rounds}: {variant} …", end=" ", file=sys.stderr, flush=True)
-            request = json.dumps([variant, asdict(work), warmup, steps, threads])
-            command = [sys.executable, "-m", "parity.bench", request]
-            child = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True)
-            if child.returncode != 0:
-                sys.exit(f"\n{variant} failed in round {number} (code {child.returncode}): no report.")
-            runs[variant].append(json.loads(child.stdout.splitlines()[-1]))
+            child = in_own_process(
+                "parity.bench", [variant, asdict(work), warmup, steps, threads], environment
+            )
+            runs[variant].append(result_of(child, variant, number))
             print(f"{median(runs[variant][-1]['seconds']):.4g} s per step", file=sys.stderr)
     return runs
+
+
+def with_threads(threads: int) -> dict[str, str]:
+    """Our environment variables, and those that say how many threads a process is to have."""
+    names = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "VECLIB_MAXIMUM_THREADS")
+    return os.environ | dict.fromkeys(names, str(threads))
+
+
+def in_own_process(module: str, request: list, environment: dict) -> subprocess.CompletedProcess:
+    """``python -m module`` with the request as JSON, to its end."""
+    command = [sys.executable, "-m", module, json.dumps(request)]
+    return subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True)
+
+
+def result_of(child: subprocess.CompletedProcess, name: str, number: int) -> dict:
+    """The JSON that a process printed last. If it failed, the program ends with exit code 1."""
+    if child.returncode != 0:
+        sys.exit(f"\n{name} failed in round {number} (code {child.returncode}): no report.")
+    return json.loads(child.stdout.splitlines()[-1])
 
 
 def machine() -> dict:

@@ -10,9 +10,7 @@ its imports are part of the cold start.
 """
 
 import json
-import os
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -20,7 +18,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
 
-from parity.bench import describe, libraries, machine
+from parity.bench import describe, in_own_process, libraries, machine, result_of, with_threads
 from parity.bench_reach import MISSED, Bound, reach_table, verdict
 
 SIDES = ("tinyllm", "transformers")
@@ -221,18 +219,14 @@ def measure(folder: Path, rounds: int, threads: int, sizes: Sizes) -> dict[str, 
 
     A side that fails ends the program with exit code 1: its own message stands on stderr.
     """
-    names = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "VECLIB_MAXIMUM_THREADS")
-    environment = os.environ | dict.fromkeys(names, str(threads))
+    environment = with_threads(threads)
     runs = {side: [] for side in SIDES}
     for number in range(1, rounds + 1):
         for side in SIDES:
             print(f"round {number}/{rounds}: {side} …", end=" ", file=sys.stderr, flush=True)
-            request = json.dumps([side, str(folder), asdict(sizes), threads, time.time()])
-            command = [sys.executable, "-m", "parity.bench_decode", request]
-            child = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True)
-            if child.returncode != 0:
-                sys.exit(f"\n{side} failed in round {number} (code {child.returncode}): no report.")
-            runs[side].append(json.loads(child.stdout.splitlines()[-1]))
+            request = [side, str(folder), asdict(sizes), threads, time.time()]
+            child = in_own_process("parity.bench_decode", request, environment)
+            runs[side].append(result_of(child, side, number))
             print(f"{1 / runs[side][-1]['token_s']:.1f} tokens/s", file=sys.stderr)
     return runs
 

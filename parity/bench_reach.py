@@ -4,6 +4,7 @@ Every line of the table of reach is a ``Bound``: a cost of tinyllm's training st
 that of others in the same round. Its verdict follows from what was measured, and from nothing else.
 """
 
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from statistics import median
 
@@ -24,7 +25,7 @@ class Bound:
     """
 
     work: str
-    cost: str  # one of COSTS
+    cost: str  # one of COSTS, or of the costs that go with the bounds
     against: tuple[str, ...]  # variants
     at_most: float
     stretch: float | None = None
@@ -69,15 +70,20 @@ def ratio_by_round(runs: dict[str, list[dict]], cost, first: str, others: list[s
 
 
 def reach_rows(runs: dict[str, dict[str, list[dict]]]) -> list[dict]:
+    """Every bound of ``REACH`` on the works that were measured, as ``rows_of``."""
+    return rows_of(REACH, COSTS, runs)
+
+
+def rows_of(bounds: Iterable[Bound], costs: dict, runs: dict[str, dict[str, list[dict]]]) -> list[dict]:
     """Every bound on the works that were measured (work -> variant -> results, one per round).
 
     A row is the bound, what was ``reached`` in the median over rounds, the ``rounds``, and the ``verdict``.
     """
     rows = []
-    for bound in REACH:
+    for bound in bounds:
         if bound.work not in runs:
             continue
-        measured, cost = runs[bound.work], COSTS[bound.cost]
+        measured, cost = runs[bound.work], costs[bound.cost]
         if not {"tinyllm", *bound.against} <= measured.keys():
             rounds = []
         elif bound.against:
@@ -102,7 +108,8 @@ def verdict(bound: Bound, reached: float | None) -> str:
 
 def reach_table(rows: list[dict]) -> list[str]:
     """The rows as lines: what, against whom, at most how much, what was reached (and in which rounds)."""
-    line = "{:<18}{:<16}{:<34}{:>15}{:>9}  {:<19}{}".format
+    wide = max([18, *(len(row["work"]) + 2 for row in rows)])
+    line = (f"{{:<{wide}}}" + "{:<16}{:<34}{:>15}{:>9}  {:<19}{}").format
     lines = [line("work", "tinyllm's", "divided by", "at most", "reached", "by round", "")]
     for row in rows:
         number = "{:.0f}".format if not row["against"] else "{:.3f}".format

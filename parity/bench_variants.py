@@ -67,9 +67,17 @@ Step = Callable[..., float | None]
 
 def tinyllm_step(work: Work, threads: int) -> Step:
     """tinyllm's model. Its number of threads comes from the environment, which ``measure`` sets."""
+    update = tinyllm_train_step(tinyllm_model(work))
+    return lambda ids, targets: float(update(ids, targets).item())
+
+
+def tinyllm_train_step(model) -> Callable:
+    """What tinyllm does for a step: (ids, targets) -> the loss, a Tensor still on the device.
+
+    The model is where it stays, and in the dtype in which it is trained.
+    """
     from tinyllm import optim
 
-    model = tinyllm_model(work)
     optimizer = optim.AdamW(model, LEARNING_RATE, betas=BETAS, eps=EPS, weight_decay=WEIGHT_DECAY)
     optimizer.reserve()  # as ``tinyllm train`` does
 
@@ -79,7 +87,7 @@ def tinyllm_step(work: Work, threads: int) -> Step:
         optim.clip_grad_norm(model, MAX_GRAD_NORM)
         optimizer.step()
         optimizer.zero_grad()
-        return float(loss.item())
+        return loss
 
     return step
 
@@ -195,7 +203,7 @@ def attention_products(q, k, v, g) -> None:
 def torch_eager_step(work: Work, threads: int) -> Step:
     """Hugging Face's model in PyTorch eager at its best: SDPA attention, fused AdamW, no key-value cache."""
     model = hugging_face_model(work, threads)
-    return torch_train_step(model, cross_entropy_of(model))
+    return torch_step(model, cross_entropy_of(model))
 
 
 def torch_linear_ce_step(work: Work, threads: int) -> Step:
@@ -213,7 +221,7 @@ def torch_linear_ce_step(work: Work, threads: int) -> Step:
         hidden = model.base_model(ids, use_cache=False).last_hidden_state.flatten(0, 1)
         return F.linear_cross_entropy(hidden, model.lm_head.weight, targets.flatten(), options=options)
 
-    return torch_train_step(model, compute_loss)
+    return torch_step(model, compute_loss)
 
 
 def torch_compile_step(work: Work, threads: int) -> Step:
@@ -221,7 +229,7 @@ def torch_compile_step(work: Work, threads: int) -> Step:
     import torch
 
     model = hugging_face_model(work, threads)
-    return torch_train_step(model, torch.compile(cross_entropy_of(model), fullgraph=True))
+    return torch_step(model, torch.compile(cross_entropy_of(model), fullgraph=True))
 
 
 def hugging_face_model(work: Work, threads: int):
@@ -246,8 +254,19 @@ def cross_entropy_of(model):
     return compute_loss
 
 
-def torch_train_step(model, compute_loss) -> Step:
-    """What every PyTorch variant does around its loss: backward, clipping, AdamW."""
+def torch_step(model, compute_loss) -> Step:
+    """A step from NumPy's arrays to a number."""
+    import torch
+
+    update = torch_train_step(model, compute_loss)
+    return lambda ids, targets: update(torch.from_numpy(ids), torch.from_numpy(targets)).item()
+
+
+def torch_train_step(model, compute_loss) -> Callable:
+    """What every PyTorch variant does around its loss: backward, clipping, AdamW.
+
+    Returns (ids, targets) -> the loss, all of them tensors on the model's device.
+    """
     import torch
 
     parameters = list(model.parameters())
@@ -258,12 +277,12 @@ def torch_train_step(model, compute_loss) -> Step:
     optimizer = torch.optim.AdamW(groups, lr=LEARNING_RATE, betas=BETAS, eps=EPS, fused=True)
 
     def step(ids, targets):
-        loss = compute_loss(torch.from_numpy(ids), torch.from_numpy(targets))
+        loss = compute_loss(ids, targets)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters, MAX_GRAD_NORM)
         optimizer.step()
         optimizer.zero_grad()
-        return loss.item()
+        return loss.detach()
 
     return step
 
