@@ -152,8 +152,9 @@ def scaled_dot_product_attention(
     k, v = k.reshape(B * G, S, D), v.reshape(B * G, S, E)
     q = q.reshape(B, G, R, T, D)
     mask = _Mask(attn_mask, (B, H, T, S), sums_in)
-    out = np.zeros((B, G, R, T, E), q.dtype, like=q)
-    log_sum = np.zeros((B, H, T), sums_in, like=q)
+    new = np.zeros if is_causal and S < T else np.empty  # the first T - S queries see nothing
+    out = new((B, G, R, T, E), q.dtype, like=q)
+    log_sum = new((B, H, T), sums_in, like=q)
 
     def stacked(x, rows):  # (B, G, R, T, D) -> (B G, R rows, D)
         return np.ascontiguousarray(x[..., rows, :], like=x).reshape(B * G, -1, x.shape[-1])
@@ -187,7 +188,7 @@ def scaled_dot_product_attention(
         grad = contiguous(grad).reshape(out.shape)
         delta = np.empty(log_sum.shape, sums_in, like=q)
         launch(q, "row_dot", (q.dtype,), delta.size, threads_for(E), grad, out, delta, E)
-        dq = np.zeros(q.shape, q.dtype, like=q)
+        dq = new(q.shape, q.dtype, like=q)
         dk, dv = (np.zeros(x.shape, sums_in, like=q) for x in (k, v))
         for number, rows, seen in blocks():
             q_block, scores, rest = scores_of(number, rows, seen)
