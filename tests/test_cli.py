@@ -336,7 +336,10 @@ def matches(sentence, said):
         ("--dtype int8", "--dtype is int8: it must be one of float32, tf32, bfloat16, float16, float64"),
         ("--dtype tf32", "--dtype tf32 needs a GPU: a CPU multiplies float32 faster"),
         ("--dtype bfloat16 --device cpu", "--dtype bfloat16 needs a GPU"),
-        ("--gpu-memory 2", "--gpu-memory 2.0 bounds a GPU's memory: on a CPU choose None"),
+        (
+            "--gpu-memory 2",
+            "--gpu-memory 2.0 bounds a GPU's memory: on a CPU leave it out, or say None",
+        ),
         ("--device tpu", "device 'tpu'"),
         ("--device cuda:x", "device 'cuda:x'"),
         ("--arch rnn", "--arch is rnn: it must be gpt2 or llama"),

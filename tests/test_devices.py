@@ -163,7 +163,10 @@ def test_a_limit_that_is_none(cupy, gigabytes):
 
 
 def test_a_limit_on_a_cpu():
-    with pytest.raises(Error, match="--gpu-memory 2 bounds a GPU's memory: on a CPU choose None"):
+    with pytest.raises(
+        Error,
+        match="--gpu-memory 2 bounds a GPU's memory: on a CPU leave it out, or say None",
+    ):
         open_device("cpu", gpu_memory=2)
 
 

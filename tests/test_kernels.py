@@ -147,6 +147,33 @@ def test_equal_ids_add_up_in_float32(put):
     assert table.grad.get()[0, 0] == 9984.0  # 10,000 to eight bits
 
 
+REDUCTIONS = {
+    "sum": lambda x: x.sum(axis=-1),
+    "mean": lambda x: x.mean(axis=-1),
+    "var": lambda x: x.var(axis=-1, ddof=1, keepdims=True),
+    "softmax": lambda x: F.softmax(x),
+    "silu": lambda x: F.silu(x),
+}
+
+
+@pytest.mark.parametrize("op", REDUCTIONS)
+@every_short
+def test_sums_of_a_short_type_are_float32(dtype, op):
+    """On a CPU, too: 5,000 numbers around 3, whose sum in eight bits would stop at 1,024."""
+    u, numbers = ROUNDING[dtype], 3 + rounded(np.random.default_rng(0), (2, 5_000), dtype)
+    exact, short = (
+        Tensor(a, requires_grad=True) for a in (numbers.astype(dtype).astype(float), numbers.astype(dtype))
+    )
+    expected, result = REDUCTIONS[op](exact), REDUCTIONS[op](short)
+    upstream = np.ones(expected.shape) / 4
+    expected.backward(upstream)
+    result.backward(upstream.astype(dtype))
+    assert result.dtype == short.grad.dtype == dtype
+    smallest = float(ml_dtypes.finfo(dtype).smallest_subnormal)
+    np.testing.assert_allclose(result.data.astype(float), expected.data, rtol=1.01 * u, atol=smallest)
+    np.testing.assert_allclose(short.grad.astype(float), exact.grad, rtol=1.01 * u, atol=max(smallest, 1e-7))
+
+
 # -------------------------------------------------------------------------------- products
 
 

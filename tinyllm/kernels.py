@@ -39,7 +39,12 @@ class Products:
 
 def wide(dtype: np.dtype) -> np.dtype:
     """What sums, norms, softmax and losses of ``dtype`` are computed in: float32 for the short types."""
-    return np.dtype(np.float32) if dtype.itemsize == 2 else dtype
+    return np.dtype(np.float32) if is_short(dtype) else dtype
+
+
+def is_short(dtype: np.dtype) -> bool:
+    """Whether it is bfloat16 or float16."""
+    return dtype.itemsize == 2 and dtype.kind not in "iu"
 
 
 # ------------------------------------------------------------------------- compiling, launching
@@ -92,7 +97,7 @@ def on_gpu(*inputs) -> bool:
             if library_of(first) is not None:
                 return True
             break
-    if first.dtype.itemsize == 2:
+    if is_short(first.dtype):
         raise Error(f"only a GPU computes in {first.dtype}: use float32, or to('cuda')")
     return False
 

@@ -64,7 +64,7 @@ def _check_cpu(dtype: str, gpu_memory: float | None) -> None:
     if dtype in SHORT:
         raise Error(f"--dtype {dtype} needs a GPU: a CPU multiplies float32 faster, so choose that")
     if gpu_memory is not None:
-        raise Error(f"--gpu-memory {gpu_memory} bounds a GPU's memory: on a CPU choose None")
+        raise Error(f"--gpu-memory {gpu_memory} bounds a GPU's memory: on a CPU leave it out, or say None")
 
 
 def _open_gpu(device: str, dtype: str, gpu_memory: float | None) -> None:

@@ -23,7 +23,7 @@ import numpy as np
 
 from tinyllm.device import scatter_add
 from tinyllm.errors import Error
-from tinyllm.kernels import check_one_device, wide
+from tinyllm.kernels import check_one_device, is_short, wide
 
 # --------------------------------------------------------------------------------- the tape
 
@@ -449,7 +449,11 @@ class Tensor:
 
     # -------------------------------------------------------------------------- reductions
 
+    # Ten thousand ones are 256 in bfloat16, which has no 257: short types are added up in float32.
+
     def sum(self, axis=None, keepdims=False):
+        if is_short(self.dtype):
+            return self.astype(np.float32).sum(axis, keepdims).astype(self.dtype)
         shape = self.shape
         return Tensor.from_op(
             self.data.sum(axis=axis, keepdims=keepdims),
@@ -458,6 +462,8 @@ class Tensor:
         )
 
     def mean(self, axis=None, keepdims=False):
+        if is_short(self.dtype):
+            return self.astype(np.float32).mean(axis, keepdims).astype(self.dtype)
         return self.sum(axis, keepdims) / _count(self.shape, axis)
 
     def max(self, axis=None, keepdims=False):
@@ -472,6 +478,8 @@ class Tensor:
 
     def var(self, axis=None, ddof=0, keepdims=False):
         """Σ (x - mean)² / (N - ddof)."""
+        if is_short(self.dtype):
+            return self.astype(np.float32).var(axis, ddof, keepdims).astype(self.dtype)
         x, n = self.data, _count(self.shape, axis) - ddof
         centred = x - x.mean(axis=axis, keepdims=True)
         out = (centred * centred).sum(axis=axis, keepdims=keepdims) / n

@@ -7,7 +7,7 @@ import numpy as np
 from tinyllm.device import dropout_mask, each_block, next_address
 from tinyllm.errors import Error
 from tinyllm.functional import gpu
-from tinyllm.kernels import on_gpu
+from tinyllm.kernels import is_short, on_gpu
 from tinyllm.tensor import Tensor, as_rows
 
 # GPT-2's GELU: 2u = LINEAR x + CUBIC x³
@@ -93,6 +93,8 @@ def silu(input: Tensor) -> Tensor:
 
     dx = g (σ(x) + x σ(x) (1 - σ(x))). Hendrycks, Gimpel: arXiv 1606.08415, section 2.
     """
+    if is_short(input.dtype):
+        return silu(input.astype(np.float32)).astype(input.dtype)
     return _elementwise(input, _silu, _silu_slope)
 
 
@@ -157,6 +159,8 @@ def softmax(input: Tensor, dim: int = -1) -> Tensor:
 
     Subtracting the maximum changes nothing but keeps exp from overflowing.
     """
+    if is_short(input.dtype):
+        return softmax(input.astype(np.float32), dim).astype(input.dtype)
     p = np.exp(input.data - input.data.max(axis=dim, keepdims=True))
     p /= p.sum(axis=dim, keepdims=True)
     return Tensor.from_op(p, (input,), lambda grad: (p * (grad - (grad * p).sum(axis=dim, keepdims=True)),))
