@@ -141,6 +141,13 @@ CASES = {
     "F.rope of rows": lambda t: F.rope(t.q, t.sin, t.sin * 2),
     "F.gelu tanh": lambda t: F.gelu(30 * t.x, "tanh"),
     "F.gelu erf": lambda t: F.gelu(t.x),
+    "F.linear columns": lambda t: F.linear(t.x.swapaxes(0, 2).swapaxes(0, 1), t.w[:, ::2], t.w[:, 1]),
+    "F.layer_norm columns": lambda t: F.layer_norm(t.x, 4, t.square[:, 0], t.square[:, 1]),
+    "F.rms_norm columns": lambda t: F.rms_norm(t.x.swapaxes(0, 1), 4, t.square[:, 0]),
+    "F.gelu columns": lambda t: F.gelu(t.x, "tanh", t.square[:, 0]),
+    "F.linear_cross_entropy columns": lambda t: F.linear_cross_entropy(
+        t.x, t.w, t.targets, linear_bias=t.w[:, 0]
+    ),
     "F.gelu transposed": lambda t: F.gelu(t.x.transpose(), "tanh"),
     "F.softmax": lambda t: F.softmax(t.x),
     "F.softmax middle": lambda t: F.softmax(t.x, dim=1),

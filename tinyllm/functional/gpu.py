@@ -24,29 +24,29 @@ ALIGNED = 64  # elements: tensor cores want rows of logits to begin at round add
 
 
 def _data(tensor):
-    return None if tensor is None else tensor.data
+    """Its array, without gaps, as a kernel reads it; None for an input that was not given."""
+    return None if tensor is None else contiguous(tensor.data)
 
 
 def linear(input: Tensor, weight: Tensor, bias: Tensor | None, dtype=None) -> Tensor:
     """y = x Wᵀ + b, in ``dtype`` (the input's unless given); W is converted to the input's type."""
     x, lead = as_rows(input.data), input.shape[:-1]  # (N, C_in)
-    w = weight.data.astype(x.dtype, copy=False)
+    w, b = weight.data.astype(x.dtype, copy=False), _data(bias)
     y = gemm(x, w.T, dtype=dtype)
-    if bias is not None:
-        elementwise(y, "add_row", (y.dtype, bias.dtype), y.size, y, bias.data, y.size, y.shape[1])
-    remembered = input.remembered()
+    if b is not None:
+        elementwise(y, "add_row", (y.dtype, b.dtype), y.size, y, b, y.size, y.shape[1])
+    remembered, weight_dtype = input.remembered(), weight.dtype
     needs = [input.requires_grad, weight.requires_grad, bias is not None and bias.requires_grad]
-    types = weight.dtype, _data(bias).dtype if bias is not None else None
 
     def vjp(grad):
         g = contiguous(as_rows(grad)).astype(w.dtype, copy=False)  # (N, C_out)
-        dw = (
-            gemm(g.T, as_rows(remembered()), dtype=wide(w.dtype)).astype(types[0], copy=False)
-            if needs[1]
-            else None
-        )
-        dx = gemm(g, w).reshape(*lead, w.shape[1]) if needs[0] else None
-        db = sums_over_rows(g, types[1])[1] if needs[2] else None
+        dx = dw = db = None
+        if needs[1]:  # first: what was made again for it is forgotten before there is a dx
+            dw = gemm(g.T, as_rows(remembered()), dtype=wide(w.dtype)).astype(weight_dtype, copy=False)
+        if needs[0]:
+            dx = gemm(g, w).reshape(*lead, w.shape[1])
+        if needs[2]:
+            _, db = sums_over_rows(g, b.dtype)
         return dx, dw, db
 
     return Tensor.from_op(y.reshape(*lead, w.shape[0]), (input, weight, bias), vjp)
