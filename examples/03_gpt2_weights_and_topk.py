@@ -14,7 +14,7 @@ import sys
 import numpy as np
 
 from tinyllm import GPT2, Error, GPT2Config, generate, load_tokenizer
-from tinyllm.device import pick_device
+from tinyllm.device import pick_device, to_device
 
 SMALL = os.environ.get("TINYLLM_EXAMPLES") == "small"
 device = pick_device("auto")
@@ -38,7 +38,7 @@ print(f"{model.num_parameters():,} parameters on {device}")  # 124,439,808 param
 # %%
 tokenizer = load_tokenizer("gpt2")
 prompt = tokenizer.encode("Every effort moves you")
-logits = model([prompt], last_only=True).data[0, 0]  # (V,)
+logits = to_device(model([prompt], last_only=True).data[0, 0], "cpu")  # (V,)
 p = np.exp(logits - logits.max())
 p /= p.sum()
 for token in np.argsort(-p)[:5].tolist():

@@ -5,11 +5,14 @@
 """
 
 import math
+import runpy
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from cuda_on_cpu import needs_compiler
+from cuda_on_cpu import needs_compiler, simulated_cupy
 from test_device_discipline import MODELS, on_host
 
 from parity import bridge
@@ -144,3 +147,14 @@ def test_weights_come_and_go(name, put, tmp_path):
         np.testing.assert_allclose(
             on_host(model.eval()(IDS[0]).data), at_home(IDS[0]).data, rtol=1e-4, atol=1e-4
         )
+
+
+def test_an_example_takes_the_gpu_that_is_there(monkeypatch, capsys):
+    simulated_cupy(monkeypatch)
+    monkeypatch.setattr(sys, "argv", ["03"])
+    for name, value in (("TINYLLM_EXAMPLES", "small"), ("HF_HUB_OFFLINE", "1")):
+        monkeypatch.setenv(name, value)
+    example = Path(__file__).parents[1] / "examples" / "03_gpt2_weights_and_topk.py"
+    runpy.run_path(str(example), run_name="__main__")
+    said = capsys.readouterr().out
+    assert " parameters on cuda\n" in said and said.count("top-k") == 9
