@@ -339,6 +339,28 @@ def test_the_order_of_threads_does_not_matter(name, monkeypatch, put):
             np.testing.assert_array_equal(grad, other_grads[key], err_msg=key)
 
 
+@pytest.mark.parametrize("put", DEVICES[:1], indirect=True)
+@pytest.mark.parametrize("name", MODELS)
+def test_a_step_waits_for_the_device_once(name, put, monkeypatch):
+    """For the norm that clipping compares on the host; whoever logs the loss asks for it when he likes."""
+    waits = []
+    for method in ("item", "get"):
+        honest = getattr(DeviceArray, method)
+        monkeypatch.setattr(DeviceArray, method, lambda x, f=honest, m=method: (waits.append(m), f(x))[1])
+    model = moved(name, put, 0.2)
+    optimizer = optim.AdamW(model, lr=1e-2)
+    ids = np.random.default_rng(1).integers(0, 23, (2, 31))
+    for step in range(2):
+        manual_seed(0, step)
+        loss = model.loss(ids[:, :-1], ids[:, 1:])
+        loss.backward()
+        assert waits == ["item"] * step
+        optim.clip_grad_norm(model, 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        assert waits == ["item"] * (step + 1)
+
+
 @on_gpus
 @every_short
 @pytest.mark.parametrize("name", MODELS)

@@ -27,8 +27,8 @@ COLUMNS = 512  # classes of dW at a time, in each thread
 def cross_entropy(input: Tensor, target, *, ignore_index: int = -100, divisor: float | None = None) -> Tensor:
     """Cross-entropy of logits (..., V) and integer targets (...): a scalar in the logits' dtype."""
     logits = as_rows(input.data)  # (N, V)
-    target = _check_targets(target, input.shape, ignore_index, like=logits)
-    divisor = _divisor(target, ignore_index, divisor)
+    given, target = target, _check_targets(target, input.shape, ignore_index, like=logits)
+    divisor = _divisor(given, ignore_index, divisor)
     shape = input.shape
     dlogits = logits.copy()
     losses = _into_gradient(dlogits, target, ignore_index, divisor)
@@ -57,8 +57,8 @@ def linear_cross_entropy(
     x, w = as_rows(input.data), linear_weight.data  # (N, C), (V, C)
     if linear_weight.ndim != 2 or input.ndim == 0 or x.shape[1] != w.shape[1]:
         raise Error(f"linear_cross_entropy: input {input.shape} does not fit a weight {w.shape} (V, C)")
-    target = _check_targets(target, (*input.shape[:-1], len(w)), ignore_index, like=x)
-    divisor = _divisor(target, ignore_index, divisor)
+    given, target = target, _check_targets(target, (*input.shape[:-1], len(w)), ignore_index, like=x)
+    divisor = _divisor(given, ignore_index, divisor)
     if on_gpu(input, linear_weight, linear_bias):
         return gpu.linear_cross_entropy(input, linear_weight, linear_bias, target, ignore_index, divisor)
     b = None if linear_bias is None else linear_bias.data
@@ -137,9 +137,12 @@ def _check_targets(target, logits_shape, ignore_index, like):
 
 
 def _divisor(target, ignore_index, divisor):
-    """The number of targets that count, unless the caller divides by something else."""
+    """The number of targets that count, unless the caller divides by something else.
+
+    It is counted where the caller has them: from the host there is no GPU to wait for.
+    """
     if divisor is None:
-        divisor = int((target != ignore_index).sum().item())
+        divisor = int(np.not_equal(target, ignore_index).sum().item())
         if divisor == 0:
             raise Error(f"every target is ignore_index ({ignore_index}): there is no loss to compute")
     if not divisor > 0:
