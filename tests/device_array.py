@@ -12,6 +12,7 @@ not on them is refused: before adding a line, see that CuPy has it.
 
 import inspect
 import numbers
+import weakref
 from collections.abc import Callable
 from typing import ClassVar, NamedTuple
 
@@ -170,6 +171,9 @@ class Pointer(NamedTuple):
     ptr: int
 
 
+_LIVING: "weakref.WeakValueDictionary[int, DeviceArray]" = weakref.WeakValueDictionary()  # by hidden array
+
+
 class DeviceArray(NDArrayOperatorsMixin):
     """A CuPy array as far as the code under test can tell; `of` builds one, `get` brings it back."""
 
@@ -178,6 +182,7 @@ class DeviceArray(NDArrayOperatorsMixin):
     def __init__(self, array: np.ndarray, device: Device | None = None):
         self._array = array
         self.device = Device() if device is None else device
+        _LIVING[id(array)] = self
 
     @classmethod
     def of(cls, array, device: Device | None = None) -> "DeviceArray":
@@ -210,8 +215,12 @@ class DeviceArray(NDArrayOperatorsMixin):
 
     @property
     def base(self) -> "DeviceArray | None":
+        """The array that owns the memory, the very one while somebody holds it."""
         owner = self._array.base
-        return None if owner is None else DeviceArray(owner, self.device)
+        if owner is None:
+            return None
+        living = _LIVING.get(id(owner))
+        return DeviceArray(owner, self.device) if living is None else living
 
     @property
     def flags(self) -> Flags:
