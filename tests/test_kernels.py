@@ -56,6 +56,7 @@ OPS = {
         2,
         [((2, 4, 7, 8), 0), ((2, 2, 9, 8), 0), ((2, 2, 9, 6), 0)],
     ),
+    "cross_entropy": (lambda x: F.cross_entropy(x, np.array([2, 39, -100])), 0, [((3, 40), 0)]),
     "linear_cross_entropy": (
         lambda x, w, b: F.linear_cross_entropy(
             x, w, np.array([[1, 0, -100], [2, 9, 9]]), linear_bias=b, divisor=2.0
@@ -83,7 +84,7 @@ def test_an_op_in_a_short_type(name, dtype, put):
     upstream = rounded(rng, expected.shape, dtype)
     expected.backward(upstream)
     result.backward(put(upstream.astype(result.dtype)))
-    assert result.dtype == (np.float32 if name == "linear_cross_entropy" else dtype)
+    assert result.dtype == (np.float32 if "cross_entropy" in name else dtype)
     pairs = [(result.data, expected.data)] + [(s.grad, e.grad) for s, e in zip(short, exact)]
     assert all(s.grad.dtype == s.dtype for s in short)
     for got, want in pairs:
@@ -387,6 +388,10 @@ def test_the_cache_is_in_the_type_of_products(put):
     again = np.array(list(generate(model, [[1, 2, 3]], 5, temperature=0, use_cache=False)))
     np.testing.assert_array_equal(written, again)
     assert model.multiply_in(None).new_cache(1).keys[0].dtype == np.float32
+    assert model.multiply_in("bfloat16").norm.product_dtype == BFLOAT16
+    for wrong in ("float64", np.float32, "int8"):
+        with pytest.raises(Error, match="in bfloat16, float16 or the parameters' type, not in"):
+            model.multiply_in(wrong)
 
 
 # ------------------------------------------------------------------------------- bad input
@@ -427,6 +432,12 @@ def test_arrays_on_two_devices(op, put):
     ]:
         with pytest.raises(Error, match=f"arrays on {names}"):
             OF_TWO[op](one, other)
+
+
+@pytest.mark.parametrize("array", [np.ones((2, 4)), DeviceArray.of(np.ones((2, 4)))], ids=["host", "device"])
+def test_an_array_is_no_tensor(array):
+    with pytest.raises(Error, match=r"takes Tensors, not (ndarray|DeviceArray): wrap the array with Tensor"):
+        F.linear(array, Tensor(np.ones((3, 4))))
 
 
 # --------------------------------------------------------------------------------- compiling

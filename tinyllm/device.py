@@ -27,9 +27,12 @@ from tinyllm.errors import Error
 # ------------------------------------------------------------------------------------- types
 
 
-def dtype_of(name: str) -> np.dtype:
-    """The dtype of that name: float32, float64, or one of the short ones, bfloat16 and float16."""
-    if name == "bfloat16":
+def dtype_of(name) -> np.dtype:
+    """The dtype of that name: float32, float64, or one of the short ones, bfloat16 and float16.
+
+    What is a dtype, or NumPy's class for one, stands for itself.
+    """
+    if isinstance(name, str) and name == "bfloat16":
         import ml_dtypes
 
         return np.dtype(ml_dtypes.bfloat16)

@@ -103,8 +103,14 @@ def on_gpu(*inputs) -> bool:
 
 
 def check_one_device(*tensors) -> None:
-    """Raise ``Error`` naming both if two Tensors are on different devices."""
-    names = dict.fromkeys(_device_name(tensor.data) for tensor in tensors if tensor is not None)
+    """Raise ``Error`` naming both if two Tensors are on different devices, or if one is no Tensor."""
+    given = [tensor for tensor in tensors if tensor is not None]
+    for tensor in given:
+        if not hasattr(tensor, "node"):  # an array has ``data``, too
+            raise Error(
+                f"an op takes Tensors, not {type(tensor).__name__}: wrap the array with Tensor(array)"
+            )
+    names = dict.fromkeys(_device_name(tensor.data) for tensor in given)
     if len(names) > 1:
         raise Error(f"an op got arrays on {' and '.join(names)}: move one with to(device)")
 

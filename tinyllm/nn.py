@@ -16,8 +16,9 @@ from typing import Any
 import numpy as np
 
 from tinyllm import functional as F
-from tinyllm.device import FEW_ROWS, beside, matmul, to_device
+from tinyllm.device import FEW_ROWS, beside, dtype_of, matmul, to_device
 from tinyllm.errors import Error
+from tinyllm.kernels import is_short
 from tinyllm.pretrained import check_names_and_shapes
 from tinyllm.tensor import Tensor, as_rows
 
@@ -85,6 +86,7 @@ class Module:
 
     def astype(self, dtype):
         """Convert every parameter, in place; gradients are dropped. A stand-in (see ``normal``) stays one."""
+        dtype = dtype_of(dtype)
         for parameter in self.parameters():
             data = parameter.data
             if _is_stand_in(data):
@@ -100,8 +102,11 @@ class Module:
         The norms before the products write that type; sums, norms, softmax and loss stay in float32, and so
         does what runs past them from block to block. None: in the parameters' type again.
         """
+        dtype = None if dtype is None else dtype_of(dtype)
+        if dtype is not None and not is_short(dtype):
+            raise Error(f"products are computed in bfloat16, float16 or the parameters' type, not in {dtype}")
         for _, module in self.named_modules():
-            module.product_dtype = None if dtype is None else np.dtype(dtype)
+            module.product_dtype = dtype
         return self
 
     def to(self, device: str):

@@ -17,7 +17,7 @@ from tinyllm.data import check_ids
 from tinyllm.device import each_block, matmul, one_blas_thread, run_tasks
 from tinyllm.errors import Error
 from tinyllm.functional import gpu
-from tinyllm.kernels import library_of, on_gpu
+from tinyllm.kernels import is_short, library_of, on_gpu
 from tinyllm.tensor import Tensor, as_rows
 
 CHUNK = 256  # rows of logits at a time; with fewer, the weight's way through memory dominates
@@ -25,7 +25,12 @@ COLUMNS = 512  # classes of dW at a time, in each thread
 
 
 def cross_entropy(input: Tensor, target, *, ignore_index: int = -100, divisor: float | None = None) -> Tensor:
-    """Cross-entropy of logits (..., V) and integer targets (...): a scalar in the logits' dtype."""
+    """Cross-entropy of logits (..., V) and integer targets (...): a scalar in the logits' dtype.
+
+    Of logits in a short type it is float32.
+    """
+    if is_short(input.dtype):
+        input = input.astype(np.float32)
     logits = as_rows(input.data)  # (N, V)
     given, target = target, _check_targets(target, input.shape, ignore_index, like=logits)
     divisor = _divisor(given, ignore_index, divisor)
