@@ -18,8 +18,9 @@ import numpy as np
 
 from tinyllm import nn
 from tinyllm.data import check_ids
-from tinyllm.device import to_device
+from tinyllm.device import beside, to_device
 from tinyllm.errors import Error
+from tinyllm.kernels import is_short
 from tinyllm.tensor import Tensor
 
 OUTPUT = "(output)"  # stands for what the call as a whole returned
@@ -77,13 +78,13 @@ def _capture_tinyllm(module: nn.Module, inputs, call: Call, seed: int) -> Captur
             labels[seen.name, id(tensor.data)] = label  # the tape keeps it until its gradient has come
             run.outputs[label] = to_numpy(tensor)
 
-    dtype = next((parameter.dtype for parameter in parameters.values()), np.float64)
-    inputs = [Tensor(x.astype(dtype), requires_grad=True) if x.dtype.kind == "f" else x for x in inputs]
+    like = next((parameter.data for parameter in parameters.values()), np.empty(0))  # dtype and device
+    inputs = [_leaf(x, like) if x.dtype.kind == "f" else x for x in inputs]
     with _left_as_it_was(modules.values(), parameters.values()), nn.observe(watch):
         output = _result(call(module, *inputs), Tensor)
         run.outputs[OUTPUT] = to_numpy(output)
         if output.requires_grad:
-            output.backward(upstream(output.shape, seed).astype(output.dtype))
+            output.backward(_leaf(upstream(output.shape, seed), output.data).data)
         run.parameters = {name: to_numpy(parameter.grad) for name, parameter in parameters.items()}
     floats = {f"(input {i})": x for i, x in enumerate(inputs) if isinstance(x, Tensor)}
     run.inputs = {name: to_numpy(x.grad) for name, x in floats.items()}
@@ -175,6 +176,10 @@ def upstream(shape: tuple[int, ...], seed: int) -> np.ndarray:
     return np.random.default_rng(seed).standard_normal(math.prod(shape)).reshape(shape)
 
 
+def _leaf(array: np.ndarray, like) -> Tensor:
+    return Tensor(beside(array.astype(like.dtype), like), requires_grad=True)
+
+
 def _first_tensor(output, kind: type):
     """``output`` if it is a tensor, else the first in its tuple, list or mapping; None if there is none."""
     if isinstance(output, kind):
@@ -205,4 +210,5 @@ def to_numpy(x) -> np.ndarray | None:
     if "torch" in sys.modules and isinstance(x, sys.modules["torch"].Tensor):
         x = x.detach().cpu()
         return (x.float() if x.is_floating_point() and x.itemsize == 2 else x).numpy().copy()
-    return np.array(to_device(x, "cpu") if hasattr(x, "__cuda_array_interface__") else x)
+    x = to_device(x, "cpu") if hasattr(x, "get") else np.array(x)  # CuPy's arrays have get()
+    return x.astype(np.float32) if is_short(x.dtype) else x

@@ -242,11 +242,16 @@ class DeviceArray(NDArrayOperatorsMixin):
         name = f"{func.__module__}.{func.__name__}".removeprefix("numpy.")
         if name not in FUNCTIONS:
             raise TypeError(f"numpy.{name} is not on the list of functions that CuPy has")
-        if name in CONVERSIONS and not isinstance(args[0], DeviceArray):
-            args = (DeviceArray.of(args[0], self.device), *args[1:])
-        result = _call(name, FUNCTIONS[name], func, args, kwargs, self.device)
+        device = self.device
+        if name in CONVERSIONS:  # to the current GPU, wherever what is converted, or ``like``, may be
+            device = Device()
+            if not isinstance(args[0], DeviceArray):
+                args = (DeviceArray.of(args[0], device), *args[1:])
+            elif args[0].device != device:
+                args = (DeviceArray.of(args[0].get(), device), *args[1:])
+        result = _call(name, FUNCTIONS[name], func, args, kwargs, device)
         python_value = name in ZERO_D_RESULTS and not isinstance(result, DeviceArray)
-        return DeviceArray.of(result, self.device) if python_value else result
+        return DeviceArray.of(result, device) if python_value else result
 
     def __len__(self) -> int:
         return len(self._array)

@@ -292,13 +292,17 @@ def test_arrays_live_on_a_device():
     assert Device() == Device(0) != Device(1)
     made = [there + 1, there.T, there[0], there[0, 1], np.exp(there), there.sum(), np.zeros(2, like=there)]
     made += [
-        np.asarray(X, like=there),
         np.split(there, 3, axis=1)[2],
         np.allclose(there, there),
         there.copy(),
     ]
     made += [there.T.base, np.exp(there, out=there[:1].copy() + there), copy.deepcopy(there), 2 * there]
     assert [array.device.id for array in made] == [1] * len(made)
+    for source in (X, x, there):  # CuPy makes arrays on the current GPU, wherever ``like`` is
+        assert np.asarray(source, like=there).device.id == 0
+        with there.device:
+            assert np.asarray(source, like=x).device.id == 1
+    assert np.asarray(x, like=there) is x
 
 
 MIXED = """
@@ -307,7 +311,6 @@ x.dot(y.T)
 np.where(x > 0, x, y)
 np.exp(x, out=y)
 np.concatenate([x, y])
-np.asarray(x, like=y)
 x[y > 0]
 operator.setitem(x, 0, y[0])
 operator.setitem(x, y > 0, 0)

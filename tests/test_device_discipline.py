@@ -236,7 +236,7 @@ def test_an_op_on_the_device_forward_and_backward(case, dtype, put):
 
 def test_no_op_is_missing_above():
     no_ops = set("__init__ __repr__ __bool__ __array__ _operand from_op backward replace detach item".split())
-    no_ops |= {"with_again", "remembered"}
+    no_ops |= {"with_again", "remembered", "to"}
     methods = {name for name, value in vars(Tensor).items() if inspect.isfunction(value)} - no_ops
     functions = {"concatenate", "stack", "split", "where", "einsum"}
     public = {

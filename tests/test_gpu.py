@@ -15,8 +15,9 @@ import torch
 from cuda_on_cpu import needs_compiler, simulated_cupy
 from test_device_discipline import MODELS, on_host
 
+import parity
 from parity import bridge
-from tinyllm import generate, no_grad, optim
+from tinyllm import Tensor, generate, manual_seed, no_grad, optim
 from tinyllm.device import dtype_of
 
 pytestmark = needs_compiler
@@ -147,6 +148,50 @@ def test_weights_come_and_go(name, put, tmp_path):
         np.testing.assert_allclose(
             on_host(model.eval()(IDS[0]).data), at_home(IDS[0]).data, rtol=1e-4, atol=1e-4
         )
+
+
+@on_both
+@every_model
+def test_a_model_is_compared_layer_by_layer_where_it_is(name, put):
+    model, twin = pair(name, put, np.float64)
+    result = parity.compare(model.eval(), twin.eval(), IDS[0, :, :9])
+    assert result.first is None and len(result.rows) > 60, str(result)
+    assert all(type(p.data) is type(put(IDS)) for p in model.parameters())
+
+
+@every_model
+def test_a_run_moves_between_devices(name, monkeypatch):
+    """Model and optimiser go to a GPU, to another and back between steps: the numbers stay those of a CPU."""
+    simulated_cupy(monkeypatch)
+
+    def losses(devices):
+        model = MODELS[name](0.1).astype(np.float64)
+        optimizer, found = optim.AdamW(model, lr=1e-2), []
+        for step, device in enumerate(devices):
+            model.to(device)
+            if step == 3:
+                optimizer.to(device)  # at the other steps the averages follow
+            manual_seed(0, step)
+            loss = model.loss(IDS[0, :, :-1], IDS[0, :, 1:])
+            loss.backward()
+            optim.clip_grad_norm(model, 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+            found.append(loss.item())
+        return found
+
+    expected = losses(["cpu"] * 5)
+    assert losses(["cuda:1", "cpu", "cuda:0", "cuda:1", "cpu"]) == pytest.approx(expected, rel=1e-9)
+
+
+def test_a_tensor_moves_and_its_gradient_comes_back(monkeypatch):
+    simulated_cupy(monkeypatch)
+    x = Tensor(np.arange(3.0), requires_grad=True)
+    there = x.to("cuda:1")
+    assert there.data.device.id == 1 and there.to("cuda:1") is there and x.to("cpu") is x
+    (there.to("cuda:0") * there.to("cuda:0")).to("cpu").backward(np.ones(3))
+    assert isinstance(x.grad, np.ndarray)
+    np.testing.assert_array_equal(x.grad, [0, 2, 4])
 
 
 def test_an_example_takes_the_gpu_that_is_there(monkeypatch, capsys):

@@ -404,6 +404,7 @@ def test_float32_stays_float32_and_close_to_float64(op, data):
 NOT_OPS = {"__init__", "__repr__", "__bool__", "__array__"}  # operators that compute nothing
 NOT_OPS |= {"from_op", "with_again", "remembered", "backward"}  # the tape
 NOT_OPS |= {"replace", "detach", "item", "no_grad"}  # ways out of it
+NOT_OPS |= {"to"}  # another device: tests/test_gpu.py
 
 
 def test_every_public_op_has_a_case():

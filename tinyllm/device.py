@@ -107,9 +107,12 @@ def to_device(array, device: str):
 
 def beside(array, like):
     """The array on the device of ``like``: itself if it is there, else a copy."""
-    if type(array) is type(like):
+    if isinstance(like, np.ndarray):
+        return array if isinstance(array, np.ndarray) else array.get()
+    if type(array) is type(like) and array.device == like.device:
         return array
-    return array.get() if isinstance(like, np.ndarray) else np.asarray(array, like=like)
+    with like.device:
+        return np.asarray(array, like=like)
 
 
 def number_of(device: str) -> int:

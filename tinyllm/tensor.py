@@ -21,7 +21,7 @@ import threading
 import einops
 import numpy as np
 
-from tinyllm.device import scatter_add
+from tinyllm.device import beside, scatter_add, to_device
 from tinyllm.errors import Error
 from tinyllm.kernels import check_one_device, is_short, wide
 
@@ -528,6 +528,13 @@ class Tensor:
         if before == dtype:
             return self
         return Tensor.from_op(self.data.astype(dtype), (self,), lambda grad: (grad.astype(before),))
+
+    def to(self, device: str):
+        """On "cpu", "cuda", "cuda:1" …; the same Tensor if it is there. The gradient goes the way back."""
+        data, here = to_device(self.data, device), self.data[:0] if self.ndim else self.data
+        if data is self.data:
+            return self
+        return Tensor.from_op(data, (self,), lambda grad: (beside(grad, here),))
 
     def __getitem__(self, index):
         """Any NumPy index; an element named twice by an integer array gets both gradients."""

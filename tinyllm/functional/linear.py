@@ -3,7 +3,7 @@
 import numpy as np
 
 from tinyllm.data import check_ids
-from tinyllm.device import matmul
+from tinyllm.device import beside, matmul
 from tinyllm.errors import Error
 from tinyllm.functional import gpu
 from tinyllm.kernels import on_gpu, wide
@@ -45,13 +45,13 @@ def embedding(input, weight: Tensor) -> Tensor:
     """Row ``input[i]`` of W (V, C) for every integer id: (...) -> (..., C).
 
     dW is zero except in the rows that were looked up; a row looked up twice gets both gradients.
-    Ids outside 0..V-1 raise Error (NumPy would take -1 for the last row). On a device they were
-    checked on the host, by the model. Rows of a table in a short type come out in float32.
+    Ids outside 0..V-1 raise Error (NumPy would take -1 for the last row), if they come from the host: to look
+    at those on a GPU would mean to wait for it. Rows of a table in a short type come out in float32.
     """
     on_gpu(weight)  # refuses a short type on a CPU
     ids = input if not isinstance(input, (list, tuple)) else np.asarray(input)
     if isinstance(ids, np.ndarray):
-        ids = check_ids(ids, weight.shape[0])
+        ids = beside(check_ids(ids, weight.shape[0]), weight.data)
     dtype = weight.dtype
     rows = weight.data[ids].astype(wide(dtype), copy=False)
     return Tensor.from_op(rows, (weight,), lambda grad: (At(ids, grad.astype(dtype, copy=False)),))
