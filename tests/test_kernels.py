@@ -11,6 +11,8 @@ one rounding changes, relative to the number.
 import itertools
 import math
 import re
+import sys
+from types import ModuleType, SimpleNamespace
 
 import ml_dtypes
 import numpy as np
@@ -438,6 +440,30 @@ def test_arrays_on_two_devices(op, put):
 def test_an_array_is_no_tensor(array):
     with pytest.raises(Error, match=r"takes Tensors, not (ndarray|DeviceArray): wrap the array with Tensor"):
         F.linear(array, Tensor(np.ones((3, 4))))
+
+
+@pytest.mark.parametrize("status, error", [(1, MemoryError), (3, MemoryError), (13, RuntimeError)])
+def test_a_product_that_cublas_has_no_memory_for(monkeypatch, status, error):
+    class CUBLASError(RuntimeError):
+        def __init__(self):
+            self.status = status
+            super().__init__("CUBLAS_STATUS_OF_THE_TEST")
+
+    def refuse(handle, *arguments):
+        assert (handle, arguments) == (7, (1, 2))
+        raise CUBLASError
+
+    modules = {
+        "cupy": ModuleType("cupy"),
+        "cupy.cuda": SimpleNamespace(
+            cublas=SimpleNamespace(CUBLASError=CUBLASError, gemmStridedBatchedEx=refuse),
+            device=SimpleNamespace(get_cublas_handle=lambda: 7),
+        ),
+    }
+    for name, module in modules.items():
+        monkeypatch.setitem(sys.modules, name, module)
+    with pytest.raises(error, match="CUBLAS_STATUS_OF_THE_TEST"):
+        kernels.CuPyLibrary().gemm(1, 2)
 
 
 # --------------------------------------------------------------------------------- compiling

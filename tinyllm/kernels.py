@@ -29,6 +29,7 @@ CHUNK = 2**16  # elements of a block that works on many arrays
 CUDA_TYPES = {"float32": 0, "float64": 1, "float16": 2, "bfloat16": 14}
 COMPUTE_32F, COMPUTE_64F, COMPUTE_32F_FAST_TF32 = 68, 70, 77
 ANY_ALGORITHM = -1
+NOT_INITIALIZED, ALLOC_FAILED = 1, 3
 
 
 class Products:
@@ -66,10 +67,15 @@ class CuPyLibrary:
         return _compiled(expression)
 
     def gemm(self, *arguments) -> None:
-        """cublasGemmStridedBatchedEx."""
+        """cublasGemmStridedBatchedEx. Raises MemoryError if cuBLAS finds no memory for itself."""
         from cupy.cuda import cublas, device
 
-        cublas.gemmStridedBatchedEx(device.get_cublas_handle(), *arguments)
+        try:
+            cublas.gemmStridedBatchedEx(device.get_cublas_handle(), *arguments)
+        except cublas.CUBLASError as error:  # CuPy knows it for arrays only
+            if error.status not in (NOT_INITIALIZED, ALLOC_FAILED):
+                raise
+            raise MemoryError(f"cuBLAS finds no memory on the GPU for itself ({error})") from None
 
 
 LIBRARIES: dict[type, CuPyLibrary] = {}  # by the type of array
