@@ -144,6 +144,7 @@ CASES = {
     "F.linear columns": lambda t: F.linear(t.x.swapaxes(0, 2).swapaxes(0, 1), t.w[:, ::2], t.w[:, 1]),
     "F.layer_norm columns": lambda t: F.layer_norm(t.x, 4, t.square[:, 0], t.square[:, 1]),
     "F.rms_norm columns": lambda t: F.rms_norm(t.x.swapaxes(0, 1), 4, t.square[:, 0]),
+    "F.swiglu biases": lambda t: F.swiglu(t.x, t.y, t.square[:, 0], t.row),
     "F.gelu columns": lambda t: F.gelu(t.x, "tanh", t.square[:, 0]),
     "F.linear_cross_entropy columns": lambda t: F.linear_cross_entropy(
         t.x, t.w, t.targets, linear_bias=t.w[:, 0]

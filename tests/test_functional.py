@@ -847,6 +847,10 @@ ERRORS = {  # what is done -> what the sentence must say: the value, and the rem
     ),
     "attention dropout of 1.5": (lambda: attend(dropout_p=1.5), ["1.5", "below 1"]),
     "linear of other channels": (lambda: F.linear(leaf(2, 3), leaf(5, 4)), ["(2, 3)", "(5, 4)", "(out, in)"]),
+    "swiglu with one bias": (
+        lambda: F.swiglu(leaf(2, 3), leaf(2, 3), leaf(3)),
+        ["gate_bias", "up_bias", "neither"],
+    ),
     "linear written in another type": (
         lambda: F.linear(leaf(2, 3), leaf(5, 3), dtype=np.float32),
         ["float64", "float32", "GPU"],

@@ -23,7 +23,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from test_device_discipline import MODELS
 
-from tinyllm import Error, Tensor, generate, kernels, manual_seed, no_grad, optim
+from tinyllm import Error, Tensor, generate, kernels, manual_seed, nn, no_grad, optim
 from tinyllm import functional as F
 from tinyllm.device import allow_tf32, dropout_mask
 
@@ -53,6 +53,11 @@ OPS = {
     "gelu of erf": (lambda x: F.gelu(x), 0, [((3, 40), 0)]),
     "gelu with a bias": (lambda x, b: F.gelu(x, "tanh", b), 3, [((3, 40), 0), ((40,), 1)]),
     "swiglu": (lambda a, u: F.swiglu(a, u), 0, [((3, 40), 0), ((3, 40), 0)]),
+    "swiglu with biases": (
+        lambda a, u, b, c: F.swiglu(a, u, b, c),
+        3,
+        [((3, 40), 0), ((3, 40), 0), ((40,), 1), ((40,), 1)],
+    ),
     "attention": (
         lambda q, k, v: F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True),
         2,
@@ -394,6 +399,27 @@ def test_the_cache_is_in_the_type_of_products(put):
     for wrong in ("float64", np.float32, "int8"):
         with pytest.raises(Error, match="in bfloat16, float16 or the parameters' type, not in"):
             model.multiply_in(wrong)
+
+
+@on_gpus
+@pytest.mark.parametrize("name", ["gpt2", "llama tied"])
+def test_a_layer_that_took_anothers_place_is_called(name, put):
+    """A GPU adds some biases later, which only a plain Linear allows."""
+
+    class Doubled(nn.Linear):
+        def forward(self, x, dtype=None):
+            return super().forward(x, dtype) * 2.0
+
+    def logits(put):
+        model, rng = MODELS[name](0.0).eval(), np.random.default_rng(3)
+        mlp, layer = (model.h[0].mlp, "c_fc") if name == "gpt2" else (model.layers[0].mlp, "up_proj")
+        setattr(mlp, layer, Doubled(*getattr(mlp, layer).weight.shape[::-1], rng=rng))
+        for parameter in model.parameters():
+            parameter.replace(put(rng.standard_normal(parameter.shape)))
+        with no_grad():
+            return model(np.array([[1, 2, 3]])).data
+
+    np.testing.assert_allclose(logits(put).get(), logits(lambda x: x), rtol=1e-9, atol=1e-9)
 
 
 # ------------------------------------------------------------------------------- bad input

@@ -158,20 +158,23 @@ __global__ void gelu_back(const T* x, const W* b, const T* g, T* dx, Int n, Int 
     if (i < n) dx[i] = T(A(g[i]) * gelu_slope<TANH>(A(x[i]) + (b ? A(b[i % C]) : A(0))));
 }
 
-// y = a sigmoid(a) u
-template <class T, class A = typename Computed<T>::In>
-__global__ void swiglu(const T* a, const T* u, T* y, Int n) {
-    Int i = this_thread();
-    if (i < n) y[i] = T(A(a[i]) * sigmoid(A(a[i])) * A(u[i]));
-}
-
-template <class T, class A = typename Computed<T>::In>
-__global__ void swiglu_back(const T* a, const T* u, const T* g, T* da, T* du, Int n) {
+// y = silu(a + ab) (u + ub) with silu(x) = x sigmoid(x), of a and u (N, C), n = N C; the biases may be null
+template <class T, class W, class A = typename Computed<T>::In>
+__global__ void swiglu(const T* a, const W* ab, const T* u, const W* ub, T* y, Int n, Int C) {
     Int i = this_thread();
     if (i >= n) return;
-    A x = A(a[i]), s = sigmoid(x);
+    A x = A(a[i]) + (ab ? A(ab[i % C]) : A(0)), up = A(u[i]) + (ub ? A(ub[i % C]) : A(0));
+    y[i] = T(x * sigmoid(x) * up);
+}
+
+template <class T, class W, class A = typename Computed<T>::In>
+__global__ void swiglu_back(const T* a, const W* ab, const T* u, const W* ub, const T* g, T* da, T* du, Int n,
+                            Int C) {
+    Int i = this_thread();
+    if (i >= n) return;
+    A x = A(a[i]) + (ab ? A(ab[i % C]) : A(0)), up = A(u[i]) + (ub ? A(ub[i % C]) : A(0)), s = sigmoid(x);
     du[i] = T(A(g[i]) * x * s);
-    da[i] = T(A(g[i]) * A(u[i]) * (s + x * s * (1 - s)));
+    da[i] = T(A(g[i]) * up * (s + x * s * (1 - s)));
 }
 
 // y = (a cos - b sin, b cos + a sin) for the halves a, b of x (B, H, T, 2 half), read with strides sb, sh, st and

@@ -18,7 +18,7 @@ import numpy as np
 from tinyllm import functional as F
 from tinyllm.device import FEW_ROWS, beside, dtype_of, matmul, to_device
 from tinyllm.errors import Error
-from tinyllm.kernels import is_short
+from tinyllm.kernels import is_short, on_gpu
 from tinyllm.pretrained import check_names_and_shapes
 from tinyllm.tensor import Tensor, as_rows
 
@@ -261,6 +261,15 @@ def fused(x: Tensor, *layers: Linear) -> list[Tensor]:
         part = Tensor(y[:, first : first + rows].reshape(*x.shape[:-1], rows))
         parts.append(part if layer.bias is None else part + layer.bias)
     return parts
+
+
+def bias_can_wait(x: Tensor, *layers: Module) -> bool:
+    """Whether the op after these layers may add their biases where it reads: a GPU saves a pass over memory.
+
+    Not if somebody observes, or if a layer is no plain Linear: then it must be called.
+    """
+    plain = all(type(layer).forward is Linear.forward and layer.bias is not None for layer in layers)
+    return plain and on_gpu(x) and not is_watched()
 
 
 class Embedding(Module):

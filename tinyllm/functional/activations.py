@@ -112,18 +112,25 @@ def _sigmoid(x):
         return 1 / (1 + np.exp(-x))
 
 
-def swiglu(gate: Tensor, up: Tensor) -> Tensor:
+def swiglu(
+    gate: Tensor, up: Tensor, gate_bias: Tensor | None = None, up_bias: Tensor | None = None
+) -> Tensor:
     """y = silu(a) u for a = ``gate`` and u = ``up``, both (..., F): a decides how much of u passes.
 
     With g = dL/dy: da = g u silu'(a), du = g silu(a). Only a and u are kept, which exist anyway; the
     backward pass computes σ(a) again, and y: that takes less time than three more arrays take memory.
+    Biases (F,), both or none, are added to a and u first: a GPU does it on the way.
 
     Shazeer, "GLU Variants Improve Transformer", arXiv 2002.05202, section 2.
     """
     if gate.ndim == 0 or gate.shape != up.shape:
         raise Error(f"swiglu takes gate and up of one shape (..., F), not {gate.shape} and {up.shape}")
-    if on_gpu(gate, up):
-        return gpu.swiglu(gate, up)
+    if (gate_bias is None) != (up_bias is None):
+        raise Error("swiglu takes gate_bias and up_bias, or neither")
+    if on_gpu(gate, up, gate_bias, up_bias):
+        return gpu.swiglu(gate, up, gate_bias, up_bias)
+    if gate_bias is not None:
+        gate, up = gate + gate_bias, up + up_bias
     a, u = as_rows(gate.data), as_rows(up.data)  # (N, F)
     shape = gate.shape
 

@@ -99,20 +99,26 @@ def gelu(input: Tensor, bias: Tensor | None, tanh: bool) -> Tensor:
     return Tensor.from_op(result(), (input, bias), vjp).with_again(result)
 
 
-def swiglu(gate: Tensor, up: Tensor) -> Tensor:
-    a, u = contiguous(gate.data), contiguous(up.data)
+def swiglu(gate: Tensor, up: Tensor, gate_bias: Tensor | None, up_bias: Tensor | None) -> Tensor:
+    """silu(a + b) (u + c): the biases of the products before it are added where they are read."""
+    a, u, b, c = contiguous(gate.data), contiguous(up.data), _data(gate_bias), _data(up_bias)
+    types, size = (a.dtype, a.dtype if b is None else b.dtype), (a.size, a.shape[-1])
 
     def result():
         y = np.empty_like(a)
-        elementwise(a, "swiglu", (a.dtype,), a.size, a, u, y, a.size)
+        elementwise(a, "swiglu", types, a.size, a, b, u, c, y, *size)
         return y
 
     def vjp(grad):
         da, du = np.empty_like(a), np.empty_like(u)
-        elementwise(a, "swiglu_back", (a.dtype,), a.size, a, u, contiguous(grad), da, du, a.size)
-        return da, du
+        elementwise(a, "swiglu_back", types, a.size, a, b, u, c, contiguous(grad), da, du, *size)
+        db, dc = (
+            None if bias is None else sums_over_rows(as_rows(d), bias.dtype)[1]
+            for d, bias in ((da, b), (du, c))
+        )
+        return da, du, db, dc
 
-    return Tensor.from_op(result(), (gate, up), vjp).with_again(result)
+    return Tensor.from_op(result(), (gate, up, gate_bias, up_bias), vjp).with_again(result)
 
 
 def turn(x, cos, sin, sign: float):

@@ -21,7 +21,7 @@ from tinyllm import nn, pretrained
 from tinyllm.cache import Cache, LayerCache
 from tinyllm.data import check_ids, is_integer
 from tinyllm.errors import Error
-from tinyllm.kernels import on_gpu, wide
+from tinyllm.kernels import wide
 from tinyllm.tensor import Tensor, split
 
 # Hugging Face's names for activations -> F.gelu's ``approximate``
@@ -172,7 +172,7 @@ class MLP(nn.Module):
         self.approximate = GELU_FORMS[config.activation_function]
 
     def forward(self, x):  # (B, T, C)
-        if on_gpu(x) and not nn.is_watched():  # the bias is added where GELU reads, not in a pass of its own
+        if nn.bias_can_wait(x, self.c_fc):
             y = F.gelu(F.linear(x, self.c_fc.weight), self.approximate, self.c_fc.bias)
         else:
             y = F.gelu(self.c_fc(x), self.approximate)

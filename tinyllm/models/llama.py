@@ -315,7 +315,12 @@ class SwiGLU(nn.Module):
         nn.fuse_rows(self.gate_proj, self.up_proj)
 
     def forward(self, x):  # (B, T, C)
-        return self.down_proj(F.swiglu(*nn.fused(x, self.gate_proj, self.up_proj)))  # (B, T, C)
+        gate, up = self.gate_proj, self.up_proj
+        if nn.bias_can_wait(x, gate, up):
+            y = F.swiglu(F.linear(x, gate.weight), F.linear(x, up.weight), gate.bias, up.bias)
+        else:
+            y = F.swiglu(*nn.fused(x, gate, up))
+        return self.down_proj(y)  # (B, T, C)
 
 
 class LlamaBlock(nn.Module):
