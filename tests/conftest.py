@@ -12,7 +12,7 @@ for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
     os.environ.setdefault(name, "1")
 
 import pytest  # noqa: E402
-from cuda_on_cpu import Simulator, needs_compiler  # noqa: E402
+from cuda_on_cpu import GPUS, Simulator  # noqa: E402
 from device_array import DeviceArray  # noqa: E402
 from hypothesis import settings  # noqa: E402
 
@@ -39,14 +39,7 @@ def pytest_collection_finish():
         sys.modules["torch"].set_num_threads(1)
 
 
-DEVICES = [
-    "strict array",
-    pytest.param("simulated GPU", marks=needs_compiler),
-    pytest.param("GPU", marks=pytest.mark.gpu),
-]
-
-
-@pytest.fixture(params=DEVICES)
+@pytest.fixture(params=["strict array", *GPUS])
 def put(request, monkeypatch):
     """Moves an array to the device under test."""
     if request.param == "GPU":

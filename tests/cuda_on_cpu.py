@@ -42,6 +42,11 @@ needs_compiler = pytest.mark.skipif(
     reason="needs g++ on Linux: CUDA kernels are compiled for the CPU",
 )
 
+GPUS = [  # for ``put`` (conftest.py): a real one needs no compiler of ours
+    pytest.param("simulated GPU", marks=needs_compiler),
+    pytest.param("GPU", marks=pytest.mark.gpu),
+]
+
 # C type of an element -> the arrays that are made of it
 ELEMENTS = {
     "float": ("float32",),

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from cuda_on_cpu import needs_compiler, simulated_cupy
+from cuda_on_cpu import GPUS, needs_compiler, simulated_cupy
 from test_device_discipline import MODELS, on_host
 
 import parity
@@ -20,10 +20,8 @@ from parity import bridge
 from tinyllm import Tensor, generate, manual_seed, no_grad, optim
 from tinyllm.device import dtype_of
 
-pytestmark = needs_compiler
 IDS = np.random.default_rng(5).integers(0, 23, (3, 2, 20))
-DEVICES = ["simulated GPU", pytest.param("GPU", marks=pytest.mark.gpu)]
-on_both = pytest.mark.parametrize("put", DEVICES, indirect=True)
+on_both = pytest.mark.parametrize("put", GPUS, indirect=True)
 every_model = pytest.mark.parametrize("name", MODELS)
 
 
@@ -159,6 +157,7 @@ def test_a_model_is_compared_layer_by_layer_where_it_is(name, put):
     assert all(type(p.data) is type(put(IDS)) for p in model.parameters())
 
 
+@needs_compiler
 @every_model
 def test_a_run_moves_between_devices(name, monkeypatch):
     """Model and optimiser go to a GPU, to another and back between steps: the numbers stay those of a CPU."""
@@ -184,6 +183,7 @@ def test_a_run_moves_between_devices(name, monkeypatch):
     assert losses(["cuda:1", "cpu", "cuda:0", "cuda:1", "cpu"]) == pytest.approx(expected, rel=1e-9)
 
 
+@needs_compiler
 def test_a_tensor_moves_and_its_gradient_comes_back(monkeypatch):
     simulated_cupy(monkeypatch)
     x = Tensor(np.arange(3.0), requires_grad=True)
@@ -194,6 +194,7 @@ def test_a_tensor_moves_and_its_gradient_comes_back(monkeypatch):
     np.testing.assert_array_equal(x.grad, [0, 2, 4])
 
 
+@needs_compiler
 def test_an_example_takes_the_gpu_that_is_there(monkeypatch, capsys):
     simulated_cupy(monkeypatch)
     monkeypatch.setattr(sys, "argv", ["03"])

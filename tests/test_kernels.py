@@ -17,7 +17,7 @@ from types import ModuleType, SimpleNamespace
 import ml_dtypes
 import numpy as np
 import pytest
-from cuda_on_cpu import Simulator, needs_compiler
+from cuda_on_cpu import GPUS, Simulator
 from device_array import Device, DeviceArray
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -30,11 +30,7 @@ from tinyllm.device import allow_tf32, dropout_mask
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 ROUNDING = {BFLOAT16: 2.0**-8, np.dtype(np.float16): 2.0**-11}
 SHORT = list(ROUNDING)
-DEVICES = [
-    pytest.param("simulated GPU", marks=needs_compiler),
-    pytest.param("GPU", marks=pytest.mark.gpu),
-]
-on_gpus = pytest.mark.parametrize("put", DEVICES, indirect=True)
+on_gpus = pytest.mark.parametrize("put", GPUS, indirect=True)
 every_short = pytest.mark.parametrize("dtype", SHORT, ids=str)
 
 
@@ -347,7 +343,7 @@ def test_the_order_of_threads_does_not_matter(name, monkeypatch, put):
             np.testing.assert_array_equal(grad, other_grads[key], err_msg=key)
 
 
-@pytest.mark.parametrize("put", DEVICES[:1], indirect=True)
+@pytest.mark.parametrize("put", GPUS[:1], indirect=True)
 @pytest.mark.parametrize("name", MODELS)
 def test_a_step_waits_for_the_device_once(name, put, monkeypatch):
     """For the norm that clipping compares on the host; whoever logs the loss asks for it when he likes."""
@@ -448,7 +444,7 @@ OF_TWO = {
 }
 
 
-@pytest.mark.parametrize("put", DEVICES[:1], indirect=True)
+@pytest.mark.parametrize("put", GPUS[:1], indirect=True)
 @pytest.mark.parametrize("op", OF_TWO)
 def test_arrays_on_two_devices(op, put):
     here, there = Tensor(np.ones((4, 4))), Tensor(put(np.ones((4, 4))))

@@ -76,9 +76,7 @@ def norm(
             dw, db = sums_over_rows(g, w.dtype, x, mean, inv, centred)
         return dx.reshape(shape), dw, None if b is None else db
 
-    parents = (input, weight, bias) if centred else (input, weight)
-    out = Tensor.from_op(result(), parents, vjp if centred else lambda grad: vjp(grad)[:2])
-    return out.with_again(result)
+    return Tensor.from_op(result(), (input, weight, bias), vjp).with_again(result)
 
 
 def gelu(input: Tensor, bias: Tensor | None, tanh: bool) -> Tensor:

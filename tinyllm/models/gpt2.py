@@ -238,10 +238,8 @@ class GPT2(nn.Module):
                 f"token ids must have shape (batch, time) with at most {self.context} positions, "
                 f"not {ids.shape}"
             )
-        device_ids = np.asarray(ids, like=self.wte.weight.data)
         positions = np.arange(ids.shape[1]) if cache is None else cache.positions(ids.shape[1])
-        positions = np.asarray(positions, like=self.wte.weight.data)
-        x = self.drop(self.wte(device_ids) + self.wpe(positions))  # (B, T, C)
+        x = self.drop(self.wte(ids) + self.wpe(positions))  # (B, T, C)
         layers = [None] * len(self.h) if cache is None else cache.layers(*ids.shape)
         for block, layer in zip(self.h, layers):
             x = block(x, layer)

@@ -392,10 +392,9 @@ class Llama(nn.Module):
                 f"token ids must have shape (batch, time) with at most {self.context} positions, "
                 f"not {ids.shape}"
             )
-        device_ids = np.asarray(ids, like=self.embed_tokens.weight.data)
         positions = np.arange(ids.shape[1]) if cache is None else cache.positions(ids.shape[1])
         rotation = self.rotation(positions if positions.ndim == 1 else positions[:, None])
-        x = self.embed_tokens(device_ids)  # (B, T, C)
+        x = self.embed_tokens(ids)  # (B, T, C)
         kept = [None] * len(self.layers) if cache is None else cache.layers(*ids.shape)
         for layer, place in zip(self.layers, kept):
             x = layer(x, rotation, place)
