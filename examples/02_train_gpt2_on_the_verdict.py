@@ -14,12 +14,14 @@ from pathlib import Path
 
 import numpy as np
 
-from tinyllm import GPT2, GPT2Config, generate, load_tokenizer, manual_seed, nn, optim
-from tinyllm.data import Batches, Windows
-from tinyllm.device import keep_memory, pick_device
-from tinyllm.plot import plot_losses
-from tinyllm.text import load_text, train_validation_split
-from tinyllm.train import evaluate
+from tinyllm import GPT2, GPT2Config, load_tokenizer, manual_seed, nn, optim
+from tinyllm.backend.device import pick_device
+from tinyllm.backend.memory import keep_memory
+from tinyllm.data.batches import Batches, Windows
+from tinyllm.data.corpus import load_text, train_validation_split
+from tinyllm.inference import generate
+from tinyllm.tools.plot import plot_losses
+from tinyllm.training.loop import evaluate
 
 SMALL = os.environ.get("TINYLLM_EXAMPLES") == "small"
 device = pick_device("auto")

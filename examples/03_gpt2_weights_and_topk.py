@@ -13,8 +13,9 @@ import sys
 
 import numpy as np
 
-from tinyllm import GPT2, Error, GPT2Config, generate, load_tokenizer
-from tinyllm.device import pick_device, to_device
+from tinyllm import GPT2, Error, GPT2Config, load_tokenizer
+from tinyllm.backend.device import pick_device, to_device
+from tinyllm.inference import generate
 
 SMALL = os.environ.get("TINYLLM_EXAMPLES") == "small"
 device = pick_device("auto")

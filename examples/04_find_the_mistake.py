@@ -23,7 +23,7 @@ if not importlib.util.find_spec("torch"):
 import torch
 from torch import nn
 
-import parity
+from parity.compare import compare
 
 SMALL = os.environ.get("TINYLLM_EXAMPLES") == "small"
 LAYERS, HEADS, CHANNELS, CONTEXT, VOCABULARY = (2, 2, 16, 16, 50) if SMALL else (4, 4, 64, 64, 256)
@@ -119,7 +119,7 @@ print(f"loss of tinyllm {our_loss:.4f}, of my GPT {their_loss:.4f}")
 # `names=` says which is which.
 
 # %%
-found = parity.compare(ours, theirs, ids)
+found = compare(ours, theirs, ids)
 print(found.verdict())
 # First diverging layer: h.0.attn.c_proj (output of h.0.attn.c_proj, off by 3.2e-02, bound 1.0e-10);
 # the last to agree is the output of h.0.attn.c_attn.
@@ -137,7 +137,7 @@ def scores(attention, q, k):
 
 
 Attention.scores = scores
-mended = parity.compare(ours, theirs, ids)
+mended = compare(ours, theirs, ids)
 print(mended.verdict())
 # All 134 rows agree; closest to its bound: gradient of h.2.attn.c_attn.weight, off by 1.4e-15 of 1.0e-10.
 assert found.first.name == "h.0.attn.c_proj" and mended.first is None

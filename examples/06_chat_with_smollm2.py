@@ -18,12 +18,13 @@ import time
 
 import numpy as np
 
-from tinyllm import Error, Llama, LlamaConfig, generate, load_tokenizer
-from tinyllm.chat import encode_chat, render_chat
-from tinyllm.device import peak_memory
-from tinyllm.pull import find_pulled, pull
-from tinyllm.show import show_tokens, shows_blocks, wants_colour, watch_probabilities
-from tinyllm.talk import ChatConfig, Conversation, load_model_and_tokenizer, text_stream
+from tinyllm import Error, Llama, LlamaConfig, load_tokenizer
+from tinyllm.backend.memory import peak_memory
+from tinyllm.inference import generate
+from tinyllm.inference.chat import ChatConfig, Conversation, load_model_and_tokenizer, text_stream
+from tinyllm.tokenizers.chat_template import encode_chat, render_chat
+from tinyllm.tools.show import show_tokens, shows_blocks, wants_colour, watch_probabilities
+from tinyllm.weights.pull import find_pulled, pull
 
 SMALL = os.environ.get("TINYLLM_EXAMPLES") == "small"
 

@@ -11,13 +11,18 @@ from typing import Literal
 
 import tyro
 
-from parity import bench, bench_cuda, bench_cuda_variants, bench_decode, bench_reach, bench_scaling
-from parity.bench_variants import what_is_missing
-from tinyllm import pretrained
+from parity.bench import cuda as bench_cuda
+from parity.bench import cuda_variants as bench_cuda_variants
+from parity.bench import decode as bench_decode
+from parity.bench import reach as bench_reach
+from parity.bench import scaling as bench_scaling
+from parity.bench import train as bench
+from parity.bench.train_variants import what_is_missing
+from tinyllm.backend.device import pick_device
 from tinyllm.cli import parse_options
-from tinyllm.device import pick_device
 from tinyllm.errors import Error
 from tinyllm.models import ARCHITECTURES, load_model
+from tinyllm.weights import hub
 
 
 @dataclass(frozen=True)
@@ -230,7 +235,7 @@ class BenchDecode:
         for module in ("torch", "transformers"):
             if not importlib.util.find_spec(module):
                 raise Error(f"bench decode needs {module}: pip install 'tinyllm[parity]'")
-        path = None if self.model is None else pretrained.find_model(self.model)
+        path = None if self.model is None else hub.find_model(self.model)
         with tempfile.TemporaryDirectory() as folder:
             if path is None:
                 bench_decode.write_smollm2(Path(folder) / "model")
@@ -266,14 +271,14 @@ class Report:
     def run(self) -> int:
         """Check the request, compare, print the table, write the page; 1 if a layer diverges, else 0."""
         self._check()
-        from parity import page, report
+        from parity.compare import page, report
 
         if self.random:
             asked = RANDOM_SIZES | self._sizes()
             models = report.random_models(self.arch, asked, self.dtype, self.seed)
             name, source = f"{self.arch}, random weights, seed {self.seed}", report.COPIED
         else:
-            *models, source = report.models_of(pretrained.find_folder(self.model), self.dtype)
+            *models, source = report.models_of(hub.find_folder(self.model), self.dtype)
             name = self.model
         if self.ids:
             batch = report.given_batch(models[0], self.ids)
@@ -351,7 +356,7 @@ class Proof:
         for module in ("pytest", "hypothesis", "torch", "transformers"):
             if not importlib.util.find_spec(module):
                 raise Error(f"proof needs {module}: pip install 'tinyllm[test]'")
-        from parity import proof
+        from parity.ops import proof
 
         return proof.run(self.tests)
 
@@ -389,7 +394,7 @@ class Reliability:
         for module in ("gguf", "sentencepiece", "tokenizers"):
             if not importlib.util.find_spec(module):
                 raise Error(f"reliability needs {module}: pip install 'tinyllm[models]'")
-        from parity import reliability
+        from parity.durability import reliability
 
         rows = reliability.proofs(**sizes, seed=self.seed, keep=self.keep)
         result = reliability.report(rows, self.seed, costs=self.large or self.checkpoint_124m)

@@ -12,12 +12,13 @@ for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
     os.environ.setdefault(name, "1")
 
 import pytest  # noqa: E402
-from cuda_on_cpu import GPUS, Simulator  # noqa: E402
-from device_array import DeviceArray  # noqa: E402
 from hypothesis import settings  # noqa: E402
+from support.cuda_on_cpu import GPUS, Simulator  # noqa: E402
+from support.device_array import DeviceArray  # noqa: E402
 
-from tinyllm import Error, kernels  # noqa: E402
-from tinyllm.device import pick_device  # noqa: E402
+from tinyllm import Error  # noqa: E402
+from tinyllm.backend.cuda import launch  # noqa: E402
+from tinyllm.backend.device import pick_device  # noqa: E402
 
 settings.register_profile("ci", derandomize=True, deadline=None, max_examples=40)
 settings.register_profile("thorough", deadline=None, max_examples=400)
@@ -47,5 +48,5 @@ def put(request, monkeypatch):
 
         return cupy.asarray
     if request.param == "simulated GPU":
-        monkeypatch.setitem(kernels.LIBRARIES, DeviceArray, Simulator())
+        monkeypatch.setitem(launch.LIBRARIES, DeviceArray, Simulator())
     return DeviceArray.of

@@ -7,12 +7,12 @@ if "numpy" not in sys.modules:  # OpenBLAS reads it when it is loaded; device.st
     os.environ.setdefault("OPENBLAS_THREAD_TIMEOUT", "20")
 
 from tinyllm import functional, nn, optim
-from tinyllm.device import manual_seed
+from tinyllm.backend.random import manual_seed
 from tinyllm.errors import Error
-from tinyllm.generate import generate
+from tinyllm.inference.generate import generate
 from tinyllm.models import GPT2, GPT2Config, Llama, LlamaConfig, load_model
 from tinyllm.tensor import Tensor, concatenate, einsum, no_grad, split, stack, where
-from tinyllm.tokenizer import load_tokenizer
+from tinyllm.tokenizers import load_tokenizer
 
 __version__ = "0.1.0"
 

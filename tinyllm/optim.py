@@ -7,8 +7,9 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import numpy as np
 
-from tinyllm import kernels
-from tinyllm.device import beside, each_block, one_blas_thread, to_device
+from tinyllm.backend.cuda import launch
+from tinyllm.backend.device import beside, to_device
+from tinyllm.backend.threads import each_block, one_blas_thread
 from tinyllm.errors import Error
 from tinyllm.nn import Module
 from tinyllm.tensor import Tensor
@@ -72,12 +73,12 @@ class AdamW:
     def step(self) -> None:
         """Update every parameter that has a gradient, in place; the others keep their t, too."""
         beta1, beta2 = self.betas
-        if kernels.fit_for_many(
+        if launch.fit_for_many(
             [a for _, p in self.parameters if p.grad is not None for a in (p.data, p.grad)]
         ):
             begun = [self._begin(name, p) for name, p in self.parameters if p.grad is not None]
             arrays, numbers = zip(*begun)
-            kernels.adamw(*zip(*arrays), numbers, self.betas)
+            launch.adamw(*zip(*arrays), numbers, self.betas)
             return
         for name, parameter in self.parameters:
             if parameter.grad is None:
@@ -170,8 +171,8 @@ def clip_grad_norm(parameters: Module | Iterable[tuple[str, Tensor]], max_norm: 
     if not max_norm > 0:
         raise Error(f"max_norm must be positive, not {max_norm}")
     grads = _grads(parameters)
-    if kernels.fit_for_many(grads):
-        norm = math.sqrt(kernels.sum_of_squares(grads))
+    if launch.fit_for_many(grads):
+        norm = math.sqrt(launch.sum_of_squares(grads))
     else:
         norm = math.sqrt(sum(map(_sum_of_squares, grads)))
     factor = max_norm / (norm + 1e-6)
@@ -186,8 +187,8 @@ def _grads(parameters) -> list:
 
 def scale(arrays: Sequence, factor: float) -> None:
     """Every array times ``factor``, in place."""
-    if kernels.fit_for_many(arrays):
-        kernels.scale(arrays, factor)
+    if launch.fit_for_many(arrays):
+        launch.scale(arrays, factor)
         return
     for x in arrays:
 

@@ -21,9 +21,10 @@ import threading
 import einops
 import numpy as np
 
-from tinyllm.device import beside, scatter_add, to_device
+from tinyllm.backend.cuda.launch import check_one_device
+from tinyllm.backend.device import beside, scatter_add, to_device
+from tinyllm.backend.dtypes import is_short, wide
 from tinyllm.errors import Error
-from tinyllm.kernels import check_one_device, is_short, wide
 
 # --------------------------------------------------------------------------------- the tape
 

@@ -4,14 +4,17 @@ import math
 
 import numpy as np
 
-from tinyllm.device import dropout_mask, each_block, next_address
+from tinyllm.backend.cuda.launch import on_gpu
+from tinyllm.backend.dtypes import is_short
+from tinyllm.backend.random import dropout_mask, next_address
+from tinyllm.backend.threads import each_block
 from tinyllm.errors import Error
-from tinyllm.functional import gpu
-from tinyllm.kernels import is_short, on_gpu
+from tinyllm.functional import cuda as gpu
 from tinyllm.tensor import Tensor, as_rows
 
 # GPT-2's GELU: 2u = LINEAR x + CUBIC x³
 LINEAR = 2 * math.sqrt(2 / math.pi)
+
 CUBIC = 0.044715 * LINEAR
 
 

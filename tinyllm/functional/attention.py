@@ -11,13 +11,16 @@ import math
 
 import numpy as np
 
-from tinyllm.device import dropout_mask, each_block, next_address, one_blas_thread, run_tasks
+from tinyllm.backend.cuda.launch import on_gpu
+from tinyllm.backend.dtypes import wide
+from tinyllm.backend.random import dropout_mask, next_address
+from tinyllm.backend.threads import each_block, one_blas_thread, run_tasks
 from tinyllm.errors import Error
-from tinyllm.functional import gpu
-from tinyllm.kernels import on_gpu, wide
+from tinyllm.functional import cuda as gpu
 from tinyllm.tensor import Tensor
 
 QUERY_BLOCK = 128  # rows of scores at a time
+
 SCORES = 2**18  # heads x rows x keys at a time: a block of scores stays in the cache
 
 

@@ -9,7 +9,7 @@ import math
 
 import numpy as np
 
-from tinyllm.device import dropout_mask, next_address
+from tinyllm.backend.random import dropout_mask, next_address
 from tinyllm.tensor import Tensor, concatenate, einsum, where
 
 

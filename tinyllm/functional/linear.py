@@ -2,11 +2,13 @@
 
 import numpy as np
 
-from tinyllm.data import check_ids
-from tinyllm.device import beside, matmul
+from tinyllm.backend.cuda.launch import on_gpu
+from tinyllm.backend.device import beside
+from tinyllm.backend.dtypes import wide
+from tinyllm.backend.threads import matmul
+from tinyllm.checks import check_ids
 from tinyllm.errors import Error
-from tinyllm.functional import gpu
-from tinyllm.kernels import on_gpu, wide
+from tinyllm.functional import cuda as gpu
 from tinyllm.tensor import At, Tensor, as_rows
 
 

@@ -13,14 +13,16 @@ from functools import partial
 
 import numpy as np
 
-from tinyllm.data import check_ids
-from tinyllm.device import each_block, matmul, one_blas_thread, run_tasks
+from tinyllm.backend.cuda.launch import library_of, on_gpu
+from tinyllm.backend.dtypes import is_short
+from tinyllm.backend.threads import each_block, matmul, one_blas_thread, run_tasks
+from tinyllm.checks import check_ids
 from tinyllm.errors import Error
-from tinyllm.functional import gpu
-from tinyllm.kernels import is_short, library_of, on_gpu
+from tinyllm.functional import cuda as gpu
 from tinyllm.tensor import Tensor, as_rows
 
 CHUNK = 256  # rows of logits at a time; with fewer, the weight's way through memory dominates
+
 COLUMNS = 512  # classes of dW at a time, in each thread
 
 

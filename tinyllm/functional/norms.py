@@ -2,10 +2,11 @@
 
 import numpy as np
 
-from tinyllm.device import each_block
+from tinyllm.backend.cuda.launch import on_gpu
+from tinyllm.backend.dtypes import wide
+from tinyllm.backend.threads import each_block
 from tinyllm.errors import Error
-from tinyllm.functional import gpu
-from tinyllm.kernels import on_gpu, wide
+from tinyllm.functional import cuda as gpu
 from tinyllm.tensor import Tensor, as_rows
 
 

@@ -4,12 +4,12 @@ from pathlib import Path
 
 import numpy as np
 
-from tinyllm import pretrained
 from tinyllm.errors import Error
 from tinyllm.models import gpt2, llama
 from tinyllm.models.gpt2 import GPT2, GPT2Config
 from tinyllm.models.llama import Llama, LlamaConfig
 from tinyllm.nn import Module
+from tinyllm.weights import hub
 
 ARCHITECTURES = {"gpt2": GPT2, "llama": Llama}
 CONFIGS = {"gpt2": GPT2Config, "llama": LlamaConfig}
@@ -23,9 +23,9 @@ def load_model(name: str | Path, dtype=np.float32) -> Module:
     ``name`` is a folder in Hugging Face's layout, a .gguf file, a name that ``tinyllm pull`` knows, or a hub
     id. Weights are read one at a time, so memory never holds much more than the model.
     """
-    path = pretrained.find_model(name)
+    path = hub.find_model(name)
     model = _empty(path).astype(dtype)
-    model.load_state_dict(pretrained.open_weights(path), source=str(path))
+    model.load_state_dict(hub.open_weights(path), source=str(path))
     return model.eval()
 
 
@@ -37,11 +37,11 @@ def empty_model(name: str | Path) -> Module:
     for kind, sizes in (("gpt2", gpt2.SIZES), ("llama", llama.SIZES)):
         if name in sizes:
             return ARCHITECTURES[kind](CONFIGS[kind].preset(name), rng=None)
-    return _empty(pretrained.find_model(name))
+    return _empty(hub.find_model(name))
 
 
 def _empty(path: Path) -> Module:
-    config = pretrained.model_config(path)
+    config = hub.model_config(path)
     kind = config.get("model_type")
     if not isinstance(kind, str) or kind not in ARCHITECTURES:
         raise Error(f"{path}: model_type {kind!r} is not supported; supported: {', '.join(ARCHITECTURES)}")

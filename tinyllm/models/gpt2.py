@@ -16,13 +16,14 @@ from pathlib import Path
 
 import numpy as np
 
+from tinyllm import checks, nn
 from tinyllm import functional as F
-from tinyllm import nn, pretrained
-from tinyllm.cache import Cache, LayerCache
-from tinyllm.data import check_ids, is_integer
+from tinyllm.backend.dtypes import wide
+from tinyllm.checks import check_ids, is_integer
 from tinyllm.errors import Error
-from tinyllm.kernels import wide
+from tinyllm.models.cache import Cache, LayerCache
 from tinyllm.tensor import Tensor, split
+from tinyllm.weights import hub, safetensors
 
 # Hugging Face's names for activations -> F.gelu's ``approximate``
 GELU_FORMS = {"gelu_new": "tanh", "gelu_pytorch_tanh": "tanh", "gelu": "none"}
@@ -82,7 +83,7 @@ class GPT2Config:
             value = getattr(self, name)
             if not isinstance(value, int) or value < 1:
                 raise Error(f"{name} must be a whole number of at least 1, not {value!r}")
-        pretrained.check_fields(self, layers=("n_layer",), widths=("n_embd", "n_inner"))
+        checks.check_fields(self, layers=("n_layer",), widths=("n_embd", "n_inner"))
         if self.n_embd % self.n_head:
             raise Error(
                 f"n_embd ({self.n_embd}) must be divisible by n_head ({self.n_head}): "
@@ -308,9 +309,9 @@ class GPT2(nn.Module):
     @classmethod
     def from_pretrained(cls, name: str | Path, dtype=np.float32) -> GPT2:
         """From a Hugging Face folder or hub id, in ``dtype``, in eval mode."""
-        folder = pretrained.find_folder(name)
-        model = cls(GPT2Config.from_dict(pretrained.read_config(folder)), rng=None).astype(dtype)
-        model.load_state_dict(pretrained.Weights(folder), source=str(folder))
+        folder = hub.find_folder(name)
+        model = cls(GPT2Config.from_dict(safetensors.read_config(folder)), rng=None).astype(dtype)
+        model.load_state_dict(safetensors.Weights(folder), source=str(folder))
         return model.eval()
 
     def save_pretrained(self, folder: str | Path, overwrite: bool = False) -> None:
@@ -323,4 +324,4 @@ class GPT2(nn.Module):
             name if name.startswith("lm_head.") else f"transformer.{name}": array
             for name, array in self.state_dict().items()
         }
-        pretrained.save_folder(folder, self.config.to_dict(), tensors, overwrite=overwrite)
+        safetensors.save_folder(folder, self.config.to_dict(), tensors, overwrite=overwrite)

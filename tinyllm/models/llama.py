@@ -27,13 +27,14 @@ from pathlib import Path
 
 import numpy as np
 
+from tinyllm import checks, nn
 from tinyllm import functional as F
-from tinyllm import nn, pretrained
-from tinyllm.cache import Cache, LayerCache
-from tinyllm.data import check_ids
+from tinyllm.backend.dtypes import wide
+from tinyllm.checks import check_ids
 from tinyllm.errors import Error
-from tinyllm.kernels import wide
+from tinyllm.models.cache import Cache, LayerCache
 from tinyllm.tensor import Tensor
+from tinyllm.weights import hub, safetensors
 
 # What a rope_type needs beside rope_theta. "default" is RoFormer's; "linear" divides every frequency
 # (Chen et al., arXiv 2306.15595); "llama3" only the low ones (Llama 3.1 and later).
@@ -140,7 +141,7 @@ class LlamaConfig:
                      "num_attention_heads", "max_position_embeddings"):  # fmt: skip
             self._check_size(name)
         widths = ("hidden_size", "intermediate_size", "head_dim")
-        pretrained.check_fields(self, layers=("num_hidden_layers",), widths=widths)
+        checks.check_fields(self, layers=("num_hidden_layers",), widths=widths)
         if self.hidden_size % self.num_attention_heads:
             raise Error(
                 f"hidden_size ({self.hidden_size}) must be divisible by num_attention_heads "
@@ -433,9 +434,9 @@ class Llama(nn.Module):
     @classmethod
     def from_pretrained(cls, name: str | Path, dtype=np.float32) -> Llama:
         """From what ``load_model`` takes, in ``dtype``, in eval mode."""
-        path = pretrained.find_model(name)
-        model = cls(LlamaConfig.from_dict(pretrained.model_config(path)), rng=None).astype(dtype)
-        model.load_state_dict(pretrained.open_weights(path), source=str(path))
+        path = hub.find_model(name)
+        model = cls(LlamaConfig.from_dict(hub.model_config(path)), rng=None).astype(dtype)
+        model.load_state_dict(hub.open_weights(path), source=str(path))
         return model.eval()
 
     def save_pretrained(self, folder: str | Path, overwrite: bool = False) -> None:
@@ -444,4 +445,4 @@ class Llama(nn.Module):
             name if name.startswith("lm_head.") else f"model.{name}": array
             for name, array in self.state_dict().items()
         }
-        pretrained.save_folder(folder, self.config.to_dict(), tensors, overwrite=overwrite)
+        safetensors.save_folder(folder, self.config.to_dict(), tensors, overwrite=overwrite)

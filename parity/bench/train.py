@@ -1,0 +1,229 @@
+"""How fast is tinyllm beside PyTorch, and in how much memory?
+
+``python -m parity bench train`` lets several *variants* (ways to do the work: ``bench_variants.py``) train
+the same model on the same tokens and prints what it measured. Each measurement has a process of its own,
+in turn (A B A B …): a process's peak memory never falls, and two libraries' thread pools share the cores.
+
+At its top this module imports the standard library only, so that a variant's process holds that variant's
+libraries and nothing else.
+"""
+
+import json
+import math
+import os
+import platform
+import re
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import asdict
+from pathlib import Path
+from statistics import median
+
+from parity.bench.reach import COSTS, ratio_by_round, reach_rows, reach_table
+from parity.bench.train_variants import VARIANTS, WORKS, Work
+
+# ---- One measurement: what runs in a variant's own process ----
+
+
+def run_variant(variant: str, work: Work, warmup: int, steps: int, threads: int) -> dict:
+    """Train ``warmup`` untimed and ``steps`` timed steps, and return what they cost.
+
+    Returns ``seconds`` and minor ``page_faults`` of each timed step, ``losses`` of every step (warm-up
+    included), ``peak_bytes`` of the whole process, ``built_bytes``, the part of it that libraries and model
+    had taken before the first step, and the ``libraries`` loaded, with version and BLAS.
+    """
+    import resource
+
+    import numpy as np
+
+    rng = np.random.default_rng(0)
+    tokens = rng.integers(0, work.vocab_size, (warmup + steps, 2, work.batch, work.context))
+    step = VARIANTS[variant](work, threads)
+    built_bytes = peak_memory()
+    seconds, page_faults, losses = [], [], []
+    for ids, targets in tokens:  # both (B, T)
+        faults_before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        start = time.perf_counter()
+        losses.append(step(ids, targets))
+        seconds.append(time.perf_counter() - start)
+        page_faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - faults_before)
+    if not all(math.isfinite(loss) for loss in losses if loss is not None):
+        sys.exit(f"{variant}: the losses {losses} are not all finite, so its times mean nothing.")
+    costs = {"seconds": seconds[warmup:], "page_faults": page_faults[warmup:], "losses": losses}
+    return costs | {"peak_bytes": peak_memory(), "built_bytes": built_bytes, "libraries": libraries()}
+
+
+def peak_memory() -> int:
+    """The peak resident memory of this process, in bytes.
+
+    As ``tinyllm.backend.memory.peak_memory``, which would bring tinyllm into PyTorch's process.
+    """
+    import resource
+
+    if sys.platform == "linux":  # ru_maxrss survives exec: a child would start with its parent's peak
+        return 1024 * int(re.search(r"VmHWM:\s*(\d+) kB", Path("/proc/self/status").read_text())[1])
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # bytes on macOS
+
+
+def libraries() -> dict[str, str]:
+    """The array libraries this process loaded: their version, their BLAS, the kernels it chose."""
+    import numpy as np
+    from threadpoolctl import threadpool_info
+
+    blas = np.show_config(mode="dicts")["Build Dependencies"]["blas"]
+    kernels = {pool["architecture"] for pool in threadpool_info() if "architecture" in pool}
+    found = {"numpy": " ".join([np.__version__, "with", blas["name"], blas["version"], *sorted(kernels)])}
+    if torch := sys.modules.get("torch"):
+        blas = re.search(r"\bBLAS_INFO=(\w+)", torch.__config__.show())
+        kernels = torch.backends.cpu.get_cpu_capability()
+        found["torch"] = f"{torch.__version__} with {blas[1] if blas else 'unknown BLAS'} {kernels}"
+    if transformers := sys.modules.get("transformers"):
+        found["transformers"] = transformers.__version__
+    return found
+
+
+# ---- All measurements, in turn ----
+
+
+def train(variants: dict[str, list[str]], rounds: int, warmup: int, steps: int, threads: int) -> dict:
+    """Measure the variants of each work (name in ``WORKS`` -> variants); all there is to report, for JSON."""
+    counts, works, before = {"warmup": warmup, "steps": steps, "threads": threads}, {}, machine()
+    for name, chosen in variants.items():
+        print(f"{name}:", file=sys.stderr)
+        runs = measure(WORKS[name], chosen, rounds, **counts)
+        summary, ratios = summarise(runs, WORKS[name]), compare(runs)
+        works[name] = {"sizes": asdict(WORKS[name]), "variants": summary, "ratios": ratios, "runs": runs}
+    return {
+        "request": {"rounds": rounds, **counts},
+        "machine": before,
+        "works": works,
+        "reach": reach_rows({name: work["runs"] for name, work in works.items()}),
+    }
+
+
+def measure(work: Work, variants: list[str], rounds: int, warmup: int, steps: int, threads: int) -> dict:
+    """Let the variants take turns; returns variant -> [result of ``run_variant``, one per round].
+
+    A variant that fails ends the program with exit code 1: its own message stands on stderr.
+    """
+    environment = with_threads(threads)
+    runs = {variant: [] for variant in variants}
+    for number in range(1, rounds + 1):
+        for variant in variants:
+            print(f"round {number}/{rounds}: {variant} …", end=" ", file=sys.stderr, flush=True)
+            child = in_own_process(
+                "parity.bench.train", [variant, asdict(work), warmup, steps, threads], environment
+            )
+            runs[variant].append(result_of(child, variant, number))
+            print(f"{median(runs[variant][-1]['seconds']):.4g} s per step", file=sys.stderr)
+    return runs
+
+
+def with_threads(threads: int) -> dict[str, str]:
+    """Our environment variables, and those that say how many threads a process is to have."""
+    names = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "VECLIB_MAXIMUM_THREADS")
+    return os.environ | dict.fromkeys(names, str(threads))
+
+
+def in_own_process(module: str, request: list, environment: dict) -> subprocess.CompletedProcess:
+    """``python -m module`` with the request as JSON, to its end."""
+    command = [sys.executable, "-m", module, json.dumps(request)]
+    return subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True)
+
+
+def result_of(child: subprocess.CompletedProcess, name: str, number: int) -> dict:
+    """The JSON that a process printed last. If it failed, the program ends with exit code 1."""
+    if child.returncode != 0:
+        sys.exit(f"\n{name} failed in round {number} (code {child.returncode}): no report.")
+    return json.loads(child.stdout.splitlines()[-1])
+
+
+def machine() -> dict:
+    """The processor by name, its cores and how many it is already using, the operating system, the Python."""
+    cpu = platform.processor()
+    if sys.platform == "linux":
+        named = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
+        cpu = named[1] if named else platform.machine()
+    elif sys.platform == "darwin":
+        cpu = subprocess.check_output(["sysctl", "-n", "machdep.cpu.brand_string"], text=True).strip()
+    system, python = platform.platform(), platform.python_version()
+    load = f"{os.getloadavg()[0]:.1f}"  # much above 0 before we start: the times will be somebody else's, too
+    return {"cpu": cpu, "cores": os.cpu_count(), "load": load, "system": system, "python": python}
+
+
+# ---- The report ----
+
+
+def spread(values: list[float]) -> dict[str, float]:
+    """Median, minimum and maximum."""
+    return {"median": median(values), "min": min(values), "max": max(values)}
+
+
+def summarise(runs: dict[str, list[dict]], work: Work) -> dict[str, dict]:
+    """Per variant: seconds and page faults over all timed steps, tokens per second, peak memory."""
+    summary = {}
+    for variant, rounds in runs.items():
+        seconds = spread([value for run in rounds for value in run["seconds"]])
+        summary[variant] = {
+            "seconds": seconds,
+            "tokens_per_s": work.batch * work.context / seconds["median"],
+            "peak_bytes": spread([run["peak_bytes"] for run in rounds]),
+            "page_faults": spread([value for run in rounds for value in run["page_faults"]]),
+        }
+    return summary
+
+
+def compare(runs: dict[str, list[dict]]) -> dict[str, dict]:
+    """The first variant's cost divided by each other's in the same round, and the spread of those ratios."""
+    first, *others = runs
+    ratios = {other: {} for other in others}
+    for other in others:
+        memory = [] if other == "gemms" else ["peak memory"]  # it holds no gradients and trains nothing
+        for name in ["time (medians)", "time (minima)", *memory]:
+            values = ratio_by_round(runs, COSTS[name], first, [other])
+            ratios[other][name] = spread(values) | {"rounds": values}
+    return ratios
+
+
+def report(result: dict) -> str:
+    """What ``python -m parity bench train`` prints: the tables of every work, then the table of reach."""
+    lines = [describe(result[name]) for name in ("request", "machine")]
+    for name, work in result["works"].items():
+        lines += ["", f"{name}: {describe(work['sizes'])}", *work_tables(work)]
+    if result["reach"]:
+        lines += ["", *reach_table(result["reach"])]
+    return "\n".join(line.rstrip() for line in lines)
+
+
+def describe(facts: dict) -> str:
+    """``name value, name value …``"""
+    return ", ".join(f"{name} {fact}" for name, fact in facts.items())
+
+
+def work_tables(work: dict) -> list[str]:
+    """What each variant cost, and the first one's cost divided by each other's."""
+    runs = work["runs"]
+    lines = [f"{variant}: {describe(rounds[0]['libraries'])}" for variant, rounds in runs.items()]
+    row = "{:<26}{:>9}{:>9}{:>9}{:>10}{:>9}{:>13}  {}".format
+    lines += ["", row("variant", "s/step", "min", "max", "tokens/s", "peak GB", "faults/step", "loss")]
+    for variant, cost in work["variants"].items():
+        seconds = [f"{value:.4f}" for value in cost["seconds"].values()]
+        memory, faults = cost["peak_bytes"]["median"] / 1e9, cost["page_faults"]["median"]
+        numbers = [*seconds, f"{cost['tokens_per_s']:.0f}", f"{memory:.3f}", f"{faults:.0f}"]
+        losses = runs[variant][0]["losses"]
+        trained = "none" if losses[0] is None else f"{losses[0]:.4f} to {losses[-1]:.4f}"
+        lines.append(row(variant, *numbers, trained))
+    for other, ratios in work["ratios"].items():
+        lines += ["", row(f"{next(iter(runs))} / {other}", "median", "min", "max", "by round:", "", "", "")]
+        for name, ratio in ratios.items():
+            numbers = [ratio["median"], ratio["min"], ratio["max"], *ratio["rounds"]]
+            lines.append(f"{name:<26}" + "".join(f"{value:>9.3f}" for value in numbers))
+    return lines
+
+
+if __name__ == "__main__":  # a variant's own process, started by measure
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # on Ctrl-C measure's process speaks, this one just ends
+    variant, work, *counts = json.loads(sys.argv[1])
+    print(json.dumps(run_variant(variant, Work(**work), *counts)))

@@ -1,0 +1,313 @@
+"""What is measured: the works, and every way to do one of them.
+
+A variant is one function in ``VARIANTS``: it builds model and optimiser and returns ``step(ids, targets)``,
+one whole training step that returns its loss. At its top this module imports the standard library only, so
+that a variant's process holds that variant's libraries and nothing else.
+
+The peers are PyTorch's: eager, eager with its fused loss, compiled. JAX is left out: transformers 5 has no
+GPT-2 in JAX, and one written here would be measured for how it was written.
+"""
+
+import importlib.util
+import os
+import shutil
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Work:
+    """A model and the batch it trains on: a step is ``batch`` × ``context`` tokens."""
+
+    n_layer: int
+    n_embd: int
+    n_head: int
+    n_positions: int
+    vocab_size: int
+    batch: int
+    context: int
+    arch: str = "gpt2"  # or llama
+
+    def config(self) -> dict:
+        """The arguments of ``GPT2Config`` or ``LlamaConfig``: tinyllm and transformers name them alike."""
+        if self.arch == "gpt2":
+            sizes = {name: getattr(self, name) for name in ("n_layer", "n_embd", "n_head", "n_positions")}
+            dropouts = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+            return {"vocab_size": self.vocab_size, **sizes, **dropouts}
+        return {
+            "vocab_size": self.vocab_size,
+            "hidden_size": self.n_embd,
+            "intermediate_size": self.n_embd * 8 // 3,  # as many weights in three matrices as 4 n_embd in two
+            "num_hidden_layers": self.n_layer,
+            "num_attention_heads": self.n_head,
+            "max_position_embeddings": self.n_positions,
+            "tie_word_embeddings": True,
+        }
+
+
+WORKS = {
+    "gpt2-124m": Work(12, 768, 12, n_positions=1024, vocab_size=50257, batch=4, context=256),
+    "gpt2-124m-1x1024": Work(12, 768, 12, n_positions=1024, vocab_size=50257, batch=1, context=1024),
+    "llama-124m": Work(12, 768, 12, 1024, vocab_size=50257, batch=4, context=256, arch="llama"),
+    "small": Work(6, 384, 6, n_positions=256, vocab_size=2048, batch=16, context=256),
+    "tiny": Work(2, 32, 2, n_positions=16, vocab_size=64, batch=2, context=16),
+}
+
+# The recipe of every variant: float32, no dropout, AdamW with decay on matrices only, clipping.
+LEARNING_RATE, BETAS, EPS, WEIGHT_DECAY, MAX_GRAD_NORM = 3e-4, (0.9, 0.999), 1e-8, 0.1, 1.0
+
+# step(ids (B, T), targets (B, T)) -> loss; both int64 arrays of NumPy. None: this variant has no loss.
+Step = Callable[..., float | None]
+
+
+# ---- tinyllm ----
+
+
+def tinyllm_step(work: Work, threads: int) -> Step:
+    """tinyllm's model. Its number of threads comes from the environment, which ``measure`` sets."""
+    update = tinyllm_train_step(tinyllm_model(work))
+    return lambda ids, targets: float(update(ids, targets).item())
+
+
+def tinyllm_train_step(model) -> Callable:
+    """What tinyllm does for a step: (ids, targets) -> the loss, a Tensor still on the device.
+
+    The model is where it stays, and in the dtype in which it is trained.
+    """
+    from tinyllm import optim
+
+    optimizer = optim.AdamW(model, LEARNING_RATE, betas=BETAS, eps=EPS, weight_decay=WEIGHT_DECAY)
+    optimizer.reserve()  # as ``tinyllm train`` does
+
+    def step(ids, targets):
+        loss = model.loss(ids, targets)
+        loss.backward()
+        optim.clip_grad_norm(model, MAX_GRAD_NORM)
+        optimizer.step()
+        optimizer.zero_grad()
+        return loss
+
+    return step
+
+
+def tinyllm_model(work: Work):
+    """tinyllm's model with random weights, in training mode, in a process that keeps its memory."""
+    import numpy as np
+
+    from tinyllm.backend.memory import keep_memory
+    from tinyllm.models import ARCHITECTURES, CONFIGS
+
+    keep_memory()  # as ``tinyllm train`` does
+    config = CONFIGS[work.arch](**work.config())
+    return ARCHITECTURES[work.arch](config, rng=np.random.default_rng(0)).train()
+
+
+def gemms_step(work: Work, threads: int) -> Step:
+    """The matrix products of one tinyllm step and nothing else: the time below which no step can go.
+
+    Those of every linear layer, of the head in its chunks, and of attention in its blocks, with the same
+    shapes, layouts and threads as in the step, on the model's own weights. Activations and gradients are
+    random; layers share them, as the memory of a finished layer is used again in a step.
+    """
+    import numpy as np
+
+    from tinyllm.nn import Linear
+
+    model, rng = tinyllm_model(work), np.random.default_rng(1)
+    B, T, C, H = work.batch, work.context, work.n_embd, work.n_head
+    modules = [module for name, module in model.named_modules() if name != "lm_head"]
+    linears = [module.weight.data for module in modules if isinstance(module, Linear)]  # (C_out, C_in) each
+    widths = {size for w in linears for size in w.shape}
+    rows = {size: rng.standard_normal((B * T, size), np.float32) for size in widths}
+    # As in the step, (B, H, T, D) each: strided views of rows, but Llama's q and k, which were turned.
+    g = v = rows[C].reshape(B, T, H, C // H).swapaxes(1, 2)
+    if work.arch == "gpt2":
+        q, k, v = rows[3 * C].reshape(B, T, 3, H, C // H).transpose(2, 0, 3, 1, 4)
+    else:
+        q = k = np.ascontiguousarray(v)
+
+    def step(ids, targets):
+        linear_products(linears, rows)
+        head_products(rows[C], model.lm_head.weight.data)
+        for _ in range(work.n_layer):
+            attention_products(q, k, v, g)
+
+    return step
+
+
+def linear_products(weights: list, rows: dict) -> None:
+    """y = x Wᵀ, dx = g W and dW = gᵀ x of every weight; ``rows`` holds the x and g, by their width."""
+    from tinyllm.backend.threads import matmul
+
+    for w in weights:
+        matmul(rows[w.shape[1]], w.T)
+    for w in reversed(weights):
+        matmul(rows[w.shape[0]], w)
+        matmul(rows[w.shape[0]].T, rows[w.shape[1]])
+
+
+def head_products(x, w) -> None:
+    """``linear_cross_entropy``'s: the logits, dx and dW, for one chunk of rows after the other."""
+    import numpy as np
+
+    from tinyllm.backend.threads import matmul, one_blas_thread, run_tasks
+    from tinyllm.functional.losses import CHUNK, COLUMNS
+
+    dx = np.empty_like(x)
+    columns = [slice(first, first + COLUMNS) for first in range(0, len(w), COLUMNS)]
+    for start in range(0, len(x), CHUNK):
+        rows = slice(start, start + CHUNK)
+        logits = matmul(x[rows], w.T)
+        matmul(logits, w, out=dx[rows])
+        with one_blas_thread():
+            run_tasks(lambda some, logits=logits, rows=rows: logits[:, some].T @ x[rows], columns)
+
+
+def attention_products(q, k, v, g) -> None:
+    """``scaled_dot_product_attention``'s, block by block: two forward; the scores again and four backward."""
+    from tinyllm.backend.threads import one_blas_thread, run_tasks
+    from tinyllm.functional.attention import QUERY_BLOCK, _head_groups
+
+    B, H, T, _ = q.shape
+    groups = _head_groups(B, H, min(T, QUERY_BLOCK) * T, like=q)
+
+    def blocks(bh):
+        """(queries, keys they see, values they see, output's gradient) of every block of a group of heads."""
+        for start in range(0, T, QUERY_BLOCK):
+            stop = min(start + QUERY_BLOCK, T)
+            yield q[bh][:, :, start:stop], k[bh][:, :, :stop], v[bh][:, :, :stop], g[bh][:, :, start:stop]
+
+    def forward(bh):
+        for queries, keys, values, _ in blocks(bh):
+            p = queries @ keys.swapaxes(-1, -2)
+            p @ values
+
+    def backward(bh):
+        for queries, keys, values, grad in blocks(bh):
+            p = queries @ keys.swapaxes(-1, -2)
+            ds = grad @ values.swapaxes(-1, -2)
+            p.swapaxes(-1, -2) @ grad
+            ds @ keys
+            ds.swapaxes(-1, -2) @ queries
+
+    with one_blas_thread():
+        run_tasks(forward, groups)
+        run_tasks(backward, groups)
+
+
+# ---- PyTorch ----
+
+
+def torch_eager_step(work: Work, threads: int) -> Step:
+    """Hugging Face's model in PyTorch eager at its best: SDPA attention, fused AdamW, no key-value cache."""
+    model = hugging_face_model(work, threads)
+    return torch_step(model, cross_entropy_of(model))
+
+
+def torch_linear_ce_step(work: Work, threads: int) -> Step:
+    """Eager, but head and loss in one: ``torch.nn.functional.linear_cross_entropy`` in chunks of rows.
+
+    512 rows at a time, because the chunks it would choose are tiny here: 8 rows for GPT-2's vocabulary.
+    """
+    import torch
+    import torch.nn.functional as F
+
+    model = hugging_face_model(work, threads)
+    options = torch.nn.LinearCrossEntropyOptions(batch_chunk_size=512, chunking_method=None)
+
+    def compute_loss(ids, targets):
+        hidden = model.base_model(ids, use_cache=False).last_hidden_state.flatten(0, 1)
+        return F.linear_cross_entropy(hidden, model.lm_head.weight, targets.flatten(), options=options)
+
+    return torch_step(model, compute_loss)
+
+
+def torch_compile_step(work: Work, threads: int) -> Step:
+    """The eager step with model and loss compiled into one graph, in the first step: warm up at least one."""
+    import torch
+
+    model = hugging_face_model(work, threads)
+    return torch_step(model, torch.compile(cross_entropy_of(model), fullgraph=True))
+
+
+def hugging_face_model(work: Work, threads: int):
+    """``GPT2LMHeadModel`` or ``LlamaForCausalLM`` with its own random initialisation, in training mode."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    torch.set_num_threads(threads)
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(work.arch, **work.config(), bos_token_id=0, eos_token_id=0)
+    return AutoModelForCausalLM.from_config(config, attn_implementation="sdpa").train()
+
+
+def cross_entropy_of(model):
+    """(ids, targets) -> the cross-entropy of the model's logits."""
+    import torch.nn.functional as F
+
+    def compute_loss(ids, targets):
+        logits = model(ids, use_cache=False).logits
+        return F.cross_entropy(logits.flatten(0, 1), targets.flatten())
+
+    return compute_loss
+
+
+def torch_step(model, compute_loss) -> Step:
+    """A step from NumPy's arrays to a number."""
+    import torch
+
+    update = torch_train_step(model, compute_loss)
+    return lambda ids, targets: update(torch.from_numpy(ids), torch.from_numpy(targets)).item()
+
+
+def torch_train_step(model, compute_loss) -> Callable:
+    """What every PyTorch variant does around its loss: backward, clipping, AdamW.
+
+    Returns (ids, targets) -> the loss, all of them tensors on the model's device.
+    """
+    import torch
+
+    parameters = list(model.parameters())
+    groups = [
+        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": WEIGHT_DECAY},
+        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    optimizer = torch.optim.AdamW(groups, lr=LEARNING_RATE, betas=BETAS, eps=EPS, fused=True)
+
+    def step(ids, targets):
+        loss = compute_loss(ids, targets)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(parameters, MAX_GRAD_NORM)
+        optimizer.step()
+        optimizer.zero_grad()
+        return loss.detach()
+
+    return step
+
+
+VARIANTS = {
+    "tinyllm": tinyllm_step,
+    "gemms": gemms_step,
+    "torch-eager": torch_eager_step,
+    "torch-linear-ce": torch_linear_ce_step,
+    "torch-compile": torch_compile_step,
+}
+
+
+def what_is_missing(variant: str) -> str | None:
+    """What this variant needs and this machine lacks, or None."""
+    if not importlib.util.find_spec("resource"):
+        return "Linux or macOS, where the system counts memory and page faults"
+    if not variant.startswith("torch"):
+        return None
+    for module in ("torch", "transformers"):
+        if not importlib.util.find_spec(module):
+            return f"{module}: pip install 'tinyllm[parity]'"
+    release = importlib.metadata.version("torch")
+    if variant == "torch-linear-ce" and tuple(map(int, release.split(".")[:2])) < (2, 13):
+        return f"torch 2.13 or newer, and this is {release}: pip install 'torch>=2.13'"
+    compiler = os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")
+    if variant == "torch-compile" and not shutil.which(compiler):
+        return f"a C++ compiler, and {compiler} was not found: install it, or name yours in CXX"
+    return None

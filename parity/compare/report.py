@@ -1,0 +1,246 @@
+"""Does a whole model compute what PyTorch and ``transformers`` compute, layer by layer?
+
+tinyllm's model, its PyTorch twin and the class of ``transformers`` run with the same weights on the same
+tokens; what each layer computes and every gradient are laid beside each other.
+"""
+
+from __future__ import annotations
+
+import platform
+import re
+from collections import Counter
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+import transformers
+
+from parity.compare.capture import OUTPUT, capture
+from parity.compare.layers import BOUNDS, Comparison, Row, compare_captures
+from parity.twins import bridge
+from tinyllm.checks import check_ids
+from tinyllm.errors import Error
+from tinyllm.models import ARCHITECTURES, GPT2Config, Llama, LlamaConfig
+from tinyllm.nn import Module
+
+FUSED = (
+    "tinyllm's loss is the one it trains with, head and cross-entropy in one op: it never holds the "
+    "gradient of all logits at once, so that of lm_head's output exists on the other sides only."
+)
+
+THEIR_LOSS = (
+    "The loss of transformers is computed here, from its logits in float64: its own loss converts them "
+    "to float32 even in a float64 model, and would be off by about 3e-8."
+)
+
+THEIR_LLAMA = (
+    "The Llama of transformers has torch's RMSNorm and SDPA here, and RoPE's angles in float64: its own "
+    "norm, angles and eager softmax are float32 even in a float64 model, and would be off by about 1e-7."
+)
+
+COPIED = "transformers has the weights that tinyllm has, copied."
+
+LOADED = "transformers read the folder with its own loader, tinyllm with its own."
+
+
+@dataclass
+class Findings:
+    """What ``examine`` found: tinyllm against its twin and against transformers."""
+
+    twin: Comparison
+    theirs: Comparison
+    facts: dict[str, str] = field(default_factory=dict)  # what was compared, name -> value
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def lines(self) -> list[tuple[Row | None, Row | None]]:
+        """(against the twin, against transformers), in the order of computation."""
+        twin = {(row.kind, row.name): row for row in self.twin.rows}
+        theirs = {(row.kind, row.name): row for row in self.theirs.rows}
+        return [(twin.get(key), theirs.get(key)) for key in twin | theirs]
+
+    @property
+    def first(self) -> tuple[Row, str] | None:
+        """The first row that breaks its bound, and against whom: "the twin" or "transformers"."""
+        for line in self.lines:
+            for row, side in zip(line, ("the twin", "transformers")):
+                if row is not None and not row.agrees:
+                    return row, side
+        return None
+
+    def verdict(self) -> str:
+        """One sentence: everything agrees, or the first layer that does not."""
+        if self.first is None:
+            worst = [f"{side.worst.relative:.1e}" for side in (self.twin, self.theirs)]
+            count = len(self.twin.rows) + len(self.theirs.rows)
+            return (
+                f"All {count} comparisons are within their bounds; those closest to them are off by "
+                f"{worst[0]} (twin) and {worst[1]} (transformers)."
+            )
+        row, side = self.first
+        rows = (self.twin if side == "the twin" else self.theirs).rows
+        before = rows[rows.index(row) - 1] if row is not rows[0] else None
+        after = f"everything up to the {before} agrees" if before else "nothing comes before it"
+        return (
+            f"First diverging layer: {row.name}. The {row} differs from that of {side} by "
+            f"{row.relative:.1e}, the bound is {row.bound:.1e}; {after}."
+        )
+
+    def one_sided(self) -> dict[str, list[str]]:
+        """What was compared with nothing, by side; ``*`` stands for every block's number."""
+        return {
+            "in tinyllm, not in the twin": _grouped(self.twin.only_ours),
+            "in the twin, not in tinyllm": _grouped(self.twin.only_theirs),
+            "in tinyllm, not in transformers": _grouped(self.theirs.only_ours),
+            "in transformers, not in tinyllm": _grouped(self.theirs.only_theirs),
+        }
+
+    def __str__(self) -> str:
+        """The table as plain text, and what else the page says."""
+        lines = [f"{name}: {value}" for name, value in self.facts.items()]
+        width = max(len((a or b).name) for a, b in self.lines)
+        numbers = "{:>8}  {:>8}".format
+        title = f"{'':<{width}}  {'':22}  {'':<18}  {'--- twin ---':^18}  {'- transformers -':^18}"
+        head = f"{'layer':<{width}}  {'compared':22}  {'shape':<18}  {numbers('abs', 'relative')}"
+        lines += ["", title, f"{head}  {numbers('abs', 'relative')}  {'bound':>8}"]
+        for pair in self.lines:
+            row = pair[0] or pair[1]
+            cells = [numbers(*(f"{x:.1e}" for x in (r.absolute, r.relative)) if r else "--") for r in pair]
+            verdict = "agrees" if all(r is None or r.agrees for r in pair) else "DIFFERS"
+            lines.append(
+                f"{row.name:<{width}}  {row.kind:<22}  {row.shape!s:<18}  {'  '.join(cells)}  "
+                f"{row.bound:8.1e}  {verdict}"
+            )
+        lines.append("")
+        lines += [f"Only {side}: {', '.join(names)}." for side, names in self.one_sided().items() if names]
+        return "\n".join([*lines, *self.notes, "", self.verdict()])
+
+
+def examine(ours: Module, twin, theirs, ids, targets) -> Findings:
+    """Run the three models on ids and targets, both (B, T), forward and backward, and compare them.
+
+    ``ours`` is a tinyllm model, ``twin`` its twin (``bridge.to_torch``), ``theirs`` the class of
+    ``transformers`` as ``bridge.to_transformers`` has it, all with the same weights.
+    """
+    batch = (ids, targets)
+    logits = capture(ours, ids, lambda model, ids: model(ids).detach())  # the fused loss shows no logits
+    loss = capture(ours, batch, lambda model, ids, targets: model.loss(ids, targets))
+    run = replace(loss, outputs=logits.outputs | loss.outputs)
+    names = bridge.transformers_names(ours, theirs)
+    facts = {
+        "batch": f"{ids.shape[0]} × {ids.shape[1]} tokens, {(targets != -100).sum()} targets that count",
+        "dtype": str(next(ours.parameters()).dtype),
+        "versions": f"NumPy {np.__version__}, PyTorch {torch.__version__}, "
+        f"transformers {transformers.__version__}, Python {platform.python_version()}",
+    }
+    return Findings(
+        _with_loss(compare_captures(run, capture(twin, batch))),
+        _with_loss(compare_captures(run, capture(theirs, batch, _their_loss), names)),
+        facts,
+        [FUSED, THEIR_LOSS, *[THEIR_LLAMA] * isinstance(ours, Llama), BOUNDS],
+    )
+
+
+def _their_loss(model, ids, targets):
+    logits = model(ids, use_cache=False).logits
+    return F.cross_entropy(logits.double().flatten(0, 1), targets.flatten(), ignore_index=-100)
+
+
+def _with_loss(comparison: Comparison) -> Comparison:
+    """What the three calls return is their loss: say so."""
+    rows = [replace(row, name="loss") if row.name == OUTPUT else row for row in comparison.rows]
+    return replace(comparison, rows=rows)
+
+
+def _grouped(names: list[str]) -> list[str]:
+    """h.0.mlp.act and h.1.mlp.act become one: h.*.mlp.act (2)."""
+    count = Counter(re.sub(r"\.\d+(?=\.)", ".*", name) for name in names)
+    return [f"{name} ({times})" if times > 1 else name for name, times in count.items()]
+
+
+# ------------------------------------------------------------------------- what to run it on
+
+
+def random_models(arch: str, sizes: dict, dtype: str, seed: int):
+    """(tinyllm model, twin, transformers model) with the same random weights, in eval mode.
+
+    Matrices are drawn so that they keep the scale of what they multiply; biases, and norms around 1,
+    with a standard deviation of 0.3: at 0 and 1, where training begins, a forgotten one would not show.
+    """
+    rng = np.random.default_rng(seed)
+    config = _llama_config(sizes) if arch == "llama" else GPT2Config(**sizes)
+    model = ARCHITECTURES[arch](config, rng=rng).astype(dtype).eval()
+    for parameter in model.parameters():
+        noise = rng.standard_normal(parameter.shape)
+        if parameter.ndim == 2:
+            parameter.data[...] = noise / np.sqrt(parameter.shape[1])
+        else:
+            parameter.data[...] += 0.3 * noise
+    return model, bridge.to_torch(model), bridge.to_transformers(model)
+
+
+def _llama_config(sizes: dict) -> LlamaConfig:
+    """A Llama of GPT-2's sizes with everything it can have: shared heads, biases, scaled frequencies."""
+    C, H, context = sizes["n_embd"], sizes["n_head"], sizes["n_positions"]
+    return LlamaConfig(
+        vocab_size=sizes["vocab_size"],
+        hidden_size=C,
+        intermediate_size=3 * C,
+        num_hidden_layers=sizes["n_layer"],
+        num_attention_heads=H,
+        num_key_value_heads=H // 2 if H % 2 == 0 else 1,
+        max_position_embeddings=context,
+        rope_parameters=dict(
+            rope_type="llama3",
+            factor=8.0,
+            low_freq_factor=1.0,
+            high_freq_factor=4.0,
+            original_max_position_embeddings=max(1, context // 2),
+        ),
+        attention_bias=True,
+        mlp_bias=True,
+    )
+
+
+def models_of(folder: Path, dtype: str):
+    """(tinyllm model, twin, transformers model, how the latter got its weights) of a model's folder."""
+    ours, twin = bridge.load_pair(folder, dtype)
+    if isinstance(ours, Llama):
+        theirs = _read_by_transformers(transformers.LlamaForCausalLM, folder, dtype, "sdpa")
+        return ours, twin, bridge.in_its_own_dtype(theirs), LOADED
+    if ours.config.lm_head_bias or not ours.config.qkv_bias:  # transformers would not read these
+        return ours, twin, bridge.to_transformers(ours), COPIED
+    theirs = _read_by_transformers(transformers.GPT2LMHeadModel, folder, dtype, "eager")
+    return ours, twin, theirs, LOADED
+
+
+def _read_by_transformers(kind, folder: Path, dtype: str, attention: str):
+    transformers.utils.logging.disable_progress_bar()
+    theirs = kind.from_pretrained(folder, dtype=getattr(torch, dtype), attn_implementation=attention)
+    return theirs.eval()
+
+
+def random_batch(model: Module, batch: int, tokens: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Random ids and targets, both (batch, tokens); about every fifth target does not count."""
+    _check_length(model, tokens)
+    V, rng = model.config.vocab_size, np.random.default_rng(seed)
+    ids = rng.integers(0, V, (batch, tokens))
+    targets = np.where(rng.random(ids.shape) < 0.2, -100, rng.integers(0, V, ids.shape))
+    targets[0, 0] = rng.integers(0, V)
+    return ids, targets
+
+
+def given_batch(model: Module, ids: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
+    """One sequence (1, T) of at least two ids and its targets: at each position the next id."""
+    if len(ids) < 2:
+        raise Error("--ids needs at least two token ids: the second is the target of the first")
+    _check_length(model, len(ids) - 1)
+    checked = check_ids(np.array([ids]), model.config.vocab_size, name="--ids")
+    return checked[:, :-1], checked[:, 1:]
+
+
+def _check_length(model: Module, tokens: int) -> None:
+    if tokens > model.context:
+        raise Error(f"{tokens} tokens are too many: the model takes at most {model.context}")

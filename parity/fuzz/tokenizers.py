@@ -1,0 +1,293 @@
+"""Tokenizers, broken: our own, Hugging Face's, Llama's two, and the files beside them."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+from pathlib import Path
+
+from parity.fuzz.mutations import (
+    Mutation,
+    byte_mutations,
+    file_mutations,
+    fixed_edit,
+    json_mutations,
+    line_mutations,
+    number_mutations,
+    read_json,
+    write_json,
+)
+from tinyllm.errors import Error
+from tinyllm.tokenizers import load_tokenizer
+from tinyllm.tokenizers.base import END_OF_TEXT, FILE_NAME, Tokenizer
+from tinyllm.tokenizers.bpe import BPETokenizer
+from tinyllm.tokenizers.char import CharTokenizer
+from tinyllm.tokenizers.huggingface import BYTE_OF, MERGES, TOKENIZER_JSON, TOKENIZER_MODEL, VOCAB
+
+TEXTS = ("Hello, world: 12  and\n\n3", " é漢👍\x00\u2028", "")
+
+# A vocabulary of each of the two families
+BYTE_TOKENS = [f"<0x{byte:02X}>" for byte in range(256)]
+
+PIECES = ["<unk>", "<s>", "</s>", *BYTE_TOKENS, "▁", "a", "b", "ab", "▁ab"]
+
+SYMBOLS = list(BYTE_OF)
+
+BYTE_MERGES = ["a b", "Ġ a", "Ġ ab"]
+
+BYTE_LEVEL_TOKENS = [*SYMBOLS, *(merge.replace(" ", "") for merge in BYTE_MERGES), "<|end|>"]
+
+
+def check_tokenizer(tokenizer: Tokenizer) -> None:
+    """Its ids are in range, whatever it is asked; where it cannot do something, it says so by Error."""
+    size = tokenizer.vocab_size
+    assert type(size) is int and size > 0, size
+    ids = [*tokenizer.special_tokens.values(), *tokenizer.eos_ids]
+    ids += [] if tokenizer.bos_id is None else [tokenizer.bos_id]
+    assert all(type(i) is int and 0 <= i < size for i in ids), ids
+    assert all(type(name) is str for name in tokenizer.special_tokens)
+    assert tokenizer.chat_template is None or type(tokenizer.chat_template) is str
+    # Not the longest: tiktoken takes a minute for a hundred thousand letters in one word, from any file.
+    names = "".join([name for name in tokenizer.special_tokens if len(name) < 1000][:2])
+    for text in TEXTS:
+        for special in ("refuse", "allow", "text"):
+            check_encoding(tokenizer, text + names, special)
+    for i in (*range(min(size, 300)), size - 1):
+        try:
+            assert type(tokenizer.decode([i])) is str
+            assert type(tokenizer.decode_bytes([i])) is bytes
+        except Error:
+            pass  # a vocabulary may leave an id out
+
+
+def check_encoding(tokenizer: Tokenizer, text: str, special: str) -> None:
+    try:
+        ids = tokenizer.encode(text, special)
+    except Error:
+        return  # it has no token for a character, say
+    assert all(type(i) is int and 0 <= i < tokenizer.vocab_size for i in ids), ids
+    assert type(tokenizer.decode(ids)) is str
+
+
+def load_any_tokenizer(folder: Path) -> None:
+    check_tokenizer(load_tokenizer(folder))
+
+
+def make_bpe(folder: Path) -> None:
+    BPETokenizer([(64, 65), (256, 66), (220, 64)]).with_special_tokens(["<|user|>"]).save(folder)
+
+
+def make_char(folder: Path) -> None:
+    CharTokenizer("abc\n é").with_special_tokens(["<|user|>"]).save(folder)
+
+
+def our_tokenizer_mutations(folder: Path) -> list[Mutation]:
+    definition = read_json(folder / FILE_NAME)
+    return [
+        *json_mutations(FILE_NAME, definition),
+        *byte_mutations((folder / FILE_NAME).read_bytes(), FILE_NAME),
+        *file_mutations(FILE_NAME),
+        *(_definition(definition, **change) for change in DEFINITIONS),
+    ]
+
+
+DEFINITIONS = [
+    dict(kind="gpt2"),
+    dict(kind="char"),
+    dict(pattern="("),
+    dict(pattern="a*"),
+    dict(pattern="(a+)+$"),
+    dict(pattern=r"\p{L}+"),
+    dict(pattern="(?P<a>x)(?P=a)"),
+    dict(merges=[[0, 1]] * 2),
+    dict(merges=[[256, 0]]),
+    dict(merges=[[0, 0], [256, 256], [257, 257]]),
+    dict(merges=[[0, 0], *([i, i] for i in range(256, 300))]),  # each token twice as long as the one before
+    dict(merges=[[True, False]]),
+    dict(merges=[[1.0, 2.0]]),
+    dict(added_tokens=["<|x|>", "<|x|>"]),
+    dict(added_tokens=[END_OF_TEXT]),
+    dict(added_tokens=["a"]),
+    dict(added_tokens=[f"<{n}>" for n in range(5000)]),
+]
+
+
+def _definition(definition: dict, **change) -> Mutation:
+    text = json.dumps(definition | change)
+    name = f"{next(iter(change))} is {str(*change.values())[:40]}"
+    return fixed_edit(FILE_NAME, name, lambda data: text.encode("utf-8"))
+
+
+def byte_level_definition() -> dict:
+    """A tokenizer.json as GPT-2's and SmolLM2's are."""
+    vocabulary = {token: i for i, token in enumerate(BYTE_LEVEL_TOKENS[:-1])}
+    token = dict(single_word=False, lstrip=False, rstrip=False, normalized=False, special=True)
+    byte_level = dict(type="ByteLevel", add_prefix_space=False, trim_offsets=True, use_regex=True)
+    return {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": [{"id": len(vocabulary), "content": "<|end|>", **token}],
+        "normalizer": None,
+        "pre_tokenizer": byte_level,
+        "post_processor": None,
+        "decoder": byte_level,
+        "model": {
+            "type": "BPE",
+            "dropout": None,
+            "unk_token": None,
+            "continuing_subword_prefix": None,
+            "end_of_word_suffix": None,
+            "fuse_unk": False,
+            "byte_fallback": False,
+            "ignore_merges": False,
+            "vocab": vocabulary,
+            "merges": [merge.split(" ") for merge in BYTE_MERGES],
+        },
+    }
+
+
+def make_byte_level(folder: Path) -> None:
+    write_json(folder / TOKENIZER_JSON, byte_level_definition())
+
+
+def make_sentencepiece_json(folder: Path) -> None:
+    """A tokenizer.json as Llama 2's is."""
+    definition = byte_level_definition()
+    definition["added_tokens"] = [definition["added_tokens"][0] | {"id": 0, "content": "<unk>"}]
+    definition["normalizer"] = {
+        "type": "Sequence",
+        "normalizers": [
+            {"type": "Prepend", "prepend": "▁"},
+            {"type": "Replace", "pattern": {"String": " "}, "content": "▁"},
+        ],
+    }
+    definition["pre_tokenizer"] = None
+    definition["decoder"] = {
+        "type": "Sequence",
+        "decoders": [
+            {"type": "Replace", "pattern": {"String": "▁"}, "content": " "},
+            {"type": "ByteFallback"},
+            {"type": "Fuse"},
+            {"type": "Strip", "content": " ", "start": 1, "stop": 0},
+        ],
+    }
+    definition["model"] |= dict(
+        unk_token="<unk>",
+        fuse_unk=True,
+        byte_fallback=True,
+        vocab={piece: i for i, piece in enumerate(PIECES)},
+        merges=[["a", "b"], ["▁", "ab"]],
+    )
+    write_json(folder / TOKENIZER_JSON, definition)
+
+
+def tokenizer_json_mutations(folder: Path) -> list[Mutation]:
+    return [
+        *json_mutations(TOKENIZER_JSON, read_json(folder / TOKENIZER_JSON)),
+        *byte_mutations((folder / TOKENIZER_JSON).read_bytes(), TOKENIZER_JSON),
+        *file_mutations(TOKENIZER_JSON),
+    ]
+
+
+def make_pair(folder: Path) -> None:
+    write_json(folder / VOCAB, {token: i for i, token in enumerate([*BYTE_LEVEL_TOKENS[:-1], END_OF_TEXT])})
+    merges = "".join(f"{merge}\n" for merge in ["#version: 0.2", *BYTE_MERGES])
+    (folder / MERGES).write_bytes(merges.encode("utf-8"))
+
+
+def pair_mutations(folder: Path) -> list[Mutation]:
+    merges = (folder / MERGES).read_bytes()
+    return [
+        *json_mutations(VOCAB, read_json(folder / VOCAB)),
+        *byte_mutations((folder / VOCAB).read_bytes(), VOCAB),
+        *file_mutations(VOCAB),
+        *line_mutations(merges, MERGES),
+        *byte_mutations(merges, MERGES),
+        *file_mutations(MERGES),
+    ]
+
+
+def make_llama3(folder: Path) -> None:
+    tokens = [bytes([byte]) for byte in range(256)] + [b"ab", b" a", b"abc"]
+    lines = [base64.b64encode(token) + f" {rank}\n".encode("ascii") for rank, token in enumerate(tokens)]
+    (folder / TOKENIZER_MODEL).write_bytes(b"".join(lines))
+
+
+def llama3_mutations(folder: Path) -> list[Mutation]:
+    data = (folder / TOKENIZER_MODEL).read_bytes()
+    return [
+        *line_mutations(data, TOKENIZER_MODEL),
+        *byte_mutations(data, TOKENIZER_MODEL, [4, 5, 6, 7, len(data) - 6]),
+        *file_mutations(TOKENIZER_MODEL),
+    ]
+
+
+def make_sentencepiece(folder: Path) -> None:
+    import sentencepiece
+
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(["the cat sat on the mat", "a cat and a hat", "that is the hat"] * 10),
+        model_writer=model,
+        model_type="bpe",
+        vocab_size=300,
+        byte_fallback=True,
+        num_threads=1,
+        minloglevel=2,
+    )
+    (folder / TOKENIZER_MODEL).write_bytes(model.getvalue())
+
+
+def sentencepiece_mutations(folder: Path) -> list[Mutation]:
+    data = (folder / TOKENIZER_MODEL).read_bytes()
+    lengths = _field_lengths(data)
+    ends = [start + 1 + data[start] for start in lengths]
+    places = {f"the length at {start}": (start, 1) for start in [*lengths[:3], *lengths[-3:]]}
+    places |= {
+        f"the score of piece {n}": (start + data[start + 2] + 4, 4) for n, start in enumerate(lengths[:4])
+    }
+    return [
+        *number_mutations(TOKENIZER_MODEL, places),
+        *byte_mutations(data, TOKENIZER_MODEL, [*ends[:3], *ends[-3:]]),
+        *file_mutations(TOKENIZER_MODEL),
+    ]
+
+
+def _field_lengths(data: bytes) -> list[int]:
+    """The offset of every piece's length: a protocol buffer's field 1, a message of less than 128 bytes."""
+    places, at = [], 0
+    while data[at] == 0x0A:
+        places.append(at + 1)
+        at += 2 + data[at + 1]
+    return places
+
+
+BESIDE = {
+    "tokenizer_config.json": {
+        "bos_token": "<|end|>",
+        "eos_token": {"__type": "AddedToken", "content": "<|end|>", "special": True},
+        "chat_template": [{"name": "default", "template": "{{ messages }}"}],
+        "model_max_length": 10**30,
+    },
+    "generation_config.json": {"bos_token_id": 259, "eos_token_id": [259]},
+}
+
+TEMPLATE = "chat_template.jinja"
+
+
+def make_described(folder: Path) -> None:
+    make_byte_level(folder)
+    for name, content in BESIDE.items():
+        write_json(folder / name, content)
+    (folder / TEMPLATE).write_text("{% for m in messages %}{{ m.content }}{% endfor %}", encoding="utf-8")
+
+
+def described_mutations(folder: Path) -> list[Mutation]:
+    mutations = []
+    for name in BESIDE:
+        mutations += json_mutations(name, read_json(folder / name))
+        mutations += byte_mutations((folder / name).read_bytes(), name)
+        mutations += file_mutations(name)
+    return mutations + byte_mutations((folder / TEMPLATE).read_bytes(), TEMPLATE) + file_mutations(TEMPLATE)

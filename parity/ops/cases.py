@@ -1,0 +1,155 @@
+"""Does it compute what PyTorch computes, forward and backward?
+
+An op is tried as a ``Case``: the same computation written with tinyllm and with torch, and one input.
+Each ``check_`` function asks one question of it and raises AssertionError with the numbers if the answer
+is no. All but the first need NumPy alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from tinyllm.tensor import Tensor
+
+RELATIVE = 1e-10  # of the reference's largest element, both in float64
+
+FLOOR = (
+    1e-12  # times the scale of what went in (unit-scale inputs, the upstream gradient): where terms cancel
+)
+
+FLOAT32 = 1e-5  # the same two for float32 against float64: about 100 roundings of 6e-8
+
+STEP = 1e-5  # of the central difference: off by STEP² f'''/6 (truncation) and 1e-16 |f| / STEP (rounding)
+
+DIRECTION = 1e-7  # room for third derivatives of several hundred
+
+# parity.ops.proof listens here: called at every comparison with (what, its error, its bound, ``relative``)
+witness: Callable[[str, float, float, float], None] | None = None
+
+
+@dataclass(frozen=True)
+class Case:
+    """One op on one input. ``ours`` and ``theirs`` take the inputs, as Tensors or as torch tensors."""
+
+    label: str  # the op and its options, for the message
+    inputs: Sequence[np.ndarray]  # float64; what may get a gradient
+    ours: Callable[..., Tensor]
+    theirs: Callable[..., Any]  # the same with torch
+    composed: Callable[..., Tensor] | None = None  # the same with tinyllm.functional.composed
+    needs: Sequence[bool] | None = None  # which inputs ask for a gradient; None: all of them
+    seed: int = 0  # of the upstream gradient and the direction
+
+
+def assert_close(ours, theirs, what: str, relative: float = RELATIVE, floor: float = FLOOR) -> None:
+    """No element differs by more than ``relative`` times the reference's largest, plus ``floor``."""
+    assert ours.shape == theirs.shape, f"{what}: shape {ours.shape}, and the reference has {theirs.shape}"
+    error = np.abs(ours - theirs).max(initial=0)
+    bound = relative * np.abs(theirs).max(initial=0) + floor
+    if witness is not None:
+        witness(what, float(error), float(bound), relative)
+    assert error <= bound, f"{what}: off by {error:.3g}, and the bound is {bound:.3g}"
+
+
+def upstream(shape, dtype, seed: int) -> np.ndarray:
+    """A random gradient dL/d(output), read-only, in the layouts a graph produces: rows, columns, repeated."""
+    grad = np.asarray(np.random.default_rng(seed).standard_normal(shape)).astype(dtype)
+    if seed % 3 == 1 and grad.ndim:
+        grad = np.asfortranarray(grad)
+    if seed % 3 == 2 and grad.ndim and grad.size:  # as the gradient of a sum: strides of 0
+        grad = np.broadcast_to(grad[..., :1], shape)
+    grad.flags.writeable = False
+    return grad
+
+
+def run(op, case: Case, dtype=np.float64):
+    """(output, gradients, upstream gradient) of ``op``, written with tinyllm, on the inputs of ``case``."""
+    needs = case.needs or [True] * len(case.inputs)
+    tensors = [Tensor(x.astype(dtype, copy=False), requires_grad=n) for x, n in zip(case.inputs, needs)]
+    out = op(*tensors)
+    grad = upstream(out.shape, dtype, case.seed)
+    assert out.dtype == dtype, f"{case.label}: {np.dtype(dtype)} in, {out.dtype} out"
+    out.backward(grad)
+    for i, (tensor, needed) in enumerate(zip(tensors, needs)):
+        assert (tensor.grad is not None) == needed, f"{case.label}: input {i}: gradient where none was asked"
+        if needed:
+            assert tensor.grad.dtype == dtype, (
+                f"{case.label}: gradient {i} of {np.dtype(dtype)} is {tensor.grad.dtype}"
+            )
+            assert tensor.grad.shape == tensor.shape, (
+                f"{case.label}: gradient {i} has shape {tensor.grad.shape}"
+            )
+    return out.data, [tensor.grad for tensor in tensors], grad
+
+
+def run_torch(case: Case, grad):
+    """(output, gradients) of ``case.theirs`` in float64, for the same upstream gradient."""
+    import torch
+
+    needs = case.needs or [True] * len(case.inputs)
+    inputs = [torch.tensor(x.copy(), requires_grad=n) for x, n in zip(case.inputs, needs)]
+    out = case.theirs(*inputs)
+    assert tuple(out.shape) == grad.shape, (
+        f"{case.label}: shape {grad.shape}, and torch's is {tuple(out.shape)}"
+    )
+    out.backward(torch.tensor(grad.copy()))
+    return out.detach().numpy(), [None if x.grad is None else x.grad.numpy() for x in inputs]
+
+
+def _assert_same(case, ours, theirs, grad, relative=RELATIVE, floor=FLOOR):
+    (out, grads), (their_out, their_grads) = ours, theirs
+    assert_close(out, their_out, f"{case.label}: output", relative, floor)
+    floor *= np.abs(grad).max(initial=1)
+    for i, (g, their_g) in enumerate(zip(grads, their_grads, strict=True)):
+        if g is not None:
+            assert_close(g, their_g, f"{case.label}: gradient of input {i}", relative, floor)
+
+
+def check_torch(case: Case) -> None:
+    """Is every output and every gradient torch's, in float64?"""
+    out, grads, grad = run(case.ours, case)
+    _assert_same(case, (out, grads), run_torch(case, grad), grad)
+
+
+def check_composed(case: Case) -> None:
+    """Does the fused op compute what the plain one computes, whose gradients the tape derives?"""
+    out, grads, grad = run(case.ours, case)
+    plain_out, plain_grads, _ = run(case.composed, case)
+    _assert_same(case, (out, grads), (plain_out, plain_grads), grad)
+
+
+def check_float32(case: Case) -> None:
+    """Is everything float32 in float32 (``run`` asserts it, for float64 too), and close to float64?"""
+    single = Case(case.label, [x.astype(np.float32) for x in case.inputs], case.ours, case.theirs,
+                  needs=case.needs, seed=case.seed)  # fmt: skip
+    out, grads, _ = run(case.ours, single, np.float32)
+    # The same rounded numbers, the rounded upstream gradient included, computed in float64.
+    wide_out, wide_grads, grad = run(case.ours, single, np.float64)
+    _assert_same(case, (out, grads), (wide_out, wide_grads), grad, FLOAT32, FLOAT32)
+
+
+def check_direction(case: Case) -> None:
+    """⟨vjp(w), v⟩ = ⟨w, Jv⟩: is the gradient the derivative along a random direction v?
+
+    Jv is the central difference (f(x + hv) - f(x - hv)) / 2h in float64. The two sides may differ by
+    DIRECTION times the sum of the magnitudes that were added up to them.
+    """
+    needs = case.needs or [True] * len(case.inputs)
+    rng = np.random.default_rng(case.seed)
+    v = [rng.standard_normal(x.shape) * need for x, need in zip(case.inputs, needs)]
+    _, grads, w = run(case.ours, case)
+
+    def moved(h):
+        return case.ours(*[Tensor(x + h * direction) for x, direction in zip(case.inputs, v)]).data
+
+    jv = (moved(STEP) - moved(-STEP)) / (2 * STEP)
+    ours = [g * direction for g, direction in zip(grads, v) if g is not None]
+    error = abs(sum(part.sum() for part in ours) - (w * jv).sum())
+    scale = np.abs(w).sum() + np.abs(w * jv).sum() + sum(np.abs(part).sum() for part in ours)
+    bound = DIRECTION * scale
+    assert error <= bound, (
+        f"{case.label}: ⟨vjp(w), v⟩ and ⟨w, Jv⟩ differ by {error:.3g}, the bound is {bound:.3g}"
+    )

@@ -1,0 +1,222 @@
+"""Which device a name means, what is said where it cannot be had, and its memory; CuPy is a stand-in."""
+
+import builtins
+import operator
+import sys
+
+import numpy as np
+import pytest
+from support.fake_cupy import OutOfMemoryError, stand_in_cupy
+
+from tinyllm.backend import dtypes
+from tinyllm.backend.device import describe_device, open_device, pick_device, to_device
+from tinyllm.backend.dtypes import PRECISIONS, allow_tf32, weights_dtype
+from tinyllm.backend.memory import out_of_memory, peak_memory
+from tinyllm.errors import Error
+
+
+@pytest.fixture
+def cupy(monkeypatch):
+    yield stand_in_cupy(monkeypatch)
+    allow_tf32(False)
+
+
+@pytest.mark.parametrize("name, number", [("cuda", 0), ("cuda:0", 0), ("cuda:1", 1)])
+def test_an_array_goes_to_the_gpu_of_that_number(cupy, name, number):
+    assert pick_device(name) == name
+    array = np.arange(3)
+    there = to_device(array, name)
+    assert isinstance(there, cupy.ndarray) and np.array_equal(there.get(), array)
+    assert cupy.current == number
+    assert to_device(there, name) is there
+    assert np.array_equal(to_device(there, "cpu"), array)
+    assert to_device(array, "cpu") is array
+
+
+def test_auto_takes_a_gpu_if_there_is_one(cupy):
+    assert pick_device("auto") == "cuda"
+    cupy.count = 0
+    assert pick_device("auto") == "cpu"
+    cupy.count = RuntimeError("cudaErrorNoDevice: no CUDA-capable device is detected")
+    assert pick_device("auto") == "cpu"
+
+
+def test_a_gpu_that_is_not_there(cupy):
+    with pytest.raises(Error, match="no device 'cuda:2': CuPy sees 2 GPUs, numbered from 0"):
+        pick_device("cuda:2")
+    cupy.count = 0
+    with pytest.raises(Error, match="no device 'cuda': CuPy sees 0 GPUs"):
+        to_device(np.zeros(1), "cuda")
+
+
+def test_a_driver_that_is_missing_or_too_old(cupy):
+    cupy.count = RuntimeError("cudaErrorInsufficientDriver: CUDA driver version is insufficient")
+    with pytest.raises(Error, match=r"CuPy 14.2.0 finds no GPU \(cudaErrorInsufficientDriver.*nvidia-smi"):
+        pick_device("cuda")
+
+
+@pytest.mark.parametrize(
+    "error, said",
+    [
+        (ModuleNotFoundError("No module named 'cupy'"), r"needs a GPU and CuPy: pip install 'tinyllm\[gpu12"),
+        (ImportError("=====\nCuPy is not\ncorrectly installed"), r"does not load \(===== CuPy is not corr"),
+    ],
+)
+def test_a_cupy_that_does_not_load(monkeypatch, error, said):
+    real = builtins.__import__
+
+    def failing(name, *args, **kwargs):
+        if name == "cupy":
+            raise error
+        return real(name, *args, **kwargs)
+
+    monkeypatch.delitem(sys.modules, "cupy", raising=False)
+    monkeypatch.setattr(builtins, "__import__", failing)
+    with pytest.raises(Error, match=said):
+        pick_device("cuda")
+    assert pick_device("auto") == "cpu"
+    assert open_device("auto") == "cpu"
+    assert peak_memory() > 10**7
+
+
+@pytest.mark.parametrize("name", ["gpu", "cuda:", "cuda:x", "cuda:-1", "cpu:0", "", "CUDA", "cuda:\u00b2"])
+def test_other_names(cupy, name):
+    with pytest.raises(Error, match="unknown device"):
+        pick_device(name)
+
+
+# A program's device
+
+
+def test_auto_says_what_it_took(cupy, capsys):
+    assert open_device("auto") == "cuda"
+    assert capsys.readouterr() == ("", "device: cuda (Paper GPU, CuPy 14.2.0)\n")
+    cupy.count = 0
+    assert open_device("auto") == "cpu"
+    assert capsys.readouterr() == ("", "device: cpu\n")
+    assert open_device("cpu") == describe_device("cpu") == "cpu"
+    assert capsys.readouterr() == ("", "")
+
+
+def test_a_program_computes_on_the_gpu_that_it_names(cupy, capsys):
+    assert open_device("cuda:1") == "cuda:1"
+    assert cupy.current == 1
+    assert describe_device("cuda:1") == "cuda:1 (Paper GPU, CuPy 14.2.0)"
+    assert capsys.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize("dtype", ["tf32", "bfloat16", "float16"])
+def test_short_types_need_a_gpu(cupy, capsys, dtype):
+    cupy.count = 0
+    for name in ("cpu", "auto"):
+        with pytest.raises(Error, match=f"--dtype {dtype} needs a GPU: a CPU multiplies float32 faster"):
+            open_device(name, dtype)
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("capability, said", [("75", "7.5"), ("61", "6.1"), ("80", None), ("120", None)])
+@pytest.mark.parametrize("dtype", PRECISIONS)
+def test_what_a_gpu_multiplies_in(cupy, dtype, capability, said):
+    cupy.capability = capability
+    if said is None or dtype not in ("tf32", "bfloat16"):
+        assert open_device("cuda", dtype) == "cuda"
+        return
+    with pytest.raises(Error) as refused:
+        open_device("cuda:1", dtype)
+    assert str(refused.value) == (
+        f"--dtype {dtype} needs a GPU of compute capability 8.0 or more, and Paper GPU has {said}: "
+        "choose float16"
+    )
+    assert cupy.current == 0
+
+
+def test_tf32_is_switched_on_and_off(cupy):
+    for dtype in PRECISIONS + PRECISIONS[::-1]:
+        open_device("cuda", dtype)
+        assert dtypes.Products.tf32 == (dtype == "tf32")
+
+
+def test_what_the_weights_are_kept_in():
+    assert [weights_dtype(name).name for name in PRECISIONS] == [
+        "float32",
+        "float32",
+        "bfloat16",
+        "float16",
+        "float64",
+    ]
+
+
+# Memory
+
+
+@pytest.mark.parametrize("gigabytes, size", [(1.5, 1_500_000_000), (2, 2 * 10**9), (1e-10, 1), (None, 77)])
+def test_the_pools_limit(cupy, gigabytes, size):
+    cupy.limit = 77  # what CUPY_GPU_MEMORY_LIMIT says stands until somebody says otherwise; 0 is no limit
+    open_device("cuda", gpu_memory=gigabytes)
+    assert cupy.limit == size
+
+
+@pytest.mark.parametrize("gigabytes", [0, -1, float("nan"), float("inf")])
+def test_a_limit_that_is_none(cupy, gigabytes):
+    with pytest.raises(Error, match=f"--gpu-memory is {gigabytes}: it must be a number of gigabytes above 0"):
+        open_device("cuda", gpu_memory=gigabytes)
+    assert cupy.limit == 0
+
+
+def test_a_limit_on_a_cpu():
+    with pytest.raises(
+        Error,
+        match="--gpu-memory 2 bounds a GPU's memory: on a CPU leave it out, or say None",
+    ):
+        open_device("cpu", gpu_memory=2)
+
+
+def test_peak_memory_of_a_gpu_is_its_pools(cupy):
+    cupy.taken = 123
+    assert peak_memory("cuda") == 123
+    assert peak_memory("cpu") > 10**7
+
+
+def test_out_of_a_gpus_memory(cupy):
+    error = OutOfMemoryError(4_096, 2_000)
+    begins = (
+        "Out of memory allocating 4,096 bytes (allocated so far: 2,000 bytes), and 2.00 of the GPU's 8.00 GB "
+    )
+    assert out_of_memory(error, "float32", ["less"]) == begins + "are free: try less or --dtype bfloat16"
+    assert out_of_memory(error, "bfloat16", ["less", "few"]) == begins + "are free: try less or few"
+    assert out_of_memory(error, "float64", ["less"]) == begins + "are free: try less"
+    cupy.capability = "75"
+    assert out_of_memory(error, "float32", ["less"]) == begins + "are free: try less or --dtype float16"
+
+
+def test_out_of_what_a_gpu_may_take(cupy):
+    cupy.limit = 5_000
+    said = out_of_memory(OutOfMemoryError(4_096, 2_000, 5_000), "float16", ["less"])
+    assert "limit set to: 5,000 bytes), and 2.00 of" in said
+    assert said.endswith(": try less or a larger --gpu-memory")
+
+
+def test_out_of_the_hosts_memory(cupy, monkeypatch):
+    with pytest.raises(MemoryError) as numpys:
+        np.empty(2**60, np.float32)
+    for there in (True, False):
+        said = out_of_memory(numpys.value, "float32", ["less"])
+        assert said.startswith("Unable to allocate 4.00 EiB for an array with shape")
+        assert said.endswith("data type float32: try less")
+        assert out_of_memory(MemoryError(), "float32", ["less"]) == "the memory is full: try less"
+        if there:
+            monkeypatch.delitem(sys.modules, "cupy")
+
+
+def test_cupy_is_like_the_stand_in():
+    real = pytest.importorskip("cupy")
+    theirs = real.cuda.memory.OutOfMemoryError
+    assert issubclass(theirs, MemoryError)
+    for numbers in ((4_096, 2_000), (4_096, 2_000, 5_000)):
+        assert str(theirs(*numbers)) == str(OutOfMemoryError(*numbers))
+    for name in (
+        "ndarray asarray get_default_memory_pool cuda.Device.use cuda.Device.compute_capability "
+        "cuda.runtime.getDeviceCount cuda.runtime.getDeviceProperties cuda.runtime.memGetInfo "
+        "cuda.MemoryPool.set_limit cuda.MemoryPool.get_limit cuda.MemoryPool.total_bytes"
+    ).split():
+        operator.attrgetter(name)(real)

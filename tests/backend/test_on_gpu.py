@@ -1,0 +1,207 @@
+"""On a GPU against PyTorch on the same GPU: both models' loss, gradients, steps of training and writing.
+
+``pytest -m gpu`` runs this on CuPy and torch's CUDA. Everywhere else the same tests run with a simulated GPU
+(``cuda_on_cpu.py``) against torch on the CPU.
+"""
+
+import math
+import runpy
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from support.cuda_on_cpu import GPUS, needs_compiler, simulated_cupy
+from support.models import MODELS, on_host
+
+from parity.compare import compare
+from parity.twins import bridge
+from tinyllm import Tensor, manual_seed, no_grad, optim
+from tinyllm.backend.dtypes import dtype_of
+from tinyllm.inference import generate
+
+IDS = np.random.default_rng(5).integers(0, 23, (3, 2, 20))
+on_both = pytest.mark.parametrize("put", GPUS, indirect=True)
+every_model = pytest.mark.parametrize("name", MODELS)
+
+
+def pair(name, put, dtype):
+    """The model on the device under test, and its twin on torch's device of the same kind."""
+    model, rng = MODELS[name](0.0).astype(dtype), np.random.default_rng(1)
+    for parameter in model.parameters():
+        noise = 0.2 * rng.standard_normal(parameter.shape)
+        parameter.replace(put(parameter.data + noise.astype(dtype)))
+    kind = "cuda" if type(put(IDS)).__module__.startswith("cupy") else "cpu"
+    return model, bridge.to_torch(model).to(kind)
+
+
+def loss_of_twin(twin, ids, autocast=None):
+    """Mean cross-entropy of the next token, and every parameter's gradient by name, on the host."""
+    device = next(twin.parameters()).device
+    ids = torch.tensor(ids, device=device)
+    twin.zero_grad()
+    with torch.autocast(device.type, autocast, enabled=autocast is not None):
+        logits = twin(ids[:, :-1])
+        loss = torch.nn.functional.cross_entropy(
+            logits.flatten(0, 1).to(torch.promote_types(logits.dtype, torch.float32)), ids[:, 1:].flatten()
+        )
+    loss.backward()
+    return loss.item(), {name: p.grad.cpu().numpy() for name, p in twin.named_parameters()}
+
+
+def loss_of_ours(model, ids):
+    model.zero_grad()
+    loss = model.loss(ids[:, :-1], ids[:, 1:])
+    loss.backward()
+    return loss.item(), {name: on_host(p.grad) for name, p in model.named_parameters()}
+
+
+def distance(grads, others) -> float:
+    """|grads - others| / |others| over all parameters together."""
+    difference = sum(np.sum((grads[name].astype(float) - others[name]) ** 2) for name in others)
+    return math.sqrt(difference / sum(np.sum(g.astype(float) ** 2) for g in others.values()))
+
+
+@on_both
+@every_model
+@pytest.mark.parametrize("dtype, bound", [(np.float64, 1e-9), (np.float32, 1e-5)])
+def test_loss_and_gradients_are_torchs(name, put, dtype, bound):
+    model, twin = pair(name, put, dtype)
+    loss, grads = loss_of_ours(model, IDS[0])
+    expected, expected_grads = loss_of_twin(twin, IDS[0])
+    assert loss == pytest.approx(expected, rel=bound)
+    for key, grad in grads.items():
+        error = np.abs(grad - expected_grads[key]).max()
+        assert error <= bound * max(1, np.abs(expected_grads[key]).max()), key
+
+
+@on_both
+@every_model
+def test_steps_of_training_are_torchs(name, put):
+    model, twin = pair(name, put, np.float64)
+    optimizer = optim.AdamW(model, lr=1e-3, eps=1e-6, weight_decay=0.1)
+    groups = [
+        {"params": [p for p in twin.parameters() if p.ndim >= 2], "weight_decay": 0.1},
+        {"params": [p for p in twin.parameters() if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    theirs = torch.optim.AdamW(groups, lr=1e-3, eps=1e-6)
+    for ids in IDS:
+        loss, _ = loss_of_ours(model, ids)
+        expected, _ = loss_of_twin(twin, ids)
+        norm = optim.clip_grad_norm(model, 0.5)
+        expected_norm = torch.nn.utils.clip_grad_norm_(twin.parameters(), 0.5).item()
+        optimizer.step()
+        theirs.step()
+        assert (loss, norm) == pytest.approx((expected, expected_norm), rel=1e-9)
+        assert norm > 0.5
+    parameters = dict(twin.named_parameters())
+    for key, parameter in model.named_parameters():
+        np.testing.assert_allclose(
+            on_host(parameter.data), parameters[key].detach().cpu().numpy(), rtol=1e-9, atol=1e-9, err_msg=key
+        )
+
+
+@on_both
+@every_model
+def test_bfloat16_is_as_near_to_float32_as_torchs_autocast(name, put):
+    model, twin = pair(name, put, np.float32)
+    expected, expected_grads = loss_of_twin(twin, IDS[0])
+    _, their_grads = loss_of_twin(twin, IDS[0], torch.bfloat16)
+    ours, our_grads = loss_of_ours(model.multiply_in(dtype_of("bfloat16")), IDS[0])
+    assert ours == pytest.approx(expected, rel=2.0**-8)
+    assert 0 < distance(our_grads, expected_grads) < 1.25 * distance(their_grads, expected_grads)
+
+
+@on_both
+@every_model
+def test_what_is_written_is_what_the_cpu_writes(name, put):
+    model, _ = pair(name, put, np.float64)
+    at_home = bridge.from_torch(bridge.to_torch(model)).eval()
+    prompts = [[1, 2, 3], [4, 5, 6, 7, 8]]
+    for options in (dict(temperature=0), dict(temperature=1.0, top_k=5)):
+        written, expected = (
+            np.array(list(generate(m, prompts, 12, rng=np.random.default_rng(0), **options)))
+            for m in (model, at_home)
+        )
+        np.testing.assert_array_equal(written, expected)
+
+
+@on_both
+@every_model
+def test_weights_come_and_go(name, put, tmp_path):
+    """What is saved from a GPU is read on a CPU, and the other way round; a model stays where it is."""
+    model, _ = pair(name, put, np.float32)
+    model.save_pretrained(tmp_path / "saved")
+    at_home = type(model).from_pretrained(tmp_path / "saved")
+    back, _ = pair(name, put, np.float64)
+    back.load_state_dict(at_home.state_dict())
+    assert all(type(p.data) is type(put(IDS)) and p.dtype == np.float64 for p in back.parameters())
+    at_home.load_state_dict(model.state_dict())
+    for key, parameter in model.named_parameters():
+        for other in (at_home, back):
+            np.testing.assert_array_equal(
+                on_host(parameter.data), on_host(dict(other.named_parameters())[key].data)
+            )
+    with no_grad():
+        np.testing.assert_allclose(
+            on_host(model.eval()(IDS[0]).data), at_home(IDS[0]).data, rtol=1e-4, atol=1e-4
+        )
+
+
+@on_both
+@every_model
+def test_a_model_is_compared_layer_by_layer_where_it_is(name, put):
+    model, twin = pair(name, put, np.float64)
+    result = compare(model.eval(), twin.eval(), IDS[0, :, :9])
+    assert result.first is None and len(result.rows) > 60, str(result)
+    assert all(type(p.data) is type(put(IDS)) for p in model.parameters())
+
+
+@needs_compiler
+@every_model
+def test_a_run_moves_between_devices(name, monkeypatch):
+    """Model and optimiser go to a GPU, to another and back between steps: the numbers stay those of a CPU."""
+    simulated_cupy(monkeypatch)
+
+    def losses(devices):
+        model = MODELS[name](0.1).astype(np.float64)
+        optimizer, found = optim.AdamW(model, lr=1e-2), []
+        for step, device in enumerate(devices):
+            model.to(device)
+            if step == 3:
+                optimizer.to(device)  # at the other steps the averages follow
+            manual_seed(0, step)
+            loss = model.loss(IDS[0, :, :-1], IDS[0, :, 1:])
+            loss.backward()
+            optim.clip_grad_norm(model, 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+            found.append(loss.item())
+        return found
+
+    expected = losses(["cpu"] * 5)
+    assert losses(["cuda:1", "cpu", "cuda:0", "cuda:1", "cpu"]) == pytest.approx(expected, rel=1e-9)
+
+
+@needs_compiler
+def test_a_tensor_moves_and_its_gradient_comes_back(monkeypatch):
+    simulated_cupy(monkeypatch)
+    x = Tensor(np.arange(3.0), requires_grad=True)
+    there = x.to("cuda:1")
+    assert there.data.device.id == 1 and there.to("cuda:1") is there and x.to("cpu") is x
+    (there.to("cuda:0") * there.to("cuda:0")).to("cpu").backward(np.ones(3))
+    assert isinstance(x.grad, np.ndarray)
+    np.testing.assert_array_equal(x.grad, [0, 2, 4])
+
+
+@needs_compiler
+def test_an_example_takes_the_gpu_that_is_there(monkeypatch, capsys):
+    simulated_cupy(monkeypatch)
+    monkeypatch.setattr(sys, "argv", ["03"])
+    for name, value in (("TINYLLM_EXAMPLES", "small"), ("HF_HUB_OFFLINE", "1")):
+        monkeypatch.setenv(name, value)
+    example = Path(__file__).parents[2] / "examples" / "03_gpt2_weights_and_topk.py"
+    runpy.run_path(str(example), run_name="__main__")
+    said = capsys.readouterr().out
+    assert " parameters on cuda\n" in said and said.count("top-k") == 9

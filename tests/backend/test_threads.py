@@ -1,0 +1,112 @@
+"""Work shared out among threads is done once, by all of them, and what goes wrong in one is said here."""
+
+import os
+import threading
+import time
+
+import numpy as np
+import pytest
+
+from tinyllm.backend import threads
+
+
+@pytest.fixture(autouse=True)
+def three_threads(monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    monkeypatch.setattr(threads._Workers, "pool", None)
+
+
+@pytest.mark.parametrize(
+    "omp, openblas, threads",
+    [
+        ("3", "2", 3),
+        ("3", None, 3),
+        (None, "2", 2),
+        ("", "2", 2),
+        ("0", "2", 2),
+        ("x", "2", 2),
+        (None, None, None),
+    ],
+)
+def test_the_user_says_how_many(monkeypatch, omp, openblas, threads):
+    for name, value in (("OMP_NUM_THREADS", omp), ("OPENBLAS_NUM_THREADS", openblas)):
+        monkeypatch.delenv(name, raising=False)
+        if value is not None:
+            monkeypatch.setenv(name, value)
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    assert threads.num_threads() == (threads or cores)
+
+
+@pytest.mark.parametrize("count", [0, 1, 2, 3, 100])
+def test_every_task_is_done_once(count):
+    done = []
+    threads.run_tasks(done.append, list(range(count)))
+    assert sorted(done) == list(range(count))
+
+
+def test_all_threads_take_part_and_this_one_too():
+    together = threading.Barrier(3, timeout=10)  # breaks unless three threads meet
+    threads = []
+
+    def meet(_):
+        threads.append(threading.get_ident())
+        together.wait()
+
+    threads.run_tasks(meet, [0, 1, 2])
+    assert threading.get_ident() in threads and len(set(threads)) == 3
+
+
+def test_tasks_inside_a_task_stay_in_its_thread():
+    found = {}
+
+    def outer(task):
+        assert threads.in_task()
+        threads.run_tasks(lambda inner: found.setdefault((task, inner), threading.get_ident()), [0, 1, 2])
+        assert threads.in_task()  # still: the inner ones were not the end of it
+        found[task] = threading.get_ident()
+
+    threads.run_tasks(outer, [0, 1, 2, 3])
+    assert not threads.in_task()
+    assert all(found[task, inner] == found[task] for task in range(4) for inner in range(3))
+
+
+@pytest.mark.parametrize("number", range(6))
+def test_what_a_task_raises_is_raised_here_when_the_others_are_done(number):
+    at_work = []
+
+    def work(task):
+        if task == number:
+            raise ZeroDivisionError(task)
+        at_work.append(task)
+        time.sleep(0.02)
+        at_work.remove(task)
+
+    with pytest.raises(ZeroDivisionError, match=str(number)):
+        threads.run_tasks(work, list(range(6)))
+    assert at_work == []  # nobody writes any more
+    assert not threads.in_task()
+    threads.run_tasks(at_work.append, list(range(6)))  # and the threads are still there
+    assert sorted(at_work) == list(range(6))
+
+
+def test_numpys_error_state_holds_in_every_thread():
+    together = threading.Barrier(3, timeout=10)
+
+    def overflow(_):
+        together.wait()
+        np.float32(3e38) * np.float32(10)
+
+    with np.errstate(over="ignore"):
+        threads.run_tasks(overflow, [0, 1, 2])
+    with np.errstate(over="raise"), pytest.raises(FloatingPointError):
+        threads.run_tasks(overflow, [0, 1, 2])
+
+
+@pytest.mark.parametrize("rows, columns", [(40, 3), (5, 3), (0, 3), (2000, 700)])
+def test_the_bias_is_added_to_every_row(rows, columns):
+    rng = np.random.default_rng(0)
+    a, b, bias = (rng.standard_normal(shape) for shape in ((rows, 8), (8, columns), (columns,)))
+    out = np.empty((rows, columns))
+    assert threads.matmul(a, b, out=out, bias=bias) is out
+    np.testing.assert_allclose(out, np.einsum("ik,kj->ij", a, b) + bias, rtol=1e-12, atol=1e-12)
+    np.testing.assert_array_equal(threads.matmul(a, b, bias=bias), out)

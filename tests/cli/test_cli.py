@@ -1,0 +1,727 @@
+"""The command line: exit codes, one sentence for every wrong request, and text that comes out whole."""
+
+import dataclasses
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tinyllm import GPT2, GPT2Config, load_tokenizer
+from tinyllm.backend.device import pick_device
+from tinyllm.cli import COMMANDS, GenerateConfig, _parse, main, print_stream
+from tinyllm.tokenizers.char import CharTokenizer
+from tinyllm.training.config import PRESETS, TrainConfig
+from tinyllm.training.run_folder import last_checkpoint
+
+RHYME = "the cat sat on the mat. "
+TINY = (
+    "--tokenizer char --n-layer 1 --n-head 2 --n-embd 16 --context 16 --batch 4 --steps 4 --warmup 1".split()
+)
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    path = tmp_path_factory.mktemp("text") / "rhyme.txt"
+    path.write_text(RHYME * 40, encoding="utf-8")
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def run(text, tmp_path_factory):
+    """The folder of a finished run; nobody writes into it."""
+    out = tmp_path_factory.mktemp("runs") / "run"
+    assert main(["train", *TINY, "--text", text, "--prompt", "the", "--out", str(out)]) == 0
+    return str(out)
+
+
+@pytest.fixture
+def refused(capsys, tmp_path, monkeypatch):
+    """Runs a command in an empty folder; it must be refused with one line, which is returned."""
+    folder = tmp_path / "current"
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+
+    def refuse(*args):
+        assert main([str(arg) for arg in args]) == 2
+        out, err = capsys.readouterr()
+        assert out == ""
+        assert err.startswith("tinyllm: ")
+        assert err.endswith("\n")
+        assert err.count("\n") == 1, err
+        assert list(folder.iterdir()) == []  # nothing half-written
+        return err
+
+    return refuse
+
+
+def program(*args, **environment):
+    """``python -m tinyllm`` in a process of its own, with its output as bytes."""
+    return subprocess.run(
+        [sys.executable, "-m", "tinyllm", *args],
+        capture_output=True,
+        timeout=120,
+        env=os.environ | environment,
+    )
+
+
+# From training to text
+
+
+def test_the_grid_holds_the_single_texts(run, capsys):
+    ask = ["generate", "--run", run, "--prompt", "the cat", "--max-new-tokens", "20"]
+    assert main([*ask, "--grid"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 25
+    assert main([*ask, "--top-k", "3", "--temperature", "1.5"]) == 0
+    alone = capsys.readouterr().out.removeprefix("the cat")
+    assert f"top-k   3  temperature 1.5  {' '.join(alone.split())}" in lines
+
+
+def test_train_then_generate(run, capsys):
+    assert (last_checkpoint(run) / "model.safetensors").is_file()
+
+    def written(*options):
+        assert (
+            main(["generate", "--run", run, "--prompt", "the cat", "--max-new-tokens", "30", *options]) == 0
+        )
+        return capsys.readouterr().out
+
+    first = written()
+    assert first.startswith("the cat")
+    assert first.endswith("\n")
+    assert len(first) == len("the cat") + 30 + len("\n")
+    assert set(first) <= set(RHYME + "\n")
+    assert written() == first
+    assert written("--seed", "0") == first
+    assert written("--seed", "1") != first
+    assert written("--temperature", "0") == written("--top-k", "1", "--seed", "9")
+    assert written("--top-k", "None", "--top-p", "1.0", "--temperature", "2.5") != first
+
+
+def test_same_text_from_another_process(run, capsys):
+    args = ["generate", "--run", run, "--prompt", "the ", "--max-new-tokens", "12"]
+    assert main(args) == 0
+    here = capsys.readouterr()
+    assert here.err == ""
+    there = program(*args)
+    assert there.returncode == 0
+    assert there.stdout.decode().splitlines() == here.out.splitlines()
+    assert there.stderr == b""
+
+
+def test_past_the_context_it_says_what_is_forgotten(run, capsys):
+    assert main(["generate", "--run", run, "--prompt", "the ", "--max-new-tokens", "13"]) == 0
+    assert "past 16 tokens the oldest are forgotten" in capsys.readouterr().err
+
+
+def test_probabilities_of_every_step(run, capsys):
+    ask = ["generate", "--run", run, "--prompt", "the cat", "--max-new-tokens", "5", "--seed", "3"]
+    assert main(ask) == 0
+    text = capsys.readouterr().out.removeprefix("the cat").rstrip("\n")
+    assert main([*ask, "--show-probabilities"]) == 0
+    steps = capsys.readouterr().out.rstrip("\n").split("\n\n")
+    assert len(steps) == len(text) == 5
+    for step, character in zip(steps, text):
+        (drawn,) = [line for line in step.splitlines() if line.startswith(">")]
+        assert repr(character) in drawn
+        assert "%" in drawn
+
+
+def test_tokens_of_a_text(run, capsys, monkeypatch, tmp_path):
+    assert main(["tokenize", "--text", "Every effort moves you"]) == 0
+    out = capsys.readouterr().out
+    assert "6109 3626 6100 345" in out
+    assert "\x1b" not in out  # no terminal, no colours
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    assert main(["tokenize", "--text", "the cat", "--tokenizer", run]) == 0
+    coloured = capsys.readouterr().out
+    assert "\x1b[" in coloured
+    (tmp_path / "a.txt").write_text("the cat", encoding="utf-8")
+    assert main(["tokenize", "--file", str(tmp_path / "a.txt"), "--tokenizer", run]) == 0
+    assert capsys.readouterr().out == coloured
+    assert main(["tokenize", "--text", "a<|endoftext|>", "--special", "allow"]) == 0
+    assert "50256" in capsys.readouterr().out
+
+
+def test_info_of_a_size_a_preset_a_folder_and_a_run(run, capsys):
+    pages = {}
+    for which in (["--model", "124M"], ["--preset", "small"], ["--run", run]):
+        assert main(["info", *which]) == 0
+        pages[which[0]] = capsys.readouterr().out
+    assert "124,439,808" in pages["--model"]
+    model = GPT2(TrainConfig().model_config(1024), rng=None)
+    assert f"{model.num_parameters():,}" in pages["--preset"]
+    assert main(["info", "--model", str(last_checkpoint(run)), "--batch", "2", "--context", "8"]) == 0
+    assert "2 x 8 tokens" in capsys.readouterr().out
+    assert "1 x 16 tokens" in pages["--run"]
+
+
+def test_plot_of_runs(run, tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    picture = tmp_path / "both.png"
+    assert main(["plot", run, run, "--out", str(picture), "--x", "tokens", "--y", "bits-per-byte"]) == 0
+    assert str(picture) in capsys.readouterr().out
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_no_new_tokens(run, capsys):
+    assert main(["generate", "--run", run, "--prompt", "the", "--max-new-tokens", "0"]) == 0
+    assert capsys.readouterr().out == "the\n"
+
+
+def test_generate_from_a_model_folder(tmp_path, capsys):
+    config = GPT2Config(n_layer=1, n_head=1, n_embd=4, n_positions=8)
+    GPT2(config, rng=np.random.default_rng(0)).save_pretrained(tmp_path)
+    assert main(["generate", "--model", str(tmp_path), "--prompt", "Hello", "--max-new-tokens", "3"]) == 0
+    assert capsys.readouterr().out.startswith("Hello")
+
+
+def test_options_arrive_in_the_run(text, tmp_path):
+    options = "--no-tie-head --head-bias --no-qkv-bias --dropout 0.1 --seed 7 --dtype float64".split()
+    assert main(["train", *TINY, *options, "--text", text, "--prompt", "a", "--out", str(tmp_path)]) == 0
+    asked = json.loads((tmp_path / "config.json").read_text(encoding="utf-8"))["train"]
+    assert (asked["n_embd"], asked["steps"], asked["seed"], asked["dtype"]) == (16, 4, 7, "float64")
+    model = json.loads((last_checkpoint(tmp_path) / "config.json").read_text(encoding="utf-8"))
+    assert (model["n_embd"], model["n_positions"], model["resid_pdrop"]) == (16, 16, 0.1)
+    assert not model["tie_word_embeddings"]
+    assert model["lm_head_bias"]
+    assert not model["qkv_bias"]
+
+
+# Options
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_names_every_option(command, capsys):
+    options = COMMANDS[command][0]
+    with pytest.raises(SystemExit) as stop:
+        main([command, "--help"])
+    assert not stop.value.code
+    out, err = capsys.readouterr()
+    assert err == ""
+    words = out.replace(",", " ").split()
+    for field in dataclasses.fields(options):
+        assert "--" + field.name.replace("_", "-") in words or (command, field.name) in {
+            ("plot", "runs"),
+            ("pull", "name"),
+        }
+    if command == "train":
+        assert "--preset" in words
+        assert all(name in words or f"({name}" in words or f"{name})" in words for name in PRESETS)
+
+
+@pytest.mark.parametrize("option", ["--help", "-h"])
+def test_help_names_the_commands(option, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main([option])
+    assert not stop.value.code
+    out = capsys.readouterr().out
+    for command, (options, _) in COMMANDS.items():
+        assert f"tinyllm {command} " in out
+        assert options.__doc__ in out
+
+
+def test_defaults_are_the_dataclass():
+    assert _parse(["train", "--out", "x"]) == TrainConfig(out=Path("x"))
+    assert _parse(["train", "--preset", "small"]) == _parse(["train"]) == TrainConfig()
+    assert _parse(["generate", "--prompt", "a"]) == GenerateConfig(prompt="a")
+
+
+def test_preset_gpt2_verdict_is_the_classic_run():
+    config = _parse(["train", "--preset", "gpt2-verdict", "--out", "x"])
+    assert (config.text, config.tokenizer, config.context, config.batch) == ("the-verdict", "gpt2", 256, 2)
+    assert (config.n_layer, config.n_head, config.n_embd) == (12, 12, 768)
+    assert (config.tie_head, config.qkv_bias, config.head_bias) == (False, False, True)
+    assert (config.steps, config.warmup, config.dropout, config.clip) == (135, 10, 0.2, 1.0)  # 15 epochs of 9
+    assert (config.lr, config.initial_lr, config.min_lr) == (5e-4, 3e-5, 1e-6)
+    assert config.prompt == "Every effort moves you"
+    model = GPT2(config.model_config(50257), rng=None)
+    assert model.num_parameters() == 162_469_969
+
+
+@pytest.mark.parametrize("after", [True, False])
+def test_options_override_the_preset(after):
+    options = "--lr 0.001 --n-layer 3 --tie-head --text python-docs --out x".split()
+    preset = ["--preset", "gpt2-verdict"]
+    config = _parse(["train", *(preset + options if after else options + preset)])
+    plain = _parse(["train", *preset])
+    assert plain.lr == 5e-4
+    assert config == dataclasses.replace(
+        plain, lr=0.001, n_layer=3, tie_head=True, text="python-docs", out=Path("x")
+    )
+    assert _parse(["train", "--preset=gpt2-verdict"]) == plain
+
+
+def test_every_option_can_be_given():
+    train = (
+        "--out o --text t --special allow --tokenizer gpt2 --arch llama --init torch --n-layer 2 --n-head 3 "
+        "--n-embd 6 --context 7 --stride 5 --batch 12 --steps 9 --lr 1e-2 --initial-lr 1e-5 --min-lr 1e-6 "
+        "--warmup 4 --weight-decay 0.2 --clip 0.5 --dropout 0.3 --no-tie-head --no-qkv-bias "
+        "--eval-every 2 --eval-windows 11 --checkpoint-every 3 --prompt p --seed 12 --text-field f "
+        "--in-memory 3 --tokens k --special-tokens <|a|> <|b|> --micro-batch 6 --n-kv-head 3 --profile "
+        "--device cuda:1 --dtype bfloat16 --gpu-memory 3 --checkpoint-minutes 1.5 --keep 4 "
+        "--skip-nonfinite 2 --log tensorboard"
+    )
+    given = dataclasses.asdict(_parse(["train", *train.split()]))
+    left = {name for name, value in dataclasses.asdict(TrainConfig()).items() if given[name] == value}
+    assert left == {"head_bias", "resume"}  # which a Llama has not, and which brings options of its own
+    generate = "--prompt p --run r --model m --max-new-tokens 7 --temperature 2 --top-k 3 --top-p 0.5"
+    generate += " --seed 9 --grid --special text --show-probabilities --chat --slide"
+    generate += " --device cuda:1 --dtype tf32 --gpu-memory 0.5"
+    given = dataclasses.asdict(_parse(["generate", *generate.split()]))
+    assert given == dict(
+        prompt="p",
+        run=Path("r"),
+        model="m",
+        max_new_tokens=7,
+        temperature=2.0,
+        top_k=3,
+        top_p=0.5,
+        seed=9,
+        special="text",
+        chat=True,
+        slide=True,
+        grid=True,
+        show_probabilities=True,
+        device="cuda:1",
+        dtype="tf32",
+        gpu_memory=0.5,
+    )
+    assert _parse(["generate", "--prompt", "p", "--top-k", "None"]).top_k is None
+
+
+# Wrong requests
+
+
+@pytest.mark.parametrize(
+    ("args", "said"),
+    [
+        ([], "no command"),
+        (["walk"], "no command 'walk'"),
+        (["train", "--bogus", "1"], "--bogus"),
+        (["train", "--step", "3"], "--step"),  # no abbreviations
+        (["train", "word"], "word"),
+        (["train", "--steps", "abc"], "--steps.*'abc'"),
+        (["train", "--steps", "1.5"], "--steps.*'1.5'"),
+        (["train", "--steps"], "--steps"),
+        (["train", "--lr", "fast"], "--lr.*'fast'"),
+        (["train", "--tie-head", "maybe"], "maybe"),
+        (["train", "--preset", "large"], "'large' is unknown: choose one of small, ten-minutes"),
+        (["train", "--preset"], "--preset '' is unknown: choose one of small"),
+        (["generate"], "--prompt"),
+        (["generate", "--prompt", "a", "--run"], "--run"),
+        (["generate", "--prompt", "a", "--speed", "9"], "--speed"),
+        (["generate", "--prompt", "a", "--top-k", "x"], "--top-k.*'x'"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_words_that_mean_nothing(refused, args, said):
+    matches(refused(*args), said)
+
+
+def matches(sentence, said):
+    assert re.search(said, sentence), sentence
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ("--tokenizer words", "'words'"),
+        ("--dtype int8", "--dtype is int8: it must be one of float32, tf32, bfloat16, float16, float64"),
+        ("--dtype tf32", "--dtype tf32 needs a GPU: a CPU multiplies float32 faster"),
+        ("--dtype bfloat16 --device cpu", "--dtype bfloat16 needs a GPU"),
+        (
+            "--gpu-memory 2",
+            "--gpu-memory 2.0 bounds a GPU's memory: on a CPU leave it out, or say None",
+        ),
+        ("--device tpu", "device 'tpu'"),
+        ("--device cuda:x", "device 'cuda:x'"),
+        ("--arch rnn", "--arch is rnn: it must be gpt2 or llama"),
+        ("--n-kv-head 2", "--n-kv-head is 2: it must be left out: only a Llama has them"),
+        ("--arch llama --head-bias", "--head-bias is True: it must be left out: a Llama has none"),
+        ("--arch llama --n-kv-head 3", r"num_attention_heads \(2\) .*num_key_value_heads \(3\)"),
+        ("--init zero", "--init is zero"),
+        ("--n-embd 15", r"n_embd.* \(15\) .*divisible by n_head.* \(2\)|--n-embd is 15"),
+        ("--n-layer 0", "n.layer .*0"),
+        ("--steps -3", "--steps is -3: it must be at least 1"),
+        ("--steps 0", "--steps is 0"),
+        ("--warmup 4", "--warmup is 4: .*below the 4 steps"),
+        ("--warmup -1", "--warmup is -1"),
+        ("--batch 0", "--batch is 0"),
+        ("--micro-batch 0", "--micro-batch is 0"),
+        ("--micro-batch 3", "--micro-batch is 3: it must be a divisor of the batch, 4"),
+        ("--micro-batch 8", "--micro-batch is 8"),
+        ("--in-memory -1", "--in-memory is -1"),
+        ("--text-field text", "text"),
+        ("--special-tokens the", "'the'|the "),
+        ("--tokenizer bpe:256", "256.*257"),
+        ("--context 0", "--context is 0"),
+        ("--stride 0", "--stride is 0"),
+        ("--eval-every 0", "--eval-every is 0"),
+        ("--eval-windows 0", "--eval-windows is 0"),
+        ("--checkpoint-every -2", "--checkpoint-every is -2"),
+        ("--checkpoint-minutes -1", "--checkpoint-minutes is -1"),
+        ("--checkpoint-minutes nan", "--checkpoint-minutes is nan"),
+        ("--keep 0", "--keep is 0: it must be at least 1"),
+        ("--skip-nonfinite -1", "--skip-nonfinite is -1"),
+        ("--lr 0", "--lr is 0"),
+        ("--lr nan", "--lr is nan"),
+        ("--initial-lr -1", "--initial-lr is -1"),
+        ("--min-lr inf", "--min-lr is inf"),
+        ("--weight-decay -0.1", "--weight-decay is -0.1"),
+        ("--clip 0", "--clip is 0"),
+        ("--dropout 1", "--dropout is 1.0"),
+        ("--dropout -0.5", "--dropout is -0.5"),
+        ("--seed -1", "--seed is -1"),
+        (f"--seed {2**64}", f"--seed is {2**64}"),
+        ("--context 200", "96 tokens .*window of 200"),
+        ("--prompt ", "--prompt is 0 tokens long"),
+        (f"--prompt {'t' * 17}", "--prompt is 17 tokens long: .* 16"),
+        ("--prompt X", "--prompt.*'X'"),
+    ],
+)
+def test_training_options_out_of_range(refused, text, options, said):
+    args = ["train", *TINY, "--text", text, "--prompt", "the", "--out", "out", *options.split(" ")]
+    matches(refused(*args), said)
+
+
+def test_default_prompt_that_the_text_cannot_write(refused, text):
+    """Nobody typed "The ": the sentence must say where the character comes from."""
+    matches(refused("train", *TINY, "--text", text, "--out", "out"), "--prompt.*'T'|'T'.*--prompt")
+
+
+def test_cuda_without_a_gpu(refused, text, run):
+    if pick_device("auto") == "cuda":
+        pytest.skip("this machine has a GPU")
+    said = refused("train", *TINY, "--text", text, "--prompt", "the", "--out", "out", "--device", "cuda")
+    assert "needs a GPU" in said
+    said = refused("generate", "--run", run, "--prompt", "the", "--device", "cuda")
+    assert "needs a GPU" in said
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ("--dtype float16", "--dtype float16 needs a GPU: a CPU multiplies float32 faster"),
+        (
+            "--dtype int8",
+            "^tinyllm: invalid choice 'int8' for argument '--dtype'. Expected .*'float64'",
+        ),
+        ("--gpu-memory 2", "--gpu-memory 2.0 bounds a GPU's memory"),
+        ("--gpu-memory much", "--gpu-memory.*'much'"),
+        ("--device tpu", "unknown device 'tpu'"),
+    ],
+)
+@pytest.mark.parametrize(
+    "command", ["generate --prompt the --run", "eval --text the-verdict --run", "chat --model"]
+)
+def test_devices_of_programs_that_read(refused, run, command, options, said):
+    matches(refused(*command.split(), run, *options.split()), said)
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (None, "no text .*text.txt"),
+        (b"", "text.txt' is empty"),
+        (b" \n \n", "text.txt' is empty or only whitespace"),
+        (b"x", "1 characters"),
+        (b"too short for a window", "tokens is too short for a window of 16"),
+        (b"the caf\xe9 " * 99, r"text.txt' is not UTF-8 at byte offset 7 \(0xe9\)"),
+    ],
+)
+def test_texts_that_cannot_be_trained_on(refused, tmp_path, content, said):
+    path = tmp_path / "text.txt"
+    if content is not None:
+        path.write_bytes(content)
+    matches(refused("train", *TINY, "--text", path, "--prompt", "t", "--out", "out"), said)
+
+
+def test_a_folder_without_texts(refused, tmp_path):
+    (tmp_path / "texts").mkdir()
+    (tmp_path / "texts" / "picture.png").write_bytes(b"PNG")
+    assert "texts" in refused("train", *TINY, "--text", tmp_path / "texts", "--out", "out")
+
+
+def test_jsonl_without_the_field(refused, tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"body": "the cat"}\n' * 99, encoding="utf-8")
+    for field in ([], ["--text-field", "text"]):
+        matches(
+            refused("train", *TINY, "--text", path, *field, "--out", "out"), "a.jsonl.*field|field.*jsonl"
+        )
+
+
+def test_special_token_in_the_text_has_a_remedy_at_the_command_line(refused, tmp_path):
+    path = tmp_path / "text.txt"
+    path.write_text(RHYME * 40 + "<|endoftext|>" + RHYME * 40)
+    said = refused("train", *TINY, "--tokenizer", "gpt2", "--text", path, "--prompt", "the", "--out", "out")
+    assert "'<|endoftext|>'" in said
+    assert "special=" not in said  # an argument in Python, out of reach from here
+
+
+def test_folder_that_holds_a_run(refused, text, run):
+    before = {path: path.read_bytes() for path in Path(run).rglob("*") if path.is_file()}
+    said = refused("train", *TINY, "--text", text, "--prompt", "the", "--out", run)
+    assert f"{run} exists and is not an empty folder: choose another --out" in said
+    assert {path: path.read_bytes() for path in Path(run).rglob("*") if path.is_file()} == before
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ("--temperature -1", "temperature is -1"),
+        ("--temperature nan", "temperature is nan"),
+        ("--top-k 0", "top.k is 0"),
+        ("--top-p 2", "top.p is 2"),
+        ("--top-p 0", "top.p is 0"),
+        ("--seed -1", "seed is -1"),
+        ("--max-new-tokens -1", "max.new.tokens is -1"),
+    ],
+)
+@pytest.mark.parametrize("past_the_context", [False, True])
+def test_sampling_options_out_of_range(refused, run, options, said, past_the_context):
+    length = ["--max-new-tokens", "100" if past_the_context else "5"]
+    matches(refused("generate", "--run", run, "--prompt", "the", *length, *options.split()), said)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "said"),
+    [
+        ("", "--prompt is empty"),
+        ("thé", r"'é' \(U\+00E9, at 2\)"),
+        ("t" * 17, "17.*16"),
+    ],
+)
+def test_prompts_that_cannot_be_continued(refused, run, prompt, said):
+    matches(refused("generate", "--run", run, "--prompt", prompt), said)
+
+
+def test_exactly_one_of_run_and_model(refused, run):
+    for which in ([], ["--run", run, "--model", run]):
+        assert "either --run DIR or --model FOLDER" in refused("generate", "--prompt", "the", *which)
+
+
+def test_model_of_another_vocabulary(refused, run, tmp_path):
+    said = refused("generate", "--model", last_checkpoint(run), "--prompt", "the")
+    assert "holds no tokenizer" in said
+    run_of_its_own = tmp_path / "run"
+    shutil.copytree(run, run_of_its_own)
+    CharTokenizer("abc").save(run_of_its_own)
+    said = refused("generate", "--run", run_of_its_own, "--prompt", "a")
+    matches(said, "char has 3 ids and the model 11")
+
+
+def test_two_ways_to_print(refused, run):
+    assert "choose one" in refused(
+        "generate", "--run", run, "--prompt", "the", "--grid", "--show-probabilities"
+    )
+
+
+@pytest.mark.parametrize(
+    ("args", "said"),
+    [
+        ("tokenize", "either --text TEXT or --file FILE"),
+        ("tokenize --text a --file b", "either --text TEXT or --file FILE"),
+        ("tokenize --text a --tokenizer nowhere", "no tokenizer in 'nowhere'"),
+        ("tokenize --text a --special maybe", "'maybe'"),
+        ("tokenize --text <|endoftext|>", "special"),
+        ("tokenize --file nowhere.txt", "nowhere.txt"),
+        ("info", "one of --preset NAME, --run DIR and --model FOLDER"),
+        ("info --preset small --model 124M", "one of --preset NAME, --run DIR and --model FOLDER"),
+        ("info --preset huge", "'huge' is unknown: choose one of small"),
+        ("info --model nowhere", "nowhere"),
+        ("info --model 124M --batch 0", "batch is 0"),
+        ("info --model 124M --context 2000", "context is 2000: this model takes 1 to 1024"),
+        ("info --model 124M --dtype int8", "int8"),
+        ("plot", "run"),
+        ("plot nowhere", "nowhere"),
+        ("plot nowhere --y perplexity", "perplexity"),
+    ],
+)
+def test_wrong_requests_to_look_inside(refused, args, said):
+    matches(refused(*args.split()), said)
+
+
+def test_model_that_is_not_there(refused, tmp_path):
+    assert "nowhere" in refused("generate", "--model", tmp_path / "nowhere", "--prompt", "the")
+
+
+def test_runs_that_cannot_be_read(refused, run, tmp_path):
+    assert "holds no checkpoint" in refused("generate", "--run", tmp_path / "nowhere", "--prompt", "the")
+    assert "holds no checkpoint" in refused("generate", "--run", tmp_path, "--prompt", "the")
+
+    def damaged(name, damage):
+        copy = tmp_path / name
+        shutil.copytree(run, copy)
+        damage(copy, last_checkpoint(copy))
+        return refused("generate", "--run", copy, "--prompt", "the")
+
+    def truncate(_, checkpoint):
+        weights = checkpoint / "model.safetensors"
+        weights.write_bytes(weights.read_bytes()[:-100])
+
+    def other_sizes(_, checkpoint):
+        config = json.loads((checkpoint / "config.json").read_text(encoding="utf-8"))
+        (checkpoint / "config.json").write_text(json.dumps(config | {"n_layer": 2, "n_positions": 8}))
+
+    matches(damaged("truncated", truncate), "model.safetensors is not a complete safetensors file")
+    matches(damaged("empty", lambda _, c: (c / "model.safetensors").write_bytes(b"")), "model.safetensors")
+    matches(damaged("config", lambda _, c: (c / "config.json").write_text("{")), "config.json is not JSON")
+    matches(damaged("no config", lambda _, c: (c / "config.json").unlink()), "config.json cannot be read")
+    matches(
+        damaged("sizes", other_sizes), r"Missing \(12\): .*h.1.ln_1.weight.*Wrong shape \(1\): wpe.weight"
+    )
+    said = damaged("no tokenizer", lambda r, _: (r / "tinyllm_tokenizer.json").unlink())
+    assert "holds no tokenizer" in said
+
+
+# A run that fails
+
+
+@pytest.mark.parametrize(("lr", "eval_every"), [("1e12", "100"), ("1e30", "1")], ids=["step", "evaluation"])
+def test_a_run_that_diverges(text, tmp_path, lr, eval_every):
+    """Exit code 1 and one sentence, whoever sees it first: NumPy's warnings on the way would be noise."""
+    options = ["--lr", lr, "--eval-every", eval_every, "--steps", "40"]
+    out = tmp_path / "run"
+    done = program("train", *TINY, *options, "--text", text, "--prompt", "the", "--out", str(out))
+    said = done.stderr.decode()
+    assert done.returncode == 1, said
+    assert "smaller --lr" in said
+    assert str(last_checkpoint(out)) in said
+    assert said.startswith("tinyllm: ")
+    assert said.count("\n") == 1, said
+
+
+def test_a_disk_that_refuses(text, tmp_path, capsys, monkeypatch):
+    def full(*args):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("tinyllm.training.run_folder.plot_losses", full)
+    assert main(["train", *TINY, "--text", text, "--prompt", "the", "--out", str(tmp_path / "run")]) == 1
+    err = capsys.readouterr().err
+    assert "No space left on device" in err
+    assert err.count("\n") == 1
+
+
+@pytest.mark.parametrize("said", ["Unable to allocate 7.45 GiB", ""])
+def test_memory_that_runs_out(run, text, capsys, monkeypatch, said):
+    def full(*_, **__):
+        raise MemoryError(said)
+
+    for name in ("cli.generate", "evaluate.evaluate_text", "cli.show_tokens"):
+        monkeypatch.setattr(f"tinyllm.{name}", full)
+    for args, remedy in [
+        (["generate", "--run", run, "--prompt", "the"], ": try fewer --max-new-tokens"),
+        (["eval", "--run", run, "--text", text], ": try a smaller --batch or a shorter --context"),
+        (["tokenize", "--text", "the"], ""),
+    ]:
+        assert main(args) == 1
+        assert capsys.readouterr() == ("", f"tinyllm: {said or 'the memory is full'}{remedy}\n")
+
+
+# Text that comes out whole
+
+
+class Terminal:
+    """What was written, and what could be read after each piece of it."""
+
+    def __init__(self):
+        self.pieces = []
+
+    def write(self, piece):
+        self.pieces.append(piece)
+
+    def flush(self):
+        pass
+
+
+def printed(tokenizer, ids, monkeypatch):
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stdout", terminal)
+    print_stream(tokenizer, ([i] for i in ids))
+    monkeypatch.undo()
+    return [piece for piece in terminal.pieces if piece]
+
+
+def test_a_character_is_printed_when_it_is_whole(monkeypatch):
+    gpt2 = load_tokenizer("gpt2")
+    text = "naïve 😀🏳️‍🌈 — 日本語, Ελληνικά"
+    ids = gpt2.encode(text)
+    assert any("\ufffd" in gpt2.decode([i]) for i in ids)  # there are tokens that end inside a character
+    pieces = printed(gpt2, ids, monkeypatch)
+    assert "".join(pieces) == text + "\n"
+    assert not any("\ufffd" in piece for piece in pieces)
+    assert len(pieces) > 15  # it came bit by bit
+    for i in range(1, len(ids)):  # wherever it ends, only the unfinished character is lost
+        whole = gpt2.decode_bytes(ids[:i]).decode("utf-8", errors="replace")
+        assert "".join(printed(gpt2, ids[:i], monkeypatch)) == whole + "\n"
+
+
+def test_characters_of_a_char_tokenizer(monkeypatch):
+    text = "a😀é"
+    tokenizer = CharTokenizer.from_text(text)
+    assert printed(tokenizer, tokenizer.encode(text), monkeypatch) == ["a", "😀", "é", "\n"]
+
+
+def test_bytes_that_are_no_character(monkeypatch):
+    gpt2 = load_tokenizer("gpt2")
+    byte = {gpt2.decode_bytes([i]): i for i in range(256)}
+    # The first byte of a two-byte character, followed by an ASCII one; then by nothing.
+    assert "".join(printed(gpt2, [byte[b"\xc3"], byte[b"a"]], monkeypatch)) == "\ufffda\n"
+    assert "".join(printed(gpt2, [byte[b"a"], byte[b"\xc3"]], monkeypatch)) == "a\ufffd\n"
+    assert "".join(printed(gpt2, [byte[b"\xff"], byte[b"\x80"]], monkeypatch)) == "\ufffd\ufffd\n"
+    assert printed(gpt2, [], monkeypatch) == ["\n"]
+
+
+def test_output_that_cannot_show_every_character(tmp_path):
+    """A pipe on Windows, or an old terminal: a character it lacks must not end a run."""
+    path, out = tmp_path / "text.txt", str(tmp_path / "run")
+    path.write_text("naïve 😀 " * 200, encoding="utf-8")
+    done = program(
+        "train", *TINY, "--text", str(path), "--prompt", "na", "--out", out, PYTHONIOENCODING="ascii"
+    )
+    assert done.returncode == 0, done.stderr.decode()
+    args = ["generate", "--run", out, "--prompt", "naïve 😀", "--temperature", "5"]
+    done = program(*args, PYTHONIOENCODING="ascii")
+    assert done.returncode == 0, done.stderr.decode()
+
+
+def reads_one_byte(*args):
+    """Like ``tinyllm … | head -c 1``: exit code and standard error."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "tinyllm", *args], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    try:
+        assert len(process.stdout.read(1)) == 1
+        process.stdout.close()
+        said = process.stderr.read().decode()
+        return process.wait(timeout=60), said
+    finally:
+        process.kill()
+        process.wait()
+        process.stderr.close()
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows reports a closed pipe in another way")
+def test_a_reader_that_has_seen_enough(run):
+    code, said = reads_one_byte("generate", "--run", run, "--prompt", "the", "--max-new-tokens", "2000")
+    assert code == 0
+    assert said.count("\n") <= 1  # that the oldest tokens are forgotten
+    assert "rror" not in said
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows reports a closed pipe in another way")
+def test_a_run_goes_on_when_nobody_reads_what_it_says(text, tmp_path):
+    """Either it trains to its end or it says that it did not: never 0 with the weights lost."""
+    out = tmp_path / "run"
+    steps = ["--steps", "30", "--eval-every", "1"]
+    code, _ = reads_one_byte("train", *TINY, *steps, "--text", text, "--prompt", "the", "--out", str(out))
+    saved = last_checkpoint(out).name
+    assert (saved == "step-000030") == (code == 0)

@@ -1,0 +1,625 @@
+"""Every operator and method of Tensor, and every function of several tensors: value and gradients.
+
+``CASES`` holds one strategy per op; the four checks of ``parity.ops.cases`` run over all of them.
+"""
+
+import inspect
+import math
+import operator
+
+import einops
+import numpy as np
+import pytest
+import torch
+from hypothesis import Phase, find, given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+from support.ops import caught, place_of_error, scale_one_gradient
+
+import tinyllm
+from parity.ops import strategies as some
+from parity.ops.cases import Case, assert_close, check_direction, check_float32, check_torch
+from tinyllm import Tensor, concatenate, einsum, split, stack, tensor, where
+from tinyllm.errors import Error
+
+# -------------------------------------------------------------------- arithmetic operators
+
+
+def constant(value, like):
+    """A number as it is, an integer array as it is, a float array in the dtype of ``like``."""
+    return value.astype(like.dtype) if isinstance(value, np.ndarray) and value.dtype.kind == "f" else value
+
+
+def torch_constant(value):
+    return torch.tensor(value, dtype=torch.float64)
+
+
+@st.composite
+def other_operand(draw, shape):
+    """What may stand beside a Tensor without a gradient of its own."""
+    kind = draw(st.sampled_from(["number", "integer", "NumPy number", "array", "integers"]))
+    rng = np.random.default_rng(draw(some.SEEDS))
+    if kind == "number":
+        return rng.uniform(0.5, 2)
+    if kind == "integer":
+        return int(rng.integers(1, 4))
+    if kind == "NumPy number":
+        return draw(st.sampled_from([np.float64, np.float32, np.int64]))(rng.integers(1, 9) / 2 + 0.5)
+    if kind == "array":
+        return some.nonzero(rng, shape)
+    return rng.integers(1, 4, shape) * rng.choice([-1, 1], shape)
+
+
+@st.composite
+def binary(draw, op):
+    """x op y for another tensor, the same tensor, a number, or an array without a gradient."""
+    left, right = draw(some.broadcastable(2))
+    x = draw(some.arrays(left, some.nonzero))
+    kind = draw(st.sampled_from(["tensor", "itself", "constant"]))
+    name, seed = f"{op.__name__} {kind}", draw(some.SEEDS)
+    if kind == "tensor":
+        y = draw(some.arrays(right, some.nonzero))
+        return Case(name, [x, y], op, op, needs=draw(some.subsets(2)), seed=seed)
+    if kind == "itself":
+        return Case(name, [x], lambda x: op(x, x), lambda x: op(x, x), seed=seed)
+    c = draw(other_operand(right))
+    return Case(name, [x], lambda x: op(x, constant(c, x)), lambda x: op(x, torch_constant(c)), seed=seed)
+
+
+@st.composite
+def reflected(draw, op):
+    """c op x with a number or an array on the left."""
+    left, right = draw(some.broadcastable(2))
+    x, c = draw(some.arrays(right, some.nonzero)), draw(other_operand(left))
+    return Case(
+        f"{op.__name__}, {type(c).__name__} on the left",
+        [x],
+        lambda x: op(constant(c, x), x),
+        lambda x: op(torch_constant(c), x),
+        seed=draw(some.SEEDS),
+    )
+
+
+@st.composite
+def power(draw):
+    n = draw(
+        st.sampled_from([0, 1, 2, 3, -1, -2, 0.5, -1.5, 2.5, np.int64(3), np.float64(2), np.float32(0.5)])
+    )
+    values = some.nonzero if n == int(n) else some.positive
+    x = draw(some.arrays(draw(some.shapes()), values))
+    return Case(f"** {n!r}", [x], lambda x: x**n, lambda x: x ** float(n), seed=draw(some.SEEDS))
+
+
+@st.composite
+def matmul_shapes(draw):
+    """Vectors, matrices, batches, batches that broadcast."""
+    signature = draw(
+        st.sampled_from(["(n),(n)->()", "(n),(n,p)->(p)", "(m,n),(n)->(m)", "(m,n),(n,p)->(m,p)"])
+    )
+    batches = draw(st.integers(0, 2))
+    drawn = hnp.mutually_broadcastable_shapes(signature=signature, max_dims=batches, min_side=0, max_side=4)
+    left, right = draw(drawn).input_shapes
+    # The signature's broadcast axes lie before a vector's one axis, where @ has none.
+    return left[-1:] if "(n)," in signature else left, right[-1:] if ",(n)-" in signature else right
+
+
+@st.composite
+def matmul(draw):
+    left, right = draw(matmul_shapes())
+    return Case(
+        f"{left} @ {right}",
+        [draw(some.arrays(left)), draw(some.arrays(right))],
+        operator.matmul,
+        operator.matmul,
+        needs=draw(some.subsets(2)),
+        seed=draw(some.SEEDS),
+    )
+
+
+@st.composite
+def rmatmul(draw):
+    left, right = draw(matmul_shapes())
+    c, dtype = draw(some.arrays(left)), draw(st.sampled_from([np.float64, np.int64]))
+    c = (4 * c).astype(dtype)
+    return Case(
+        f"array of {np.dtype(dtype)} {left} @ {right}",
+        [draw(some.arrays(right))],
+        lambda x: constant(c, x) @ x,
+        lambda x: torch_constant(c) @ x,
+        seed=draw(some.SEEDS),
+    )
+
+
+# ----------------------------------------------------------------- elementwise, reductions
+
+
+@st.composite
+def elementwise(draw, name, values=some.normal):
+    x = draw(some.arrays(draw(some.shapes()), values))
+    op = operator.methodcaller(name)
+    return Case(name, [x], op, op, seed=draw(some.SEEDS))
+
+
+@st.composite
+def reduction(draw, name, theirs, values=some.normal, min_side=1, ddofs=(None,)):
+    """``theirs(x, dim, keepdim, ddof)``, where dim is every axis if ours is None."""
+    shape = draw(some.shapes(min_side=min_side))
+    axis, keepdims = draw(some.axes(len(shape))), draw(st.booleans())
+    every = tuple(range(len(shape)))
+    dim = every if axis is None else axis
+    count = math.prod(np.array(shape, int)[list(np.atleast_1d(np.array(dim, int)))])
+    ddof = draw(st.sampled_from([d for d in ddofs if d is None or d < count]))
+    options = {"axis": axis, "keepdims": keepdims} | ({} if ddof is None else {"ddof": ddof})
+    return Case(
+        f"{name} of {shape}, {options}",
+        [draw(some.arrays(shape, values))],
+        lambda x: getattr(x, name)(**options),
+        # torch takes no empty tuple of axes for "none at all": a number is its own reduction.
+        lambda x: theirs(x, dim, keepdims, ddof) if every else theirs(x.reshape(1), 0, False, ddof),
+        seed=draw(some.SEEDS),
+    )
+
+
+# --------------------------------------------------------------------------------- layout
+
+
+@st.composite
+def reshape(draw):
+    shape = draw(some.shapes(min_dims=1))
+    known = math.prod(shape[1:])
+    target = draw(st.sampled_from([(math.prod(shape),), (1, *shape), (*shape, 1), shape[::-1], (-1, known)]))
+    if -1 in target and known == 0:
+        target = shape
+    as_given = draw(st.sampled_from([lambda x: x.reshape(*target), lambda x: x.reshape(list(target))]))
+    x = draw(some.arrays(shape))
+    return Case(
+        f"reshape {shape} to {target}", [x], as_given, lambda x: x.reshape(target), seed=draw(some.SEEDS)
+    )
+
+
+@st.composite
+def transpose(draw):
+    shape = draw(some.shapes())
+    n = len(shape)
+    axes = tuple(axis - n * draw(st.booleans()) for axis in draw(st.permutations(range(n))))
+    ours, order = draw(
+        st.sampled_from(
+            [
+                (lambda x: x.transpose(), tuple(range(n))[::-1]),
+                (lambda x: x.transpose(*axes), axes or ()),
+                (lambda x: x.transpose(axes), axes),
+            ]
+        )
+    )
+    x = draw(some.arrays(shape))
+    return Case(f"transpose {order}", [x], ours, lambda x: x.permute(order), seed=draw(some.SEEDS))
+
+
+@st.composite
+def swapaxes(draw):
+    shape = draw(some.shapes(min_dims=1))
+    a, b = (draw(st.integers(-len(shape), len(shape) - 1)) for _ in range(2))
+    op = operator.methodcaller("swapaxes", a, b)
+    return Case(f"swapaxes({a}, {b})", [draw(some.arrays(shape))], op, op, seed=draw(some.SEEDS))
+
+
+@st.composite
+def rearrange(draw):
+    """einops itself, on a torch tensor, is the reference; torch derives its gradient."""
+    shape, pattern, sizes = draw(
+        st.sampled_from(
+            [
+                ((2, 3, 8), "b t (h d) -> b h t d", {"h": 4}),
+                ((2, 3, 4, 2), "b h t d -> b t (h d)", {}),
+                ((2, 3, 12), "b t (three h d) -> three b h t d", {"three": 3, "h": 2}),
+                ((6, 4), "(a b) (c d) -> (b c) (a d)", {"a": 2, "d": 2}),
+                ((2, 1, 3), "a 1 c -> c a", {}),
+                ((2, 3), "a b -> 1 b a 1", {}),
+                ((5,), "i -> i", {}),
+            ]
+        )
+    )
+    return Case(
+        f"rearrange {pattern}",
+        [draw(some.arrays(shape))],
+        lambda x: x.rearrange(pattern, **sizes),
+        lambda x: einops.rearrange(x, pattern, **sizes),
+        seed=draw(some.SEEDS),
+    )
+
+
+@st.composite
+def astype(draw):
+    """Through a wider type and back; casts that round have a test of their own."""
+    x = draw(some.arrays(draw(some.shapes())))
+    there_and_back = lambda x: x.astype(np.longdouble).astype(x.dtype)  # noqa: E731
+    return Case("astype", [x], there_and_back, lambda x: x * 1, seed=draw(some.SEEDS))
+
+
+@st.composite
+def getitem(draw):
+    """torch has no negative steps: the reference indexes element numbers with NumPy and gathers those."""
+    shape = draw(some.shapes())
+    index = draw(some.indices(shape))
+    numbers = np.asarray(np.arange(math.prod(shape)).reshape(shape)[index])
+    return Case(
+        f"{shape}[{index!r}]",
+        [draw(some.arrays(shape))],
+        lambda x: x[index],
+        lambda x: x.reshape(-1)[torch.tensor(numbers.copy())],
+        seed=draw(some.SEEDS),
+    )
+
+
+# --------------------------------------------------------------- functions of several tensors
+
+
+@st.composite
+def concatenation(draw):
+    shape = draw(some.shapes(min_dims=1))
+    axis = draw(st.integers(-len(shape), len(shape) - 1))
+    shapes = [list(shape) for _ in range(draw(st.integers(1, 3)))]
+    for s in shapes:
+        s[axis] = draw(st.integers(0, 3))
+    return Case(
+        f"concatenate {shapes}, axis {axis}",
+        [draw(some.arrays(s)) for s in shapes],
+        lambda *x: concatenate(x, axis=axis),
+        lambda *x: torch.cat(x, dim=axis),
+        needs=draw(some.subsets(len(shapes))),
+        seed=draw(some.SEEDS),
+    )
+
+
+@st.composite
+def stacking(draw):
+    shape, count = draw(some.shapes()), draw(st.integers(1, 3))
+    axis = draw(st.integers(-len(shape) - 1, len(shape)))
+    return Case(
+        f"stack {count} of {shape}, axis {axis}",
+        [draw(some.arrays(shape)) for _ in range(count)],
+        lambda *x: stack(x, axis=axis),
+        lambda *x: torch.stack(x, dim=axis),
+        needs=draw(some.subsets(count)),
+        seed=draw(some.SEEDS),
+    )
+
+
+@st.composite
+def splitting(draw):
+    """All parts, the first of them twice, stacked into one result."""
+    shape = list(draw(some.shapes(min_dims=1)))
+    axis, sections = draw(st.integers(-len(shape), len(shape) - 1)), draw(st.integers(1, 3))
+    shape[axis] = sections * draw(st.integers(1, 3))
+    size = shape[axis] // sections
+
+    def ours(x):
+        parts = split(x, sections, axis=axis)
+        return stack([*parts, parts[0]])
+
+    def theirs(x):
+        parts = torch.split(x, size, dim=axis)
+        return torch.stack([*parts, parts[0]])
+
+    x = draw(some.arrays(shape))
+    return Case(f"split {shape} into {sections}, axis {axis}", [x], ours, theirs, seed=draw(some.SEEDS))
+
+
+@st.composite
+def choosing(draw):
+    shape, left, right = draw(some.broadcastable(3))
+    condition = np.random.default_rng(draw(some.SEEDS)).random(shape) < 0.5
+    x, y = draw(some.arrays(left)), draw(some.arrays(right))
+    chosen, seed, mask = draw(st.sampled_from(["both", "x", "y"])), draw(some.SEEDS), torch.tensor(condition)
+    if chosen == "both":
+        ours, theirs = lambda x, y: where(condition, x, y), lambda x, y: torch.where(mask, x, y)
+        return Case("where", [x, y], ours, theirs, needs=draw(some.subsets(2)), seed=seed)
+    if chosen == "x":
+        ours, theirs = lambda x: where(condition, x, -1.5), lambda x: torch.where(mask, x, -1.5)
+        return Case("where, else a number", [x], ours, theirs, seed=seed)
+    ours, theirs = lambda y: where(condition, 2, y), lambda y: torch.where(mask, 2.0, y)
+    return Case("where a number, else", [y], ours, theirs, seed=seed)
+
+
+@st.composite
+def contraction(draw):
+    subscripts = draw(
+        st.sampled_from(
+            "ij,jk->ik bhtd,bhsd->bhts bhts,bhse->bhte i,i-> ij-> ij->j ij->ji i,j->ij ij,ij->ij ij,ij->j "
+            "ijk,kl,lm->im ij,k->i ij,kl->k ,i->i bi,bi->b abc,cb->a ab,ab,b->a".split()
+        )
+    )
+    terms = subscripts.split("->")[0].split(",")
+    size = {c: draw(st.integers(1, 4)) for c in sorted(set("".join(terms)))}
+    return Case(
+        f"einsum {subscripts} {size}",
+        [draw(some.arrays([size[c] for c in term])) for term in terms],
+        lambda *x: einsum(subscripts, *x),
+        lambda *x: torch.einsum(subscripts, *x),
+        needs=draw(some.subsets(len(terms))),
+        seed=draw(some.SEEDS),
+    )
+
+
+CASES = {
+    "__add__": binary(operator.add),
+    "__radd__": reflected(operator.add),
+    "__neg__": elementwise("__neg__"),
+    "__sub__": binary(operator.sub),
+    "__rsub__": reflected(operator.sub),
+    "__mul__": binary(operator.mul),
+    "__rmul__": reflected(operator.mul),
+    "__truediv__": binary(operator.truediv),
+    "__rtruediv__": reflected(operator.truediv),
+    "__pow__": power(),
+    "__matmul__": matmul(),
+    "__rmatmul__": rmatmul(),
+    "__getitem__": getitem(),
+    "exp": elementwise("exp"),
+    "log": elementwise("log", some.positive),
+    "tanh": elementwise("tanh"),
+    "sqrt": elementwise("sqrt", some.positive),
+    "sum": reduction("sum", lambda x, dim, keep, _: x.sum(dim, keep), min_side=0),
+    "mean": reduction("mean", lambda x, dim, keep, _: x.mean(dim, keep)),
+    "max": reduction("max", lambda x, dim, keep, _: x.amax(dim, keep), some.distinct),
+    "var": reduction(
+        "var",
+        lambda x, dim, keep, ddof: x.var(dim, correction=ddof or 0, keepdim=keep),
+        ddofs=(None, 0, 1, 2),
+    ),
+    "reshape": reshape(),
+    "transpose": transpose(),
+    "swapaxes": swapaxes(),
+    "rearrange": rearrange(),
+    "astype": astype(),
+    "concatenate": concatenation(),
+    "stack": stacking(),
+    "split": splitting(),
+    "where": choosing(),
+    "einsum": contraction(),
+}
+
+# ------------------------------------------------------------------------- the four checks
+
+every_op = pytest.mark.parametrize("op", CASES)
+
+
+@every_op
+@given(data=st.data())
+def test_value_and_gradients_are_torchs(op, data):
+    check_torch(data.draw(CASES[op]))
+
+
+@every_op
+@given(data=st.data())
+def test_the_gradient_is_the_derivative_along_a_random_direction(op, data):
+    check_direction(data.draw(CASES[op]))
+
+
+@every_op
+@given(data=st.data())
+def test_float32_stays_float32_and_close_to_float64(op, data):
+    check_float32(data.draw(CASES[op]))
+
+
+NOT_OPS = {"__init__", "__repr__", "__bool__", "__array__"}  # operators that compute nothing
+NOT_OPS |= {"from_op", "with_again", "remembered", "backward"}  # the tape
+NOT_OPS |= {"replace", "detach", "item", "no_grad"}  # ways out of it
+NOT_OPS |= {"to"}  # another device: tests/test_gpu.py
+
+
+def test_every_public_op_has_a_case():
+    hidden = {n for n in vars(Tensor) if n.startswith("_") and not n.endswith("__")}
+    methods = {name for name, value in vars(Tensor).items() if callable(value)} - hidden
+    functions = {
+        name
+        for name in tinyllm.__all__
+        if inspect.isfunction(getattr(tinyllm, name))
+        and getattr(tinyllm, name).__module__ == "tinyllm.tensor"
+    }
+    assert (methods | functions) - NOT_OPS == set(CASES)
+
+
+# -------------------------------------------------------------------------------- sabotage
+
+
+@pytest.mark.parametrize("position", [0, -1])
+@every_op
+def test_a_gradient_off_by_one_part_in_a_hundred_million_is_caught(op, position, monkeypatch):
+    scale_one_gradient(monkeypatch, position, 1 + 1e-8)
+    find(CASES[op], caught, settings=settings(phases=[Phase.generate]))  # raises if no example is caught
+
+
+def test_the_direction_check_catches_a_gradient_off_by_one_part_in_ten_thousand(monkeypatch):
+    x = np.random.default_rng(0).standard_normal((3, 4))
+    case = Case("exp", [x], Tensor.exp, torch.exp)
+    check_direction(case)
+    scale_one_gradient(monkeypatch, 0, 1 + 1e-4)
+    with pytest.raises(AssertionError, match="differ by"):
+        check_direction(case)
+
+
+# ------------------------------------------------------------------------------ one by one
+
+
+def test_tied_maxima_share_the_gradient():
+    x = np.array([[1.0, 3.0, 3.0], [2.0, 2.0, 2.0]])
+    for axis in (0, 1, (0, 1)):
+        check_torch(Case("max with ties", [x], lambda x, a=axis: x.max(axis=a), lambda x, a=axis: x.amax(a)))
+    a = Tensor(x, requires_grad=True)
+    a.max(axis=1).backward(np.array([1.0, 1.0]))
+    np.testing.assert_allclose(a.grad, [[0, 0.5, 0.5], [1 / 3, 1 / 3, 1 / 3]])
+
+
+def test_an_element_named_twice_gets_both_gradients():
+    for index in ([0, 2, 0], np.array([0, 2, 0]), np.array([0, 2, 0], np.uint8), ([0, 2, 0], slice(None))):
+        x = Tensor(np.ones((3, 2)), requires_grad=True)
+        x[index].sum().backward()
+        np.testing.assert_array_equal(x.grad, [[2, 2], [0, 0], [1, 1]], err_msg=f"index {index!r}")
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16, np.int16, np.int32])
+def test_a_short_index_does_not_overflow(dtype):
+    """Row 250 of 300 columns begins at element 75,000: beyond what a byte or a short counts to."""
+    x = Tensor(np.zeros((256, 300)), requires_grad=True)
+    x[np.array([250, 3, 250], dtype)].sum().backward()
+    assert (x.grad[250] == 2).all() and (x.grad[3] == 1).all() and x.grad.sum() == 900
+
+
+def test_a_number_of_numpy_is_an_index():
+    for i in (2, np.int64(2), np.uint8(2), np.array(2)):
+        x = Tensor(np.ones((3, 2)), requires_grad=True)
+        x[i].sum().backward()
+        np.testing.assert_array_equal(x.grad, [[0, 0], [0, 0], [1, 1]], err_msg=f"index {i!r}")
+
+
+def test_indexing_by_no_ids_at_all():
+    for shape in ((3, 2), (0, 2), (0,)):
+        x = Tensor(np.ones(shape), requires_grad=True)
+        x[np.array([], int)].sum().backward()
+        np.testing.assert_array_equal(x.grad, np.zeros(shape))
+
+
+def test_the_grad_of_a_view_reaches_every_use_once():
+    x = np.random.default_rng(0).standard_normal((4, 6))
+
+    def op(x):
+        return x[1:, ::2] * x[:-1, ::-2] + x[1:, ::2]
+
+    def theirs(x):
+        return x[1:, ::2] * x[:-1].flip(1)[:, ::2] + x[1:, ::2]
+
+    check_torch(Case("views of one tensor", [x], op, theirs))
+
+
+def test_lists_of_integers_are_operands():
+    x = Tensor(np.array([1.0, 2.0], np.float32), requires_grad=True)
+    for op in (operator.add, operator.sub, operator.mul, operator.truediv, operator.matmul):
+        for numbers in ([3, 4], [True, False]):
+            for left, right in (
+                ((x, numbers), (numbers, x)) if op is not operator.truediv else ((numbers, x),)
+            ):
+                arrays = [np.asarray(getattr(side, "data", side), np.float32) for side in (left, right)]
+                result = op(left, right)
+                assert result.dtype == np.float32
+                np.testing.assert_array_equal(result.data, op(*arrays))
+
+
+def test_an_integer_array_is_not_changed_by_an_operand():
+    ids, x = np.array([1, 2]), Tensor(np.ones(2), requires_grad=True)
+    x * ids
+    assert ids.dtype == np.int64 and ids.tolist() == [1, 2]
+
+
+@pytest.mark.parametrize("left, right", [(np.float32, np.float64), (np.float64, np.float32)])
+def test_a_cast_rounds_and_its_gradient_is_cast_back(left, right):
+    data = np.array([1 / 3, 1e-8, 3.0]).astype(left)
+    x = Tensor(data, requires_grad=True)
+    y = x.astype(right)
+    np.testing.assert_array_equal(y.data, data.astype(right))
+    y.backward(np.array([0.1, 0.2, 0.3], right))
+    assert x.grad.dtype == left
+    np.testing.assert_array_equal(x.grad, np.array([0.1, 0.2, 0.3], right).astype(left))
+
+
+def test_the_number_in_where_may_be_minus_infinity():
+    x = Tensor(np.ones((2, 2), np.float32), requires_grad=True)
+    y = where(np.array([[True, False], [True, True]]), x, -math.inf)
+    assert y.dtype == np.float32 and y.data.tolist() == [[1, -math.inf], [1, 1]]
+    y.backward(np.ones((2, 2), np.float32))
+    np.testing.assert_array_equal(x.grad, [[1, 0], [1, 1]])
+
+
+def test_detach_has_no_past_and_item_is_a_number():
+    x = Tensor(np.array([2.0]), requires_grad=True)
+    (x.detach() * x).backward()
+    assert x.grad.tolist() == [2.0]  # not 4: one factor is a constant
+    assert type(x.item()) is float and x.item() == 2.0
+
+
+def test_tanh_and_exp_of_large_numbers():
+    for dtype in (np.float32, np.float64):
+        x = Tensor(np.array([-1e4, -50, 0, 50, 1e4], dtype), requires_grad=True)
+        x.tanh().backward(np.ones(5, dtype))
+        np.testing.assert_array_equal(x.tanh().data, [-1, -1, 0, 1, 1])
+        np.testing.assert_array_equal(x.grad, [0, 0, 1, 0, 0])
+        assert Tensor(np.array([-1e4], dtype)).exp().data.tolist() == [0]
+
+
+def test_the_comparison_refuses_nan_and_another_shape():
+    good = np.ones(3)
+    for bad in (np.array([1, 1, np.nan]), np.ones((3, 1)), np.ones(3) + 3e-10):
+        with pytest.raises(AssertionError):
+            assert_close(bad, good, "bad")
+
+
+# ---------------------------------------------------------------------------------- errors
+
+
+def leaf(*shape, dtype=np.float64):
+    return Tensor(np.ones(shape, dtype), requires_grad=True)
+
+
+def twice():
+    loss = leaf(2).sum()
+    loss.backward()
+    loss.backward()
+
+
+def set_grad_of_a_result():
+    (leaf(2) * 2).grad = np.ones(2)
+
+
+ERRORS = {  # what is done -> what the sentence must say: the value, and the remedy
+    "backward twice": (twice, ["already", "forward pass again"]),
+    "Tensor of a Tensor": (lambda: Tensor(leaf(2)), ["detach()", "Tensor(tensor.data)"]),
+    "gradient of integers": (lambda: Tensor(np.arange(2), requires_grad=True), ["int64", "floating-point"]),
+    "backward on a constant": (lambda: Tensor(np.ones(1)).backward(), ["requires_grad=True"]),
+    "backward on a vector": (lambda: (leaf(2) * 2).backward(), ["(2,)", "grad="]),
+    "grad of another shape": (lambda: (leaf(2) * 2).backward(np.ones(3)), ["(2,)", "float64", "(3,)"]),
+    "grad of another dtype": (
+        lambda: (leaf(2) * 2).backward(np.ones(2, np.float32)),
+        ["(2,)", "float64", "float32"],
+    ),
+    "grad that is a list": (lambda: (leaf(2) * 2).backward([1.0, 1.0]), ["(2,)", "float64", "list"]),
+    "grad of a result set": (set_grad_of_a_result, ["leaf", "requires_grad=True"]),
+    "truth of a Tensor": (lambda: bool(leaf(2)), [".data", ".item()"]),
+    "np.asarray of a Tensor": (lambda: np.asarray(leaf(2)), [".data"]),
+    "float32 + float64": (lambda: leaf(2) + np.ones(2, np.float32), ["float64", "float32", "astype()"]),
+    "float64 @ float32": (lambda: leaf(2) @ leaf(2, dtype=np.float32), ["float64", "float32", "astype()"]),
+    "where of two dtypes": (
+        lambda: where(np.ones(2, bool), leaf(2), leaf(2, dtype=np.float32)),
+        ["astype()"],
+    ),
+    "where of two numbers": (lambda: where(np.ones(2, bool), 1.0, 2.0), ["1.0", "2.0", "np.where"]),
+    "an op of two dtypes": (
+        lambda: Tensor.from_op(np.ones(2), (leaf(2), leaf(2, dtype=np.float32)), None),
+        ["float64, float32", "astype()"],
+    ),
+    "power of a Tensor": (lambda: leaf(2) ** leaf(2), ["exponent", "number"]),
+    "@ with a number": (lambda: leaf(2) @ 3, ["@", "use *"]),
+    "split unevenly": (lambda: split(leaf(5), 2), ["5", "2 equal parts"]),
+    "einsum without ->": (lambda: einsum("ij,jk", leaf(2, 2), leaf(2, 2)), ["'ij,jk'", "'->'"]),
+    "rearrange with an ellipsis": (
+        lambda: leaf(2, 2).rearrange("... c -> c ..."),
+        ["'... c -> c ...'", "every axis"],
+    ),
+    "einsum with an ellipsis": (lambda: einsum("...i->i", leaf(2, 2)), ["'...i->i'", "'...'"]),
+    "einsum of too few tensors": (lambda: einsum("i,i->i", leaf(2)), ["'i,i->i'", "one term per tensor"]),
+    "einsum of a diagonal": (lambda: einsum("ii->i", leaf(2, 2)), ["'ii->i'", "repeats a letter"]),
+}
+
+
+@pytest.mark.parametrize("name", ERRORS)
+def test_an_error_names_the_value_and_the_remedy(name):
+    call, words = ERRORS[name]
+    with pytest.raises(Error) as caught:
+        call()
+    for word in words:
+        assert word in str(caught.value)
+
+
+def test_every_error_of_the_engine_is_raised_above():
+    places = {place_of_error(call) for call, _ in ERRORS.values()}
+    raised = sum(path == tensor.__file__ for path, _ in places)
+    assert raised == inspect.getsource(tensor).count("raise Error(")

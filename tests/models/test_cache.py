@@ -1,0 +1,640 @@
+"""Keys and values kept: the same texts with and without them, prompts of any length, the context's end.
+
+Texts are compared in float64, where rounding cannot flip a draw.
+"""
+
+import contextlib
+import copy
+import gc
+import os
+import subprocess
+import sys
+import weakref
+from dataclasses import replace
+from types import SimpleNamespace
+from unittest import mock
+
+import numpy as np
+import pytest
+import threadpoolctl
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from tinyllm import GPT2, GPT2Config, Llama, LlamaConfig, Tensor, nn, no_grad
+from tinyllm import functional as F
+from tinyllm.backend import threads
+from tinyllm.errors import Error
+from tinyllm.inference import generate
+from tinyllm.inference.sampling import choose_tokens
+
+GPT2_SIZES = dict(vocab_size=13, n_positions=8, n_embd=12, n_layer=2, n_head=3)
+DROPOUTS = dict(embd_pdrop=0.2, attn_pdrop=0.2, resid_pdrop=0.2)  # off while writing
+LLAMA_SIZES = dict(
+    vocab_size=13, hidden_size=12, intermediate_size=20, num_hidden_layers=2, num_attention_heads=6,
+    num_key_value_heads=2, head_dim=4, max_position_embeddings=8, attention_dropout=0.2,
+)  # fmt: skip
+LLAMA3_ROPE = dict(
+    rope_type="llama3", rope_theta=50.0, factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0,
+    original_max_position_embeddings=12,
+)  # fmt: skip
+
+
+def build(config, dtype=np.float64, put=np.asarray):
+    """A model whose next token is far from equally likely, and depends on the whole text."""
+    rng = np.random.default_rng(5)
+    model = (GPT2 if isinstance(config, GPT2Config) else Llama)(config, rng=rng)
+    for parameter in model.parameters():
+        parameter.replace(put((parameter.data + 0.4 * rng.standard_normal(parameter.shape)).astype(dtype)))
+    return model
+
+
+GPT2_CONFIG = GPT2Config(**GPT2_SIZES, **DROPOUTS)
+LLAMA_CONFIG = LlamaConfig(**LLAMA_SIZES, rope_parameters=LLAMA3_ROPE, attention_bias=True)
+CONFIGS = {"gpt2": GPT2_CONFIG, "llama": LLAMA_CONFIG}
+both_models = pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
+
+
+@st.composite
+def gpt2_configs(draw):
+    heads = draw(st.integers(1, 3))
+    return GPT2Config(
+        vocab_size=draw(st.integers(2, 20)),
+        n_positions=draw(st.integers(1, 10)),
+        n_embd=heads * draw(st.integers(1, 5)),
+        n_layer=draw(st.integers(1, 3)),
+        n_head=heads,
+        tie_word_embeddings=draw(st.booleans()),
+        qkv_bias=draw(st.booleans()),
+        **DROPOUTS,
+    )
+
+
+@st.composite
+def llama_configs(draw):
+    G, R = draw(st.integers(1, 3)), draw(st.integers(1, 3))
+    return LlamaConfig(
+        vocab_size=draw(st.integers(2, 20)),
+        hidden_size=G * R * draw(st.integers(1, 4)),
+        intermediate_size=draw(st.integers(1, 20)),
+        num_hidden_layers=draw(st.integers(1, 3)),
+        num_attention_heads=G * R,
+        num_key_value_heads=G,
+        head_dim=2 * draw(st.integers(1, 3)),
+        max_position_embeddings=draw(st.integers(1, 10)),
+        rope_parameters=draw(st.sampled_from([{}, LLAMA3_ROPE])),
+        tie_word_embeddings=draw(st.booleans()),
+        attention_bias=draw(st.booleans()),
+    )
+
+
+def prompts_for(config, rows, seed):
+    """Prompts of different length, from one token to the context."""
+    rng = np.random.default_rng(seed)
+    context = config.n_positions if isinstance(config, GPT2Config) else config.max_position_embeddings
+    lengths = rng.integers(1, context + 1, rows)
+    return [rng.integers(0, config.vocab_size, length).tolist() for length in lengths]
+
+
+class Uniforms:
+    """A generator whose numbers we know: row t of the table is what the t-th step draws."""
+
+    def __init__(self, table):
+        self.rows = iter(table)
+
+    def random(self, size):
+        return next(self.rows)
+
+
+def text(*args, **options):
+    """(steps, B) ids."""
+    return np.array(list(generate(*args, **options)))
+
+
+def logits_of(model, ids, **options):
+    with no_grad():
+        return model.eval()(np.asarray(ids), **options).data
+
+
+# --------------------------------------------------------------------- the same with and without
+
+
+@settings(max_examples=60)
+@example(config=GPT2_CONFIG, rows=3, temperature=1.0, stops=False, seed=0)
+@example(config=LLAMA_CONFIG, rows=3, temperature=1.0, stops=False, seed=0)
+@example(config=LLAMA_CONFIG, rows=2, temperature=0, stops=True, seed=3)
+@given(
+    config=gpt2_configs() | llama_configs(),
+    rows=st.integers(1, 4),
+    temperature=st.sampled_from([0, 1.0, 1.7]),
+    stops=st.booleans(),
+    seed=st.integers(0, 2**32 - 1),
+)
+def test_the_same_tokens_with_and_without_the_cache(config, rows, temperature, stops, seed):
+    model, prompts = build(config), prompts_for(config, rows, seed)
+    options = dict(temperature=temperature, stop_ids=[seed % config.vocab_size] if stops else ())
+
+    def written(**more):
+        return text(model, prompts, 14, rng=np.random.default_rng(seed), **options, **more).tolist()
+
+    assert written() == written(use_cache=False)
+
+
+@settings(max_examples=60)
+@example(config=GPT2_CONFIG, rows=3, temperature=1.0, seed=1)
+@example(config=LLAMA_CONFIG, rows=3, temperature=1.0, seed=1)
+@given(
+    config=gpt2_configs() | llama_configs(),
+    rows=st.integers(2, 4),
+    temperature=st.sampled_from([0, 1.0]),
+    seed=st.integers(0, 2**32 - 1),
+)
+def test_a_row_beside_longer_and_shorter_ones_is_what_it_would_be_alone(config, rows, temperature, seed):
+    model, prompts = build(config), prompts_for(config, rows, seed)
+    table = np.random.default_rng(seed).random((14, rows))
+    together = text(model, prompts, 14, temperature, rng=Uniforms(table))
+    for i, prompt in enumerate(prompts):
+        alone = text(model, [prompt], 14, temperature, rng=Uniforms(table[:, [i]]))[:, 0]
+        # A batch of Llama's ends when its longest row does.
+        assert alone[: len(together)].tolist() == together[:, i].tolist()
+
+
+@both_models
+@pytest.mark.parametrize("chunks", [[8], [1] * 8, [5, 1, 1, 1], [3, 4, 1], [1, 7]])
+@pytest.mark.parametrize(("dtype", "bound"), [(np.float64, 1e-13), (np.float32, 1e-5)])
+def test_logits_are_the_same_however_the_text_is_cut(config, chunks, dtype, bound):
+    """Within ``bound`` of the largest logit."""
+    model = build(config, dtype)
+    ids = np.random.default_rng(0).integers(0, 13, (2, 8))
+    whole = logits_of(model, ids)  # (B, T, V)
+    cache, parts = model.new_cache(2), []
+    for part in np.split(ids, np.cumsum(chunks)[:-1], axis=1):
+        parts.append(logits_of(model, part, cache=cache))
+    assert cache.length == 8
+    assert np.abs(np.concatenate(parts, axis=1) - whole).max() <= bound * np.abs(whole).max()
+
+
+@both_models
+def test_padding_is_never_attended_to_whatever_it_holds(config):
+    model = build(config)
+    padding = np.array([3, 0, 5])
+    rng = np.random.default_rng(0)
+    ids, other = rng.integers(0, 13, (2, 3, 6))
+    other = np.where(np.arange(6) < padding[:, None], other, ids)
+    results = []
+    for given_ids in (ids, other):
+        cache = model.new_cache(3, 8, padding)
+        first = logits_of(model, given_ids, cache=cache)[:, -1]
+        results.append(np.stack([first, logits_of(model, [[1], [2], [3]], cache=cache)[:, 0]], axis=1))
+    assert np.array_equal(*results)
+    for row, fill, result in zip(ids, padding, results[0]):
+        alone = logits_of(model, [[*row[fill:], 1 + list(padding).index(fill)]])[0, -2:]
+        assert np.abs(result - alone).max() <= 1e-13 * np.abs(alone).max()
+
+
+@both_models
+def test_one_pass_over_the_prompt_and_then_one_token_a_step(config):
+    model = build(config)
+    with mock.patch.object(type(model), "forward", autospec=True, side_effect=type(model).forward) as forward:
+        text(model, [[1, 2, 3], [4]], 5)
+        seen = [call.args[1].shape for call in forward.call_args_list]
+    assert seen == [(2, 3)] + [(2, 1)] * 4
+
+
+# ----------------------------------------------------------------------- the end of the context
+
+
+@pytest.mark.parametrize("use_cache", [True, False])
+@pytest.mark.parametrize(("prompts", "tokens"), [([[1]], 8), ([[1] * 8], 1), ([[1], [2] * 5], 4)])
+def test_llama_ends_when_its_longest_row_has_filled_the_context(prompts, tokens, use_cache):
+    model = build(LLAMA_CONFIG)
+    assert len(text(model, prompts, 20, use_cache=use_cache)) == tokens
+    assert len(text(model, prompts, tokens - 1, use_cache=use_cache)) == tokens - 1
+
+
+def forgetful_logits(model, ids):
+    """The logits after the last of ``ids`` (T,), in one pass without a cache, if the context is large enough.
+
+    A mask does the forgetting: before a token is read that finds eight entries, the two oldest are dropped.
+    """
+    oldest, allowed = 0, np.zeros((len(ids), len(ids)), bool)
+    for t in range(len(ids)):
+        oldest += 2 if t - oldest == 8 else 0
+        allowed[t, oldest : t + 1] = True
+    attention = F.scaled_dot_product_attention
+
+    def forgetful(q, k, v, mask, dropout_p, is_causal, enable_gqa):
+        return attention(q, k, v, allowed, enable_gqa=enable_gqa)
+
+    with mock.patch.object(F, "scaled_dot_product_attention", forgetful):
+        return logits_of(model, [ids], last_only=True)[:, 0]  # (1, V)
+
+
+@pytest.mark.parametrize("prompt", [[1, 2, 3], [5, 3, 8, 1, 2, 9, 4, 7]])
+def test_a_sliding_llama_drops_its_oldest_quarter_and_keeps_the_rest_as_it_was(prompt):
+    model, table = build(LLAMA_CONFIG), np.random.default_rng(0).random((30, 1))
+    larger = Llama(replace(LLAMA_CONFIG, max_position_embeddings=64), rng=None).astype(np.float64)
+    larger.load_state_dict(model.state_dict())
+    logits = []
+
+    def recording(scores, *args):
+        logits.append(scores)
+        return choose_tokens(scores, *args)
+
+    with mock.patch.dict(generate.__globals__, choose_tokens=recording):
+        tokens = text(model, [prompt], 30, rng=Uniforms(table), slide=True)[:, 0].tolist()
+    assert len(tokens) == len(logits) == 30
+    for step, scores in enumerate(logits):
+        expected = forgetful_logits(larger, prompt + tokens[:step])
+        assert np.abs(scores - expected).max() <= 1e-12 * np.abs(expected).max(), step
+
+
+def test_a_sliding_llama_is_not_one_that_reads_its_window_again():
+    model, prompt = build(LLAMA_CONFIG), [[1, 2, 3]]
+    kept, again = (text(model, prompt, 30, 0, slide=True, use_cache=cached) for cached in (True, False))
+    assert len(kept) == len(again) == 30
+    assert np.array_equal(kept[:6], again[:6])  # up to the end of the context there is nothing to forget
+    assert not np.array_equal(kept, again)
+
+
+def test_a_sliding_batch_goes_on_in_every_row():
+    model = build(LLAMA_CONFIG)
+    tokens = text(model, [[1, 2, 3, 4, 5, 6, 7], [8]], 40, slide=True, rng=np.random.default_rng(0))
+    assert tokens.shape == (40, 2)
+    # The row that began with padding has room to lose before it loses tokens: up to there it is itself.
+    table = np.random.default_rng(0).random((40, 2))
+    alone = text(model, [[8]], 8, rng=Uniforms(table[:, [1]]))[:, 0]
+    assert tokens[:8, 1].tolist() == alone.tolist()
+
+
+def test_sliding_says_nothing_to_gpt2():
+    model = build(GPT2_CONFIG)
+    slid, plain = (
+        text(model, [[1, 2]], 20, slide=slide, rng=np.random.default_rng(0)) for slide in (True, False)
+    )
+    assert len(slid) == 20 and np.array_equal(slid, plain)
+
+
+def test_a_context_of_one_token_slides_too():
+    model = build(replace(LLAMA_CONFIG, max_position_embeddings=1))
+    tokens = text(model, [[3]], 5, temperature=0, slide=True)[:, 0].tolist()
+    expected = [3]
+    for _ in range(5):
+        expected.append(int(logits_of(model, [[expected[-1]]])[0, 0].argmax()))
+    assert tokens == expected[1:]
+
+
+# ------------------------------------------------------------------------------- the cache itself
+
+
+@both_models
+def test_it_holds_what_it_must_and_no_more(config):
+    model = build(config, np.float32)
+    cache = model.new_cache(3, 5)
+    heads = 3 if isinstance(config, GPT2Config) else 2  # Llama's six query heads share two
+    for entries in cache.keys + cache.values:
+        assert (entries.shape, entries.dtype) == ((3, heads, 5, 4), np.float32)
+    assert len(cache.keys) == len(cache.values) == 2  # layers
+    assert (cache.length, cache.room) == (0, 5)
+    assert model.new_cache(1).room == model.new_cache(1, 10**9).room == 8  # the context
+
+
+def watched_caches(model):
+    """A list that gets (room, weak reference) of every cache the model will make."""
+    caches = []
+
+    def new_cache(*args):
+        cache = type(model).new_cache(model, *args)
+        caches.append((cache.room, weakref.ref(cache)))
+        return cache
+
+    model.new_cache = new_cache
+    return caches
+
+
+@both_models
+def test_prompt_and_new_tokens_fit_and_nothing_is_set_aside_for_more(config):
+    model = build(config)
+    caches = watched_caches(model)
+    for tokens in (3, 1000):
+        next(generate(model, [[1, 2], [3]], tokens))
+    assert [room for room, _ in caches] == [5, 8]
+
+
+def test_attention_reads_the_cache_itself():
+    cache = build(LLAMA_CONFIG).new_cache(2, 6)
+    layer = cache.layers(2, 4)[1]
+    new = [Tensor(np.random.default_rng(i).standard_normal((2, 2, 4, 4))) for i in range(2)]
+    for kept, whole, given_now in zip((cache.keys[1], cache.values[1]), layer.extend(*new), new):
+        assert np.shares_memory(whole.data, kept) and np.array_equal(whole.data, given_now.data)
+    assert cache.length == 0  # until the whole model has read
+
+
+@both_models
+def test_a_pass_that_fails_leaves_the_cache_as_it_was(config):
+    model = build(config)
+    ids = np.array([[1, 2, 3]])
+    cache = model.new_cache(1)
+    logits_of(model, ids, cache=cache)
+    failing = mock.patch.object(F, "scaled_dot_product_attention", side_effect=ZeroDivisionError)
+    with failing, pytest.raises(ZeroDivisionError):
+        logits_of(model, [[4]], cache=cache)
+    assert cache.length == 3
+    expected = logits_of(model, [[1, 2, 3, 5]])[:, -1]
+    result = logits_of(model, [[5]], cache=cache)[:, 0]
+    assert np.abs(result - expected).max() <= 1e-13 * np.abs(expected).max()
+
+
+@both_models
+def test_what_does_not_fit_the_cache_is_refused(config):
+    model = build(config)
+    cache = model.new_cache(2, 5)
+    logits_of(model, [[1, 2, 3], [4, 5, 6]], cache=cache)
+    for ids in ([[1, 2, 3], [4, 5, 6]], [[1]]):
+        with pytest.raises(Error, match="cache of 2 rows with 3 of 5 places taken: make a larger one"):
+            logits_of(model, ids, cache=cache)
+    with pytest.raises(Error, match=r"under no_grad\(\)"):
+        model(np.array([[1], [2]]), cache=cache)
+    assert cache.length == 3
+
+
+def test_dropping_keeps_positions():
+    cache = build(LLAMA_CONFIG).new_cache(2, 6, padding=[0, 3])
+    for entries in cache.keys + cache.values:
+        entries[...] = np.arange(6)[:, None]
+    cache.length = 6
+    assert cache.mask(0)[:, 0, 0].tolist() == [[True] * 6, [False] * 3 + [True] * 3]
+    assert cache.positions(2).tolist() == [[6, 7], [3, 4]]
+    cache.drop_oldest(2)
+    assert cache.length == 4 and cache.positions(1).tolist() == [[6], [3]]
+    assert cache.mask(0)[:, 0, 0].tolist() == [[True] * 4, [False] + [True] * 3]
+    for entries in cache.keys + cache.values:
+        assert (entries[:, :, :4] == np.arange(2, 6)[:, None]).all()
+    cache.drop_oldest(2)
+    assert cache.mask(1) is None
+
+
+@both_models
+def test_an_iterator_that_is_given_up_frees_its_cache(config):
+    model = build(config)
+    caches = watched_caches(model)
+    gc.collect()
+    gc.disable()  # the count of references must do
+    try:
+        steps = generate(model, [[1, 2]], 5)
+        next(steps), next(steps)
+        assert [cache() is not None for _, cache in caches] == [True]
+        del steps
+        assert [cache() for _, cache in caches] == [None]
+        list(generate(model, [[1, 2]], 2))
+        assert [cache() for _, cache in caches] == [None, None]
+    finally:
+        gc.enable()
+
+
+def test_gpt2_frees_its_cache_when_the_window_slides():
+    model = build(GPT2_CONFIG)
+    caches = watched_caches(model)
+    freed = [caches[0][1]() is None for _ in generate(model, [[1] * 6], 6)]
+    assert freed == [False] * 3 + [True] * 3  # 6, 7 and 8 tokens are read with it
+
+
+@both_models
+def test_recording_and_dropout_are_as_they_were_between_steps(config):
+    model = build(config).train()
+    x = Tensor(np.array([3.0]), requires_grad=True)
+    for _ in generate(model, [[1]], 3):
+        assert all(module.training for _, module in model.named_modules())
+        (x * x).sum().backward()
+    assert x.grad.tolist() == [18.0]
+
+
+@both_models
+@pytest.mark.parametrize("slide", [False, True])
+def test_on_the_device(config, slide, put):
+    """The device array refuses whatever CuPy would: a step copies ids there, and logits back."""
+    host, there = build(config), build(config, put=put)
+    prompts = [[1, 2, 3], [4], [5, 6, 7, 8, 9]]
+    assert isinstance(there.new_cache(1).keys[0], type(put(np.zeros(1))))
+    expected, tokens = (
+        text(model, prompts, 20, slide=slide, rng=np.random.default_rng(0)) for model in (host, there)
+    )
+    assert np.array_equal(tokens, expected)
+
+
+# ----------------------------------------------------------------------- products of a few rows
+
+
+@pytest.mark.parametrize("threads", ["1", "2", "3"])
+@pytest.mark.parametrize("rows", [0, 1, 2, 15, 16, 17])
+def test_products_of_many_rows_share_them_out_and_those_of_few_are_left_to_blas(monkeypatch, rows, threads):
+    monkeypatch.setenv("OMP_NUM_THREADS", threads)
+    monkeypatch.setattr(threads, "SMALL_PRODUCT", 0)
+    shared_out, run_tasks = [], threads.run_tasks
+
+    def recording(function, tasks):
+        shared_out.append(tasks)
+        run_tasks(function, tasks)
+
+    monkeypatch.setattr(threads, "run_tasks", recording)
+    rng = np.random.default_rng(0)
+    a, w = rng.standard_normal((rows, 6)), rng.standard_normal((7, 6))
+    for b in (w.T, np.ascontiguousarray(w.T)):
+        out = np.empty((rows, 7))
+        for product in (threads.matmul(a, b), threads.matmul(a, b, out=out), out):
+            assert np.allclose(product, np.einsum("ik,kj->ij", a, b), rtol=1e-13, atol=1e-13)
+    for tasks in shared_out:
+        assert [i for part in tasks for i in range(rows)[part]] == list(range(rows))
+        assert len(tasks) <= int(threads)
+    assert len(shared_out) == (4 if rows >= 16 else 0)
+
+
+def test_blas_is_told_once_to_keep_to_one_thread_and_is_free_again_afterwards():
+    def threads():
+        pools = threadpoolctl.threadpool_info()  # scipy brings a BLAS of its own, maybe later than we looked
+        return [pool["num_threads"] for pool in pools if "numpy" in pool["filepath"]]
+
+    with threadpoolctl.threadpool_limits(limits=2, user_api="blas"):
+        before = threads()
+        with pytest.raises(ZeroDivisionError), threads.one_blas_thread():
+            with threads.one_blas_thread():
+                assert set(threads()) == {1}
+            assert set(threads()) == {1}
+            raise ZeroDivisionError
+        assert threads() == before
+        with threads.one_blas_thread():
+            assert set(threads()) == {1}
+        assert threads() == before
+
+
+@both_models
+@pytest.mark.parametrize("falls_asleep", [True, False])
+def test_a_step_holds_blas_to_one_thread_only_if_its_others_would_stay_awake(
+    monkeypatch, config, falls_asleep
+):
+    told = []
+
+    def limit(**limits):
+        told.append(limits)
+        return contextlib.nullcontext()
+
+    monkeypatch.setattr(threads, "_BLAS_FALLS_ASLEEP", falls_asleep)
+    monkeypatch.setattr(threads._Workers, "blas", SimpleNamespace(limit=limit))
+    list(generate(build(config), [[1]], 3))
+    assert told == ([] if falls_asleep else [dict(limits=1, user_api="blas")] * 3)
+
+
+@pytest.mark.parametrize(
+    "imports, falls_asleep",
+    [("import tinyllm, numpy", True), ("import numpy, tinyllm", False)],
+)
+def test_the_timeout_of_blas_is_set_where_that_is_still_of_use(imports, falls_asleep):
+    said = "print(tinyllm.backend.threads._BLAS_FALLS_ASLEEP, os.environ.get('OPENBLAS_THREAD_TIMEOUT'))"
+    environment = {k: v for k, v in os.environ.items() if k != "OPENBLAS_THREAD_TIMEOUT"}
+
+    def run(**more):
+        command = [sys.executable, "-c", f"import os; {imports}; {said}"]
+        return subprocess.check_output(command, text=True, env=environment | more).split()
+
+    assert run() == [str(falls_asleep), "20" if falls_asleep else "None"]
+    assert run(OPENBLAS_THREAD_TIMEOUT="7") == ["True", "7"]  # the user's own
+
+
+# ------------------------------------------------------------- one query, and layers of one input
+
+
+@settings(deadline=None)
+@given(st.data())
+def test_one_query_attends_as_many_do(data):
+    """Without a gradient it has a path of its own; with one it takes that of any number of queries."""
+    B, G, R, S, D, E = (data.draw(st.integers(1, most), label=name) for name, most in zip("BGRSDE", [3] * 6))
+    rng = np.random.default_rng(data.draw(st.integers(0, 99), label="seed"))
+    q, k, v = (rng.standard_normal(shape) for shape in ((B, G * R, 1, D), (B, G, S, D), (B, G, S, E)))
+    shape = data.draw(st.sampled_from([(B, G * R, 1, S), (B, 1, 1, S), (S,)]), label="mask of shape")
+    kind = data.draw(st.sampled_from(["none", "boolean", "nothing is seen", "added"]), label="mask")
+    mask = {
+        "none": None,
+        "boolean": rng.random(shape) < 0.6,
+        "nothing is seen": np.zeros(shape, bool),
+        "added": np.where(rng.random(shape) < 0.3, -np.inf, rng.standard_normal(shape)),
+    }[kind]
+    causal = data.draw(st.booleans(), label="causal")
+
+    def attend(query):
+        return F.scaled_dot_product_attention(
+            query, Tensor(k), Tensor(v), mask, is_causal=causal, scale=0.7, enable_gqa=True
+        )
+
+    by_itself, recorded = attend(Tensor(q)), attend(Tensor(q, requires_grad=True))
+    assert by_itself.node is None and recorded.node is not None
+    assert by_itself.shape == (B, G * R, 1, E)
+    np.testing.assert_allclose(by_itself.data, recorded.data, rtol=1e-13, atol=1e-14)
+
+
+def products_of(monkeypatch, model):
+    """How many products a step of one token takes."""
+    shapes, product = [], threads.matmul
+
+    def counting(a, b, **options):
+        shapes.append(b.shape)
+        return product(a, b, **options)
+
+    for module in (sys.modules["tinyllm.functional.linear"], sys.modules["tinyllm.nn"]):
+        monkeypatch.setattr(module, "matmul", counting)
+    with no_grad():
+        model(np.array([[1]]))
+    monkeypatch.undo()
+    return len(shapes)
+
+
+APART, FUSED = 2 * 7 + 1, 2 * 4 + 1  # of two layers: q, k, v, o, gate, up, down; and the head
+
+
+def copied(model):
+    return copy.deepcopy(model)
+
+
+def converted(model):
+    return model.astype(np.float32).astype(np.float64)
+
+
+def loaded(model):
+    other = Llama(LLAMA_CONFIG, rng=None).astype(np.float64)
+    other.load_state_dict(model.state_dict())
+    return other
+
+
+def trained(model):
+    for parameter in model.parameters():
+        parameter.data *= 1.01  # in place, as AdamW does
+    return model
+
+
+def given_another_array(model):
+    for layer in model.layers:
+        for name in ("k_proj", "q_proj"):
+            getattr(layer.self_attn, name).weight.replace(getattr(layer.self_attn, name).weight.data * 2)
+        layer.mlp.up_proj.weight.replace(layer.mlp.up_proj.weight.data * 2)
+    return model
+
+
+def given_another_layer(model):
+    for layer in model.layers:
+        layer.self_attn.q_proj = nn.Linear(12, 24, rng=np.random.default_rng(1))
+        layer.mlp.up_proj = nn.Linear(12, 20, bias=False, rng=np.random.default_rng(1))
+    return model.astype(np.float64)
+
+
+def given_its_neighbours(model):
+    for layer in model.layers:
+        attention, mlp = layer.self_attn, layer.mlp
+        attention.k_proj, attention.v_proj = attention.v_proj, attention.k_proj
+        mlp.gate_proj, mlp.up_proj = mlp.up_proj, mlp.gate_proj
+    return model
+
+
+def subclassed(model):
+    class Louder(nn.Linear):
+        def forward(self, x):
+            return super().forward(x) * 3
+
+    for layer in model.layers:
+        layer.self_attn.v_proj.__class__ = layer.mlp.gate_proj.__class__ = Louder
+    return model
+
+
+@pytest.mark.parametrize(
+    "change, products",
+    [
+        (lambda model: model, FUSED), (converted, FUSED), (loaded, FUSED), (trained, FUSED),
+        (copied, APART), (given_another_array, APART), (given_another_layer, FUSED),
+        (given_its_neighbours, APART), (subclassed, APART),
+    ],
+)  # fmt: skip
+def test_layers_of_one_input_are_one_product_and_never_another_one(monkeypatch, change, products):
+    """Whatever is done to a model, few rows meet what many do, layer by layer."""
+    model = Llama(LLAMA_CONFIG, rng=np.random.default_rng(3)).astype(np.float64)
+    for parameter in model.parameters():
+        parameter.data += 0.3 * np.random.default_rng(4).standard_normal(parameter.shape)
+    model = change(model).eval()
+    assert products_of(monkeypatch, model) == products
+    few, many = np.array([[1, 5, 2]]), np.array([[1, 5, 2]] * 6)  # 3 rows and 18
+    with no_grad():
+        one, all_rows = model(few).data, model(many).data
+    np.testing.assert_allclose(one, all_rows[:1], rtol=1e-12, atol=1e-13)
+    seen = []
+    with no_grad(), nn.observe(lambda observation: seen.append(observation.name)):
+        np.testing.assert_allclose(model(few).data, one, rtol=1e-12, atol=1e-13)
+    assert {f"layers.1.self_attn.{n}_proj" for n in "qkvo"} <= set(seen)  # a watcher sees every layer
+
+
+def test_layers_of_one_input_keep_their_gradients():
+    model = Llama(LLAMA_CONFIG, rng=np.random.default_rng(3)).astype(np.float64)
+    ids, targets = np.array([[1, 5, 2]]), np.array([[5, 2, 3]])
+    model.eval().loss(ids, targets).backward()
+    assert all(np.abs(parameter.grad).sum() > 0 for parameter in model.parameters())
+    grads = [parameter.grad.copy() for parameter in model.parameters()]
+    apart = copied(model)
+    apart.zero_grad()
+    apart.loss(ids, targets).backward()
+    for ours, theirs in zip(grads, apart.parameters()):
+        assert np.array_equal(ours, theirs.grad)

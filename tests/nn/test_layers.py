@@ -1,0 +1,258 @@
+"""Every layer and model against its twin in torch: outputs, and the gradients of inputs and parameters.
+
+``CASES`` holds one strategy per class. GPT-2's and Llama's are compared with those of their twins, in
+training mode too: torch is then handed the dropout masks that tinyllm draws.
+"""
+
+import contextlib
+import importlib
+import inspect
+import pkgutil
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from models import test_llama
+from support.models import batch, configs, our_gradients, random_gpt2
+from support.ops import addresses, kept_weights, torch_attention
+from transformers.pytorch_utils import Conv1D as TheirConv1D
+
+from parity.ops import strategies as some
+from parity.ops.cases import FLOOR, assert_close, upstream
+from parity.twins import gpt2 as torch_gpt2
+from parity.twins import llama as torch_llama
+from tinyllm import GPT2Config, Tensor, manual_seed, models, nn
+from tinyllm.backend.random import dropout_mask, next_address
+from tinyllm.models import gpt2, llama
+from tinyllm.models.llama import rope_frequencies
+
+
+@dataclass(frozen=True)
+class LayerCase:
+    """A layer, the same in torch, and what both are called with.
+
+    Floating-point inputs get a gradient; those inside a tuple do not.
+    """
+
+    ours: nn.Module
+    theirs: torch.nn.Module
+    inputs: tuple[Any, ...]
+    address: tuple[int, ...]  # seed, step and micro-batch of the dropout masks, and a number not used here
+    seed: int  # of the upstream gradient
+
+
+def check_layer(case: LayerCase) -> None:
+    """Are the output and all gradients torch's, in float64, from the same weights?"""
+    layer, twin = case.ours.astype(np.float64), case.theirs.double().train(case.ours.training)
+    as_stored = isinstance(twin, TheirConv1D)  # (in, out), as checkpoints have it
+    arrays = layer.state_dict() if as_stored else {name: p.data for name, p in layer.named_parameters()}
+    twin.zero_grad()
+    parameters = dict(twin.named_parameters())
+    assert arrays.keys() == parameters.keys()
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            parameter.copy_(torch.tensor(arrays[name].copy()))
+
+    kinds = [getattr(x, "dtype", np.dtype(int)).kind for x in case.inputs]
+    ours = [Tensor(x, requires_grad=True) if kind == "f" else x for x, kind in zip(case.inputs, kinds)]
+    theirs = [torch.tensor(x.copy()) if isinstance(x, np.ndarray) else x for x in case.inputs]
+    theirs = [x.requires_grad_() if kind == "f" else x for x, kind in zip(theirs, kinds)]
+    theirs = [tuple(map(torch.tensor, x)) if isinstance(x, tuple) else x for x in theirs]
+    manual_seed(*case.address[:3])
+    out = layer(*ours)
+    with same_masks(case.address):
+        their_out = twin(*theirs)
+    assert_close(out.data, their_out.detach().numpy(), "output")
+
+    grad = upstream(out.shape, np.float64, case.seed)
+    out.backward(grad)
+    their_out.backward(torch.tensor(grad.copy()))
+    floor = FLOOR * np.abs(grad).max(initial=1)
+    for i, (x, their_x) in enumerate(zip(ours, theirs)):
+        if isinstance(x, Tensor):
+            assert_close(x.grad, their_x.grad.numpy(), f"gradient of input {i}", floor=floor)
+    grads = our_gradients(layer) if as_stored else {name: p.grad for name, p in layer.named_parameters()}
+    for name, parameter in parameters.items():
+        assert_close(grads[name], parameter.grad.numpy(), f"gradient of {name}", floor=floor)
+
+
+@contextlib.contextmanager
+def same_masks(address):
+    """Within: torch's dropout takes the masks of tinyllm, of which the first is drawn at ``address``."""
+    attention = torch.nn.functional.scaled_dot_product_attention
+
+    def dropout(layer, x):
+        if not layer.training or layer.p == 0:
+            return x
+        return x * torch.tensor(dropout_mask(next_address(), 0, tuple(x.shape), layer.p, like=np.ones(1)))
+
+    def attention_with_dropout(q, k, v, dropout_p, is_causal, enable_gqa=False):
+        if dropout_p == 0:
+            return attention(q, k, v, is_causal=is_causal, enable_gqa=enable_gqa)
+        arrays = (x.detach().numpy() for x in (q, k))
+        options = {"is_causal": is_causal, "enable_gqa": enable_gqa}
+        kept = kept_weights(*arrays, options, dropout_p, next_address())
+        return torch_attention(q, k, v, is_causal=is_causal, kept=kept)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.nn.Dropout, "forward", dropout)
+        patch.setattr(torch.nn.functional, "scaled_dot_product_attention", attention_with_dropout)
+        manual_seed(*address[:3])
+        yield
+
+
+@st.composite
+def layers(draw, ours, theirs, *inputs):
+    """``ours`` with parameters away from where they start, as biases of zero hide mistakes; ``theirs``."""
+    layer, rng = ours.train(draw(st.booleans())), np.random.default_rng(draw(some.SEEDS))
+    for parameter in layer.parameters():
+        parameter.replace(parameter.data + 0.5 * rng.standard_normal(parameter.shape))
+    return LayerCase(layer, theirs, inputs, draw(addresses()), draw(some.SEEDS))
+
+
+# ---------------------------------------------------------------------------------- layers
+
+
+@st.composite
+def linear(draw, ours=nn.Linear):
+    lead, c_in = draw(some.shapes(min_side=1)), draw(st.integers(1, 5))
+    c_out = draw(st.just(c_in) | st.integers(1, 5))  # a square matrix may be transposed unnoticed
+    bias = draw(st.booleans()) if ours is nn.Linear else True
+    layer = ours(c_in, c_out, bias=bias, rng=np.random.default_rng(0))
+    twin = torch.nn.Linear(c_in, c_out, bias=bias) if ours is nn.Linear else TheirConv1D(c_out, c_in)
+    return draw(layers(layer, twin, draw(some.arrays((*lead, c_in)))))
+
+
+@st.composite
+def embedding(draw):
+    rows, channels = draw(st.integers(1, 6)), draw(st.integers(1, 4))
+    ids = np.random.default_rng(draw(some.SEEDS)).integers(0, rows, draw(some.shapes(min_side=1)))
+    layer = nn.Embedding(rows, channels, rng=np.random.default_rng(0))
+    return draw(layers(layer, torch.nn.Embedding(rows, channels), np.asarray(ids)))
+
+
+@st.composite
+def layer_norm(draw):
+    channels = draw(st.integers(1, 6))
+    # One channel's norm is 0, where torch has a rounding error divided by sqrt(eps).
+    eps = draw(st.sampled_from([1e-5, 1e-6, 0.1] + [1e-12] * (channels > 1)))
+    eps, bias = {"eps": eps} if draw(st.booleans()) else {}, draw(st.booleans())
+    x = draw(some.arrays((*draw(some.shapes()), channels), some.spread))
+    twin = torch.nn.LayerNorm(channels, bias=bias, **eps)
+    return draw(layers(nn.LayerNorm(channels, bias=bias, **eps), twin, x))
+
+
+@st.composite
+def rms_norm(draw):
+    channels, eps = draw(st.integers(1, 6)), draw(st.sampled_from([None, 1e-5, 1e-6, 0.1]))
+    x = draw(some.arrays((*draw(some.shapes()), channels), some.nonzero))
+    return draw(layers(nn.RMSNorm(channels, eps), torch.nn.RMSNorm(channels, eps), x))
+
+
+@st.composite
+def dropout(draw):
+    p = draw(st.sampled_from([0, 0.1, 0.5, 0.9]))
+    return draw(layers(nn.Dropout(p), torch.nn.Dropout(p), draw(some.arrays(draw(some.shapes())))))
+
+
+# ----------------------------------------------------------------------------------- GPT-2
+
+
+@st.composite
+def gpt2_configs(draw):
+    """``test_gpt2.configs`` with any of the dropouts."""
+    drops = {name: draw(st.sampled_from([0.0, 0.3])) for name in ("embd_pdrop", "attn_pdrop", "resid_pdrop")}
+    return GPT2Config(**vars(draw(configs())) | drops)
+
+
+@st.composite
+def gpt2_part(draw, ours, theirs, *more):
+    """A layer that is made from a config, and maps (B, T, C) to (B, T, C)."""
+    config = draw(gpt2_configs())
+    shape = draw(st.integers(1, 2)), draw(st.integers(1, config.n_positions)), config.n_embd
+    layer = ours(config, np.random.default_rng(0))
+    return draw(layers(layer, theirs(config), draw(some.arrays(shape, some.spread))))
+
+
+@st.composite
+def gpt2_model(draw):
+    """Its logits, or its loss with and without a divisor."""
+    config, seed = draw(gpt2_configs()), draw(some.SEEDS)
+    model = random_gpt2(config, seed).train(draw(st.booleans()))
+    shape = draw(st.integers(1, 3)), draw(st.integers(1, config.n_positions))
+    inputs = batch(config, shape, seed)
+    inputs = draw(st.sampled_from([inputs[:1], inputs, (*inputs, 7)]))
+    return LayerCase(model, torch_gpt2.TorchGPT2(config), inputs, draw(addresses()), seed)
+
+
+# ----------------------------------------------------------------------------------- Llama
+
+
+@st.composite
+def llama_configs(draw):
+    return replace(draw(test_llama.configs()), attention_dropout=draw(st.sampled_from([0.0, 0.3])))
+
+
+@st.composite
+def llama_part(draw, ours, theirs, turns=True):
+    """A layer that is made from a config, and maps (B, T, C) to (B, T, C); ``turns``: and takes angles."""
+    config = draw(llama_configs())
+    T = draw(st.integers(1, config.max_position_embeddings))
+    angles = np.arange(T)[:, None] * rope_frequencies(config)
+    x = draw(some.arrays((draw(st.integers(1, 2)), T, config.hidden_size), some.nonzero))
+    rotation = [(np.cos(angles), np.sin(angles))] * turns
+    return draw(layers(ours(config, np.random.default_rng(0)), theirs(config), x, *rotation))
+
+
+@st.composite
+def llama_model(draw):
+    """Its logits, or its loss with and without a divisor."""
+    config, seed = draw(llama_configs()), draw(some.SEEDS)
+    model = test_llama.random_llama(config, seed).train(draw(st.booleans()))
+    shape = draw(st.integers(1, 3)), draw(st.integers(1, config.max_position_embeddings))
+    inputs = batch(config, shape, seed)
+    inputs = draw(st.sampled_from([inputs[:1], inputs, (*inputs, 7)]))
+    return LayerCase(model, torch_llama.TorchLlama(config), inputs, draw(addresses()), seed)
+
+
+CASES = {
+    "Linear": linear(),
+    "Embedding": embedding(),
+    "LayerNorm": layer_norm(),
+    "RMSNorm": rms_norm(),
+    "Dropout": dropout(),
+    "Conv1D": linear(gpt2.Conv1D),
+    "CausalSelfAttention": gpt2_part(gpt2.CausalSelfAttention, torch_gpt2.CausalSelfAttention),
+    "MLP": gpt2_part(gpt2.MLP, torch_gpt2.MLP),
+    "Block": gpt2_part(gpt2.Block, torch_gpt2.Block),
+    "GPT2": gpt2_model(),
+    "GroupedQueryAttention": llama_part(llama.GroupedQueryAttention, torch_llama.GroupedQueryAttention),
+    "SwiGLU": llama_part(llama.SwiGLU, torch_llama.SwiGLU, turns=False),
+    "LlamaBlock": llama_part(llama.LlamaBlock, torch_llama.LlamaBlock),
+    "Llama": llama_model(),
+}
+
+
+@pytest.mark.parametrize("layer", CASES)
+@given(data=st.data())
+def test_outputs_and_gradients_are_torchs(layer, data):
+    check_layer(data.draw(CASES[layer]))
+
+
+def test_every_public_layer_and_model_has_a_case():
+    files = [
+        nn,
+        *(importlib.import_module(m.name) for m in pkgutil.iter_modules(models.__path__, "tinyllm.models.")),
+    ]
+    found = [
+        name
+        for file in files
+        for name, value in vars(file).items()
+        if inspect.isclass(value) and issubclass(value, nn.Module) and value.__module__ == file.__name__
+    ]
+    public = sorted(name for name in found if not name.startswith("_") and name != "Module")
+    assert public == sorted(CASES)

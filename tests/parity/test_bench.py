@@ -1,0 +1,325 @@
+"""The benchmark runs end to end, and its numbers follow from what it recorded."""
+
+import json
+import math
+import subprocess
+import sys
+from collections import Counter
+from dataclasses import replace
+from statistics import median
+from typing import ClassVar
+
+import numpy as np
+import pytest
+
+from parity.__main__ import COMMANDS, main
+from parity.bench import reach as bench_reach
+from parity.bench import train as bench
+from parity.bench import train_variants as bench_variants
+from parity.bench.reach import Bound
+from parity.bench.train_variants import WORKS
+
+pytest.importorskip("resource", reason="the benchmark reads page faults and memory through resource")
+torch = pytest.importorskip("torch")
+pytest.importorskip("transformers")
+
+
+def parity(*arguments):
+    return subprocess.run([sys.executable, "-m", "parity", *arguments], capture_output=True, text=True)
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    """What ``bench train`` printed and wrote for a tiny model: two rounds of 2 warm-up and 3 timed steps."""
+    path = tmp_path_factory.mktemp("bench") / "tiny.json"
+    counts = ["--rounds", "2", "--warmup", "2", "--steps", "3", "--threads", "1"]
+    done = parity("bench", "train", "--work", "tiny", *counts, "--json", str(path))
+    assert done.returncode == 0, done.stderr
+    return done, json.loads(path.read_text(encoding="utf-8"))
+
+
+def test_every_variant_runs_in_every_round_in_turn(tiny):
+    done, result = tiny
+    assert result["request"] == {"rounds": 2, "warmup": 2, "steps": 3, "threads": 1}
+    assert list(result["works"]) == ["tiny"]
+    runs = result["works"]["tiny"]["runs"]
+    assert list(runs) == ["tinyllm", "torch-eager"]
+    turns = [line.split(" …")[0] for line in done.stderr.splitlines() if line.startswith("round")]
+    expected = [f"round {number}/2: {variant}" for number in (1, 2) for variant in runs]
+    assert turns == expected
+    for rounds in runs.values():
+        assert len(rounds) == 2
+        for run in rounds:
+            assert len(run["seconds"]) == len(run["page_faults"]) == 3
+            assert all(value > 0 for value in run["seconds"])
+            assert all(value >= 0 for value in run["page_faults"])
+            assert run["peak_bytes"] >= run["built_bytes"] > 1e7  # an interpreter with NumPy
+
+
+def test_both_variants_train_the_same_kind_of_model(tiny):
+    """Random tokens and small random weights: the loss starts near that of a uniform guess, log V."""
+    uniform = math.log(WORKS["tiny"].vocab_size)
+    for rounds in tiny[1]["works"]["tiny"]["runs"].values():
+        for run in rounds:
+            assert len(run["losses"]) == 2 + 3  # the warm-up's are recorded too
+            assert all(abs(loss - uniform) < 0.2 for loss in run["losses"])
+            assert len(set(run["losses"])) == 5  # new tokens, or new weights, in every step
+        # Same seeds and one thread: the second process repeats the first.
+        assert rounds[0]["losses"] == pytest.approx(rounds[1]["losses"], rel=1e-6)
+
+
+@pytest.mark.parametrize("arch", ["gpt2", "llama"])
+def test_both_sides_train_as_many_parameters(arch):
+    work = replace(WORKS["tiny"], arch=arch)
+    theirs = bench_variants.hugging_face_model(work, threads=torch.get_num_threads())
+    assert theirs.config.model_type == arch and theirs.config._attn_implementation == "sdpa"
+    assert bench_variants.tinyllm_model(work).num_parameters() == theirs.num_parameters()
+
+
+def test_a_variants_process_holds_its_own_libraries_only(tiny):
+    runs = tiny[1]["works"]["tiny"]["runs"]
+    assert set(runs["tinyllm"][0]["libraries"]) == {"numpy"}
+    assert set(runs["torch-eager"][0]["libraries"]) == {"numpy", "torch", "transformers"}
+
+
+def test_summary_and_ratios_follow_from_the_runs(tiny):
+    done, result = tiny[0], tiny[1]["works"]["tiny"]
+    ours, theirs = result["runs"]["tinyllm"], result["runs"]["torch-eager"]
+    for variant, rounds in result["runs"].items():
+        seconds = [*rounds[0]["seconds"], *rounds[1]["seconds"]]
+        summary = result["variants"][variant]
+        assert summary["seconds"] == {"median": median(seconds), "min": min(seconds), "max": max(seconds)}
+        assert summary["tokens_per_s"] == pytest.approx(2 * 16 / median(seconds))
+        assert f"{summary['seconds']['median']:.4f}" in done.stdout
+    recomputed = {
+        "time (medians)": [median(a["seconds"]) / median(b["seconds"]) for a, b in zip(ours, theirs)],
+        "time (minima)": [min(a["seconds"]) / min(b["seconds"]) for a, b in zip(ours, theirs)],
+        "peak memory": [a["peak_bytes"] / b["peak_bytes"] for a, b in zip(ours, theirs)],
+    }
+    for name, values in recomputed.items():
+        ratio = result["ratios"]["torch-eager"][name]
+        assert ratio["rounds"] == pytest.approx(values)
+        assert ratio["median"] == pytest.approx(sum(values) / 2)
+        assert [ratio["min"], ratio["max"]] == pytest.approx(sorted(values))
+        assert f"{ratio['median']:.3f}" in done.stdout
+
+
+def test_ratios_are_paired_by_round():
+    """A machine twice as slow in one round changes both times, not their ratio."""
+    seconds = {"tinyllm": ([1.0, 2.0, 9.0], [4.0, 5.0, 3.0]), "torch-eager": ([4.0], [8.0])}
+    runs = {v: [{"seconds": s, "peak_bytes": 1} for s in rounds] for v, rounds in seconds.items()}
+    assert bench.compare(runs)["torch-eager"]["time (medians)"]["rounds"] == [0.5, 0.5]
+    assert bench.compare(runs)["torch-eager"]["time (minima)"]["rounds"] == [0.25, 0.375]
+
+
+def run_once(tiny, variant):
+    """Losses of ``variant`` and of torch-eager, on the same tokens from the same weights, and its result."""
+    run = bench.measure(WORKS["tiny"], [variant], rounds=1, warmup=2, steps=3, threads=1)[variant][0]
+    assert len(run["seconds"]) == 3 and all(value > 0 for value in run["seconds"])
+    return run["losses"], tiny[1]["works"]["tiny"]["runs"]["torch-eager"][0]["losses"], run
+
+
+def test_the_fused_loss_trains_as_eager_does(tiny):
+    if missing := bench_variants.what_is_missing("torch-linear-ce"):
+        pytest.skip(f"needs {missing}")
+    losses, eager, _ = run_once(tiny, "torch-linear-ce")
+    assert losses == pytest.approx(eager, rel=1e-5)
+
+
+def test_the_compiled_model_trains_as_eager_does(tiny):
+    """Half a minute where torch has compiled nothing before: -k "not compiled" leaves it out."""
+    if missing := bench_variants.what_is_missing("torch-compile"):
+        pytest.skip(f"needs {missing}")
+    losses, eager, _ = run_once(tiny, "torch-compile")
+    assert losses == pytest.approx(eager, rel=1e-5)
+
+
+def test_gemms_alone_have_no_loss_and_need_numpy_only(tiny):
+    losses, _, run = run_once(tiny, "gemms")
+    assert losses == [None] * 5
+    assert set(run["libraries"]) == {"numpy"}
+    runs = {"tinyllm": tiny[1]["works"]["tiny"]["runs"]["tinyllm"][:1], "gemms": [run]}
+    ratios = bench.compare(runs)
+    assert list(ratios["gemms"]) == ["time (medians)", "time (minima)"]
+    ratio = median(runs["tinyllm"][0]["seconds"]) / median(run["seconds"])
+    assert ratios["gemms"]["time (medians)"]["median"] == pytest.approx(ratio)
+    work = {"runs": runs, "variants": bench.summarise(runs, WORKS["tiny"]), "ratios": ratios}
+    table = "\n".join(bench.work_tables(work))
+    assert "tinyllm / gemms" in table and f"{ratio:.3f}" in table
+
+
+class Recorded(np.ndarray):
+    """An array whose matrix products leave their shapes in ``products``; results are such arrays, too."""
+
+    products: ClassVar[Counter] = Counter()
+
+    def __array_ufunc__(self, ufunc, method, *inputs, out=None, **kwargs):
+        if ufunc.__name__ == "matmul":
+            Recorded.products[tuple(array.shape for array in inputs)] += 1
+        plain = [array.view(np.ndarray) if isinstance(array, Recorded) else array for array in inputs]
+        if out is not None:
+            kwargs["out"] = tuple(array.view(np.ndarray) for array in out)
+        result = getattr(ufunc, method)(*plain, **kwargs)
+        return result.view(Recorded) if isinstance(result, np.ndarray) else result
+
+    def __array_function__(self, function, types, args, kwargs):  # np.empty(…, like=recorded) and so on
+        result = super().__array_function__(function, types, args, kwargs)
+        return result.view(Recorded) if isinstance(result, np.ndarray) else result
+
+
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        dict(n_layer=2, n_embd=32, n_head=2, vocab_size=64, batch=2, context=16),
+        # Several chunks of rows and of classes, blocks of queries, groups of heads, all with a rest.
+        dict(n_layer=1, n_embd=24, n_head=24, vocab_size=8500, batch=2, context=300),
+        dict(n_layer=2, n_embd=48, n_head=3, vocab_size=64, batch=2, context=300, arch="llama"),
+    ],
+)
+def test_gemms_are_exactly_the_products_of_a_training_step(monkeypatch, sizes):
+    matmul = np.matmul
+    monkeypatch.setattr(np, "matmul", lambda a, b, out=None: matmul(a.view(Recorded), b, out=out))
+    work = bench_variants.Work(**sizes, n_positions=sizes["context"])
+    ids = np.random.default_rng(0).integers(0, work.vocab_size, (work.batch, work.context))
+
+    def products_of(function):
+        monkeypatch.setattr(Recorded, "products", Counter())
+        function()
+        return Recorded.products
+
+    model = bench_variants.tinyllm_model(work)
+    for parameter in model.parameters():
+        parameter.data = parameter.data.view(Recorded)
+    expected = products_of(lambda: model.loss(ids, ids).backward())
+    gemms = bench_variants.gemms_step(work, threads=1)
+    for name in ("attention_products", "head_products"):  # these have @, which does not ask np.matmul
+        plain = getattr(bench_variants, name)
+        recorded = lambda *arrays, plain=plain: plain(*(array.view(Recorded) for array in arrays))  # noqa: E731
+        monkeypatch.setattr(bench_variants, name, recorded)
+    assert expected.total() > 12 * work.n_layer
+    assert products_of(lambda: gemms(ids, ids)) == expected
+
+
+def fake_runs(**costs):
+    """variant_with_underscores=[(seconds, peak_bytes, page_faults) of each round] -> as ``measure`` does."""
+    return {
+        variant.replace("_", "-"): [
+            {"seconds": [seconds], "peak_bytes": memory, "page_faults": [faults]}
+            for seconds, memory, faults in rounds
+        ]
+        for variant, rounds in costs.items()
+    }
+
+
+def test_reach_is_computed_from_the_runs():
+    """Two rounds, of which the second is on a machine twice as slow: the ratios stay."""
+    runs = fake_runs(
+        tinyllm=[(7.0, 52, 4000), (14.0, 52, 6000)],
+        torch_eager=[(10.0, 100, 0), (20.0, 100, 0)],
+        torch_compile=[(9.0, 80, 0), (14.0, 80, 0)],
+        torch_linear_ce=[(8.0, 65, 0), (18.0, 65, 0)],
+        gemms=[(5.0, 30, 0), (10.0, 30, 0)],
+    )
+    rows = bench_reach.reach_rows({"gpt2-124m": runs})
+    found = {(row["cost"], row["against"]): (row["reached"], row["verdict"]) for row in rows}
+    eager, best = ("torch-eager",), ("torch-compile", "torch-linear-ce")
+    assert found == {
+        ("time (medians)", eager): (0.7, "met, stretch too"),
+        ("peak memory", eager): (0.52, "met"),
+        ("time (medians)", best): (pytest.approx((7 / 8 + 14 / 14) / 2), "met"),  # the faster of each round
+        ("peak memory", best): (0.8, "met"),
+        ("time (medians)", ("gemms",)): (1.4, "missed"),
+        ("page faults", ()): (5000, "met"),
+    }
+    table = bench_reach.reach_table(rows)
+    assert len(table) == 1 + len(rows)
+    assert table[5].split() == ["gpt2-124m", "time", "(medians)", "gemms", "1.22", "(1.12)", "1.400",
+                                "1.400", "to", "1.400", "missed"]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("reached", "verdict"),
+    [(0.5, "met, stretch too"), (0.51, "met"), (0.58, "met"), (0.581, "missed"), (None, "not measured")],
+)
+def test_a_verdict_is_the_comparison_with_the_bound(reached, verdict):
+    assert bench_reach.verdict(Bound("small", "peak memory", (), 0.58, stretch=0.50), reached) == verdict
+
+
+def test_a_bound_whose_peer_was_not_measured_says_so():
+    rows = bench_reach.reach_rows(
+        {"gpt2-124m": fake_runs(tinyllm=[(1.0, 1, 9000)], torch_compile=[(1.0, 1, 0)])}
+    )
+    verdicts = {(row["cost"], row["against"]): row["verdict"] for row in rows}
+    assert verdicts.pop(("page faults", ())) == "missed"
+    assert set(verdicts.values()) == {"not measured"}
+    assert "–" in bench_reach.reach_table(rows)[1]
+
+
+def test_every_bound_can_be_measured_without_being_asked_for():
+    for bound in bench_reach.REACH:
+        assert bound.work in WORKS and bound.cost in bench_reach.COSTS
+        assert set(bound.against) <= set(bench_reach.needed_variants(bound.work)) <= set(bench.VARIANTS)
+        assert bound.stretch is None or bound.stretch < bound.at_most
+
+
+@pytest.mark.parametrize(("bound", "code"), [(1e-9, 1), (1e9, 0)])
+def test_without_work_the_table_of_reach_is_printed_and_a_missed_bound_is_code_1(
+    monkeypatch, capsys, tmp_path, bound, code
+):
+    reach = (Bound("tiny", "time (medians)", ("gemms",), bound), Bound("tiny", "page faults", (), 1e9))
+    monkeypatch.setattr(bench_reach, "REACH", reach)
+    monkeypatch.setattr(bench_reach, "REACH_WORKS", ("tiny",))
+    path = tmp_path / "all.json"
+    options = "--variants tinyllm gemms --rounds 1 --warmup 0 --steps 1 --threads 1 --json".split()
+    assert main(["bench", "train", *options, str(path)]) == code
+    rows = json.loads(path.read_text(encoding="utf-8"))["reach"]
+    assert [row["verdict"] for row in rows] == ["missed" if code else "met", "met"]
+    out = capsys.readouterr().out
+    assert out.splitlines()[-2].endswith(rows[0]["verdict"])
+    assert f"{rows[0]['reached']:.3f}" in out
+
+
+def test_peak_memory_is_this_process_alone():
+    """A child of a large process is not counted as large: on Linux ru_maxrss would say so."""
+    code = "from parity.bench.train import peak_memory; print(peak_memory())"
+    ballast = bytearray(b"x") * 200_000_000
+    child = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert int(child.stdout) < len(ballast) / 4
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (
+            ["--variants", "tinyllm", "llama.cpp"],
+            "--variants llama.cpp is unknown; choose from tinyllm, gemms,",
+        ),
+        (["--variants", "tinyllm", "--peers"], "--variants says which, and --peers means all: give one"),
+        (["--variants", "gemms", "gemms"], "--variants gemms gemms names one twice; name each once"),
+        (["--peers", "--warmup", "0"], "would time torch's compiler, which runs in the first step"),
+        (["--work", "huge"], "--work huge is unknown; choose one of gpt2-124m,"),
+        (["--rounds", "0"], "--rounds 0 is too small; give at least 1"),
+        (["--warmup", "-1"], "--warmup -1 is too small; give at least 0"),
+        (["--json", "no/such/folder/x.json"], "cannot be written; name a file in a folder that exists"),
+        (["--steps", "many"], "Error parsing --steps: invalid literal for int() with base 10: 'many'; see "),
+        (["--stepz", "3"], "Unrecognized options: --stepz, 3; see python -m parity bench train --help"),
+    ],
+)
+def test_a_wrong_request_is_one_sentence_and_exit_code_2(arguments, sentence):
+    done = parity("bench", "train", *arguments)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert sentence in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
+def test_an_unknown_command_is_one_sentence_and_exit_code_2():
+    done = parity("bench", "sleep")
+    assert (done.returncode, done.stdout) == (2, "")
+    known = " or ".join(f"python -m parity {words} --help" for words in COMMANDS)
+    assert done.stderr == f"there is no command 'bench sleep'; try {known}\n"
+
+
+def test_a_failing_variant_ends_the_benchmark_with_code_1():
+    """Its own process does not know this variant's name: no result, and no report without it."""
+    with pytest.raises(SystemExit, match=r"no-such-variant failed in round 1 \(code 1\): no report"):
+        bench.measure(WORKS["tiny"], ["no-such-variant"], rounds=1, warmup=0, steps=1, threads=1)

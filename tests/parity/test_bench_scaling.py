@@ -1,0 +1,97 @@
+"""The growth of cost is measured, tabled and drawn, and its exponents follow from the numbers."""
+
+import json
+import math
+
+import pytest
+
+from parity.__main__ import main
+from parity.bench import scaling as bench_scaling
+from parity.bench.train_variants import Work
+
+pytest.importorskip("resource", reason="the benchmark reads page faults and memory through resource")
+pytest.importorskip("torch")
+pytest.importorskip("transformers")
+
+TINY = Work(n_layer=1, n_embd=8, n_head=2, n_positions=32, vocab_size=16, batch=1, context=16)
+AXES = {"context": ("context (tokens)", [16, 32], {}), "batch": ("batch (sequences)", [1, 2], {})}
+
+
+def points(sizes, costs):
+    """As ``scaling`` returns them, with these costs for both variants."""
+    each = [{name: {"median": cost} for name in bench_scaling.COSTS} for cost in costs]
+    return [
+        {"size": size, "work": {}, "threads": 1, "costs": dict.fromkeys(bench_scaling.VARIANTS, cost)}
+        for size, cost in zip(sizes, each)
+    ]
+
+
+def test_scaling_end_to_end(monkeypatch, tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    monkeypatch.setattr(bench_scaling, "AXES", AXES)
+    monkeypatch.setattr(bench_scaling, "BASE", TINY)
+    monkeypatch.setattr(bench_scaling, "BASE_THREADS", 1)
+    out, path = tmp_path / "new" / "folder", tmp_path / "scaling.json"
+    options = ["--axes", *AXES, "--warmup", "1", "--steps", "2", "--out", str(out), "--json", str(path)]
+    assert main(["bench", "scaling", *options]) == 0
+
+    said, result = capsys.readouterr(), json.loads(path.read_text(encoding="utf-8"))
+    assert (
+        said.err.count("tinyllm …") == said.err.count("torch-eager …") == 3
+    )  # of 4 points, one is on both axes
+    for axis, (label, sizes, _) in AXES.items():
+        assert label in said.out
+        assert [point["size"] for point in result["axes"][axis]] == sizes
+        for point in result["axes"][axis]:
+            assert point["work"][axis] == point["size"] and point["threads"] == 1
+            for costs in point["costs"].values():
+                assert costs["seconds"]["median"] > 0
+                assert costs["peak_bytes"]["median"] > costs["training_bytes"]["median"] >= 0
+                assert f"{costs['seconds']['median']:.4f}" in said.out
+    assert (out / "scaling.png").read_bytes().startswith(b"\x89PNG")
+    assert "process MB" in said.out and str(out / "scaling.png") in said.out
+
+
+@pytest.mark.parametrize("power", [0, 1, 2])
+def test_the_exponent_is_that_of_the_growth(power):
+    grown = points([1, 2, 8], [999.0, 3 * 2**power, 3 * 8**power])
+    assert bench_scaling.exponent(grown, "tinyllm", "seconds") == pytest.approx(power)
+
+
+def test_a_cost_too_small_to_show_has_no_exponent_and_no_ratio():
+    assert math.isnan(bench_scaling.exponent(points([1, 2], [0, 5]), "tinyllm", "training_bytes"))
+    assert (bench_scaling.quotient(1, 0), bench_scaling.quotient(1, 4)) == ("–", "0.25")
+
+
+def test_every_point_of_every_axis_is_a_model_that_can_be_built():
+    for axis, (_, sizes, others) in bench_scaling.AXES.items():
+        assert len(sizes) >= 2
+        for size in sizes:
+            work, threads = bench_scaling.point_of(bench_scaling.BASE, axis, size, others)
+            assert work.context <= work.n_positions and work.n_embd % work.n_head == 0
+            assert (threads if axis == "threads" else getattr(work, axis)) == size
+
+
+def test_a_run_costs_its_fastest_step_and_what_it_took_beyond_the_model():
+    runs = [{"seconds": [3.0, 2.0, 4.0], "peak_bytes": 100, "built_bytes": 60}]
+    costs = bench_scaling.costs_of(runs)
+    assert [costs[name]["median"] for name in ("seconds", "training_bytes", "peak_bytes")] == [2.0, 40, 100]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (
+            ["--axes", "depth"],
+            "--axes depth is unknown; choose from batch, context, n_embd, n_layer, threads",
+        ),
+        (["--steps", "0"], "--steps 0 is too small; give at least 1"),
+        (["--out", __file__], "cannot be made (File exists): choose another folder"),
+        (["--json", "no/such/folder/x.json"], "cannot be written; name a file in a folder that exists"),
+    ],
+)
+def test_a_wrong_request_is_one_sentence_and_exit_code_2(capsys, arguments, sentence):
+    pytest.importorskip("matplotlib")
+    assert main(["bench", "scaling", *arguments]) == 2
+    said = capsys.readouterr()
+    assert sentence in said.err and said.err.count("\n") == 1 and said.out == ""

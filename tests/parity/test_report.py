@@ -1,0 +1,187 @@
+"""``python -m parity report``: what it prints, the page it writes, and its exit codes."""
+
+import importlib.util
+import json
+import re
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+torch = pytest.importorskip("torch")
+transformers = pytest.importorskip("transformers")
+
+from support.compare import scaled_gradient  # noqa: E402
+from support.models import SMALL, batch, configs, random_gpt2  # noqa: E402
+
+from parity.__main__ import main  # noqa: E402
+from parity.compare import report  # noqa: E402
+from parity.compare.layers import GRADIENTS, OUTPUTS, PARAMETERS  # noqa: E402
+from parity.twins import bridge  # noqa: E402
+from tinyllm import GPT2Config  # noqa: E402
+from tinyllm import functional as F  # noqa: E402
+
+CONFIG = GPT2Config(**SMALL)
+TINY = "--n-layer 2 --n-head 3 --n-embd 12 --vocab-size 13 --n-positions 8 --tokens 7".split()
+
+
+def run(capsys, *arguments):
+    """(exit code, what was printed, what was complained) of ``python -m parity report …``."""
+    code = main(["report", *arguments])
+    said = capsys.readouterr()
+    return code, said.out, said.err
+
+
+@settings(max_examples=15)
+@given(config=configs(), seed=st.integers(0, 2**32 - 1), data=st.data())
+def test_every_module_and_parameter_is_compared_and_agrees(config, seed, data):
+    model = random_gpt2(config, seed)
+    ids, targets = batch(config, (2, data.draw(st.integers(1, config.n_positions))), seed)
+    findings = report.examine(model, bridge.to_torch(model), bridge.to_transformers(model), ids, targets)
+    assert findings.first is None, findings.verdict()
+    modules = {name for name, _ in model.named_modules() if name}
+    parameters = {name for name, _ in model.named_parameters()}
+    for comparison in (findings.twin, findings.theirs):
+        rows = {kind: {row.name for row in comparison.rows if row.kind == kind} for kind in
+                (OUTPUTS, GRADIENTS, PARAMETERS)}  # fmt: skip
+        assert rows[OUTPUTS] == modules | {"loss"}
+        assert rows[GRADIENTS] == modules - {"lm_head"}  # the fused loss holds no gradient of all logits
+        assert rows[PARAMETERS] == parameters
+        assert not comparison.only_ours
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_a_random_model_agrees_and_the_page_says_so(tmp_path, capsys, dtype):
+    page = tmp_path / "page.html"
+    code, out, err = run(capsys, "--random", *TINY, "--dtype", dtype, "--seed", "3", "--out", str(page))
+    assert (code, err) == (0, "")
+    assert "comparisons are within their bounds" in out and f"dtype: {dtype}" in out
+    assert "computed here, from its logits in float64" in out
+    text = page.read_text(encoding="utf-8")
+    names = {name for name, _ in random_gpt2(CONFIG).named_modules() if name}
+    names |= {name for name, _ in random_gpt2(CONFIG).named_parameters()}
+    for name in names:
+        assert f"<code>{name}</code>" in text, name
+        assert re.search(rf"^{re.escape(name)} ", out, re.MULTILINE), name
+    assert "within their bounds" in text and "differs" not in text
+    assert text.count("<circle") > 2 * (len(names) + 10)  # a point for every row and side
+
+
+def test_the_page_needs_nothing_but_itself(tmp_path, capsys):
+    page = tmp_path / "page.html"
+    run(capsys, "--random", *TINY, "--out", str(page))
+    text = page.read_text(encoding="utf-8")
+    assert not re.search(r"https?:|//|src=|@import|url\(|<link|<script", text)
+    assert set(re.findall(r'href="([^"]*)"', text)) <= {"#first"}
+    assert "1e-10" in text and 'class="bound"' in text and "order of computation" in text
+
+
+def test_a_fault_forward_is_named_with_exit_code_1(tmp_path, capsys, monkeypatch):
+    right = F.gelu
+    monkeypatch.setattr(F, "gelu", lambda x, approximate: right(x, "none"))  # erf for tanh
+    page = tmp_path / "page.html"
+    code, out, _ = run(capsys, "--random", *TINY, "--out", str(page))
+    assert code == 1
+    assert (
+        "First diverging layer: h.0.mlp.c_proj. The output of h.0.mlp.c_proj differs from that of the twin"
+        in out
+    )
+    assert "everything up to the output of h.0.mlp.c_fc agrees" in out
+    text = page.read_text(encoding="utf-8")
+    row = re.search(r'<tr id="first" class=bad><td><code>(.*?)</code><td class=dim>(.*?)<', text)
+    assert row.groups() == ("h.0.mlp.c_proj", "output")
+    assert "h.0.mlp.c_proj differs</text>" in text
+
+
+def test_a_fault_backward_is_named_with_exit_code_1(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(F, "layer_norm", scaled_gradient(F.layer_norm, 1 + 1e-8))
+    page = tmp_path / "page.html"
+    code, out, _ = run(capsys, "--random", *TINY, "--out", str(page))
+    assert code == 1
+    assert "First diverging layer: ln_f.weight. The gradient of ln_f.weight differs" in out
+    assert '<tr id="first" class=bad><td><code>ln_f.weight</code>' in page.read_text(encoding="utf-8")
+
+
+def test_a_fault_that_only_transformers_shows_is_blamed_on_it(tmp_path, capsys, monkeypatch):
+    """Both our model and its twin read eps from the same config: a mistake there needs the third."""
+    made = report.bridge.to_transformers
+
+    def other_eps(model):
+        theirs = made(model)
+        theirs.transformer.h[1].ln_2.eps = 1e-6
+        return theirs
+
+    monkeypatch.setattr(report.bridge, "to_transformers", other_eps)
+    code, out, _ = run(capsys, "--random", *TINY, "--out", str(tmp_path / "page.html"))
+    assert code == 1
+    assert "First diverging layer: h.1.ln_2. The output of h.1.ln_2 differs from that of transformers" in out
+
+
+@pytest.mark.parametrize("changes", [{}, dict(lm_head_bias=True, qkv_bias=False, tie_word_embeddings=False)])
+def test_a_folder(tmp_path, capsys, changes):
+    random_gpt2(GPT2Config(**SMALL, **changes)).save_pretrained(tmp_path / "model")
+    code, out, _ = run(capsys, str(tmp_path / "model"), "--tokens", "8", "--out", str(tmp_path / "page.html"))
+    assert code == 0, out
+    assert (report.COPIED if changes else report.LOADED) in out
+    parameters = "h.*.attn.c_attn.bias (parameter)"
+    assert (parameters in out) == bool(changes)  # transformers always has one
+
+
+def test_given_ids(tmp_path, capsys):
+    code, out, _ = run(
+        capsys, "--random", *TINY, "--ids", "1", "5", "12", "--out", str(tmp_path / "page.html")
+    )
+    assert code == 0 and "1 × 2 tokens, 2 targets that count" in out
+
+
+def wrong_folder(tmp_path, changes):
+    random_gpt2(CONFIG).save_pretrained(tmp_path / "model")
+    config = tmp_path / "model" / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | changes))
+
+
+WRONG = {
+    "nothing": ([], "say which model: either its folder or hub id, or --random"),
+    "both": (["x", "--random"], "say which model"),
+    "no folder": (["./nowhere"], "there is no folder './nowhere'"),
+    "no config": (["."], "config.json cannot be read"),
+    "architecture": (["--random", "--arch", "mamba"], "--arch mamba is not supported; supported: gpt2"),
+    "sizes of a folder": (["model", "--n-layer", "3"], "--n-layer is for --random"),
+    "a bad size": (["--random", "--n-head", "5"], r"n_embd (64) must be divisible by n_head (5)"),
+    "batch": (["--random", "--batch", "0"], "--batch 0 is too small; give at least 1"),
+    "seed": (["--random", "--seed", "-1"], "--seed -1 is too small; give at least 0"),
+    "too long": (["--random", "--tokens", "65"], "65 tokens are too many: the model takes at most 64"),
+    "outside": (["--random", "--ids", "3", "256"], "--ids[0, 1] is 256, but token ids run from 0 to 255"),
+    "one id": (["--random", "--ids", "3"], "--ids needs at least two token ids"),
+    "out": (["--random", "--out", "no/page.html"], "cannot be written; name a file in a folder that exists"),
+    "dtype": (["--random", "--dtype", "float16"], "--dtype"),
+    "option": (["--random", "--colour", "red"], "Unrecognized options: --colour"),
+}
+
+
+@pytest.mark.parametrize(("arguments", "sentence"), WRONG.values(), ids=WRONG)
+def test_a_wrong_request_is_one_sentence_and_exit_code_2(tmp_path, capsys, monkeypatch, arguments, sentence):
+    monkeypatch.chdir(tmp_path)
+    code, out, err = run(capsys, *arguments)
+    assert (code, out) == (2, "")
+    assert sentence in err and err.count("\n") == 1
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_unsupported_or_misshaped_folder_is_exit_code_2(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    wrong_folder(tmp_path, {"model_type": "bert"})
+    code, _, err = run(capsys, "./model")
+    assert code == 2 and "model_type 'bert' is not supported; supported: gpt2" in err
+    wrong_folder(tmp_path / "shapes", {"n_inner": 5, "n_positions": 9})
+    code, _, err = run(capsys, "./shapes/model")
+    assert code == 2 and "Wrong shape (7)" in err and "wpe.weight is (8, 12), not (9, 12)" in err
+
+
+@pytest.mark.parametrize("missing", ["torch", "transformers"])
+def test_a_missing_library_names_the_extra(tmp_path, capsys, monkeypatch, missing):
+    monkeypatch.chdir(tmp_path)
+    here = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == missing else here(name))
+    code, _, err = run(capsys, "--random")
+    assert code == 2 and err == f"report needs {missing}: pip install 'tinyllm[parity]'\n"

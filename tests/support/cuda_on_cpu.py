@@ -1,0 +1,424 @@
+"""What stands in for CuPy, its compiler, its GPU and cuBLAS where there is none?
+
+``Simulator`` compiles a CUDA kernel for the CPU with g++ and runs it one thread at a time (``cuda_headers/``
+says how). It is stricter than a GPU: what CUDA would compute garbage from, or would get away with today, is
+an error. ``simulated_cupy`` puts a CuPy whose arrays are ``DeviceArray`` where ``import cupy`` finds it, and
+the simulator where tinyllm looks for kernels.
+"""
+
+import ctypes
+import functools
+import hashlib
+import itertools
+import math
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import ml_dtypes
+import numpy as np
+import pytest
+from numpy.lib.array_utils import byte_bounds
+from numpy.lib.stride_tricks import as_strided
+from support.device_array import DeviceArray
+from support.fake_cupy import StandIn, stand_in_cupy
+
+from tinyllm.backend.cuda import launch
+
+HEADERS = Path(__file__).with_name("cuda_headers")
+# Each kernel is a library of its own: the __shared__ arrays of two must not become one (hidden), and no other
+# kernel's count as this one's (gc-sections). Fortified longjmp refuses to go to another stack.
+FLAGS = """-std=c++17 -O1 -fPIC -shared -fvisibility=hidden -fno-strict-aliasing
+-ffunction-sections -fdata-sections -Wl,--gc-sections -U_FORTIFY_SOURCE
+-Wall -Werror -Wno-error=maybe-uninitialized -Wno-unknown-pragmas""".split()
+
+needs_compiler = pytest.mark.skipif(
+    sys.platform != "linux" or shutil.which("g++") is None,
+    reason="needs g++ on Linux: CUDA kernels are compiled for the CPU",
+)
+
+GPUS = [  # for ``put`` (conftest.py): a real one needs no compiler of ours
+    pytest.param("simulated GPU", marks=needs_compiler),
+    pytest.param("GPU", marks=pytest.mark.gpu),
+]
+
+# C type of an element -> the arrays that are made of it
+ELEMENTS = {
+    "float": ("float32",),
+    "double": ("float64",),
+    "__half": ("float16",),
+    "__nv_bfloat16": ("bfloat16",),
+    "bool": ("bool",),
+    "signed char": ("int8",),
+    "unsigned char": ("uint8", "bool"),
+    "short": ("int16",),
+    "unsigned short": ("uint16",),
+    "int": ("int32",),
+    "unsigned int": ("uint32",),
+    "long long": ("int64",),
+    "unsigned long long": ("uint64",),
+}
+# C type of a number -> what CuPy passes as such, without a look at what the kernel takes
+NUMBERS = {
+    "bool": (ctypes.c_bool, (bool, np.bool_)),
+    "int": (ctypes.c_int, (np.int32,)),
+    "unsigned int": (ctypes.c_uint, (np.uint32,)),
+    "long long": (ctypes.c_longlong, (int, np.int64)),
+    "unsigned long long": (ctypes.c_ulonglong, (int, np.uint64)),
+    "float": (ctypes.c_float, (np.float32,)),
+    "double": (ctypes.c_double, (float, np.float64)),
+}
+MOST_BLOCKS = {"x": 2**31 - 1, "y": 65535, "z": 65535}
+MOST_THREADS = {"x": 1024, "y": 1024, "z": 64}
+
+RED_ZONE = 2**16  # bytes on either side of an argument
+ALIGNMENT = 512  # CuPy's
+POISON = np.frombuffer(b"\xf5\x7f" * (RED_ZONE // 2), np.uint8)  # NaN in every type of float
+
+
+class Simulator:
+    """What launch.py's library of CuPy arrays does, for ``DeviceArray``.
+
+    ``seed`` is the order in which threads run: the seeds 2n and 2n + 1 run all of them in opposite orders, so
+    a result that depends on it differs between the two. ``source`` is CUDA C++, by default tinyllm's kernels.
+    """
+
+    def __init__(self, seed: int = 0, source: str | None = None):
+        self.seed = seed
+        self.source = launch.SOURCE.read_text(encoding="utf-8") if source is None else source
+
+    def kernel(self, expression: str) -> Callable[[tuple, tuple, tuple], None]:
+        """The kernel that ``expression`` names, such as ``swiglu<float>``: a function (grid, block, args).
+
+        Raises ``RuntimeError`` if it does not compile. The function raises ``TypeError`` for arguments that
+        are not the kernel's, ``ValueError`` for a grid or a block that CUDA refuses, and ``RuntimeError`` for
+        a barrier that not all threads reach and for what is written outside of the arrays.
+        """
+        library, parameters = _compiled(self.source, expression)
+
+        def launch(grid: tuple, block: tuple, args: tuple) -> None:
+            sizes = _checked_sizes(expression, grid, block)
+            if len(args) != len(parameters):
+                raise TypeError(f"{expression} takes {len(parameters)} arguments, not {len(args)}")
+            for i, (parameter, value) in enumerate(zip(parameters, args)):
+                _check_argument(f"{expression}, argument {i}", parameter, value)
+            memory = _Memory(expression, parameters, args)
+            pointers = [_c_value(p, v, memory) for p, v in zip(parameters, args)]
+            addresses = (ctypes.c_void_p * len(args))(*[ctypes.addressof(p) for p in pointers])
+            message = ctypes.create_string_buffer(1000)
+            if not library.launch(
+                sizes, addresses, ctypes.c_uint64(self.seed), message, ctypes.c_size_t(1000)
+            ):
+                raise RuntimeError(f"{expression}: {message.value.decode()}")
+            memory.copy_back()
+
+        return launch
+
+    def gemm(
+        self, transa, transb, m, n, k, alpha, A, Atype, lda, strideA, B, Btype, ldb, strideB,
+        beta, C, Ctype, ldc, strideC, batch, compute_type, algo,
+    ) -> None:  # fmt: skip
+        """cublasGemmStridedBatchedEx without its handle: C = alpha op(A) op(B) + beta C, for each of a batch.
+
+        op(A) is (m, k), op(B) (k, n), C (m, n); all lie in memory column by column, ``ld`` elements from one
+        to the next, ``stride`` elements from one matrix of the batch to the next. ``A``, ``B``, ``C`` are
+        addresses, ``alpha`` and ``beta`` those of numbers on the host. Short types are multiplied exactly and
+        added up in float32. Raises ``ValueError`` for what cuBLAS refuses, and for results that overlap.
+        """
+        compute = _checked_types(Atype, Btype, Ctype, compute_type)
+        rows_a, columns_a = _stored(transa, m, k)
+        rows_b, columns_b = _stored(transb, k, n)
+        if min(m, n, k, batch) < 0:
+            raise ValueError(f"a product of negative size: m {m}, n {n}, k {k}, batch {batch}")
+        for name, lead, rows in (("lda", lda, rows_a), ("ldb", ldb, rows_b), ("ldc", ldc, m)):
+            if lead < max(1, rows):
+                raise ValueError(f"{name} {lead} is smaller than the {rows} rows of its matrix")
+        if not (-1 <= algo <= 23 or 99 <= algo <= 115):
+            raise ValueError(f"there is no algorithm {algo}")
+        if 0 in (m, n, batch):
+            return
+        c = _matrices(C, Ctype, batch, strideC, m, n, ldc)
+        _check_apart(c)
+        a = _operand(_matrices(A, Atype, batch, strideA, rows_a, columns_a, lda), transa, compute_type)
+        b = _operand(_matrices(B, Btype, batch, strideB, rows_b, columns_b, ldb), transb, compute_type)
+        number = ctypes.c_double if compute == np.float64 else ctypes.c_float
+        alpha, beta = (compute.type(number.from_address(place).value) for place in (alpha, beta))
+        product = alpha * np.matmul(a.astype(compute), b.astype(compute))
+        if beta != 0:  # otherwise C is not read: it may hold anything
+            product += beta * c.astype(compute)
+        c[...] = product
+
+
+# ---------------------------------------------------------------------------------- compiling
+
+
+@functools.cache
+def _compiled(source: str, expression: str) -> tuple[ctypes.PyDLL, list[str]]:
+    """The library of one kernel, and the C types of the kernel's parameters."""
+    text = f'#include "cuda_on_cpu.h"\n#line 1 "kernels.cu"\n{source}\n\nSIMULATE(&{expression})\n'
+    headers = [path.read_bytes() for path in sorted(HEADERS.iterdir())]
+    content = "\0".join([text, *FLAGS]).encode() + b"".join(headers) + _compiler_version()
+    path = _folder() / f"{hashlib.sha256(content).hexdigest()}.so"
+    if not path.exists():
+        _compile(text, expression, path)
+    library = ctypes.PyDLL(str(path))  # it has one state: the lock stays with whoever launches
+    library.launch.restype = ctypes.c_bool
+    names = ctypes.create_string_buffer(10_000)
+    library.parameters(names, ctypes.c_size_t(len(names)))
+    return library, names.value.decode().split(";")[:-1]
+
+
+def _compile(text: str, expression: str, path: Path) -> None:
+    """Other test processes may be at the same kernel: each writes a file of its own, the last one's stays."""
+    mine = path.with_suffix(f".{os.getpid()}")
+    command = ["g++", *FLAGS, f"-I{HEADERS}", "-x", "c++", "-", "-o", str(mine)]
+    done = subprocess.run(
+        command, input=text, capture_output=True, text=True, encoding="utf-8", errors="replace"
+    )
+    if done.returncode != 0:
+        raise RuntimeError(f"{expression} does not compile:\n{done.stderr}")
+    mine.replace(path)
+
+
+@functools.cache
+def _compiler_version() -> bytes:
+    return subprocess.run(["g++", "--version"], capture_output=True, check=True).stdout
+
+
+@functools.cache
+def _folder() -> Path:
+    """Where compiled kernels are kept, from one test run to the next; nobody else can write there."""
+    folder = Path(tempfile.gettempdir()) / f"tinyllm-cuda-on-cpu-{os.getuid()}"
+    folder.mkdir(mode=0o700, exist_ok=True)
+    if folder.is_symlink() or folder.stat().st_uid != os.getuid():
+        raise RuntimeError(f"{folder} belongs to someone else: remove it")
+    return folder
+
+
+# ---------------------------------------------------------------------------------- arguments
+
+
+def _checked_sizes(expression: str, grid: tuple, block: tuple) -> ctypes.Array:
+    sizes = []
+    for what, given, most in (("grid", grid, MOST_BLOCKS), ("block", block, MOST_THREADS)):
+        if not isinstance(given, tuple) or not 1 <= len(given) <= 3:
+            raise TypeError(f"{expression}: the {what} is a tuple of one to three numbers, not {given!r}")
+        for (axis, limit), size in itertools.zip_longest(most.items(), given, fillvalue=1):
+            if not 1 <= size <= limit:
+                raise ValueError(f"{expression}: {what}.{axis} is {size}, CUDA takes 1 to {limit}")
+            sizes.append(size)
+    if math.prod(sizes[:3]) >= 2**31:
+        raise ValueError(f"{expression}: a grid of {grid} is more than the simulator can count")
+    threads = math.prod(sizes[3:])
+    if threads > 1024 or threads % 32:
+        raise ValueError(
+            f"{expression}: a block of {threads} threads: whole warps of 32, at most 1024 threads"
+        )
+    return (ctypes.c_uint * 6)(*sizes)
+
+
+def _check_argument(place: str, parameter: str, value) -> None:
+    if parameter.endswith("*"):
+        dtypes = ELEMENTS[parameter.removeprefix("const ").removesuffix("*")]
+        if value is None:
+            return
+        if not isinstance(value, DeviceArray):
+            raise TypeError(
+                f"{place}: {parameter} takes a device array or None, not a {type(value).__name__}"
+            )
+        if value.dtype.name not in dtypes:
+            raise TypeError(f"{place}: {parameter} takes an array of {dtypes[0]}, not of {value.dtype}")
+        if _address(value._array) % value.itemsize:
+            raise TypeError(
+                f"{place}: the array begins at an address that is no multiple of {value.itemsize}"
+            )
+        return
+    c_type, types = NUMBERS.get(parameter, (None, ()))
+    if type(value) not in types:
+        raise TypeError(f"{place}: {parameter} does not take a {type(value).__name__}, as CuPy passes it")
+    if c_type(value).value != value and value == value:
+        raise ValueError(f"{place}: {value} is no {parameter}")
+
+
+def _c_value(parameter: str, value, memory: "_Memory"):
+    """The argument as ctypes has it; its address is what the kernel gets."""
+    if parameter.endswith("*"):
+        return ctypes.c_void_p(None if value is None else memory.address(value))
+    return NUMBERS[parameter][0](value)
+
+
+def _address(array: np.ndarray) -> int:
+    return array.__array_interface__["data"][0]
+
+
+def _owner(array: np.ndarray) -> np.ndarray:
+    """The array whose memory this is."""
+    while isinstance(array.base, np.ndarray):
+        array = array.base
+    return array
+
+
+class _Memory:
+    """The memory of a kernel's arguments, copied to between red zones; views of one array stay views of one.
+
+    After the launch it is compared: only what the given arrays consist of, element by element, may have
+    changed, and only where the kernel takes a pointer that is not const.
+    """
+
+    def __init__(self, expression: str, parameters: list[str], args: tuple):
+        self.expression = expression
+        self.copies: dict[int, _Copy] = {}  # by the address of the original
+        arrays = [(i, p, v) for i, (p, v) in enumerate(zip(parameters, args)) if isinstance(v, DeviceArray)]
+        devices = {array.device for _, _, array in arrays}
+        if len(devices) > 1:
+            raise TypeError(f"{expression}: arrays on {' and '.join(sorted(map(str, devices)))}")
+        for i, parameter, array in arrays:
+            owner = _owner(array._array)
+            if _address(owner) not in self.copies:
+                self.copies[_address(owner)] = _Copy(owner)
+            writable = not parameter.startswith("const ")
+            self.copies[_address(owner)].add(i, array._array, writable)
+
+    def address(self, array: DeviceArray) -> int:
+        return self.copies[_address(_owner(array._array))].address(array._array)
+
+    def copy_back(self) -> None:
+        for copy in self.copies.values():
+            if fault := copy.fault():
+                raise RuntimeError(f"{self.expression} wrote {fault}")
+        for copy in self.copies.values():
+            copy.copy_back()
+
+
+class _View(NamedTuple):
+    """What the kernel gets of a copy: which argument it is, its bytes from ``low`` to ``high``."""
+
+    argument: int
+    low: int
+    high: int
+    itemsize: int
+    writable: bool
+
+
+class _Copy:
+    """A copy of one array's memory between red zones."""
+
+    def __init__(self, owner: np.ndarray):
+        self.first, end = byte_bounds(owner)
+        size = end - self.first if owner.size else 0
+        self.original = _bytes_at(self.first, size)
+        buffer = np.empty(size + 2 * RED_ZONE + ALIGNMENT, np.uint8)
+        start = -_address(buffer) % ALIGNMENT
+        self.all = buffer[start : start + size + 2 * RED_ZONE]
+        self.inside = self.all[RED_ZONE : RED_ZONE + size]
+        self.all[:RED_ZONE], self.inside[:], self.all[RED_ZONE + size :] = POISON, self.original, POISON
+        self.before = self.all.copy()
+        self.writable = np.zeros(len(self.all), bool)
+        self.views: list[_View] = []
+
+    def address(self, view: np.ndarray) -> int:
+        return _address(self.inside) + _address(view) - self.first
+
+    def add(self, argument: int, view: np.ndarray, writable: bool) -> None:
+        low, high = byte_bounds(view) if view.size else (_address(view),) * 2
+        low, high = low - self.first + RED_ZONE, high - self.first + RED_ZONE
+        self.views.append(_View(argument, low, high, view.itemsize, writable))
+        if writable and view.size:
+            start = _address(view) - self.first + RED_ZONE
+            shape, strides = (*view.shape, view.itemsize), (*view.strides, 1)
+            as_strided(self.writable[start:], shape, strides)[...] = True
+
+    def fault(self) -> str | None:
+        """What was written that must not be; None if all is well."""
+        strays = np.flatnonzero((self.all != self.before) & ~self.writable)
+        if not strays.size:
+            return None
+        place = int(strays[0])
+        candidates = [view for view in self.views if view.writable] or self.views
+        view = min(candidates, key=lambda v: max(v.low - place, place - v.high + 1, 0))  # the nearest
+        place -= (place - view.low) % view.itemsize
+        if place < view.low:
+            where = f"{view.low - place} bytes before"
+        elif place >= view.high:
+            where = f"{place - view.high} bytes after"
+        else:
+            where = "between the elements of" if view.writable else "into const"
+        return f"{where} argument {view.argument}"
+
+    def copy_back(self) -> None:
+        allowed = self.writable[RED_ZONE : RED_ZONE + len(self.inside)]
+        np.copyto(self.original, self.inside, where=allowed)
+
+
+def _bytes_at(address: int, size: int) -> np.ndarray:
+    return np.frombuffer((ctypes.c_char * size).from_address(address), np.uint8)
+
+
+# ------------------------------------------------------------------------------------- cuBLAS
+
+TYPES = {0: np.dtype(np.float32), 1: np.dtype(np.float64), 2: np.dtype(np.float16)}
+TYPES[14] = np.dtype(ml_dtypes.bfloat16)
+FLOAT, DOUBLE, FLOAT_FROM_TF32 = 68, 70, 77
+
+
+def _checked_types(Atype: int, Btype: int, Ctype: int, compute_type: int) -> np.dtype:
+    """What the product is computed in, if cuBLAS has this combination."""
+    takes = {FLOAT: (0, 2, 14), DOUBLE: (1,), FLOAT_FROM_TF32: (0,)}.get(compute_type, ())
+    results = {Atype} if compute_type == DOUBLE else {Atype, 0}
+    if Atype not in takes or Btype != Atype or Ctype not in results:
+        raise ValueError(f"no product of types {Atype} and {Btype} into {Ctype}, computed as {compute_type}")
+    return np.dtype(np.float64 if compute_type == DOUBLE else np.float32)
+
+
+def _stored(transposed: int, rows: int, columns: int) -> tuple[int, int]:
+    """The shape in memory of a matrix that is (rows, columns) after the transposition asked for."""
+    if transposed not in (0, 1, 2):  # 2 conjugates, too: nothing to do for real numbers
+        raise ValueError(f"there is no operation {transposed}: 0 is the matrix itself, 1 its transpose")
+    return (columns, rows) if transposed else (rows, columns)
+
+
+def _matrices(
+    address: int, kind: int, batch: int, stride: int, rows: int, columns: int, lead: int
+) -> np.ndarray:
+    """(batch, rows, columns), column by column at an address."""
+    dtype = TYPES[kind]
+    if address % dtype.itemsize:
+        raise ValueError(f"address {address} is no multiple of {dtype.itemsize}, the size of {dtype}")
+    one = _bytes_at(address, dtype.itemsize).view(dtype)
+    strides = (stride * dtype.itemsize, dtype.itemsize, lead * dtype.itemsize)
+    return as_strided(one, (batch, rows, columns), strides)
+
+
+def _operand(matrices: np.ndarray, transposed: int, compute_type: int) -> np.ndarray:
+    matrices = matrices.swapaxes(1, 2) if transposed else matrices
+    return _to_tf32(matrices) if compute_type == FLOAT_FROM_TF32 else matrices
+
+
+def _to_tf32(x: np.ndarray) -> np.ndarray:
+    """float32 rounded to 10 bits after the point, ties away from zero, as cvt.rna.tf32.f32 does."""
+    bits = x.copy().view(np.uint32)
+    rounded = ((bits + np.uint32(0x1000)) & np.uint32(0xFFFFE000)).view(np.float32)
+    return np.where(np.isfinite(x), rounded, x)
+
+
+def _check_apart(c: np.ndarray) -> None:
+    """That no element is written twice: which one would stay is undefined."""
+    batch, rows, columns = (np.arange(n) * stride for n, stride in zip(c.shape, c.strides))
+    places = (batch[:, None, None] + rows[:, None] + columns).ravel()
+    if len(np.unique(places)) < c.size:
+        raise ValueError("matrices of C overlap: strideC is too small")
+
+
+# --------------------------------------------------------------------------------------- CuPy
+
+
+def simulated_cupy(monkeypatch, seed: int = 0) -> StandIn:
+    """``stand_in_cupy``, with kernels and products that a simulated GPU computes."""
+    module = stand_in_cupy(monkeypatch)
+    monkeypatch.setitem(launch.LIBRARIES, module.ndarray, Simulator(seed))
+    return module

@@ -1,0 +1,152 @@
+"""Small models with random weights, and what several test files do with them."""
+
+import math
+
+import numpy as np
+import pytest
+from hypothesis import strategies as st
+
+from tinyllm import GPT2, GPT2Config, Llama, LlamaConfig
+from tinyllm.models.gpt2 import GELU_FORMS
+
+torch = pytest.importorskip("torch")
+
+SMALL = dict(vocab_size=13, n_positions=8, n_embd=12, n_layer=2, n_head=3)
+
+
+NO_DROPOUT = dict(embd_pdrop=0.0, attn_pdrop=0.0, resid_pdrop=0.0)
+
+
+def random_gpt2(config, seed=0, dtype=np.float64):
+    """Every parameter away from where it starts: a bias of zero or a norm of one hides mistakes."""
+    rng = np.random.default_rng(seed)
+    model = GPT2(config, rng=rng).astype(dtype).eval()
+    for name, parameter in model.named_parameters():
+        mean = 1.0 if ".ln_" in f".{name}" and name.endswith("weight") else 0.0
+        parameter.replace((mean + 0.3 * rng.standard_normal(parameter.shape)).astype(dtype))
+    return model
+
+
+def batch(config, shape, seed=0):
+    """Token ids and targets, about every fifth of which does not count (but the first does)."""
+    rng = np.random.default_rng(seed)
+    ids = rng.integers(0, config.vocab_size, shape)
+    targets = np.where(rng.random(shape) < 0.2, -100, rng.integers(0, config.vocab_size, shape))
+    targets[0, 0] = 0
+    return ids, targets
+
+
+def assert_close(ours, theirs, what, tolerance=1e-10):
+    """Within ``tolerance`` of the largest element of the reference."""
+    theirs = theirs.detach().numpy() if isinstance(theirs, torch.Tensor) else theirs
+    assert ours.shape == theirs.shape, what
+    assert ours.dtype == theirs.dtype, what
+    worst = np.abs(ours - theirs).max()
+    assert worst <= tolerance * np.abs(theirs).max(), f"{what}: off by {worst}"
+
+
+def our_gradients(model):
+    modules = dict(model.named_modules())
+    return {
+        name: modules[name.rpartition(".")[0]].layout(name.rpartition(".")[2], parameter.grad)
+        for name, parameter in model.named_parameters()
+    }
+
+
+@st.composite
+def configs(draw):
+    # The norm of one channel is 0 and of two ±1: the gradients through it are rounding errors.
+    heads = st.tuples(st.integers(1, 4), st.integers(1, 6)).filter(lambda pair: math.prod(pair) > 2)
+    n_head, head_size = draw(heads)
+    return GPT2Config(
+        vocab_size=draw(st.integers(2, 40)),
+        n_positions=draw(st.integers(1, 12)),
+        n_embd=n_head * head_size,
+        n_layer=draw(st.integers(1, 3)),
+        n_head=n_head,
+        n_inner=draw(st.none() | st.integers(1, 30)),
+        activation_function=draw(st.sampled_from(sorted(GELU_FORMS))),
+        layer_norm_epsilon=draw(st.sampled_from([1e-5, 1e-6, 1e-12, 0.1])),
+        tie_word_embeddings=draw(st.booleans()),
+        qkv_bias=draw(st.booleans()),
+        lm_head_bias=draw(st.booleans()),
+        **NO_DROPOUT,
+    )
+
+
+def rewrite(folder, change):
+    """Pass the tensors of a folder's file through ``change``."""
+    from safetensors.torch import load_file, save_file
+
+    file = folder / "model.safetensors"
+    tensors = {name: tensor.contiguous() for name, tensor in change(load_file(file)).items()}
+    save_file(tensors, file, metadata={"format": "pt"})
+
+
+SMALL_LLAMA = dict(
+    vocab_size=13, hidden_size=12, intermediate_size=20, num_hidden_layers=2, num_attention_heads=6,
+    num_key_value_heads=2, head_dim=4, max_position_embeddings=8,
+)  # fmt: skip
+
+
+ROPES = {
+    "default": dict(rope_type="default", rope_theta=500.0),
+    "linear": dict(rope_type="linear", rope_theta=1e4, factor=3.0),
+    # Of the frequencies 1, θ^-½ … some are kept, some divided, some between.
+    "llama3": dict(rope_type="llama3", rope_theta=50.0, factor=8.0, low_freq_factor=1.0,
+                   high_freq_factor=4.0, original_max_position_embeddings=12),
+}  # fmt: skip
+
+
+EVERYTHING = LlamaConfig(**SMALL_LLAMA, rope_parameters=ROPES["llama3"], attention_bias=True, mlp_bias=True)
+
+
+def random_llama(config, seed=0, dtype=np.float64):
+    """Every parameter away from where it starts: a bias of zero or a norm of one hides mistakes."""
+    rng = np.random.default_rng(seed)
+    model = Llama(config, rng=rng).astype(dtype).eval()
+    for name, parameter in model.named_parameters():
+        mean = 1.0 if "norm" in name else 0.0
+        parameter.replace((mean + 0.3 * rng.standard_normal(parameter.shape)).astype(dtype))
+    return model
+
+
+def random_model(config, dtype=np.float64):
+    make = random_llama if isinstance(config, LlamaConfig) else random_gpt2
+    return make(config, dtype=dtype)
+
+
+def on_host(array):
+    return array if isinstance(array, np.ndarray) else array.get()
+
+
+GPT2_SIZES = dict(vocab_size=23, n_positions=140, n_embd=12, n_layer=2, n_head=3)  # two blocks of queries
+
+
+LLAMA_SIZES = dict(
+    vocab_size=23, hidden_size=12, intermediate_size=20, num_hidden_layers=2, num_attention_heads=6,
+    num_key_value_heads=2, head_dim=4, max_position_embeddings=140,
+)  # fmt: skip
+
+
+def gpt2(dropout, **changes):
+    drops = dict(embd_pdrop=dropout, attn_pdrop=dropout, resid_pdrop=dropout)
+    return GPT2(GPT2Config(**GPT2_SIZES, **drops, **changes), rng=np.random.default_rng(0))
+
+
+def llama(dropout, **changes):
+    config = LlamaConfig(**LLAMA_SIZES, attention_dropout=dropout, **changes)
+    return Llama(config, rng=np.random.default_rng(0))
+
+
+UNTIED = dict(tie_word_embeddings=False, lm_head_bias=True, qkv_bias=False, activation_function="gelu")
+
+
+MODELS = {  # name -> the model with a dropout
+    "gpt2": gpt2,
+    "gpt2 untied": lambda dropout: gpt2(dropout, **UNTIED),
+    "llama": llama,
+    "llama tied": lambda dropout: llama(
+        dropout, tie_word_embeddings=True, attention_bias=True, mlp_bias=True
+    ),
+}

@@ -1,0 +1,108 @@
+"""Files of others: what is no file, what is no JSON, and what Python's parser would let pass."""
+
+import json
+import os
+import threading
+
+import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
+
+from tinyllm.errors import Error
+from tinyllm.files import check_is_file, parse_json, read_file, read_json, read_text
+
+posix = pytest.mark.skipif(os.name != "posix", reason="Windows has no pipes with names and no /dev/zero")
+
+
+def message_of(call, *args):
+    with pytest.raises(Error) as caught:
+        call(*args)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("read", [read_file, read_text, read_json])
+def test_what_is_no_file_is_refused_by_name(tmp_path, read):
+    assert str(tmp_path) in message_of(read, tmp_path)
+    assert "No such file" in message_of(read, tmp_path / "none.json")
+    with pytest.raises(OSError):
+        check_is_file(tmp_path)
+
+
+@posix
+def test_nobody_waits_for_a_pipe_or_for_the_end_of_a_device(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "link").symlink_to("/dev/zero")
+    said = []
+    for name in ("pipe", "link"):
+        reader = threading.Thread(
+            target=lambda name=name: said.append(message_of(read_file, tmp_path / name))
+        )
+        reader.daemon = True
+        reader.start()
+        reader.join(20)
+        assert said and str(tmp_path / name) in said.pop() and not reader.is_alive()
+
+
+@posix
+def test_links_are_followed(tmp_path):
+    """As the hub's cache has them: snapshots/REVISION/config.json is a link to ../../blobs/HASH."""
+    (tmp_path / "blobs").mkdir()
+    (tmp_path / "blobs" / "abc").write_bytes(b'{"a": 1}')
+    (tmp_path / "config.json").symlink_to("blobs/abc")
+    assert read_json(tmp_path / "config.json") == {"a": 1}
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        (b'{"a": NaN}', "NaN is no number"),
+        (b"[-Infinity]", "-Infinity is no number"),
+        (b"[1e999]", "1e999 is too large"),
+        (b'{"a": {"b": 1, "c": 2, "b": 1}}', "'b' is there twice"),
+        (rb'{"a": "x\ud800"}', "surrogates not allowed"),
+        (rb'{"\uDFFF": 1}', "surrogates not allowed"),
+        (b"[" * 100_000, "nested too deeply"),
+        (b"9" * 5000, "digits"),
+        (b"\xff", "utf-8"),
+        (b'\xef\xbb\xbf{"a": 1}', "BOM"),
+        (b"", "Expecting value"),
+    ],
+)
+def test_what_is_not_json(tmp_path, text, problem):
+    with pytest.raises(ValueError, match=problem):
+        parse_json(text)
+    (tmp_path / "x.json").write_bytes(text)
+    said = message_of(read_json, tmp_path / "x.json")
+    assert str(tmp_path / "x.json") in said and problem in said and "copy it again" in said
+
+
+values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3),
+    max_leaves=10,
+)
+
+
+@given(values, st.booleans())
+@example("\U0001f44d", True)  # two escaped halves
+@example({"a": 1e308}, False)
+@example(10**400, False)
+def test_json_is_read_as_it_was_written(value, escaped):
+    assert parse_json(json.dumps(value, ensure_ascii=escaped).encode("utf-8")) == value
+
+
+@given(st.binary(max_size=30))
+@example(b"-1e400")
+def test_any_bytes_are_json_or_a_value_error(data):
+    try:
+        value = parse_json(data)
+    except ValueError:
+        return
+    json.dumps(value, allow_nan=False, ensure_ascii=False).encode("utf-8")  # and can be written again
+
+
+def test_text_has_pythons_line_ends(tmp_path):
+    (tmp_path / "a.txt").write_bytes("é\r\nb\rc\n".encode())
+    assert read_text(tmp_path / "a.txt") == "é\nb\nc\n"
+    (tmp_path / "a.txt").write_bytes(b"\xff")
+    assert "a.txt is not text in UTF-8" in message_of(read_text, tmp_path / "a.txt")

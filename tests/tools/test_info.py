@@ -1,0 +1,450 @@
+"""What ``tinyllm.tools.info`` says a model costs is what it costs: counted and measured on real steps."""
+
+import tracemalloc
+
+import numpy as np
+import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
+
+from tinyllm import GPT2, Error, GPT2Config, Llama, LlamaConfig, manual_seed, no_grad
+from tinyllm.nn import LayerNorm, evaluating
+from tinyllm.optim import AdamW, clip_grad_norm
+from tinyllm.tools import info
+
+
+def config(vocab_size, n_embd, n_layer, n_head, n_positions, dropout=0.0, **more) -> GPT2Config:
+    return GPT2Config(
+        vocab_size=vocab_size,
+        n_embd=n_embd,
+        n_layer=n_layer,
+        n_head=n_head,
+        n_positions=n_positions,
+        embd_pdrop=dropout,
+        attn_pdrop=dropout,
+        resid_pdrop=dropout,
+        **more,
+    )
+
+
+def llama(vocab_size, hidden_size, layers, heads, kv_heads, inner, context, **more) -> LlamaConfig:
+    return LlamaConfig(
+        vocab_size=vocab_size,
+        hidden_size=hidden_size,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
+        intermediate_size=inner,
+        max_position_embeddings=context,
+        **more,
+    )
+
+
+def model_of(config, rng=None):
+    return GPT2(config, rng) if isinstance(config, GPT2Config) else Llama(config, rng)
+
+
+UNTIED = dict(tie_word_embeddings=False, lm_head_bias=True, qkv_bias=False)
+
+
+# ------------------------------------------------------------------------------- parameters
+
+
+@pytest.mark.parametrize(
+    "config, number",
+    [
+        (GPT2Config.preset("124M"), 124_439_808),
+        (GPT2Config.preset("355M"), 354_823_168),
+        (GPT2Config.preset("774M"), 774_030_080),
+        (GPT2Config.preset("1558M"), 1_557_611_200),
+        (LlamaConfig.preset("Llama-2-7B"), 6_738_415_616),
+        (LlamaConfig.preset("Llama-3-8B"), 8_030_261_248),
+        (LlamaConfig.preset("Llama-3.2-1B"), 1_235_814_400),
+    ],
+)
+def test_the_published_models_cost_nothing_to_look_at(config, number):
+    tracemalloc.start()
+    try:
+        rows = info.parameter_table(config)
+        needed = info.memory(model_of(config), 8, 1024)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert sum(row.number for row in rows if not row.is_part) == number
+    assert needed.weights == needed.gradients == 4 * number
+    assert peak < 20e6 < needed.weights
+
+
+def test_parameter_table():
+    rows = info.parameter_table(config(100, 8, 3, 2, 16))
+    assert [(row.name, row.shape, row.number, row.copies, row.is_part) for row in rows] == [
+        ("wte", "100 x 8", 800, 1, False),
+        ("wpe", "16 x 8", 128, 1, False),
+        ("h", "", 3 * 872, 3, False),
+        ("ln_1", "8 + 8", 3 * 16, 3, True),
+        ("attn.c_attn", "24 x 8 + 24", 3 * 216, 3, True),
+        ("attn.c_proj", "8 x 8 + 8", 3 * 72, 3, True),
+        ("ln_2", "8 + 8", 3 * 16, 3, True),
+        ("mlp.c_fc", "32 x 8 + 32", 3 * 288, 3, True),
+        ("mlp.c_proj", "8 x 32 + 8", 3 * 264, 3, True),
+        ("ln_f", "8 + 8", 16, 1, False),
+        ("lm_head", "tied", 0, 1, False),
+    ]
+
+
+def test_parameter_table_of_a_llama():
+    rows = info.parameter_table(llama(100, 8, 3, 4, 2, 20, 16))
+    assert [(row.name, row.shape, row.number, row.copies, row.is_part) for row in rows] == [
+        ("embed_tokens", "100 x 8", 800, 1, False),
+        ("layers", "", 3 * 688, 3, False),
+        ("input_layernorm", "8", 3 * 8, 3, True),
+        ("self_attn.q_proj", "8 x 8", 3 * 64, 3, True),
+        ("self_attn.k_proj", "4 x 8", 3 * 32, 3, True),
+        ("self_attn.v_proj", "4 x 8", 3 * 32, 3, True),
+        ("self_attn.o_proj", "8 x 8", 3 * 64, 3, True),
+        ("post_attention_layernorm", "8", 3 * 8, 3, True),
+        ("mlp.gate_proj", "20 x 8", 3 * 160, 3, True),
+        ("mlp.up_proj", "20 x 8", 3 * 160, 3, True),
+        ("mlp.down_proj", "8 x 20", 3 * 160, 3, True),
+        ("norm", "8", 8, 1, False),
+        ("lm_head", "100 x 8", 800, 1, False),
+    ]
+
+
+gpt2_configs = st.builds(
+    lambda heads, size, **more: GPT2Config(n_head=heads, n_embd=heads * size, **more),
+    heads=st.integers(1, 4),
+    size=st.integers(1, 8),
+    n_layer=st.integers(1, 4),
+    vocab_size=st.integers(1, 300),
+    n_positions=st.integers(1, 300),
+    n_inner=st.none() | st.integers(1, 50),
+    tie_word_embeddings=st.booleans(),
+    lm_head_bias=st.booleans(),
+    qkv_bias=st.booleans(),
+    attn_pdrop=st.sampled_from([0.0, 0.1]),
+    resid_pdrop=st.sampled_from([0.0, 0.1]),
+    embd_pdrop=st.sampled_from([0.0, 0.1]),
+)
+llama_configs = st.builds(
+    lambda groups, shared, size, **more: LlamaConfig(
+        num_attention_heads=groups * shared,
+        num_key_value_heads=groups,
+        hidden_size=groups * shared * size,
+        **more,
+    ),
+    groups=st.integers(1, 3),
+    shared=st.integers(1, 4),
+    size=st.integers(1, 6),
+    head_dim=st.sampled_from([2, 4, 8]),
+    num_hidden_layers=st.integers(1, 4),
+    vocab_size=st.integers(1, 300),
+    max_position_embeddings=st.integers(1, 300),
+    intermediate_size=st.integers(1, 50),
+    tie_word_embeddings=st.booleans(),
+    attention_bias=st.booleans(),
+    mlp_bias=st.booleans(),
+    attention_dropout=st.sampled_from([0.0, 0.1]),
+)
+
+
+@given(gpt2_configs | llama_configs, st.integers(1, 5), st.integers(0, 300))
+@example(GPT2Config(1, 1, 1, 1, 1, tie_word_embeddings=False), 1, 0)
+@example(llama(10, 8, 1, 4, 2, 5, 9, head_dim=6, attention_bias=True, mlp_bias=True), 2, 9)
+def test_the_parts_are_the_whole(config, batch, context):
+    model = model_of(config)
+    number, context = model.num_parameters(), 1 + context % model.context
+    rows = info.parameter_table(config)
+    assert sum(row.number for row in rows if not row.is_part) == number
+    assert sum(row.share for row in rows if not row.is_part) == pytest.approx(1)
+    block = next(row for row in rows if row.name in ("h", "layers"))
+    assert sum(row.number for row in rows if row.is_part) == block.number
+    costs = info.memory(config, batch, context)
+    assert costs.weights == costs.gradients == costs.optimizer // 2 == 4 * number
+    cache = model.new_cache(batch, context)
+    assert costs.cache == sum(array.nbytes for array in (*cache.keys, *cache.values))  # one a layer
+    assert sum(costs.peak_parts.values()) == costs.peak >= costs.weights + costs.optimizer + costs.activations
+    assert costs.inference > costs.weights
+
+
+# ----------------------------------------------------------------------------------- memory
+
+
+def traced_step(config, batch, context, dtype) -> dict[str, int]:
+    """Bytes as tracemalloc saw them in the second training step, and in a pass for one more token."""
+
+    def peak_since_last() -> int:
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.reset_peak()
+        return peak
+
+    rng, seen = np.random.default_rng(0), {}
+    tracemalloc.start()
+    try:
+        model = model_of(config, rng).astype(np.dtype(dtype)).train()
+        optimizer = AdamW(model, lr=1e-3)
+        ids = rng.integers(0, config.vocab_size, (batch, context))
+        for step in range(2):
+            manual_seed(0, step)
+            before, _ = tracemalloc.get_traced_memory(), peak_since_last()
+            loss = model.loss(ids, ids)
+            seen["kept"] = tracemalloc.get_traced_memory()[0] - before[0]
+            seen["forward"] = peak_since_last()
+            loss.backward()
+            clip_grad_norm(model, 1.0)
+            seen["backward"] = peak_since_last()
+            optimizer.step()
+            seen["update"] = peak_since_last()
+            optimizer.zero_grad()
+        del loss, optimizer
+        peak_since_last()
+        with evaluating(model), no_grad():
+            model(ids, last_only=True)
+        seen["inference"] = peak_since_last()
+    finally:
+        tracemalloc.stop()
+    return seen
+
+
+@pytest.fixture
+def one_thread(monkeypatch):
+    """With several, how much of their scratch is there at one time is chance; ``memory`` adds all up."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+
+
+WORKS = {
+    "small": (config(512, 128, 4, 4, 256), 4, 256, "float32"),
+    "small, dropout": (config(512, 128, 4, 4, 256, dropout=0.1), 4, 250, "float32"),
+    "small, float64": (config(512, 128, 4, 4, 256, dropout=0.1), 2, 256, "float64"),
+    "wide MLP": (config(256, 96, 1, 2, 64, dropout=0.1, n_inner=1536), 32, 64, "float32"),
+    "narrow MLP": (config(256, 192, 2, 2, 64, dropout=0.2, n_inner=64), 64, 64, "float32"),
+    "deep": (config(256, 64, 12, 2, 128), 8, 128, "float32"),
+    "logits": (config(20_000, 32, 1, 2, 128, **UNTIED), 12, 100, "float32"),
+    "logits, one chunk": (config(8192, 256, 1, 2, 128), 4, 128, "float32"),
+    "logits, one position": (config(20_000, 32, 1, 2, 128, **UNTIED), 200, 1, "float32"),
+    "weights": (config(1000, 512, 2, 8, 64, dropout=0.1), 1, 32, "float32"),
+    "weights, untied": (config(3000, 256, 3, 8, 64, **UNTIED), 2, 64, "float64"),
+    "attention": (config(256, 64, 1, 8, 4096), 1, 4096, "float32"),
+    "attention, dropout": (config(64, 32, 1, 4, 4096, dropout=0.1), 1, 4096, "float32"),
+    "llama": (llama(512, 192, 4, 6, 2, 512, 256), 4, 256, "float32"),
+    "llama, float64": (llama(512, 128, 2, 4, 4, 344, 256, tie_word_embeddings=True), 3, 200, "float64"),
+    "llama, wide": (llama(256, 96, 1, 4, 1, 1536, 64, attention_bias=True, mlp_bias=True), 32, 64, "float32"),
+    "llama, narrow": (llama(256, 192, 2, 4, 2, 64, 64), 64, 64, "float32"),
+    "llama, large heads": (llama(256, 64, 2, 4, 2, 64, 64, head_dim=64), 64, 64, "float32"),
+    "llama, weights": (llama(2000, 512, 2, 8, 2, 1376, 64), 1, 32, "float32"),
+    "llama, attention": (llama(3000, 32, 1, 4, 2, 64, 4096, attention_dropout=0.1), 1, 4096, "float32"),
+}
+
+
+@pytest.mark.parametrize("work", WORKS)
+def test_memory_is_what_a_step_takes(work, one_thread):
+    """Within 15% is the promise; the arrays are all counted, so 5% is for Python's objects and NumPy's."""
+    config, batch, context, dtype = WORKS[work]
+    predicted, measured = info.memory(config, batch, context, dtype), traced_step(*WORKS[work])
+    for phase in ("forward", "backward", "update"):
+        assert predicted.phases[phase] == pytest.approx(measured[phase], rel=0.05), phase
+    assert predicted.peak == max(predicted.phases.values())
+    assert predicted.inference == pytest.approx(measured["inference"], rel=0.05)
+    # The loss has made two gradients already: the output layer's, and that of its input.
+    head = model_of(config).lm_head
+    channels = head.weight.shape[1]
+    early = np.dtype(dtype).itemsize * (head.num_parameters() + batch * context * channels)
+    assert predicted.activations + early == pytest.approx(measured["kept"], rel=0.02)
+
+
+def test_each_kind_of_peak_is_among_the_works(one_thread):
+    """Where the most is held, and of what: else a mistake in one of the moments would go unseen."""
+    costs = {work: info.memory(*sizes) for work, sizes in WORKS.items()}
+    assert costs["deep"].peak_moment == "backward, block 11, gelu"
+    assert costs["narrow MLP"].peak_moment == "forward, block 1, dropout"
+    assert costs["logits"].peak_moment == costs["logits, one chunk"].peak_moment == "forward, loss"
+    assert costs["weights"].peak_moment == "update, AdamW"
+    assert costs["attention, dropout"].peak_moment == "backward, block 0, attention"
+    most = {work: max(c.peak_parts, key=c.peak_parts.get) for work, c in costs.items()}
+    assert (most["logits"], most["weights"], most["deep"]) == ("temporary", "AdamW", "activations")
+
+
+def test_memory_follows_the_request():
+    small = config(512, 128, 4, 4, 256)
+    with_adamw, without = info.memory(small, 4, 256), info.memory(small, 4, 256, optimizer=False)
+    assert without.optimizer == 0
+    assert with_adamw.peak - without.peak == with_adamw.optimizer == 2 * with_adamw.weights
+    assert info.memory(small, 4, 256, np.float64).activations == 2 * with_adamw.activations
+    assert info.memory(small, 8, 128).activations < 2.01 * info.memory(small, 4, 128).activations
+    assert info.memory(GPT2(small, rng=None), 4, 256) == with_adamw
+
+
+# ------------------------------------------------------------------------------- arithmetic
+
+
+class Counted(np.ndarray):
+    """An array that writes down 2 m n k for every matrix product it takes part in, and so do its results."""
+
+    products: list  # one for all, set by the test
+
+    def __array_ufunc__(self, ufunc, method, *inputs, out=None, **kwargs):
+        plain = [x.view(np.ndarray) if isinstance(x, Counted) else x for x in inputs]
+        if out is not None:
+            kwargs["out"] = tuple(x.view(np.ndarray) if isinstance(x, Counted) else x for x in out)
+        result = getattr(ufunc, method)(*plain, **kwargs)
+        if ufunc is np.matmul:
+            Counted.products.append(2 * result.size * plain[0].shape[-1])
+        return out[0] if out is not None else _counted(result)
+
+    def __array_function__(self, func, types, args, kwargs):
+        return _counted(super().__array_function__(func, types, args, kwargs))
+
+
+def _counted(result):
+    return result.view(Counted) if type(result) is np.ndarray else result
+
+
+def count_products(work) -> int:
+    Counted.products = []
+    work()
+    return sum(Counted.products)
+
+
+@pytest.mark.parametrize(
+    "config, batch, context",
+    [
+        (config(50, 16, 2, 2, 300, dropout=0.1), 2, 300),  # three blocks of queries, the last one short
+        (config(50, 16, 2, 2, 300), 3, 128),  # one block: nothing is skipped
+        (config(9000, 8, 1, 4, 300, n_inner=20, **UNTIED), 2, 290),  # chunks of logits, and columns of dW
+        (config(7, 6, 3, 3, 5), 1, 1),
+        (llama(50, 16, 2, 8, 2, 20, 300), 2, 300),  # four heads in one product: blocks of 32 queries
+        (llama(9000, 8, 1, 2, 2, 20, 300, tie_word_embeddings=True), 2, 290),
+        (llama(7, 6, 3, 1, 1, 5, 5, head_dim=4, mlp_bias=True), 1, 1),
+    ],
+)
+def test_flops_are_the_products_that_are_made(config, batch, context):
+    """Exactly: every product of the forward pass and of the backward pass is in the figure, and no other."""
+    model = model_of(config, np.random.default_rng(0))
+    for parameter in model.parameters():
+        parameter.replace(parameter.data.view(Counted))
+    ids = np.random.default_rng(1).integers(0, config.vocab_size, (batch, context))
+
+    def forward():
+        with no_grad():
+            model.loss(ids, ids)
+
+    flops, tokens = info.flops_per_token(config, context), batch * context
+    assert count_products(forward) == pytest.approx(flops.forward * tokens, rel=1e-12)
+    assert count_products(lambda: model.loss(ids, ids).backward()) == pytest.approx(
+        flops.training * tokens, rel=1e-12
+    )
+
+
+def test_flops_and_the_textbook():
+    flops = info.flops_per_token(GPT2Config.preset("124M"), 1024)
+    assert flops.linears == 2 * 12 * 12 * 768**2
+    assert flops.head == 2 * 50257 * 768
+    # PaLM, appendix B: 6 N + 12 L H Q T, N being the matrices here
+    assert flops.textbook == 6 * (12 * 12 * 768**2 + 50257 * 768) + 12 * 12 * 768 * 1024
+    # Of 8 x 8 blocks of 128 x 128 scores, 36 are computed.
+    assert flops.attention == flops.attention_textbook * 36 / 64
+    assert flops.backward == 2 * (flops.linears + flops.head) + 2.5 * flops.attention
+    assert flops.training == flops.forward + flops.backward
+    assert info.flops_per_token(GPT2Config.preset("124M"), 128).attention == 4 * 12 * 768 * 128
+
+
+# ---------------------------------------------------------------- this machine, and the page
+
+
+def test_rates_are_work_over_the_shortest_time(monkeypatch):
+    ticks, now = iter([4.0, 2.0, 3.0, 8.0]), [0.0]
+
+    def work(*args, **kwargs):
+        now[0] += next(ticks)
+
+    monkeypatch.setattr(info.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(info, "matmul", work)
+    assert info.gemm_rate(seconds=0.5) == 2 * info.GEMM_SIZE**3 / 2.0  # the first, a warm-up, is not timed
+    ticks = iter([1.0, 5.0, 5.0, 2.5, 9.0, 9.0])
+    monkeypatch.setattr(info, "MATRIX", (10, 20))
+    assert info.memory_rate(np.float64, seconds=13) == 10 * 20 * 8 / 2.5
+
+
+def test_rates_of_this_machine():
+    """Slower than a pocket calculator, or faster than any machine there is, would be a wrong unit."""
+    assert 1e7 < info.gemm_rate(seconds=0.01) < 1e16
+    assert 1e7 < info.memory_rate(seconds=0.01) < 1e15
+
+
+def test_describe(monkeypatch):
+    monkeypatch.setattr(info, "gemm_rate", lambda dtype: 100e9)
+    monkeypatch.setattr(info, "memory_rate", lambda dtype: 20e9)
+    monkeypatch.setenv("OMP_NUM_THREADS", "2")
+    page = info.describe(GPT2Config.preset("124M"), 4, 256)
+    lines = page.splitlines()
+    assert len(lines) <= 45 and max(map(len, lines)) <= 110
+    assert lines[0] == "GPT2: 124,439,808 parameters"
+    words = [line.split() for line in lines]
+    assert ["wte", "50257", "x", "768", "38,597,376", "31.0%"] in words
+    assert ["h", "12", "blocks", "of", "85,054,464", "68.3%"] in words
+    assert ["lm_head", "tied", "0", "0.0%"] in words
+    starts = {tuple(line[:3]) for line in words}
+    assert {("weights", "498", "MB"), ("AdamW", "996", "MB"), ("KV", "cache", "75.5")} <= starts
+    assert {("head", "77.2", "MFLOP"), ("training", "766", "MFLOP")} <= starts
+    assert {("products", "100", "GFLOP/s"), ("memory", "20.0", "GB/s")} <= starts
+    flops = info.flops_per_token(GPT2Config.preset("124M"), 256)
+    assert ("training", f"{100e9 / flops.training:.0f}", "tokens/s") in starts
+    assert ("reading", f"{100e9 / (flops.linears + flops.attention):.0f}", "tokens/s") in starts
+    assert ("writing", f"{20e9 / (4 * (12 * 12 * 768**2 + 50257 * 768)):.1f}", "tokens/s") in starts
+    assert any("measured now (2 threads)" in line for line in lines)
+
+
+@pytest.mark.parametrize(
+    "number, text",
+    [
+        (0, "0.00 B"),
+        (999, "999 B"),
+        (1000, "1.00 kB"),
+        (9994, "9.99 kB"),
+        (9995, "10.0 kB"),
+        (99_950, "100 kB"),
+        (999_499, "999 kB"),
+        (999_500, "1.00 MB"),
+        (497_759_232, "498 MB"),
+        (2.47e9, "2.47 GB"),
+        (1.5e12, "1.50 TB"),
+        (3.2e16, "32,000 TB"),
+    ],
+)
+def test_amounts(number, text):
+    assert info._amount(number, "B") == text
+
+
+# ------------------------------------------------------------------------------- bad input
+
+TINY = GPT2Config(10, 16, 8, 1, 2)
+
+
+@pytest.mark.parametrize(
+    "call, message",
+    [
+        (lambda: info.memory(TINY, 1, 17), "context is 17: this model takes 1 to 16 tokens"),
+        (lambda: info.memory(TINY, 1, 0), "context is 0: this model takes 1 to 16 tokens"),
+        (lambda: info.flops_per_token(TINY, 17), "context is 17: this model takes 1 to 16 tokens"),
+        (lambda: info.flops_per_token(TINY, 2.0), "context is 2.0: this model takes 1 to 16 tokens"),
+        (lambda: info.describe(TINY, 1, 17), "context is 17: this model takes 1 to 16 tokens"),
+        (lambda: info.memory(TINY, 0, 4), "batch is 0: it must be a whole number of at least 1"),
+        (lambda: info.memory(TINY, 1.5, 4), "batch is 1.5: it must be a whole number of at least 1"),
+        (
+            lambda: info.memory(TINY, 1, 4, "float23"),
+            "dtype 'float23' is none that models compute in: choose float32 or float64",
+        ),
+        (
+            lambda: info.gemm_rate(np.float16),
+            "dtype 'float16' is none that models compute in: choose float32 or float64",
+        ),
+        (
+            lambda: info.parameter_table(LayerNorm(3)),
+            "the costs of LayerNorm are not known here: give a GPT2 or a Llama, or a config",
+        ),
+    ],
+)
+def test_bad_input(call, message):
+    with pytest.raises(Error) as error:
+        call()
+    assert str(error.value) == message

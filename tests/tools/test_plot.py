@@ -1,0 +1,389 @@
+"""Pictures of runs: what is drawn is what was recorded, runs are told apart, and damage is named."""
+
+import json
+import math
+import subprocess
+import sys
+
+import pytest
+
+import tinyllm.tools.plot
+from tinyllm.errors import Error
+from tinyllm.tools.plot import plot_losses, plot_runs, summary
+from tinyllm.training.metrics import read_run
+
+BYTES_PER_TOKEN = 2.5
+OPTIONS = {"text": "rhyme.txt", "tokenizer": "char", "dropout": 0.1, "lr": 0.001, "stride": None}
+
+
+def metrics(val_losses=(5.0, 3.0, 2.0, 2.5), every=10, tokens_per_s=100.0):
+    """A run's records, evaluated at step 0 and every ten steps; the last but one is the best."""
+    records = []
+    for step in range((len(val_losses) - 1) * every + 1):
+        record = {"step": step, "tokens": 50 * step}
+        if step > 0:
+            record |= {
+                "train_loss": 5 - step / 10,
+                "lr": 1e-3,
+                "grad_norm": 1.0,
+                "tokens_per_s": tokens_per_s,
+            }
+        if step % every == 0:
+            val_loss = val_losses[step // every]
+            record |= {"train_eval_loss": val_loss - 0.5, "val_loss": val_loss}
+            record["val_bits_per_byte"] = val_loss / math.log(2) / BYTES_PER_TOKEN
+        records.append(record)
+    return records
+
+
+def write_run(folder, records=None, end="", tokenizer="abc", sha256="1234567890", **options):
+    folder.mkdir(parents=True)
+    about = {
+        "train": OPTIONS | {"out": str(folder)} | options,
+        "text": {"name": "rhyme.txt", "sha256": sha256, "bytes": 9},
+    }
+    (folder / "config.json").write_text(json.dumps(about), encoding="utf-8")
+    saved = json.dumps({"kind": "char", "characters": tokenizer})
+    (folder / "tinyllm_tokenizer.json").write_text(saved, encoding="utf-8")
+    lines = [json.dumps(record) + "\n" for record in (metrics() if records is None else records)]
+    (folder / "metrics.jsonl").write_text("".join(lines) + end, encoding="utf-8")
+    return folder
+
+
+@pytest.fixture
+def drawn(monkeypatch):
+    """The figures that were saved."""
+    figure = pytest.importorskip("matplotlib.figure").Figure
+    figures, savefig = [], figure.savefig
+
+    def keep(self, *args, **kwargs):
+        figures.append(self)
+        savefig(self, *args, **kwargs)
+
+    monkeypatch.setattr(figure, "savefig", keep)
+    return figures
+
+
+def points(line):
+    return list(zip(*(array.tolist() for array in line.get_data())))
+
+
+def close(found, expected):
+    assert len(found) == len(expected)
+    assert [x for point in found for x in point] == pytest.approx([x for point in expected for x in point])
+
+
+def legend(figure):
+    return [text.get_text() for text in figure.legends[0].get_texts()]
+
+
+def is_png(path):
+    return path.read_bytes().startswith(b"\x89PNG\r\n")
+
+
+# One run
+
+
+def test_the_losses_of_a_run(tmp_path, drawn):
+    history = metrics()
+    plot_losses(history, tmp_path / "loss.png", vocab_size=150, bytes_per_token=BYTES_PER_TOKEN)
+    assert is_png(tmp_path / "loss.png")
+    axes = drawn[0].axes[0]
+    batch, train, validation, best, guessing = axes.lines
+    assert points(batch) == [(r["step"], r["train_loss"]) for r in history[1:]]
+    assert points(train) == [(0, 4.5), (10, 2.5), (20, 1.5), (30, 2.0)]
+    assert points(validation) == [(0, 5.0), (10, 3.0), (20, 2.0), (30, 2.5)]
+    assert points(best) == [(20, 2.0)]
+    assert set(guessing.get_ydata()) == {math.log(150)}
+    assert [text.get_text() for text in axes.texts] == ["ln V: guessing"]
+    assert axes.texts[0].xy == (1, math.log(150))
+    assert batch.get_alpha() < 0.5
+    assert train.get_marker() == validation.get_marker() == "o"
+    assert train.get_color() == batch.get_color() != validation.get_color() == best.get_color()
+    assert (axes.get_xlabel(), axes.get_ylabel()) == ("step", "loss (nats per token)")
+    bits = 2.0 / math.log(2) / BYTES_PER_TOKEN
+    assert f"best: 2.000 ({bits:.3f} bits per byte) at step 20" in legend(drawn[0])
+
+
+def test_the_second_axis_reads_bits_per_byte(tmp_path, drawn):
+    plot_losses(metrics(), tmp_path / "loss.png", bytes_per_token=BYTES_PER_TOKEN)
+    axes = drawn[0].axes[0]
+    (right,) = axes.child_axes
+    assert right.get_ylabel() == "bits per byte"
+    expected = [loss / math.log(2) / BYTES_PER_TOKEN for loss in axes.get_ylim()]
+    assert list(right.get_ylim()) == pytest.approx(expected)
+
+
+def test_what_is_not_known_is_not_drawn(tmp_path, drawn):
+    plot_losses(metrics(), tmp_path / "loss.png")
+    axes = drawn[0].axes[0]
+    assert not axes.texts and not axes.child_axes
+    assert "best: 2.000 at step 20" in legend(drawn[0])
+    plot_losses(metrics()[1:10], tmp_path / "loss.png")  # before any evaluation
+    assert len(drawn[1].axes[0].lines) == 1
+    plot_losses(metrics()[:1], tmp_path / "loss.png")  # before any step
+    assert len(drawn[2].axes[0].lines) == 3
+
+
+def test_without_matplotlib(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    plot_losses(metrics(), tmp_path / "loss.png")
+    assert not (tmp_path / "loss.png").exists()
+    run = write_run(tmp_path / "run")
+    with pytest.raises(Error, match=r"pip install 'tinyllm\[plot\]'"):
+        plot_runs([run], tmp_path / "runs.png")
+    assert "2.5000" in summary([run])
+
+
+def test_a_disk_that_refuses_is_not_the_users_request(tmp_path):
+    pytest.importorskip("matplotlib")
+    with pytest.raises(OSError):
+        plot_losses(metrics(), tmp_path / "missing" / "loss.png")
+
+
+def test_headless_and_lazy(tmp_path):
+    code = (
+        "import sys, tinyllm.tools.plot; assert 'matplotlib' not in sys.modules;"
+        "tinyllm.tools.plot.plot_losses([{'step': 0, 'val_loss': 1.0}], sys.argv[1]);"
+        "assert 'matplotlib.pyplot' not in sys.modules"
+    )
+    pytest.importorskip("matplotlib")
+    subprocess.run([sys.executable, "-c", code, tmp_path / "loss.svg"], check=True)
+    assert (tmp_path / "loss.svg").exists()
+
+
+# Several runs
+
+
+def test_runs_side_by_side(tmp_path, drawn):
+    one = write_run(tmp_path / "one")
+    two = write_run(tmp_path / "two", metrics((5.0, 4.0, 3.0)), dropout=0.2, stride=64)
+    plot_runs([one, str(two)], tmp_path / "runs.png")
+    assert is_png(tmp_path / "runs.png")
+    axes = drawn[0].axes[0]
+    train_1, val_1, best_1, train_2, val_2, best_2 = axes.lines
+    close(points(train_1), [(0, 4.5), (10, 2.5), (20, 1.5), (30, 2.0)])
+    close(points(val_1), [(0, 5.0), (10, 3.0), (20, 2.0), (30, 2.5)])
+    close(points(best_1), [(20, 2.0)])
+    close(points(train_2), [(0, 4.5), (10, 3.5), (20, 2.5)])
+    close(points(val_2), [(0, 5.0), (10, 4.0), (20, 3.0)])
+    close(points(best_2), [(20, 3.0)])
+    assert (
+        len({line.get_color() for line in axes.lines[:3]})
+        == len({line.get_color() for line in axes.lines[3:]})
+        == 1
+    )
+    assert val_1.get_color() != val_2.get_color()
+    assert (train_1.get_linestyle(), val_1.get_linestyle()) == ("--", "-")
+    assert legend(drawn[0]) == ["one: dropout=0.1, stride not given", "two: dropout=0.2, stride=64"]
+    assert (axes.get_xlabel(), axes.get_ylabel()) == ("step", "loss (nats per token)")
+
+
+def test_other_axes(tmp_path, drawn):
+    run = write_run(tmp_path / "run", metrics(tokens_per_s=20.0))  # 50 tokens a step: 2.5 s
+    nats = math.log(2) * BYTES_PER_TOKEN
+    plot_runs([run], tmp_path / "a.png", x="tokens", y="bits-per-byte")
+    close(
+        points(drawn[0].axes[0].lines[0]),
+        [(0, 4.5 / nats), (500, 2.5 / nats), (1000, 1.5 / nats), (1500, 2 / nats)],
+    )
+    close(
+        points(drawn[0].axes[0].lines[1]),
+        [(0, 5 / nats), (500, 3 / nats), (1000, 2 / nats), (1500, 2.5 / nats)],
+    )
+    assert drawn[0].axes[0].get_ylabel() == "bits per byte"
+    plot_runs([run], tmp_path / "b.pdf", x="time")
+    close(points(drawn[1].axes[0].lines[1]), [(0, 5), (25, 3), (50, 2), (75, 2.5)])
+    assert drawn[1].axes[0].get_xlabel() == "training time (s, without evaluations)"
+    slow = write_run(tmp_path / "slow", metrics(tokens_per_s=5.0))  # 10 s a step
+    plot_runs([run, slow], tmp_path / "c.svg", x="time")
+    close(points(drawn[2].axes[0].lines[1]), [(0, 5), (25 / 60, 3), (50 / 60, 2), (75 / 60, 2.5)])
+    close(points(drawn[2].axes[0].lines[4]), [(0, 5), (100 / 60, 3), (200 / 60, 2), (300 / 60, 2.5)])
+    assert drawn[2].axes[0].get_xlabel() == "training time (min, without evaluations)"
+    slower = write_run(tmp_path / "slower", metrics(tokens_per_s=0.1))
+    plot_runs([slower], tmp_path / "d.png", x="time")
+    close(points(drawn[3].axes[0].lines[2]), [(20 * 500 / 3600, 2)])
+
+
+def test_time_follows_a_changing_speed(tmp_path):
+    records = metrics((5.0, 4.0), every=2)
+    records[1]["tokens_per_s"], records[2]["tokens_per_s"] = 50.0, 10.0
+    assert read_run(write_run(tmp_path / "run", records)).along("time") == [0, 1, 6]
+
+
+def test_other_tokenizers_compare_in_bits_per_byte_only(tmp_path, drawn):
+    runs = [write_run(tmp_path / "one"), write_run(tmp_path / "two", tokenizer="abcd")]
+    with pytest.raises(Error, match=r"tokenizers differ.*bits-per-byte"):
+        plot_runs(runs, tmp_path / "runs.png")
+    assert not drawn
+    plot_runs(runs, tmp_path / "runs.png", y="bits-per-byte")
+    assert is_png(tmp_path / "runs.png")
+    assert "the tokenizers differ" in summary(runs)
+    assert "the tokenizers differ" not in summary(runs[:1])
+
+
+def test_an_older_run_without_bits_per_byte(tmp_path):
+    pytest.importorskip("matplotlib")
+    records = [
+        {k: v for k, v in r.items() if k not in ("val_bits_per_byte", "train_eval_loss")} for r in metrics()
+    ]
+    run = write_run(tmp_path / "old", records)
+    plot_runs([run], tmp_path / "runs.png")
+    with pytest.raises(Error, match="run old holds no val_bits_per_byte"):
+        plot_runs([run], tmp_path / "runs.png", y="bits-per-byte")
+    assert summary([run]).splitlines()[1].split() == "old 30 1,500 0:15 – 2.5000 2.0000 20 – –".split()
+
+
+def test_the_legend_names_what_differs(tmp_path, drawn):
+    many = {f"option_{i}": i for i in range(7)}
+    runs = [
+        write_run(tmp_path / "_a" / "run", prompt="costs $\\x$\nmore"),
+        write_run(tmp_path / "_b" / "run", **many, prompt="costs $x_2"),
+        write_run(tmp_path / "_c", prompt="the"),
+    ]
+    plot_runs(runs, tmp_path / "runs.png")
+    names = [" ".join(line.split()) for line in legend(drawn[0])]
+    assert names[0].startswith(f"{runs[0]}: prompt=costs $\\x$ more, option_0 not given")
+    assert names[1].startswith(f"{runs[1]}: prompt=costs $x_2, option_0=0, option_1=1")
+    assert names[2].startswith("_c: prompt=the")
+    assert all(name.endswith("and 3 options more") for name in names)
+    assert "option_6=6" in summary(runs)
+
+
+def test_texts_that_differ(tmp_path):
+    same = [write_run(tmp_path / "a"), write_run(tmp_path / "b", sha256="abcdefghij")]
+    assert "a: text_sha256=12345678\nb: text_sha256=abcdefgh" in summary(same)
+    other = [same[0], write_run(tmp_path / "c", sha256="abcdefghij", text="other.txt")]
+    assert "a: text=rhyme.txt\nc: text=other.txt" in summary(other)
+    copy = [same[0], write_run(tmp_path / "d", text="copy.txt")]
+    assert "a: text=rhyme.txt\nd: text=copy.txt" in summary(copy)
+
+
+def test_summary(tmp_path):
+    runs = [write_run(tmp_path / "a"), write_run(tmp_path / "longer", metrics((5.0, 4.0), tokens_per_s=4.0))]
+    lines = summary(runs).splitlines()
+    bits = {loss: f"{loss / math.log(2) / BYTES_PER_TOKEN:.3f}" for loss in (2.0, 2.5, 4.0)}
+    assert lines[0].split() == "run step tokens time train val best val at step bits/byte best".split()
+    assert lines[1].split() == [
+        "a",
+        "30",
+        "1,500",
+        "0:15",
+        "2.0000",
+        "2.5000",
+        "2.0000",
+        "20",
+        bits[2.5],
+        bits[2.0],
+    ]
+    assert lines[2].split() == [
+        "longer",
+        "10",
+        "500",
+        "2:05",
+        "3.5000",
+        "4.0000",
+        "4.0000",
+        "10",
+        bits[4.0],
+        bits[4.0],
+    ]
+    assert len(lines) == 3
+    assert len({len(line) for line in lines}) == 1
+
+
+# Damage
+
+
+def test_a_half_written_last_line_is_noted(tmp_path):
+    run = write_run(tmp_path / "run", end='{"step": 31, "tok')
+    assert read_run(run).records == metrics()
+    assert "run: the last line of metrics.jsonl, number 32, is half-written and left out" in summary([run])
+    whole = write_run(tmp_path / "whole", end=json.dumps({"step": 31, "tokens": 1550, "tokens_per_s": 1.0}))
+    assert read_run(whole).records[-1]["step"] == 31  # only its newline is missing
+    assert not read_run(whole).notes
+    assert "half-written" not in summary([whole])
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ('{"step": 31, "tok', "not a JSON object"),
+        ("", "not a JSON object"),
+        ("[1, 2]", "not a JSON object"),
+        ("[" * 100_000, "not a JSON object"),
+        ('{"tokens": 1550}', "it has no step"),
+        ('{"step": 31}', "it has no tokens"),
+        ('{"step": 30, "tokens": 1500}', "step 30 follows step 30"),
+        ('{"step": 31, "tokens": 1499}', "1499 tokens follow 1500"),
+        ('{"step": 31, "tokens": 1550}', "tokens_per_s is missing or not above 0"),
+        ('{"step": 31, "tokens": 1550, "tokens_per_s": 0}', "tokens_per_s is missing or not above 0"),
+        ('{"step": 31, "tokens": 1500, "val_loss": NaN}', "val_loss is NaN, not a finite number"),
+        ('{"step": 31, "tokens": 1500, "val_loss": "low"}', 'val_loss is "low", not a finite number'),
+        ('{"step": true, "tokens": 1500}', "step is true, not a finite number"),
+        ('{"step": 31, "tokens": 1500, "val_loss": 1' + "0" * 400 + "}", "not a finite number"),
+    ],
+)
+def test_a_damaged_line_is_named(tmp_path, line, said):
+    run = write_run(tmp_path / "run", end=line + "\n")
+    with pytest.raises(Error, match="line 32, is damaged") as refusal:
+        read_run(run)
+    assert said in str(refusal.value)
+    assert str(run / "metrics.jsonl") in str(refusal.value)
+
+
+def test_what_is_not_a_run(tmp_path):
+    for path in (tmp_path / "missing", tmp_path):
+        with pytest.raises(Error, match=r"is not a run folder \(it holds no config\.json"):
+            read_run(path)
+    run = write_run(tmp_path / "run")
+    for file in ("config.json", "tinyllm_tokenizer.json"):
+        whole = (run / file).read_bytes()
+        (run / file).write_bytes(whole[:-3])
+        with pytest.raises(Error, match=f"its {file} is damaged"):
+            read_run(run)
+        (run / file).write_bytes(whole)
+    for about in ("[]", "{}", '{"train": {}, "text": {}}', '{"train": [], "text": {"sha256": "a"}}'):
+        (run / "config.json").write_text(about, encoding="utf-8")
+        with pytest.raises(Error, match="not one that tinyllm train wrote"):
+            read_run(run)
+
+
+def test_no_metrics_yet(tmp_path):
+    empty = write_run(tmp_path / "empty", [])
+    started = write_run(tmp_path / "started", [], end='{"step": 0, "to')
+    silent = write_run(tmp_path / "silent", [{"step": 0, "tokens": 0}])
+    absent = write_run(tmp_path / "absent")
+    (absent / "metrics.jsonl").unlink()
+    for run in (empty, started, silent, absent):
+        with pytest.raises(Error, match="has no metrics with an evaluation yet"):
+            summary([run])
+    (absent / "metrics.jsonl").mkdir()
+    with pytest.raises(Error, match="cannot be read"):
+        read_run(absent)
+
+
+def test_requests_that_cannot_be_met(tmp_path):
+    pytest.importorskip("matplotlib")
+    run, out = write_run(tmp_path / "run"), tmp_path / "runs.png"
+    with pytest.raises(Error, match="x is 'epoch': choose step or tokens or time"):
+        plot_runs([run], out, x="epoch")
+    with pytest.raises(Error, match="y is 'bits': choose loss or bits-per-byte"):
+        plot_runs([run], out, y="bits")
+    for name in ("runs", "runs.xls", ".png"):
+        with pytest.raises(Error, match=r"does not end in \.png, \.svg, \.pdf"):
+            plot_runs([run], tmp_path / name)
+    (tmp_path / "folder.png").mkdir()
+    for path in (tmp_path / "missing" / "runs.png", tmp_path / "folder.png"):
+        with pytest.raises(Error, match="cannot be written"):
+            plot_runs([run], path)
+    for runs in ([], run, str(run)):
+        with pytest.raises(Error, match="give a list of at least one run folder"):
+            plot_runs(runs, out)
+    most = len(tinyllm.tools.plot.COLORS)
+    with pytest.raises(Error, match=f"{most + 1} runs are too many for one plot: give at most {most}"):
+        plot_runs([run] * (most + 1), out)
+    assert not out.exists()
+    plot_runs([run] * most, out)
+    assert is_png(out)

@@ -1,0 +1,392 @@
+"""Checkpoints: all comes back bit for bit, every damage is found, no failure touches the one before."""
+
+import errno
+import hashlib
+import json
+import os
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from safetensors.numpy import load_file
+
+from parity.compare.faults import raising, writing
+from tinyllm import GPT2, GPT2Config, Llama, LlamaConfig, load_model
+from tinyllm.errors import Error
+from tinyllm.files import lock, read_sealed, sealed, write_whole
+from tinyllm.optim import AdamW
+from tinyllm.training.checkpoint import (
+    check_space,
+    checkpoint_folder,
+    checkpoints,
+    load_checkpoint,
+    remove_checkpoint,
+    remove_left_overs,
+    save_checkpoint,
+    set_aside,
+    verify,
+)
+
+ABOUT = {
+    "step": 3,
+    "tokens": 48,
+    "val_loss": None,
+    "samples_bytes": 5,
+    "run": "abc",
+    "machine": {"numpy": "2"},
+}
+GPT2_CONFIG = GPT2Config(vocab_size=11, n_positions=6, n_embd=8, n_head=2, n_layer=1)
+LLAMA_CONFIG = LlamaConfig(
+    vocab_size=11,
+    hidden_size=8,
+    intermediate_size=16,
+    num_hidden_layers=1,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    max_position_embeddings=6,
+)
+FILES = ["checkpoint.json", "config.json", "model.safetensors", "optimizer.safetensors"]
+
+
+def a_model(arch="gpt2", seed=0):
+    rng = np.random.default_rng(seed)
+    return GPT2(GPT2_CONFIG, rng=rng) if arch == "gpt2" else Llama(LLAMA_CONFIG, rng=rng)
+
+
+def trained(model, steps=2):
+    """The model after some updates, and its optimizer."""
+    optimizer, rng = AdamW(model, lr=0.1), np.random.default_rng(1)
+    for _ in range(steps):
+        for parameter in model.parameters():
+            parameter.grad = rng.standard_normal(parameter.shape).astype(parameter.dtype)
+        optimizer.step()
+    return model, optimizer
+
+
+def bits(state):
+    return {key: {name: np.asarray(x).tobytes() for name, x in part.items()} for key, part in state.items()}
+
+
+@pytest.fixture
+def saved(tmp_path):
+    """A run folder with one checkpoint, of step 3."""
+    folder = checkpoint_folder(tmp_path, 3)
+    save_checkpoint(folder, *trained(a_model()), ABOUT)
+    return folder
+
+
+# There and back
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("arch", ["gpt2", "llama"])
+def test_all_numbers_come_back_bit_for_bit(tmp_path, arch, dtype):
+    model, optimizer = trained(a_model(arch).astype(dtype))
+    folder = checkpoint_folder(tmp_path, 3)
+    save_checkpoint(folder, model, optimizer, ABOUT)
+    other, its_optimizer = trained(a_model(arch, seed=5).astype(dtype), steps=1)
+    load_checkpoint(folder, verify(folder), other, its_optimizer)
+    assert bits({"": other.state_dict()}) == bits({"": model.state_dict()})
+    assert bits(its_optimizer.state_dict()) == bits(optimizer.state_dict())
+    assert set(its_optimizer.state_dict()["t"].values()) == {2}
+    # And the next step is the same step: the restored arrays are those that the optimizer goes on with.
+    for each in ((model, optimizer), (other, its_optimizer)):
+        for name, parameter in each[0].named_parameters():
+            parameter.grad = np.full(parameter.shape, len(name), dtype)
+        each[1].step()
+    assert bits({"": other.state_dict()}) == bits({"": model.state_dict()})
+
+
+def test_a_checkpoint_is_a_model_and_its_optimizer(saved):
+    model, optimizer = trained(a_model())
+    assert sorted(path.name for path in saved.iterdir()) == FILES
+    assert bits({"": load_model(saved).state_dict()}) == bits({"": model.state_dict()})
+    averages = load_file(saved / "optimizer.safetensors")
+    assert averages.keys() == {f"{key}.{name}" for key in "mv" for name, _ in model.named_parameters()}
+    assert np.array_equal(averages["v.ln_f.bias"], optimizer.state["ln_f.bias"][2])
+
+
+def test_what_a_checkpoint_says(saved):
+    about = verify(saved)
+    assert {key: about[key] for key in ABOUT} == ABOUT
+    assert about["format"] == 1
+    assert set(about["t"].values()) == {2}
+    assert sorted(about["files"]) == FILES[1:]
+    for name, said in about["files"].items():
+        data = (saved / name).read_bytes()
+        assert said == {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+
+
+def test_before_the_first_step_there_are_no_averages(tmp_path):
+    folder = checkpoint_folder(tmp_path, 0)
+    save_checkpoint(folder, *trained(a_model(), steps=0), ABOUT)
+    model, optimizer = trained(a_model(seed=5), steps=0)
+    load_checkpoint(folder, verify(folder), model, optimizer)
+    assert optimizer.state == {}
+    assert bits({"": model.state_dict()}) == bits({"": a_model().state_dict()})
+
+
+def test_reserved_averages_are_none_until_a_step():
+    """They have their places from the beginning, and nothing else changes."""
+    model, optimizer = trained(a_model(), steps=0)
+    optimizer.reserve()
+    assert optimizer.state.keys() == {name for name, _ in model.named_parameters()}
+    assert optimizer.state_dict() == {"t": {}, "m": {}, "v": {}}
+    other, its_optimizer = trained(a_model(), steps=0)
+    places = {name: state[1] for name, state in optimizer.state.items()}
+    for each, its in ((model, optimizer), (other, its_optimizer)):
+        for name, parameter in each.named_parameters():
+            if name != "ln_f.bias":  # one that has no gradient
+                parameter.grad = np.full(parameter.shape, len(name), parameter.dtype)
+        its.step()
+    assert bits({"": model.state_dict()}) == bits({"": other.state_dict()})
+    assert bits(optimizer.state_dict()) == bits(its_optimizer.state_dict())
+    assert all(optimizer.state[name][1] is m for name, m in places.items())
+
+
+def test_checkpoints_are_found_in_the_order_of_their_steps(tmp_path):
+    for name in ("step-1000000", "step-999999", "step-000003", "step-7", ".saving-step-000009", "step-x"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "step-2000000").write_text("no folder")
+    assert [path.name for path in checkpoints(tmp_path)] == ["step-000003", "step-999999", "step-1000000"]
+    assert checkpoints(tmp_path / "nowhere") == []
+
+
+def test_of_another_model(saved):
+    other = a_model("llama")
+    with pytest.raises(Error, match="does not fit the model"):
+        load_checkpoint(saved, verify(saved), other, AdamW(other, lr=0.1))
+
+
+# The optimizer's state
+
+
+def test_state_of_other_parameters_is_refused_and_changes_nothing():
+    _, optimizer = trained(a_model())
+    state = optimizer.state_dict()
+    other = AdamW(a_model("llama"), lr=0.1)
+    with pytest.raises(Error, match="not of these parameters"):
+        other.load_state_dict(state)
+    with pytest.raises(Error, match="not of these parameters"):
+        AdamW(a_model(), lr=0.1).load_state_dict(state | {"m": {}})
+    fresh = AdamW(a_model(), lr=0.1)
+    wrong = {name: array.astype(np.float64) for name, array in state["v"].items()}
+    with pytest.raises(Error, match=r"wte\.weight is float64"):
+        fresh.load_state_dict(state | {"v": wrong})
+    with pytest.raises(Error, match=r"ln_f\.bias is float32 \(3,\)"):
+        fresh.load_state_dict(state | {"m": state["m"] | {"ln_f.bias": np.zeros(3, np.float32)}})
+    assert other.state == fresh.state == {}
+
+
+# Damage
+
+
+@pytest.fixture(scope="module")
+def one_checkpoint(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("run") / "step-000003"
+    save_checkpoint(folder, *trained(a_model()), ABOUT)
+    return folder
+
+
+@settings(max_examples=150)
+@given(st.sampled_from(FILES), st.floats(0, 1, exclude_max=True), st.integers(0, 7))
+@example("checkpoint.json", 0.0, 1)
+@example("checkpoint.json", 0.9999999, 0)  # the last newline
+@example("model.safetensors", 0.0, 0)  # the header's length
+@example("optimizer.safetensors", 0.9999999, 7)
+def test_one_flipped_bit_is_found(one_checkpoint, name, where, bit):
+    path = one_checkpoint / name
+    whole = path.read_bytes()
+    damaged = bytearray(whole)
+    damaged[int(where * len(whole))] ^= 1 << bit
+    path.write_bytes(damaged)
+    try:
+        with pytest.raises(Error, match=rf"{name}.* is damaged \("):
+            verify(one_checkpoint)
+    finally:
+        path.write_bytes(whole)
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_cut_longer_or_missing_file_is_found(saved, name):
+    whole = (saved / name).read_bytes()
+    for data in (whole[:-1], whole + b"\0", b""):
+        (saved / name).write_bytes(data)
+        with pytest.raises(Error, match=f"{name} is damaged"):
+            verify(saved)
+    (saved / name).unlink()
+    with pytest.raises(Error, match=f"{name} cannot be read"):
+        verify(saved)
+
+
+def test_a_seal_that_fits_does_not_make_a_checkpoint(saved):
+    about = verify(saved)
+    del about["sha256"]
+    for change in ({"format": 2}, {"step": "3"}, {"files": {}}, {"t": None}):
+        (saved / "checkpoint.json").write_bytes(sealed(about | change))
+        with pytest.raises(Error, match="not of a checkpoint of this version"):
+            verify(saved)
+    for name in ("../x", "/x", "a\\b", "C:x"):
+        (saved / "checkpoint.json").write_bytes(sealed(about | {"files": about["files"] | {name: {}}}))
+        with pytest.raises(Error, match="no plain file name"):
+            verify(saved)
+
+
+def test_averages_that_do_not_belong_to_the_steps(saved):
+    about = verify(saved)
+    model, optimizer = trained(a_model(), steps=0)
+    with pytest.raises(Error, match=r"optimizer\.safetensors cannot be read"):
+        load_checkpoint(saved, about | {"t": {**about["t"], "unknown": 1}}, model, optimizer)
+    with pytest.raises(Error, match=r"optimizer\.safetensors cannot be read"):
+        (saved / "optimizer.safetensors").write_bytes(b"\xff" * 20)
+        load_checkpoint(saved, about, model, optimizer)
+
+
+# Failures on the way
+
+AFTER_THE_RENAME = 0 if os.name == "nt" else 1  # the folder is flushed then, where a system can do that
+
+
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EIO])
+def test_no_failure_touches_the_checkpoint_before(tmp_path, code):
+    save_checkpoint(tmp_path / "step-000003", *trained(a_model()), ABOUT)
+    before = bits({"": load_model(tmp_path / "step-000003").state_dict()})
+    new, model, optimizer = tmp_path / "step-000004", *trained(a_model(), steps=4)
+    with writing() as calls:
+        save_checkpoint(new, model, optimizer, ABOUT)
+    assert {"mkdir", "open", "write", "flush", "fsync", "replace"} <= set(calls)
+    assert calls.count("write") > 2 * 16  # each array by itself
+    last = ["open", "write", "flush", "fsync", "fsync", "replace", "fsync"]  # checkpoint.json, both folders
+    if os.name == "nt":
+        last = ["open", "write", "flush", "fsync", "replace"]
+    assert calls[-len(last) :] == last
+    assert calls.count("open") == calls.count("flush") == 4  # every file once
+    inner_mkdir = calls.index("mkdir", 1)
+    remove_checkpoint(new)
+    for n in range(len(calls)):
+        if n == inner_mkdir:  # of a folder that is there already: nobody minds
+            continue
+        failure = OSError(code, os.strerror(code))
+        with writing(n, raising(failure)), pytest.raises(OSError, match=os.strerror(code)) as raised:
+            save_checkpoint(new, model, optimizer, ABOUT)
+        assert str(new) in str(raised.value)
+        verify(tmp_path / "step-000003")
+        assert bits({"": load_model(tmp_path / "step-000003").state_dict()}) == before
+        if n < len(calls) - AFTER_THE_RENAME:
+            assert [path.name for path in tmp_path.iterdir()] == ["step-000003"], calls[n]
+        else:  # only the new name was not flushed: there are two whole checkpoints
+            verify(new)
+
+
+def test_a_process_killed_anywhere_leaves_whole_checkpoints_only(tmp_path):
+    """Like a kill: what is begun stays as it is, nothing is cleaned up."""
+
+    class Killed(BaseException):
+        pass
+
+    save_checkpoint(tmp_path / "step-000003", *trained(a_model()), ABOUT)
+    new, model, optimizer = tmp_path / "step-000004", *trained(a_model(), steps=4)
+    with writing() as calls:
+        save_checkpoint(new, model, optimizer, ABOUT)
+    remove_checkpoint(new)
+    for n in range(len(calls)):
+        with writing(n, raising(Killed())), pytest.raises(Killed):
+            save_checkpoint(new, model, optimizer, ABOUT)
+        for folder in checkpoints(tmp_path):
+            verify(folder)
+        assert (new in checkpoints(tmp_path)) == (n == len(calls) - AFTER_THE_RENAME)
+        remove_left_overs(tmp_path)
+        assert not list(tmp_path.glob(".*"))
+
+
+def test_removing_is_a_rename_first(saved, monkeypatch):
+    def killed(path, **_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(shutil, "rmtree", killed)
+    with pytest.raises(KeyboardInterrupt):
+        remove_checkpoint(saved)
+    assert checkpoints(saved.parent) == []
+    monkeypatch.undo()
+    remove_left_overs(saved.parent)
+    assert list(saved.parent.iterdir()) == []
+
+
+def test_set_aside(saved):
+    for content in ("first", "second"):
+        saved.mkdir(exist_ok=True)
+        (saved / "note").write_text(content)
+        aside = set_aside(saved)
+        assert (aside / "note").read_text() == content
+        assert [path.name for path in saved.parent.iterdir()] == ["damaged-step-000003"]
+
+
+def test_the_room_on_the_disk(tmp_path, monkeypatch):
+    model = a_model()
+    numbers = 3 * 4 * model.num_parameters()  # weights and two averages, of four bytes
+    usage = shutil.disk_usage(tmp_path)
+    for free, enough in ((numbers + 32 * 2**20, True), (numbers + 32 * 2**20 - 1, False)):
+        monkeypatch.setattr(shutil, "disk_usage", lambda path, free=free: usage._replace(free=free))
+        if enough:
+            check_space(tmp_path, model)
+        else:
+            with pytest.raises(OSError, match=r"has 34 MB left and a checkpoint needs 34 MB") as raised:
+                check_space(tmp_path, model)
+            assert str(tmp_path) in str(raised.value)
+
+
+# Files
+
+
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3),
+    max_leaves=8,
+)
+
+
+@given(st.dictionaries(st.text().filter(lambda key: key != "sha256"), json_values, max_size=4), st.data())
+def test_sealed_json_comes_back_and_every_flip_is_found(tmp_path_factory, content, data):
+    path = tmp_path_factory.mktemp("sealed") / "x.json"
+    path.write_bytes(sealed(content))
+    found = read_sealed(path)
+    digest = found.pop("sha256")
+    assert found == content
+    assert digest == hashlib.sha256((json.dumps(content, indent=2) + "\n").encode()).hexdigest()
+    flipped = bytearray(path.read_bytes())
+    flipped[data.draw(st.integers(0, len(flipped) - 1))] ^= 1 << data.draw(st.integers(0, 7))
+    path.write_bytes(flipped)
+    with pytest.raises(Error, match=r"x\.json is damaged"):
+        read_sealed(path)
+
+
+@pytest.mark.parametrize(
+    "data", [b"", b"{}", b"[]", b"5", b"\xff", b"[" * 10**5, b'{"sha256": NaN}', b"null"]
+)
+def test_what_was_never_sealed(tmp_path, data):
+    (tmp_path / "x.json").write_bytes(data)
+    with pytest.raises(Error, match=r"x\.json is damaged"):
+        read_sealed(tmp_path / "x.json")
+
+
+def test_a_file_is_old_or_new_whatever_fails(tmp_path):
+    path = tmp_path / "file"
+    write_whole(path, b"old")
+    with writing() as calls:
+        write_whole(path, b"newer")
+    for n in range(len(calls)):
+        write_whole(path, b"old")
+        with writing(n, raising(OSError(errno.EIO, "broken"))), pytest.raises(OSError, match="broken"):
+            write_whole(path, b"newer")
+        assert path.read_bytes() == (b"newer" if n == len(calls) - AFTER_THE_RENAME else b"old")
+
+
+def test_one_holder_of_a_lock(tmp_path):
+    held = lock(tmp_path / "lock", "somebody is there")
+    with pytest.raises(Error, match="somebody is there"):
+        lock(tmp_path / "lock", "somebody is there")
+    held.release()
+    lock(Path(tmp_path) / "lock", "somebody is there").release()

@@ -1,0 +1,140 @@
+"""Fifty training steps of tinyllm and of torch from the same start on the same batches, step by step.
+
+AdamW with decay of matrices, clipping, warm-up, cosine, and steps made of three micro-batches that count
+different numbers of targets. torch's side is ``transformers``' GPT-2 with torch's own loss, optimiser,
+clipping and schedules.
+"""
+
+import functools
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+import torch
+from support.models import NO_DROPOUT, random_gpt2
+
+from parity.ops.cases import assert_close
+from parity.twins import bridge
+from tinyllm import GPT2Config, optim
+
+STEPS, WARMUP, PEAK_LR, INITIAL_LR, MIN_LR, DECAY, CLIP = 50, 10, 1e-2, 1e-4, 1e-3, 0.1, 1.0
+BETAS, EPS = (0.9, 0.99), 1e-8
+CONFIG = GPT2Config(vocab_size=17, n_positions=8, n_embd=12, n_layer=2, n_head=3, **NO_DROPOUT)
+UNTIED = GPT2Config(**vars(CONFIG) | dict(tie_word_embeddings=False))
+
+
+@dataclass(frozen=True)
+class Step:
+    loss: float
+    grad_norm: float  # before clipping
+    parameters: dict[str, np.ndarray]  # after the update, in the checkpoint's layout
+
+
+def micro_batches(step: int) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Ids and targets of one step, from three that come again and again: (2, 8) each."""
+    rng = np.random.default_rng(step % 3)
+    batches = []
+    for counted in (0.1, 0.5, 1.0):  # the share of targets that count
+        ids, targets = rng.integers(0, CONFIG.vocab_size, (2, 2, 8))
+        targets[rng.random(targets.shape) > counted] = -100
+        targets[0, 0] = 0  # at least one counts
+        batches.append((ids, targets))
+    return batches
+
+
+def counted(batches) -> int:
+    return sum(int((targets != -100).sum()) for _, targets in batches)
+
+
+def start(config: GPT2Config, dtype):
+    """The model both sides begin with: random_gpt2's float64 numbers, in ``dtype``."""
+    return random_gpt2(config).astype(dtype).train()
+
+
+def tinyllm_run(model) -> list[Step]:
+    optimizer = optim.AdamW(model, PEAK_LR, BETAS, EPS, DECAY)
+    lr_at = optim.warmup_cosine(PEAK_LR, INITIAL_LR, MIN_LR, WARMUP, STEPS)
+    steps = []
+    for step in range(STEPS):
+        batches, loss = micro_batches(step), 0.0
+        for ids, targets in batches:
+            part = model.loss(ids, targets, divisor=counted(batches))
+            part.backward()
+            loss += part.item()
+        norm = optim.clip_grad_norm(model, CLIP)
+        optimizer.lr = lr_at(step)
+        optimizer.step()
+        optimizer.zero_grad()
+        steps.append(Step(loss, norm, {name: array.copy() for name, array in model.state_dict().items()}))
+    return steps
+
+
+def torch_run(model) -> list[Step]:
+    """The same with the ``transformers`` model that has the weights of ``model``."""
+    theirs = bridge.to_transformers(model).train()
+    groups = [
+        {"params": [p for p in theirs.parameters() if p.ndim >= 2], "weight_decay": DECAY},
+        {"params": [p for p in theirs.parameters() if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    optimizer = torch.optim.AdamW(groups, PEAK_LR, BETAS, EPS)
+    rise = torch.optim.lr_scheduler.LinearLR(optimizer, INITIAL_LR / PEAK_LR, total_iters=WARMUP)
+    fall = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, STEPS - WARMUP, MIN_LR)
+    schedule = torch.optim.lr_scheduler.SequentialLR(optimizer, [rise, fall], [WARMUP])
+    steps = []
+    for step in range(STEPS):
+        # Accumulation as it should be: the mean over all targets of the step that count, in one graph.
+        batches = [[torch.from_numpy(array) for array in batch] for batch in micro_batches(step)]
+        logits = torch.cat([theirs(ids).logits for ids, _ in batches]).flatten(0, 1)
+        targets = torch.cat([targets for _, targets in batches]).flatten()
+        loss = torch.nn.functional.cross_entropy(logits, targets, ignore_index=-100)
+        optimizer.zero_grad()
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(theirs.parameters(), CLIP)
+        optimizer.step()
+        schedule.step()
+        parameters = {
+            name.removeprefix("transformer."): p.detach().numpy().copy()
+            for name, p in theirs.named_parameters()
+        }
+        steps.append(Step(loss.item(), norm.item(), parameters))
+    return steps
+
+
+@functools.cache
+def reference(config: GPT2Config = CONFIG, dtype=np.float64) -> list[Step]:
+    return torch_run(start(config, dtype))
+
+
+def check_run(ours: list[Step], theirs: list[Step], relative: float) -> None:
+    """Do loss, gradient norm and every parameter agree at every step?"""
+    for number, (mine, other) in enumerate(zip(ours, theirs, strict=True), 1):
+        for name in ("loss", "grad_norm"):
+            pair = (np.array(getattr(step, name)) for step in (mine, other))
+            assert_close(*pair, f"{name} of step {number}", relative, 0.0)
+        assert mine.parameters.keys() == other.parameters.keys()
+        for name, parameter in other.parameters.items():
+            assert_close(mine.parameters[name], parameter, f"{name} after step {number}", relative, 0.0)
+
+
+@pytest.mark.parametrize("config", [CONFIG, UNTIED], ids=["tied", "untied"])
+def test_fifty_training_steps_are_torchs(config):
+    check_run(tinyllm_run(start(config, np.float64)), reference(config), 1e-9)
+
+
+def test_the_curves_in_float32_are_torchs():
+    ours, theirs = tinyllm_run(start(CONFIG, np.float32)), reference(CONFIG, np.float32)
+    for name in ("loss", "grad_norm"):
+        mine, other = ([getattr(step, name) for step in run] for run in (ours, theirs))
+        np.testing.assert_allclose(mine, other, rtol=1e-3, atol=0, err_msg=name)
+
+
+def test_the_run_walks_everything_it_is_said_to():
+    run = reference()
+    clipped = sum(step.grad_norm > CLIP for step in run)
+    assert 0 < clipped < STEPS
+    assert run[-1].loss < run[0].loss / 2
+    counts = [[counted([batch]) for batch in micro_batches(step)] for step in range(3)]
+    assert all(0 < few < half < whole for few, half, whole in counts)
+    began = start(CONFIG, np.float64).state_dict()
+    for name, parameter in run[-1].parameters.items():
+        assert np.abs(parameter - began[name]).max() > 1e-2, name

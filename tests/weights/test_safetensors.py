@@ -1,0 +1,860 @@
+"""Hugging Face folders, both ways, against transformers and safetensors themselves."""
+
+import json
+import os
+import stat
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from tinyllm import GPT2, GPT2Config
+from tinyllm.checks import check_names_and_shapes
+from tinyllm.errors import Error
+from tinyllm.files import read_json
+from tinyllm.weights import pull
+from tinyllm.weights.hub import find_folder, find_model, model_config, open_weights
+from tinyllm.weights.safetensors import Weights, read_config, save_folder, write_safetensors
+
+torch = pytest.importorskip("torch")
+transformers = pytest.importorskip("transformers")
+from safetensors import safe_open  # noqa: E402
+from safetensors.numpy import save as numpy_save  # noqa: E402
+from safetensors.torch import load_file, save_file  # noqa: E402  (needs torch)
+
+
+@pytest.fixture(scope="module")
+def model():
+    torch.manual_seed(0)
+    config = transformers.GPT2Config(
+        n_layer=2, n_head=2, n_embd=32, n_positions=16, vocab_size=61, bos_token_id=0, eos_token_id=0
+    )
+    return transformers.GPT2LMHeadModel(config).eval()
+
+
+def tensors_of(model):
+    """The tensors a checkpoint holds: the tied head is stored once, as wte."""
+    return {name: t for name, t in model.state_dict().items() if name != "lm_head.weight"}
+
+
+def as_bytes(tensor):
+    return tensor.detach().contiguous().view(torch.uint8).numpy().tobytes()
+
+
+def arrays_of(model):
+    return {name: t.detach().numpy().copy() for name, t in tensors_of(model).items()}
+
+
+def simple_arrays():
+    rng = np.random.default_rng(0)
+    return {name: rng.standard_normal((5, 4)).astype(np.float32) for name in "abcd"}  # 80 bytes each
+
+
+def message_of(call, *args, **kwargs):
+    with pytest.raises(Error) as caught:
+        call(*args, **kwargs)
+    return str(caught.value)
+
+
+# ---------------------------------------------------------------------------- reading
+
+
+@pytest.mark.parametrize("shard_size", ["1GB", "50KB", "8KB"])
+@pytest.mark.parametrize("dtype", ["float64", "float32", "float16", "bfloat16"])
+def test_reads_what_transformers_wrote_bit_for_bit(model, tmp_path, dtype, shard_size):
+    stored = type(model)(model.config).to(getattr(torch, dtype))
+    stored.load_state_dict(model.state_dict())
+    stored.save_pretrained(tmp_path, max_shard_size=shard_size)
+    assert (tmp_path / "model.safetensors.index.json").exists() == (shard_size != "1GB")
+
+    weights = Weights(tmp_path)
+
+    reference = tensors_of(stored)
+    assert set(weights) == set(reference) and len(weights) == len(reference) == 28
+    for name, tensor in reference.items():
+        array = weights[name]
+        assert array.dtype == (ml_dtypes.bfloat16 if dtype == "bfloat16" else np.dtype(dtype))
+        assert array.shape == tuple(tensor.shape) == weights.shapes[name]
+        assert array.tobytes() == as_bytes(tensor), name
+    code = {"float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16"}[dtype]
+    assert weights.dtypes == dict.fromkeys(reference, code)
+    assert read_config(tmp_path)["n_embd"] == 32
+
+
+def test_bfloat16_is_read_without_anyone_having_imported_ml_dtypes(tmp_path):
+    save_file({"w": torch.tensor([1.5, -2.0], dtype=torch.bfloat16)}, tmp_path / "model.safetensors")
+    program = (
+        "import sys; from tinyllm.weights.safetensors import Weights; assert 'ml_dtypes' not in sys.modules;"
+        f"print(Weights({str(tmp_path)!r})['w'].astype('float32').tolist())"
+    )
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert result.stdout.strip() == "[1.5, -2.0]", result.stderr
+
+
+def test_the_module_imports_no_slow_library():
+    program = (
+        "import sys, tinyllm.weights.safetensors as _;"
+        "slow = {'torch', 'transformers', 'huggingface_hub', 'safetensors', 'ml_dtypes'};"
+        "print(sorted(slow & set(sys.modules)))"
+    )
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert result.stdout.strip() == "[]", result.stdout + result.stderr
+
+
+def test_weights_are_a_read_only_mapping_with_shapes_for_free(tmp_path, monkeypatch):
+    save_folder(tmp_path, {}, {**simple_arrays(), "scalar": np.float64(2.5).reshape(())})
+    weights = Weights(tmp_path)
+    monkeypatch.setattr(Weights, "__getitem__", lambda *_: pytest.fail("a tensor was read"))
+    assert "a" in weights and "z" not in weights
+    assert weights.shapes == {**dict.fromkeys("abcd", (5, 4)), "scalar": ()}
+    assert weights.dtypes["scalar"] == "F64"
+    monkeypatch.undo()
+    with pytest.raises(KeyError):
+        weights["z"]
+    with pytest.raises(TypeError):
+        weights["a"] = np.zeros((5, 4))
+
+
+def test_each_read_is_a_new_array_of_its_own(tmp_path):
+    arrays = simple_arrays()
+    save_folder(tmp_path, {}, arrays)
+    weights = Weights(tmp_path)
+    weights["a"][:] = 0  # a reader may scribble on what it got
+    np.testing.assert_array_equal(weights["a"], arrays["a"])
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="open files are counted in /proc")
+def test_no_file_stays_open_or_mapped(tmp_path):
+    save_folder(tmp_path, {}, simple_arrays(), max_shard_bytes=100)
+    weights = Weights(tmp_path)
+    first = weights["a"]
+    assert str(tmp_path) not in Path("/proc/self/maps").read_text()
+    opened = [os.path.realpath(link) for link in Path("/proc/self/fd").iterdir()]
+    assert not [path for path in opened if path.startswith(str(tmp_path))]
+    assert first.shape == (5, 4)
+
+
+def test_masks_of_another_dtype_do_not_stand_in_the_way(tmp_path):
+    """Old GPT-2 files keep causal masks as bool or uint8: they are seen, and refused only when read."""
+    tensors = {"w": torch.ones(2, 3), "mask": torch.ones(2, dtype=torch.bool)}
+    save_file({**tensors, "small": torch.ones(2).to(torch.float8_e4m3fn)}, tmp_path / "model.safetensors")
+    weights = Weights(tmp_path)
+    np.testing.assert_array_equal(weights["w"], np.ones((2, 3)))
+    assert weights.shapes["mask"] == (2,) and weights.dtypes["mask"] == "BOOL"
+    text = message_of(weights.__getitem__, "mask")
+    assert "mask as BOOL" in text and "F32" in text
+    assert "small as F8_E4M3" in message_of(weights.__getitem__, "small")
+
+
+def test_one_file_counts_before_an_index_as_in_transformers(model, tmp_path):
+    model.save_pretrained(tmp_path, max_shard_size="50KB")
+    changed = {name: tensor + 1 for name, tensor in tensors_of(model).items()}
+    save_file(changed, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    name = "transformer.wpe.weight"
+    theirs = transformers.GPT2LMHeadModel.from_pretrained(tmp_path).state_dict()[name].numpy()
+    np.testing.assert_array_equal(Weights(tmp_path)[name], theirs)
+    np.testing.assert_array_equal(theirs, changed[name].numpy())
+
+
+# ---------------------------------------------------------------------------- refusals
+
+
+def test_a_folder_without_weights_is_refused(tmp_path):
+    assert "model.safetensors" in message_of(Weights, tmp_path)
+    assert "model.safetensors" in message_of(Weights, tmp_path / "missing")
+
+
+def test_a_pickle_is_never_opened_and_the_way_out_is_told(tmp_path):
+    (tmp_path / "pytorch_model.bin").write_bytes(b"anything")
+    text = message_of(Weights, tmp_path)
+    assert "pickle" in text and "run code" in text and "save_pretrained" in text
+
+
+@pytest.mark.parametrize("cut", [0, 5, 30, -1])
+@pytest.mark.parametrize("shard_bytes", [10**9, 100])
+def test_a_truncated_file_is_refused(tmp_path, cut, shard_bytes):
+    save_folder(tmp_path, {}, simple_arrays(), max_shard_bytes=shard_bytes)
+    path = sorted(tmp_path.glob("*.safetensors"))[-1]
+    path.write_bytes(path.read_bytes()[:cut])
+    text = message_of(Weights, tmp_path)
+    assert str(path) in text and "not a complete safetensors file" in text
+
+
+@pytest.mark.parametrize(
+    "content", [b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n", b"PK\x03\x04" * 50]
+)
+def test_another_format_under_the_name_is_refused(tmp_path, content):
+    (tmp_path / "model.safetensors").write_bytes(content)
+    assert str(tmp_path / "model.safetensors") in message_of(Weights, tmp_path)
+
+
+def test_a_folder_under_the_name_is_refused(tmp_path):
+    (tmp_path / "model.safetensors").mkdir()
+    assert str(tmp_path / "model.safetensors") in message_of(Weights, tmp_path)
+
+
+def test_a_missing_shard_is_refused(tmp_path):
+    save_folder(tmp_path, {}, simple_arrays(), max_shard_bytes=100)
+    (tmp_path / "model-00003-of-00004.safetensors").unlink()
+    assert "model-00003-of-00004.safetensors" in message_of(Weights, tmp_path)
+
+
+def change_index(folder, change):
+    path = folder / "model.safetensors.index.json"
+    index = json.loads(path.read_text())
+    change(index)
+    path.write_text(json.dumps(index))
+
+
+OUTSIDE = ["../x.safetensors", "/x.safetensors", "sub/x.safetensors", "sub\\x.safetensors", "C:x.safetensors"]
+
+
+@pytest.mark.parametrize("shard", [*OUTSIDE, "..", ".", "", 7, None, ["a"]])
+def test_a_shard_outside_the_folder_is_refused(tmp_path, shard):
+    inside = tmp_path / "inside"
+    save_folder(inside, {}, simple_arrays(), max_shard_bytes=100)
+    # Whatever the name leads to exists, and would load.
+    for target in ("x.safetensors", "inside/sub/x.safetensors", "inside/sub\\x.safetensors"):
+        (tmp_path / target).parent.mkdir(exist_ok=True)
+        save_file({"a": torch.zeros(5, 4)}, tmp_path / target)
+    save_file({"a": torch.zeros(5, 4)}, inside / "C:x.safetensors") if os.name != "nt" else None
+    change_index(inside, lambda index: index["weight_map"].update(a=shard))
+    text = message_of(Weights, inside)
+    assert str(inside) in text
+    if shard not in ("", ".."):  # these two are folders, refused as such
+        assert repr(shard) in text and "no plain file name" in text
+
+
+def test_an_index_and_a_shard_that_disagree_are_refused(tmp_path):
+    save_folder(tmp_path, {}, simple_arrays(), max_shard_bytes=200)
+    first = "model-00001-of-00002.safetensors"
+
+    change_index(tmp_path, lambda index: index["weight_map"].update(ghost=first, wraith=first))
+    text = message_of(Weights, tmp_path)
+    assert first in text and "disagree about ghost, wraith:" in text
+
+    change_index(tmp_path, lambda index: [index["weight_map"].pop(name) for name in ("ghost", "wraith", "b")])
+    text = message_of(Weights, tmp_path)
+    assert first in text and "disagree about b:" in text
+
+
+@pytest.mark.skipif(os.name != "posix", reason="links are for administrators on Windows")
+def test_links_lead_anywhere_and_names_do_not(tmp_path):
+    """The hub's cache is made of links to ../../blobs; what an index says comes from a stranger."""
+    folder = tmp_path / "snapshot"
+    save_folder(folder, {}, simple_arrays(), max_shard_bytes=100)
+    (tmp_path / "blobs").mkdir()
+    for path in [*folder.iterdir()]:
+        path.rename(tmp_path / "blobs" / path.name)
+        path.symlink_to(tmp_path / "blobs" / path.name)
+    assert {name: array.shape for name, array in Weights(folder).items()} == dict.fromkeys("abcd", (5, 4))
+
+
+@pytest.mark.skipif(os.name != "posix", reason="Windows has no pipes with names")
+@pytest.mark.parametrize("shard_bytes", [10**9, 100])
+def test_a_pipe_is_no_file(tmp_path, shard_bytes):
+    save_folder(tmp_path, {}, simple_arrays(), max_shard_bytes=shard_bytes)
+    path = next(path for path in tmp_path.iterdir() if path.suffix == ".safetensors")
+    path.unlink()
+    os.mkfifo(path)
+    assert str(path) in message_of(Weights, tmp_path)
+
+
+@pytest.mark.parametrize("shape", [[1] * 1000 + [2], [0] * 100, [0, 2**62]])
+def test_an_array_that_numpy_does_not_have_is_refused(tmp_path, shape):
+    size = 8 if 0 not in shape else 0
+    header = {"w": {"dtype": "F32", "shape": shape, "data_offsets": [0, size]}}
+    text = json.dumps(header).encode()
+    (tmp_path / "model.safetensors").write_bytes(len(text).to_bytes(8, "little") + text + bytes(size))
+    try:
+        array = Weights(tmp_path)["w"]
+    except Error as error:
+        assert str(tmp_path / "model.safetensors") in str(error)
+    else:
+        assert array.shape == tuple(shape)
+
+
+def test_half_a_character_in_a_shards_name(tmp_path):
+    (tmp_path / "model.safetensors.index.json").write_text(
+        r'{"weight_map": {"a": "\ud800"}}', encoding="utf-8"
+    )
+    assert "index.json is not JSON" in message_of(Weights, tmp_path)
+
+
+@pytest.mark.parametrize("content", [{}, {"weight_map": {}}, {"weight_map": ["a"]}, {"weight_map": None}])
+def test_an_index_without_a_map_is_refused(tmp_path, content):
+    path = tmp_path / "model.safetensors.index.json"
+    path.write_text(json.dumps(content))
+    text = message_of(Weights, tmp_path)
+    assert str(path) in text and "weight_map" in text
+
+
+def test_an_index_that_is_not_json_is_refused(tmp_path):
+    path = tmp_path / "model.safetensors.index.json"
+    path.write_text('{"weight_map": {')
+    assert str(path) in message_of(Weights, tmp_path)
+
+
+def test_a_model_replaced_while_it_is_read_is_refused(tmp_path):
+    save_folder(tmp_path, {}, simple_arrays())
+    weights = Weights(tmp_path)
+    assert weights["a"].shape == (5, 4)
+    save_folder(tmp_path, {}, simple_arrays(), overwrite=True)
+    path = tmp_path / "model.safetensors"
+    os.utime(path, ns=(0, 123_456_789_000_000_000))  # a clock too coarse to tell must not decide this test
+    assert "replaced" in message_of(weights.__getitem__, "b")
+    path.unlink()
+    assert str(path) in message_of(weights.__getitem__, "b")
+
+
+@pytest.mark.parametrize(
+    ("content", "problem"),
+    [
+        (b'{"a": "\xff"}', "UTF-8"),
+        (b"", "JSON"),
+        (b'{"a": 1,}', "JSON"),
+        (b"[" * 100_000, "JSON"),
+        (b"[1, 2]", "list"),
+        (b'"text"', "str"),
+        (b"null", "NoneType"),
+    ],
+)
+def test_read_json_refuses(tmp_path, content, problem):
+    path = tmp_path / "config.json"
+    path.write_bytes(content)
+    text = message_of(read_json, path)
+    assert str(path) in text and problem in text
+    assert text == message_of(read_config, tmp_path)
+
+
+def test_read_json_refuses_what_is_not_there(tmp_path):
+    text = message_of(read_config, tmp_path)
+    assert str(tmp_path / "config.json") in text and "No such file" in text
+    assert str(tmp_path) in message_of(read_json, tmp_path)
+
+
+def test_read_json_reads(tmp_path):
+    (tmp_path / "config.json").write_bytes('{"name": "é", "n": 3}'.encode())
+    assert read_config(str(tmp_path)) == {"name": "é", "n": 3}
+
+
+def test_every_name_and_shape_problem_is_in_one_error():
+    expected = {f"h.{i}": (i + 1, 4) for i in range(40)}
+    assert check_names_and_shapes(expected, dict(reversed(expected.items())), "folder") is None
+
+    found = {**expected, "h.2": (4, 3), "h.3": (4,), "x": (1,), "y": ()}
+    missing = [f"h.{i}" for i in range(10, 30)]
+    for name in missing:
+        del found[name]
+    text = message_of(check_names_and_shapes, expected, found, "my/folder")
+    assert text.startswith("my/folder ")
+    assert f"Missing (20): {', '.join(missing)}; " in text
+    assert "Unexpected (2): x, y; " in text
+    assert "Wrong shape (2): h.2 is (4, 3), not (3, 4), h.3 is (4,), not (4, 4))" in text
+
+    text = message_of(check_names_and_shapes, {"a": (1,)}, {}, "s")
+    assert "(Missing (1): a)" in text and "Unexpected" not in text and "Wrong" not in text
+
+
+# ---------------------------------------------------------------------------- writing
+
+
+@pytest.mark.parametrize("shard_bytes", [5 * 10**9, 50_000, 8_000])
+def test_transformers_loads_what_we_wrote(model, tmp_path, shard_bytes):
+    save_folder(tmp_path, model.config.to_dict(), arrays_of(model), max_shard_bytes=shard_bytes)
+    loaded, info = transformers.GPT2LMHeadModel.from_pretrained(tmp_path, output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(loaded.state_dict()[name], tensor), name
+    ids = torch.arange(16)[None]
+    assert torch.equal(loaded.eval()(ids).logits, model(ids).logits)
+
+
+def test_shards_are_cut_and_named_as_transformers_does(model, tmp_path):
+    """The same cuts, given the tensors in the order transformers stores them."""
+    model.save_pretrained(tmp_path / "theirs", max_shard_size="50KB")
+    theirs = read_json(tmp_path / "theirs" / "model.safetensors.index.json")
+    arrays = arrays_of(model)
+    save_folder(tmp_path / "ours", {}, arrays, max_shard_bytes=50_000)
+    ours = read_json(tmp_path / "ours" / "model.safetensors.index.json")
+    assert ours["weight_map"] == theirs["weight_map"]
+    assert ours["metadata"]["total_size"] == theirs["metadata"]["total_size"]
+    for path in (tmp_path / "ours").glob("*.safetensors"):
+        assert sum(tensor.nbytes for tensor in load_file(path).values()) <= 50_000
+
+
+def test_a_tensor_larger_than_a_shard_has_one_alone(tmp_path):
+    sizes = {"first": 90, "a": 2, "big": 100, "c": 2, "d": 2}
+    arrays = {name: np.full(size, float(size)) for name, size in sizes.items()}
+    save_folder(tmp_path, {}, arrays, max_shard_bytes=64)
+    weight_map = read_json(tmp_path / "model.safetensors.index.json")["weight_map"]
+    assert list(weight_map) == list(sizes)
+    assert list(weight_map.values()) == [f"model-0000{n}-of-00004.safetensors" for n in (1, 2, 3, 4, 4)]
+    for name, array in Weights(tmp_path).items():
+        np.testing.assert_array_equal(array, arrays[name])
+
+
+@pytest.mark.parametrize("shard_bytes", [10**9, 100])
+def test_every_file_carries_the_format_that_transformers_asks_for(tmp_path, shard_bytes):
+    save_folder(tmp_path, {}, simple_arrays(), max_shard_bytes=shard_bytes)
+    for path in tmp_path.glob("*.safetensors"):
+        with safe_open(path, framework="np") as file:
+            assert file.metadata() == {"format": "pt"}
+
+
+LAYOUTS = {
+    "transposed": lambda x: x.T,
+    "reversed": lambda x: x[::-1],
+    "every second column": lambda x: x[:, ::2],
+    "rows of a larger buffer": lambda x: x[2:4],
+    "broadcast": lambda x: np.broadcast_to(x[0], (3, x.shape[1])),
+    "fortran": np.asfortranarray,
+    "read-only": lambda x: np.frombuffer(x.tobytes(), x.dtype),
+    "scalar": lambda x: x[0, 0].reshape(()),
+    "empty": lambda x: x[:0],
+}
+
+
+@pytest.mark.parametrize("dtype", [np.float64, np.float32, np.float16, ml_dtypes.bfloat16])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_every_memory_layout_is_written_right(tmp_path, layout, dtype):
+    base = np.random.default_rng(1).standard_normal((6, 4)).astype(dtype)
+    array = LAYOUTS[layout](base)
+    before = array.tolist()
+
+    save_folder(tmp_path, {}, {"w": array, "same": array})
+
+    in_torch = load_file(tmp_path / "model.safetensors")
+    for name in ("w", "same"):
+        assert Weights(tmp_path)[name].shape == tuple(in_torch[name].shape) == array.shape
+        assert Weights(tmp_path)[name].dtype == np.dtype(dtype)
+        assert Weights(tmp_path)[name].tolist() == in_torch[name].tolist() == array.tolist() == before
+
+
+@pytest.mark.parametrize("dtype", [">f8", ">f4", ">f2"])
+def test_big_endian_numbers_are_written_right(tmp_path, dtype):
+    array = np.random.default_rng(1).standard_normal((6, 4)).astype(dtype)
+    save_folder(tmp_path, {}, {"w": array.T})
+    np.testing.assert_array_equal(load_file(tmp_path / "model.safetensors")["w"].numpy(), array.T)
+
+
+@settings(max_examples=200)
+@given(
+    st.dictionaries(
+        st.text(st.characters(codec="utf-8"), max_size=6).filter(lambda name: name != "__metadata__"),
+        st.tuples(
+            st.sampled_from([np.float64, np.float32, np.float16, ml_dtypes.bfloat16]),
+            st.lists(st.integers(0, 3), max_size=3),
+        ),
+        max_size=7,
+    )
+)
+@example({})  # the state of an optimizer that has not made a step
+@example(
+    {"b": (np.float16, [3]), "a": (ml_dtypes.bfloat16, [1]), "c": (np.float64, []), 'é\n"': (np.float32, [2])}
+)
+def test_a_file_has_the_bytes_that_the_library_writes(tensors):
+    rng = np.random.default_rng(0)
+    arrays = {name: rng.standard_normal(shape).astype(dtype) for name, (dtype, shape) in tensors.items()}
+    arrays = {name: np.asarray(array) for name, array in arrays.items()}  # NumPy makes scalars of 0-d arrays
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "x.safetensors"
+        write_safetensors(path, arrays)
+        found = path.read_bytes()
+    assert found == numpy_save(arrays, metadata={"format": "pt"})
+
+
+def test_the_config_is_written_as_given(tmp_path):
+    config = {"z": 1, "a": [1.5, None, True], "name": "é"}
+    save_folder(tmp_path / "new" / "deep", config, simple_arrays())
+    text = (tmp_path / "new" / "deep" / "config.json").read_bytes().decode("utf-8")
+    assert text == json.dumps(config, indent=2) + "\n"
+    assert list(read_config(tmp_path / "new" / "deep")) == ["z", "a", "name"]
+
+
+def test_nothing_but_the_model_is_left_behind(tmp_path):
+    save_folder(tmp_path, {}, simple_arrays())
+    assert sorted(os.listdir(tmp_path)) == ["config.json", "model.safetensors"]
+
+
+@pytest.mark.skipif(os.name == "nt", reason="file modes are POSIX")
+def test_weights_may_be_read_by_whoever_may_read_the_config(tmp_path):
+    old = os.umask(0o027)
+    try:
+        save_folder(tmp_path, {}, simple_arrays(), max_shard_bytes=100)
+    finally:
+        os.umask(old)
+    modes = {path.name: oct(stat.S_IMODE(path.stat().st_mode)) for path in tmp_path.iterdir()}
+    assert len(modes) == 6 and set(modes.values()) == {"0o640"}, modes
+
+
+@pytest.mark.parametrize("present", ["config.json", "model.safetensors", "model-00001-of-00002.safetensors"])
+def test_a_folder_that_holds_a_model_is_refused_and_left_alone(tmp_path, present):
+    (tmp_path / present).write_bytes(b"precious")
+    text = message_of(save_folder, tmp_path, {}, simple_arrays())
+    assert str(tmp_path) in text and "overwrite" in text
+    assert os.listdir(tmp_path) == [present] and (tmp_path / present).read_bytes() == b"precious"
+
+
+@pytest.mark.parametrize("old_bytes", [10**9, 100, 200])
+@pytest.mark.parametrize("new_bytes", [10**9, 100, 200])
+def test_overwriting_leaves_nothing_of_the_older_model(tmp_path, old_bytes, new_bytes):
+    (tmp_path / "notes.txt").write_text("mine")
+    save_folder(tmp_path, {"age": "old"}, simple_arrays(), max_shard_bytes=old_bytes)
+    new = {name: array + 1 for name, array in simple_arrays().items() if name != "d"}
+    save_folder(tmp_path, {"age": "new"}, new, max_shard_bytes=new_bytes, overwrite=True)
+
+    fresh = tmp_path / "fresh"
+    save_folder(fresh, {"age": "new"}, new, max_shard_bytes=new_bytes)
+    for path in fresh.iterdir():
+        assert (tmp_path / path.name).read_bytes() == path.read_bytes()
+    assert sorted(os.listdir(tmp_path)) == sorted([*os.listdir(fresh), "fresh", "notes.txt"])
+    assert set(Weights(tmp_path)) == {"a", "b", "c"}
+
+
+def test_a_folder_can_be_rewritten_from_itself(tmp_path):
+    arrays = simple_arrays()
+    save_folder(tmp_path, {"n": 1}, arrays)
+    save_folder(tmp_path, {"n": 1}, Weights(tmp_path), max_shard_bytes=100, overwrite=True)
+    for name, array in Weights(tmp_path).items():
+        np.testing.assert_array_equal(array, arrays[name])
+    assert len(list(tmp_path.glob("*.safetensors"))) == 4
+
+
+def folder_bytes(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_a_full_disk_leaves_the_older_model_untouched(tmp_path, monkeypatch):
+    save_folder(tmp_path, {"age": "old"}, simple_arrays(), max_shard_bytes=100)
+    before = folder_bytes(tmp_path)
+
+    def full(descriptor):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    text = message_of(save_folder, tmp_path, {"age": "new"}, simple_arrays(), overwrite=True)
+    assert str(tmp_path) in text and "No space left on device" in text
+    assert folder_bytes(tmp_path) == before
+
+
+def test_everything_is_flushed_before_anything_is_renamed(tmp_path, monkeypatch):
+    save_folder(tmp_path, {"age": "old"}, simple_arrays())
+    calls = []
+    fsync, replace = os.fsync, os.replace
+    monkeypatch.setattr(os, "fsync", lambda fd: (calls.append("fsync"), fsync(fd)))
+    monkeypatch.setattr(os, "replace", lambda a, b: (calls.append(Path(b).name), replace(a, b)))
+    save_folder(tmp_path, {"age": "new"}, simple_arrays(), max_shard_bytes=200, overwrite=True)
+    assert calls[:4] == ["fsync"] * 4  # two shards, the index, the config
+    assert len(calls) == 8 and calls[-1] == "config.json"
+
+
+def test_a_crash_between_two_renames_never_mixes_two_models(tmp_path, monkeypatch):
+    save_folder(tmp_path, {"age": "old"}, simple_arrays(), max_shard_bytes=100)
+    replace = os.replace
+    for survived in range(4):
+
+        def crash(a, b, done=[], survived=survived):  # noqa: B006  (counts the calls of one round)
+            if len(done) == survived:
+                raise OSError(5, "power is gone")
+            done.append(b)
+            replace(a, b)
+
+        monkeypatch.setattr(os, "replace", crash)
+        message_of(save_folder, tmp_path, {"age": "new"}, simple_arrays(), 200, overwrite=True)
+        assert "config.json" in message_of(read_config, tmp_path)
+    monkeypatch.undo()
+    save_folder(tmp_path, {"age": "new"}, simple_arrays(), overwrite=True)
+    assert read_config(tmp_path) == {"age": "new"} and set(Weights(tmp_path)) == set("abcd")
+
+
+@pytest.mark.parametrize("dtype", [np.int64, np.bool_, np.complex64, object])
+def test_other_dtypes_are_refused_before_anything_changes(tmp_path, dtype):
+    save_folder(tmp_path, {"age": "old"}, simple_arrays())
+    before = folder_bytes(tmp_path)
+    arrays = {**simple_arrays(), "odd": np.ones(3, dtype)}
+    text = message_of(save_folder, tmp_path, {"age": "new"}, arrays, overwrite=True)
+    assert f"odd is {np.dtype(dtype)}" in text and "float32" in text
+    assert folder_bytes(tmp_path) == before
+
+
+def test_a_config_that_is_no_json_changes_nothing(tmp_path):
+    save_folder(tmp_path, {"age": "old"}, simple_arrays())
+    before = folder_bytes(tmp_path)
+    with pytest.raises(TypeError):
+        save_folder(tmp_path, {"age": object()}, simple_arrays(), overwrite=True)
+    assert folder_bytes(tmp_path) == before
+
+
+def test_a_folder_that_cannot_be_made_is_refused(tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    for folder in (tmp_path / "file", tmp_path / "file" / "deeper"):
+        assert str(folder) in message_of(save_folder, folder, {}, simple_arrays())
+    assert (tmp_path / "file").read_text() == "in the way"
+
+
+# ---------------------------------------------------------------------------- finding
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    """A hub that notes every request; what it answers is set by the test."""
+    huggingface_hub = pytest.importorskip("huggingface_hub")
+
+    class Hub:
+        def __init__(self):
+            self.asked, self.patterns, self.answer = [], [], None
+
+        def snapshot_download(self, repo_id, *, allow_patterns):
+            self.asked.append(repo_id)
+            self.patterns = allow_patterns
+            if isinstance(self.answer, Exception):
+                raise self.answer
+            return self.answer
+
+    hub = Hub()
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", hub.snapshot_download)
+    return hub
+
+
+def test_a_folder_that_exists_comes_before_the_hub(hub, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("USERPROFILE", str(tmp_path))
+    (tmp_path / "owner" / "name").mkdir(parents=True)
+    (tmp_path / "gpt2").mkdir()
+    for name in ("owner/name", "gpt2", "./gpt2", "gpt2/", str(tmp_path / "gpt2"), Path("owner/name")):
+        assert find_folder(name) == Path(name)
+    assert find_folder("~/gpt2") == tmp_path / "gpt2"
+    assert hub.asked == []
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["gpt2", "gpt2-xl", "distilgpt2", "openai-community/gpt2", "HuggingFaceTB/SmolLM2-135M", "a/b.c_d"],
+)
+def test_a_hub_id_is_downloaded(hub, tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    hub.answer = str(tmp_path / "snapshot")
+    assert find_folder(name) == tmp_path / "snapshot"
+    assert hub.asked == [name]
+
+
+def test_only_what_is_needed_is_downloaded(hub, tmp_path, monkeypatch):
+    from huggingface_hub.utils import filter_repo_objects
+
+    monkeypatch.chdir(tmp_path)
+    hub.answer = str(tmp_path)
+    find_folder("owner/name")
+    needed = ["config.json", "model.safetensors", "model.safetensors.index.json"]
+    needed += [
+        "model-00001-of-00002.safetensors",
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "tokenizer.model",
+    ]
+    needed += ["vocab.json", "merges.txt", "special_tokens_map.json"]
+    needed += ["chat_template.jinja", "generation_config.json"]
+    useless = ["pytorch_model.bin", "tf_model.h5", "onnx/model.onnx", "README.md", "rust_model.ot"]
+    useless += ["consolidated.safetensors", "original/tokenizer.py.bak", "flax_model.msgpack", "evil.py"]
+    assert list(filter_repo_objects(needed + useless, allow_patterns=hub.patterns)) == needed
+
+
+PATHS = ["./owner/name", "../name", "owner/name/", "/no/where", "a/b/c", "~/no-such-model", "a\\b", "a//b"]
+TYPOS = ["", "runs", "gpt3", "a/..", "a/.b", "owner/na me", "owner/näme", "a/b\n", "gpt2\0"]
+
+
+@pytest.mark.parametrize("name", [*PATHS, *TYPOS, pytest.param("x" * 5000, id="too long")])
+def test_what_looks_like_a_path_never_reaches_the_network(hub, tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    text = message_of(find_folder, name)
+    assert "there is no folder" in text and repr(name) in text
+    assert hub.asked == []
+
+
+def test_a_file_is_refused(hub, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "owner").mkdir()
+    for name in ("gpt2", "owner/name", str(tmp_path / "model.safetensors")):
+        Path(name).write_text("a file")
+        text = message_of(find_folder, name)
+        assert repr(name) in text and "not a folder" in text and "config.json" in text
+    assert hub.asked == []
+
+
+def hub_errors():
+    huggingface_hub = pytest.importorskip("huggingface_hub")
+    response_error = {}
+    for name in ("RepositoryNotFoundError", "GatedRepoError", "LocalEntryNotFoundError", "HFValidationError"):
+        kind = getattr(huggingface_hub.utils, name)
+        response_error[name] = kind.__new__(kind)
+        response_error[name].args = (f"{name} first line\nsecond line",)
+    return [*response_error.values(), ConnectionError("no route to host"), TimeoutError(), ValueError("odd")]
+
+
+@pytest.mark.parametrize("number", range(7))
+def test_a_failed_download_is_one_sentence_with_a_way_out(hub, tmp_path, monkeypatch, number):
+    monkeypatch.chdir(tmp_path)
+    hub.answer = error = hub_errors()[number]
+    with pytest.raises(Error) as caught:
+        find_folder("owner/name")
+    text = str(caught.value)
+    assert caught.value.__cause__ is error and hub.asked == ["owner/name"]
+    assert "'owner/name'" in text and type(error).__name__ in text
+    assert "https://huggingface.co/owner/name" in text and "hf auth login" in text
+    assert "\n" not in text and "second line" not in text
+
+
+def test_an_interrupt_is_not_swallowed(hub, tmp_path, monkeypatch):
+    import huggingface_hub
+
+    def interrupted(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        find_folder("gpt2")
+
+
+def test_without_the_hub_client_the_package_is_named(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    text = message_of(find_folder, "gpt2")
+    assert "pip install huggingface_hub" in text and "https://huggingface.co/gpt2" in text
+
+
+# ---------------------------------------------------------------------------- a model as a user names it
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("TINYLLM_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(pull, "pull", lambda *_: pytest.fail("nothing is pulled without being asked for"))
+    return tmp_path / "cache" / "models" / "smollm2"
+
+
+def test_a_model_is_a_folder_a_file_a_pulled_name_or_a_hub_id(hub, cache, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("USERPROFILE", str(tmp_path))
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "odd.gguf").mkdir()
+    (tmp_path / "Model.GGUF").write_bytes(b"")
+    for name in (
+        "folder",
+        "./folder",
+        str(tmp_path / "folder"),
+        "odd.gguf",
+        "Model.GGUF",
+        Path("Model.GGUF"),
+    ):
+        assert find_model(name) == Path(name)
+    assert find_model("~/Model.GGUF") == tmp_path / "Model.GGUF"
+
+    (cache / "hub").mkdir(parents=True)
+    for name in pull.KNOWN_MODELS["smollm2"].hub_files:
+        (cache / "hub" / name).write_text("")
+    assert find_model("smollm2") == cache / "hub"
+    assert hub.asked == []
+
+    hub.answer = str(tmp_path / "snapshot")
+    assert find_model("owner/name") == tmp_path / "snapshot"
+    assert hub.asked == ["owner/name"]
+
+
+def test_a_folder_of_that_name_comes_before_the_pulled_model(cache, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("smollm2").mkdir()
+    assert find_model("smollm2") == Path("smollm2")
+
+
+def test_a_known_model_that_is_not_here_is_not_downloaded_unasked(hub, cache, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert "run `tinyllm pull smollm2`" in message_of(find_model, "smollm2")
+    assert hub.asked == [] and not cache.exists()
+
+
+@pytest.mark.parametrize("name", ["model.gguf", "owner/name.gguf", "~/none.GGUF", "a\0b.gguf"])
+def test_a_gguf_file_that_is_not_there_is_not_looked_for_on_the_hub(hub, tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    assert f"there is no file {name!r}" in message_of(find_model, name)
+    assert hub.asked == []
+
+
+def test_what_can_be_named_is_in_the_refusal(hub, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    text = message_of(find_model, "gpt3")
+    for way in ("folder", ".gguf file", "smollm2", "hub id"):
+        assert way in text
+    Path("model.bin").write_bytes(b"")
+    assert ".gguf file" in message_of(find_model, "model.bin")
+
+
+def test_a_folder_and_a_gguf_file_are_opened_alike(tmp_path):
+    gguf = pytest.importorskip("gguf")
+    sizes = dict(embedding_length=32, block_count=1, feed_forward_length=32, context_length=8)
+    writer = gguf.GGUFWriter(tmp_path / "m.gguf", "llama")
+    for key, value in {**sizes, "attention.head_count": 2}.items():
+        writer.add_uint32(f"llama.{key}", value)
+    writer.add_float32("llama.attention.layer_norm_rms_epsilon", 1e-5)
+    writer.add_tensor("token_embd.weight", np.ones((5, 32), np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    save_folder(tmp_path / "folder", {"model_type": "llama", "hidden_size": 32}, {"w": np.ones((5, 32))})
+
+    path = find_model(tmp_path / "m.gguf")
+    config, weights = model_config(path), open_weights(path)
+    assert config["model_type"] == "llama" and config["hidden_size"] == 32
+    np.testing.assert_array_equal(weights["model.embed_tokens.weight"], np.ones((5, 32)))
+    path = find_model(tmp_path / "folder")
+    config, weights = model_config(path), open_weights(path)
+    assert config == {"model_type": "llama", "hidden_size": 32}
+    np.testing.assert_array_equal(weights["w"], np.ones((5, 32)))
+
+
+# ---------------------------------------------------------------------------- memory
+
+PEAK = """
+import sys
+from pathlib import Path
+from tinyllm import GPT2
+
+def kilobytes(field):
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return int(next(line for line in lines if line.startswith(field)).split()[1])
+
+GPT2.from_pretrained(sys.argv[2])  # imports, and whatever else is paid once
+Path("/proc/self/clear_refs").write_text("5")  # VmHWM, the peak, starts again from here
+before = kilobytes("VmHWM")
+model = GPT2.from_pretrained(sys.argv[1])
+size = sum(parameter.data.nbytes for _, parameter in model.named_parameters())
+print(size, (kilobytes("VmHWM") - before) * 1024 / size)
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the peak is read from /proc")
+@pytest.mark.parametrize("shard_bytes", [10**9, 9 * 10**6])
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+def test_the_peak_while_loading_is_the_weights_and_little_more(tmp_path, dtype, shard_bytes):
+    large = dict(n_layer=6, n_embd=512, vocab_size=2000)
+    for folder, sizes in {"large": large, "tiny": dict(n_layer=1, n_embd=16, vocab_size=20)}.items():
+        model = GPT2(GPT2Config(n_head=4, n_positions=64, tie_word_embeddings=False, **sizes), rng=None)
+        tensors = {name: array.astype(dtype) for name, array in model.state_dict().items()}
+        save_folder(tmp_path / folder, model.config.to_dict(), tensors, max_shard_bytes=shard_bytes)
+    result = subprocess.run(
+        [sys.executable, "-c", PEAK, tmp_path / "large", tmp_path / "tiny"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    size, ratio = (result.stdout or "0 nan").split()
+    assert int(size) > 80 * 10**6 and 0.95 < float(ratio) < 1.15, result.stdout + result.stderr

@@ -1,0 +1,301 @@
+"""How does NumPy code make a GPU run a kernel of its own, and cuBLAS a product?
+
+The kernels are in ``kernels.cu``; the ops that use them in ``functional/gpu.py``. They are compiled when
+first asked for, for the types at hand, by CuPy, which keeps them on disk for the next time. Everything else
+on a GPU is CuPy's: arrays, memory, and what NumPy's functions do there.
+
+Short types (bfloat16, float16) are what products read and write here; they add up in float32, and so does
+everything that is not a product.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from tinyllm.backend.dtypes import Products, is_short, wide
+from tinyllm.errors import Error
+
+SOURCE = Path(__file__).with_name("kernels.cu")
+
+C_TYPES = {"float32": "float", "float64": "double", "float16": "__half", "bfloat16": "__nv_bfloat16"}
+
+MOST_THREADS = 512  # of a block: enough to hide the memory's delay, and two blocks fit a processor
+
+ROWS = 256  # rows to a partial sum of over_rows
+
+CHUNK = 2**16  # elements of a block that works on many arrays
+
+# cuBLAS's numbers for types, and for what a product is computed in (library_types.h, cublas_api.h)
+CUDA_TYPES = {"float32": 0, "float64": 1, "float16": 2, "bfloat16": 14}
+
+COMPUTE_32F, COMPUTE_64F, COMPUTE_32F_FAST_TF32 = 68, 70, 77
+
+ANY_ALGORITHM = -1
+
+NOT_INITIALIZED, ALLOC_FAILED = 1, 3
+
+
+# ------------------------------------------------------------------------- compiling, launching
+
+
+@functools.cache
+def _compiled(expression: str):
+    import cupy
+
+    source = SOURCE.read_text(encoding="utf-8")
+    return cupy.RawModule(code=source, name_expressions=(expression,)).get_function(expression)
+
+
+class CuPyLibrary:
+    """Kernels and products of CuPy arrays."""
+
+    def kernel(self, expression: str):
+        """The kernel that ``expression`` names, such as ``gelu<true, float, float>``: (grid, block, args)."""
+        return _compiled(expression)
+
+    def gemm(self, *arguments) -> None:
+        """cublasGemmStridedBatchedEx. Raises MemoryError if cuBLAS finds no memory for itself."""
+        from cupy.cuda import cublas, device
+
+        try:
+            cublas.gemmStridedBatchedEx(device.get_cublas_handle(), *arguments)
+        except cublas.CUBLASError as error:  # CuPy knows it for arrays only
+            if error.status not in (NOT_INITIALIZED, ALLOC_FAILED):
+                raise
+            raise MemoryError(f"cuBLAS finds no memory on the GPU for itself ({error})") from None
+
+
+LIBRARIES: dict[type, CuPyLibrary] = {}  # by the type of array
+
+
+def library_of(array) -> CuPyLibrary | None:
+    """Who compiles and launches for this array; None where NumPy's calls are all there is."""
+    kind = type(array)
+    if kind is np.ndarray:
+        return None
+    if kind not in LIBRARIES and kind.__module__.partition(".")[0] == "cupy":
+        LIBRARIES[kind] = CuPyLibrary()
+    return LIBRARIES.get(kind)
+
+
+def on_gpu(*inputs) -> bool:
+    """Whether kernels compute an op of these Tensors (None: an input that was not given).
+
+    Raises ``Error`` if they are on different devices, or of a short type where there is no kernel for it.
+    """
+    first = inputs[0].data
+    for tensor in inputs:
+        if tensor is not None and type(tensor.data) is not np.ndarray:
+            check_one_device(*inputs)
+            if library_of(first) is not None:
+                return True
+            break
+    if is_short(first.dtype):
+        raise Error(f"only a GPU computes in {first.dtype}: use float32, or to('cuda')")
+    return False
+
+
+def check_one_device(*tensors) -> None:
+    """Raise ``Error`` naming both if two Tensors are on different devices, or if one is no Tensor."""
+    given = [tensor for tensor in tensors if tensor is not None]
+    for tensor in given:
+        if not hasattr(tensor, "node"):  # an array has ``data``, too
+            raise Error(
+                f"an op takes Tensors, not {type(tensor).__name__}: wrap the array with Tensor(array)"
+            )
+    names = dict.fromkeys(_device_name(tensor.data) for tensor in given)
+    if len(names) > 1:
+        raise Error(f"an op got arrays on {' and '.join(names)}: move one with to(device)")
+
+
+def _device_name(array) -> str:
+    return "cpu" if isinstance(array, np.ndarray) else f"cuda:{array.device.id}"
+
+
+def launch(like, name: str, types: Sequence, grid, block, *arguments) -> None:
+    """Run ``name<types>`` with ``grid`` blocks of ``block`` threads; each a number or a tuple.
+
+    ``types`` are dtypes and booleans. Arrays must have no gaps: a kernel sees where they begin.
+    """
+    grid, block = (n if isinstance(n, tuple) else (n,) for n in (grid, block))
+    if 0 in grid:
+        return
+    names = [str(t).lower() if isinstance(t, bool) else C_TYPES[np.dtype(t).name] for t in types]
+    expression = f"{name}<{', '.join(names)}>" if names else name
+    library_of(like).kernel(expression)(grid, block, arguments)
+
+
+def elementwise(like, name: str, types: Sequence, size: int, *arguments) -> None:
+    """``launch`` with a thread for each of ``size`` elements."""
+    launch(like, name, types, -(-size // MOST_THREADS), MOST_THREADS, *arguments)
+
+
+def threads_for(row: int) -> int:
+    """A block for a row of this length: whole warps."""
+    return min(MOST_THREADS, -(-row // 32) * 32)
+
+
+# ------------------------------------------------------------------------------ matrix products
+
+
+def gemm(a, b, out=None, dtype=None, alpha: float = 1.0, beta: float = 0.0):
+    """alpha A B + beta ``out``, for matrices A (M, K), B (K, N), or batches of them (n, M, K), (n, K, N).
+
+    The result is ``out``, or new in ``dtype``: the operands' unless given, or float32 for short ones. Sums
+    are in float32 for all but float64.
+    """
+    shape = (*a.shape[:-1], b.shape[-1])
+    if out is None:
+        out = np.empty(shape, dtype or a.dtype, like=a)
+    if out.size == 0 or a.shape[-1] == 0:  # cuBLAS refuses empty matrices
+        if beta == 0:
+            out[...] = 0
+        return out
+    a, a_turned, a_lead = _for_cublas(a)
+    b, b_turned, b_lead = _for_cublas(b)
+    if a.dtype == np.float64:
+        compute = COMPUTE_64F
+    else:
+        compute = COMPUTE_32F_FAST_TF32 if a.dtype == np.float32 and Products.tf32 else COMPUTE_32F
+    factors = np.array([alpha, beta], np.float64 if compute == COMPUTE_64F else np.float32)
+    place = factors.ctypes.data
+    # cuBLAS counts down columns: what lies in memory row by row is the transposed matrix to it. So it is
+    # asked for Cᵀ = Bᵀ Aᵀ, and finds every matrix as it is.
+    library_of(a).gemm(
+        *(b_turned, a_turned, shape[-1], shape[-2], a.shape[-1], place),
+        *(b.data.ptr, CUDA_TYPES[b.dtype.name], b_lead, _batch_stride(b)),
+        *(a.data.ptr, CUDA_TYPES[a.dtype.name], a_lead, _batch_stride(a), place + factors.itemsize),
+        *(out.data.ptr, CUDA_TYPES[out.dtype.name], _lead(out), _batch_stride(out)),
+        *(shape[0] if len(shape) == 3 else 1, compute, ANY_ALGORITHM),
+    )
+    return out
+
+
+def _for_cublas(x):
+    """(x, or a copy; 1 if its columns lie in memory one after the other, 0 if its rows do; how far apart)."""
+    rows, columns = x.shape[-2:]
+    down, across = (stride // x.itemsize for stride in x.strides[-2:])
+    if (across == 1 or columns == 1) and (down >= columns or rows == 1):
+        return x, 0, down if rows > 1 else columns
+    if (down == 1 or rows == 1) and across >= rows:
+        return x, 1, across
+    return np.ascontiguousarray(x, like=x), 0, columns
+
+
+def _lead(out) -> int:
+    """Elements from row to row of a matrix to be written, which has no gaps within a row."""
+    return out.strides[-2] // out.itemsize if out.shape[-2] > 1 else out.shape[-1]
+
+
+def _batch_stride(x) -> int:
+    return x.strides[0] // x.itemsize if x.ndim == 3 else 0
+
+
+# ------------------------------------------------------------------------------------- sums
+
+
+def sums_over_rows(g, dtype, x=None, mean=None, inv=None, centred: bool = False):
+    """(Σ g x̂, Σ g) over the rows of g (N, C), in ``dtype``; without x the first is None.
+
+    x̂ = (x - mean) inv; an uncentred norm has no mean, and no use for the second, which is None.
+    """
+    N, C = g.shape
+    parts, wanted = -(-N // ROWS), wide(g.dtype) if x is None else wide(x.dtype)
+    dw = None if x is None else np.empty((parts, C), wanted, like=g)
+    db = np.empty((parts, C), wanted, like=g) if x is None or centred else None
+    types = (wanted if x is None else x.dtype, g.dtype)
+    launch(g, "over_rows", types, (-(-C // 32), parts), (32, 8), x, mean, inv, g, dw, db, N, C, ROWS)
+    return tuple(None if part is None else part.sum(axis=0).astype(dtype, copy=False) for part in (dw, db))
+
+
+def add_rows_at(buffer, index, values) -> None:
+    """``buffer[index] += values``, by rows; one named twice receives both, always in the same order."""
+    C = buffer.size // len(buffer)
+    ids = index.reshape(-1).astype(np.int64) % len(buffer)  # -1 is the last, as everywhere
+    order = np.argsort(ids, kind="stable")
+    values = contiguous(values.reshape(-1, C))
+    types = (values.dtype, buffer.dtype)
+    launch(
+        buffer,
+        "embedding_back",
+        types,
+        ids.size,
+        threads_for(C),
+        ids[order],
+        order,
+        values,
+        buffer,
+        ids.size,
+        C,
+    )
+
+
+def contiguous(array):
+    return array if array.flags.c_contiguous else np.ascontiguousarray(array, like=array)
+
+
+# ----------------------------------------------------------------------------------- dropout
+
+
+def dropout_kept(address: tuple[int, int, int, int], numbers: Sequence[int], size: int, p: float, like):
+    """1 where an element is kept, else 0, in bytes (len(numbers), size): ``device.dropout_mask``'s draws."""
+    seed, step, micro_batch, op = address
+    kept = np.empty((len(numbers), size), np.uint8, like=like)
+    parts = np.asarray(np.array(numbers, np.int64), like=like)
+    threads, threshold = len(numbers) * -(-size // 16), round(p * 65536)
+    elementwise(like, "dropout_mask", (), threads, kept, parts, len(numbers), size, threshold, seed, step, op,
+                micro_batch)  # fmt: skip
+    return kept
+
+
+# -------------------------------------------------------------------- many arrays at once
+
+
+class Many:
+    """Lists of arrays, the n-th of each of one size, for kernels that work on all of them in one launch."""
+
+    def __init__(self, *lists: Sequence):
+        sizes = [array.size for array in lists[0]]
+        blocks = [(j, first) for j, size in enumerate(sizes) for first in range(0, size, CHUNK)]
+        pointers = [array.data.ptr for array in itertools.chain(*lists)]
+        self.like, self.count, self.blocks = lists[0][0], len(sizes), len(blocks)
+        # One copy to the device for all three.
+        table = np.asarray(np.array([*pointers, *sizes, *itertools.chain(*blocks)], np.int64), like=self.like)
+        ends = len(pointers), len(pointers) + len(sizes)
+        self.table = table[: ends[0]], table[ends[0] : ends[1]], table[ends[1] :]
+
+    def launch(self, name: str, *arguments) -> None:
+        launch(self.like, name, (self.like.dtype,), self.blocks, MOST_THREADS, *self.table, CHUNK, *arguments)
+
+
+def fit_for_many(arrays: Sequence) -> bool:
+    """Whether all of them are on a GPU with kernels, in one dtype, and without gaps."""
+    return bool(arrays) and all(
+        library_of(array) is not None and array.flags.c_contiguous and array.dtype == arrays[0].dtype
+        for array in arrays
+    )
+
+
+def sum_of_squares(arrays: Sequence) -> float:
+    """Σ x² over all of them, in float64: the device is waited for once."""
+    many = Many(arrays)
+    sums = np.empty(many.blocks, np.float64, like=many.like)
+    many.launch("sum_of_squares", sums)
+    return sums.sum().item()
+
+
+def scale(arrays: Sequence, factor: float) -> None:
+    """Every array times ``factor``, in place."""
+    Many(arrays).launch("scale", factor)
+
+
+def adamw(parameters: Sequence, grads: Sequence, m: Sequence, v: Sequence, numbers, betas) -> None:
+    """One step of AdamW for all parameters; ``numbers`` are (step size, ε, decay) of each."""
+    many = Many(parameters, grads, m, v)
+    numbers = np.asarray(np.array(numbers, np.float64).reshape(-1), like=many.like)
+    many.launch("adamw", many.count, numbers, *betas)

@@ -1,0 +1,87 @@
+"""How do token ids become batches of (input, target), in an order that can be resumed?
+
+``text.py`` → token ids (``tokenizer.py``, or ``tokenfile.py`` where they are too many for memory) →
+``Windows`` → ``Batches``. A language model predicts the next token at every position, so the target of a
+window is the same window one token later.
+"""
+
+import numpy as np
+from numpy.lib.stride_tricks import sliding_window_view
+
+from tinyllm.checks import check_at_least, check_integers
+from tinyllm.errors import Error
+
+
+class Windows:
+    """The (input, target) windows of a token sequence.
+
+    With ``s = i * stride``, window ``i`` is ``tokens[s : s + context]`` and its target
+    ``tokens[s + 1 : s + context + 1]``, for every ``s`` in ``range(0, len(tokens) - context, stride)``:
+    all windows that fit whole. ``stride`` defaults to ``context``, so that every token is a target once,
+    except the first and the ``unused_tokens`` at the end. A memory-mapped array stays on disk, and only what
+    is asked for is read; anything else is copied. Raises ``Error`` if the tokens are not a
+    sequence of integers longer than ``context``, or if context or stride is below 1.
+    """
+
+    def __init__(self, tokens, context: int, stride: int | None = None):
+        self.context = check_at_least(context, 1, "context")
+        self.stride = self.context if stride is None else check_at_least(stride, 1, "stride")
+        tokens = check_integers(tokens, "tokens")
+        if tokens.ndim != 1:
+            raise Error(f"tokens have shape {tokens.shape}: give one sequence, of shape (n,)")
+        if len(tokens) <= self.context:
+            raise Error(
+                f"a text of {len(tokens)} tokens is too short for a window of {self.context} and its target, "
+                f"which need {self.context + 1}: use a longer text or a smaller context"
+            )
+        # Views of all windows, which take no memory.
+        self.tokens = tokens if isinstance(tokens, np.memmap) else tokens.astype(np.int64)
+        self._inputs = sliding_window_view(self.tokens[:-1], self.context)[:: self.stride]
+        self._targets = sliding_window_view(self.tokens[1:], self.context)[:: self.stride]
+
+    def __len__(self) -> int:
+        return len(self._inputs)
+
+    @property
+    def unused_tokens(self) -> int:
+        """How many tokens are in no window, as input or target.
+
+        Those after the last window, and, if ``stride > context + 1``, those between windows.
+        """
+        span = self.context + 1  # a window and the last of its targets
+        used = (len(self) - 1) * min(self.stride, span) + span
+        return len(self.tokens) - used
+
+    def __getitem__(self, indices) -> tuple[np.ndarray, np.ndarray]:
+        """Inputs and targets of the chosen windows, int64, each (n, context); indices as in NumPy."""
+        return self._inputs[indices].astype(np.int64), self._targets[indices].astype(np.int64)
+
+
+class Batches:
+    """An endless shuffled order of batches in which any step can be reached directly.
+
+    An epoch is ``steps_per_epoch = ceil(len(windows) / batch_size)`` steps and shows every window
+    exactly once; its last batch holds what is left and may be smaller. The order of an epoch depends on
+    (seed, epoch) alone, by a counter-based generator (Philox), so a run resumed at a step sees what it
+    would have seen. (NumPy keeps a generator's numbers from version to version in practice, without
+    promising it.) Raises ``Error`` if batch_size is below 1 or seed outside 0..2**64-1.
+    """
+
+    def __init__(self, windows: Windows, batch_size: int, seed: int):
+        self.windows = windows
+        self.batch_size = check_at_least(batch_size, 1, "batch_size")
+        self.seed = check_at_least(seed, 0, "seed")
+        if self.seed >= 2**64:
+            raise Error(f"seed is {seed}: choose one below 2**64")
+        self.steps_per_epoch = -(-len(windows) // self.batch_size)
+        self._epoch, self._order = -1, None
+
+    def at(self, step: int) -> tuple[np.ndarray, np.ndarray]:
+        """Inputs and targets of a step (counted from 0), int64, each (B, context)."""
+        epoch, position = divmod(check_at_least(step, 0, "step"), self.steps_per_epoch)
+        if epoch != self._epoch:
+            key = np.array([self.seed, epoch], dtype=np.uint64)
+            order = np.random.Generator(np.random.Philox(key=key)).permutation(len(self.windows))
+            self._epoch, self._order = epoch, order
+        first = position * self.batch_size
+        return self.windows[self._order[first : first + self.batch_size]]

@@ -1,0 +1,376 @@
+"""How does a text larger than memory become token ids on disk?
+
+``tokenize_corpus`` encodes it in chunks of about a million characters, several at once, and writes their
+ids one after another into a folder:
+
+    tokens.bin    the ids: uint16 if the vocabulary has at most 65,536 of them, else uint32, little-endian
+    index.json    what they are the ids of, and how many ids and bytes of text each chunk has
+
+``index.json`` is written last: without it the file is not complete. Until then the ids are in
+``tokens.part`` and the chunks that are safely there in ``tokens.progress``, a line each. So whatever stops
+the work (Ctrl-C, kill -9, a full disk) costs the last few chunks, and running it again goes on from there.
+``TokenFile`` reads the ids through a memory map: only what is looked at comes into memory.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import itertools
+import json
+import os
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from tinyllm.backend.threads import num_threads
+from tinyllm.data.corpus import (
+    CUT,
+    PIECE_CHARACTERS,
+    Corpus,
+    check_fraction,
+    encode_documents,
+    end_of_text_id,
+)
+from tinyllm.errors import Error
+from tinyllm.files import check_is_file, lock, parse_json, read_file, sync, sync_folder
+from tinyllm.tokenizers.base import Tokenizer
+
+FORMAT = 1
+
+TOKENS, INDEX, PART, PROGRESS, LOCK = "tokens.bin", "index.json", "tokens.part", "tokens.progress", "lock"
+
+CHECKED_AT_ONCE = 2**20  # bytes of ids
+
+CHUNKS_PER_FLUSH = 16  # how much a crash may cost: at most so many chunks are done and not yet recorded
+
+
+@dataclass(frozen=True)
+class TokenFile:
+    """The token ids of a corpus on disk: ``tokens`` (n,), read-only; ``index`` is what index.json says."""
+
+    folder: Path
+    tokens: np.memmap
+    index: dict
+
+    @classmethod
+    def open(
+        cls,
+        folder: str | Path,
+        corpus: Corpus | None = None,
+        tokenizer: Tokenizer | None = None,
+        special: str | None = None,
+    ) -> TokenFile:
+        """The file that ``tokenize_corpus`` made in this folder.
+
+        Raises ``Error`` if it is not complete or damaged, or if it was made from another text than the
+        corpus, by another tokenizer, or with another ``special``, where these are given. With a tokenizer
+        all ids are looked at once: one out of range would stop a run when its turn comes, hours later.
+        """
+        folder = Path(folder)
+        try:
+            for name in (INDEX, TOKENS):
+                check_is_file(folder / name)
+            index = parse_json((folder / INDEX).read_bytes())
+            size = (folder / TOKENS).stat().st_size
+        except FileNotFoundError:
+            raise Error(f"{str(folder)!r} holds no complete token file: make it by tokenize_corpus") from None
+        except (OSError, ValueError) as error:
+            raise Error(f"{str(folder / INDEX)!r} cannot be read ({error}): delete the folder") from None
+        _check_same(index, folder, corpus, tokenizer, special)
+        _check_counts(index, folder)
+        expected = index["count"] * np.dtype(index["dtype"]).itemsize
+        if size != expected:
+            raise Error(
+                f"{str(folder / TOKENS)!r} has {size:,} bytes, not the {expected:,} of its index: delete the "
+                "folder and tokenize again"
+            )
+        if tokenizer is not None:
+            _check_range(folder, index["dtype"], tokenizer)
+        return cls(folder, np.memmap(folder / TOKENS, dtype=index["dtype"], mode="r"), index)
+
+    def split(self, validation_fraction: float) -> tuple[np.ndarray, np.ndarray, int]:
+        """Ids to train on, ids to validate with, and the bytes of text that the latter stand for.
+
+        The cut is the first end of a chunk by which ``1 - validation_fraction`` of the bytes are over.
+        Raises ``Error`` unless 0 < validation_fraction < 1 and there is a chunk after that.
+        """
+        check_fraction(validation_fraction)
+        tokens, num_bytes = np.cumsum(self.index["chunks"], axis=0).T  # at the end of every chunk
+        last = int(np.searchsorted(num_bytes, (1 - validation_fraction) * num_bytes[-1]))
+        if last == len(num_bytes) - 1:
+            raise Error(
+                f"a text in {len(num_bytes)} chunks leaves none for a validation_fraction of "
+                f"{validation_fraction}: choose a larger fraction, or read the text into memory"
+            )
+        cut = int(tokens[last])
+        return self.tokens[:cut], self.tokens[cut:], int(num_bytes[-1] - num_bytes[last])
+
+
+def tokenize_corpus(
+    corpus: Corpus, tokenizer: Tokenizer, special: str, folder: str | Path, progress: bool = True
+) -> TokenFile:
+    """Encode the corpus into a token file in this folder; if it is there already, just open it.
+
+    The ids are those of ``encode_documents(tokenizer, corpus.documents(), special)``. (A document too long
+    for one chunk is cut where no token of GPT-2's pattern lies across; to another pattern it may be two
+    texts.) Memory stays flat, and an interrupted run goes on where it stopped. ``progress`` shows a bar
+    if there is a terminal.
+
+    Raises ``Error`` if the folder holds the tokens of another text, tokenizer or ``special``, if another
+    process is writing there, if it cannot be written (no space left), or as ``encode_documents`` does.
+    """
+    folder = Path(folder)
+    if corpus.num_documents > 1:
+        end_of_text_id(tokenizer)
+    for token in tokenizer.special_tokens:
+        if CUT.search(token):
+            raise Error(f"special token {token!r} has a space in it, where a text may be cut: rename it")
+    if not (folder / INDEX).exists():
+        with _locked(folder):
+            if not (folder / INDEX).exists():  # nobody finished it just before we had the lock
+                _write(corpus, tokenizer, special, folder, progress)
+    return TokenFile.open(folder, corpus, tokenizer, special)
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """One writer at a time."""
+    busy = (
+        f"another process is writing the token file in {str(folder)!r}: wait for it, or choose another folder"
+    )
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        held = lock(folder / LOCK, busy)
+    except OSError as error:
+        raise Error(f"{str(folder)!r} cannot be written ({error}): choose another folder") from None
+    try:
+        yield
+    finally:
+        held.release()
+
+
+def _write(corpus: Corpus, tokenizer: Tokenizer, special: str, folder: Path, progress: bool) -> None:
+    """From whatever is in the folder to the complete file."""
+    from tqdm import tqdm
+
+    about = _about(corpus, tokenizer, special)
+    chunks, unrecorded = [], []  # [ids, bytes of text] each
+    try:
+        chunks = _resume(folder, about, corpus, tokenizer, special)
+        bar = tqdm(
+            total=corpus.num_bytes,
+            initial=sum(num_bytes for _, num_bytes in chunks),
+            desc="tokenize",
+            unit="B",
+            unit_scale=True,
+            disable=None if progress else True,
+            dynamic_ncols=True,
+        )
+        encoded = _encode(corpus, tokenizer, special, first=len(chunks))
+        with (
+            open(folder / PART, "ab") as part,
+            open(folder / PROGRESS, "ab") as record,
+            bar,
+            closing(encoded),
+        ):
+            for ids, num_bytes in encoded:
+                part.write(ids.astype(about["dtype"]).tobytes())
+                unrecorded.append([len(ids), num_bytes])
+                bar.update(num_bytes)
+                if len(unrecorded) == CHUNKS_PER_FLUSH:
+                    _record(part, record, unrecorded)
+                    chunks += unrecorded
+                    unrecorded = []
+            _record(part, record, unrecorded)
+            chunks += unrecorded
+        _finish(folder, about | {"count": sum(count for count, _ in chunks), "chunks": chunks})
+    except OSError as error:
+        raise _cannot_write(error, folder, about, chunks, unrecorded) from None
+
+
+def _encode(
+    corpus: Corpus, tokenizer: Tokenizer, special: str, first: int
+) -> Iterator[tuple[np.ndarray, int]]:
+    """The ids and the bytes of text of every chunk from ``first`` on, in order."""
+
+    def encode(documents: list[str]) -> tuple[np.ndarray, int]:
+        num_bytes = sum(len(document.encode("utf-8")) for document in documents)
+        return encode_documents(tokenizer, documents, special), num_bytes
+
+    # Threads, not processes: 85% of the time goes by in tiktoken, which lets go of Python's lock. On two busy
+    # cores processes were a fifth faster, but each has to be started, takes memory, and on Windows and macOS
+    # runs the script that called us through once more.
+    threads = num_threads()
+    running = deque()
+    with ThreadPoolExecutor(threads) as pool:
+        for documents in itertools.islice(_chunks(corpus), first, None):
+            running.append(pool.submit(encode, documents))
+            if len(running) > 2 * threads:  # reading ahead further would only fill memory
+                yield running.popleft().result()
+        while running:
+            yield running.popleft().result()
+
+
+def _chunks(corpus: Corpus) -> Iterator[list[str]]:
+    """The documents in groups of a million characters or more: what one thread encodes at a time.
+
+    The last of a chunk may go on in the next one. Where it does not, the next chunk begins with an empty
+    document, so that joining its documents puts ``<|endoftext|>`` in front of the first.
+    """
+    chunk, characters = [], 0
+    for piece in corpus.pieces():
+        chunk.append(piece.text)
+        characters += len(piece.text)
+        if characters >= PIECE_CHARACTERS:  # a piece that does not end its document is that long by itself
+            yield chunk
+            chunk, characters = ([""] if piece.ends_document else []), 0
+    if len(chunk) > 1 or characters > 0:
+        yield chunk
+
+
+def _about(corpus: Corpus, tokenizer: Tokenizer, special: str) -> dict:
+    """What the tokens are the tokens of: the first line of tokens.progress, and part of index.json."""
+    return {
+        "format": FORMAT,
+        "dtype": "<u2" if tokenizer.vocab_size <= 2**16 else "<u4",
+        "tokenizer": tokenizer.to_json(),
+        "tokenizer_sha256": tokenizer_sha256(tokenizer),
+        "corpus": {"name": corpus.name, "sha256": corpus.sha256, "bytes": corpus.num_bytes},
+        "special": special,
+    }
+
+
+def tokenizer_sha256(tokenizer: Tokenizer) -> str:
+    """The hex digest of all that decides a text's ids."""
+    return hashlib.sha256(json.dumps(tokenizer.to_json(), sort_keys=True).encode("utf-8")).hexdigest()
+
+
+def _check_same(found, folder: Path, corpus: Corpus | None, tokenizer: Tokenizer | None, special: str | None):
+    """``Error`` if what was found in the folder is not about this text, tokenizer and ``special``."""
+    if not isinstance(found, dict) or found.get("format") != FORMAT:
+        raise Error(
+            f"{str(folder)!r} holds no token file of this version: delete it, or choose another folder"
+        )
+    match found:
+        case {
+            "dtype": "<u2" | "<u4",
+            "tokenizer_sha256": str(),
+            "corpus": {"sha256": str(), "bytes": int()},
+            "special": str(),
+        }:
+            pass
+        case _:
+            raise _damaged(folder)
+    if corpus is not None and corpus.sha256 != found["corpus"]["sha256"]:
+        other = f"text {corpus.name!r} changed since it was tokenized into {str(folder)!r}, or is another one"
+    elif tokenizer is not None and tokenizer_sha256(tokenizer) != found["tokenizer_sha256"]:
+        other = f"the tokens in {str(folder)!r} are not of this tokenizer, {tokenizer.name!r}"
+    elif special is not None and special != found["special"]:
+        other = f"the tokens in {str(folder)!r} were made with special {found['special']!r}, not {special!r}"
+    else:
+        return
+    raise Error(f"{other}: delete that folder to tokenize again, or choose another folder")
+
+
+def _check_counts(index: dict, folder: Path) -> None:
+    """``Error`` unless the chunks are as many ids and bytes as the index says."""
+    if not _are_chunks(index.get("chunks")) or not index["chunks"]:
+        raise _damaged(folder)
+    count, num_bytes = (sum(column) for column in zip(*index["chunks"]))
+    if index.get("count") != count or index["corpus"]["bytes"] != num_bytes or count == 0:
+        raise _damaged(folder)
+
+
+def _are_chunks(found) -> bool:
+    """Whether they are pairs of whole numbers of at least 0."""
+    return isinstance(found, list) and all(
+        isinstance(chunk, list) and len(chunk) == 2 and all(type(n) is int and n >= 0 for n in chunk)
+        for chunk in found
+    )
+
+
+def _check_range(folder: Path, dtype: str, tokenizer: Tokenizer) -> None:
+    with open(folder / TOKENS, "rb") as file:  # through a memory map the whole file would count as ours
+        while data := file.read(CHECKED_AT_ONCE):
+            largest = np.frombuffer(data, dtype).max()
+            if largest >= tokenizer.vocab_size:
+                raise Error(
+                    f"{str(folder / TOKENS)!r} is damaged (it has the id {largest}, and the tokenizer "
+                    f"{tokenizer.vocab_size} ids): delete the folder and tokenize again"
+                )
+
+
+def _damaged(folder: Path) -> Error:
+    return Error(f"the index of {str(folder)!r} is damaged: delete the folder and tokenize again")
+
+
+def _resume(folder: Path, about: dict, corpus: Corpus, tokenizer: Tokenizer, special: str) -> list[list[int]]:
+    """Both files as they were when the last chunk was recorded; the chunks that they have."""
+    part, progress = folder / PART, folder / PROGRESS
+    if part.exists():
+        check_is_file(part)
+    lines = read_file(progress) if progress.exists() else b""
+    lines = lines[: lines.rfind(b"\n") + 1]  # a crash may have cut the last one
+    if not lines:
+        part.write_bytes(b"")
+        progress.write_bytes(_line(about))
+        return []
+    try:
+        found, *chunks = [parse_json(line) for line in lines.splitlines()]
+        if not _are_chunks(chunks) or sum(num_bytes for _, num_bytes in chunks) > corpus.num_bytes:
+            raise ValueError("its chunks are none")
+    except ValueError as error:
+        raise Error(f"{str(progress)!r} is damaged ({error}): delete the folder and start again") from None
+    _check_same(found, folder, corpus, tokenizer, special)
+    if not part.exists():  # stopped after the tokens had their last name, before the index was there
+        os.replace(folder / TOKENS, part)
+    size = sum(count for count, _ in chunks) * np.dtype(about["dtype"]).itemsize
+    if part.stat().st_size < size:
+        raise Error(
+            f"{str(part)!r} has not all the tokens that {PROGRESS!r} says: delete the folder and start again"
+        )
+    os.truncate(part, size)
+    os.truncate(progress, len(lines))
+    return chunks
+
+
+def _record(part, record, chunks: list[list[int]]) -> None:
+    """Chunks are recorded only once their ids are safely on the disk."""
+    sync(part)
+    record.write(b"".join(_line(chunk) for chunk in chunks))
+    sync(record)
+
+
+def _line(value) -> bytes:
+    return json.dumps(value).encode("utf-8") + b"\n"
+
+
+def _finish(folder: Path, index: dict) -> None:
+    os.replace(folder / PART, folder / TOKENS)
+    new = folder / (INDEX + ".new")
+    with open(new, "wb") as file:
+        file.write(_line(index))
+        sync(file)
+    sync_folder(folder)  # the index must not be there before the tokens, even if the power fails
+    os.replace(new, folder / INDEX)
+    sync_folder(folder)
+    os.remove(folder / PROGRESS)
+
+
+def _cannot_write(error: OSError, folder: Path, about: dict, chunks: list, unrecorded: list) -> Error:
+    total, done = about["corpus"]["bytes"], sum(num_bytes for _, num_bytes in chunks)
+    remedy = "correct that"
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        tokens, num_bytes = np.sum(chunks + unrecorded, axis=0) if chunks + unrecorded else (1, 1)
+        missing = (total - done) * tokens / num_bytes * np.dtype(about["dtype"]).itemsize
+        remedy = f"make room for about {missing / 1e6:,.1f} MB more"
+    return Error(
+        f"the token file in {str(folder)!r} cannot be written ({error.strerror}) after {done / 1e6:,.1f} of "
+        f"{total / 1e6:,.1f} MB of text: {remedy} and run it again, it goes on from there"
+    )

