@@ -83,7 +83,7 @@ class TorchGPT2(nn.Module):
         if config.tie_word_embeddings:
             self.lm_head.weight = self.wte.weight  # one matrix, read both ways
 
-    def forward(self, ids, targets=None, divisor=None) -> torch.Tensor:
+    def forward(self, ids, targets=None, num_targets=None) -> torch.Tensor:
         """Logits (B, T, V) of ids (B, T); with ``targets``, their loss as ``tinyllm.GPT2.loss`` has it."""
         positions = torch.arange(ids.shape[1], device=ids.device)
         x = self.drop(self.wte(ids) + self.wpe(positions))  # (B, T, C)
@@ -92,6 +92,6 @@ class TorchGPT2(nn.Module):
         logits = self.lm_head(self.ln_f(x))
         if targets is None:
             return logits
-        divisor = (targets != -100).sum() if divisor is None else divisor
+        num_targets = (targets != -100).sum() if num_targets is None else num_targets
         total = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-100, reduction="sum")
-        return total / divisor
+        return total / num_targets

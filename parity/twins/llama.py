@@ -111,7 +111,7 @@ class TorchLlama(nn.Module):
         if config.tie_word_embeddings:
             self.lm_head.weight = self.embed_tokens.weight  # one matrix, read both ways
 
-    def forward(self, ids, targets=None, divisor=None) -> torch.Tensor:
+    def forward(self, ids, targets=None, num_targets=None) -> torch.Tensor:
         """Logits (B, T, V) of ids (B, T); with ``targets``, their loss as ``tinyllm.Llama.loss`` has it."""
         x = self.embed_tokens(ids)  # (B, T, C)
         angles = torch.outer(torch.arange(ids.shape[1], dtype=torch.float64), rope_frequencies(self.config))
@@ -121,6 +121,6 @@ class TorchLlama(nn.Module):
         logits = self.lm_head(self.norm(x))
         if targets is None:
             return logits
-        divisor = (targets != -100).sum() if divisor is None else divisor
+        num_targets = (targets != -100).sum() if num_targets is None else num_targets
         total = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-100, reduction="sum")
-        return total / divisor
+        return total / num_targets

@@ -160,10 +160,12 @@ CASES = {
     ),
     "F.cross_entropy": lambda t: F.cross_entropy(t.x, t.targets),
     "F.cross_entropy host targets": lambda t: F.cross_entropy(t.x, TARGETS),
-    "F.cross_entropy divisor": lambda t: F.cross_entropy(t.x, t.targets, divisor=17),
+    "F.cross_entropy num_targets": lambda t: F.cross_entropy(t.x, t.targets, num_targets=17),
     "F.linear_cross_entropy": lambda t: F.linear_cross_entropy(t.x, t.w, t.targets, linear_bias=t.b),
     "F.linear_cross_entropy host targets": lambda t: F.linear_cross_entropy(t.x, t.w, TARGETS),
-    "F.linear_cross_entropy divisor": lambda t: F.linear_cross_entropy(t.x, t.w, t.targets, divisor=17),
+    "F.linear_cross_entropy num_targets": lambda t: F.linear_cross_entropy(
+        t.x, t.w, t.targets, num_targets=17
+    ),
     "composed.linear": lambda t: composed.linear(t.x, t.w, t.b),
     "composed.embedding": lambda t: composed.embedding(t.ids, t.w),
     "composed.layer_norm": lambda t: composed.layer_norm(t.x, 4, t.row, t.other_row),

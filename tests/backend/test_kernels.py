@@ -66,7 +66,7 @@ OPS = {
     "cross_entropy": (lambda x: F.cross_entropy(x, np.array([2, 39, -100])), 0, [((3, 40), 0)]),
     "linear_cross_entropy": (
         lambda x, w, b: F.linear_cross_entropy(
-            x, w, np.array([[1, 0, -100], [2, 9, 9]]), linear_bias=b, divisor=2.0
+            x, w, np.array([[1, 0, -100], [2, 9, 9]]), linear_bias=b, num_targets=2.0
         ),
         1,
         [((2, 3, 8), 0), ((10, 8), 1), ((10,), 1)],

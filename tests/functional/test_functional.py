@@ -198,16 +198,16 @@ def loss_options(draw, lead, classes):
     divisors = [1, 7, 2.5, np.int64(3), np.float64(2.5)]  # NumPy's too: a count is often one
     if (target != ignore_index).any():
         divisors.append(None)
-    return target, {"ignore_index": ignore_index, "divisor": draw(st.sampled_from(divisors))}
+    return target, {"ignore_index": ignore_index, "num_targets": draw(st.sampled_from(divisors))}
 
 
-def torch_cross_entropy(logits, target, ignore_index=-100, divisor=None):
-    """torch has no divisor: the sum, divided by it, or by the number of targets that count."""
+def torch_cross_entropy(logits, target, ignore_index=-100, num_targets=None):
+    """torch has no num_targets: the sum, divided by it, or by the number of targets that count."""
     flat = torch.tensor(target.reshape(-1).astype(np.int64))
     total = TF.cross_entropy(
         logits.reshape(len(flat), logits.shape[-1]), flat, ignore_index=ignore_index, reduction="sum"
     )
-    return total / float((target != ignore_index).sum() if divisor is None else divisor)
+    return total / float((target != ignore_index).sum() if num_targets is None else num_targets)
 
 
 @st.composite
@@ -798,8 +798,8 @@ ERRORS = {  # what is done -> what the sentence must say: the value, and the rem
     ),
     "no targets": (lambda: F.cross_entropy(leaf(0, 3), np.array([], int)), ["no loss"]),
     "a divisor of 0": (
-        lambda: F.cross_entropy(leaf(1, 3), np.array([0]), divisor=0),
-        ["divisor", "positive", "0"],
+        lambda: F.cross_entropy(leaf(1, 3), np.array([0]), num_targets=0),
+        ["num_targets", "positive", "0"],
     ),
     "a head of other channels": (
         lambda: F.linear_cross_entropy(leaf(2, 3), leaf(5, 4), np.array([0, 1])),

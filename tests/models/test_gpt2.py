@@ -76,7 +76,7 @@ def test_logits_loss_and_all_gradients_against_transformers(config, rows, seed, 
     model = random_gpt2(config, seed)
     twin = huggingface_twin(model)
     ids, targets = batch(config, (rows, time), seed)
-    divisor = data.draw(st.none() | st.integers(1, 50), label="divisor")
+    num_targets = data.draw(st.none() | st.integers(1, 50), label="num_targets")
 
     theirs = huggingface_logits(twin, ids)
     assert_close(model(ids).data, theirs, "logits")
@@ -85,9 +85,9 @@ def test_logits_loss_and_all_gradients_against_transformers(config, rows, seed, 
     total = torch.nn.functional.cross_entropy(
         theirs.reshape(-1, config.vocab_size), torch.from_numpy(targets).reshape(-1), reduction="sum"
     )
-    expected = total / (divisor or int((targets != -100).sum()))
+    expected = total / (num_targets or int((targets != -100).sum()))
     expected.backward()
-    loss = model.loss(ids, targets, divisor=divisor)
+    loss = model.loss(ids, targets, num_targets=num_targets)
     loss.backward()
     assert loss.shape == ()
     assert loss.item() == pytest.approx(expected.item(), rel=1e-10)
@@ -266,7 +266,7 @@ def test_micro_batches_add_up_to_the_batch():
     model.zero_grad()
     losses = []
     for half in (slice(0, 2), slice(2, 4)):
-        loss = model.loss(ids[half], targets[half], divisor=int(counts.sum()))
+        loss = model.loss(ids[half], targets[half], num_targets=int(counts.sum()))
         loss.backward()
         losses.append(loss.item())
     assert sum(losses) == pytest.approx(whole.item(), rel=1e-12)
@@ -278,7 +278,7 @@ def test_a_batch_in_which_nothing_counts_may_be_part_of_a_step():
     model = random_gpt2(GPT2Config(**SMALL))
     ids, targets = batch(model.config, (2, 8))
     nothing = np.full_like(targets, -100)
-    loss = model.loss(ids, nothing, divisor=7)
+    loss = model.loss(ids, nothing, num_targets=7)
     loss.backward()
     assert loss.item() == 0
     assert all(not p.grad.any() for p in model.parameters())
@@ -290,7 +290,7 @@ def test_forward_with_targets_is_the_loss():
     model = random_gpt2(GPT2Config(**SMALL))
     ids, targets = batch(model.config, (2, 8))
     assert model(ids, targets).item() == model.loss(ids, targets).item()
-    assert model(ids, targets, 3).item() == model.loss(ids, targets, divisor=3).item()
+    assert model(ids, targets, 3).item() == model.loss(ids, targets, num_targets=3).item()
 
 
 @pytest.mark.parametrize("changes", [{}, dict(activation_function="gelu"), dict(lm_head_bias=True)])
@@ -299,8 +299,8 @@ def test_float32_stays_float32(changes):
     ids, targets = batch(model.config, (2, 8))
     assert model(ids).dtype == np.float32
     count = (targets != -100).sum()  # a NumPy scalar widens float32, a Python number does not
-    for divisor in (None, count, np.float64(3), 3):
-        loss = model.loss(ids, targets, divisor=divisor)
+    for num_targets in (None, count, np.float64(3), 3):
+        loss = model.loss(ids, targets, num_targets=num_targets)
         assert loss.dtype == np.float32
         loss.backward()
     for name, p in model.named_parameters():
@@ -644,11 +644,11 @@ def test_bad_targets_are_refused(targets, message):
         model.loss(np.array([[1, 2, 3, 4]]), targets)
 
 
-@pytest.mark.parametrize("divisor", [0, -3, math.nan])
-def test_a_bad_divisor_is_refused(divisor):
+@pytest.mark.parametrize("num_targets", [0, -3, math.nan])
+def test_a_bad_divisor_is_refused(num_targets):
     model = GPT2(GPT2Config(**SMALL), rng=np.random.default_rng(0))
-    with pytest.raises(Error, match=f"divisor must be positive, not {divisor}"):
-        model.loss(np.array([[1, 2]]), np.array([[2, 3]]), divisor=divisor)
+    with pytest.raises(Error, match=f"num_targets must be positive, not {num_targets}"):
+        model.loss(np.array([[1, 2]]), np.array([[2, 3]]), num_targets=num_targets)
 
 
 def test_ids_of_any_integer_kind_and_lists():

@@ -51,17 +51,17 @@ def configs(draw):
 
 
 @settings(max_examples=25)
-@example(config=EVERYTHING, rows=2, seed=0, divisor=None)
+@example(config=EVERYTHING, rows=2, seed=0, num_targets=None)
 @example(
-    config=replace(EVERYTHING, num_key_value_heads=1, tie_word_embeddings=True), rows=1, seed=1, divisor=7
+    config=replace(EVERYTHING, num_key_value_heads=1, tie_word_embeddings=True), rows=1, seed=1, num_targets=7
 )
 @given(config=configs(), rows=st.integers(1, 3), seed=st.integers(0, 2**32 - 1),
-       divisor=st.none() | st.integers(1, 50))  # fmt: skip
-def test_logits_loss_and_all_gradients_are_the_same_in_all_three(config, rows, seed, divisor):
+       num_targets=st.none() | st.integers(1, 50))  # fmt: skip
+def test_logits_loss_and_all_gradients_are_the_same_in_all_three(config, rows, seed, num_targets):
     model = random_llama(config, seed)
     ids, targets = batch(config, (rows, 1 + seed % config.max_position_embeddings), seed)
     tensors = torch.from_numpy(ids), torch.from_numpy(targets)
-    loss = model.loss(ids, targets, divisor=divisor)
+    loss = model.loss(ids, targets, num_targets=num_targets)
     loss.backward()
     assert loss.shape == ()
     for side, other in (("twin", bridge.to_torch(model)), ("transformers", bridge.to_transformers(model))):
@@ -69,7 +69,7 @@ def test_logits_loss_and_all_gradients_are_the_same_in_all_three(config, rows, s
         logits = logits if side == "twin" else logits.logits
         assert_close(model(ids).data, logits, f"logits of {side}")
         total = torch.nn.functional.cross_entropy(logits.flatten(0, 1), tensors[1].flatten(), reduction="sum")
-        expected = total / (divisor or int((targets != -100).sum()))
+        expected = total / (num_targets or int((targets != -100).sum()))
         expected.backward()
         assert loss.item() == pytest.approx(expected.item(), rel=1e-10)
         theirs = {name.removeprefix("model."): p.grad for name, p in other.named_parameters()}
@@ -80,7 +80,7 @@ def test_logits_loss_and_all_gradients_are_the_same_in_all_three(config, rows, s
             reference = theirs[name].numpy()
             ops.assert_close(parameter.grad, reference, f"gradient of {name} of {side}", floor=floor)
         if side == "twin":
-            assert other(*tensors, divisor).item() == pytest.approx(loss.item(), rel=1e-10)
+            assert other(*tensors, num_targets).item() == pytest.approx(loss.item(), rel=1e-10)
 
 
 @pytest.mark.parametrize("rope", ROPES)
@@ -308,7 +308,7 @@ def test_last_only_and_forward_with_targets():
     ids, targets = batch(EVERYTHING, (2, 8))
     assert_close(model(ids, last_only=True).data, model(ids).data[:, -1:], "the last position", 1e-13)
     assert model(ids, targets).item() == model.loss(ids, targets).item()
-    assert model(ids, targets, 3).item() == model.loss(ids, targets, divisor=3).item()
+    assert model(ids, targets, 3).item() == model.loss(ids, targets, num_targets=3).item()
     assert model.context == 8
 
 
@@ -316,8 +316,8 @@ def test_float32_stays_float32():
     model = random_llama(EVERYTHING, dtype=np.float32).train()
     ids, targets = batch(EVERYTHING, (2, 8))
     assert model(ids).dtype == np.float32
-    for divisor in (None, (targets != -100).sum(), np.float64(3), 3):
-        loss = model.loss(ids, targets, divisor=divisor)
+    for num_targets in (None, (targets != -100).sum(), np.float64(3), 3):
+        loss = model.loss(ids, targets, num_targets=num_targets)
         assert loss.dtype == np.float32
         loss.backward()
     for name, p in model.named_parameters():

@@ -180,7 +180,7 @@ def gpt2_part(draw, ours, theirs, *more):
 
 @st.composite
 def gpt2_model(draw):
-    """Its logits, or its loss with and without a divisor."""
+    """Its logits, or its loss with and without a num_targets."""
     config, seed = draw(gpt2_configs()), draw(some.SEEDS)
     model = random_gpt2(config, seed).train(draw(st.booleans()))
     shape = draw(st.integers(1, 3)), draw(st.integers(1, config.n_positions))
@@ -210,7 +210,7 @@ def llama_part(draw, ours, theirs, turns=True):
 
 @st.composite
 def llama_model(draw):
-    """Its logits, or its loss with and without a divisor."""
+    """Its logits, or its loss with and without a num_targets."""
     config, seed = draw(llama_configs()), draw(some.SEEDS)
     model = test_llama.random_llama(config, seed).train(draw(st.booleans()))
     shape = draw(st.integers(1, 3)), draw(st.integers(1, config.max_position_embeddings))

@@ -43,16 +43,16 @@ def test_logits_loss_and_all_gradients_are_the_same_in_all_three(config, rows, s
     model = random_gpt2(config, seed)
     twin, theirs = bridge.to_torch(model), bridge.to_transformers(model)
     ids, targets = batch(config, (rows, data.draw(st.integers(1, config.n_positions))), seed)
-    divisor = data.draw(st.none() | st.integers(1, 50))
+    num_targets = data.draw(st.none() | st.integers(1, 50))
     tensors = torch.from_numpy(ids), torch.from_numpy(targets)
 
     logits = theirs(tensors[0]).logits
     assert_close(model(ids).data, twin(tensors[0]), "logits of the twin")
     assert_close(model(ids).data, logits, "logits of transformers")
 
-    loss, twin_loss = model.loss(ids, targets, divisor), twin(*tensors, divisor)
+    loss, twin_loss = model.loss(ids, targets, num_targets), twin(*tensors, num_targets)
     total = F.cross_entropy(logits.flatten(0, 1), tensors[1].flatten(), reduction="sum")
-    their_loss = total / (divisor or (targets != -100).sum())
+    their_loss = total / (num_targets or (targets != -100).sum())
     for each in (loss, twin_loss, their_loss):
         each.backward()
     assert loss.item() == pytest.approx(twin_loss.item(), rel=1e-10)

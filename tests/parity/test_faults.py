@@ -250,8 +250,8 @@ def plain_means(patch):
     """Each of the three micro-batches of a step counts a third, however many targets it counts."""
     honest = GPT2.loss
 
-    def loss(model, ids, targets, divisor=None):
-        return honest(model, ids, targets) * (1 if divisor is None else 1 / 3)
+    def loss(model, ids, targets, num_targets=None):
+        return honest(model, ids, targets) * (1 if num_targets is None else 1 / 3)
 
     patch.setattr(GPT2, "loss", loss)
 

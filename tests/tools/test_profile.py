@@ -49,7 +49,7 @@ class Training:
     def gradients(self):
         for number, ids in enumerate(self.ids):
             manual_seed(0, len(self.losses), number)
-            loss = self.model.loss(ids, ids, divisor=self.ids.size)
+            loss = self.model.loss(ids, ids, num_targets=self.ids.size)
             loss.backward()
             self.losses.append(loss.item())
 

@@ -58,7 +58,7 @@ def tinyllm_run(model) -> list[Step]:
     for step in range(STEPS):
         batches, loss = micro_batches(step), 0.0
         for ids, targets in batches:
-            part = model.loss(ids, targets, divisor=counted(batches))
+            part = model.loss(ids, targets, num_targets=counted(batches))
             part.backward()
             loss += part.item()
         norm = optim.clip_grad_norm(model, CLIP)

@@ -110,8 +110,8 @@ def rope(input, cos, sin):
     return concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1)
 
 
-def cross_entropy(input, target, *, ignore_index=-100, divisor=None):
-    """Σ -log softmax(logits)[target] / divisor, over the targets that count."""
+def cross_entropy(input, target, *, ignore_index=-100, num_targets=None):
+    """Σ -log softmax(logits)[target] / num_targets, over the targets that count."""
     logits = input.reshape(-1, input.shape[-1])  # (N, V)
     target = target.reshape(-1)
     counted = target != ignore_index
@@ -119,10 +119,12 @@ def cross_entropy(input, target, *, ignore_index=-100, divisor=None):
     log_sum = (logits - peak).exp().sum(axis=1).log() + peak.reshape(-1)
     rows = np.arange(len(target), like=target)
     losses = log_sum - logits[rows, np.where(counted, target, 0)]
-    return where(counted, losses, 0.0).sum() / (counted.sum().item() if divisor is None else divisor)
+    return where(counted, losses, 0.0).sum() / (counted.sum().item() if num_targets is None else num_targets)
 
 
-def linear_cross_entropy(input, linear_weight, target, *, linear_bias=None, ignore_index=-100, divisor=None):
+def linear_cross_entropy(
+    input, linear_weight, target, *, linear_bias=None, ignore_index=-100, num_targets=None
+):
     """The output layer and the loss, one after the other."""
     logits = linear(input, linear_weight, linear_bias)
-    return cross_entropy(logits, target, ignore_index=ignore_index, divisor=divisor)
+    return cross_entropy(logits, target, ignore_index=ignore_index, num_targets=num_targets)

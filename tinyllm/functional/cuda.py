@@ -257,10 +257,10 @@ def cross_entropy(logits, targets, ignore_index: int, weight: float, gradient) -
 
 
 def linear_cross_entropy(
-    input: Tensor, weight: Tensor, bias: Tensor | None, targets, ignore_index: int, divisor: float
+    input: Tensor, weight: Tensor, bias: Tensor | None, targets, ignore_index: int, num_targets: float
 ) -> Tensor:
-    """A chunk of rows at a time, as in ``losses.py``; the divisor comes in at the end, as a short type would
-    round p / divisor to nothing."""
+    """A chunk of rows at a time, as in ``losses.py``; the num_targets comes in at the end, as a short type would
+    round p / num_targets to nothing."""
     x = contiguous(as_rows(input.data))  # (N, C)
     w = weight.data.astype(x.dtype, copy=False)  # (V, C)
     (N, C), V, sums_in = x.shape, len(w), wide(x.dtype)
@@ -289,7 +289,7 @@ def linear_cross_entropy(
     shape, dtypes = input.shape, [None if t is None else t.dtype for t in (input, weight, bias)]
 
     def vjp(grad):
-        factor = grad / divisor  # an array on the device: asking for its value would mean to wait for it
+        factor = grad / num_targets  # an array on the device: asking for its value would mean to wait for it
         results = []
         for d, dtype in zip((dx, dw, db), dtypes):
             if d is not None:
@@ -300,4 +300,4 @@ def linear_cross_entropy(
             results[0] = results[0].reshape(shape)
         return results
 
-    return Tensor.from_op(total / divisor, (input, weight, bias), vjp)
+    return Tensor.from_op(total / num_targets, (input, weight, bias), vjp)

@@ -1,11 +1,11 @@
 """How wrong was the prediction, and what would have been better?
 
-Cross-entropy of the next token: loss = Σ -log p(target) / divisor with p = softmax(logits), over the
+Cross-entropy of the next token: loss = Σ -log p(target) / num_targets with p = softmax(logits), over the
 targets that are not ``ignore_index``. Its gradient is what makes training simple:
 
-    d loss / d logits = (p - onehot(target)) / divisor,   zero for ignored targets
+    d loss / d logits = (p - onehot(target)) / num_targets,   zero for ignored targets
 
-``divisor`` is the number of targets that count unless it is given: micro-batches of one step all divide
+``num_targets`` is the number of targets that count unless it is given: micro-batches of one step all divide
 by the step's total, so that their gradients add up to those of the whole batch.
 """
 
@@ -26,7 +26,9 @@ CHUNK = 256  # rows of logits at a time; with fewer, the weight's way through me
 COLUMNS = 512  # classes of dW at a time, in each thread
 
 
-def cross_entropy(input: Tensor, target, *, ignore_index: int = -100, divisor: float | None = None) -> Tensor:
+def cross_entropy(
+    input: Tensor, target, *, ignore_index: int = -100, num_targets: float | None = None
+) -> Tensor:
     """Cross-entropy of logits (..., V) and integer targets (...): a scalar in the logits' dtype.
 
     Of logits in a short type it is float32.
@@ -35,15 +37,15 @@ def cross_entropy(input: Tensor, target, *, ignore_index: int = -100, divisor: f
         input = input.astype(np.float32)
     logits = as_rows(input.data)  # (N, V)
     given, target = target, _check_targets(target, input.shape, ignore_index, like=logits)
-    divisor = _divisor(given, ignore_index, divisor)
+    num_targets = _num_targets(given, ignore_index, num_targets)
     shape = input.shape
     dlogits = logits.copy()
-    losses = _into_gradient(dlogits, target, ignore_index, divisor)
+    losses = _into_gradient(dlogits, target, ignore_index, num_targets)
 
     def vjp(grad):
         return ((dlogits * grad).reshape(shape),)
 
-    return Tensor.from_op(losses.sum() / divisor, (input,), vjp)
+    return Tensor.from_op(losses.sum() / num_targets, (input,), vjp)
 
 
 def linear_cross_entropy(
@@ -53,7 +55,7 @@ def linear_cross_entropy(
     *,
     linear_bias: Tensor | None = None,
     ignore_index: int = -100,
-    divisor: float | None = None,
+    num_targets: float | None = None,
 ) -> Tensor:
     """``cross_entropy(linear(input, linear_weight, linear_bias), target)`` without ever holding all logits.
 
@@ -65,9 +67,9 @@ def linear_cross_entropy(
     if linear_weight.ndim != 2 or input.ndim == 0 or x.shape[1] != w.shape[1]:
         raise Error(f"linear_cross_entropy: input {input.shape} does not fit a weight {w.shape} (V, C)")
     given, target = target, _check_targets(target, (*input.shape[:-1], len(w)), ignore_index, like=x)
-    divisor = _divisor(given, ignore_index, divisor)
+    num_targets = _num_targets(given, ignore_index, num_targets)
     if on_gpu(input, linear_weight, linear_bias):
-        return gpu.linear_cross_entropy(input, linear_weight, linear_bias, target, ignore_index, divisor)
+        return gpu.linear_cross_entropy(input, linear_weight, linear_bias, target, ignore_index, num_targets)
     b = None if linear_bias is None else linear_bias.data
     dx = np.empty_like(x) if input.wants_grad else None
     dw = (np.empty_like if len(x) else np.zeros_like)(w) if linear_weight.wants_grad else None
@@ -87,7 +89,7 @@ def linear_cross_entropy(
         logits = matmul(x[rows], w.T, out=chunk[: len(x[rows])])
         if b is not None:
             logits += b
-        total = total + _into_gradient(logits, target[rows], ignore_index, divisor).sum()
+        total = total + _into_gradient(logits, target[rows], ignore_index, num_targets).sum()
         if dx is not None:
             matmul(logits, w, out=dx[rows])
         if dw is not None:
@@ -104,15 +106,15 @@ def linear_cross_entropy(
                     d *= grad
         return (None if dx is None else dx.reshape(shape)), dw, db
 
-    return Tensor.from_op(total / divisor, (input, linear_weight, linear_bias), vjp)
+    return Tensor.from_op(total / num_targets, (input, linear_weight, linear_bias), vjp)
 
 
-def _into_gradient(logits, target, ignore_index, divisor):
-    """In place: logits (N, V) -> (p - onehot) / divisor. Returns the loss (N, 1) of each row, undivided."""
+def _into_gradient(logits, target, ignore_index, num_targets):
+    """In place: logits (N, V) -> (p - onehot) / num_targets. Returns the loss (N, 1) of each row, undivided."""
     if library_of(logits) is not None:
-        return gpu.cross_entropy(logits, target, ignore_index, 1 / divisor, gradient=logits)
+        return gpu.cross_entropy(logits, target, ignore_index, 1 / num_targets, gradient=logits)
     counted = (target != ignore_index).reshape(-1, 1)
-    weight = np.where(counted, 1 / divisor, 0).astype(logits.dtype)
+    weight = np.where(counted, 1 / num_targets, 0).astype(logits.dtype)
     safe = np.where(counted[:, 0], target, 0)
     losses = np.empty((len(logits), 1), logits.dtype, like=logits)
 
@@ -143,15 +145,15 @@ def _check_targets(target, logits_shape, ignore_index, like):
     return np.asarray(target.reshape(-1), like=like)
 
 
-def _divisor(target, ignore_index, divisor):
+def _num_targets(target, ignore_index, num_targets):
     """The number of targets that count, unless the caller divides by something else.
 
     It is counted where the caller has them: from the host there is no GPU to wait for.
     """
-    if divisor is None:
-        divisor = int(np.not_equal(target, ignore_index).sum().item())
-        if divisor == 0:
+    if num_targets is None:
+        num_targets = int(np.not_equal(target, ignore_index).sum().item())
+        if num_targets == 0:
             raise Error(f"every target is ignore_index ({ignore_index}): there is no loss to compute")
-    if not divisor > 0:
-        raise Error(f"divisor must be positive, not {divisor}")
-    return float(divisor)  # a NumPy number would widen the loss
+    if not num_targets > 0:
+        raise Error(f"num_targets must be positive, not {num_targets}")
+    return float(num_targets)  # a NumPy number would widen the loss

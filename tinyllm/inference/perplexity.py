@@ -116,7 +116,7 @@ def evaluate_text(
     with bar, evaluating(model), no_grad(), np.errstate(over="ignore", invalid="ignore"):
         for rows in batches:
             inputs, targets = _inputs_and_targets(ids, rows, model.config.vocab_size)
-            nats += model.loss(inputs, targets, divisor=1).item()
+            nats += model.loss(inputs, targets, num_targets=1).item()
             counted = int((targets != IGNORED).sum())
             tokens += counted
             bar.set_postfix_str(f"loss {nats / tokens:.4f}", refresh=False)

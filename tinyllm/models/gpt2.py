@@ -228,7 +228,7 @@ class GPT2(nn.Module):
         H, D = self.config.n_head, self.config.n_embd // self.config.n_head
         return Cache(self.config.n_layer, batch, H, room, D, like, padding, self.product_dtype)
 
-    def forward(self, ids, targets=None, divisor=None, last_only=False, cache=None) -> Tensor:
+    def forward(self, ids, targets=None, num_targets=None, last_only=False, cache=None) -> Tensor:
         """Logits (B, T, V) of ids (B, T), or (B, 1, V) with ``last_only``; with ``targets``, their loss.
 
         With a ``cache`` the ids continue the text it holds, and are added to it.
@@ -250,12 +250,12 @@ class GPT2(nn.Module):
         if targets is None:
             return self.lm_head(x[:, -1:] if last_only else x, dtype=wide(x.dtype))
         return F.linear_cross_entropy(
-            x, self.lm_head.weight, targets, linear_bias=self.lm_head.bias, divisor=divisor
+            x, self.lm_head.weight, targets, linear_bias=self.lm_head.bias, num_targets=num_targets
         )
 
-    def loss(self, ids, targets, divisor=None) -> Tensor:
-        """Σ cross-entropy over targets that are not -100, divided by ``divisor`` (default: their number)."""
-        return self(ids, targets, divisor)
+    def loss(self, ids, targets, num_targets=None) -> Tensor:
+        """Σ cross-entropy over targets that are not -100, divided by ``num_targets`` (default: their number)."""
+        return self(ids, targets, num_targets)
 
     def resize_token_embeddings(self, vocab_size: int, rng: np.random.Generator) -> None:
         """Make room for ids up to ``vocab_size`` - 1, in place; the old ids keep their weights bit for bit.

@@ -382,7 +382,7 @@ class Llama(nn.Module):
         layers, G = config.num_hidden_layers, config.num_key_value_heads
         return Cache(layers, batch, G, room, config.head_dim, like, padding, self.product_dtype)
 
-    def forward(self, ids, targets=None, divisor=None, last_only=False, cache=None) -> Tensor:
+    def forward(self, ids, targets=None, num_targets=None, last_only=False, cache=None) -> Tensor:
         """Logits (B, T, V) of ids (B, T), or (B, 1, V) with ``last_only``; with ``targets``, their loss.
 
         With a ``cache`` the ids continue the text it holds, and are added to it.
@@ -404,11 +404,11 @@ class Llama(nn.Module):
         x = self.norm(x)
         if targets is None:
             return self.lm_head(x[:, -1:] if last_only else x, dtype=wide(x.dtype))
-        return F.linear_cross_entropy(x, self.lm_head.weight, targets, divisor=divisor)
+        return F.linear_cross_entropy(x, self.lm_head.weight, targets, num_targets=num_targets)
 
-    def loss(self, ids, targets, divisor=None) -> Tensor:
-        """Σ cross-entropy over targets that are not -100, divided by ``divisor`` (default: their number)."""
-        return self(ids, targets, divisor)
+    def loss(self, ids, targets, num_targets=None) -> Tensor:
+        """Σ cross-entropy over targets that are not -100, divided by ``num_targets`` (default: their number)."""
+        return self(ids, targets, num_targets)
 
     def checkpoint_keys(self, arrays: Mapping) -> dict[str, str]:
         """Parameter name -> key, for any of the layouts Llama is published in.

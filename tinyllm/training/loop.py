@@ -144,7 +144,7 @@ def evaluate(
         for start in range(0, len(chosen), batch):
             check()
             ids, targets = windows[chosen[start : start + batch]]
-            total += model.loss(ids, targets, divisor=1).item()
+            total += model.loss(ids, targets, num_targets=1).item()
             count += targets.size
     return total / count
 
@@ -172,7 +172,7 @@ def gradients(
         check()
         rows = slice(first, first + micro_batch)
         manual_seed(seed, step, number)
-        loss = model.loss(ids[rows], targets[rows], divisor=counted)
+        loss = model.loss(ids[rows], targets[rows], num_targets=counted)
         loss.backward(None if scale is None else scale.seed(loss))
         losses.append(loss)
     if scale is not None:
