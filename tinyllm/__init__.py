@@ -1,20 +1,14 @@
 """tinyllm: language models you can read, in NumPy, every number proven against PyTorch."""
 
-import os
-import sys
-
-if "numpy" not in sys.modules:  # OpenBLAS reads it when it is loaded; device.step_of_few_rows says why
-    os.environ.setdefault("OPENBLAS_THREAD_TIMEOUT", "20")
-
-from tinyllm import functional, nn, optim
+from tinyllm import backend, functional, nn, optim, training
 from tinyllm.backend.random import manual_seed
 from tinyllm.errors import Error
 from tinyllm.inference.generate import generate
 from tinyllm.models import GPT2, GPT2Config, Llama, LlamaConfig, load_model
-from tinyllm.tensor import Tensor, concatenate, einsum, no_grad, split, stack, where
+from tinyllm.tensor import Tensor, no_grad
+from tinyllm.tensor_ops import concatenate, einsum, split, stack, where
 from tinyllm.tokenizers import load_tokenizer
-
-__version__ = "0.1.0"
+from tinyllm.version import __version__
 
 __all__ = [
     "GPT2",
@@ -23,6 +17,8 @@ __all__ = [
     "Llama",
     "LlamaConfig",
     "Tensor",
+    "__version__",
+    "backend",
     "concatenate",
     "einsum",
     "functional",
@@ -35,5 +31,6 @@ __all__ = [
     "optim",
     "split",
     "stack",
+    "training",
     "where",
 ]

@@ -14,9 +14,25 @@ from tinyllm.errors import Error
 from tinyllm.nn import Module
 from tinyllm.tensor import Tensor
 
+Parameters = Module | Iterable[Tensor] | Iterable[tuple[str, Tensor]]  # what optimizers and clipping take
 
-def _named(parameters: Module | Iterable[tuple[str, Tensor]]) -> list[tuple[str, Tensor]]:
-    return list(parameters.named_parameters() if isinstance(parameters, Module) else parameters)
+
+def _named(parameters: Parameters) -> list[tuple[str, Tensor]]:
+    """(name, parameter) of each; tensors without a name are called by their number."""
+    if isinstance(parameters, Module):
+        return list(parameters.named_parameters())
+    if isinstance(parameters, Tensor):
+        raise Error("parameters are given as a model or a list: put the tensor into a list")
+    entries = [
+        (str(number), entry) if isinstance(entry, Tensor) else entry
+        for number, entry in enumerate(parameters)
+    ]
+    for entry in entries:
+        match entry:
+            case (str(), Tensor()):
+                continue
+        raise Error(f"parameters are Tensors or pairs (name, Tensor), and one is a {type(entry).__name__}")
+    return entries
 
 
 class AdamW:
@@ -27,28 +43,64 @@ class AdamW:
         m = β₁ m + (1 - β₁) g          v = β₂ v + (1 - β₂) g²
         θ = θ - lr λ θ - lr (m / (1 - β₁ᵗ)) / (sqrt(v / (1 - β₂ᵗ)) + ε)
 
-    λ is ``weight_decay`` for parameters of two or more axes, and 0 for biases and norms. ``lr`` may be
-    changed between steps. ``parameters`` is a model, or pairs (name, Tensor).
+    ``parameters`` is a model, a list of Tensors or of pairs (name, Tensor), or a list of groups: dicts of
+    "params" (any of those) and, if they differ from the optimizer's, "lr" and "weight_decay". Those that
+    require no gradient are left out, and take no memory. ``lr`` may be changed between steps; a group whose
+    rate is k times the optimizer's at first keeps that factor, so that one schedule serves all.
+
+    λ is ``weight_decay`` for parameters of two or more axes and 0 for biases and norms; a group's own
+    weight_decay is that of all its parameters.
     """
 
     def __init__(
         self,
-        parameters: Module | Iterable[tuple[str, Tensor]],
+        parameters: Parameters | Iterable[dict],
         lr: float,
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
         weight_decay: float = 0.01,
     ):
-        if lr < 0 or eps < 0 or weight_decay < 0 or not all(0 <= beta < 1 for beta in betas):
+        numbers = (lr, eps, weight_decay)
+        if not all(_is_rate(x) for x in numbers) or len(betas) != 2 or not all(0 <= b < 1 for b in betas):
             raise Error(
-                f"AdamW needs lr, eps and weight_decay of at least 0 and betas in [0, 1); got lr={lr}, "
-                f"eps={eps}, weight_decay={weight_decay}, betas={betas}."
+                f"AdamW needs lr, eps and weight_decay of at least 0 and two betas in [0, 1); got lr={lr!r}, "
+                f"eps={eps!r}, weight_decay={weight_decay!r}, betas={betas}"
             )
         self.lr, self.betas, self.eps, self.weight_decay = lr, betas, eps, weight_decay
-        self.parameters = _named(parameters)
+        self.parameters: list[tuple[str, Tensor]] = []
+        self._options: dict[str, tuple[float, float]] = {}  # name -> (factor of lr, λ)
+        groups = _groups(parameters)
+        for number, group in enumerate(groups):
+            self._add(group, prefix=f"{number}." if len(groups) > 1 else "")
+        if not self.parameters:
+            raise Error("no parameter requires a gradient: set requires_grad = True where you want to train")
         # name -> [t, m, v], made at a parameter's first step: m and v together are twice as large as the
         # model, and until then it may still be converted. They follow their parameter to another device.
         self.state: dict[str, list] = {}
+
+    def _add(self, group: dict, prefix: str) -> None:
+        """The parameters of a group; of several, names begin with the group's number, to tell them apart."""
+        unknown = group.keys() - {"params", "lr", "weight_decay"}
+        if unknown or "params" not in group:
+            raise Error(
+                f"a group of parameters has params, lr and weight_decay, and this one has {set(group)}"
+            )
+        lr, decay = group.get("lr", self.lr), group.get("weight_decay")
+        if not (_is_rate(lr) and (decay is None or _is_rate(decay)) and (lr == self.lr or self.lr > 0)):
+            raise Error(
+                f"a group's lr {lr!r} and weight_decay {decay!r} must be at least 0, and AdamW's lr above 0"
+            )
+        for name, parameter in _named(group["params"]):
+            if not parameter.requires_grad:
+                continue
+            if any(parameter is other for _, other in self.parameters):
+                raise Error(f"the parameter {name} is given twice: give each once, tied ones in one group")
+            name = prefix + name
+            if name in self._options:
+                raise Error(f"two parameters are called {name}: give pairs (name, Tensor) with other names")
+            self.parameters.append((name, parameter))
+            own = (self.weight_decay if parameter.ndim >= 2 else 0.0) if decay is None else decay
+            self._options[name] = (1.0 if lr == self.lr else lr / self.lr, own)
 
     def reserve(self) -> None:
         """Make m and v now. From here on the parameters must stay in their dtype.
@@ -112,8 +164,9 @@ class AdamW:
         state[1:] = (beside(average, parameter.data) for average in state[1:])
         # Both bias corrections, folded into the step size and ε: one pass over memory.
         root = math.sqrt(1 - beta2 ** state[0])
-        step_size, eps = self.lr * root / (1 - beta1 ** state[0]), self.eps * root
-        decay = 1 - self.lr * self.weight_decay if parameter.ndim >= 2 else 1.0
+        factor, weight_decay = self._options[name]
+        lr = self.lr * factor
+        step_size, eps, decay = lr * root / (1 - beta1 ** state[0]), self.eps * root, 1 - lr * weight_decay
         arrays = [_rows(array) for array in (parameter.data, parameter.grad, *state[1:])]
         return arrays, (step_size, eps, decay)
 
@@ -149,6 +202,20 @@ class AdamW:
         self.state = restored
 
 
+def _is_rate(x) -> bool:
+    return isinstance(x, int | float | np.number) and 0 <= x < math.inf
+
+
+def _groups(parameters) -> list[dict]:
+    """The groups given, or one of all parameters."""
+    if isinstance(parameters, (Module, Tensor)):
+        return [{"params": parameters}]
+    parameters = list(parameters)
+    if parameters and all(isinstance(entry, dict) for entry in parameters):
+        return parameters
+    return [{"params": parameters}]
+
+
 def _no_step_yet(parameter: Tensor) -> list:
     return [0, np.zeros_like(parameter.data), np.zeros_like(parameter.data)]
 
@@ -162,7 +229,7 @@ def _each_block_of(array, function) -> None:
     each_block(function, array.shape[0], math.prod(array.shape[1:]), like=array)
 
 
-def clip_grad_norm(parameters: Module | Iterable[tuple[str, Tensor]], max_norm: float) -> float:
+def clip_grad_norm(parameters: Parameters, max_norm: float) -> float:
     """Scale all gradients, in place, so that their joint L2 norm is at most ``max_norm``.
 
     Returns the norm before. Pascanu, Mikolov and Bengio, arXiv 1211.5063, algorithm 1. As in torch,
@@ -210,7 +277,28 @@ def _sum_of_squares(g) -> float:
     return math.fsum(parts.values())  # exact, so it does not depend on which block was first
 
 
-class LossScale:
+class NoLossScale:
+    """The loss scale of types that need none: the methods of ``LossScale``, and nothing changes."""
+
+    scale = 1.0
+
+    def seed(self, loss: Tensor) -> None:
+        """What ``loss.backward`` takes."""
+
+    def unscale(self, parameters: Parameters) -> None:
+        """The gradients are what they should be."""
+
+    def update(self, finite: bool) -> None:
+        """The next step's scale is 1, too."""
+
+    def state_dict(self) -> dict:
+        return {}
+
+    def load_state_dict(self, state: Mapping) -> None:
+        """There is nothing to restore."""
+
+
+class LossScale(NoLossScale):
     """Keeps small gradients from becoming zero in float16. Micikevicius et al., arXiv 1710.03740, 3.2.
 
     float16 has nothing between 0 and 6e-8, where many gradients lie. The loss is multiplied by S, and by the
@@ -228,7 +316,7 @@ class LossScale:
         """S, as the array that ``loss.backward`` takes: every gradient is S times what it is."""
         return np.full_like(loss.data, self.scale)
 
-    def unscale(self, parameters: Module | Iterable[tuple[str, Tensor]]) -> None:
+    def unscale(self, parameters: Parameters) -> None:
         """Divide all gradients, in place, by S."""
         scale(_grads(parameters), 1 / self.scale)  # a power of two, like S: exact
 

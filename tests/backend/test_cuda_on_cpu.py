@@ -11,6 +11,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 from support import cuda_on_cpu
+from support.cublas_on_cpu import TYPES
 from support.cuda_on_cpu import RED_ZONE, Simulator, needs_compiler, simulated_cupy
 from support.device_array import Device, DeviceArray
 
@@ -564,8 +565,8 @@ def test_gemm_is_its_definition(data):
     strides = [lead * c + draw(st.integers(0, 2), 1) for lead, c in zip(ld, columns)]
     rng = np.random.default_rng(draw(st.integers(0, 99), 0))
     sizes = [batch * stride + 8 for stride in strides]
-    A, B = (rng.integers(-3, 4, size).astype(cuda_on_cpu.TYPES[types[0]]) for size in sizes[:2])
-    C = rng.integers(-3, 4, sizes[2]).astype(cuda_on_cpu.TYPES[types[1]])
+    A, B = (rng.integers(-3, 4, size).astype(TYPES[types[0]]) for size in sizes[:2])
+    C = rng.integers(-3, 4, sizes[2]).astype(TYPES[types[1]])
     if beta == 0:
         C[:] = np.nan
 
@@ -596,7 +597,7 @@ def test_heads_that_lie_side_by_side():
 
 @pytest.mark.parametrize("kind", [F16, BF16])
 def test_short_types_add_up_in_float32(kind):
-    ones, out = zeros(5000, dtype=cuda_on_cpu.TYPES[kind]) + 1, zeros(1)
+    ones, out = zeros(5000, dtype=TYPES[kind]) + 1, zeros(1)
     gemm(ones, ones, out, k=5000, ld=(1, 5000, 1), types=(kind, F32, 68))
     assert out.get() == 5000
 

@@ -14,7 +14,8 @@ import einops
 import ml_dtypes
 import numpy as np
 import pytest
-from support.device_array import FUNCTIONS, METHODS, UFUNCS, Device, DeviceArray
+from support.cupy_signatures import FUNCTIONS, METHODS, UFUNCS
+from support.device_array import Device, DeviceArray
 
 X = np.linspace(-2, 2, 6, dtype=np.float32).reshape(2, 3)
 Y = np.array([[1, 3, 2], [6, 5, 4]], dtype=np.float32)

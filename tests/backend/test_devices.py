@@ -8,17 +8,15 @@ import numpy as np
 import pytest
 from support.fake_cupy import OutOfMemoryError, stand_in_cupy
 
-from tinyllm.backend import dtypes
 from tinyllm.backend.device import describe_device, open_device, pick_device, to_device
-from tinyllm.backend.dtypes import PRECISIONS, allow_tf32, weights_dtype
+from tinyllm.backend.dtypes import PRECISIONS, weights_dtype
 from tinyllm.backend.memory import out_of_memory, peak_memory
 from tinyllm.errors import Error
 
 
 @pytest.fixture
 def cupy(monkeypatch):
-    yield stand_in_cupy(monkeypatch)
-    allow_tf32(False)
+    return stand_in_cupy(monkeypatch)
 
 
 @pytest.mark.parametrize("name, number", [("cuda", 0), ("cuda:0", 0), ("cuda:1", 1)])
@@ -130,12 +128,6 @@ def test_what_a_gpu_multiplies_in(cupy, dtype, capability, said):
     assert cupy.current == 0
 
 
-def test_tf32_is_switched_on_and_off(cupy):
-    for dtype in PRECISIONS + PRECISIONS[::-1]:
-        open_device("cuda", dtype)
-        assert dtypes.Products.tf32 == (dtype == "tf32")
-
-
 def test_what_the_weights_are_kept_in():
     assert [weights_dtype(name).name for name in PRECISIONS] == [
         "float32",
@@ -166,7 +158,7 @@ def test_a_limit_that_is_none(cupy, gigabytes):
 def test_a_limit_on_a_cpu():
     with pytest.raises(
         Error,
-        match="--gpu-memory 2 bounds a GPU's memory: on a CPU leave it out, or say None",
+        match="--gpu-memory 2 bounds a GPU's memory: omit it on a CPU",
     ):
         open_device("cpu", gpu_memory=2)
 

@@ -18,8 +18,8 @@ from support.models import MODELS, on_host
 from parity.compare import compare
 from parity.twins import bridge
 from tinyllm import Tensor, manual_seed, no_grad, optim
-from tinyllm.backend.dtypes import dtype_of
-from tinyllm.inference import generate
+from tinyllm.backend.dtypes import autocast
+from tinyllm.inference.generate import generate
 
 IDS = np.random.default_rng(5).integers(0, 23, (3, 2, 20))
 on_both = pytest.mark.parametrize("put", GPUS, indirect=True)
@@ -108,7 +108,8 @@ def test_bfloat16_is_as_near_to_float32_as_torchs_autocast(name, put):
     model, twin = pair(name, put, np.float32)
     expected, expected_grads = loss_of_twin(twin, IDS[0])
     _, their_grads = loss_of_twin(twin, IDS[0], torch.bfloat16)
-    ours, our_grads = loss_of_ours(model.multiply_in(dtype_of("bfloat16")), IDS[0])
+    with autocast("bfloat16"):
+        ours, our_grads = loss_of_ours(model, IDS[0])
     assert ours == pytest.approx(expected, rel=2.0**-8)
     assert 0 < distance(our_grads, expected_grads) < 1.25 * distance(their_grads, expected_grads)
 
@@ -198,10 +199,10 @@ def test_a_tensor_moves_and_its_gradient_comes_back(monkeypatch):
 @needs_compiler
 def test_an_example_takes_the_gpu_that_is_there(monkeypatch, capsys):
     simulated_cupy(monkeypatch)
-    monkeypatch.setattr(sys, "argv", ["03"])
+    monkeypatch.setattr(sys, "argv", ["08"])
     for name, value in (("TINYLLM_EXAMPLES", "small"), ("HF_HUB_OFFLINE", "1")):
         monkeypatch.setenv(name, value)
-    example = Path(__file__).parents[2] / "examples" / "03_gpt2_weights_and_topk.py"
+    example = Path(__file__).parents[2] / "examples" / "08_weights_and_sampling.py"
     runpy.run_path(str(example), run_name="__main__")
     said = capsys.readouterr().out
     assert " parameters on cuda\n" in said and said.count("top-k") == 9

@@ -17,7 +17,7 @@ def three_threads(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "omp, openblas, threads",
+    "omp, openblas, asked",
     [
         ("3", "2", 3),
         ("3", None, 3),
@@ -28,13 +28,13 @@ def three_threads(monkeypatch):
         (None, None, None),
     ],
 )
-def test_the_user_says_how_many(monkeypatch, omp, openblas, threads):
+def test_the_user_says_how_many(monkeypatch, omp, openblas, asked):
     for name, value in (("OMP_NUM_THREADS", omp), ("OPENBLAS_NUM_THREADS", openblas)):
         monkeypatch.delenv(name, raising=False)
         if value is not None:
             monkeypatch.setenv(name, value)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    assert threads.num_threads() == (threads or cores)
+    assert threads.num_threads() == (asked or cores)
 
 
 @pytest.mark.parametrize("count", [0, 1, 2, 3, 100])
@@ -46,14 +46,14 @@ def test_every_task_is_done_once(count):
 
 def test_all_threads_take_part_and_this_one_too():
     together = threading.Barrier(3, timeout=10)  # breaks unless three threads meet
-    threads = []
+    met = []
 
     def meet(_):
-        threads.append(threading.get_ident())
+        met.append(threading.get_ident())
         together.wait()
 
     threads.run_tasks(meet, [0, 1, 2])
-    assert threading.get_ident() in threads and len(set(threads)) == 3
+    assert threading.get_ident() in met and len(set(met)) == 3
 
 
 def test_tasks_inside_a_task_stay_in_its_thread():

@@ -6,6 +6,7 @@
 import inspect
 import math
 import operator
+from functools import partial
 
 import einops
 import numpy as np
@@ -15,12 +16,14 @@ from hypothesis import Phase, find, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from support.ops import caught, place_of_error, scale_one_gradient
+from support.suite import proven
 
 import tinyllm
 from parity.ops import strategies as some
 from parity.ops.cases import Case, assert_close, check_direction, check_float32, check_torch
-from tinyllm import Tensor, concatenate, einsum, split, stack, tensor, where
+from tinyllm import Tensor, concatenate, einsum, split, stack, tensor, tensor_ops, where
 from tinyllm.errors import Error
+from tinyllm.tensor_ops import ArrayAlgebra
 
 # -------------------------------------------------------------------- arithmetic operators
 
@@ -384,7 +387,7 @@ CASES = {
 every_op = pytest.mark.parametrize("op", CASES)
 
 
-@every_op
+@proven("op", CASES)
 @given(data=st.data())
 def test_value_and_gradients_are_torchs(op, data):
     check_torch(data.draw(CASES[op]))
@@ -403,19 +406,20 @@ def test_float32_stays_float32_and_close_to_float64(op, data):
 
 
 NOT_OPS = {"__init__", "__repr__", "__bool__", "__array__"}  # operators that compute nothing
-NOT_OPS |= {"from_op", "with_again", "remembered", "backward"}  # the tape
+NOT_OPS |= {"from_op", "saved", "backward"}  # the tape
 NOT_OPS |= {"replace", "detach", "item", "no_grad"}  # ways out of it
 NOT_OPS |= {"to"}  # another device: tests/test_gpu.py
 
 
 def test_every_public_op_has_a_case():
-    hidden = {n for n in vars(Tensor) if n.startswith("_") and not n.endswith("__")}
-    methods = {name for name, value in vars(Tensor).items() if callable(value)} - hidden
+    members = vars(ArrayAlgebra) | vars(Tensor)
+    hidden = {name for name in members if name.startswith("_") and not name.endswith("__")}
+    methods = {name for name, value in members.items() if callable(value)} - hidden
     functions = {
         name
         for name in tinyllm.__all__
         if inspect.isfunction(getattr(tinyllm, name))
-        and getattr(tinyllm, name).__module__ == "tinyllm.tensor"
+        and getattr(tinyllm, name).__module__ == "tinyllm.tensor_ops"
     }
     assert (methods | functions) - NOT_OPS == set(CASES)
 
@@ -440,6 +444,63 @@ def test_the_direction_check_catches_a_gradient_off_by_one_part_in_ten_thousand(
 
 
 # ------------------------------------------------------------------------------ one by one
+
+
+@pytest.mark.parametrize(
+    "subscripts, shapes",
+    [
+        ("ab,ab->ab", [(4, 2), (1, 2)]),
+        ("i,i->", [(2,), (1,)]),
+        ("i,i->", [(1,), (2,)]),
+        ("ij,jk->ik", [(3, 1), (4, 5)]),
+        ("ij,jk->ik", [(3, 4), (1, 5)]),
+        ("abc,bd,c->a", [(2, 3, 1), (1, 4), (5,)]),
+        ("ab,ab,ab->b", [(3, 1), (1, 2), (3, 2)]),
+        ("ij->j", [(3, 1)]),
+    ],
+)
+def test_an_axis_of_length_one_broadcasts_in_einsum(subscripts, shapes):
+    arrays = [np.random.default_rng(i).standard_normal(shape) for i, shape in enumerate(shapes)]
+    ours, theirs = partial(einsum, subscripts), partial(torch.einsum, subscripts)
+    check_torch(Case(f"einsum {subscripts}", arrays, ours, theirs))
+
+
+@pytest.mark.parametrize("shape, axis", [((1,), None), ((1,), 0), ((3, 1), 1), ((1, 4), 0), ((2, 3), (0, 1))])
+@pytest.mark.parametrize("ddof", [0, 1, 2, 6, 7])
+@pytest.mark.filterwarnings("ignore:.*degrees of freedom")
+def test_the_variance_of_too_few_elements_is_torchs(shape, axis, ddof):
+    """Divided by nothing: nan where all are equal, infinite where they are not, and the gradient likewise.
+
+    Below nothing torch's gradient is finite along an axis and not over all; here it is as the value.
+    """
+    x = np.random.default_rng(0).standard_normal(shape)
+    ours, theirs = Tensor(x, requires_grad=True), torch.tensor(x, requires_grad=True)
+    out, expected = ours.var(axis=axis, ddof=ddof), theirs.var(dim=axis, correction=ddof)
+    out.backward(np.ones_like(out.data))
+    expected.sum().backward()
+    np.testing.assert_allclose(out.data, expected.detach().numpy(), rtol=1e-12)
+    if out.size * ddof <= x.size:
+        np.testing.assert_allclose(ours.grad, theirs.grad.numpy(), rtol=1e-12)
+    else:
+        assert not np.isfinite(ours.grad).any()
+
+
+def test_requires_grad_of_a_leaf_can_be_set():
+    a, b = Tensor(np.ones(3)), Tensor(np.ones(3), requires_grad=True)
+    a.requires_grad = True
+    b.requires_grad = False
+    assert a.requires_grad and not b.requires_grad
+    (a * b).sum().backward()
+    np.testing.assert_array_equal(a.grad, np.ones(3))
+    assert b.grad is None
+    b.grad = None  # nothing to drop, as zero_grad() does for every parameter
+    b.requires_grad = True
+    (a * b).sum().backward()
+    b.requires_grad = True  # as it was: the gradient stays
+    np.testing.assert_array_equal(a.grad, np.full(3, 2.0))
+    np.testing.assert_array_equal(b.grad, np.ones(3))
+    a.requires_grad = False
+    assert a.grad is None and (a * 2).requires_grad is False
 
 
 def test_tied_maxima_share_the_gradient():
@@ -583,6 +644,10 @@ ERRORS = {  # what is done -> what the sentence must say: the value, and the rem
     ),
     "grad that is a list": (lambda: (leaf(2) * 2).backward([1.0, 1.0]), ["(2,)", "float64", "list"]),
     "grad of a result set": (set_grad_of_a_result, ["leaf", "requires_grad=True"]),
+    "requires_grad of a result": (
+        lambda: setattr(leaf(2) * 2, "requires_grad", False),
+        ["computed", "detach()"],
+    ),
     "truth of a Tensor": (lambda: bool(leaf(2)), [".data", ".item()"]),
     "np.asarray of a Tensor": (lambda: np.asarray(leaf(2)), [".data"]),
     "float32 + float64": (lambda: leaf(2) + np.ones(2, np.float32), ["float64", "float32", "astype()"]),
@@ -619,7 +684,8 @@ def test_an_error_names_the_value_and_the_remedy(name):
         assert word in str(caught.value)
 
 
-def test_every_error_of_the_engine_is_raised_above():
+@pytest.mark.parametrize("module", [tensor, tensor_ops])
+def test_every_error_of_the_engine_is_raised_above(module):
     places = {place_of_error(call) for call, _ in ERRORS.values()}
-    raised = sum(path == tensor.__file__ for path, _ in places)
-    assert raised == inspect.getsource(tensor).count("raise Error(")
+    raised = sum(path == module.__file__ for path, _ in places)
+    assert raised == inspect.getsource(module).count("raise Error(")

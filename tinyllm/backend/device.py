@@ -1,7 +1,6 @@
-"""Where do the arrays live, who draws the random numbers, and how are all cores used?
+"""Where arrays live: devices by name, moving arrays between them, and adding into them by index.
 
-The ops call NumPy; a CuPy array takes the call over by NumPy's own dispatch (NEP 13, 18, 35), so what
-is here is the little that is left: scattering, addressed random numbers, and blocks of work on threads.
+The ops call NumPy; a CuPy array takes the call over by NumPy's own dispatch (NEP 13, 18, 35).
 """
 
 from __future__ import annotations
@@ -12,10 +11,11 @@ import sys
 import numpy as np
 
 from tinyllm.backend.cuda import launch
-from tinyllm.backend.dtypes import Precision, allow_tf32
+from tinyllm.backend.dtypes import Precision
 from tinyllm.errors import Error
 
-# ---------------------------------------------------------------------------------- placement
+FOR_A_GPU = ("tf32", "bfloat16", "float16")  # a CPU multiplies float32 faster
+AMPERE = 80  # compute capability 8.0, the first with products of bfloat16 and TF32
 
 
 def pick_device(name: str) -> str:
@@ -106,11 +106,6 @@ def scatter_add(buffer, index, values) -> None:
     np.add.at(buffer.reshape(-1), places.reshape(-1), values.reshape(-1))
 
 
-SHORT = ("tf32", "bfloat16", "float16")  # for the sake of a GPU: a CPU multiplies float32 faster
-
-AMPERE = 80  # compute capability 8.0, the first with products of bfloat16 and TF32
-
-
 def describe_device(device: str) -> str:
     """A device that ``pick_device`` returned; if it is a GPU, with its name and CuPy's version."""
     if device == "cpu":
@@ -129,9 +124,8 @@ def _gpu_name(device: str) -> str:
 def open_device(name: str, dtype: Precision = "float32", gpu_memory: float | None = None) -> str:
     """Make the device that a program asks for ready; returns its name, as ``pick_device``.
 
-    A GPU becomes the one that this thread computes on; CuPy takes at most ``gpu_memory`` GB (10⁹ bytes) of
-    its memory; its float32 products are TF32 if that is the ``dtype`` (``allow_tf32``), else float32. What
-    "auto" took is said on stderr.
+    A GPU becomes the one that this thread computes on, and CuPy takes at most ``gpu_memory`` GB (10⁹ bytes)
+    of its memory. What "auto" took is said on stderr. Run the model under ``autocast(dtype)``.
 
     Raises ``Error`` as ``pick_device``, for a dtype that the device multiplies slower than float32 or not at
     all, and for a ``gpu_memory`` that is not above 0, or asked of a CPU.
@@ -147,10 +141,10 @@ def open_device(name: str, dtype: Precision = "float32", gpu_memory: float | Non
 
 
 def _check_cpu(dtype: str, gpu_memory: float | None) -> None:
-    if dtype in SHORT:
+    if dtype in FOR_A_GPU:
         raise Error(f"--dtype {dtype} needs a GPU: a CPU multiplies float32 faster, so choose that")
     if gpu_memory is not None:
-        raise Error(f"--gpu-memory {gpu_memory} bounds a GPU's memory: on a CPU leave it out, or say None")
+        raise Error(f"--gpu-memory {gpu_memory} bounds a GPU's memory: omit it on a CPU")
 
 
 def _open_gpu(device: str, dtype: str, gpu_memory: float | None) -> None:
@@ -166,7 +160,6 @@ def _open_gpu(device: str, dtype: str, gpu_memory: float | None) -> None:
             f"{''.join(major)}.{minor}: choose float16"
         )
     gpu.use()
-    allow_tf32(dtype == "tf32")
     if gpu_memory is not None:
         cupy.get_default_memory_pool().set_limit(size=math.ceil(gpu_memory * 10**9))
 

@@ -1,8 +1,8 @@
 """Data types by name, half precision, and the types in which products and sums are computed.
 
-A half-precision type (bfloat16, float16) has 16 bits. It is for matrix products on a GPU, where it doubles the
-speed and halves the memory; sums of half-precision values are always computed in float32.
-Micikevicius et al., "Mixed Precision Training", arXiv 1710.03740, section 3.
+A half-precision type (bfloat16, float16) has 16 bits. It is for matrix products on a GPU, where it doubles
+the speed and halves the memory; sums of half-precision values are always computed in float32. Micikevicius
+et al., "Mixed Precision Training", arXiv 1710.03740, section 3.
 """
 
 from __future__ import annotations
@@ -21,12 +21,17 @@ PRECISIONS = get_args(Precision)
 
 
 def dtype_of(name) -> np.dtype:
-    """The dtype of that name: float32, float64, bfloat16 or float16. A dtype, or NumPy's class, stands for itself."""
+    """The dtype of that name (float32, float64, bfloat16, float16); a dtype stands for itself."""
     if isinstance(name, str) and name == "bfloat16":
         import ml_dtypes
 
         return np.dtype(ml_dtypes.bfloat16)
     return np.dtype(name)
+
+
+def is_floating(dtype: np.dtype) -> bool:
+    """Whether it can have a gradient."""
+    return dtype.kind == "f" or is_half(dtype)
 
 
 def is_half(dtype: np.dtype) -> bool:
@@ -35,7 +40,8 @@ def is_half(dtype: np.dtype) -> bool:
 
 
 def accumulation_dtype(dtype: np.dtype) -> np.dtype:
-    """The type in which sums, norms, softmax and losses of ``dtype`` are computed: float32 for half precision.
+    """The type in which sums, norms, softmax and losses of ``dtype`` are computed: float32 for half
+    precision.
 
     Ten thousand ones add up to 256 in bfloat16, which has no 257.
     """
@@ -54,9 +60,10 @@ _products: ContextVar[str] = ContextVar("dtype of products", default="float32")
 def autocast(dtype: Precision | None):
     """Within this block products on a GPU are computed in ``dtype``, whatever the parameters' type.
 
-    "bfloat16" and "float16": operands are converted, sums are float32. "tf32": float32 operands are rounded to
-    10 bits after the point. "float32", "float64" and None: in the type of the operands. It holds in this
-    thread; an op's backward pass uses what its forward pass used. A CPU computes in the operands' type always.
+    "bfloat16" and "float16": operands are converted, sums are float32. "tf32": float32 operands are rounded
+    to 10 bits after the point. "float32", "float64" and None: in the type of the operands. It holds in this
+    thread; an op's backward pass uses what its forward pass used. A CPU computes in the operands' type
+    always.
     """
     if dtype is not None and dtype not in PRECISIONS:
         raise Error(f"autocast dtype is {dtype!r}: choose one of {', '.join(PRECISIONS)}, or None")
@@ -67,27 +74,15 @@ def autocast(dtype: Precision | None):
         _products.reset(token)
 
 
-def compute_dtype() -> np.dtype | None:
-    """The half-precision type of products that ``autocast`` asks for; None: the operands' own."""
-    name = _products.get()
+def compute_dtype(like=None) -> np.dtype | None:
+    """The half-precision type of products that ``autocast`` asks for; None: the operands' own, as on a CPU.
+
+    ``like`` is an array, to ask about the device that it is on.
+    """
+    name = "float32" if isinstance(like, np.ndarray) else _products.get()
     return dtype_of(name) if name in ("bfloat16", "float16") else None
 
 
 def tf32_allowed() -> bool:
     """Whether float32 products may be rounded to TF32."""
     return _products.get() == "tf32"
-
-
-# Until the ops ask for ``autocast``: their names so far.
-is_short, wide = is_half, accumulation_dtype
-
-
-class Products:
-    """What float32 products round their operands to: nothing, or TF32's 10 bits after the point."""
-
-    tf32 = False
-
-
-def allow_tf32(allowed: bool) -> None:
-    """Whether float32 products on a GPU may round what they multiply to TF32."""
-    Products.tf32 = allowed

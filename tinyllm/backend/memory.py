@@ -10,8 +10,6 @@ from pathlib import Path
 from tinyllm.backend.device import is_ampere
 from tinyllm.backend.dtypes import Precision
 
-# ----------------------------------------------------------------------------------- memory
-
 
 def keep_memory() -> None:
     """Ask the C library to keep freed memory for the next step instead of returning it to the system.

@@ -12,14 +12,8 @@ from concurrent.futures import ThreadPoolExecutor, wait
 import numpy as np
 from threadpoolctl import ThreadpoolController
 
-from tinyllm.backend.cuda import launch
-
-# ---------------------------------------------------------------------------------- threads
-
 SMALL_PRODUCT = 2**20  # multiplications: below, starting a second thread costs more than it saves
-
 FEW_ROWS = 16  # below, a product takes the time of reading its matrix
-
 BLOCK = 128 * 1024  # elements: small enough for the cache, large enough that the GIL is no bottleneck
 
 
@@ -56,6 +50,8 @@ def run_tasks(function, tasks: list) -> None:
     Every thread, this one too, takes the next task when it is done with one: to hand over each by itself
     would take longer than a small one. What a task raises ends its thread's share, and is raised here.
     """
+    if getattr(_Workers.busy, "first_task_only", False):
+        tasks = tasks[:1]
     helpers = min(num_threads(), len(tasks)) - 1
     if helpers < 1 or in_task():
         for task in tasks:
@@ -89,6 +85,16 @@ def _next(tasks: collections.deque):
         return tasks.popleft()
     except IndexError:
         return None
+
+
+@contextlib.contextmanager
+def first_task_only():
+    """Within this block ``run_tasks`` runs the first of its tasks: they are alike, and only shapes matter."""
+    _Workers.busy.first_task_only = True
+    try:
+        yield
+    finally:
+        _Workers.busy.first_task_only = False
 
 
 def in_task() -> bool:
@@ -140,9 +146,8 @@ def matmul(a, b, out=None, bias=None):
     take the cores from the elementwise work that follows. After a product of few rows there is hardly any:
     it is left to BLAS (see ``step_of_few_rows``).
     """
-    on_gpu = launch.library_of(a) is not None
-    if on_gpu or not isinstance(a, np.ndarray) or len(a) < FEW_ROWS:
-        out = launch.gemm(a, b, out) if on_gpu else np.matmul(a, b, out=out)
+    if not isinstance(a, np.ndarray) or len(a) < FEW_ROWS:
+        out = np.matmul(a, b, out=out)
         if bias is not None:
             out += bias
         return out

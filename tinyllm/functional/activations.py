@@ -4,13 +4,11 @@ import math
 
 import numpy as np
 
-from tinyllm.backend.cuda.launch import on_gpu
-from tinyllm.backend.dtypes import is_short
 from tinyllm.backend.random import dropout_mask, next_address
 from tinyllm.backend.threads import each_block
 from tinyllm.errors import Error
-from tinyllm.functional import cuda as gpu
-from tinyllm.tensor import Tensor, as_rows
+from tinyllm.tensor import Tensor
+from tinyllm.tensor_ops import as_rows
 
 # GPT-2's GELU: 2u = LINEAR x + CUBIC x³
 LINEAR = 2 * math.sqrt(2 / math.pi)
@@ -18,21 +16,21 @@ LINEAR = 2 * math.sqrt(2 / math.pi)
 CUBIC = 0.044715 * LINEAR
 
 
-def gelu(input: Tensor, approximate: str = "none", bias: Tensor | None = None) -> Tensor:
+def gelu(input: Tensor, approximate: str = "none") -> Tensor:
     """GELU(x) = x Φ(x), Φ the standard normal's distribution function. Hendrycks, Gimpel: arXiv 1606.08415.
 
     ``approximate="tanh"`` is GPT-2's: Φ(x) ≈ ½ (1 + tanh u) with u = sqrt(2/π) (x + 0.044715 x³).
-    ``"none"`` is exact, through erf: Φ(x) = ½ (1 + erf(x/√2)); on a CPU it needs scipy. With a ``bias`` (C,)
-    it is GELU(x + b): a GPU adds it on the way.
+    ``"none"`` is exact, through erf: Φ(x) = ½ (1 + erf(x/√2)); it needs scipy.
     """
-    if approximate not in ("none", "tanh"):
-        raise Error(f"gelu: approximate must be 'none' or 'tanh', not {approximate!r}")
-    if on_gpu(input, bias):
-        return gpu.gelu(input, bias, tanh=approximate == "tanh")
-    input = input if bias is None else input + bias
+    check_gelu(approximate)
     if approximate == "tanh":
         return _elementwise(input, _gelu_tanh, _gelu_tanh_slope)
     return _elementwise(input, _gelu_erf, _gelu_erf_slope)
+
+
+def check_gelu(approximate: str) -> None:
+    if approximate not in ("none", "tanh"):
+        raise Error(f"gelu: approximate must be 'none' or 'tanh', not {approximate!r}")
 
 
 def _elementwise(input: Tensor, value, slope) -> Tensor:
@@ -61,7 +59,7 @@ def _elementwise(input: Tensor, value, slope) -> Tensor:
         each_block(backward, x.size, 1, like=x)
         return (dx.reshape(shape),)
 
-    return Tensor.from_op(result(), (input,), vjp).with_again(result)
+    return Tensor.from_op(result(), (input,), vjp, recompute=result)
 
 
 def _gelu_tanh(x):
@@ -96,8 +94,6 @@ def silu(input: Tensor) -> Tensor:
 
     dx = g (σ(x) + x σ(x) (1 - σ(x))). Hendrycks, Gimpel: arXiv 1606.08415, section 2.
     """
-    if is_short(input.dtype):
-        return silu(input.astype(np.float32)).astype(input.dtype)
     return _elementwise(input, _silu, _silu_slope)
 
 
@@ -115,25 +111,15 @@ def _sigmoid(x):
         return 1 / (1 + np.exp(-x))
 
 
-def swiglu(
-    gate: Tensor, up: Tensor, gate_bias: Tensor | None = None, up_bias: Tensor | None = None
-) -> Tensor:
+def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     """y = silu(a) u for a = ``gate`` and u = ``up``, both (..., F): a decides how much of u passes.
 
     With g = dL/dy: da = g u silu'(a), du = g silu(a). Only a and u are kept, which exist anyway; the
     backward pass computes σ(a) again, and y: that takes less time than three more arrays take memory.
-    Biases (F,), both or none, are added to a and u first: a GPU does it on the way.
 
     Shazeer, "GLU Variants Improve Transformer", arXiv 2002.05202, section 2.
     """
-    if gate.ndim == 0 or gate.shape != up.shape:
-        raise Error(f"swiglu takes gate and up of one shape (..., F), not {gate.shape} and {up.shape}")
-    if (gate_bias is None) != (up_bias is None):
-        raise Error("swiglu takes gate_bias and up_bias, or neither")
-    if on_gpu(gate, up, gate_bias, up_bias):
-        return gpu.swiglu(gate, up, gate_bias, up_bias)
-    if gate_bias is not None:
-        gate, up = gate + gate_bias, up + up_bias
+    check_swiglu(gate, up)
     a, u = as_rows(gate.data), as_rows(up.data)  # (N, F)
     shape = gate.shape
 
@@ -161,7 +147,12 @@ def swiglu(
         each_block(backward, *g.shape, like=g)
         return da.reshape(shape), du.reshape(shape)
 
-    return Tensor.from_op(result(), (gate, up), vjp).with_again(result)
+    return Tensor.from_op(result(), (gate, up), vjp, recompute=result)
+
+
+def check_swiglu(gate: Tensor, up: Tensor) -> None:
+    if gate.ndim == 0 or gate.shape != up.shape:
+        raise Error(f"swiglu takes gate and up of one shape (..., F), not {gate.shape} and {up.shape}")
 
 
 def softmax(input: Tensor, dim: int = -1) -> Tensor:
@@ -169,8 +160,6 @@ def softmax(input: Tensor, dim: int = -1) -> Tensor:
 
     Subtracting the maximum changes nothing but keeps exp from overflowing.
     """
-    if is_short(input.dtype):
-        return softmax(input.astype(np.float32), dim).astype(input.dtype)
     p = np.exp(input.data - input.data.max(axis=dim, keepdims=True))
     p /= p.sum(axis=dim, keepdims=True)
     return Tensor.from_op(p, (input,), lambda grad: (p * (grad - (grad * p).sum(axis=dim, keepdims=True)),))
@@ -179,14 +168,15 @@ def softmax(input: Tensor, dim: int = -1) -> Tensor:
 def dropout(input: Tensor, p: float = 0.5, training: bool = True) -> Tensor:
     """Zero each element with probability ``p`` and scale the others by 1/(1 - p); the mean stays.
 
-    Not in training, or with p = 0, the input itself. The mask follows from
-    ``tinyllm.manual_seed(seed, step, micro_batch)`` and is drawn again in the backward pass instead of
-    being kept; ``p`` counts in steps of 1/65536. Srivastava et al., "Dropout", JMLR 15 (2014).
+    Not in training, or with p = 0, the input itself. The mask follows from ``tinyllm.manual_seed(seed,
+    step, first_row)`` and is drawn again in the backward pass instead of being kept. Axis 0 of x is the row
+    of the batch, and each row has bits of its own, so that a batch may be divided without changing what is
+    dropped. ``p`` counts in steps of 1/65536. Srivastava et al., "Dropout", JMLR 15 (2014).
     """
     if not 0 <= p < 1:
         raise Error(f"dropout probability must be at least 0 and below 1, not {p}")
     if not training or p == 0:
         return input
     address, shape, x = next_address(), input.shape, input.data
-    out = x * dropout_mask(address, 0, shape, p, like=x)
-    return Tensor.from_op(out, (input,), lambda grad: (grad * dropout_mask(address, 0, shape, p, like=grad),))
+    out = x * dropout_mask(address, shape, p, like=x)
+    return Tensor.from_op(out, (input,), lambda grad: (grad * dropout_mask(address, shape, p, like=grad),))

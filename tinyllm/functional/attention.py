@@ -11,12 +11,9 @@ import math
 
 import numpy as np
 
-from tinyllm.backend.cuda.launch import on_gpu
-from tinyllm.backend.dtypes import wide
 from tinyllm.backend.random import dropout_mask, next_address
 from tinyllm.backend.threads import each_block, one_blas_thread, run_tasks
 from tinyllm.errors import Error
-from tinyllm.functional import cuda as gpu
 from tinyllm.tensor import Tensor
 
 QUERY_BLOCK = 128  # rows of scores at a time
@@ -53,15 +50,10 @@ def scaled_dot_product_attention(
         dV = Pᵀ g,   dP = g Vᵀ,   dS = P (dP - δ),   dQ = dS K · scale,   dK = dSᵀ Q · scale
     """
     q, k, v = query.data, key.data, value.data
-    _check_shapes(q, k, v, attn_mask, dropout_p, enable_gqa)
+    attn_mask = check_attention(q, k, v, attn_mask, dropout_p, enable_gqa)
     (B, H, T, D), (G, S) = q.shape, k.shape[1:3]
     R = H // G if G else 1  # query heads to each key-value head
     scale = 1 / math.sqrt(D) if scale is None else scale
-    if on_gpu(query, key, value):
-        address = next_address() if dropout_p else None
-        return gpu.scaled_dot_product_attention(
-            query, key, value, attn_mask, address, dropout_p, is_causal, scale
-        )
     mask = None if attn_mask is None else np.broadcast_to(attn_mask, (B, H, T, S))
     if T == 1 and S and G and not (dropout_p or query.wants_grad or key.wants_grad or value.wants_grad):
         return Tensor(_of_one_query(q, k, v, mask, scale))
@@ -111,8 +103,8 @@ def scaled_dot_product_attention(
     def dropped(bg, number, shape):
         """The dropout mask of one block; drawn head by head, so that it does not depend on the grouping."""
         heads = [b * H + g * R + r for b in range(B)[bg[0]] for g in range(G)[bg[1]] for r in range(R)]
-        ids = [head * -(-T // step) + number for head in heads]
-        masks = [dropout_mask(address, i, shape[3:], dropout_p, like=q) for i in ids]
+        parts = [part_number(address, H, head, -(-T // step), number) for head in heads]
+        masks = [dropout_mask(address, shape[3:], dropout_p, q, part) for part in parts]
         return np.stack(masks).reshape(shape)
 
     out = zeros_grouped(v.shape[3])
@@ -186,7 +178,8 @@ def _of_one_query(q, k, v, mask, scale):
     return out.reshape(B, H, 1, E)
 
 
-def _check_shapes(q, k, v, mask, dropout_p, enable_gqa):
+def check_attention(q, k, v, mask, dropout_p, enable_gqa):
+    """``Error`` unless the arguments fit together; returns the mask as an array, or None."""
     if q.ndim != 4 or k.ndim != 4 or v.ndim != 4:
         raise Error(f"attention takes query, key and value (B, H, T, D), not {q.shape}, {k.shape}, {v.shape}")
     H, G = q.shape[1], k.shape[1]
@@ -196,15 +189,39 @@ def _check_shapes(q, k, v, mask, dropout_p, enable_gqa):
         raise Error(
             f"attention: query {q.shape}, key {k.shape} and value {v.shape} do not fit together{shared}"
         )
-    if mask is not None and mask.dtype not in (bool, q.dtype):
-        raise Error(f"attn_mask must be boolean or {q.dtype}, not {mask.dtype}")
     if not 0 <= dropout_p < 1:
         raise Error(f"dropout probability must be at least 0 and below 1, not {dropout_p}")
+    return None if mask is None else _check_mask(mask, (*q.shape[:3], k.shape[2]), like=q)
+
+
+def _check_mask(mask, scores_shape, like):
+    """attn_mask as an array that broadcasts to the scores; Python's lists take the scores' dtype."""
+    if isinstance(mask, Tensor):
+        raise Error("attn_mask is a Tensor, which would get no gradient: pass its .data")
+    if isinstance(mask, (bool, int, float, list, tuple)):
+        mask = np.asarray(mask, like=like)
+        mask = mask if mask.dtype == bool else mask.astype(like.dtype)
+    if mask.dtype not in (bool, like.dtype):
+        raise Error(f"attn_mask must be boolean or {like.dtype}, not {mask.dtype}")
+    try:
+        np.broadcast_shapes(mask.shape, scores_shape)
+    except ValueError:
+        fits = False
+    else:
+        fits = np.broadcast_shapes(mask.shape, scores_shape) == scores_shape
+    if not fits:
+        raise Error(f"attn_mask of shape {mask.shape} does not broadcast to the scores' {scores_shape}")
+    return mask
+
+
+def part_number(address, num_heads: int, head: int, num_blocks: int, block: int) -> int:
+    """The number of a block of one head's weights among those of the global batch, for ``dropout_mask``."""
+    return (address[2] * num_heads + head) * num_blocks + block
 
 
 def _head_groups(B, G, scores, like):
     """Indices (batch, key-value heads) of those whose blocks, of ``scores`` each, fit the cache together."""
-    if not isinstance(like, np.ndarray):  # a GPU wants everything in one call
+    if not isinstance(like, np.ndarray):  # one large call is faster there than many
         return [(slice(0, B), slice(0, G))]
     most = max(1, SCORES // max(1, scores))
     size = -(-G // -(-G // most)) if G else 1  # groups of nearly the same size
@@ -224,6 +241,11 @@ def rope(input: Tensor, cos, sin) -> Tensor:
 
     Su et al., "RoFormer", arXiv 2104.09864, section 3.4.2.
     """
+    check_rope(input, cos, sin, input.dtype)
+    return Tensor.from_op(_turn(input.data, cos, sin), (input,), lambda grad: (_turn(grad, cos, -sin),))
+
+
+def check_rope(input: Tensor, cos, sin, angles_dtype) -> None:
     if input.ndim != 4 or input.shape[3] % 2:
         raise Error(f"rope takes (B, H, T, D) with an even D, not {input.shape}")
     B, _, T, D = input.shape
@@ -232,15 +254,10 @@ def rope(input: Tensor, cos, sin) -> Tensor:
             f"rope of {input.shape} needs cos and sin of shape {(T, D // 2)} or {(B, 1, T, D // 2)}, "
             f"not {cos.shape} and {sin.shape}"
         )
-    angles_in = wide(input.dtype)
-    if angles_in != cos.dtype or angles_in != sin.dtype:
+    if cos.dtype != angles_dtype or sin.dtype != angles_dtype:
         raise Error(
-            f"rope of {input.dtype} needs cos and sin in {angles_in}, not in {cos.dtype} and {sin.dtype}"
+            f"rope of {input.dtype} needs cos and sin in {angles_dtype}, not in {cos.dtype} and {sin.dtype}"
         )
-    if on_gpu(input):
-        turned = gpu.turn(input.data, cos, sin, 1.0)
-        return Tensor.from_op(turned, (input,), lambda grad: (gpu.turn(grad, cos, sin, -1.0),))
-    return Tensor.from_op(_turn(input.data, cos, sin), (input,), lambda grad: (_turn(grad, cos, -sin),))
 
 
 def _turn(x, cos, sin):

@@ -10,7 +10,8 @@ import math
 import numpy as np
 
 from tinyllm.backend.random import dropout_mask, next_address
-from tinyllm.tensor import Tensor, concatenate, einsum, where
+from tinyllm.tensor import Tensor
+from tinyllm.tensor_ops import concatenate, einsum, where
 
 
 def linear(input, weight, bias=None):
@@ -68,7 +69,7 @@ def dropout(input, p=0.5, training=True):
     """Keep each element with probability 1 - p, scaled so that the mean stays."""
     if not training or p == 0:
         return input
-    return input * Tensor(dropout_mask(next_address(), 0, input.shape, p, like=input.data))
+    return input * Tensor(dropout_mask(next_address(), input.shape, p, like=input.data))
 
 
 def attention_weights(query, key, attn_mask=None, is_causal=False, scale=None, enable_gqa=False):
@@ -110,8 +111,8 @@ def rope(input, cos, sin):
     return concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1)
 
 
-def cross_entropy(input, target, *, ignore_index=-100, num_targets=None):
-    """Σ -log softmax(logits)[target] / num_targets, over the targets that count."""
+def cross_entropy(input, target, *, ignore_index=-100, num_targets=None, weights=None):
+    """Σ -log softmax(logits)[target] · weight / num_targets, over the targets that count."""
     logits = input.reshape(-1, input.shape[-1])  # (N, V)
     target = target.reshape(-1)
     counted = target != ignore_index
@@ -119,12 +120,15 @@ def cross_entropy(input, target, *, ignore_index=-100, num_targets=None):
     log_sum = (logits - peak).exp().sum(axis=1).log() + peak.reshape(-1)
     rows = np.arange(len(target), like=target)
     losses = log_sum - logits[rows, np.where(counted, target, 0)]
-    return where(counted, losses, 0.0).sum() / (counted.sum().item() if num_targets is None else num_targets)
+    weights = counted * (1.0 if weights is None else weights.reshape(-1))
+    return (where(counted, losses, 0.0) * weights.astype(input.dtype)).sum() / (
+        weights.sum().item() if num_targets is None else num_targets
+    )
 
 
 def linear_cross_entropy(
-    input, linear_weight, target, *, linear_bias=None, ignore_index=-100, num_targets=None
+    input, linear_weight, target, *, linear_bias=None, ignore_index=-100, num_targets=None, weights=None
 ):
     """The output layer and the loss, one after the other."""
     logits = linear(input, linear_weight, linear_bias)
-    return cross_entropy(logits, target, ignore_index=ignore_index, num_targets=num_targets)
+    return cross_entropy(logits, target, ignore_index=ignore_index, num_targets=num_targets, weights=weights)

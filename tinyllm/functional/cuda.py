@@ -1,15 +1,17 @@
-"""How do the fused ops run on a GPU?
+"""The fused ops on a GPU.
 
-The same formulas as in the files beside this one, where they are derived; here each pass over memory is one
-kernel (``kernels.cu``) and each product cuBLAS's. Every op there that has a better way here has one branch at
-its top that leads here.
+The formulas are those of the files beside this one, where they are derived; here each pass over memory is
+one kernel (``kernels.cu``) and each product cuBLAS's. ``functional/__init__.py`` calls the op of the same
+name here when its arrays are CuPy's.
 
-The types flow with the data. The residual stream is float32, or float64. A norm reads it and writes
-``dtype``, the type that products are to be in; a product reads that type and writes it, with the weight
-converted to it, and adds up in float32; whoever adds to the stream converts back. Softmax, the loss and every
-sum are computed in float32 whatever they read.
-Micikevicius et al., "Mixed Precision Training", arXiv 1710.03740, section 3.
+The types flow with the data. The residual stream is float32, or float64. A norm reads it and writes the
+type in which the products after it are computed (``autocast``, or the type that the weights are stored in);
+a product reads and writes that type, with the weight converted to it, and adds up in float32; added to the
+stream, it is promoted to float32. Softmax, the loss and every sum are computed in float32 whatever they
+read. Micikevicius et al., "Mixed Precision Training", arXiv 1710.03740, section 3.
 """
+
+import math
 
 import numpy as np
 
@@ -22,60 +24,98 @@ from tinyllm.backend.cuda.launch import (
     sums_over_rows,
     threads_for,
 )
-from tinyllm.backend.dtypes import wide
-from tinyllm.tensor import Tensor, as_rows
+from tinyllm.backend.dtypes import accumulation_dtype, compute_dtype, tf32_allowed
+from tinyllm.backend.random import next_address
+from tinyllm.functional import activations
+from tinyllm.functional.attention import check_attention, check_rope, part_number
+from tinyllm.functional.linear import check_linear
+from tinyllm.functional.linear import embedding as rows_of
+from tinyllm.functional.losses import Targets
+from tinyllm.functional.norms import check_norm
+from tinyllm.tensor import Tensor
+from tinyllm.tensor_ops import as_rows
 
 QUERY_BLOCK = 128  # rows of scores to a mask of dropout, as in attention.py
-
 SCORES = 2**26  # of one block of queries
-
 LOGITS = 2**27  # of one chunk of rows
-
 ALIGNED = 64  # elements: tensor cores want rows of logits to begin at round addresses
 
 
-def _data(tensor):
-    """Its array, without gaps, as a kernel reads it; None for an input that was not given."""
-    return None if tensor is None else contiguous(tensor.data)
+def _for_products(array):
+    """An operand of a product, in the type that ``autocast`` asks for."""
+    dtype = compute_dtype()
+    return array if dtype is None else array.astype(dtype, copy=False)
 
 
-def linear(input: Tensor, weight: Tensor, bias: Tensor | None, dtype=None) -> Tensor:
-    """y = x Wᵀ + b, in ``dtype`` (the input's unless given); W is converted to the input's type."""
-    x, lead = as_rows(input.data), input.shape[:-1]  # (N, C_in)
-    w, b = weight.data.astype(x.dtype, copy=False), _data(bias)
-    y = gemm(x, w.T, dtype=dtype)
-    if b is not None:
-        elementwise(y, "add_row", (y.dtype, b.dtype), y.size, y, b, y.size, y.shape[1])
-    remembered, weight_dtype = input.remembered(), weight.dtype
-    needs = [input.requires_grad, weight.requires_grad, bias is not None and bias.requires_grad]
+def _required(tensor: Tensor | None) -> bool:
+    return tensor is not None and tensor.requires_grad
+
+
+def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    check_linear(input, weight)
+    x, lead = _for_products(as_rows(input.data)), input.shape[:-1]  # (N, C_in)
+    w, tf32 = weight.data.astype(x.dtype, copy=False), tf32_allowed()
+    y = gemm(x, w.T, dtype=x.dtype if bias is None else accumulation_dtype(x.dtype), tf32=tf32)
+    if bias is not None:  # added before the sum is rounded
+        sums, b, y = y, contiguous(bias.data), y if y.dtype == x.dtype else np.empty_like(y, x.dtype)
+        elementwise(y, "add_row", (sums.dtype, b.dtype, y.dtype), y.size, sums, b, y, y.size, y.shape[1])
+    saved, input_dtype, weight_dtype = input.saved(), input.dtype, weight.dtype
+    bias_dtype = None if bias is None else bias.dtype
+    needs = [_required(tensor) for tensor in (input, weight, bias)]
 
     def vjp(grad):
         g = contiguous(as_rows(grad)).astype(w.dtype, copy=False)  # (N, C_out)
         dx = dw = db = None
-        if needs[1]:  # first: what was made again for it is forgotten before there is a dx
-            dw = gemm(g.T, as_rows(remembered()), dtype=wide(w.dtype)).astype(weight_dtype, copy=False)
+        if needs[1]:  # first: what was recomputed for it is forgotten before there is a dx
+            x = as_rows(saved()).astype(w.dtype, copy=False)
+            dw = gemm(g.T, x, dtype=accumulation_dtype(w.dtype), tf32=tf32).astype(weight_dtype, copy=False)
         if needs[0]:
-            dx = gemm(g, w).reshape(*lead, w.shape[1])
+            dx = gemm(g, w, tf32=tf32).astype(input_dtype, copy=False).reshape(*lead, w.shape[1])
         if needs[2]:
-            _, db = sums_over_rows(g, b.dtype)
+            _, db = sums_over_rows(g, bias_dtype)
         return dx, dw, db
 
     return Tensor.from_op(y.reshape(*lead, w.shape[0]), (input, weight, bias), vjp)
 
 
-def norm(
-    input: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, centred: bool, dtype=None
+def embedding(input, weight: Tensor) -> Tensor:
+    """Rows of a half-precision table come out in float32: they begin the residual stream."""
+    rows = rows_of(input, weight)
+    return rows.astype(accumulation_dtype(weight.dtype))
+
+
+def layer_norm(
+    input: Tensor,
+    normalized_shape,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
 ) -> Tensor:
-    """layer_norm (``centred``) or rms_norm, written in ``dtype``: the input's unless given."""
+    check_norm("layer_norm", normalized_shape, input)
+    return _norm(input, weight, bias, eps, centred=True)
+
+
+def rms_norm(
+    input: Tensor, normalized_shape, weight: Tensor | None = None, eps: float | None = None
+) -> Tensor:
+    check_norm("rms_norm", normalized_shape, input)
+    eps = float(np.finfo(accumulation_dtype(input.dtype)).eps) if eps is None else eps
+    return _norm(input, weight, None, eps, centred=False)
+
+
+def _norm(input: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, centred: bool) -> Tensor:
+    """Written in the type of the products after it: ``autocast``'s, or the weight's."""
     x, shape = contiguous(as_rows(input.data)), input.shape  # (N, C)
-    (N, C), w, b = x.shape, _data(weight), _data(bias)
-    dtype = np.dtype(dtype or x.dtype)
-    types = (centred, x.dtype, x.dtype if w is None else w.dtype, dtype)
-    inv = np.empty(N, wide(x.dtype), like=x)
+    w, b = (None if tensor is None else contiguous(tensor.data) for tensor in (weight, bias))
+    N, C = x.shape
+    stored = x.dtype if w is None else w.dtype
+    types = (centred, x.dtype, stored, compute_dtype() or stored)
+    inv = np.empty(N, accumulation_dtype(x.dtype), like=x)
     mean = np.empty_like(inv) if centred else None
+    needs = [_required(weight), _required(bias)]
 
     def result():
-        y = np.empty((N, C), dtype, like=x)
+        y = np.empty((N, C), types[3], like=x)
         launch(x, "norm", types, N, threads_for(C), x, w, b, y, mean, inv, C, eps)
         return y.reshape(shape)
 
@@ -83,54 +123,54 @@ def norm(
         g, dx = contiguous(as_rows(grad)), np.empty_like(x)
         launch(x, "norm_back", types, N, threads_for(C), x, w, mean, inv, g, dx, C)
         dw = db = None
-        if w is not None:
-            dw, db = sums_over_rows(g, w.dtype, x, mean, inv, centred)
-        return dx.reshape(shape), dw, None if b is None else db
+        if any(needs):
+            dw, db = sums_over_rows(g, stored, x, mean, inv, centred)
+        return dx.reshape(shape), dw if needs[0] else None, db if needs[1] else None
 
-    return Tensor.from_op(result(), (input, weight, bias), vjp).with_again(result)
+    return Tensor.from_op(result(), (input, weight, bias), vjp, recompute=result)
 
 
-def gelu(input: Tensor, bias: Tensor | None, tanh: bool) -> Tensor:
-    """GELU(x + b): the bias of the product before it is added where it is read."""
-    x, shape, b = contiguous(input.data), input.shape, _data(bias)
-    types, C = (tanh, x.dtype, x.dtype if b is None else b.dtype), shape[-1] if shape else 1
+def gelu(input: Tensor, approximate: str = "none") -> Tensor:
+    activations.check_gelu(approximate)
+    x, types = contiguous(input.data), (approximate == "tanh", input.dtype)
 
     def result():
         y = np.empty_like(x)
-        elementwise(x, "gelu", types, x.size, x, b, y, x.size, C)
+        elementwise(x, "gelu", types, x.size, x, y, x.size)
         return y
 
     def vjp(grad):
         dx = np.empty_like(x)
-        elementwise(x, "gelu_back", types, x.size, x, b, contiguous(grad), dx, x.size, C)
-        return dx, None if b is None else sums_over_rows(as_rows(dx), b.dtype)[1]
+        elementwise(x, "gelu_back", types, x.size, x, contiguous(grad), dx, x.size)
+        return (dx,)
 
-    return Tensor.from_op(result(), (input, bias), vjp).with_again(result)
+    return Tensor.from_op(result(), (input,), vjp, recompute=result)
 
 
-def swiglu(gate: Tensor, up: Tensor, gate_bias: Tensor | None, up_bias: Tensor | None) -> Tensor:
-    """silu(a + b) (u + c): the biases of the products before it are added where they are read."""
-    a, u, b, c = contiguous(gate.data), contiguous(up.data), _data(gate_bias), _data(up_bias)
-    types, size = (a.dtype, a.dtype if b is None else b.dtype), (a.size, a.shape[-1])
+def swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    activations.check_swiglu(gate, up)
+    a, u = contiguous(gate.data), contiguous(up.data)
 
     def result():
         y = np.empty_like(a)
-        elementwise(a, "swiglu", types, a.size, a, b, u, c, y, *size)
+        elementwise(a, "swiglu", (a.dtype,), a.size, a, u, y, a.size)
         return y
 
     def vjp(grad):
         da, du = np.empty_like(a), np.empty_like(u)
-        elementwise(a, "swiglu_back", types, a.size, a, b, u, c, contiguous(grad), da, du, *size)
-        db, dc = (
-            None if bias is None else sums_over_rows(as_rows(d), bias.dtype)[1]
-            for d, bias in ((da, b), (du, c))
-        )
-        return da, du, db, dc
+        elementwise(a, "swiglu_back", (a.dtype,), a.size, a, u, contiguous(grad), da, du, a.size)
+        return da, du
 
-    return Tensor.from_op(result(), (gate, up, gate_bias, up_bias), vjp).with_again(result)
+    return Tensor.from_op(result(), (gate, up), vjp, recompute=result)
 
 
-def turn(x, cos, sin, sign: float):
+def rope(input: Tensor, cos, sin) -> Tensor:
+    check_rope(input, cos, sin, accumulation_dtype(input.dtype))
+    turned = _turn(input.data, cos, sin, 1.0)
+    return Tensor.from_op(turned, (input,), lambda grad: (_turn(grad, cos, sin, -1.0),))
+
+
+def _turn(x, cos, sin, sign: float):
     """rope of x (B, H, T, D), or with ``sign`` -1 its gradient; the result lies as (B, H, T, D) in memory."""
     B, H, T, D = x.shape
     if x.strides[3] != x.itemsize:
@@ -148,19 +188,22 @@ def scaled_dot_product_attention(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    attn_mask,
-    address,
-    dropout_p: float,
-    is_causal: bool,
-    scale: float,
+    attn_mask=None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
 ) -> Tensor:
     """A block of queries at a time, of all rows and heads: (T, S) scores are never there at once.
 
     Queries of one group of heads lie below each other in one product, as in ``attention.py``.
     """
     q, k, v = query.data, key.data, value.data
+    attn_mask = check_attention(q, k, v, attn_mask, dropout_p, enable_gqa)
+    address, tf32 = next_address() if dropout_p else None, tf32_allowed()
     (B, H, T, D), (G, S), E = q.shape, k.shape[1:3], v.shape[3]
-    R, sums_in = H // G if G else 1, wide(q.dtype)
+    R, sums_in = H // G if G else 1, accumulation_dtype(q.dtype)
+    scale = 1 / math.sqrt(D) if scale is None else scale
     step = max(1, QUERY_BLOCK // R)  # of the masks that dropout draws
     if address is None:
         step = max(step, SCORES // max(1, B * H * S))
@@ -184,10 +227,12 @@ def scaled_dot_product_attention(
     def scores_of(number, rows, seen):
         """What both directions begin with: Q, Q Kᵀ · scale, and the last arguments of both kernels."""
         q_block = stacked(q, rows)
-        scores = gemm(q_block, k[:, :seen].swapaxes(1, 2), dtype=sums_in, alpha=scale)  # (B G, R rows, seen)
+        scores = gemm(
+            q_block, k[:, :seen].swapaxes(1, 2), dtype=sums_in, alpha=scale, tf32=tf32
+        )  # (B G, R rows, seen)
         kept, count = None, rows.stop - rows.start
         if address is not None:
-            numbers = [head * -(-T // step) + number for head in range(B * H)]
+            numbers = [part_number(address, H, head, -(-T // step), number) for head in range(B * H)]
             kept = dropout_kept(address, numbers, count * seen, dropout_p, like=q)
         place = (H, T, S, rows.start, count, seen, int(is_causal))
         return q_block, scores, (kept, 1 / (1 - dropout_p), *mask.arguments, *place)
@@ -197,7 +242,7 @@ def scaled_dot_product_attention(
         p = np.empty(scores.shape, q.dtype, like=q)
         count = B * H * (rows.stop - rows.start)
         launch(q, "attention", (q.dtype,), count, threads_for(seen), scores, p, log_sum, *rest)
-        out[..., rows, :] = gemm(p, v[:, :seen]).reshape(B, G, R, -1, E)
+        out[..., rows, :] = gemm(p, v[:, :seen], tf32=tf32).reshape(B, G, R, -1, E)
 
     def vjp(grad):
         grad = contiguous(grad).reshape(out.shape)
@@ -208,14 +253,14 @@ def scaled_dot_product_attention(
         for number, rows, seen in blocks():
             q_block, scores, rest = scores_of(number, rows, seen)
             g = stacked(grad, rows)
-            dp = gemm(g, v[:, :seen].swapaxes(1, 2), dtype=sums_in)
+            dp = gemm(g, v[:, :seen].swapaxes(1, 2), dtype=sums_in, tf32=tf32)
             p, ds = (np.empty(scores.shape, q.dtype, like=q) for _ in range(2))
             arrays = scores, dp, p, ds, log_sum, delta
             count = B * H * (rows.stop - rows.start)
             launch(q, "attention_back", (q.dtype,), count, threads_for(seen), *arrays, *rest)
-            gemm(p.swapaxes(1, 2), g, out=dv[:, :seen], beta=1)
-            gemm(ds.swapaxes(1, 2), q_block, out=dk[:, :seen], alpha=scale, beta=1)
-            dq[..., rows, :] = gemm(ds, k[:, :seen], alpha=scale).reshape(B, G, R, -1, D)
+            gemm(p.swapaxes(1, 2), g, out=dv[:, :seen], beta=1, tf32=tf32)
+            gemm(ds.swapaxes(1, 2), q_block, out=dk[:, :seen], alpha=scale, beta=1, tf32=tf32)
+            dq[..., rows, :] = gemm(ds, k[:, :seen], alpha=scale, tf32=tf32).reshape(B, G, R, -1, D)
         dk, dv = (d.astype(q.dtype, copy=False).reshape(B, G, S, -1) for d in (dk, dv))
         return dq.reshape(B, H, T, D), dk, dv
 
@@ -237,59 +282,91 @@ class _Mask:
         self.arguments = (allowed, added, *strides)
 
 
-def cross_entropy(logits, targets, ignore_index: int, weight: float, gradient) -> np.ndarray:
-    """The losses (N,) of logits (N, V); ``gradient``, which may be the logits, gets weight dL/dlogits."""
+def cross_entropy(
+    input: Tensor,
+    target,
+    *,
+    ignore_index: int = -100,
+    num_targets: float | None = None,
+    weights=None,
+) -> Tensor:
+    """Of half-precision logits it is float32."""
+    targets = Targets(target, input.shape, ignore_index, num_targets, weights)
+    logits, shape, dtype = contiguous(as_rows(input.data)), input.shape, input.dtype
+    dlogits = np.empty(logits.shape, accumulation_dtype(dtype), like=logits)
+    losses = _cross_entropy(logits, *_on_device(targets, dlogits), dlogits)
+
+    def vjp(grad):
+        return ((dlogits * (grad / targets.number)).astype(dtype, copy=False).reshape(shape),)
+
+    return Tensor.from_op(losses.sum() / targets.number, (input,), vjp)
+
+
+def _on_device(targets: Targets, like):
+    """The targets (N,), -1 where ignored, and their weights or None, beside ``like`` and in its type."""
+    index = np.where(targets.counted, targets.target, -1).astype(np.int64, copy=False)
+    weights = None if targets.weights is None else targets.weights.astype(like.dtype)
+    return [None if x is None else np.asarray(x, like=like) for x in (index, weights)]
+
+
+def _cross_entropy(logits, index, weights, gradient):
+    """The weighted losses (N,) of logits (N, V); ``gradient``, which may be the logits, gets dL/dlogits.
+
+    Neither is divided by the number of targets yet: half precision would round p / number to nothing.
+    """
     N, V = logits.shape
-    losses = np.empty(N, wide(logits.dtype), like=logits)
+    losses = np.empty(N, accumulation_dtype(logits.dtype), like=logits)
     stride = logits.strides[0] // logits.itemsize if N > 1 else V
-    arguments = (
-        logits,
-        targets.astype(np.int64, copy=False),
-        losses,
-        gradient,
-        V,
-        stride,
-        ignore_index,
-        weight,
-    )
+    arguments = (logits, index, weights, losses, gradient, V, stride, -1, 1.0)
     launch(logits, "cross_entropy", (logits.dtype, gradient.dtype), N, threads_for(V), *arguments)
     return losses
 
 
 def linear_cross_entropy(
-    input: Tensor, weight: Tensor, bias: Tensor | None, targets, ignore_index: int, num_targets: float
+    input: Tensor,
+    linear_weight: Tensor,
+    target,
+    *,
+    linear_bias: Tensor | None = None,
+    ignore_index: int = -100,
+    num_targets: float | None = None,
+    weights=None,
 ) -> Tensor:
-    """A chunk of rows at a time, as in ``losses.py``; the num_targets comes in at the end, as a short type would
-    round p / num_targets to nothing."""
-    x = contiguous(as_rows(input.data))  # (N, C)
-    w = weight.data.astype(x.dtype, copy=False)  # (V, C)
-    (N, C), V, sums_in = x.shape, len(w), wide(x.dtype)
+    """A chunk of rows at a time, as in ``losses.py``; the division by ``num_targets`` comes at the end."""
+    check_linear(input, linear_weight)
+    x = _for_products(contiguous(as_rows(input.data)))  # (N, C)
+    w, bias, tf32 = linear_weight.data.astype(x.dtype, copy=False), linear_bias, tf32_allowed()  # (V, C)
+    (N, C), V, sums_in = x.shape, len(w), accumulation_dtype(x.dtype)
+    targets = Targets(target, (*input.shape[:-1], V), ignore_index, num_targets, weights)
     width = -(-V // ALIGNED) * ALIGNED
     step = max(1, LOGITS // width)
     logits = np.empty((min(step, N), width), sums_in, like=x)[:, :V]
     gradient = logits if x.dtype == sums_in else np.empty((min(step, N), width), x.dtype, like=x)[:, :V]
+    index, weights = _on_device(targets, logits)
     dx = np.empty((N, C), sums_in, like=x) if input.wants_grad else None
-    dw = np.zeros((V, C), sums_in, like=x) if weight.wants_grad else None
+    dw = np.zeros((V, C), sums_in, like=x) if linear_weight.wants_grad else None
     db = np.zeros(V, sums_in, like=x) if bias is not None and bias.wants_grad else None
     total = np.zeros((), sums_in, like=x)
     for start in range(0, N, step):
         rows = slice(start, min(start + step, N))
         n = rows.stop - start
         z, g = logits[:n], gradient[:n]
-        gemm(x[rows], w.T, out=z)
+        gemm(x[rows], w.T, out=z, tf32=tf32)
         if bias is not None:
             z += bias.data
-        total = total + cross_entropy(z, targets[rows], ignore_index, 1.0, g).sum()
+        total = total + _cross_entropy(z, index[rows], None if weights is None else weights[rows], g).sum()
         if dx is not None:
-            gemm(g, w, out=dx[rows])
+            gemm(g, w, out=dx[rows], tf32=tf32)
         if dw is not None:
-            gemm(g.T, x[rows], out=dw, beta=1)
+            gemm(g.T, x[rows], out=dw, beta=1, tf32=tf32)
         if db is not None:
             db += sums_over_rows(contiguous(g), sums_in)[1]
-    shape, dtypes = input.shape, [None if t is None else t.dtype for t in (input, weight, bias)]
+    shape, dtypes = input.shape, [None if t is None else t.dtype for t in (input, linear_weight, bias)]
 
     def vjp(grad):
-        factor = grad / num_targets  # an array on the device: asking for its value would mean to wait for it
+        factor = (
+            grad / targets.number
+        )  # an array on the device: asking for its value would mean to wait for it
         results = []
         for d, dtype in zip((dx, dw, db), dtypes):
             if d is not None:
@@ -300,4 +377,4 @@ def linear_cross_entropy(
             results[0] = results[0].reshape(shape)
         return results
 
-    return Tensor.from_op(total / num_targets, (input, weight, bias), vjp)
+    return Tensor.from_op(total / targets.number, (input, linear_weight, bias), vjp)

@@ -6,46 +6,45 @@ targets that are not ``ignore_index``. Its gradient is what makes training simpl
     d loss / d logits = (p - onehot(target)) / num_targets,   zero for ignored targets
 
 ``num_targets`` is the number of targets that count unless it is given: micro-batches of one step all divide
-by the step's total, so that their gradients add up to those of the whole batch.
+by the step's total, so that their gradients add up to those of the whole batch. With ``weights``, an array
+of the targets' shape, each target's loss is multiplied by its weight, and the default is the sum of the
+weights.
 """
 
+import math
 from functools import partial
 
 import numpy as np
 
-from tinyllm.backend.cuda.launch import library_of, on_gpu
-from tinyllm.backend.dtypes import is_short
+from tinyllm.backend import beside
 from tinyllm.backend.threads import each_block, matmul, one_blas_thread, run_tasks
 from tinyllm.checks import check_ids
 from tinyllm.errors import Error
-from tinyllm.functional import cuda as gpu
-from tinyllm.tensor import Tensor, as_rows
+from tinyllm.functional.linear import check_linear
+from tinyllm.tensor import Tensor
+from tinyllm.tensor_ops import as_rows
 
 CHUNK = 256  # rows of logits at a time; with fewer, the weight's way through memory dominates
-
 COLUMNS = 512  # classes of dW at a time, in each thread
 
 
 def cross_entropy(
-    input: Tensor, target, *, ignore_index: int = -100, num_targets: float | None = None
+    input: Tensor,
+    target,
+    *,
+    ignore_index: int = -100,
+    num_targets: float | None = None,
+    weights=None,
 ) -> Tensor:
-    """Cross-entropy of logits (..., V) and integer targets (...): a scalar in the logits' dtype.
-
-    Of logits in a short type it is float32.
-    """
-    if is_short(input.dtype):
-        input = input.astype(np.float32)
-    logits = as_rows(input.data)  # (N, V)
-    given, target = target, _check_targets(target, input.shape, ignore_index, like=logits)
-    num_targets = _num_targets(given, ignore_index, num_targets)
-    shape = input.shape
-    dlogits = logits.copy()
-    losses = _into_gradient(dlogits, target, ignore_index, num_targets)
+    """Cross-entropy of logits (..., V) and integer targets (...): a scalar in the logits' dtype."""
+    targets = Targets(target, input.shape, ignore_index, num_targets, weights)
+    dlogits, shape = as_rows(input.data).copy(), input.shape  # (N, V)
+    losses = _into_gradient(dlogits, *targets.columns(dlogits))
 
     def vjp(grad):
         return ((dlogits * grad).reshape(shape),)
 
-    return Tensor.from_op(losses.sum() / num_targets, (input,), vjp)
+    return Tensor.from_op(losses.sum() / targets.number, (input,), vjp)
 
 
 def linear_cross_entropy(
@@ -56,6 +55,7 @@ def linear_cross_entropy(
     linear_bias: Tensor | None = None,
     ignore_index: int = -100,
     num_targets: float | None = None,
+    weights=None,
 ) -> Tensor:
     """``cross_entropy(linear(input, linear_weight, linear_bias), target)`` without ever holding all logits.
 
@@ -63,19 +63,16 @@ def linear_cross_entropy(
     (in place) its gradient, which becomes its part of dx, dW and db and is forgotten. The gradients are
     formed in the forward pass, because the logits would have to be computed again otherwise.
     """
+    check_linear(input, linear_weight)
     x, w = as_rows(input.data), linear_weight.data  # (N, C), (V, C)
-    if linear_weight.ndim != 2 or input.ndim == 0 or x.shape[1] != w.shape[1]:
-        raise Error(f"linear_cross_entropy: input {input.shape} does not fit a weight {w.shape} (V, C)")
-    given, target = target, _check_targets(target, (*input.shape[:-1], len(w)), ignore_index, like=x)
-    num_targets = _num_targets(given, ignore_index, num_targets)
-    if on_gpu(input, linear_weight, linear_bias):
-        return gpu.linear_cross_entropy(input, linear_weight, linear_bias, target, ignore_index, num_targets)
+    targets = Targets(target, (*input.shape[:-1], len(w)), ignore_index, num_targets, weights)
+    columns = targets.columns(x)
     b = None if linear_bias is None else linear_bias.data
     dx = np.empty_like(x) if input.wants_grad else None
     dw = (np.empty_like if len(x) else np.zeros_like)(w) if linear_weight.wants_grad else None
     db = np.zeros_like(b) if b is not None and linear_bias.wants_grad else None
     total = np.zeros((), x.dtype, like=x)
-    columns = [slice(first, first + COLUMNS) for first in range(0, len(w), COLUMNS)]
+    classes = [slice(first, first + COLUMNS) for first in range(0, len(w), COLUMNS)]
     chunk = np.empty((min(CHUNK, len(x)), len(w)), x.dtype, like=x)  # one for all: it is the largest array
 
     def add_to_dw(some, logits, rows):  # a small product to add, not one of W's size
@@ -89,12 +86,12 @@ def linear_cross_entropy(
         logits = matmul(x[rows], w.T, out=chunk[: len(x[rows])])
         if b is not None:
             logits += b
-        total = total + _into_gradient(logits, target[rows], ignore_index, num_targets).sum()
+        total = total + _into_gradient(logits, *(c if c is None else c[rows] for c in columns)).sum()
         if dx is not None:
             matmul(logits, w, out=dx[rows])
         if dw is not None:
             with one_blas_thread():
-                run_tasks(partial(add_to_dw, logits=logits, rows=rows), columns)
+                run_tasks(partial(add_to_dw, logits=logits, rows=rows), classes)
         if db is not None:
             db += logits.sum(axis=0)
     shape = input.shape
@@ -106,54 +103,77 @@ def linear_cross_entropy(
                     d *= grad
         return (None if dx is None else dx.reshape(shape)), dw, db
 
-    return Tensor.from_op(total / num_targets, (input, linear_weight, linear_bias), vjp)
+    return Tensor.from_op(total / targets.number, (input, linear_weight, linear_bias), vjp)
 
 
-def _into_gradient(logits, target, ignore_index, num_targets):
-    """In place: logits (N, V) -> (p - onehot) / num_targets. Returns the loss (N, 1) of each row, undivided."""
-    if library_of(logits) is not None:
-        return gpu.cross_entropy(logits, target, ignore_index, 1 / num_targets, gradient=logits)
-    counted = (target != ignore_index).reshape(-1, 1)
-    weight = np.where(counted, 1 / num_targets, 0).astype(logits.dtype)
-    safe = np.where(counted[:, 0], target, 0)
+def _into_gradient(logits, counted, index, scale, weights):
+    """In place: logits (N, V) -> (p - onehot) scale. Returns each row's weighted loss (N, 1), undivided."""
     losses = np.empty((len(logits), 1), logits.dtype, like=logits)
 
     def rows_of(rows):
-        z, index = logits[rows], safe[rows].reshape(-1, 1)
+        z, at = logits[rows], index[rows]
         z -= z.max(axis=1, keepdims=True)
-        at_target = np.take_along_axis(z, index, axis=1)
+        at_target = np.take_along_axis(z, at, axis=1)
         np.exp(z, out=z)
         total = z.sum(axis=1, keepdims=True)
         losses[rows] = np.where(counted[rows], np.log(total) - at_target, 0)
-        z *= weight[rows] / total
-        np.put_along_axis(z, index, np.take_along_axis(z, index, axis=1) - weight[rows], axis=1)
+        z *= scale[rows] / total
+        np.put_along_axis(z, at, np.take_along_axis(z, at, axis=1) - scale[rows], axis=1)
 
     each_block(rows_of, *logits.shape, like=logits)
-    return losses
+    return losses if weights is None else losses * weights
 
 
-def _check_targets(target, logits_shape, ignore_index, like):
-    """Targets as a flat integer array, checked on the host, then beside the logits."""
-    target = np.asarray(target) if isinstance(target, (list, tuple, int)) else target
-    if tuple(target.shape) != tuple(logits_shape[:-1]):
-        raise Error(
-            f"targets of shape {tuple(target.shape)} do not fit logits of shape {tuple(logits_shape)}; "
-            f"they need shape {tuple(logits_shape[:-1])}"
-        )
-    if isinstance(target, np.ndarray) and target.size:
-        check_ids(np.where(target == ignore_index, 0, target), logits_shape[-1], name="targets")
-    return np.asarray(target.reshape(-1), like=like)
+class Targets:
+    """Targets and their weights as flat arrays, checked; losses are divided by ``number``.
+
+    ``counted`` says which targets are not ignored; ``weights`` is None, or 0 where a target is ignored.
+    """
+
+    def __init__(self, target, logits_shape, ignore_index, num_targets, weights):
+        target, weights = (_as_array(x) for x in (target, weights))
+        if tuple(target.shape) != tuple(logits_shape[:-1]):
+            raise Error(
+                f"targets of shape {tuple(target.shape)} do not fit logits of shape {tuple(logits_shape)}; "
+                f"they need shape {tuple(logits_shape[:-1])}"
+            )
+        if isinstance(target, np.ndarray) and target.size:
+            check_ids(np.where(target == ignore_index, 0, target), logits_shape[-1], name="targets")
+        if weights is not None and tuple(weights.shape) != tuple(target.shape):
+            raise Error(f"weights of shape {weights.shape} do not fit targets of shape {target.shape}")
+        self.target, self.counted = target.reshape(-1), (target != ignore_index).reshape(-1)
+        weights = None if weights is None else beside(weights, target)
+        self.weights = None if weights is None else np.where(self.counted, weights.reshape(-1), 0)
+        weights = self.counted if weights is None else self.weights
+        self.number = _num_targets(weights, ignore_index, num_targets)
+        self.scale = weights / self.number
+
+    def columns(self, like) -> list:
+        """As columns (N, 1) beside the logits: counted?, a class that exists, gradient's scale, weights."""
+        index = np.where(self.counted, self.target, 0)
+        scale = self.scale.astype(like.dtype)
+        weights = None if self.weights is None else self.weights.astype(like.dtype)
+        columns = (self.counted, index, scale, weights)
+        return [None if x is None else np.asarray(x.reshape(-1, 1), like=like) for x in columns]
 
 
-def _num_targets(target, ignore_index, num_targets):
-    """The number of targets that count, unless the caller divides by something else.
+def _as_array(x):
+    """Targets or weights as an array: a Tensor's, or a list or number as NumPy makes one of it."""
+    if isinstance(x, Tensor):
+        return x.data
+    return x if x is None or hasattr(x, "dtype") else np.asarray(x)
 
-    It is counted where the caller has them: from the host there is no GPU to wait for.
+
+def _num_targets(weight, ignore_index, num_targets) -> float:
+    """What the sum is divided by: the number of targets that count, or the sum of their weights, unless
+    given.
+
+    It is counted where the caller has them, before they are put beside the logits.
     """
     if num_targets is None:
-        num_targets = int(np.not_equal(target, ignore_index).sum().item())
+        num_targets = weight.sum().item()
         if num_targets == 0:
-            raise Error(f"every target is ignore_index ({ignore_index}): there is no loss to compute")
-    if not num_targets > 0:
-        raise Error(f"num_targets must be positive, not {num_targets}")
+            raise Error(f"no target counts (each is {ignore_index}, or has weight 0): there is no loss")
+    if not isinstance(num_targets, int | float | np.number) or not 0 < num_targets < math.inf:
+        raise Error(f"num_targets must be positive, not {num_targets}: it is how many targets count")
     return float(num_targets)  # a NumPy number would widen the loss

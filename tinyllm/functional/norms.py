@@ -2,12 +2,10 @@
 
 import numpy as np
 
-from tinyllm.backend.cuda.launch import on_gpu
-from tinyllm.backend.dtypes import wide
 from tinyllm.backend.threads import each_block
 from tinyllm.errors import Error
-from tinyllm.functional import cuda as gpu
-from tinyllm.tensor import Tensor, as_rows
+from tinyllm.tensor import Tensor
+from tinyllm.tensor_ops import as_rows
 
 
 def layer_norm(
@@ -16,7 +14,6 @@ def layer_norm(
     weight: Tensor | None = None,
     bias: Tensor | None = None,
     eps: float = 1e-5,
-    dtype=None,
 ) -> Tensor:
     """y = x̂ w + b with x̂ = (x - mean(x)) / sqrt(var(x) + eps), over the last axis of x (..., C).
 
@@ -24,16 +21,13 @@ def layer_norm(
 
         dx = (d - mean(d) - x̂ mean(d x̂)) / sqrt(var(x) + eps),   dw = Σ_rows g x̂,   db = Σ_rows g
 
-    ``dtype``, on a GPU, is that of the result: what the products after it are to be computed in.
     Ba, Kiros and Hinton, "Layer Normalization", arXiv 1607.06450, section 3.
     """
-    _check_shape("layer_norm", normalized_shape, input)
-    if on_gpu(input, weight, bias):
-        return gpu.norm(input, weight, bias, eps, centred=True, dtype=dtype)
-    _check_dtype("layer_norm", dtype, input)
+    check_norm("layer_norm", normalized_shape, input)
     x = as_rows(input.data)  # (N, C)
     w = None if weight is None else weight.data
     b = None if bias is None else bias.data
+    needs_dw, needs_db = (t is not None and t.requires_grad for t in (weight, bias))
     x_hat, shape = np.empty_like(x), input.shape
     inv_std = np.empty((len(x), 1), x.dtype, like=x)
 
@@ -67,15 +61,15 @@ def layer_norm(
             d *= inv_std[rows]
 
         each_block(backward, *g.shape, like=g)
-        dw = None if w is None else (g * x_hat).sum(axis=0)
-        db = None if b is None else g.sum(axis=0)
+        dw = (g * x_hat).sum(axis=0) if needs_dw else None
+        db = g.sum(axis=0) if needs_db else None
         return dx.reshape(shape), dw, db
 
-    return Tensor.from_op(result(), (input, weight, bias), vjp).with_again(result)
+    return Tensor.from_op(result(), (input, weight, bias), vjp, recompute=result)
 
 
 def rms_norm(
-    input: Tensor, normalized_shape, weight: Tensor | None = None, eps: float | None = None, dtype=None
+    input: Tensor, normalized_shape, weight: Tensor | None = None, eps: float | None = None
 ) -> Tensor:
     """y = x̂ w with x̂ = x / rms(x), rms(x) = sqrt(mean(x²) + eps), over the last axis of x (..., C).
 
@@ -84,16 +78,12 @@ def rms_norm(
 
         dx = (d - x̂ mean(d x̂)) / rms(x),   dw = Σ_rows g x̂
 
-    ``dtype``, on a GPU, is that of the result: what the products after it are to be computed in.
     Zhang and Sennrich, "Root Mean Square Layer Normalization", arXiv 1910.07467, section 3.
     """
-    _check_shape("rms_norm", normalized_shape, input)
-    eps = float(np.finfo(wide(input.dtype)).eps) if eps is None else eps
-    if on_gpu(input, weight):
-        return gpu.norm(input, weight, None, eps, centred=False, dtype=dtype)
-    _check_dtype("rms_norm", dtype, input)
+    check_norm("rms_norm", normalized_shape, input)
+    eps = float(np.finfo(input.dtype).eps) if eps is None else eps
     x = as_rows(input.data)  # (N, C)
-    w = None if weight is None else weight.data
+    w, needs_dw = None if weight is None else weight.data, weight is not None and weight.requires_grad
     inv_rms, shape = np.empty((len(x), 1), x.dtype, like=x), input.shape
 
     def scaled(y, rows):
@@ -122,7 +112,7 @@ def rms_norm(
 
         def backward(rows):
             x_hat, d = x[rows] * inv_rms[rows], np.multiply(g[rows], 1 if w is None else w, out=dx[rows])
-            if w is not None:
+            if needs_dw:
                 dw_parts[rows.start] = (g[rows] * x_hat).sum(axis=0)
             x_hat *= (d * x_hat).mean(axis=1, keepdims=True)
             d -= x_hat
@@ -130,18 +120,13 @@ def rms_norm(
 
         each_block(backward, *g.shape, like=g)
         # In the order of the blocks: the sum does not depend on which thread was first.
-        dw = None if w is None else sum(dw_parts[start] for start in sorted(dw_parts))
+        dw = sum(dw_parts[start] for start in sorted(dw_parts)) if needs_dw else None
         return dx.reshape(shape), dw
 
-    return Tensor.from_op(y.reshape(shape), (input, weight), vjp).with_again(result)
+    return Tensor.from_op(y.reshape(shape), (input, weight), vjp, recompute=result)
 
 
-def _check_shape(op, normalized_shape, input):
+def check_norm(op, normalized_shape, input):
     channels = (normalized_shape,) if isinstance(normalized_shape, int) else tuple(normalized_shape)
     if len(channels) != 1 or channels != input.shape[-1:] or channels == (0,):
         raise Error(f"{op} is over the last axis: {normalized_shape} does not fit an input {input.shape}")
-
-
-def _check_dtype(op, dtype, input):
-    if dtype is not None and dtype != input.dtype:
-        raise Error(f"{op} of {input.dtype} is written as {np.dtype(dtype)} on a GPU only: leave dtype out")

@@ -1,8 +1,8 @@
 // What does a GPU do better in one pass than NumPy's calls do in five?
 //
 // The ops of tinyllm.functional whose time is that of reading and writing their arrays, each with the formula
-// that stands in the docstring of the NumPy op it is tested against. kernels.py compiles and launches them,
-// functional/gpu.py calls them. Matrix products are cuBLAS's.
+// that stands in the docstring of the NumPy op it is tested against. launch.py compiles and launches them,
+// functional/cuda.py calls them. Matrix products are cuBLAS's.
 //
 // A template parameter is the type of an array: X of the residual stream, W of a weight, T of what products
 // read and write (float, double, __half or __nv_bfloat16). Whatever the types, A is what is computed in: float,
@@ -118,11 +118,11 @@ __global__ void over_rows(const X* x, const A* mean, const A* inv, const T* g, A
 
 __device__ Int this_thread() { return blockIdx.x * Int(blockDim.x) + threadIdx.x; }
 
-// y += b for every row of y (N, C), n = N C
-template <class T, class W, class A = typename Computed<T>::In>
-__global__ void add_row(T* y, const W* b, Int n, Int C) {
+// y = sums + b for every row of sums (N, C), n = N C; y may be sums
+template <class Z, class W, class T>
+__global__ void add_row(const Z* sums, const W* b, T* y, Int n, Int C) {
     Int i = this_thread();
-    if (i < n) y[i] = T(A(y[i]) + A(b[i % C]));
+    if (i < n) y[i] = T(sums[i] + Z(b[i % C]));
 }
 
 template <class A> __device__ A sigmoid(A x) { return 1 / (1 + exp(-x)); }
@@ -145,36 +145,33 @@ template <bool TANH, class A> __device__ A gelu_slope(A x) {
     return A(0.5) * (1 + erf(x * root_half)) + x * density * exp(A(-0.5) * x * x);
 }
 
-// y = GELU(x + b) of x (N, C), n = N C; b (C) may be null
-template <bool TANH, class T, class W, class A = typename Computed<T>::In>
-__global__ void gelu(const T* x, const W* b, T* y, Int n, Int C) {
+// y = GELU(x) of n elements
+template <bool TANH, class T, class A = typename Computed<T>::In>
+__global__ void gelu(const T* x, T* y, Int n) {
     Int i = this_thread();
-    if (i < n) y[i] = T(gelu_of<TANH>(A(x[i]) + (b ? A(b[i % C]) : A(0))));
+    if (i < n) y[i] = T(gelu_of<TANH>(A(x[i])));
 }
 
-template <bool TANH, class T, class W, class A = typename Computed<T>::In>
-__global__ void gelu_back(const T* x, const W* b, const T* g, T* dx, Int n, Int C) {
+template <bool TANH, class T, class A = typename Computed<T>::In>
+__global__ void gelu_back(const T* x, const T* g, T* dx, Int n) {
     Int i = this_thread();
-    if (i < n) dx[i] = T(A(g[i]) * gelu_slope<TANH>(A(x[i]) + (b ? A(b[i % C]) : A(0))));
+    if (i < n) dx[i] = T(A(g[i]) * gelu_slope<TANH>(A(x[i])));
 }
 
-// y = silu(a + ab) (u + ub) with silu(x) = x sigmoid(x), of a and u (N, C), n = N C; the biases may be null
-template <class T, class W, class A = typename Computed<T>::In>
-__global__ void swiglu(const T* a, const W* ab, const T* u, const W* ub, T* y, Int n, Int C) {
+// y = silu(a) u of n elements each, with silu(x) = x sigmoid(x)
+template <class T, class A = typename Computed<T>::In>
+__global__ void swiglu(const T* a, const T* u, T* y, Int n) {
+    Int i = this_thread();
+    if (i < n) y[i] = T(A(a[i]) * sigmoid(A(a[i])) * A(u[i]));
+}
+
+template <class T, class A = typename Computed<T>::In>
+__global__ void swiglu_back(const T* a, const T* u, const T* g, T* da, T* du, Int n) {
     Int i = this_thread();
     if (i >= n) return;
-    A x = A(a[i]) + (ab ? A(ab[i % C]) : A(0)), up = A(u[i]) + (ub ? A(ub[i % C]) : A(0));
-    y[i] = T(x * sigmoid(x) * up);
-}
-
-template <class T, class W, class A = typename Computed<T>::In>
-__global__ void swiglu_back(const T* a, const W* ab, const T* u, const W* ub, const T* g, T* da, T* du, Int n,
-                            Int C) {
-    Int i = this_thread();
-    if (i >= n) return;
-    A x = A(a[i]) + (ab ? A(ab[i % C]) : A(0)), up = A(u[i]) + (ub ? A(ub[i % C]) : A(0)), s = sigmoid(x);
+    A x = A(a[i]), s = sigmoid(x);
     du[i] = T(A(g[i]) * x * s);
-    da[i] = T(A(g[i]) * up * (s + x * s * (1 - s)));
+    da[i] = T(A(g[i]) * A(u[i]) * (s + x * s * (1 - s)));
 }
 
 // y = (a cos - b sin, b cos + a sin) for the halves a, b of x (B, H, T, 2 half), read with strides sb, sh, st and
@@ -196,14 +193,14 @@ __global__ void rope(const T* x, Int sb, Int sh, Int st, const A* cos, const A* 
 // -------------------------------------------------------------------------------------- dropout, attention
 
 // 1 where an element is kept. Philox4x64-10, bit for bit as numpy.random.Philox (Salmon et al., SC 2011, section
-// 3): a block of 256 random bits, number 1 + e / 16 of its counter, decides 16 elements e, with 16 bits each.
-// `kept` holds `parts` parts of `size` elements; part i has the counter word numbers[i].
+// 3): a block of 256 random bits, number 1 + start + e / 16 of its counter, decides 16 elements e, with 16 bits
+// each. `kept` holds `parts` parts of `size` elements; part i has the counter word numbers[i].
 __global__ void dropout_mask(unsigned char* kept, const Int* numbers, Int parts, Int size, Int threshold, Bits seed,
-                             Bits step, Bits op, Bits micro_batch) {
+                             Bits step, Bits op, Int start) {
     Int groups = (size + 15) / 16, i = this_thread();
     if (i >= parts * groups) return;
     Int part = i / groups, first = i % groups * 16;
-    Bits c[4] = {Bits(first / 16 + 1), Bits(numbers[part]), op, micro_batch};
+    Bits c[4] = {Bits(start + first / 16 + 1), Bits(numbers[part]), op, 0};
     for (int round = 0; round < 10; round++) {
         const Bits M0 = 0xD2E7470EE14C6C93, M1 = 0xCA5A826395121157;
         Bits high0 = __umul64hi(M0, c[0]), low0 = M0 * c[0], high1 = __umul64hi(M1, c[2]), low1 = M1 * c[2];
@@ -293,12 +290,12 @@ __global__ void row_dot(const T* a, const T* b, A* out, Int E) {
 
 // ------------------------------------------------------------------------------------- loss, embedding
 
-// Of every row of logits (N, V): the loss log(sum exp z) - z[target], and its gradient (p - onehot) weight; both
-// zero where the target is `ignored`. The gradient may be written over the logits. Both have `stride` elements
+// Of every row of logits (N, V): the loss log(sum exp z) - z[target], times the row's weight (1 if weights is
+// null), and the gradient (p - onehot) weight factor; both zero where the target is `ignored`. The gradient may be written over the logits. Both have `stride` elements
 // from row to row.
 template <class Z, class T, class A = typename Computed<Z>::In>
-__global__ void cross_entropy(const Z* logits, const Int* targets, A* losses, T* gradient, Int V, Int stride,
-                              Int ignored, double weight) {
+__global__ void cross_entropy(const Z* logits, const Int* targets, const A* weights, A* losses, T* gradient, Int V,
+                              Int stride, Int ignored, double factor) {
     Int row = blockIdx.x, target = targets[row];
     const Z* z = logits + row * stride;
     A largest = -INFINITY, total = 0;
@@ -307,11 +304,12 @@ __global__ void cross_entropy(const Z* logits, const Int* targets, A* losses, T*
     for (Int v = threadIdx.x; v < V; v += blockDim.x) total += exp(A(z[v]) - peak);
     total = sum_over_block(total);
     bool counts = target != ignored;
-    if (threadIdx.x == 0) losses[row] = counts ? log(total) + peak - A(z[target]) : A(0);
+    A weight = weights ? weights[row] : A(1);
+    if (threadIdx.x == 0) losses[row] = counts ? (log(total) + peak - A(z[target])) * weight : A(0);
     __syncthreads();  // before z[target] may be written over
     for (Int v = threadIdx.x; v < V; v += blockDim.x) {
         A p = exp(A(z[v]) - peak) / total;
-        gradient[row * stride + v] = T(counts ? (p - (v == target)) * A(weight) : A(0));
+        gradient[row * stride + v] = T(counts ? (p - (v == target)) * (weight * A(factor)) : A(0));
     }
 }
 

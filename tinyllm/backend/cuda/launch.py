@@ -1,11 +1,11 @@
-"""How does NumPy code make a GPU run a kernel of its own, and cuBLAS a product?
+"""Run kernels of our own on a GPU, and cuBLAS's products.
 
-The kernels are in ``kernels.cu``; the ops that use them in ``functional/gpu.py``. They are compiled when
+The kernels are in ``kernels.cu``, the ops that use them in ``functional/cuda.py``. They are compiled when
 first asked for, for the types at hand, by CuPy, which keeps them on disk for the next time. Everything else
 on a GPU is CuPy's: arrays, memory, and what NumPy's functions do there.
 
-Short types (bfloat16, float16) are what products read and write here; they add up in float32, and so does
-everything that is not a product.
+Half precision (bfloat16, float16) is what products read and write here; sums are computed in float32, and
+so is everything that is not a product.
 """
 
 from __future__ import annotations
@@ -17,26 +17,19 @@ from pathlib import Path
 
 import numpy as np
 
-from tinyllm.backend.dtypes import Products, is_short, wide
+from tinyllm.backend.dtypes import accumulation_dtype, is_half
 from tinyllm.errors import Error
 
 SOURCE = Path(__file__).with_name("kernels.cu")
-
 C_TYPES = {"float32": "float", "float64": "double", "float16": "__half", "bfloat16": "__nv_bfloat16"}
-
 MOST_THREADS = 512  # of a block: enough to hide the memory's delay, and two blocks fit a processor
-
 ROWS = 256  # rows to a partial sum of over_rows
-
 CHUNK = 2**16  # elements of a block that works on many arrays
 
 # cuBLAS's numbers for types, and for what a product is computed in (library_types.h, cublas_api.h)
 CUDA_TYPES = {"float32": 0, "float64": 1, "float16": 2, "bfloat16": 14}
-
 COMPUTE_32F, COMPUTE_64F, COMPUTE_32F_FAST_TF32 = 68, 70, 77
-
 ANY_ALGORITHM = -1
-
 NOT_INITIALIZED, ALLOC_FAILED = 1, 3
 
 
@@ -83,32 +76,26 @@ def library_of(array) -> CuPyLibrary | None:
     return LIBRARIES.get(kind)
 
 
-def on_gpu(*inputs) -> bool:
-    """Whether kernels compute an op of these Tensors (None: an input that was not given).
+def on_gpu(*tensors) -> bool:
+    """Whether kernels compute an op of these Tensors.
 
-    Raises ``Error`` if they are on different devices, or of a short type where there is no kernel for it.
+    Raises ``Error`` if they are on different devices, or in half precision where there is no kernel for it.
     """
-    first = inputs[0].data
-    for tensor in inputs:
-        if tensor is not None and type(tensor.data) is not np.ndarray:
-            check_one_device(*inputs)
-            if library_of(first) is not None:
+    for tensor in tensors:
+        if type(tensor.data) is not np.ndarray:
+            check_one_device(*tensors)
+            if library_of(tensor.data) is not None:
                 return True
             break
-    if is_short(first.dtype):
-        raise Error(f"only a GPU computes in {first.dtype}: use float32, or to('cuda')")
+    for tensor in tensors:
+        if is_half(tensor.data.dtype):
+            raise Error(f"only a GPU computes in {tensor.data.dtype}: use float32, or to('cuda')")
     return False
 
 
 def check_one_device(*tensors) -> None:
-    """Raise ``Error`` naming both if two Tensors are on different devices, or if one is no Tensor."""
-    given = [tensor for tensor in tensors if tensor is not None]
-    for tensor in given:
-        if not hasattr(tensor, "node"):  # an array has ``data``, too
-            raise Error(
-                f"an op takes Tensors, not {type(tensor).__name__}: wrap the array with Tensor(array)"
-            )
-    names = dict.fromkeys(_device_name(tensor.data) for tensor in given)
+    """Raise ``Error`` naming both if two Tensors are on different devices."""
+    names = dict.fromkeys(_device_name(tensor.data) for tensor in tensors)
     if len(names) > 1:
         raise Error(f"an op got arrays on {' and '.join(names)}: move one with to(device)")
 
@@ -143,11 +130,11 @@ def threads_for(row: int) -> int:
 # ------------------------------------------------------------------------------ matrix products
 
 
-def gemm(a, b, out=None, dtype=None, alpha: float = 1.0, beta: float = 0.0):
+def gemm(a, b, out=None, dtype=None, alpha: float = 1.0, beta: float = 0.0, tf32: bool = False):
     """alpha A B + beta ``out``, for matrices A (M, K), B (K, N), or batches of them (n, M, K), (n, K, N).
 
-    The result is ``out``, or new in ``dtype``: the operands' unless given, or float32 for short ones. Sums
-    are in float32 for all but float64.
+    The result is ``out``, or new in ``dtype``, the operands' unless given. Sums are in float32 for all but
+    float64. With ``tf32`` float32 operands are rounded to 10 bits after the point.
     """
     shape = (*a.shape[:-1], b.shape[-1])
     if out is None:
@@ -161,7 +148,7 @@ def gemm(a, b, out=None, dtype=None, alpha: float = 1.0, beta: float = 0.0):
     if a.dtype == np.float64:
         compute = COMPUTE_64F
     else:
-        compute = COMPUTE_32F_FAST_TF32 if a.dtype == np.float32 and Products.tf32 else COMPUTE_32F
+        compute = COMPUTE_32F_FAST_TF32 if a.dtype == np.float32 and tf32 else COMPUTE_32F
     factors = np.array([alpha, beta], np.float64 if compute == COMPUTE_64F else np.float32)
     place = factors.ctypes.data
     # cuBLAS counts down columns: what lies in memory row by row is the transposed matrix to it. So it is
@@ -205,7 +192,7 @@ def sums_over_rows(g, dtype, x=None, mean=None, inv=None, centred: bool = False)
     x̂ = (x - mean) inv; an uncentred norm has no mean, and no use for the second, which is None.
     """
     N, C = g.shape
-    parts, wanted = -(-N // ROWS), wide(g.dtype) if x is None else wide(x.dtype)
+    parts, wanted = -(-N // ROWS), accumulation_dtype(g.dtype) if x is None else accumulation_dtype(x.dtype)
     dw = None if x is None else np.empty((parts, C), wanted, like=g)
     db = np.empty((parts, C), wanted, like=g) if x is None or centred else None
     types = (wanted if x is None else x.dtype, g.dtype)
@@ -242,14 +229,20 @@ def contiguous(array):
 # ----------------------------------------------------------------------------------- dropout
 
 
-def dropout_kept(address: tuple[int, int, int, int], numbers: Sequence[int], size: int, p: float, like):
-    """1 where an element is kept, else 0, in bytes (len(numbers), size): ``device.dropout_mask``'s draws."""
-    seed, step, micro_batch, op = address
+def dropout_kept(
+    address: tuple[int, int, int, int], numbers: Sequence[int], size: int, p: float, like, start: int = 0
+):
+    """1 where an element is kept, else 0, in bytes (len(numbers), size): ``random.dropout_mask``'s draws.
+
+    ``start`` is the value of the counter at which each part begins.
+    """
+    seed, step, _, op = address
     kept = np.empty((len(numbers), size), np.uint8, like=like)
     parts = np.asarray(np.array(numbers, np.int64), like=like)
     threads, threshold = len(numbers) * -(-size // 16), round(p * 65536)
-    elementwise(like, "dropout_mask", (), threads, kept, parts, len(numbers), size, threshold, seed, step, op,
-                micro_batch)  # fmt: skip
+    elementwise(
+        like, "dropout_mask", (), threads, kept, parts, len(numbers), size, threshold, seed, step, op, start
+    )
     return kept
 
 

@@ -1,0 +1,69 @@
+"""How products share the cores with the BLAS: large ones over our threads, few rows in BLAS's own."""
+
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import threadpoolctl
+
+from tinyllm.backend import threads
+
+
+@pytest.mark.parametrize("pool", ["1", "2", "3"])
+@pytest.mark.parametrize("rows", [0, 1, 2, 15, 16, 17])
+def test_products_of_many_rows_share_them_out_and_those_of_few_are_left_to_blas(monkeypatch, rows, pool):
+    monkeypatch.setenv("OMP_NUM_THREADS", pool)
+    monkeypatch.setattr(threads, "SMALL_PRODUCT", 0)
+    shared_out, run_tasks = [], threads.run_tasks
+
+    def recording(function, tasks):
+        shared_out.append(tasks)
+        run_tasks(function, tasks)
+
+    monkeypatch.setattr(threads, "run_tasks", recording)
+    rng = np.random.default_rng(0)
+    a, w = rng.standard_normal((rows, 6)), rng.standard_normal((7, 6))
+    for b in (w.T, np.ascontiguousarray(w.T)):
+        out = np.empty((rows, 7))
+        for product in (threads.matmul(a, b), threads.matmul(a, b, out=out), out):
+            assert np.allclose(product, np.einsum("ik,kj->ij", a, b), rtol=1e-13, atol=1e-13)
+    for tasks in shared_out:
+        assert [i for part in tasks for i in range(rows)[part]] == list(range(rows))
+        assert len(tasks) <= int(pool)
+    assert len(shared_out) == (4 if rows >= 16 else 0)
+
+
+def test_blas_is_told_once_to_keep_to_one_thread_and_is_free_again_afterwards():
+    def counts():
+        pools = threadpoolctl.threadpool_info()  # scipy brings a BLAS of its own, maybe later than we looked
+        return [pool["num_threads"] for pool in pools if "numpy" in pool["filepath"]]
+
+    with threadpoolctl.threadpool_limits(limits=2, user_api="blas"):
+        before = counts()
+        with pytest.raises(ZeroDivisionError), threads.one_blas_thread():
+            with threads.one_blas_thread():
+                assert set(counts()) == {1}
+            assert set(counts()) == {1}
+            raise ZeroDivisionError
+        assert counts() == before
+        with threads.one_blas_thread():
+            assert set(counts()) == {1}
+        assert counts() == before
+
+
+@pytest.mark.parametrize(
+    "imports, falls_asleep",
+    [("import tinyllm, numpy", True), ("import numpy, tinyllm", False)],
+)
+def test_the_timeout_of_blas_is_set_where_that_is_still_of_use(imports, falls_asleep):
+    said = "print(tinyllm.backend.threads._BLAS_FALLS_ASLEEP, os.environ.get('OPENBLAS_THREAD_TIMEOUT'))"
+    environment = {k: v for k, v in os.environ.items() if k != "OPENBLAS_THREAD_TIMEOUT"}
+
+    def run(**more):
+        command = [sys.executable, "-c", f"import os; {imports}; {said}"]
+        return subprocess.check_output(command, text=True, env=environment | more).split()
+
+    assert run() == [str(falls_asleep), "20" if falls_asleep else "None"]
+    assert run(OPENBLAS_THREAD_TIMEOUT="7") == ["True", "7"]  # the user's own

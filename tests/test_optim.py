@@ -1,0 +1,365 @@
+"""AdamW, parameter groups, clipping and schedules against torch; frozen parameters; what is refused."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from tinyllm import GPT2, Error, GPT2Config, Tensor, nn, optim
+from tinyllm.optim import AdamW, LossScale, NoLossScale, clip_grad_norm
+
+IDS = np.array([[1, 5, 2, 10], [0, 3, 3, 7]])
+TARGETS = np.array([[5, 2, 10, 4], [3, 3, 7, -100]])
+SMALL = {"matrix": (4, 3), "bias": (4,), "head": (3, 2)}
+
+
+def small_gpt2():
+    sizes = dict(vocab_size=11, n_positions=6, n_embd=8, n_layer=2, n_head=2)
+    return GPT2(GPT2Config(**sizes), rng=np.random.default_rng(0)).astype(np.float64)
+
+
+def parameters(seed=0):
+    rng = np.random.default_rng(seed)
+    arrays = {name: rng.standard_normal(shape) for name, shape in SMALL.items()}
+    ours = {name: Tensor(array.copy(), requires_grad=True) for name, array in arrays.items()}
+    return ours, {name: torch.tensor(array, requires_grad=True) for name, array in arrays.items()}
+
+
+def set_gradients(ours, theirs, seed):
+    rng = np.random.default_rng(seed)
+    for name, parameter in ours.items():
+        grad = rng.standard_normal(parameter.shape)
+        if parameter.requires_grad:
+            parameter.grad = grad
+        theirs[name].grad = torch.tensor(grad)
+
+
+def test_groups_have_rates_and_decays_of_their_own_as_in_torch():
+    """One schedule serves all: a group keeps the ratio of its rate to the optimizer's."""
+    ours, theirs = parameters()
+    optimizer = AdamW(
+        [
+            {"params": [("matrix", ours["matrix"]), ("bias", ours["bias"])]},
+            {"params": [ours["head"]], "lr": 3e-2, "weight_decay": 0.5},
+        ],
+        lr=1e-2,
+        weight_decay=0.1,
+    )
+    reference = torch.optim.AdamW(
+        [
+            {"params": [theirs["matrix"]], "weight_decay": 0.1},
+            {"params": [theirs["bias"]], "weight_decay": 0.0},  # one axis: no decay unless its group says so
+            {"params": [theirs["head"]], "weight_decay": 0.5},
+        ],
+    )
+    for step in range(20):
+        optimizer.lr = 1e-2 / (1 + step)
+        for group, factor in zip(reference.param_groups, (1, 1, 3)):
+            group["lr"] = factor * optimizer.lr
+        set_gradients(ours, theirs, step)
+        optimizer.step()
+        reference.step()
+    for name, parameter in ours.items():
+        np.testing.assert_allclose(parameter.data, theirs[name].detach().numpy(), rtol=1e-12, err_msg=name)
+
+
+def test_a_groups_decay_is_that_of_all_its_parameters():
+    weight, bias = (Tensor(np.ones(shape), requires_grad=True) for shape in ((2, 2), (2,)))
+    optimizer = AdamW([{"params": [weight, bias], "weight_decay": 0.5}], lr=0.1)
+    for parameter in (weight, bias):
+        parameter.grad = np.zeros(parameter.shape)
+    optimizer.step()
+    assert (weight.data == 0.95).all() and (bias.data == 0.95).all()
+
+
+@pytest.mark.parametrize("form", ["tensors", "pairs", "a generator", "a model", "groups"])
+def test_parameters_are_given_in_any_form(form):
+    model = nn.Linear(3, 2, rng=np.random.default_rng(0))
+    given = {
+        "tensors": list(model.parameters()),
+        "pairs": list(model.named_parameters()),
+        "a generator": model.parameters(),
+        "a model": model,
+        "groups": [{"params": model.parameters()}],
+    }[form]
+    optimizer = AdamW(given, lr=0.1)
+    before = model.weight.data.copy()
+    for parameter in model.parameters():
+        parameter.grad = np.full(parameter.shape, 2.0, np.float32)
+    clipped = list(model.parameters()) if form in ("a generator", "groups") else given
+    assert clip_grad_norm(clipped, 1.0) == pytest.approx(2 * np.sqrt(8))
+    optimizer.step()
+    assert (model.weight.data != before).all()
+
+
+def test_a_frozen_parameter_is_not_updated_and_takes_no_memory():
+    ours, theirs = parameters()
+    ours["matrix"].requires_grad = False
+    optimizer = AdamW(ours.items(), lr=0.1)
+    optimizer.reserve()
+    assert [name for name, _ in optimizer.parameters] == ["bias", "head"] == list(optimizer.state)
+    before = ours["matrix"].data.copy()
+    set_gradients(ours, theirs, 0)
+    optimizer.step()
+    optimizer.zero_grad()
+    np.testing.assert_array_equal(ours["matrix"].data, before)
+
+
+ROW = Tensor(np.ones(2), requires_grad=True)
+WRONG = {
+    "nothing to train": (lambda: AdamW([Tensor(np.ones(2))], 0.1), "requires_grad"),
+    "a tensor alone": (lambda: AdamW(Tensor(np.ones((2, 2)), requires_grad=True), 0.1), "list"),
+    "a parameter twice": (lambda: AdamW([ROW, ROW], 0.1), "twice"),
+    "one name for two": (
+        lambda: AdamW([("w", ROW), ("w", Tensor(np.ones(2), requires_grad=True))], 0.1),
+        "two parameters are called w",
+    ),
+    "a group without params": (lambda: AdamW([{"lr": 0.1}], 0.1), "params"),
+    "an unknown option": (lambda: AdamW([{"params": [ROW], "betas": (0, 0)}], 0.1), "betas"),
+    "a rate that is a function": (lambda: AdamW([ROW], lambda step: 0.1), "lr="),
+    "one beta": (lambda: AdamW([ROW], 0.1, betas=(0.9,)), "betas"),
+    "a tied parameter in two groups": (lambda: AdamW([{"params": [ROW]}, {"params": [ROW]}], 0.1), "twice"),
+    "a negative rate": (lambda: AdamW([{"params": [ROW], "lr": -1.0}], 0.1), "-1.0"),
+    "a rate that is not a number": (lambda: AdamW([{"params": [ROW], "lr": float("nan")}], 0.1), "nan"),
+    "a group's rate beside 0": (lambda: AdamW([{"params": [ROW], "lr": 0.1}], 0.0), "above 0"),
+    "names alone": (lambda: AdamW(["weight"], 0.1), "str"),
+    "arrays": (lambda: clip_grad_norm([np.ones(2)], 1.0), "ndarray"),
+    "a tensor alone to clip": (lambda: clip_grad_norm(ROW, 1.0), "list"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_parameters_that_are_refused(case):
+    call, said = WRONG[case]
+    with pytest.raises(Error, match=said):
+        call()
+
+
+def test_without_a_loss_scale_nothing_changes():
+    scale, parameter = NoLossScale(), Tensor(np.ones(2), requires_grad=True)
+    loss = (parameter * 3.0).sum()
+    loss.backward(scale.seed(loss))
+    scale.unscale([parameter])
+    scale.update(finite=False)
+    np.testing.assert_array_equal(parameter.grad, [3.0, 3.0])
+    assert scale.scale == 1.0 and scale.state_dict() == {}
+    assert {name for name in vars(LossScale) if not name.startswith("_")} >= {
+        name
+        for name in vars(NoLossScale)
+        if callable(getattr(NoLossScale, name)) and not name.startswith("_")
+    }
+
+
+# -------------------------------------------------------------------------------------- AdamW
+
+SHAPES = {"matrix": (370, 360), "small": (5, 7), "cube": (2, 3, 4), "bias": (7,), "number": ()}
+
+
+def on_both_sides(dtype=np.float64):
+    """The same parameters here and in torch."""
+    rng = np.random.default_rng(0)
+    start = {name: np.asarray(rng.standard_normal(shape), dtype) for name, shape in SHAPES.items()}
+    ours = {name: Tensor(array.copy(), requires_grad=True) for name, array in start.items()}
+    theirs = {name: torch.nn.Parameter(torch.tensor(array)) for name, array in start.items()}
+    return ours, theirs
+
+
+def torch_adamw(parameters, lr, betas, eps, weight_decay):
+    """torch decays whatever it is told to: two groups leave biases and norms alone."""
+    groups = [
+        {"params": [p for p in parameters.values() if p.ndim >= 2], "weight_decay": weight_decay},
+        {"params": [p for p in parameters.values() if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, lr=lr, betas=betas, eps=eps)
+
+
+@pytest.mark.parametrize(
+    ("betas", "eps", "weight_decay"),
+    [((0.9, 0.999), 1e-8, 0.01), ((0.9, 0.95), 1e-6, 0.1), ((0.0, 0.5), 1e-2, 0.0), ((0.8, 0.0), 1e-8, 1.0)],
+)
+def test_adamw_against_torch_for_20_steps(betas, eps, weight_decay):
+    ours, theirs = on_both_sides()
+    mine = optim.AdamW(ours.items(), 1e-2, betas, eps, weight_decay)
+    reference = torch_adamw(theirs, 1e-2, betas, eps, weight_decay)
+    rng = np.random.default_rng(1)
+    for step in range(20):
+        lr = 1e-2 * (1 + step % 5)
+        mine.lr = lr
+        for group in reference.param_groups:
+            group["lr"] = lr
+        for name, shape in SHAPES.items():
+            grad = np.asarray(rng.standard_normal(shape) * 10.0 ** rng.integers(-6, 3))
+            ours[name].grad = grad.copy()
+            theirs[name].grad = torch.tensor(grad)
+        mine.step()
+        reference.step()
+        for name in SHAPES:
+            expected = theirs[name].detach().numpy()
+            worst = np.abs(ours[name].data - expected).max() / np.abs(expected).max()
+            assert worst < 1e-12, (step, name)
+
+
+def test_adamw_keeps_float32():
+    ours, theirs = on_both_sides(np.float32)
+    mine = optim.AdamW(ours.items(), 1e-2, weight_decay=0.1)
+    reference = torch_adamw(theirs, 1e-2, (0.9, 0.999), 1e-8, 0.1)
+    rng = np.random.default_rng(1)
+    for _ in range(20):
+        for name, shape in SHAPES.items():
+            grad = np.asarray(rng.standard_normal(shape), np.float32)
+            ours[name].grad = grad
+            theirs[name].grad = torch.tensor(grad)
+        mine.step()
+        reference.step()
+    for name in SHAPES:
+        assert ours[name].dtype == np.float32
+        assert {moment.dtype for moment in mine.state[name][1:]} == {np.dtype(np.float32)}
+        assert np.allclose(ours[name].data, theirs[name].detach().numpy(), rtol=1e-5, atol=1e-6), name
+
+
+def test_a_parameter_without_a_gradient_sits_the_step_out_as_in_torch():
+    ours, theirs = on_both_sides()
+    mine = optim.AdamW(ours.items(), 1e-2, weight_decay=0.1)
+    reference = torch_adamw(theirs, 1e-2, (0.9, 0.999), 1e-8, 0.1)
+    rng = np.random.default_rng(1)
+    for step in range(5):
+        mine.zero_grad()
+        reference.zero_grad()
+        for name in SHAPES:
+            if name == "small" and step in (0, 3):  # an expert nobody asked, a layer still frozen
+                continue
+            grad = np.asarray(rng.standard_normal(SHAPES[name]))
+            ours[name].grad = grad
+            theirs[name].grad = torch.tensor(grad)
+        before = ours["small"].data.copy()
+        mine.step()
+        reference.step()
+        if step in (0, 3):
+            assert np.array_equal(ours["small"].data, before)
+        for name in SHAPES:
+            expected = theirs[name].detach().numpy()
+            assert np.abs(ours[name].data - expected).max() <= 1e-12 * np.abs(expected).max(), (step, name)
+
+
+@pytest.mark.parametrize("layout", ["transposed", "strided", "meta"])
+def test_adamw_updates_a_parameter_of_any_layout_or_says_why_not(layout):
+    """What it must never do is write the update into a copy that nobody sees."""
+    data = {
+        "transposed": np.ones((3, 2)).T,
+        "strided": np.ones((2, 4))[:, :3],
+        "meta": np.broadcast_to(np.float64(1), (2, 3)),
+    }[layout]
+    parameter = Tensor(data, requires_grad=True)
+    optimizer = optim.AdamW([("w", parameter)], lr=0.1, weight_decay=0.0)
+    parameter.grad = np.ones((2, 3))
+    try:
+        optimizer.step()
+    except (Error, ValueError):
+        return
+    assert np.allclose(parameter.data, np.full((2, 3), 0.9))
+
+
+def test_adamw_updates_in_place_and_drops_gradients():
+    model = small_gpt2()
+    arrays = [p.data for p in model.parameters()]
+    optimizer = optim.AdamW(model, lr=1e-3)
+    model.loss(IDS, TARGETS).backward()
+    optimizer.step()
+    assert all(p.data is array for p, array in zip(model.parameters(), arrays))
+    optimizer.zero_grad()
+    assert all(p.grad is None for p in model.parameters())
+    assert [name for name, _ in optimizer.parameters] == [name for name, _ in model.named_parameters()]
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [{"lr": -1.0}, {"lr": 1, "eps": -1e-8}, {"lr": 1, "weight_decay": -0.1}, {"lr": 1, "betas": (0.9, 1)}],
+)
+def test_adamw_refuses(wrong):
+    with pytest.raises(Error, match="AdamW needs lr"):
+        optim.AdamW(small_gpt2(), **wrong)
+
+
+# ----------------------------------------------------------------------- clipping and schedules
+
+
+@pytest.mark.parametrize("max_norm", [1e-3, 1.0, 1e4])
+def test_clip_grad_norm_against_torch(max_norm):
+    ours, theirs = on_both_sides()
+    rng = np.random.default_rng(1)
+    for name, shape in SHAPES.items():
+        if name == "bias":
+            continue  # no gradient: skipped on both sides
+        grad = np.asarray(rng.standard_normal(shape))
+        ours[name].grad = grad.copy()
+        theirs[name].grad = torch.tensor(grad)
+    norm = optim.clip_grad_norm(ours.items(), max_norm)
+    expected = torch.nn.utils.clip_grad_norm_(theirs.values(), max_norm)
+    assert norm == pytest.approx(expected.item(), rel=1e-13)
+    assert isinstance(norm, float)
+    assert ours["bias"].grad is None
+    for name in SHAPES.keys() - {"bias"}:
+        assert np.allclose(ours[name].grad, theirs[name].grad.numpy(), rtol=1e-12, atol=0), name
+
+
+def test_clip_grad_norm_at_the_bound_itself_as_in_torch():
+    """torch's factor is max_norm / (norm + 1e-6), already below 1 there."""
+    mine, theirs = Tensor(np.zeros(2), requires_grad=True), torch.nn.Parameter(torch.zeros(2).double())
+    mine.grad, theirs.grad = np.array([3.0, 4.0]), torch.tensor([3.0, 4.0]).double()
+    assert optim.clip_grad_norm([("p", mine)], 5.0) == 5.0
+    torch.nn.utils.clip_grad_norm_([theirs], 5.0)
+    assert np.allclose(mine.grad, theirs.grad.numpy(), rtol=1e-12, atol=0)
+
+
+def test_clip_grad_norm_scales_in_place_whatever_the_layout():
+    parameter = Tensor(np.zeros((2, 3)), requires_grad=True)
+    parameter.grad = np.ones((3, 2)).T * 2
+    grad = parameter.grad
+    assert optim.clip_grad_norm([("w", parameter)], 1.0) == pytest.approx(math.sqrt(24))
+    assert parameter.grad is grad
+    assert np.linalg.norm(parameter.grad) == pytest.approx(1.0, rel=1e-6)
+
+
+@pytest.mark.parametrize("max_norm", [0.0, -1.0, math.nan])
+def test_clip_grad_norm_refuses(max_norm):
+    with pytest.raises(Error, match=f"must be positive, not {max_norm}"):
+        optim.clip_grad_norm([], max_norm)
+
+
+def test_warmup_cosine():
+    lr_at = optim.warmup_cosine(peak_lr=5e-4, initial_lr=3e-5, min_lr=1e-6, warmup=10, steps=130)
+    assert lr_at(0) == 3e-5
+    assert lr_at(1) == pytest.approx(3e-5 + 4.7e-5, rel=1e-14)
+    assert lr_at(9) == pytest.approx(4.53e-4, rel=1e-14)
+    assert lr_at(10) == pytest.approx(5e-4, rel=1e-14)
+    assert lr_at(40) == pytest.approx(1e-6 + 4.99e-4 * (2 + math.sqrt(2)) / 4, rel=1e-14)  # cos(π/4)
+    assert lr_at(70) == pytest.approx((5e-4 + 1e-6) / 2, rel=1e-14)
+    assert lr_at(130) == pytest.approx(1e-6, rel=1e-14)
+    assert lr_at(1000) == pytest.approx(1e-6, rel=1e-14)
+    rates = [lr_at(step) for step in range(131)]
+    assert rates[:11] == sorted(rates[:11]) and rates[10:] == sorted(rates[10:], reverse=True)
+
+
+def test_warmup_cosine_without_warmup_starts_at_the_peak():
+    assert optim.warmup_cosine(1.0, 0.0, 0.0, warmup=0, steps=4)(0) == 1.0
+
+
+@pytest.mark.parametrize(("warmup", "steps"), [(10, 10), (11, 10), (-1, 10), (1, 0)])
+def test_warmup_cosine_refuses(warmup, steps):
+    with pytest.raises(Error, match="must be shorter than the run"):
+        optim.warmup_cosine(1.0, 0.0, 0.0, warmup, steps)
+
+
+@pytest.mark.parametrize("form", ["tensors", "modules"])
+def test_the_parameters_of_several_groups_have_names_of_their_own(form):
+    model = small_gpt2()
+    given = [block if form == "modules" else list(block.parameters()) for block in model.h]
+    optimizer = AdamW([{"params": given[0]}, {"params": given[1], "lr": 1e-4}], lr=1e-2)
+    names = [name for name, _ in optimizer.parameters]
+    assert len(set(names)) == len(names) == sum(len(list(block.parameters())) for block in model.h)
+    before = [block.ln_1.weight.data.copy() for block in model.h]
+    model.loss(IDS, TARGETS).backward()
+    optimizer.step()
+    moved = [np.abs(block.ln_1.weight.data - old).max() for block, old in zip(model.h, before)]
+    assert moved == pytest.approx([1e-2, 1e-4], rel=1e-3)  # AdamW's first step is its rate
