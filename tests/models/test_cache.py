@@ -4,11 +4,7 @@ Texts are compared in float64, where rounding cannot flip a draw.
 """
 
 import contextlib
-import copy
 import gc
-import os
-import subprocess
-import sys
 import weakref
 from dataclasses import replace
 from types import SimpleNamespace
@@ -16,15 +12,13 @@ from unittest import mock
 
 import numpy as np
 import pytest
-import threadpoolctl
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from tinyllm import GPT2, GPT2Config, Llama, LlamaConfig, Tensor, nn, no_grad
+from tinyllm import GPT2, GPT2Config, Llama, LlamaConfig, Tensor, generate, no_grad
 from tinyllm import functional as F
-from tinyllm.backend import threads
+from tinyllm.backend import autocast, threads
 from tinyllm.errors import Error
-from tinyllm.inference import generate
 from tinyllm.inference.sampling import choose_tokens
 
 GPT2_SIZES = dict(vocab_size=13, n_positions=8, n_embd=12, n_layer=2, n_head=3)
@@ -298,6 +292,16 @@ def test_it_holds_what_it_must_and_no_more(config):
     assert model.new_cache(1).room == model.new_cache(1, 10**9).room == 8  # the context
 
 
+@both_models
+def test_on_a_cpu_autocast_changes_nothing(config):
+    model = build(config)
+    with autocast("bfloat16"):
+        cache = model.new_cache(1)
+        logits = logits_of(model, [[1, 2, 3]], cache=cache)
+    assert cache.keys[0].dtype == np.float64
+    assert np.array_equal(logits, logits_of(model, [[1, 2, 3]]))
+
+
 def watched_caches(model):
     """A list that gets (room, weak reference) of every cache the model will make."""
     caches = []
@@ -421,51 +425,6 @@ def test_on_the_device(config, slide, put):
     assert np.array_equal(tokens, expected)
 
 
-# ----------------------------------------------------------------------- products of a few rows
-
-
-@pytest.mark.parametrize("threads", ["1", "2", "3"])
-@pytest.mark.parametrize("rows", [0, 1, 2, 15, 16, 17])
-def test_products_of_many_rows_share_them_out_and_those_of_few_are_left_to_blas(monkeypatch, rows, threads):
-    monkeypatch.setenv("OMP_NUM_THREADS", threads)
-    monkeypatch.setattr(threads, "SMALL_PRODUCT", 0)
-    shared_out, run_tasks = [], threads.run_tasks
-
-    def recording(function, tasks):
-        shared_out.append(tasks)
-        run_tasks(function, tasks)
-
-    monkeypatch.setattr(threads, "run_tasks", recording)
-    rng = np.random.default_rng(0)
-    a, w = rng.standard_normal((rows, 6)), rng.standard_normal((7, 6))
-    for b in (w.T, np.ascontiguousarray(w.T)):
-        out = np.empty((rows, 7))
-        for product in (threads.matmul(a, b), threads.matmul(a, b, out=out), out):
-            assert np.allclose(product, np.einsum("ik,kj->ij", a, b), rtol=1e-13, atol=1e-13)
-    for tasks in shared_out:
-        assert [i for part in tasks for i in range(rows)[part]] == list(range(rows))
-        assert len(tasks) <= int(threads)
-    assert len(shared_out) == (4 if rows >= 16 else 0)
-
-
-def test_blas_is_told_once_to_keep_to_one_thread_and_is_free_again_afterwards():
-    def threads():
-        pools = threadpoolctl.threadpool_info()  # scipy brings a BLAS of its own, maybe later than we looked
-        return [pool["num_threads"] for pool in pools if "numpy" in pool["filepath"]]
-
-    with threadpoolctl.threadpool_limits(limits=2, user_api="blas"):
-        before = threads()
-        with pytest.raises(ZeroDivisionError), threads.one_blas_thread():
-            with threads.one_blas_thread():
-                assert set(threads()) == {1}
-            assert set(threads()) == {1}
-            raise ZeroDivisionError
-        assert threads() == before
-        with threads.one_blas_thread():
-            assert set(threads()) == {1}
-        assert threads() == before
-
-
 @both_models
 @pytest.mark.parametrize("falls_asleep", [True, False])
 def test_a_step_holds_blas_to_one_thread_only_if_its_others_would_stay_awake(
@@ -481,160 +440,3 @@ def test_a_step_holds_blas_to_one_thread_only_if_its_others_would_stay_awake(
     monkeypatch.setattr(threads._Workers, "blas", SimpleNamespace(limit=limit))
     list(generate(build(config), [[1]], 3))
     assert told == ([] if falls_asleep else [dict(limits=1, user_api="blas")] * 3)
-
-
-@pytest.mark.parametrize(
-    "imports, falls_asleep",
-    [("import tinyllm, numpy", True), ("import numpy, tinyllm", False)],
-)
-def test_the_timeout_of_blas_is_set_where_that_is_still_of_use(imports, falls_asleep):
-    said = "print(tinyllm.backend.threads._BLAS_FALLS_ASLEEP, os.environ.get('OPENBLAS_THREAD_TIMEOUT'))"
-    environment = {k: v for k, v in os.environ.items() if k != "OPENBLAS_THREAD_TIMEOUT"}
-
-    def run(**more):
-        command = [sys.executable, "-c", f"import os; {imports}; {said}"]
-        return subprocess.check_output(command, text=True, env=environment | more).split()
-
-    assert run() == [str(falls_asleep), "20" if falls_asleep else "None"]
-    assert run(OPENBLAS_THREAD_TIMEOUT="7") == ["True", "7"]  # the user's own
-
-
-# ------------------------------------------------------------- one query, and layers of one input
-
-
-@settings(deadline=None)
-@given(st.data())
-def test_one_query_attends_as_many_do(data):
-    """Without a gradient it has a path of its own; with one it takes that of any number of queries."""
-    B, G, R, S, D, E = (data.draw(st.integers(1, most), label=name) for name, most in zip("BGRSDE", [3] * 6))
-    rng = np.random.default_rng(data.draw(st.integers(0, 99), label="seed"))
-    q, k, v = (rng.standard_normal(shape) for shape in ((B, G * R, 1, D), (B, G, S, D), (B, G, S, E)))
-    shape = data.draw(st.sampled_from([(B, G * R, 1, S), (B, 1, 1, S), (S,)]), label="mask of shape")
-    kind = data.draw(st.sampled_from(["none", "boolean", "nothing is seen", "added"]), label="mask")
-    mask = {
-        "none": None,
-        "boolean": rng.random(shape) < 0.6,
-        "nothing is seen": np.zeros(shape, bool),
-        "added": np.where(rng.random(shape) < 0.3, -np.inf, rng.standard_normal(shape)),
-    }[kind]
-    causal = data.draw(st.booleans(), label="causal")
-
-    def attend(query):
-        return F.scaled_dot_product_attention(
-            query, Tensor(k), Tensor(v), mask, is_causal=causal, scale=0.7, enable_gqa=True
-        )
-
-    by_itself, recorded = attend(Tensor(q)), attend(Tensor(q, requires_grad=True))
-    assert by_itself.node is None and recorded.node is not None
-    assert by_itself.shape == (B, G * R, 1, E)
-    np.testing.assert_allclose(by_itself.data, recorded.data, rtol=1e-13, atol=1e-14)
-
-
-def products_of(monkeypatch, model):
-    """How many products a step of one token takes."""
-    shapes, product = [], threads.matmul
-
-    def counting(a, b, **options):
-        shapes.append(b.shape)
-        return product(a, b, **options)
-
-    for module in (sys.modules["tinyllm.functional.linear"], sys.modules["tinyllm.nn"]):
-        monkeypatch.setattr(module, "matmul", counting)
-    with no_grad():
-        model(np.array([[1]]))
-    monkeypatch.undo()
-    return len(shapes)
-
-
-APART, FUSED = 2 * 7 + 1, 2 * 4 + 1  # of two layers: q, k, v, o, gate, up, down; and the head
-
-
-def copied(model):
-    return copy.deepcopy(model)
-
-
-def converted(model):
-    return model.astype(np.float32).astype(np.float64)
-
-
-def loaded(model):
-    other = Llama(LLAMA_CONFIG, rng=None).astype(np.float64)
-    other.load_state_dict(model.state_dict())
-    return other
-
-
-def trained(model):
-    for parameter in model.parameters():
-        parameter.data *= 1.01  # in place, as AdamW does
-    return model
-
-
-def given_another_array(model):
-    for layer in model.layers:
-        for name in ("k_proj", "q_proj"):
-            getattr(layer.self_attn, name).weight.replace(getattr(layer.self_attn, name).weight.data * 2)
-        layer.mlp.up_proj.weight.replace(layer.mlp.up_proj.weight.data * 2)
-    return model
-
-
-def given_another_layer(model):
-    for layer in model.layers:
-        layer.self_attn.q_proj = nn.Linear(12, 24, rng=np.random.default_rng(1))
-        layer.mlp.up_proj = nn.Linear(12, 20, bias=False, rng=np.random.default_rng(1))
-    return model.astype(np.float64)
-
-
-def given_its_neighbours(model):
-    for layer in model.layers:
-        attention, mlp = layer.self_attn, layer.mlp
-        attention.k_proj, attention.v_proj = attention.v_proj, attention.k_proj
-        mlp.gate_proj, mlp.up_proj = mlp.up_proj, mlp.gate_proj
-    return model
-
-
-def subclassed(model):
-    class Louder(nn.Linear):
-        def forward(self, x):
-            return super().forward(x) * 3
-
-    for layer in model.layers:
-        layer.self_attn.v_proj.__class__ = layer.mlp.gate_proj.__class__ = Louder
-    return model
-
-
-@pytest.mark.parametrize(
-    "change, products",
-    [
-        (lambda model: model, FUSED), (converted, FUSED), (loaded, FUSED), (trained, FUSED),
-        (copied, APART), (given_another_array, APART), (given_another_layer, FUSED),
-        (given_its_neighbours, APART), (subclassed, APART),
-    ],
-)  # fmt: skip
-def test_layers_of_one_input_are_one_product_and_never_another_one(monkeypatch, change, products):
-    """Whatever is done to a model, few rows meet what many do, layer by layer."""
-    model = Llama(LLAMA_CONFIG, rng=np.random.default_rng(3)).astype(np.float64)
-    for parameter in model.parameters():
-        parameter.data += 0.3 * np.random.default_rng(4).standard_normal(parameter.shape)
-    model = change(model).eval()
-    assert products_of(monkeypatch, model) == products
-    few, many = np.array([[1, 5, 2]]), np.array([[1, 5, 2]] * 6)  # 3 rows and 18
-    with no_grad():
-        one, all_rows = model(few).data, model(many).data
-    np.testing.assert_allclose(one, all_rows[:1], rtol=1e-12, atol=1e-13)
-    seen = []
-    with no_grad(), nn.observe(lambda observation: seen.append(observation.name)):
-        np.testing.assert_allclose(model(few).data, one, rtol=1e-12, atol=1e-13)
-    assert {f"layers.1.self_attn.{n}_proj" for n in "qkvo"} <= set(seen)  # a watcher sees every layer
-
-
-def test_layers_of_one_input_keep_their_gradients():
-    model = Llama(LLAMA_CONFIG, rng=np.random.default_rng(3)).astype(np.float64)
-    ids, targets = np.array([[1, 5, 2]]), np.array([[5, 2, 3]])
-    model.eval().loss(ids, targets).backward()
-    assert all(np.abs(parameter.grad).sum() > 0 for parameter in model.parameters())
-    grads = [parameter.grad.copy() for parameter in model.parameters()]
-    apart = copied(model)
-    apart.zero_grad()
-    apart.loss(ids, targets).backward()
-    for ours, theirs in zip(grads, apart.parameters()):
-        assert np.array_equal(ours, theirs.grad)

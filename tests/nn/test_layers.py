@@ -16,9 +16,9 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from models import test_llama
-from support.models import batch, configs, our_gradients, random_gpt2
+from support.models import batch, configs, llama_configs, our_gradients, random_gpt2, random_llama
 from support.ops import addresses, kept_weights, torch_attention
+from support.suite import proven
 from transformers.pytorch_utils import Conv1D as TheirConv1D
 
 from parity.ops import strategies as some
@@ -26,9 +26,10 @@ from parity.ops.cases import FLOOR, assert_close, upstream
 from parity.twins import gpt2 as torch_gpt2
 from parity.twins import llama as torch_llama
 from tinyllm import GPT2Config, Tensor, manual_seed, models, nn
-from tinyllm.backend.random import dropout_mask, next_address
-from tinyllm.models import gpt2, llama
-from tinyllm.models.llama import rope_frequencies
+from tinyllm import functional as F
+from tinyllm.backend.random import next_address
+from tinyllm.models import LanguageModel, gpt2, llama
+from tinyllm.models.rope import rope_frequencies
 
 
 @dataclass(frozen=True)
@@ -63,9 +64,9 @@ def check_layer(case: LayerCase) -> None:
     theirs = [x.requires_grad_() if kind == "f" else x for x, kind in zip(theirs, kinds)]
     theirs = [tuple(map(torch.tensor, x)) if isinstance(x, tuple) else x for x in theirs]
     manual_seed(*case.address[:3])
-    out = layer(*ours)
+    out = layer(*ours) if len(ours) == 1 or not isinstance(layer, LanguageModel) else layer.loss(*ours)
     with same_masks(case.address):
-        their_out = twin(*theirs)
+        their_out = twin.loss(*theirs) if hasattr(twin, "loss") and len(theirs) > 1 else twin(*theirs)
     assert_close(out.data, their_out.detach().numpy(), "output")
 
     grad = upstream(out.shape, np.float64, case.seed)
@@ -88,7 +89,8 @@ def same_masks(address):
     def dropout(layer, x):
         if not layer.training or layer.p == 0:
             return x
-        return x * torch.tensor(dropout_mask(next_address(), 0, tuple(x.shape), layer.p, like=np.ones(1)))
+        mask = F.dropout(Tensor(np.ones(x.shape)), layer.p, training=True)  # at the next address
+        return x * torch.tensor(mask.data)
 
     def attention_with_dropout(q, k, v, dropout_p, is_causal, enable_gqa=False):
         if dropout_p == 0:
@@ -164,7 +166,7 @@ def dropout(draw):
 
 @st.composite
 def gpt2_configs(draw):
-    """``test_gpt2.configs`` with any of the dropouts."""
+    """``configs`` with any of the dropouts."""
     drops = {name: draw(st.sampled_from([0.0, 0.3])) for name in ("embd_pdrop", "attn_pdrop", "resid_pdrop")}
     return GPT2Config(**vars(draw(configs())) | drops)
 
@@ -193,14 +195,14 @@ def gpt2_model(draw):
 
 
 @st.composite
-def llama_configs(draw):
-    return replace(draw(test_llama.configs()), attention_dropout=draw(st.sampled_from([0.0, 0.3])))
+def dropping_llama_configs(draw):
+    return replace(draw(llama_configs()), attention_dropout=draw(st.sampled_from([0.0, 0.3])))
 
 
 @st.composite
 def llama_part(draw, ours, theirs, turns=True):
     """A layer that is made from a config, and maps (B, T, C) to (B, T, C); ``turns``: and takes angles."""
-    config = draw(llama_configs())
+    config = draw(dropping_llama_configs())
     T = draw(st.integers(1, config.max_position_embeddings))
     angles = np.arange(T)[:, None] * rope_frequencies(config)
     x = draw(some.arrays((draw(st.integers(1, 2)), T, config.hidden_size), some.nonzero))
@@ -211,8 +213,8 @@ def llama_part(draw, ours, theirs, turns=True):
 @st.composite
 def llama_model(draw):
     """Its logits, or its loss with and without a num_targets."""
-    config, seed = draw(llama_configs()), draw(some.SEEDS)
-    model = test_llama.random_llama(config, seed).train(draw(st.booleans()))
+    config, seed = draw(dropping_llama_configs()), draw(some.SEEDS)
+    model = random_llama(config, seed).train(draw(st.booleans()))
     shape = draw(st.integers(1, 3)), draw(st.integers(1, config.max_position_embeddings))
     inputs = batch(config, shape, seed)
     inputs = draw(st.sampled_from([inputs[:1], inputs, (*inputs, 7)]))
@@ -237,7 +239,7 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("layer", CASES)
+@proven("layer", CASES)
 @given(data=st.data())
 def test_outputs_and_gradients_are_torchs(layer, data):
     check_layer(data.draw(CASES[layer]))
@@ -245,8 +247,9 @@ def test_outputs_and_gradients_are_torchs(layer, data):
 
 def test_every_public_layer_and_model_has_a_case():
     files = [
-        nn,
-        *(importlib.import_module(m.name) for m in pkgutil.iter_modules(models.__path__, "tinyllm.models.")),
+        importlib.import_module(f"{folder.__name__}.{file.name}")
+        for folder in (nn, models)
+        for file in pkgutil.iter_modules(folder.__path__)
     ]
     found = [
         name
@@ -254,5 +257,5 @@ def test_every_public_layer_and_model_has_a_case():
         for name, value in vars(file).items()
         if inspect.isclass(value) and issubclass(value, nn.Module) and value.__module__ == file.__name__
     ]
-    public = sorted(name for name in found if not name.startswith("_") and name != "Module")
+    public = sorted(name for name in found if name not in ("Module", "LanguageModel"))
     assert public == sorted(CASES)

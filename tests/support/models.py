@@ -6,10 +6,21 @@ import numpy as np
 import pytest
 from hypothesis import strategies as st
 
-from tinyllm import GPT2, GPT2Config, Llama, LlamaConfig
+from tinyllm import GPT2, GPT2Config, Llama, LlamaConfig, nn
 from tinyllm.models.gpt2 import GELU_FORMS
 
 torch = pytest.importorskip("torch")
+
+
+class Wrapped(nn.Module):
+    """A layer in another: it has no ``weight``, and no attribute that a model could rely on."""
+
+    def __init__(self, layer):
+        self.layer = layer
+
+    def forward(self, *args):
+        return self.layer(*args)
+
 
 SMALL = dict(vocab_size=13, n_positions=8, n_embd=12, n_layer=2, n_head=3)
 
@@ -150,3 +161,23 @@ MODELS = {  # name -> the model with a dropout
         dropout, tie_word_embeddings=True, attention_bias=True, mlp_bias=True
     ),
 }
+
+
+@st.composite
+def llama_configs(draw):
+    G, R, D = draw(st.integers(1, 3)), draw(st.integers(1, 3)), 2 * draw(st.integers(1, 4))
+    return LlamaConfig(
+        vocab_size=draw(st.integers(2, 40)),
+        hidden_size=G * R * draw(st.integers(1, 5)),
+        intermediate_size=draw(st.integers(1, 30)),
+        num_hidden_layers=draw(st.integers(1, 3)),
+        num_attention_heads=G * R,
+        num_key_value_heads=G,
+        head_dim=D,
+        max_position_embeddings=draw(st.integers(1, 12)),
+        rms_norm_eps=draw(st.sampled_from([1e-5, 1e-6, 0.1])),
+        rope_parameters=draw(st.sampled_from([{}, *ROPES.values()])),
+        tie_word_embeddings=draw(st.booleans()),
+        attention_bias=draw(st.booleans()),
+        mlp_bias=draw(st.booleans()),
+    )

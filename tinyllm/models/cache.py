@@ -1,7 +1,7 @@
-"""How does a model write without reading everything again?
+"""How does a model decode a token without computing the whole text again?
 
 A position looks back through keys and values only, and those of the positions before it do not change when
-a token is added: they are computed once and kept. A step then reads one token instead of the whole text.
+a token is added: they are computed once and kept. A step of decoding then computes one token, not all.
 
 The price is memory, 2 · layers · G · D numbers for every token and row: for SmolLM2-135M in float32
 46 KB a token, for Llama 2 7B 1 MB, for Llama 3 8B, whose 32 query heads share 8 key-value heads, 262 KB.
@@ -29,15 +29,21 @@ class LayerCache:
     keys: Any  # (B, G, room, D)
     values: Any
     length: int  # entries there already
-    mask: Any  # for attention, as ``Cache.mask`` says
+    mask: Any  # which keys are not padding, as ``Cache.mask`` says
 
     def extend(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """Keep those of the new tokens, (B, G, T, D) each; returns all so far, (B, G, S, D), without a copy.
 
-        Raises ``Error`` if a gradient is wanted: what is kept has forgotten where it came from.
+        Raises ``Error`` if a gradient is wanted: the cache holds arrays, which have no graph.
         """
         if key.wants_grad or value.wants_grad:
-            raise Error("a cache keeps numbers, not gradients: read with it under no_grad()")
+            raise Error("a cache has no gradients: use it under no_grad()")
+        expected, *found = (x.shape[1::2] for x in (self.keys, key, value))
+        if found != [expected, expected]:
+            raise Error(
+                f"the cache is for keys and values of (heads, channels) {expected}, as the config says, and "
+                f"the layers make {found[0]} and {found[1]}: generate with use_cache=False"
+            )
         end = self.length + key.shape[2]
         self.keys[:, :, self.length : end] = key.data
         self.values[:, :, self.length : end] = value.data
@@ -47,12 +53,12 @@ class LayerCache:
 class Cache:
     """Keys and values of all layers, of ``batch`` rows, with room for ``room`` tokens; at first empty.
 
-    ``like`` is an array of the model: its device is the cache's, and its dtype unless ``dtype`` is given.
-    ``padding`` (B,) says how many tokens at the start of each row are none: rows of different length are
-    filled up on the left, so that all end together. Such a token is never attended to, and the first real one
-    has position 0.
+    Its arrays are made like the model's array ``like``, and of its dtype unless ``dtype`` is given.
+    ``padding`` (B,) says how many tokens at the start of each row are padding: rows of different length are
+    padded on the left, so that all end together. Padding is never attended to, and the first real token has
+    position 0.
 
-    ``model(ids, cache=cache)`` reads ids (B, T) as the continuation of what the cache holds, and adds
+    ``model(ids, cache=cache)`` takes ids (B, T) as the continuation of what the cache holds, and adds
     them to it. If that fails, the cache is as it was.
     """
 
@@ -75,7 +81,7 @@ class Cache:
         return positions[0] if same else np.maximum(positions, 0)
 
     def mask(self, count: int):
-        """True where an entry, ``count`` new ones included, is no padding: (B, 1, 1, S); None if none is."""
+        """True where an entry, ``count`` new ones included, is not padding: (B, 1, 1, S); None if none is."""
         if (self.first >= 0).all():
             return None
         real = self.first[:, None] + np.arange(self.length + count) >= 0
@@ -94,7 +100,7 @@ class Cache:
     def drop_oldest(self, count: int) -> None:
         """Forget the ``count`` oldest entries of every row; the others keep their positions."""
         for entries in self.keys + self.values:
-            # A copy, because a GPU moves the elements of overlapping parts in any order.
+            # From a copy: the two parts overlap.
             entries[:, :, : self.length - count] = entries[:, :, count : self.length].copy()
         self.length -= count
         self.first = self.first + count

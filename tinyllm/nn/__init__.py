@@ -1,20 +1,10 @@
 """Layers with named parameters, and what can be done to a model made of them."""
 
-from tinyllm.nn.hooks import Observation, is_watched, observe
-from tinyllm.nn.init import is_meta, normal
-from tinyllm.nn.layers import (
-    Dropout,
-    Embedding,
-    LayerNorm,
-    Linear,
-    RMSNorm,
-    bias_can_wait,
-    fuse_rows,
-    fused,
-    fused_linears,
-    initialize_as_torch,
-)
+from tinyllm.nn.hooks import Observation, call, observe
+from tinyllm.nn.init import initialize_as_torch, is_meta, normal
+from tinyllm.nn.layers import Dropout, Embedding, LayerNorm, Linear, RMSNorm
 from tinyllm.nn.module import Module, evaluating
+from tinyllm.nn.surgery import replace
 
 __all__ = [
     "Dropout",
@@ -24,14 +14,11 @@ __all__ = [
     "Module",
     "Observation",
     "RMSNorm",
-    "bias_can_wait",
+    "call",
     "evaluating",
-    "fuse_rows",
-    "fused",
-    "fused_linears",
     "initialize_as_torch",
     "is_meta",
-    "is_watched",
     "normal",
     "observe",
+    "replace",
 ]

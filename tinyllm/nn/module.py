@@ -1,6 +1,6 @@
 """How do parameters get names, and layers become a model?
 
-A Module is an object whose attributes are parameters (Tensors), other Modules, or lists of Modules.
+A Module is an object whose attributes are parameters (Tensors), other Modules, or lists and dicts of them.
 An attribute's path is its name: ``model.h[0].attn.c_attn.weight`` is ``h.0.attn.c_attn.weight``.
 """
 
@@ -13,10 +13,10 @@ from typing import Any
 import numpy as np
 
 from tinyllm.backend.device import beside, to_device
-from tinyllm.backend.dtypes import dtype_of, is_short
+from tinyllm.backend.dtypes import dtype_of, is_floating
 from tinyllm.checks import check_names_and_shapes
 from tinyllm.errors import Error
-from tinyllm.nn.hooks import _watch, observed
+from tinyllm.nn.hooks import call
 from tinyllm.nn.init import is_meta
 from tinyllm.tensor import Tensor
 
@@ -25,23 +25,37 @@ class Module:
     """Base of every layer and model: subclasses set attributes and define ``forward``."""
 
     training = True
-    product_dtype = None  # what products are computed in, if not in the parameters' type (``multiply_in``)
 
     def forward(self, *args, **kwargs):
         raise TypeError(f"{type(self).__name__} defines no forward()")
 
     def __call__(self, *args, **kwargs):
-        if _watch.callback is None:
-            return self.forward(*args, **kwargs)
-        return observed(self, args, kwargs)
+        return call(self, self.forward, *args, **kwargs)
+
+    def _attributes(self) -> Iterator[tuple[str, Any]]:
+        """(name, value) of every attribute; of a list or dict, its items, as ``name.0`` or ``name.key``."""
+        for name, value in vars(self).items():
+            if isinstance(value, list | dict):
+                items = value.items() if isinstance(value, dict) else enumerate(value)
+                for key, item in items:
+                    self._check_found(f"{name}.{key}", item)
+                    yield f"{name}.{key}", item
+            else:
+                self._check_found(name, value)
+                yield name, value
+
+    def _check_found(self, name: str, value) -> None:
+        """``Error`` for layers where nobody looks for them: they would not be trained, moved or saved."""
+        if isinstance(value, tuple) or (isinstance(value, list | dict) and "." in name):
+            held = value.values() if isinstance(value, dict) else value
+            if any(isinstance(item, Module | Tensor) for item in held):
+                raise Error(
+                    f"{type(self).__name__}.{name} holds layers in a {type(value).__name__}: use a list"
+                )
 
     def children(self) -> Iterator[tuple[str, Module]]:
         """(name, module) of the modules directly inside this one; a list's are ``name.0``, ``name.1`` …"""
-        for name, value in vars(self).items():
-            if isinstance(value, Module):
-                yield name, value
-            elif isinstance(value, list):
-                yield from ((f"{name}.{i}", item) for i, item in enumerate(value) if isinstance(item, Module))
+        return ((name, value) for name, value in self._attributes() if isinstance(value, Module))
 
     def named_modules(self, prefix: str = "") -> Iterator[tuple[str, Module]]:
         """(name, module) of this module (named ``prefix``) and all below, in the order of definition."""
@@ -53,7 +67,7 @@ class Module:
         """(full name, owner, its name there, parameter); a shared one once, under its first name."""
         seen = set()
         for prefix, module in self.named_modules():
-            for name, value in vars(module).items():
+            for name, value in module._attributes():
                 if isinstance(value, Tensor) and id(value) not in seen:
                     seen.add(id(value))
                     yield (f"{prefix}.{name}" if prefix else name), module, name, value
@@ -67,6 +81,16 @@ class Module:
 
     def num_parameters(self) -> int:
         return sum(parameter.size for parameter in self.parameters())
+
+    def requires_grad_(self, wanted: bool = True):
+        """Freeze, with ``False``, or thaw every parameter here and below; one: ``p.requires_grad = True``.
+
+        A frozen parameter gets no gradient, and none is computed for it. The one it had is dropped.
+        """
+        for parameter in self.parameters():
+            if not wanted or is_floating(parameter.dtype):  # tables of integers have no gradient
+                parameter.requires_grad = wanted
+        return self
 
     def zero_grad(self) -> None:
         """Drop every gradient; the next ``backward()`` starts afresh."""
@@ -83,41 +107,23 @@ class Module:
         return self.train(False)
 
     def astype(self, dtype):
-        """Convert every parameter, in place; gradients are dropped. A stand-in (see ``normal``) stays one."""
+        """Convert every parameter, in place; gradients are dropped. A meta parameter stays one."""
         dtype = dtype_of(dtype)
         for parameter in self.parameters():
             data = parameter.data
+            if not is_floating(data.dtype):  # a table of integers stays one
+                continue
             if is_meta(data):
                 parameter.replace(np.broadcast_to(np.zeros((), dtype), data.shape))
             else:
                 parameter.replace(data.astype(dtype, copy=False))
-        self.fuse()
-        return self
-
-    def multiply_in(self, dtype):
-        """Compute products in ``dtype``, bfloat16 or float16, and keep the parameters as they are; on a GPU.
-
-        The norms before the products write that type; sums, norms, softmax and loss stay in float32, and so
-        does what runs past them from block to block. None: in the parameters' type again.
-        """
-        dtype = None if dtype is None else dtype_of(dtype)
-        if dtype is not None and not is_short(dtype):
-            raise Error(f"products are computed in bfloat16, float16 or the parameters' type, not in {dtype}")
-        for _, module in self.named_modules():
-            module.product_dtype = dtype
         return self
 
     def to(self, device: str):
         """Move every parameter to "cpu", "cuda", "cuda:1" …, in place; gradients are dropped."""
         for parameter in self.parameters():
             parameter.replace(to_device(parameter.data, device))
-        self.fuse()
         return self
-
-    def fuse(self) -> None:
-        """Called when parameters were given new arrays: a module may ``fuse_rows`` of its layers."""
-        for _, child in self.children():
-            child.fuse()
 
     def layout(self, name: str, array):
         """Between a parameter as this module computes with it and as a checkpoint stores it.
@@ -138,7 +144,7 @@ class Module:
         """Copy every array into the parameter of its name, in the parameter's dtype, on its device.
 
         Strict: if a name is missing or unknown or a shape differs, Error lists all of them and
-        nothing is changed. Arrays are taken one at a time, so a lazy mapping (``pretrained.Weights``)
+        nothing is changed. Arrays are taken one at a time, so a lazy mapping (``safetensors.Weights``)
         is never whole in memory.
         """
         try:
@@ -152,7 +158,6 @@ class Module:
         for full, owner, name, parameter in entries:
             array = owner.layout(name, arrays[keys[full]])
             parameter.replace(beside(array.astype(parameter.dtype, order="C", copy=True), parameter.data))
-        self.fuse()
 
 
 @contextlib.contextmanager

@@ -1,4 +1,4 @@
-"""Modules, watching them, and the optimiser: names, strictness, observe, AdamW against torch."""
+"""Modules: names, strict loading, layers' initial values, and ``observe``."""
 
 import math
 import threading
@@ -7,7 +7,7 @@ import tracemalloc
 import numpy as np
 import pytest
 
-from tinyllm import GPT2, Error, GPT2Config, Tensor, manual_seed, nn, no_grad, optim
+from tinyllm import GPT2, Error, GPT2Config, Tensor, manual_seed, nn, no_grad
 
 
 class Tied(nn.Module):
@@ -341,6 +341,19 @@ def test_observe_names_are_relative_to_what_was_called():
     assert [o.name for o in seen] == ["c_fc", "c_proj", "dropout", ""]
 
 
+def test_observe_names_are_relative_to_a_model_that_is_given():
+    """A method that is not the model's forward calls its parts one by one."""
+    model, seen = small_gpt2(), []
+    with nn.observe(seen.append, model):
+        hidden = model.hidden_states(IDS)
+        model.h[1].ln_1(hidden)
+    assert [o.name for o in seen] == [*FORWARD_ORDER[:-2], "h.1.ln_1"]
+    seen.clear()
+    with nn.observe(seen.append):
+        model(IDS)
+    assert [o.name for o in seen] == FORWARD_ORDER
+
+
 def test_observe_ends_with_its_block():
     model, seen = small_gpt2(), []
     with nn.observe(seen.append):
@@ -383,206 +396,21 @@ def test_observe_is_per_thread():
     assert seen == []
 
 
-# -------------------------------------------------------------------------------------- AdamW
-
-SHAPES = {"matrix": (370, 360), "small": (5, 7), "cube": (2, 3, 4), "bias": (7,), "number": ()}
-
-
-def on_both_sides(torch, dtype=np.float64):
-    """The same parameters here and in torch."""
-    rng = np.random.default_rng(0)
-    start = {name: np.asarray(rng.standard_normal(shape), dtype) for name, shape in SHAPES.items()}
-    ours = {name: Tensor(array.copy(), requires_grad=True) for name, array in start.items()}
-    theirs = {name: torch.nn.Parameter(torch.tensor(array)) for name, array in start.items()}
-    return ours, theirs
+@pytest.mark.parametrize("held", ["a tuple", "a list in a list", "tensors in a dict in a list"])
+def test_layers_that_nobody_would_find_are_refused(held):
+    layer, module = nn.Linear(2, 2, rng=np.random.default_rng(0)), nn.Module()
+    module.parts = {
+        "a tuple": (layer,),
+        "a list in a list": [[layer]],
+        "tensors in a dict in a list": [{"w": layer.weight}],
+    }[held]
+    with pytest.raises(Error, match=r"Module\.parts"):
+        module.num_parameters()
 
 
-def torch_adamw(torch, parameters, lr, betas, eps, weight_decay):
-    """torch decays whatever it is told to: two groups leave biases and norms alone."""
-    groups = [
-        {"params": [p for p in parameters.values() if p.ndim >= 2], "weight_decay": weight_decay},
-        {"params": [p for p in parameters.values() if p.ndim < 2], "weight_decay": 0.0},
-    ]
-    return torch.optim.AdamW(groups, lr=lr, betas=betas, eps=eps)
-
-
-@pytest.mark.parametrize(
-    ("betas", "eps", "weight_decay"),
-    [((0.9, 0.999), 1e-8, 0.01), ((0.9, 0.95), 1e-6, 0.1), ((0.0, 0.5), 1e-2, 0.0), ((0.8, 0.0), 1e-8, 1.0)],
-)
-def test_adamw_against_torch_for_20_steps(betas, eps, weight_decay):
-    torch = pytest.importorskip("torch")
-    ours, theirs = on_both_sides(torch)
-    mine = optim.AdamW(ours.items(), 1e-2, betas, eps, weight_decay)
-    reference = torch_adamw(torch, theirs, 1e-2, betas, eps, weight_decay)
-    rng = np.random.default_rng(1)
-    for step in range(20):
-        lr = 1e-2 * (1 + step % 5)
-        mine.lr = lr
-        for group in reference.param_groups:
-            group["lr"] = lr
-        for name, shape in SHAPES.items():
-            grad = np.asarray(rng.standard_normal(shape) * 10.0 ** rng.integers(-6, 3))
-            ours[name].grad = grad.copy()
-            theirs[name].grad = torch.tensor(grad)
-        mine.step()
-        reference.step()
-        for name in SHAPES:
-            expected = theirs[name].detach().numpy()
-            worst = np.abs(ours[name].data - expected).max() / np.abs(expected).max()
-            assert worst < 1e-12, (step, name)
-
-
-def test_adamw_keeps_float32():
-    torch = pytest.importorskip("torch")
-    ours, theirs = on_both_sides(torch, np.float32)
-    mine = optim.AdamW(ours.items(), 1e-2, weight_decay=0.1)
-    reference = torch_adamw(torch, theirs, 1e-2, (0.9, 0.999), 1e-8, 0.1)
-    rng = np.random.default_rng(1)
-    for _ in range(20):
-        for name, shape in SHAPES.items():
-            grad = np.asarray(rng.standard_normal(shape), np.float32)
-            ours[name].grad = grad
-            theirs[name].grad = torch.tensor(grad)
-        mine.step()
-        reference.step()
-    for name in SHAPES:
-        assert ours[name].dtype == np.float32
-        assert {moment.dtype for moment in mine.state[name][1:]} == {np.dtype(np.float32)}
-        assert np.allclose(ours[name].data, theirs[name].detach().numpy(), rtol=1e-5, atol=1e-6), name
-
-
-def test_a_parameter_without_a_gradient_sits_the_step_out_as_in_torch():
-    torch = pytest.importorskip("torch")
-    ours, theirs = on_both_sides(torch)
-    mine = optim.AdamW(ours.items(), 1e-2, weight_decay=0.1)
-    reference = torch_adamw(torch, theirs, 1e-2, (0.9, 0.999), 1e-8, 0.1)
-    rng = np.random.default_rng(1)
-    for step in range(5):
-        mine.zero_grad()
-        reference.zero_grad()
-        for name in SHAPES:
-            if name == "small" and step in (0, 3):  # an expert nobody asked, a layer still frozen
-                continue
-            grad = np.asarray(rng.standard_normal(SHAPES[name]))
-            ours[name].grad = grad
-            theirs[name].grad = torch.tensor(grad)
-        before = ours["small"].data.copy()
-        mine.step()
-        reference.step()
-        if step in (0, 3):
-            assert np.array_equal(ours["small"].data, before)
-        for name in SHAPES:
-            expected = theirs[name].detach().numpy()
-            assert np.abs(ours[name].data - expected).max() <= 1e-12 * np.abs(expected).max(), (step, name)
-
-
-@pytest.mark.parametrize("layout", ["transposed", "strided", "stand-in"])
-def test_adamw_updates_a_parameter_of_any_layout_or_says_why_not(layout):
-    """What it must never do is write the update into a copy that nobody sees."""
-    data = {
-        "transposed": np.ones((3, 2)).T,
-        "strided": np.ones((2, 4))[:, :3],
-        "stand-in": np.broadcast_to(np.float64(1), (2, 3)),
-    }[layout]
-    parameter = Tensor(data, requires_grad=True)
-    optimizer = optim.AdamW([("w", parameter)], lr=0.1, weight_decay=0.0)
-    parameter.grad = np.ones((2, 3))
-    try:
-        optimizer.step()
-    except (Error, ValueError):
-        return
-    assert np.allclose(parameter.data, np.full((2, 3), 0.9))
-
-
-def test_adamw_updates_in_place_and_drops_gradients():
-    model = small_gpt2()
-    arrays = [p.data for p in model.parameters()]
-    optimizer = optim.AdamW(model, lr=1e-3)
-    model.loss(IDS, TARGETS).backward()
-    optimizer.step()
-    assert all(p.data is array for p, array in zip(model.parameters(), arrays))
-    optimizer.zero_grad()
-    assert all(p.grad is None for p in model.parameters())
-    assert [name for name, _ in optimizer.parameters] == [name for name, _ in model.named_parameters()]
-
-
-@pytest.mark.parametrize(
-    "wrong",
-    [{"lr": -1.0}, {"lr": 1, "eps": -1e-8}, {"lr": 1, "weight_decay": -0.1}, {"lr": 1, "betas": (0.9, 1)}],
-)
-def test_adamw_refuses(wrong):
-    with pytest.raises(Error, match="AdamW needs lr"):
-        optim.AdamW(small_gpt2(), **wrong)
-
-
-# ----------------------------------------------------------------------- clipping and schedules
-
-
-@pytest.mark.parametrize("max_norm", [1e-3, 1.0, 1e4])
-def test_clip_grad_norm_against_torch(max_norm):
-    torch = pytest.importorskip("torch")
-    ours, theirs = on_both_sides(torch)
-    rng = np.random.default_rng(1)
-    for name, shape in SHAPES.items():
-        if name == "bias":
-            continue  # no gradient: skipped on both sides
-        grad = np.asarray(rng.standard_normal(shape))
-        ours[name].grad = grad.copy()
-        theirs[name].grad = torch.tensor(grad)
-    norm = optim.clip_grad_norm(ours.items(), max_norm)
-    expected = torch.nn.utils.clip_grad_norm_(theirs.values(), max_norm)
-    assert norm == pytest.approx(expected.item(), rel=1e-13)
-    assert isinstance(norm, float)
-    assert ours["bias"].grad is None
-    for name in SHAPES.keys() - {"bias"}:
-        assert np.allclose(ours[name].grad, theirs[name].grad.numpy(), rtol=1e-12, atol=0), name
-
-
-def test_clip_grad_norm_at_the_bound_itself_as_in_torch():
-    """torch's factor is max_norm / (norm + 1e-6), already below 1 there."""
-    torch = pytest.importorskip("torch")
-    mine, theirs = Tensor(np.zeros(2), requires_grad=True), torch.nn.Parameter(torch.zeros(2).double())
-    mine.grad, theirs.grad = np.array([3.0, 4.0]), torch.tensor([3.0, 4.0]).double()
-    assert optim.clip_grad_norm([("p", mine)], 5.0) == 5.0
-    torch.nn.utils.clip_grad_norm_([theirs], 5.0)
-    assert np.allclose(mine.grad, theirs.grad.numpy(), rtol=1e-12, atol=0)
-
-
-def test_clip_grad_norm_scales_in_place_whatever_the_layout():
-    parameter = Tensor(np.zeros((2, 3)), requires_grad=True)
-    parameter.grad = np.ones((3, 2)).T * 2
-    grad = parameter.grad
-    assert optim.clip_grad_norm([("w", parameter)], 1.0) == pytest.approx(math.sqrt(24))
-    assert parameter.grad is grad
-    assert np.linalg.norm(parameter.grad) == pytest.approx(1.0, rel=1e-6)
-
-
-@pytest.mark.parametrize("max_norm", [0.0, -1.0, math.nan])
-def test_clip_grad_norm_refuses(max_norm):
-    with pytest.raises(Error, match=f"must be positive, not {max_norm}"):
-        optim.clip_grad_norm([], max_norm)
-
-
-def test_warmup_cosine():
-    lr_at = optim.warmup_cosine(peak_lr=5e-4, initial_lr=3e-5, min_lr=1e-6, warmup=10, steps=130)
-    assert lr_at(0) == 3e-5
-    assert lr_at(1) == pytest.approx(3e-5 + 4.7e-5, rel=1e-14)
-    assert lr_at(9) == pytest.approx(4.53e-4, rel=1e-14)
-    assert lr_at(10) == pytest.approx(5e-4, rel=1e-14)
-    assert lr_at(40) == pytest.approx(1e-6 + 4.99e-4 * (2 + math.sqrt(2)) / 4, rel=1e-14)  # cos(π/4)
-    assert lr_at(70) == pytest.approx((5e-4 + 1e-6) / 2, rel=1e-14)
-    assert lr_at(130) == pytest.approx(1e-6, rel=1e-14)
-    assert lr_at(1000) == pytest.approx(1e-6, rel=1e-14)
-    rates = [lr_at(step) for step in range(131)]
-    assert rates[:11] == sorted(rates[:11]) and rates[10:] == sorted(rates[10:], reverse=True)
-
-
-def test_warmup_cosine_without_warmup_starts_at_the_peak():
-    assert optim.warmup_cosine(1.0, 0.0, 0.0, warmup=0, steps=4)(0) == 1.0
-
-
-@pytest.mark.parametrize(("warmup", "steps"), [(10, 10), (11, 10), (-1, 10), (1, 0)])
-def test_warmup_cosine_refuses(warmup, steps):
-    with pytest.raises(Error, match="must be shorter than the run"):
-        optim.warmup_cosine(1.0, 0.0, 0.0, warmup, steps)
+def test_a_table_of_integers_stays_one():
+    module = nn.Linear(2, 2, rng=np.random.default_rng(0))
+    module.table = Tensor(np.arange(3))
+    module.astype(np.float64).requires_grad_(False).requires_grad_(True)
+    assert module.table.dtype.kind == "i" and not module.table.requires_grad
+    assert module.weight.dtype == np.float64 and module.weight.requires_grad

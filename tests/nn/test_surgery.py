@@ -1,0 +1,87 @@
+"""``nn.replace``: which layers, in which order, and what is refused."""
+
+import numpy as np
+import pytest
+from support.models import SMALL, Wrapped, random_gpt2
+
+from tinyllm import Error, GPT2Config, Tensor, nn
+
+MODEL = GPT2Config(**SMALL)
+
+
+@pytest.mark.parametrize(
+    ("pattern", "names"),
+    [
+        ("h.*.attn.c_attn", ["h.0.attn.c_attn", "h.1.attn.c_attn"]),
+        ("h.1", ["h.1"]),
+        ("h.[!0].*.c_proj", ["h.1.attn.c_proj", "h.1.mlp.c_proj"]),
+        ("w?e", ["wte", "wpe"]),
+        ("lm_head", ["lm_head"]),
+    ],
+)
+def test_a_glob_names_the_layers(pattern, names):
+    model = random_gpt2(MODEL)
+    before, seen = dict(model.named_modules()), []
+
+    def make(name, layer):
+        seen.append((name, layer))
+        return Wrapped(layer)
+
+    assert nn.replace(model, pattern, make) == names
+    assert seen == [(name, before[name]) for name in names]
+    after = dict(model.named_modules())
+    for name in names:
+        assert isinstance(after[name], Wrapped) and after[name].layer is before[name]
+        assert not after[name].training  # as the layer it replaces
+    assert sum(isinstance(module, Wrapped) for module in after.values()) == len(names)
+
+
+def test_layers_inside_replaced_ones_are_replaced_too():
+    model = random_gpt2(MODEL)
+    expected = model(np.array([[1, 2, 3]])).data
+    names = nn.replace(model, "h.*", lambda name, layer: Wrapped(layer))
+    assert {"h.0", "h.0.attn", "h.0.attn.c_attn"} <= set(names)
+    modules = dict(model.named_modules())
+    assert isinstance(modules["h.0"], Wrapped) and isinstance(modules["h.0.layer.attn"], Wrapped)
+    assert np.array_equal(model(np.array([[1, 2, 3]])).data, expected)
+
+
+def test_a_layer_in_two_places_stays_one():
+    class Twice(nn.Module):
+        def __init__(self):
+            self.parts = {"first": nn.Dropout(0.5), "other": nn.Dropout(0.1)}
+            self.again = self.parts["first"]
+
+    model = Twice()
+    assert nn.replace(model, "*[rn]*", lambda name, layer: Wrapped(layer)) == [
+        "parts.first", "parts.other", "again",
+    ]  # fmt: skip
+    assert model.parts["first"] is model.again and model.parts["other"] is not model.again
+
+
+@pytest.mark.parametrize(
+    ("pattern", "made", "said"),
+    [
+        ("h.*.atn.c_attn", None, r"h\.\*\.atn\.c_attn.*h\.0\.attn\.c_attn"),
+        ("*", None, "the model itself"),
+        ("", None, "the model itself"),
+        ("h.*.mlp", lambda name, layer: layer if "0" in name else layer.c_fc.weight, r"Tensor for h\.1\.mlp"),
+        ("h.*.mlp", lambda name, layer: None, r"NoneType for h\.0\.mlp"),
+    ],
+)
+def test_what_is_refused_leaves_the_model_as_it_was(pattern, made, said):
+    model = random_gpt2(MODEL)
+    before = dict(model.named_modules())
+    with pytest.raises(Error, match=said):
+        nn.replace(model, pattern, made or (lambda name, layer: Wrapped(layer)))
+    assert dict(model.named_modules()) == before
+
+
+def test_parameters_in_lists_and_dicts_have_names():
+    class Held(nn.Module):
+        def __init__(self):
+            self.scales = [Tensor(np.ones(1), requires_grad=True), "no parameter"]
+            self.heads = {"a": nn.Linear(2, 3, rng=None), "b": Tensor(np.ones(2))}
+
+    names = [name for name, _ in Held().named_parameters()]
+    assert names == ["scales.0", "heads.b", "heads.a.weight", "heads.a.bias"]
