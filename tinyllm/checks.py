@@ -1,4 +1,4 @@
-"""Validators of token ids, numbers, config fields and the names and shapes of tensors."""
+"""Validators of token ids, numbers, the fields of a config and the names and shapes of tensors."""
 
 from collections.abc import Mapping
 from dataclasses import fields
@@ -11,8 +11,8 @@ from tinyllm.errors import Error
 def check_ids(ids, vocab_size: int, name: str = "ids") -> np.ndarray:
     """Token ids of any shape as an int64 array, checked, on the host (a GPU wraps a wrong index silently).
 
-    Raises ``Error`` naming the first value that is no integer (floats and bools are not) or lies
-    outside 0..vocab_size-1, with its position; also if there are no ids at all.
+    Raises ``Error`` naming the first value that is not an integer (a float or a bool) or lies outside
+    0..vocab_size-1, with its position; also if there are no ids at all.
     """
     array = check_integers(ids, name)
     if array.size == 0:
@@ -28,6 +28,7 @@ def check_ids(ids, vocab_size: int, name: str = "ids") -> np.ndarray:
 
 
 def check_integers(values, name: str) -> np.ndarray:
+    """Values of any shape as an array. Raises ``Error`` naming the first that is not an integer."""
     # As objects, what is not an array keeps its values as they were: [1, True, 2.0] would become floats.
     array = values if isinstance(values, np.ndarray) else np.asarray(values, dtype=object)
     if array.dtype.kind in "iu":
@@ -47,20 +48,27 @@ def is_integer(value) -> bool:
     return isinstance(value, int | np.integer) and not isinstance(value, bool)
 
 
+def check_at_least(value: int, minimum: int, name: str) -> int:
+    """The value as Python's int. Raises ``Error`` unless it is a whole number, and not too small."""
+    if not is_integer(value) or value < minimum:
+        raise Error(f"{name} is {value!r}: choose a whole number of at least {minimum}")
+    return int(value)
+
+
+def check_fraction(validation_fraction: float) -> None:
+    if not 0 < validation_fraction < 1:
+        raise Error(f"validation_fraction is {validation_fraction}: choose one between 0 and 1, such as 0.1")
+
+
 def _first(array: np.ndarray, wrong: np.ndarray, name: str) -> tuple[str, object]:
+    """The first wrong value, and where it is."""
     position = tuple(int(i) for i in np.unravel_index(wrong.argmax(), wrong.shape))
     value = array[position]
     where = f"{name}[{', '.join(str(i) for i in position)}]" if position else name
     return where, value.item() if isinstance(value, np.generic) else value
 
 
-def check_at_least(value: int, minimum: int, name: str) -> int:
-    if not is_integer(value) or value < minimum:
-        raise Error(f"{name} is {value!r}: choose a whole number of at least {minimum}")
-    return int(value)
-
-
-# Far above any model's. Of these two, even a model without weights takes memory.
+# Far above any model's. Layers and widths take memory even in a model without weights.
 MAX_LAYERS, MAX_WIDTH, MAX_SIZE = 2**12, 2**20, 2**31 - 1
 
 FIELD_TYPES = {
@@ -76,8 +84,8 @@ FIELD_TYPES = {
 def check_fields(config, layers: tuple[str, ...], widths: tuple[str, ...]) -> None:
     """Raise Error unless a config's fields have their types, its numbers are finite and its sizes sane.
 
-    True is no number here, though it is one in Python. ``layers`` and ``widths`` name the sizes for which
-    building a model takes time and memory, before its weights are looked at.
+    A bool does not count as a number, as it does in Python. ``layers`` and ``widths`` name the sizes for
+    which building a model takes time and memory, before its weights are looked at.
     """
     limits = dict.fromkeys(layers, MAX_LAYERS) | dict.fromkeys(widths, MAX_WIDTH)
     for field in fields(config):

@@ -1,9 +1,10 @@
-"""How does a file outlive whatever happens while it is written?
+"""Writing and reading files safely.
 
 A process can be killed, a disk fill up, the power fail, at any moment. What must never be half there is
 written under another name, flushed to the disk, and renamed: the rename happens or it does not. What may be
-damaged later carries its own SHA-256. And two processes that would write the same files are kept apart by a
-lock that the system takes back from whoever dies.
+damaged later carries its own SHA-256. Two processes that would write the same files are kept apart by a lock
+that the system takes back from a process that dies. And what is read may come from anywhere: a path may lead
+to a pipe or a device, and a JSON file may hold what Python's parser lets pass.
 """
 
 from __future__ import annotations
@@ -24,7 +25,6 @@ from tinyllm.errors import Error
 if TYPE_CHECKING:
     from filelock import BaseFileLock
 
-
 SAVING = ".saving-"  # begins the name of what is not complete yet
 
 
@@ -36,7 +36,7 @@ def sync(file: BinaryIO) -> None:
 
 def sync_folder(folder: Path) -> None:
     """Bring the names in a folder onto the disk: what was renamed there stays renamed."""
-    if os.name == "nt":  # Windows opens no folders
+    if os.name == "nt":  # Windows cannot open a folder
         return
     descriptor = os.open(folder, os.O_RDONLY)
     try:
@@ -45,12 +45,17 @@ def sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
+def write_synced(path: Path, data: bytes) -> None:
+    """Write a file and bring it onto the disk."""
+    with open(path, "wb") as file:
+        file.write(data)
+        sync(file)
+
+
 def write_whole(path: Path, data: bytes) -> None:
     """Write a file, or replace one: whoever looks sees the old file or the new one, never a part."""
     new = path.with_name(SAVING + path.name)
-    with open(new, "wb") as file:
-        file.write(data)
-        sync(file)
+    write_synced(new, data)
     os.replace(new, path)
     sync_folder(path.parent)
 
@@ -71,7 +76,7 @@ def lock(path: Path, busy: str) -> BaseFileLock:
 
 
 def sealed(content: dict) -> bytes:
-    """A JSON object as a file that tells when one of its bits was changed.
+    """A JSON object as a file in which one changed bit is noticed.
 
     Its last member, ``sha256``, is the hash of the file as it would be without it.
     """
@@ -84,10 +89,7 @@ def read_sealed(path: Path) -> dict:
 
     Raises ``Error``, naming the file, if it is not there, or not as it was written, down to the last space.
     """
-    try:
-        data = path.read_bytes()
-    except OSError as error:
-        raise Error(f"{path} cannot be read ({error.strerror}): check the path or copy it again") from error
+    data = read_file(path)
     try:
         found = json.loads(data)
         content = {key: value for key, value in found.items() if key != "sha256"}
@@ -103,20 +105,18 @@ def _as_json(content: dict) -> bytes:
     return json.dumps(content, indent=2, allow_nan=False).encode("utf-8") + b"\n"
 
 
-HALF_CHARACTER = re.compile(rb"\\u[dD][89a-fA-F]")  # or a whole one, of two halves
-
-
 def check_is_file(path: str | Path) -> None:
-    """Raise OSError if there is nothing at the end of the path, or something other than a file."""
+    """Raise OSError if the path leads to nothing, or to something other than a file."""
     if not stat.S_ISREG(os.stat(path).st_mode):
-        raise OSError(errno.EINVAL, "it is a folder, a pipe or a device, and no file", os.fspath(path))
+        raise OSError(errno.EINVAL, "it is a folder, a pipe or a device, not a file", os.fspath(path))
 
 
-def read_file(path: str | Path) -> bytes:
-    """All bytes of a file. Raises Error, naming it, if there is no such file or it cannot be read."""
+def read_file(path: str | Path, size: int = -1) -> bytes:
+    """All bytes of a file, or the first ``size``. Raises Error, naming it, if it cannot be read."""
     try:
         check_is_file(path)
-        return Path(path).read_bytes()
+        with open(path, "rb") as file:
+            return file.read(size)
     except OSError as error:
         raise Error(f"{path} cannot be read ({error.strerror}): check the path or copy it again") from error
 
@@ -142,11 +142,14 @@ def read_json(path: str | Path) -> dict:
     return value
 
 
+HALF_CHARACTER = re.compile(rb"\\u[dD][89a-fA-F]")  # or a whole one, of two halves
+
+
 def parse_json(data: bytes):
     """The value of a JSON text in UTF-8 (RFC 8259); ValueError if it is anything else.
 
-    Python's own parser is kinder: to NaN, to 1e999 (which it makes infinity), to a key that is there twice
-    (the last one wins) and to half a character (which cannot be written again).
+    Python's own parser also accepts NaN, 1e999 (as infinity), a key that is there twice (the last one
+    counts) and half a character (which cannot be written again).
     """
     try:
         value = json.loads(
@@ -171,7 +174,7 @@ def _object(pairs: list[tuple[str, object]]) -> dict:
 
 
 def _refuse_constant(name: str):
-    raise ValueError(f"{name} is no number")
+    raise ValueError(f"{name} is not a JSON number")
 
 
 def _finite(digits: str) -> float:

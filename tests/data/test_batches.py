@@ -7,66 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tinyllm.checks import check_ids
 from tinyllm.data.batches import Batches, Windows
 from tinyllm.errors import Error
-
-# Token ids
-
-
-@pytest.mark.parametrize(
-    "ids",
-    [
-        [1, 2],
-        (1, 2),
-        range(3),
-        [[0, 9], [5, 5]],
-        7,
-        np.array([1, 2], np.uint8),
-        [np.int16(3), 4],
-        np.array([[9]]),
-    ],
-)
-def test_check_ids_gives_int64(ids):
-    checked = check_ids(ids, vocab_size=10)
-    assert checked.dtype == np.int64
-    assert np.array_equal(checked, np.asarray(ids))
-
-
-def test_check_ids_gives_an_array_of_its_own():
-    ids = np.array([1, 2])
-    check_ids(ids, 10)[0] = 5
-    assert ids[0] == 1
-
-
-@pytest.mark.parametrize(
-    ("ids", "said"),
-    [
-        ([1, 10, 11], r"^ids\[1\] is 10, .* 0 to 9"),
-        ([[1, 2], [3, -1]], r"^ids\[1, 1\] is -1, .* 0 to 9"),
-        (np.array([3, 2**64 - 1], np.uint64), r"^ids\[1\] is 18446744073709551615, .* 0 to 9"),
-        ([2**80], r"^ids\[0\] is 1208925819614629174706176, .* 0 to 9"),
-        (12, "^ids is 12, .* 0 to 9"),
-        ([1, 2.0], r"^ids\[1\] is 2.0, not an integer"),
-        (np.array([1.5]), r"^ids\[0\] is 1.5, not an integer"),
-        ([1, True], r"^ids\[1\] is True, not an integer"),
-        (np.array([False]), r"^ids\[0\] is False, not an integer"),
-        ([[1], [2, 3]], r"^ids\[0\] is \[1\], not an integer"),
-        ("12", "^ids is '12', not an integer"),
-        (None, "^ids is None, not an integer"),
-        ([], "^ids is empty"),
-        (np.zeros((2, 0), int), "^ids is empty"),
-    ],
-)
-def test_check_ids_names_value_position_and_range(ids, said):
-    with pytest.raises(Error, match=said):
-        check_ids(ids, vocab_size=10)
-
-
-def test_check_ids_uses_the_name_it_is_given():
-    with pytest.raises(Error, match=r"^targets\[0\] is -100"):
-        check_ids([-100], 10, name="targets")
-
 
 # Windows
 

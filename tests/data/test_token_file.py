@@ -14,8 +14,8 @@ from filelock import FileLock
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tinyllm.data import corpus as text
-from tinyllm.data import token_file as tokenfile
+from tinyllm.data import corpus as corpus_module
+from tinyllm.data import token_file
 from tinyllm.data.corpus import encode_documents, open_corpus
 from tinyllm.data.token_file import INDEX, PART, PROGRESS, TOKENS, TokenFile, tokenize_corpus
 from tinyllm.errors import Error
@@ -31,9 +31,9 @@ BYTES = BPETokenizer([])
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch):
     """Chunks of 100 characters, of which every 3 are recorded, instead of a million and 16."""
-    monkeypatch.setattr(text, "PIECE_CHARACTERS", 100)
-    monkeypatch.setattr(tokenfile, "PIECE_CHARACTERS", 100)
-    monkeypatch.setattr(tokenfile, "CHUNKS_PER_FLUSH", 3)
+    monkeypatch.setattr(corpus_module, "PIECE_CHARACTERS", 100)
+    monkeypatch.setattr(token_file, "PIECE_CHARACTERS", 100)
+    monkeypatch.setattr(token_file, "CHUNKS_PER_FLUSH", 3)
     monkeypatch.setenv("OMP_NUM_THREADS", "2")
 
 
@@ -61,8 +61,8 @@ def test_ids_are_those_in_memory(tmp_path_factory, documents, size):
     folder = tmp_path_factory.mktemp("any")
     corpus = write_jsonl(folder / "some.jsonl", ["x", *documents])
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(text, "PIECE_CHARACTERS", size)
-        patched.setattr(tokenfile, "PIECE_CHARACTERS", size)
+        patched.setattr(corpus_module, "PIECE_CHARACTERS", size)
+        patched.setattr(token_file, "PIECE_CHARACTERS", size)
         file = tokenize_corpus(corpus, GPT2, "refuse", folder / "tokens")
     assert file.tokens.tolist() == expected(corpus)
     ends = np.cumsum([0] + [count for count, _ in file.index["chunks"]])
@@ -77,7 +77,7 @@ def test_what_the_folder_holds(tmp_path, corpus):
     assert file.tokens.tolist() == expected(corpus)
     assert isinstance(file.tokens, np.memmap) and file.tokens.dtype == np.dtype("<u2")
     assert not file.tokens.flags.writeable
-    assert {path.name for path in file.folder.iterdir()} - {tokenfile.LOCK} == {TOKENS, INDEX}
+    assert {path.name for path in file.folder.iterdir()} - {token_file.LOCK} == {TOKENS, INDEX}
     index = json.loads((file.folder / INDEX).read_text(encoding="utf-8"))
     assert index == file.index
     assert (index["format"], index["dtype"], index["special"]) == (1, "<u2", "refuse")
@@ -115,7 +115,7 @@ def test_order_does_not_depend_on_who_is_done_first(tmp_path, corpus, monkeypatc
         return encode_documents(tokenizer, documents, special)
 
     calls = []
-    monkeypatch.setattr(tokenfile, "encode_documents", slow_start)
+    monkeypatch.setattr(token_file, "encode_documents", slow_start)
     monkeypatch.setenv("OMP_NUM_THREADS", threads)
     assert tokenize_corpus(corpus, GPT2, "refuse", tmp_path / "t").tokens.tolist() == expected(corpus)
     assert len(set(calls)) == int(threads)
@@ -123,7 +123,7 @@ def test_order_does_not_depend_on_who_is_done_first(tmp_path, corpus, monkeypatc
 
 def test_a_complete_file_is_opened_not_made_again(tmp_path, corpus, monkeypatch):
     tokenize_corpus(corpus, GPT2, "refuse", tmp_path / "t")
-    monkeypatch.delattr(tokenfile, "encode_documents")
+    monkeypatch.delattr(token_file, "encode_documents")
     assert tokenize_corpus(corpus, GPT2, "refuse", tmp_path / "t").tokens.tolist() == expected(corpus)
 
 
@@ -147,7 +147,7 @@ def test_progress_counts_bytes(tmp_path, corpus, monkeypatch):
     interrupt_after(monkeypatch, 2)
     with pytest.raises(KeyboardInterrupt):
         tokenize_corpus(corpus, GPT2, "refuse", tmp_path / "t")
-    monkeypatch.setattr(tokenfile, "_record", RECORD)
+    monkeypatch.setattr(token_file, "_record", RECORD)
     tokenize_corpus(corpus, GPT2, "refuse", tmp_path / "t", progress=False)
     assert [bar.disable for bar in bars] == [None, True]  # None: where there is a terminal
     assert 0 < bars[0].done < bars[1].done == bars[0].total == corpus.num_bytes
@@ -155,7 +155,7 @@ def test_progress_counts_bytes(tmp_path, corpus, monkeypatch):
 
 # Interrupted
 
-RECORD = tokenfile._record
+RECORD = token_file._record
 
 
 def interrupt_after(monkeypatch, records):
@@ -165,7 +165,7 @@ def interrupt_after(monkeypatch, records):
             raise KeyboardInterrupt
 
     done = []
-    monkeypatch.setattr(tokenfile, "_record", record)
+    monkeypatch.setattr(token_file, "_record", record)
 
 
 def test_ctrl_c_leaves_no_thread_behind_and_goes_on(tmp_path, corpus, monkeypatch):
@@ -181,8 +181,8 @@ def test_ctrl_c_leaves_no_thread_behind_and_goes_on(tmp_path, corpus, monkeypatc
     with pytest.raises(Error, match="no complete token file"):
         TokenFile.open(tmp_path / "t")
 
-    monkeypatch.setattr(tokenfile, "_record", RECORD)
-    monkeypatch.setattr(tokenfile, "encode_documents", counting)
+    monkeypatch.setattr(token_file, "_record", RECORD)
+    monkeypatch.setattr(token_file, "encode_documents", counting)
     file = tokenize_corpus(corpus, GPT2, "refuse", tmp_path / "t")
     assert file.tokens.tolist() == expected(corpus)
     assert len(encoded) == len(file.index["chunks"]) - 4 * 3  # what was recorded is not done again
@@ -191,14 +191,16 @@ def test_ctrl_c_leaves_no_thread_behind_and_goes_on(tmp_path, corpus, monkeypatc
 KILLED = """
 import os, signal, sys, tqdm
 from pathlib import Path
-from tinyllm import text, tokenfile
-from tinyllm.tokenizers.base import load_tokenizer
+from tinyllm.data import corpus as corpus_module
+from tinyllm.data import token_file
+from tinyllm.tokenizers import load_tokenizer
 
-text.PIECE_CHARACTERS = tokenfile.PIECE_CHARACTERS = 100
-tokenfile.CHUNKS_PER_FLUSH = 7
+corpus_module.PIECE_CHARACTERS = token_file.PIECE_CHARACTERS = 100
+token_file.CHUNKS_PER_FLUSH = 7
 tqdm.tqdm.monitor_interval = 0  # its thread does not survive a fork
-corpus, gpt2, folder = text.open_corpus(sys.argv[1], field="t"), load_tokenizer("gpt2"), Path(sys.argv[2])
-whole = tokenfile.tokenize_corpus(corpus, gpt2, "refuse", folder / "whole")
+corpus, folder = corpus_module.open_corpus(sys.argv[1], field="t"), Path(sys.argv[2])
+gpt2 = load_tokenizer("gpt2")
+whole = token_file.tokenize_corpus(corpus, gpt2, "refuse", folder / "whole")
 
 def killed_at(number):
     calls = []
@@ -211,14 +213,14 @@ def killed_at(number):
         return call
     for name in ("fsync", "replace", "remove"):
         setattr(os, name, dying(getattr(os, name)))
-    tokenfile.tokenize_corpus(corpus, gpt2, "refuse", folder / str(number))
+    token_file.tokenize_corpus(corpus, gpt2, "refuse", folder / str(number))
     os._exit(0)
 
 for number in range(1000):
     if (child := os.fork()) == 0:
         killed_at(number)
     status = os.waitpid(child, 0)[1]
-    again = tokenfile.tokenize_corpus(corpus, gpt2, "refuse", folder / str(number))
+    again = token_file.tokenize_corpus(corpus, gpt2, "refuse", folder / str(number))
     for name in ("tokens.bin", "index.json"):
         assert (again.folder / name).read_bytes() == (whole.folder / name).read_bytes(), number
     if status == 0:
@@ -245,7 +247,7 @@ def test_progress_cut_anywhere(tmp_path, corpus, monkeypatch):
     interrupt_after(monkeypatch, 2)
     with pytest.raises(KeyboardInterrupt):
         tokenize_corpus(corpus, BYTES, "refuse", folder)
-    monkeypatch.setattr(tokenfile, "_record", RECORD)
+    monkeypatch.setattr(token_file, "_record", RECORD)
     part, progress = (folder / PART).read_bytes(), (folder / PROGRESS).read_bytes()
     first_line = progress.index(b"\n")
     for length in [0, 5, first_line, first_line + 1, *range(first_line + 10, len(progress) + 1, 17)]:
@@ -263,7 +265,7 @@ def test_interrupted_again_after_a_cut_line(tmp_path, corpus, monkeypatch):
             tokenize_corpus(corpus, BYTES, "refuse", tmp_path / "t")
         progress = tmp_path / "t" / PROGRESS
         os.truncate(progress, progress.stat().st_size - 3)
-    monkeypatch.setattr(tokenfile, "_record", RECORD)
+    monkeypatch.setattr(token_file, "_record", RECORD)
     assert tokenize_corpus(corpus, BYTES, "refuse", tmp_path / "t").tokens.tolist() == expected(corpus, BYTES)
 
 
@@ -302,7 +304,7 @@ def test_no_space_left(tmp_path, corpus, monkeypatch):
     for left in [0, 1, 300, *range(500, needed + 3000, 1999)]:
         folder = tmp_path / str(left)
         with monkeypatch.context() as patched:
-            patched.setattr(tokenfile, "open", FullDisk(left).open, raising=False)
+            patched.setattr(token_file, "open", FullDisk(left).open, raising=False)
             try:
                 tokenize_corpus(corpus, BYTES, "refuse", folder)
                 continue  # there was enough after all
@@ -317,19 +319,19 @@ def test_no_space_left(tmp_path, corpus, monkeypatch):
 def test_how_much_space_is_missing(tmp_path):
     full = OSError(errno.ENOSPC, "No space left on device")
     about = {"corpus": {"bytes": 40_000_000}, "dtype": "<u2"}
-    error = tokenfile._cannot_write(
+    error = token_file._cannot_write(
         full, tmp_path, about, [[2_000_000, 8_000_000]] * 2, [[500_000, 2_000_000]]
     )
     assert "after 16.0 of 40.0 MB of text: make room for about 12.0 MB more and run it again" in str(error)
-    error = tokenfile._cannot_write(full, tmp_path, about, [], [])  # nothing known: one id a byte at most
+    error = token_file._cannot_write(full, tmp_path, about, [], [])  # nothing known: one id a byte at most
     assert "make room for about 80.0 MB more" in str(error)
-    error = tokenfile._cannot_write(OSError(errno.EIO, "Input/output error"), tmp_path, about, [], [])
+    error = token_file._cannot_write(OSError(errno.EIO, "Input/output error"), tmp_path, about, [], [])
     assert "(Input/output error) after 0.0 of 40.0 MB of text: correct that and run it again" in str(error)
 
 
 def test_one_writer_at_a_time(tmp_path, corpus):
     (tmp_path / "t").mkdir()
-    with FileLock(tmp_path / "t" / tokenfile.LOCK), pytest.raises(Error, match="another process is writing"):
+    with FileLock(tmp_path / "t" / token_file.LOCK), pytest.raises(Error, match="another process is writing"):
         tokenize_corpus(corpus, GPT2, "refuse", tmp_path / "t")
     assert tokenize_corpus(corpus, GPT2, "refuse", tmp_path / "t").tokens.tolist() == expected(corpus)
 
@@ -343,7 +345,7 @@ def test_a_file_that_another_process_finished_meanwhile_is_not_made_again(tmp_pa
         return len(seen) > 1
 
     monkeypatch.setattr(type(tmp_path), "exists", exists)
-    monkeypatch.delattr(tokenfile, "_write")
+    monkeypatch.delattr(token_file, "_write")
     assert np.array_equal(tokenize_corpus(corpus, GPT2, "refuse", tmp_path / "t").tokens, finished.tokens)
     assert len(seen) == 2
 
@@ -359,7 +361,7 @@ def begun(request, tmp_path, corpus, monkeypatch):
         interrupt_after(monkeypatch, 2)
         with pytest.raises(KeyboardInterrupt):
             tokenize_corpus(corpus, BYTES, "refuse", folder)
-        monkeypatch.setattr(tokenfile, "_record", RECORD)
+        monkeypatch.setattr(token_file, "_record", RECORD)
     else:
         tokenize_corpus(corpus, BYTES, "refuse", folder)
     return folder
@@ -454,7 +456,7 @@ def test_damage(tmp_path, corpus, monkeypatch):
         tokenize_corpus(corpus, GPT2, "refuse", tmp_path / "u")
     part, progress = tmp_path / "u" / PART, tmp_path / "u" / PROGRESS
     os.truncate(part, 10)
-    with pytest.raises(Error, match=r"tokens.part' has not all the tokens .*delete the folder"):
+    with pytest.raises(Error, match=r"tokens.part' lacks tokens .*delete the folder"):
         tokenize_corpus(corpus, GPT2, "refuse", tmp_path / "u")
     progress.write_bytes(progress.read_bytes() + b"\0\0\0\n")
     with pytest.raises(Error, match=r"tokens.progress' is damaged .*delete the folder"):
@@ -491,7 +493,7 @@ def test_an_index_that_says_something_else(tmp_path, corpus):
 
 
 def test_an_id_out_of_range(tmp_path, corpus, monkeypatch):
-    monkeypatch.setattr(tokenfile, "CHECKED_AT_ONCE", 100)
+    monkeypatch.setattr(token_file, "CHECKED_AT_ONCE", 100)
     folder = tmp_path / "t"
     assert len(tokenize_corpus(corpus, BYTES, "refuse", folder).tokens) > 1000
     data = (folder / TOKENS).read_bytes()
@@ -578,13 +580,14 @@ def test_split_of_too_little(tmp_path):
 
 PEAK = """
 import sys
-from tinyllm import text, tokenfile
-from tinyllm.backend.device import peak_memory
-from tinyllm.tokenizers.base import load_tokenizer
+from tinyllm.data import corpus as corpus_module
+from tinyllm.data import token_file
+from tinyllm.backend.memory import peak_memory
+from tinyllm.tokenizers import load_tokenizer
 
-text.PIECE_CHARACTERS = tokenfile.PIECE_CHARACTERS = 2**18
-corpus = text.open_corpus(sys.argv[1])
-file = tokenfile.tokenize_corpus(corpus, load_tokenizer("gpt2"), "refuse", sys.argv[2])
+corpus_module.PIECE_CHARACTERS = token_file.PIECE_CHARACTERS = 2**18
+corpus = corpus_module.open_corpus(sys.argv[1])
+file = token_file.tokenize_corpus(corpus, load_tokenizer("gpt2"), "refuse", sys.argv[2])
 print(peak_memory(), len(file.tokens))
 """
 

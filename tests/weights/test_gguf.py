@@ -13,7 +13,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from tinyllm.errors import Error
-from tinyllm.weights import gguf as gguf_file
+from tinyllm.weights import gguf_format
 from tinyllm.weights.gguf import GGUFFile, hugging_face_name, llama3_factors
 
 gguf = pytest.importorskip("gguf")
@@ -172,7 +172,7 @@ def test_every_tensor_is_what_gguf_dequantises_in_hugging_face_order(tmp_path, t
 @pytest.mark.parametrize("type_name", [*WRITTEN, *READ_ONLY])
 @pytest.mark.parametrize("block", [1, 1000, 10**9])
 def test_every_type_and_every_cut_into_blocks(tmp_path, monkeypatch, type_name, block):
-    monkeypatch.setattr(gguf_file, "BLOCK", block)
+    monkeypatch.setattr(gguf_format, "BLOCK", block)
     type_ = TYPES[type_name]
     length, size = gguf.GGML_QUANT_SIZES[type_]
     columns = 256 * length // np.gcd(256, length)
@@ -582,7 +582,7 @@ DAMAGED = {
     "empty": (b"", "ends inside its header"),
     "an odd architecture": (
         header(key_count=1, rest=key(b"general.architecture", 9, struct.pack("<IQ2I", 4, 2, 1, 2))),
-        "the architecture an array of 2 is not supported",
+        "general.architecture must not be of type ndarray",
     ),
     "another format": (b"version https://git-lfs.github.com/spec/v1\n", "letters GGUF"),
     "version 1": (header(version=1), "version is 1"),
@@ -592,8 +592,11 @@ DAMAGED = {
     "a long text": (header(key_count=1, rest=struct.pack("<Q", MANY)), "ends inside its header"),
     "a long array": (header(key_count=1, rest=key(b"a", 9, struct.pack("<IQ", 4, MANY))), "ends inside"),
     "many texts": (header(key_count=1, rest=key(b"a", 9, struct.pack("<IQ", 8, MANY))), "ends inside"),
-    "arrays of arrays": (header(key_count=1, rest=key(b"a", 9, struct.pack("<IQ", 9, 1))), "9 is no type"),
-    "an unknown kind": (header(key_count=1, rest=key(b"a", 13, bytes(64))), "13 is no type"),
+    "arrays of arrays": (
+        header(key_count=1, rest=key(b"a", 9, struct.pack("<IQ", 9, 1))),
+        "9 is not",
+    ),
+    "an unknown kind": (header(key_count=1, rest=key(b"a", 13, bytes(64))), "13 is not"),
     "a key of two lines": (header(key_count=2, rest=key(b"a\nb", 7, b"1") * 2), "'a\\nb' is there twice"),
     "no UTF-8": (header(key_count=1, rest=key(b"\xff", 4, bytes(64))), "utf-8"),
     "a key twice": (header(key_count=2, rest=ARCHITECTURE * 2), "'general.architecture' is there twice"),

@@ -6,7 +6,7 @@ import pytest
 from tinyllm import GPT2, load_tokenizer
 from tinyllm.data.batches import Windows
 from tinyllm.data.corpus import load_text, train_validation_split
-from tinyllm.training.loop import evaluate
+from tinyllm.training.tasks.pretrain import mean_loss
 
 pytestmark = pytest.mark.network
 
@@ -31,6 +31,6 @@ def test_logits_equal_those_of_transformers(gpt2):
 def test_published_losses_on_the_verdict(gpt2):
     tokenizer = load_tokenizer("gpt2")
     parts = train_validation_split(load_text("the-verdict").text)
-    train, validation = (evaluate(gpt2, Windows(tokenizer.encode(part), 256), 18, 2) for part in parts)
+    train, validation = (mean_loss(gpt2, Windows(tokenizer.encode(part), 256), 18, 2) for part in parts)
     assert abs(train - 3.7547) < 1e-3
     assert abs(validation - 3.5596) < 1e-3

@@ -1,0 +1,1 @@
+"""Text for training: documents, token files, batches."""

@@ -1,6 +1,6 @@
 """How do token ids become batches of (input, target), in an order that can be resumed?
 
-``text.py`` → token ids (``tokenizer.py``, or ``tokenfile.py`` where they are too many for memory) →
+Text (``corpus.py``) → token ids (a tokenizer, or ``token_file.py`` where they are too many for memory) →
 ``Windows`` → ``Batches``. A language model predicts the next token at every position, so the target of a
 window is the same window one token later.
 """

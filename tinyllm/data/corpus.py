@@ -1,57 +1,31 @@
-"""Where does the text come from?
+"""A text to train on, from a known name, a file or a folder of files; it may be larger than memory.
 
-From a known name, a file, or a folder of files, gzip'd or not, and it may be larger than memory. A text is
-a sequence of documents: a plain file is one, a line of a .jsonl file is one. ``open_corpus`` reads it once,
-to count and hash it; after that it is read anew whenever it is asked for: in ``pieces`` of about a million
-characters, by ``documents``, or whole (``load_text``). Between two documents stands ``<|endoftext|>`` when
-they become ids (``encode_documents``).
+A text is a sequence of documents. ``open_corpus`` reads it once, to count and hash it; after that it is read
+anew whenever it is asked for: in ``pieces`` of about a million characters, by ``documents``, or whole
+(``load_text``). Between two documents stands ``<|endoftext|>`` when they become ids (``encode_documents``).
 """
 
 from __future__ import annotations
 
-import codecs
-import gzip
 import hashlib
-import itertools
-import json
-import os
 import re
-import stat
-import zlib
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
-from typing import BinaryIO
 
 import numpy as np
 
+from tinyllm.checks import check_fraction
+from tinyllm.data.documents import Piece, find_files, is_jsonl, python_docs, read_documents, the_verdict
 from tinyllm.errors import Error
 from tinyllm.tokenizers.base import END_OF_TEXT, Tokenizer
 
-KNOWN_TEXTS = ("python-docs", "the-verdict")
-
-SUFFIXES = (".txt", ".jsonl", ".txt.gz", ".jsonl.gz")  # of the files in a folder that are read
-
-# Edith Wharton, 1908, public domain: the text of the classic run.
-VERDICT_FILE = "the-verdict.txt"
-
-VERDICT_SHA256 = "b41e41a68f0398a3154ae69e2e4c0e2694e17fe0d66730536837f1b01935b31f"
-
-VERDICT_URL = (
-    "https://raw.githubusercontent.com/rasbt/LLMs-from-scratch/main/ch02/01_main-chapter-code/the-verdict.txt"
-)
-
-BLOCK_BYTES = 2**20  # read from a file at a time
-
 PIECE_CHARACTERS = 2**20  # a longer document is cut at the first place after so many
-
 LONGEST_PIECE = 16 * 2**20  # where that place has to come by
 
-# A document may be cut after a character that is no whitespace, before one that is: GPT-2's pattern joins no
-# such two and looks at nothing that lies before, so the tokens of the pieces are those of the whole. U+001C
-# to U+001F are whitespace in Python and not in the pattern: no cut is made beside them.
+# A document may be cut after a character that is not whitespace, before one that is: GPT-2's pattern never
+# joins the two and looks at nothing that lies before, so the tokens of the pieces are those of the whole.
+# U+001C to U+001F are whitespace in Python and not in the pattern: no cut is made beside them.
 CUT = re.compile(r"\S(?=[^\S\x1c-\x1f])")
 
 
@@ -68,14 +42,6 @@ class Text:
     def text(self) -> str:
         """The documents one after another, with nothing between them."""
         return "".join(self.documents)
-
-
-@dataclass(frozen=True)
-class Piece:
-    """A document or a part of one, in order."""
-
-    text: str
-    ends_document: bool
 
 
 class Corpus:
@@ -102,7 +68,7 @@ class Corpus:
         """The text, however large, in pieces that fit memory: short documents whole, long ones cut.
 
         A document of ``PIECE_CHARACTERS`` or more is cut at the first place after so many where a
-        character that is no whitespace is followed by one that is. Where to cut depends on the text alone.
+        character that is not whitespace is followed by one that is. Where to cut depends on the text alone.
         Raises ``Error`` if no such place comes within ``LONGEST_PIECE`` characters, or at the end if the
         text is no longer the one that was opened.
         """
@@ -150,18 +116,14 @@ class Corpus:
                 taken += len(piece.text)
             position += size
         if not chosen:
-            raise Error(
-                f"text {self.name!r} has {self.num_bytes:,} bytes, too few to take pieces as a sample: use "
-                "all of it"
-            )
+            raise Error(f"text {self.name!r} has {self.num_bytes:,} bytes, too few to sample: use all of it")
         return chosen
 
     def _read(self) -> Iterator[Piece]:
         """The documents in the blocks they are read in."""
         if not self.files:
-            yield Piece(_python_docs(), ends_document=True)
-        for path in self.files:
-            yield from _read_jsonl(path, self.field) if _is_jsonl(path) else _read_plain(path)
+            return iter([Piece(python_docs(), ends_document=True)])
+        return read_documents(self.files, self.field)
 
     def _read_again(self) -> Iterator[Piece]:
         measured = _Measure()
@@ -219,14 +181,14 @@ def open_corpus(name_or_path: str | Path, field: str | None = None) -> Corpus:
     """
     files, left_out = (), ()
     if name_or_path == "the-verdict":
-        files = (_the_verdict(),)
+        files = (the_verdict(),)
     elif name_or_path != "python-docs":
-        files, left_out = _find_files(name_or_path)
-    jsonl = next((path for path in files if _is_jsonl(path)), None)
+        files, left_out = find_files(name_or_path)
+    jsonl = next((path for path in files if is_jsonl(path)), None)
     if jsonl is not None and field is None:
         raise Error(f"{str(jsonl)!r} holds JSON objects: say which field of theirs is the text")
     if jsonl is None and field is not None:
-        raise Error(f"text {str(name_or_path)!r} has no .jsonl file: leave the field {field!r} out")
+        raise Error(f"text {str(name_or_path)!r} has no .jsonl file: omit the field {field!r}")
     return Corpus(str(name_or_path), files, left_out, field)
 
 
@@ -262,11 +224,6 @@ def train_validation_split(text: str | Iterable[str], validation_fraction: float
     return (train[0], validation[0]) if isinstance(text, str) else (tuple(train), tuple(validation))
 
 
-def check_fraction(validation_fraction: float) -> None:
-    if not 0 < validation_fraction < 1:
-        raise Error(f"validation_fraction is {validation_fraction}: choose one between 0 and 1, such as 0.1")
-
-
 def encode_documents(tokenizer: Tokenizer, documents: Iterable[str], special: str = "refuse") -> np.ndarray:
     """The ids of the documents, joined by the id of ``<|endoftext|>``: an array (n,) of uint32.
 
@@ -290,156 +247,3 @@ def end_of_text_id(tokenizer: Tokenizer) -> int:
             f"add it by with_special_tokens([{END_OF_TEXT!r}]), or give a text of one document"
         )
     return tokenizer.special_tokens[END_OF_TEXT]
-
-
-# ------------------------------------------------------------------------------ known names
-
-
-def _python_docs() -> str:
-    from pydoc_data.topics import topics
-
-    return "\n\n".join(topics[key] for key in sorted(topics))
-
-
-def _the_verdict() -> Path:
-    folder = os.environ.get("TINYLLM_DATA")
-    if folder and (Path(folder) / VERDICT_FILE).exists():
-        path = Path(folder) / VERDICT_FILE
-        with _open(path) as file:
-            found = hashlib.file_digest(file, "sha256").hexdigest()
-        if found != VERDICT_SHA256:
-            raise Error(
-                f"{str(path)!r} is not the expected text (SHA-256 {found}, not {VERDICT_SHA256}): "
-                f"replace it with {VERDICT_URL}, or remove it"
-            )
-        return path
-    import pooch
-
-    try:
-        path = pooch.retrieve(
-            VERDICT_URL, "sha256:" + VERDICT_SHA256, VERDICT_FILE, pooch.os_cache("tinyllm")
-        )
-    except (OSError, ValueError) as error:  # no network, a refused download, or a wrong hash
-        reason = " ".join(str(error).split())
-        raise Error(
-            f"the-verdict could not be downloaded: put {VERDICT_URL} into a folder as {VERDICT_FILE!r} "
-            f"and set TINYLLM_DATA to that folder ({reason})"
-        ) from None
-    return Path(path)
-
-
-# -------------------------------------------------------------------------------- the files
-
-
-def _find_files(name: str | Path) -> tuple[tuple[Path, ...], tuple[Path, ...]]:
-    """The files to read and those left out."""
-    try:
-        mode = os.stat(name).st_mode
-    except FileNotFoundError:
-        known = ", ".join(KNOWN_TEXTS)
-        raise Error(f"no text {str(name)!r}: give the path of a file or folder, or one of {known}") from None
-    except (OSError, ValueError) as error:  # ValueError: a path with a zero byte in it
-        reason = getattr(error, "strerror", None) or error  # without the name once more
-        raise Error(f"text {str(name)!r} cannot be read ({reason}): check the path") from None
-    if stat.S_ISDIR(mode):
-        return _files_in(Path(name))
-    if not stat.S_ISREG(mode):  # a pipe can be read once only
-        raise Error(f"text {str(name)!r} is neither a file nor a folder: save the text as a file first")
-    return (Path(name),), ()
-
-
-def _files_in(folder: Path) -> tuple[tuple[Path, ...], tuple[Path, ...]]:
-    def refuse(error: OSError):  # without it os.walk passes over a folder that cannot be read
-        raise Error(f"folder {error.filename!r} cannot be read ({error.strerror}): check its permissions")
-
-    files, left_out = [], []
-    for root, folders, names in os.walk(folder, onerror=refuse):
-        left_out += [Path(root, name) for name in folders if os.path.islink(Path(root, name))]
-        for name in names:
-            path = Path(root, name)
-            usable = name.lower().endswith(SUFFIXES) and os.path.isfile(path)
-            (files if usable else left_out).append(path)
-    if not files:
-        raise Error(
-            f"folder {str(folder)!r} has no text among its {len(left_out)} files: their names must end in "
-            f"{', '.join(SUFFIXES[:-1])} or {SUFFIXES[-1]}"
-        )
-
-    def by_path(path: Path) -> str:  # the same order on every system
-        return path.relative_to(folder).as_posix()
-
-    return tuple(sorted(files, key=by_path)), tuple(sorted(left_out, key=by_path))
-
-
-def _is_jsonl(path: Path) -> bool:
-    return path.name.lower().endswith((".jsonl", ".jsonl.gz"))
-
-
-@contextmanager
-def _open(path: Path) -> Iterator[BinaryIO]:
-    """The file's bytes, decompressed; what goes wrong while they are read is an ``Error``."""
-    try:
-        if path.suffix.lower() == ".gz":
-            if path.stat().st_size == 0:  # gzip.open takes it for an empty text
-                raise EOFError("the file is empty")
-            with gzip.open(path) as file:
-                yield file
-        else:
-            with open(path, "rb") as file:
-                yield file
-    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise Error(f"{str(path)!r} is damaged or cut short ({error}): compress the text again") from None
-    except OSError as error:
-        raise Error(f"text {str(path)!r} cannot be read ({error}): check the file") from None
-
-
-def _read_plain(path: Path) -> Iterator[Piece]:
-    decoder = codecs.getincrementaldecoder("utf-8")()  # text mode would turn \r\n into \n
-    offset = 0
-    with _open(path) as file:
-        for data in itertools.chain(iter(partial(file.read, BLOCK_BYTES), b""), [b""]):
-            held = len(decoder.getstate()[0])  # bytes of a character that the last block ended in
-            try:
-                text = decoder.decode(data, final=not data)
-            except UnicodeDecodeError as error:
-                raise Error(
-                    f"text {str(path)!r} is not UTF-8 at byte offset {offset - held + error.start} "
-                    f"({error.object[error.start]:#04x}): save it as UTF-8 first"
-                ) from None
-            offset += len(data)
-            yield Piece(text, ends_document=not data)
-
-
-def _read_jsonl(path: Path, field: str) -> Iterator[Piece]:
-    with _open(path) as file:
-        for number, line in enumerate(file, 1):
-            if not line.isspace():
-                yield Piece(_document(line, field, f"line {number} of {str(path)!r}"), ends_document=True)
-
-
-def _document(line: bytes, field: str, where: str) -> str:
-    try:
-        record = json.loads(line.decode("utf-8"))
-    except UnicodeDecodeError as error:
-        raise Error(
-            f"{where} is not UTF-8 at its byte offset {error.start} ({line[error.start]:#04x}): "
-            "save the file as UTF-8 first"
-        ) from None
-    except (ValueError, RecursionError) as error:
-        raise Error(f"{where} is not JSON ({error}): correct it") from None
-    if not isinstance(record, dict):
-        raise Error(f"{where} is a JSON {type(record).__name__}: write an object, with the text in a field")
-    if field not in record:
-        raise Error(f"{where} has no field {field!r} among its {list(record)}: name the one with the text")
-    if not isinstance(record[field], str):
-        raise Error(
-            f"field {field!r} in {where} is a {type(record[field]).__name__}: name one that holds a string"
-        )
-    try:
-        record[field].encode("utf-8")
-    except UnicodeEncodeError as error:  # JSON can write it as \ud800
-        raise Error(
-            f"field {field!r} in {where} has half a character, the lone surrogate "
-            f"{record[field][error.start]!r}: remove it"
-        ) from None
-    return record[field]

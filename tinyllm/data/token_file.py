@@ -1,4 +1,4 @@
-"""How does a text larger than memory become token ids on disk?
+"""Token ids on disk, for a text larger than memory.
 
 ``tokenize_corpus`` encodes it in chunks of about a million characters, several at once, and writes their
 ids one after another into a folder:
@@ -29,24 +29,15 @@ from pathlib import Path
 import numpy as np
 
 from tinyllm.backend.threads import num_threads
-from tinyllm.data.corpus import (
-    CUT,
-    PIECE_CHARACTERS,
-    Corpus,
-    check_fraction,
-    encode_documents,
-    end_of_text_id,
-)
+from tinyllm.checks import check_fraction
+from tinyllm.data.corpus import CUT, PIECE_CHARACTERS, Corpus, encode_documents, end_of_text_id
 from tinyllm.errors import Error
-from tinyllm.files import check_is_file, lock, parse_json, read_file, sync, sync_folder
+from tinyllm.files import check_is_file, lock, parse_json, read_file, sync, sync_folder, write_whole
 from tinyllm.tokenizers.base import Tokenizer
 
 FORMAT = 1
-
 TOKENS, INDEX, PART, PROGRESS, LOCK = "tokens.bin", "index.json", "tokens.part", "tokens.progress", "lock"
-
 CHECKED_AT_ONCE = 2**20  # bytes of ids
-
 CHUNKS_PER_FLUSH = 16  # how much a crash may cost: at most so many chunks are done and not yet recorded
 
 
@@ -138,12 +129,15 @@ def tokenize_corpus(
     return TokenFile.open(folder, corpus, tokenizer, special)
 
 
+def tokenizer_sha256(tokenizer: Tokenizer) -> str:
+    """The hex digest of all that decides a text's ids."""
+    return hashlib.sha256(json.dumps(tokenizer.to_json(), sort_keys=True).encode("utf-8")).hexdigest()
+
+
 @contextmanager
 def _locked(folder: Path) -> Iterator[None]:
     """One writer at a time."""
-    busy = (
-        f"another process is writing the token file in {str(folder)!r}: wait for it, or choose another folder"
-    )
+    busy = f"another process is writing the token file in {str(folder)!r}: wait for it, or choose another"
     try:
         folder.mkdir(parents=True, exist_ok=True)
         held = lock(folder / LOCK, busy)
@@ -163,20 +157,13 @@ def _write(corpus: Corpus, tokenizer: Tokenizer, special: str, folder: Path, pro
     chunks, unrecorded = [], []  # [ids, bytes of text] each
     try:
         chunks = _resume(folder, about, corpus, tokenizer, special)
-        bar = tqdm(
-            total=corpus.num_bytes,
-            initial=sum(num_bytes for _, num_bytes in chunks),
-            desc="tokenize",
-            unit="B",
-            unit_scale=True,
-            disable=None if progress else True,
-            dynamic_ncols=True,
-        )
+        done = sum(num_bytes for _, num_bytes in chunks)
+        shown = dict(desc="tokenize", unit="B", unit_scale=True, dynamic_ncols=True)
         encoded = _encode(corpus, tokenizer, special, first=len(chunks))
         with (
+            tqdm(total=corpus.num_bytes, initial=done, disable=None if progress else True, **shown) as bar,
             open(folder / PART, "ab") as part,
             open(folder / PROGRESS, "ab") as record,
-            bar,
             closing(encoded),
         ):
             for ids, num_bytes in encoded:
@@ -203,7 +190,7 @@ def _encode(
         num_bytes = sum(len(document.encode("utf-8")) for document in documents)
         return encode_documents(tokenizer, documents, special), num_bytes
 
-    # Threads, not processes: 85% of the time goes by in tiktoken, which lets go of Python's lock. On two busy
+    # Threads, not processes: 85% of the time goes by in tiktoken, which releases the GIL. On two busy
     # cores processes were a fifth faster, but each has to be started, takes memory, and on Windows and macOS
     # runs the script that called us through once more.
     threads = num_threads()
@@ -246,17 +233,10 @@ def _about(corpus: Corpus, tokenizer: Tokenizer, special: str) -> dict:
     }
 
 
-def tokenizer_sha256(tokenizer: Tokenizer) -> str:
-    """The hex digest of all that decides a text's ids."""
-    return hashlib.sha256(json.dumps(tokenizer.to_json(), sort_keys=True).encode("utf-8")).hexdigest()
-
-
 def _check_same(found, folder: Path, corpus: Corpus | None, tokenizer: Tokenizer | None, special: str | None):
     """``Error`` if what was found in the folder is not about this text, tokenizer and ``special``."""
     if not isinstance(found, dict) or found.get("format") != FORMAT:
-        raise Error(
-            f"{str(folder)!r} holds no token file of this version: delete it, or choose another folder"
-        )
+        raise Error(f"{str(folder)!r} holds no token file of this version: delete it, or choose another")
     match found:
         case {
             "dtype": "<u2" | "<u4",
@@ -324,7 +304,7 @@ def _resume(folder: Path, about: dict, corpus: Corpus, tokenizer: Tokenizer, spe
     try:
         found, *chunks = [parse_json(line) for line in lines.splitlines()]
         if not _are_chunks(chunks) or sum(num_bytes for _, num_bytes in chunks) > corpus.num_bytes:
-            raise ValueError("its chunks are none")
+            raise ValueError("its chunks are not pairs of whole numbers")
     except ValueError as error:
         raise Error(f"{str(progress)!r} is damaged ({error}): delete the folder and start again") from None
     _check_same(found, folder, corpus, tokenizer, special)
@@ -332,9 +312,7 @@ def _resume(folder: Path, about: dict, corpus: Corpus, tokenizer: Tokenizer, spe
         os.replace(folder / TOKENS, part)
     size = sum(count for count, _ in chunks) * np.dtype(about["dtype"]).itemsize
     if part.stat().st_size < size:
-        raise Error(
-            f"{str(part)!r} has not all the tokens that {PROGRESS!r} says: delete the folder and start again"
-        )
+        raise Error(f"{str(part)!r} lacks tokens that {PROGRESS!r} counts: delete the folder and start again")
     os.truncate(part, size)
     os.truncate(progress, len(lines))
     return chunks
@@ -353,13 +331,8 @@ def _line(value) -> bytes:
 
 def _finish(folder: Path, index: dict) -> None:
     os.replace(folder / PART, folder / TOKENS)
-    new = folder / (INDEX + ".new")
-    with open(new, "wb") as file:
-        file.write(_line(index))
-        sync(file)
     sync_folder(folder)  # the index must not be there before the tokens, even if the power fails
-    os.replace(new, folder / INDEX)
-    sync_folder(folder)
+    write_whole(folder / INDEX, _line(index))
     os.remove(folder / PROGRESS)
 
 

@@ -1,7 +1,4 @@
-"""How does text become token ids and back?
-
-GPT-2's vocabulary or one of our own (``bpe.py``) through tiktoken, or one id per character. A tokenizer
-travels with a run as ``tinyllm_tokenizer.json`` (Hugging Face's ``tokenizer.json`` is another format).
+"""What every tokenizer has: text to token ids and back, and special tokens.
 
 A special token, such as ``<|endoftext|>`` between documents or ``<|user|>`` in a chat, stands for
 something that no text says: it has one id, and no merge makes it.
@@ -22,10 +19,7 @@ from tinyllm.checks import check_ids
 from tinyllm.errors import Error
 
 FILE_NAME = "tinyllm_tokenizer.json"
-
 END_OF_TEXT = "<|endoftext|>"
-
-MAX_BYTES = 8 * 2**20  # of all tokens of a BPE together; 50,000 merges of English make 0.3 MB
 
 
 class Tokenizer:
@@ -39,7 +33,7 @@ class Tokenizer:
     vocab_size: int
     special_tokens: dict[str, int]
     added_tokens: tuple[str, ...] = ()
-    # What a model's files say of its tokenizer, see ``tokenizer_files.read_tokenizer``
+    # What a model's files say of its tokenizer, see ``load_tokenizer``
     bos_id: int | None = None
     eos_ids: tuple[int, ...] = ()
     chat_template: str | None = None
@@ -57,25 +51,31 @@ class Tokenizer:
         return self.encode_array(text, special).tolist()
 
     def encode_array(self, text: str, special: str = "refuse") -> np.ndarray:
-        """The same ids as ``encode``, as an array (n,) of uint32: four bytes each, where a list takes 36."""
+        """The ids of ``encode`` as an array (n,) of uint32: four bytes each, where a list takes 36."""
         check_text(text, special)
-        parts = [text]
-        if self.special_tokens and special != "text":
-            longest_first = sorted(self.special_tokens, key=len, reverse=True)
-            parts = re.split(f"({'|'.join(re.escape(token) for token in longest_first)})", text)
-        if special == "refuse" and len(parts) > 1:
+        found = [] if special == "text" else self.find_special(text)
+        if special == "refuse" and found:
             raise Error(
-                f"the text contains the special token {parts[1]!r}: set special to 'allow' to encode it "
+                f"the text contains the special token {found[0][0]!r}: set special to 'allow' to encode it "
                 "as its id, or to 'text' to encode it as ordinary text"
             )
-        arrays, start = [], 0
-        for i, part in enumerate(parts):  # ordinary text, a special token, ordinary text …
-            if i % 2 == 0:
-                arrays.append(self._encode_ordinary(part, start))
-            else:
-                arrays.append(np.array([self.special_tokens[part]], dtype=np.uint32))
-            start += len(part)
-        return np.concatenate(arrays)
+        return self.encode_around(text, found)
+
+    def find_special(self, text: str) -> list[re.Match]:
+        """Where special tokens stand in a text; where two begin at the same place, the longer one."""
+        if not self.special_tokens:
+            return []
+        longest_first = sorted(self.special_tokens, key=len, reverse=True)
+        return list(re.finditer("|".join(map(re.escape, longest_first)), text))
+
+    def encode_around(self, text: str, found: list[re.Match]) -> np.ndarray:
+        """The special tokens at these places as their ids, and all between them as ordinary text."""
+        arrays, end = [], 0
+        for match in found:
+            arrays.append(self._encode_ordinary(text[end : match.start()], end))
+            arrays.append(np.array([self.special_tokens[match[0]]], dtype=np.uint32))
+            end = match.end()
+        return np.concatenate([*arrays, self._encode_ordinary(text[end:], end)])
 
     def _encode_ordinary(self, text: str, start: int) -> np.ndarray:
         """The ids (n,), uint32, of a text without special tokens, which stands at ``start`` in the whole."""
@@ -96,7 +96,7 @@ class Tokenizer:
                 raise Error(f"special token {name!r} has no name: give a str of at least one character")
             check_text(name)
             if name in extended.special_tokens or self._is_token(name):
-                raise Error(f"special token {name!r} is a token already: leave it out, or take another name")
+                raise Error(f"special token {name!r} is a token already: omit it, or take another name")
             extended.special_tokens[name] = extended.vocab_size
             extended.vocab_size += 1
         extended.added_tokens = (*self.added_tokens, *names)
@@ -122,8 +122,11 @@ class Tokenizer:
         return self.decode_bytes(ids).decode("utf-8", errors="replace")
 
     def to_json(self) -> dict:
-        """What ``load_tokenizer`` needs to build this tokenizer again; ``kind`` says which class."""
-        raise NotImplementedError
+        """What ``load_tokenizer`` needs to build this tokenizer again; ``kind`` says which class.
+
+        Raises ``Error`` for a published model's tokenizer.
+        """
+        raise Error(f"tokenizer {self.name!r} is not tinyllm's own: copy its file instead of saving it")
 
     def save(self, folder: str | Path) -> None:
         """Write ``tinyllm_tokenizer.json`` into the folder, which is made if it is not there."""
@@ -138,9 +141,9 @@ def extend_vocabulary(
 ) -> Tokenizer:
     """New special tokens for both: the tokenizer with these names, and the model grown in place to match.
 
-    The model's new rows are drawn from ``rng``, see ``GPT2.resize_token_embeddings``; what it computed
-    for the old ids stays. Raises ``Error``, before anything changes, if the two do not belong together
-    or as ``with_special_tokens`` does.
+    The model's new rows are drawn from ``rng``, see ``LanguageModel.resize_token_embeddings``; what it
+    computed for the old ids stays. Raises ``Error``, before anything changes, if the two do not belong
+    together or as ``with_special_tokens`` does.
     """
     check_fits(tokenizer, model)
     extended = tokenizer.with_special_tokens(names)
@@ -163,7 +166,7 @@ def check_fits(tokenizer: Tokenizer, model, padded: bool = False) -> None:
 
 
 def check_text(text: str, special: str = "refuse") -> None:
-    """``Error`` if the text is no str or has a lone surrogate, or if ``special`` is no known word."""
+    """``Error`` if the text is not a str or has a lone surrogate, or if ``special`` is an unknown word."""
     if not isinstance(text, str):
         raise Error(f"the text is a {type(text).__name__}: give a str")
     if special not in ("refuse", "allow", "text"):
@@ -188,6 +191,7 @@ def check_sequence(ids, vocab_size: int) -> list[int]:
 
 
 def require(name: str):
+    """The library that runs a published tokenizer, imported. Raises ``Error`` if it is not installed."""
     try:
         return __import__(name)
     except ImportError as error:
@@ -196,12 +200,12 @@ def require(name: str):
 
 @contextmanager
 def refusals(said: str) -> Iterator[None]:
-    """What a library has against a file, as an ``Error`` that begins with what is ``said``."""
+    """A library's exceptions about a file become an ``Error`` that begins with what is ``said``."""
     try:
         yield
     except MemoryError:
         raise
-    except BaseException as error:  # the libraries raise Exception itself, and a panic of Rust's is none
+    except BaseException as error:  # the libraries raise Exception itself, and Rust's panic is not one
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
         reason = str(error).partition("\n")[0]

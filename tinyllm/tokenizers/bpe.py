@@ -26,16 +26,14 @@ import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable
 from itertools import pairwise
-from typing import TYPE_CHECKING
 
 import numpy as np
 
 from tinyllm.errors import Error
-from tinyllm.tokenizers.base import END_OF_TEXT, MAX_BYTES, check_text
+from tinyllm.tokenizers.base import END_OF_TEXT, check_text
 from tinyllm.tokenizers.tiktoken import BYTE_ORDER, GPT2_PATTERN, TiktokenTokenizer, check_pattern
 
-if TYPE_CHECKING:
-    pass
+MAX_BYTES = 8 * 2**20  # of all tokens together; 50,000 merges of English make 0.3 MB
 
 
 def train_bpe(
@@ -101,6 +99,43 @@ def train_bpe(
     return merges
 
 
+class BPETokenizer(TiktokenTokenizer):
+    """A byte-level byte-pair encoding of our own, from the merges that ``train_bpe`` learned.
+
+    Ids 0 to 255 are the bytes in ``BYTE_ORDER``, id 256 + i joins the two ids of ``merges[i]``,
+    ``<|endoftext|>`` comes next, and special tokens added later come after it. Merges apply inside the
+    pieces that ``pattern`` cuts. Raises ``Error`` naming a merge that is not a pair of earlier ids or makes
+    a token that is there already, or a pattern that does not work; ``encode`` does for a text of which
+    the pattern leaves a part out.
+    """
+
+    def __init__(self, merges: list[tuple[int, int]], pattern: str = GPT2_PATTERN):
+        import tiktoken
+
+        check_pattern(pattern)
+        ranks = _bpe_ranks(merges)
+        name = f"bpe:{len(ranks) + 1}"
+        try:
+            encoding = tiktoken.Encoding(
+                name, pat_str=pattern, mergeable_ranks=ranks, special_tokens={END_OF_TEXT: len(ranks)}
+            )
+        except ValueError as error:
+            raise Error(f"pattern {pattern!r} means nothing to tiktoken: {error}") from None
+        super().__init__(name, encoding)
+        self.merges = [tuple(pair) for pair in merges]
+        self.pattern = pattern
+
+    def _encode_ordinary(self, text: str, start: int) -> np.ndarray:
+        ids = super()._encode_ordinary(text, start)
+        if self.encoding.decode_bytes(ids) != text.encode("utf-8"):  # tiktoken skips what does not match
+            raise Error(f"pattern {self.pattern!r} leaves out a part of the text: train with another one")
+        return ids
+
+    def to_json(self) -> dict:
+        merges, added = [list(pair) for pair in self.merges], list(self.added_tokens)
+        return {"kind": "bpe", "pattern": self.pattern, "merges": merges, "added_tokens": added}
+
+
 def merge_pair(ids: list[int], pair: tuple[int, int], new_id: int) -> list[int]:
     """The ids with ``new_id`` wherever the pair stands, from left to right."""
     merged = []
@@ -153,66 +188,23 @@ def _pop_most_frequent(heap: list, pair_counts: Counter) -> tuple[int, int] | No
     return None
 
 
-class BPETokenizer(TiktokenTokenizer):
-    """A byte-level byte-pair encoding of our own, from the merges that ``bpe.train_bpe`` learned.
-
-    Ids 0 to 255 are the bytes in ``BYTE_ORDER``, id 256 + i joins the two ids of ``merges[i]``,
-    ``<|endoftext|>`` comes next, and special tokens added later come after it. Merges apply inside the
-    pieces that ``pattern`` cuts. Raises ``Error`` naming a merge that is no pair of earlier ids or makes
-    a token that is there already, or a pattern that does not work; ``encode`` does for a text of which
-    the pattern leaves a part out.
-    """
-
-    def __init__(self, merges: list[tuple[int, int]], pattern: str = GPT2_PATTERN):
-        import tiktoken
-
-        check_pattern(pattern)
-        ranks = _bpe_ranks(merges)
-        name = f"bpe:{len(ranks) + 1}"
-        try:
-            encoding = tiktoken.Encoding(
-                name, pat_str=pattern, mergeable_ranks=ranks, special_tokens={END_OF_TEXT: len(ranks)}
-            )
-        except ValueError as error:
-            raise Error(f"pattern {pattern!r} means nothing to tiktoken: {error}") from None
-        super().__init__(name, encoding)
-        self.merges = [tuple(pair) for pair in merges]
-        self.pattern = pattern
-
-    def _encode_ordinary(self, text: str, start: int) -> np.ndarray:
-        ids = super()._encode_ordinary(text, start)
-        if self.encoding.decode_bytes(ids) != text.encode("utf-8"):  # tiktoken skips what does not match
-            raise Error(
-                f"pattern {self.pattern!r} leaves out a part of the text: train with one that matches all "
-                "of it"
-            )
-        return ids
-
-    def to_json(self) -> dict:
-        return {
-            "kind": "bpe",
-            "pattern": self.pattern,
-            "merges": [list(pair) for pair in self.merges],
-            "added_tokens": list(self.added_tokens),
-        }
-
-
 def _bpe_ranks(merges: list[tuple[int, int]]) -> dict[bytes, int]:
     tokens, num_bytes = [bytes([byte]) for byte in BYTE_ORDER], 0
     ranks = {token: i for i, token in enumerate(tokens)}
     for i, pair in enumerate(merges):
-        match pair:
-            case (left, right) if type(left) is type(right) is int and all(
-                0 <= n < len(tokens) for n in pair
-            ):
-                token = tokens[left] + tokens[right]
-            case _:
-                raise Error(f"merges[{i}] is {pair!r}: it must be two ids from 0 to {len(tokens) - 1}")
+        if not _is_pair(pair, len(tokens)):
+            raise Error(f"merges[{i}] is {pair!r}: it must be two ids from 0 to {len(tokens) - 1}")
+        token = tokens[pair[0]] + tokens[pair[1]]
         if token in ranks:
             raise Error(f"merges[{i}] makes {token!r}, which is id {ranks[token]} already: remove it")
         num_bytes += len(token)
         if num_bytes > MAX_BYTES:  # each merge can double the longest token
-            raise Error(f"merges[{i}] makes more than {MAX_BYTES:,} bytes of tokens: leave it out")
+            raise Error(f"merges[{i}] makes more than {MAX_BYTES:,} bytes of tokens: omit it")
         ranks[token] = len(tokens)
         tokens.append(token)
     return ranks
+
+
+def _is_pair(value, num_ids: int) -> bool:
+    is_two = isinstance(value, list | tuple) and len(value) == 2
+    return is_two and all(type(i) is int and 0 <= i < num_ids for i in value)

@@ -19,9 +19,7 @@ class CharTokenizer(Tokenizer):
     def __init__(self, characters: str):
         check_text(characters)
         if not characters:
-            raise Error(
-                "a character tokenizer needs at least one character: give it a text that is not empty"
-            )
+            raise Error("a character tokenizer needs a character at least: give it a text that is not empty")
         self._id_of = {character: i for i, character in enumerate(characters)}
         if len(self._id_of) < len(characters):
             twice = next(c for i, c in enumerate(characters) if c in characters[:i])
@@ -42,8 +40,8 @@ class CharTokenizer(Tokenizer):
             unseen = error.args[0]
             raise Error(
                 f"character {unseen!r} (U+{ord(unseen):04X}, at {start + text.index(unseen)}) is not one of "
-                f"this tokenizer's {len(self.characters)}: leave it out, or make the tokenizer from a text "
-                "that has it"
+                f"this tokenizer's {len(self.characters)}: omit it, or make the tokenizer from a text that "
+                "has it"
             ) from None
 
     def _is_token(self, name: str) -> bool:
@@ -55,8 +53,4 @@ class CharTokenizer(Tokenizer):
         return "".join(tokens[i] for i in checked).encode("utf-8")
 
     def to_json(self) -> dict:
-        return {
-            "kind": "char",
-            "characters": self.characters,
-            "added_tokens": list(self.added_tokens),
-        }
+        return {"kind": "char", "characters": self.characters, "added_tokens": list(self.added_tokens)}

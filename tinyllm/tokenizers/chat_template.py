@@ -1,4 +1,4 @@
-"""How does a conversation become one prompt?
+"""A conversation as one prompt, by the chat template that a model brings.
 
 A chat model has been trained on texts of one shape, such as SmolLM2's
 
@@ -7,9 +7,10 @@ A chat model has been trained on texts of one shape, such as SmolLM2's
     <|im_start|>assistant
 
 and brings that shape along as a template in the language Jinja: ``chat_template`` of a tokenizer that
-``read_tokenizer`` made. Rendering it gives a text, and the text's special tokens become ids.
+``load_tokenizer`` read from a model's files. Rendering it gives a text, and the text's special tokens become
+ids.
 
-Two strangers meet in that text. The template comes from the internet and is a program: it runs in
+Neither source of that text is trusted. The template comes from the internet and is a program: it runs in
 Jinja's sandbox, in a process of its own with bounded time, memory and output. The messages come from
 whoever types: a message that says ``<|im_end|>`` must stay a message that says so, and not end itself.
 """
@@ -28,9 +29,7 @@ from tinyllm.errors import Error
 from tinyllm.tokenizers.base import Tokenizer, check_text
 
 TIME_LIMIT = 20.0  # seconds; a template of a page takes 0.1, most of it Python's own start
-
 MAX_CHARACTERS = 1_000_000  # of all messages together, and of the prompt
-
 ROLE = re.compile(r"[\w-]+", re.ASCII)
 
 
@@ -51,7 +50,7 @@ def render_chat(
     The template runs in another process, in Jinja's sandbox, and gets the messages and nothing else. It
     is ended after 20 seconds; more than a million characters are refused, and so is more than 1 GiB of
     memory where the system can bound that (Linux). Raises ``Error`` for any of these, for a template that
-    is no Jinja, fails, or leaves the sandbox, for messages that it refuses itself or that are not as
+    is not Jinja, fails, or leaves the sandbox, for messages that it refuses itself or that are not as
     above, and if jinja2 is not installed.
     """
     _check_template(template)
@@ -68,7 +67,7 @@ def encode_chat(
     """The ids of a conversation's prompt, in which only the template makes special tokens.
 
     Which characters come from a message is found by rendering twice: once as it is, and once with the
-    characters of which special tokens consist replaced, in the messages, by stand-ins that occur nowhere
+    characters of which special tokens consist replaced, in the messages, by placeholders that occur nowhere
     else. A special token that is still there was made by the template alone. So:
 
     - Where no message says a special token, the ids are those of the rendered text, ``render_chat``'s.
@@ -83,22 +82,17 @@ def encode_chat(
     _check_template(template)
     messages = _check_messages(messages)
     bos_token, eos_token = _first_and_last(tokenizer)
-    stand_ins = _stand_ins(tokenizer, [template, *(message["content"] for message in messages)])
+    placeholders = _placeholders(tokenizer, [template, *(message["content"] for message in messages)])
     marked_messages = [
-        {"role": message["role"], "content": message["content"].translate(stand_ins)} for message in messages
+        message | {"content": message["content"].translate(placeholders)} for message in messages
     ]
     variables = _variables(add_generation_prompt, bos_token, eos_token)
     text, marked = _render(template, [messages, marked_messages], variables)
-    if not tokenizer.special_tokens:
-        return tokenizer.encode(text)
-
-    longest_first = sorted(tokenizer.special_tokens, key=len, reverse=True)
-    pattern = re.compile("|".join(re.escape(name) for name in longest_first))
-    said, made = list(pattern.finditer(text)), list(pattern.finditer(marked))
-    back = {ord(stand_in): character for character, stand_in in stand_ins.items()}
+    said, made = tokenizer.find_special(text), tokenizer.find_special(marked)
+    back = {ord(placeholder): character for character, placeholder in placeholders.items()}
     if marked.translate(back) == text:
         if [found.span() for found in said] != [found.span() for found in made]:
-            return _encode_around(tokenizer, text, made)
+            return tokenizer.encode_around(text, made).tolist()
     elif [found[0] for found in said] != [found[0] for found in made]:
         raise Error(
             "a message says a special token, and the chat template treats messages by what they say, so the "
@@ -107,23 +101,13 @@ def encode_chat(
     return tokenizer.encode(text, special="allow")
 
 
-def _encode_around(tokenizer: Tokenizer, text: str, made: list[re.Match]) -> list[int]:
-    """The special tokens found at these places as their ids, and all between them as ordinary text."""
-    ids, end = [], 0
-    for found in made:
-        ids += tokenizer.encode(text[end : found.start()], special="text")
-        ids.append(tokenizer.special_tokens[found[0]])
-        end = found.end()
-    return ids + tokenizer.encode(text[end:], special="text")
-
-
 def _first_and_last(tokenizer: Tokenizer) -> tuple[str | None, str | None]:
     """The names of the tokenizer's ``bos_id`` and of the first of its ``eos_ids``."""
     names = {i: name for name, i in tokenizer.special_tokens.items()}
     return names.get(tokenizer.bos_id), names.get(tokenizer.eos_ids[0]) if tokenizer.eos_ids else None
 
 
-def _stand_ins(tokenizer: Tokenizer, texts: list[str]) -> dict[int, str]:
+def _placeholders(tokenizer: Tokenizer, texts: list[str]) -> dict[int, str]:
     """For each character of the special tokens, except whitespace, one that occurs in none of the texts."""
     characters = {ord(c) for name in tokenizer.special_tokens for c in name if not c.isspace()}
     used = set("".join(texts))
@@ -163,20 +147,13 @@ def _check_messages(messages: Sequence[Mapping[str, str]]) -> list[dict[str, str
             raise Error(f"message {i} has no proper content: {error}") from None
     characters = sum(len(message["content"]) for message in messages)
     if characters > MAX_CHARACTERS:
-        raise Error(
-            f"the messages have {characters:,} characters, more than {MAX_CHARACTERS:,}: leave some out"
-        )
+        raise Error(f"the messages have {characters:,} characters, more than {MAX_CHARACTERS:,}: omit some")
     return [dict(message) for message in messages]
 
 
 def _render(template: str, conversations: list[list[dict[str, str]]], variables: dict) -> list[str]:
     """The template's text for each conversation, at one moment: a template may write the date."""
-    job = {
-        "template": template,
-        "conversations": conversations,
-        "variables": variables,
-        "limit": MAX_CHARACTERS,
-    }
+    job = dict(template=template, conversations=conversations, variables=variables, limit=MAX_CHARACTERS)
     # Sent as source, so that the process need not import tinyllm and NumPy: 0.1 s instead of 0.3.
     program = "".join(inspect.getsource(part) for part in (_child, _render_all, _environment)) + "_child()\n"
     path = os.pathsep.join(folder for folder in sys.path if folder)
@@ -191,25 +168,21 @@ def _render(template: str, conversations: list[list[dict[str, str]]], variables:
         )
         answer = json.loads(child.stdout)
     except subprocess.TimeoutExpired:
-        raise Error(
-            f"the chat template had not ended after {TIME_LIMIT:g} seconds: use another template"
-        ) from None
+        raise Error(f"the chat template ran for {TIME_LIMIT:g} seconds: use another template") from None
     except OSError as error:
         raise Error(f"no process could be started for the chat template ({error}): try again") from error
     except ValueError:
-        raise Error(
-            "the chat template ended its process, maybe for want of memory: use another template"
-        ) from None
+        raise Error("the chat template ended its process, or had no memory: use another template") from None
     if "error" in answer:
         raise Error(answer["error"])
     return answer["texts"]
 
 
-# ---------------------------------------------------------------------------- the other process
+# The other process: these three functions are its whole program.
 
 
 def _child() -> None:
-    """The whole program: render the job on stdin and print the texts, or an error's sentence, as JSON."""
+    """Render the job on stdin and print the texts, or an error's sentence, as JSON."""
     import json
     import sys
 

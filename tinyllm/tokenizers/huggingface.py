@@ -1,25 +1,15 @@
-"""How are other people's tokenizers read?
+"""Published byte-pair encodings in Hugging Face's formats, run by their library tokenizers.
 
-A published model brings its vocabulary in one of five shapes, told apart by what is inside the file:
-
-- ``tokenizer.json``, Hugging Face's own description, or GPT-2's older ``vocab.json`` with ``merges.txt``;
-- ``tokenizer.model`` as Llama 3 has it: one line per token, its bytes in base64 and its rank;
-- ``tokenizer.model`` as Llama 2 has it: a SentencePiece model, with a score for every piece;
-- a GGUF file, which holds either kind of vocabulary among its keys.
-
-Each goes to the library that it was made with, so that the ids are the ones the model was trained on.
-Two families hide behind the shapes, and they treat a space differently. Byte-level BPE (GPT-2, Llama 3,
-SmolLM2) merges the bytes of the UTF-8 text: a space is a byte like the others. SentencePiece (Llama 2)
-merges characters, writes a space as ``▁``, puts one in front of every text, and falls back to the bytes
+The formats: ``tokenizer.json``, a description of everything, and GPT-2's older ``vocab.json`` with
+``merges.txt``. Two families hide behind them, and they treat a space differently. Byte-level BPE (GPT-2,
+Llama 3, SmolLM2) merges the bytes of the UTF-8 text: a space is a byte like the others. SentencePiece (Llama
+2) merges characters, writes a space as ``▁``, puts one in front of every text, and falls back to the bytes
 ``<0x00>`` … ``<0xFF>`` for a character that it has no piece for.
-
-Nothing is added to a text: a model's first token, ``bos_id``, is the caller's to put in front.
 """
 
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
@@ -31,21 +21,13 @@ from tinyllm.checks import is_integer
 from tinyllm.errors import Error
 from tinyllm.files import read_json, read_text
 from tinyllm.tokenizers.base import END_OF_TEXT, Tokenizer, check_sequence, check_text, refusals, require
-from tinyllm.tokenizers.tiktoken import BYTE_ORDER, LLAMA3_PATTERN, PRINTABLE
+from tinyllm.tokenizers.sentencepiece import piece_bytes
+from tinyllm.tokenizers.tiktoken import BYTE_OF, LLAMA3_PATTERN
 
 if TYPE_CHECKING:
     import tokenizers
 
-
-TOKENIZER_JSON, TOKENIZER_MODEL = "tokenizer.json", "tokenizer.model"
-
-VOCAB, MERGES = "vocab.json", "merges.txt"
-
-BYTE_PIECE = re.compile(r"<0x([0-9A-F]{2})>")
-
-SYMBOLS = [chr(byte) for byte in PRINTABLE] + [chr(256 + n) for n in range(256 - len(PRINTABLE))]
-
-BYTE_OF = dict(zip(SYMBOLS, BYTE_ORDER))
+TOKENIZER_JSON, VOCAB, MERGES = "tokenizer.json", "vocab.json", "merges.txt"
 
 # How SentencePiece's pieces become text, in the library's words. Without the last step for a vocabulary that
 # puts no space in front of a text.
@@ -58,11 +40,7 @@ _STEPS = [
 
 SENTENCEPIECE_DECODERS = [{"type": "Sequence", "decoders": steps} for steps in (_STEPS, _STEPS[:3])]
 
-# Ids that a vocabulary may leave out; the library takes memory for each.
-SPARE_IDS = 2**20
-
-
-# ---------------------------------------------------------------------------- the library tokenizers
+SPARE_IDS = 2**20  # that a vocabulary may leave out; the library takes memory for each
 
 
 class TokenizersTokenizer(Tokenizer):
@@ -73,7 +51,7 @@ class TokenizersTokenizer(Tokenizer):
     The special ones are the library's, too, for ``special="allow"``; for ``"text"`` a second copy of it
     has ``encode_special_tokens`` set, which makes it read them as any other text.
 
-    Raises ``Error`` if its model is no BPE, if its decoder is neither of the two named, or if it would
+    Raises ``Error`` if its model is not a BPE, if its decoder is neither of the two named, or if it would
     drop characters that it does not know. Some byte-level vocabularies lack single bytes (SmolLM2's 21
     of them, U+0004 and the first byte of U+50000 among them): the library would leave these out without
     a word, and ``encode`` raises ``Error`` naming the character.
@@ -86,23 +64,18 @@ class TokenizersTokenizer(Tokenizer):
         tokenizer.no_padding()
         vocabulary = tokenizer.get_vocab(with_added_tokens=True)
         self.vocab_size = max(vocabulary.values(), default=-1) + 1
-        self._added = {i: token.content for i, token in tokenizer.get_added_tokens_decoder().items()}
-        self.special_tokens = {
-            token.content: i for i, token in tokenizer.get_added_tokens_decoder().items() if token.special
-        }
+        added = tokenizer.get_added_tokens_decoder()
+        self._added = {i: token.content for i, token in added.items()}
+        self.special_tokens = {token.content: i for i, token in added.items() if token.special}
         self._check_model()
         self._byte_level = self._check_decoder()
-        ordinary = tokenizer.get_vocab(with_added_tokens=False)
-        self._missing = {
-            byte for symbol, byte in BYTE_OF.items() if self._byte_level and symbol not in ordinary
-        }
+        symbols = BYTE_OF.keys() - tokenizer.get_vocab(with_added_tokens=False) if self._byte_level else ()
+        self._missing = {BYTE_OF[symbol] for symbol in symbols}
 
     def _check_model(self) -> None:
         kind = type(self.tokenizer.model).__name__
         if kind != "BPE":
-            raise Error(
-                f"{self.name} describes a tokenizer of type {kind}: only BPE is read, GPT's and Llama's"
-            )
+            raise Error(f"{self.name} describes a tokenizer of type {kind}: only BPE (GPT, Llama) is read")
 
     def _check_decoder(self) -> bool:
         """Whether tokens are bytes in GPT-2's symbols; ``Error`` if they are not SentencePiece's either."""
@@ -136,13 +109,11 @@ class TokenizersTokenizer(Tokenizer):
     def _encode_ordinary(self, text: str, start: int) -> np.ndarray:
         named = any(name in text for name in self.special_tokens)
         ids = self._encode(self._text_only if named else self.tokenizer, text)
-        forbidden = set(self.special_tokens.values()) - {
-            self.special_tokens.get(self.tokenizer.model.unk_token)
-        }
-        made = forbidden.intersection(ids.tolist())
+        unknown = self.special_tokens.get(self.tokenizer.model.unk_token)
+        made = (set(self.special_tokens.values()) - {unknown}).intersection(ids.tolist())
         if made:
             token = self.tokenizer.id_to_token(min(made))
-            raise Error(f"{self.name} cannot encode {token!r} as ordinary text: leave it out")
+            raise Error(f"{self.name} cannot encode {token!r} as ordinary text: omit it")
         return ids
 
     def _encode(self, tokenizer: tokenizers.Tokenizer, text: str) -> np.ndarray:
@@ -150,10 +121,7 @@ class TokenizersTokenizer(Tokenizer):
         data = text.encode("utf-8")
         if not self._missing.isdisjoint(data) and self.decode_bytes(ids) != data:
             lost = next(c for c in text if not self._missing.isdisjoint(c.encode("utf-8")))
-            raise Error(
-                f"the vocabulary of {self.name} has no token for character {lost!r} (U+{ord(lost):04X}): "
-                "leave it out"
-            )
+            raise Error(f"{self.name} has no token for character {lost!r} (U+{ord(lost):04X}): omit it")
         return np.array(ids, dtype=np.uint32)
 
     def with_special_tokens(self, names: Sequence[str]) -> TokenizersTokenizer:
@@ -176,9 +144,9 @@ class TokenizersTokenizer(Tokenizer):
     def _bytes_of(self, i: int) -> bytes:
         token = self.tokenizer.id_to_token(i)
         if token is None:
-            raise Error(f"{i} is no id of {self.name}, which leaves it out")
+            raise Error(f"{i} is not an id of {self.name}, which leaves it out")
         if not self._byte_level:
-            return sentencepiece_bytes(token)
+            return piece_bytes(token)
         if i in self._added or not BYTE_OF.keys() >= set(token):  # a token that is written as it reads
             return token.encode("utf-8")
         return bytes(BYTE_OF[symbol] for symbol in token)
@@ -194,43 +162,23 @@ class TokenizersTokenizer(Tokenizer):
         self.decode_bytes(checked)  # the library would skip an id that it has no token for
         return self.tokenizer.decode(checked, skip_special_tokens=False)
 
-    def to_json(self) -> dict:
-        raise Error(f"tokenizer {self.name!r} is a published model's: copy its file instead of saving it")
-
-
-def sentencepiece_bytes(piece: str) -> bytes:
-    byte = BYTE_PIECE.fullmatch(piece)
-    return bytes.fromhex(byte[1]) if byte else piece.replace("▁", " ").encode("utf-8")
-
 
 def read_tokenizer_json(file: Path) -> TokenizersTokenizer:
+    """The tokenizer that a ``tokenizer.json`` describes."""
     library = require("tokenizers")
     definition = read_json(file)
     match definition:
         case {"model": {"vocab": dict(vocabulary)}}:
             _check_vocabulary(file, vocabulary)
-    with refusals(f"{file} is no complete tokenizer"):
+    with refusals(f"{file} is not a complete tokenizer"):
         tokenizer = library.Tokenizer.from_str(json.dumps(definition))
     return TokenizersTokenizer(str(file), tokenizer)
-
-
-def _check_vocabulary(source: Path, vocabulary: dict) -> None:
-    """``Error`` unless every token has an id of its own, none far beyond their number.
-
-    The library counts up to the largest, and two tokens of one id would share it in one direction only.
-    """
-    for token, i in vocabulary.items():
-        if not is_integer(i) or not 0 <= i < len(vocabulary) + SPARE_IDS:
-            raise Error(f"{source} gives the token {token!r} the id {i!r}: copy it again")
-    if len(set(vocabulary.values())) < len(vocabulary):
-        raise Error(f"{source} gives two tokens the same id: copy it again")
 
 
 def read_vocab_and_merges(file: Path) -> TokenizersTokenizer:
     """GPT-2's pair: the ids of the tokens in the byte symbols, and the merges in their order."""
     vocabulary = read_json(file.with_name(VOCAB))
-    merges_file = file.with_name(MERGES)
-    lines = read_text(merges_file).split("\n")
+    lines = read_text(file.with_name(MERGES)).split("\n")
     merges = [line for line in lines[lines[0].startswith("#version") :] if line]
     _check_vocabulary(file.with_name(VOCAB), vocabulary)
     tokenizer = build_byte_level(file.with_name(VOCAB), vocabulary, merges, "gpt-2")
@@ -248,31 +196,28 @@ def build_byte_level(source: Path, vocabulary: dict[str, int], merges: list[str]
     pairs = [tuple(merge.split(" ")) for merge in merges]
     for merge, pair in zip(merges, pairs):
         if len(pair) != 2:
-            raise Error(f"{source} has a merge that is no pair of tokens, {merge!r}: copy it again")
-    with refusals(f"{source} holds no complete BPE vocabulary"):
+            raise Error(f"{source} has a merge that is not a pair of tokens, {merge!r}: copy it again")
+    with refusals(f"{source} does not hold a complete BPE vocabulary"):
         # Llama 3 takes a piece that is a token as a whole, before any merge.
         model = library.models.BPE(vocab=vocabulary, merges=pairs, ignore_merges=pre == "llama-bpe")
     tokenizer = library.Tokenizer(model)
     gpt2_pieces = split.ByteLevel(add_prefix_space=False)
+    llama3_pieces = split.Split(library.Regex(LLAMA3_PATTERN), "isolated")
+    whole = split.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.pre_tokenizer = {
         "gpt-2": gpt2_pieces,
         "smollm": split.Sequence([split.Digits(individual_digits=True), gpt2_pieces]),
-        "llama-bpe": split.Sequence(
-            [
-                split.Split(library.Regex(LLAMA3_PATTERN), "isolated"),
-                split.ByteLevel(add_prefix_space=False, use_regex=False),
-            ]
-        ),
+        "llama-bpe": split.Sequence([llama3_pieces, whole]),
     }[pre]
     tokenizer.decoder = library.decoders.ByteLevel()
     return tokenizer
 
 
-# ---------------------------------------------------------------------------- the files beside
+def read_configs(tokenizer: Tokenizer, folder: Path) -> None:
+    """Set ``bos_id``, ``eos_ids`` and ``chat_template`` as the configs in a model's folder say.
 
-
-def describe(tokenizer: Tokenizer, folder: Path) -> None:
-    """Set ``bos_id``, ``eos_ids`` and ``chat_template`` from the folder, over what the vocabulary said."""
+    What the vocabulary itself said stays where they say nothing.
+    """
     said = {
         name: read_json(folder / name) if (folder / name).exists() else {}
         for name in ("tokenizer_config.json", "generation_config.json", "config.json")
@@ -287,6 +232,23 @@ def describe(tokenizer: Tokenizer, folder: Path) -> None:
     tokenizer.chat_template = _chat_template(folder, own)
 
 
+def distinct(ids: list[int | None]) -> tuple[int, ...]:
+    """The ids that are given, each once, in their order."""
+    return tuple(dict.fromkeys(i for i in ids if i is not None))
+
+
+def _check_vocabulary(source: Path, vocabulary: dict) -> None:
+    """``Error`` unless every token has an id of its own, none far beyond their number.
+
+    The library counts up to the largest, and two tokens of one id would share it in one direction only.
+    """
+    for token, i in vocabulary.items():
+        if not is_integer(i) or not 0 <= i < len(vocabulary) + SPARE_IDS:
+            raise Error(f"{source} gives the token {token!r} the id {i!r}: copy it again")
+    if len(set(vocabulary.values())) < len(vocabulary):
+        raise Error(f"{source} gives two tokens the same id: copy it again")
+
+
 def _as_list(value) -> list:
     return value if isinstance(value, list) else [value]
 
@@ -299,14 +261,11 @@ def _ids_of(tokenizer: Tokenizer, found: list, folder: Path) -> tuple[int, ...]:
         i = tokenizer.special_tokens.get(name) if isinstance(name, str) else name
         if token is not None and not (is_integer(i) and 0 <= i < tokenizer.vocab_size):
             raise Error(
-                f"a config in {folder} names the special token {token!r}, which {tokenizer.name} lacks"
+                f"a config in {folder} names the special token {token!r}, which {tokenizer.name} lacks: "
+                "correct it or remove it"
             )
         ids.append(i)
     return distinct(ids)
-
-
-def distinct(ids: list[int | None]) -> tuple[int, ...]:
-    return tuple(dict.fromkeys(i for i in ids if i is not None))
 
 
 def _chat_template(folder: Path, tokenizer_config: dict) -> str | None:
@@ -322,6 +281,4 @@ def _chat_template(folder: Path, tokenizer_config: dict) -> str | None:
                 match entry:
                     case {"name": "default", "template": str(template)}:
                         return template
-    raise Error(
-        f"the chat_template in {folder / 'tokenizer_config.json'} is no text: correct it or remove it"
-    )
+    raise Error(f"{folder / 'tokenizer_config.json'} has a chat_template that is not a text: correct it")

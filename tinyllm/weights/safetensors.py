@@ -1,32 +1,29 @@
-"""How does a model that others trained become named NumPy arrays, and back?
+"""Folders in Hugging Face's layout: ``config.json`` and the weights in safetensors files, read and written.
 
-`find_model` says where it is, `model_config` and `open_weights` what it holds. Models travel as GGUF
-files (``gguf_file.py``) or as a folder in Hugging Face's layout, which is also what we write: ``config.json``
-and one ``model.safetensors``, or several shards of it and ``model.safetensors.index.json``, whose
-``weight_map`` says which tensor lies in which shard. A safetensors file is a JSON header (each tensor's
-name, dtype, shape, place) and then the numbers, which we write ourselves and leave to the safetensors library
-to read.
+The weights are one ``model.safetensors``, or several shards of it and ``model.safetensors.index.json``,
+whose ``weight_map`` says which tensor lies in which shard. A safetensors file is a JSON header (each tensor's
+name, dtype, shape, place) and then the numbers. We write it ourselves and leave reading to the safetensors
+library.
 """
 
 import json
 import os
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path, PureWindowsPath
 
 import numpy as np
 
 from tinyllm.backend.device import to_device
 from tinyllm.errors import Error
-from tinyllm.files import check_is_file, read_json, sync
+from tinyllm.files import SAVING, check_is_file, read_json, sync, write_synced
+from tinyllm.weights import StoredTensors
 
 CONFIG, SINGLE_FILE, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
-
 MODEL_FILES = (CONFIG, SINGLE_FILE, INDEX, "model-*-of-*.safetensors")
 
-DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
-
-CODES = {"float64": "F64", "float32": "F32", "bfloat16": "BF16", "float16": "F16"}  # in the order of a file
+DTYPES = {"F64": "float64", "F32": "float32", "BF16": "bfloat16", "F16": "float16"}  # in the order of a file
+CODES = {name: code for code, name in DTYPES.items()}
 
 
 def read_config(folder: str | Path) -> dict:
@@ -34,21 +31,20 @@ def read_config(folder: str | Path) -> dict:
     return read_json(Path(folder) / CONFIG)
 
 
-class Weights(Mapping[str, np.ndarray]):
-    """The tensors of a model's folder by name, read-only; each is read from disk when it is asked for.
+class Weights(StoredTensors):
+    """The tensors of a model's folder.
 
-    Making one reads headers only: ``shapes`` (name to tuple) and ``dtypes`` (name to safetensors'
-    code, such as "F32"). Every ``weights[name]`` is a new array in the dtype it is stored in and
-    leaves no file open, so loading tensor by tensor never holds a second copy of a model. One file
-    counts before an index, as in transformers. Raises Error if a file is missing, broken, at odds
-    with the index or changed since its header was read, and if a tensor that is not float64/32/16
-    or bfloat16 (old GPT-2 files keep masks as bytes) is asked for.
+    Making one reads headers only; ``dtypes`` has safetensors' codes, such as "F32". Every
+    ``weights[name]`` is a new array in the dtype it is stored in and leaves no file open, so loading
+    tensor by tensor never holds a second copy of a model. One file counts before an index, as in
+    transformers. Raises Error if a file is missing, broken, at odds with the index or changed since its
+    header was read, and if a tensor that is not float64/32/16 or bfloat16 (old GPT-2 files keep masks as
+    bytes) is asked for.
     """
 
     def __init__(self, folder: str | Path):
         folder = Path(folder)
-        self.shapes: dict[str, tuple[int, ...]] = {}
-        self.dtypes: dict[str, str] = {}
+        self.shapes, self.dtypes = {}, {}
         self._sources: dict[str, tuple[Path, int]] = {}  # file, and when it was last written
         if (folder / SINGLE_FILE).exists():
             self._read_header(folder / SINGLE_FILE)
@@ -58,9 +54,11 @@ class Weights(Mapping[str, np.ndarray]):
                 if disputed:
                     raise Error(f"{shard} and {INDEX} disagree about {disputed}: copy both again")
         else:
-            pickles = "a .bin or .pth file is a pickle, which can run code: if you trust its author,"
-            convert = "convert it with transformers' from_pretrained and save_pretrained"
-            raise Error(f"{folder} holds neither {SINGLE_FILE} nor {INDEX} ({pickles} {convert})")
+            raise Error(
+                f"{folder} holds neither {SINGLE_FILE} nor {INDEX} (a .bin or .pth file is a pickle, which "
+                "can run code: if you trust its author, convert it with transformers' from_pretrained and "
+                "save_pretrained)"
+            )
 
     def _read_header(self, path: Path) -> list[str]:
         with _open_safetensors(path) as file:
@@ -85,16 +83,7 @@ class Weights(Mapping[str, np.ndarray]):
             try:
                 return file.get_tensor(name)
             except ValueError as error:  # more dimensions or a larger one than NumPy has
-                raise Error(f"{path}: {name!r} is no array ({error}): copy the file again") from error
-
-    def __contains__(self, name: object) -> bool:
-        return name in self.shapes  # Mapping's own would read the tensor to find out
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.shapes)
-
-    def __len__(self) -> int:
-        return len(self.shapes)
+                raise Error(f"{path}: {name!r} is not an array ({error}): copy the file again") from error
 
 
 def _open_safetensors(path: Path):
@@ -119,7 +108,7 @@ def _read_index(path: Path) -> dict[Path, set[str]]:
     for name, shard in weight_map.items():
         # Windows' rules know every separator and drive letter, so no system is led out of the folder.
         if not isinstance(shard, str) or PureWindowsPath(shard).name != shard:
-            raise Error(f"{path} puts {name!r} into {shard!r}, which is no plain file name: correct it")
+            raise Error(f"{path} puts {name!r} into {shard!r}, which is not a plain file name: correct it")
         shards.setdefault(path.parent / shard, set()).add(name)
     return shards
 
@@ -143,19 +132,17 @@ def save_folder(
         raise Error(f"{folder} already holds a model: choose another folder or pass overwrite=True")
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=".saving-", dir=folder) as temporary:
+        with tempfile.TemporaryDirectory(prefix=SAVING, dir=folder) as temporary:
             new = Path(temporary)
-            _write_json(new / CONFIG, config)
+            write_synced(new / CONFIG, _as_json(config))
             _write_weights(new, tensors, max_shard_bytes)
             _replace_model(folder, old, new)
     except OSError as error:
         raise Error(f"cannot write a model to {folder} ({error}): check the path and the disk") from error
 
 
-def _write_json(path: Path, value: dict) -> None:
-    with open(path, "wb") as file:
-        file.write(json.dumps(value, indent=2).encode() + b"\n")
-        sync(file)
+def _as_json(value: dict) -> bytes:
+    return json.dumps(value, indent=2).encode() + b"\n"
 
 
 def _write_weights(folder: Path, tensors: Mapping[str, np.ndarray], max_shard_bytes: int) -> None:
@@ -167,7 +154,7 @@ def _write_weights(folder: Path, tensors: Mapping[str, np.ndarray], max_shard_by
         weight_map.update(dict.fromkeys(names, file))
     if len(shards) > 1:
         metadata = {"total_size": sum(tensor.nbytes for tensor in tensors.values())}
-        _write_json(folder / INDEX, {"metadata": metadata, "weight_map": weight_map})
+        write_synced(folder / INDEX, _as_json({"metadata": metadata, "weight_map": weight_map}))
 
 
 def write_safetensors(path: Path, tensors: Mapping[str, np.ndarray]) -> None:
@@ -215,8 +202,11 @@ def _split_into_shards(tensors: Mapping[str, np.ndarray], max_shard_bytes: int) 
 
 
 def _replace_model(folder: Path, old: set[str], new: Path) -> None:
-    # The config goes first and comes back last: a crash in between leaves a folder that is refused,
-    # never the config of one model beside the weights of another.
+    """Put a new model in an old one's place.
+
+    The config goes first and comes back last: a crash in between leaves a folder that is refused, never
+    the config of one model beside the weights of another.
+    """
     (folder / CONFIG).unlink(missing_ok=True)
     weights = {path.name for path in new.glob("model*")}
     for name in weights:

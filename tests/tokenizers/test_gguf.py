@@ -1,0 +1,197 @@
+"""The tokenizer in a GGUF file, against the files and libraries that it was made from."""
+
+import pytest
+from hypothesis import example, given
+from support.tokenizers import (
+    COUNT,
+    check_same,
+    gguf_of_byte_level,
+    message_of,
+    nasty_strings,
+    texts,
+    write_gguf,
+)
+
+from tinyllm.errors import Error
+from tinyllm.tokenizers import load_tokenizer
+from tinyllm.tokenizers.tiktoken import (
+    BYTE_OF,
+    SYMBOLS,
+)
+
+gguf = pytest.importorskip("gguf")
+sentencepiece = pytest.importorskip("sentencepiece")
+tokenizers = pytest.importorskip("tokenizers")
+transformers = pytest.importorskip("transformers")
+
+
+def test_gguf_gpt2_same_as_tokenizer_json(byte_level, tmp_path):
+    ours = load_tokenizer(gguf_of_byte_level(byte_level, tmp_path / "a.gguf"))
+    reference = load_tokenizer(byte_level)
+    assert ours.special_tokens == reference.special_tokens
+    assert ours.vocab_size == reference.vocab_size
+    assert (ours.bos_id, ours.eos_ids, ours.chat_template) == (0, (1,), "{{ messages }}")
+    for text in nasty_strings(COUNT, seed=3):
+        for special in ("allow", "text"):
+            assert ours.encode(text, special) == reference.encode(text, special)
+
+
+def test_gguf_same_as_transformers(byte_level, tmp_path, monkeypatch):
+    """Transformers reads the vocabulary and Llama 3's way to cut a text from a GGUF file, too."""
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    for pre in ("gpt-2", "llama-bpe"):
+        # Theirs has no ignore_merges, so the vocabulary is one in which every token is reached by merges.
+        gguf_of_byte_level(byte_level, tmp_path / f"{pre}.gguf", pre=pre)
+        reference = transformers.AutoTokenizer.from_pretrained(tmp_path, gguf_file=f"{pre}.gguf")
+        ours = load_tokenizer(tmp_path / f"{pre}.gguf")
+        for text in nasty_strings(COUNT, seed=4):
+            assert ours.encode(text, "allow") == reference.encode(text, add_special_tokens=False)
+
+
+def test_gguf_smollm_cuts_digits_one_by_one(byte_level, tmp_path):
+    """As SmolLM2's tokenizer.json: first every digit by itself, then GPT-2's pieces."""
+    ours = load_tokenizer(gguf_of_byte_level(byte_level, tmp_path / "a.gguf", pre="smollm"))
+    reference = tokenizers.Tokenizer.from_file(str(byte_level / "tokenizer.json"))
+    reference.no_truncation()
+    reference.no_padding()
+    split = tokenizers.pre_tokenizers
+    reference.pre_tokenizer = split.Sequence(
+        [split.Digits(individual_digits=True), split.ByteLevel(add_prefix_space=False)]
+    )
+    for text in nasty_strings(COUNT, seed=6):
+        check_same(ours, reference, text)
+    keys = {"model": "gpt2", "tokens": ["1", "2", "12"], "merges": ["1 2"]}
+    assert load_tokenizer(write_gguf(tmp_path / "b.gguf", **keys, pre="gpt-2")).encode("12") == [2]
+    assert load_tokenizer(write_gguf(tmp_path / "b.gguf", **keys, pre="smollm")).encode("12") == [0, 1]
+
+
+def test_gguf_llama3_takes_a_piece_that_is_a_token_whole(tmp_path):
+    """As Llama 3 does: a token need not be reachable by merges."""
+    ranks = {"a": 0, "b": 1, "c": 2, "abc": 3}
+    path = tmp_path / "whole.gguf"
+    merges = ["b c"]
+    keys = {"tokens": [*ranks, "bc"], "token_type": [1] * 5, "merges": merges, "model": "gpt2"}
+    write_gguf(path, **keys, pre="llama-bpe")
+    assert load_tokenizer(path).encode("abc") == [3]
+    write_gguf(path, **keys, pre="gpt-2")
+    assert load_tokenizer(path).encode("abc") == [0, 4]
+
+
+def test_gguf_sentencepiece_same_as_its_model(llama2, tmp_path):
+    reference = load_tokenizer(llama2)
+    processor = reference.processor
+    n = len(processor)
+    kinds = [(processor.is_unknown, 2), (processor.is_control, 3), (processor.is_byte, 6)]
+    path = write_gguf(
+        tmp_path / "llama2.gguf",
+        model="llama",
+        tokens=[processor.id_to_piece(i) for i in range(n)],
+        scores=[float(processor.get_score(i)) for i in range(n)],
+        token_type=[next((number for is_kind, number in kinds if is_kind(i)), 1) for i in range(n)],
+        bos_token_id=1,
+        eos_token_id=2,
+    )
+    ours = load_tokenizer(path)
+    assert ours.special_tokens == reference.special_tokens
+    assert (ours.bos_id, ours.eos_ids, ours.chat_template) == (1, (2,), None)
+    for text in nasty_strings(COUNT, seed=5):
+        ids = reference.encode(text, "allow")
+        assert ours.encode(text, "allow") == ids
+        assert ours.decode(ids) == reference.decode(ids)
+
+
+def check_smollm2(ours, reference, text):
+    reference.encode_special_tokens = True
+    ids = reference.encode(text, add_special_tokens=False).ids
+    if reference.decode(ids, skip_special_tokens=False) == text:
+        check_same(ours, reference, text)
+        assert ours.decode(ids) == text
+    else:  # it dropped a character without a word
+        assert "has no token for character" in message_of(ours.encode, text, "text")
+
+
+def test_smollm2_same_as_transformers(smollm2):
+    for text in nasty_strings(COUNT):
+        check_smollm2(*smollm2, text)
+
+
+@given(texts)
+@example("\x04")
+@example("\U00050000")
+@example("10 000")
+def test_smollm2_same_as_transformers_property(smollm2, text):
+    check_smollm2(*smollm2, text)
+
+
+def test_smollm2_facts(smollm2):
+    ours, _ = smollm2
+    assert ours.vocab_size == 49152
+    assert (ours.bos_id, ours.eos_ids) == (1, (2,))
+    assert ours.special_tokens["<|im_start|>"] == 1
+    assert len(ours.special_tokens) == 17
+    assert ours.chat_template.startswith("{% for message in messages %}")
+    assert ours.encode("12") == [ours.encode("1")[0], ours.encode("2")[0]]
+
+
+def test_smollm2_every_byte_or_an_error(smollm2):
+    """Of the 21 bytes that have no token, 8 occur in UTF-8: 6 control characters, and two that begin one."""
+    ours, _ = smollm2
+    refused = []
+    for character in [*map(chr, range(0xD800)), *(chr(n) for n in range(0x10000, 0x110000, 4096))]:
+        try:
+            assert ours.decode(ours.encode(character)) == character
+        except Error:
+            refused.append(character)
+    assert [c for c in refused if c < "\U00010000"] == list("\x04\x06\x13\x14\x16\x1d")
+    assert {c.encode()[0] for c in refused if c >= "\U00010000"} == {0xF1, 0xF2}
+    assert {byte for symbol, byte in BYTE_OF.items() if ours.tokenizer.token_to_id(symbol) is None} >= {
+        0xF1,
+        0x04,
+    }
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("model", [1, 2]),
+        ("pre", [1, 2]),
+        ("chat_template", 7),
+        ("add_space_prefix", [1, 2]),
+        ("remove_extra_whitespaces", 1),
+        ("bos_token_id", True),
+    ],
+)
+def test_gguf_keys_of_another_type_are_refused(tmp_path, key, value):
+    tokens = SYMBOLS if key == "pre" else ["<unk>", *(f"<0x{byte:02X}>" for byte in range(256)), "a"]
+    keys = {
+        "model": "gpt2" if key == "pre" else "llama",
+        "tokens": tokens,
+        "scores": [0.0] * len(tokens),
+        "token_type": [1] * 256 if key == "pre" else [2, *[6] * 256, 1],
+    }
+    said = message_of(load_tokenizer, write_gguf(tmp_path / "m.gguf", **keys | {key: value}))
+    assert "m.gguf" in said and key in said
+
+
+def test_damaged_gguf_vocabularies(byte_level, tmp_path):
+    path = tmp_path / "a.gguf"
+
+    def refusal(**keys):
+        return message_of(load_tokenizer, gguf_of_byte_level(byte_level, path, **keys))
+
+    assert "'qwen2'" in refusal(pre="qwen2")
+    assert "'bert'" in refusal(model="bert")
+    assert "token_type" in refusal(token_type=[1, 1])
+    assert "unknown type" in refusal(tokens=["a", "b"], token_type=[1, -1])
+    assert "merges" in refusal(merges="a b")
+    assert "copy it again" in refusal(merges=["a", "b"])
+    assert "copy it again" in refusal(merges=["a notthere"])
+    assert "eos_token_id" in refusal(eos_token_id=99999)
+    assert "scores" in refusal(model="llama")
+    two = {"model": "llama", "tokens": ["a", "b"], "scores": [0.0, 1.0]}
+    assert "unknown" in refusal(**two, token_type=[1, 1])
+    assert "scores" in refusal(**(two | {"scores": ["0", "1"]}), token_type=[2, 1])
+    assert "different" in refusal(tokens=["a", "a"], token_type=[1, 1])
+    data = path.read_bytes()
+    path.write_bytes(data[:1000])
+    assert "copy it again" in message_of(load_tokenizer, path)

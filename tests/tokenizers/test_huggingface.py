@@ -1,0 +1,225 @@
+"""tokenizer.json and GPT-2's pair: the same ids and texts as the library, bad files, the configs beside."""
+
+import json
+
+import numpy as np
+import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
+from support.tokenizers import (
+    COUNT,
+    a_tokenizer,
+    check_same,
+    message_of,
+    nasty_strings,
+    special,
+    texts,
+    write_json,
+)
+
+from tinyllm.tokenizers import load_tokenizer
+from tinyllm.tokenizers.tiktoken import (
+    BYTE_OF,
+    BYTE_ORDER,
+    GPT2_VOCABULARY,
+    SYMBOLS,
+)
+
+tokenizers = pytest.importorskip("tokenizers")
+transformers = pytest.importorskip("transformers")
+
+
+def test_tokenizer_json_same_as_tokenizers(byte_level_pair):
+    for text in nasty_strings(COUNT):
+        check_same(*byte_level_pair, text)
+
+
+@given(texts)
+@example("<|im_start|>")
+@example("a<think>b")
+@example(" ")
+@example("\ufeff")
+def test_tokenizer_json_same_as_tokenizers_property(byte_level_pair, text):
+    check_same(*byte_level_pair, text)
+
+
+def test_tokenizer_json_same_as_transformers(byte_level):
+    reference = transformers.PreTrainedTokenizerFast(tokenizer_file=str(byte_level / "tokenizer.json"))
+    ours = load_tokenizer(byte_level)
+    for text in nasty_strings(COUNT // 3, seed=1):
+        ids = reference.encode(text, add_special_tokens=False, padding=False, truncation=False)
+        assert ours.encode(text, "allow") == ids
+        as_text = reference.encode(
+            text, add_special_tokens=False, padding=False, truncation=False, split_special_tokens=True
+        )
+        assert ours.encode(text, "text") == as_text
+
+
+def test_tokenizer_json_is_never_truncated_or_padded(byte_level):
+    tokenizer = load_tokenizer(byte_level)
+    assert tokenizer.decode(tokenizer.encode("one two three four five")) == "one two three four five"
+    assert len(tokenizer.encode("a")) == 1
+
+
+def test_gpt2_pair_same_as_gpt2(tmp_path):
+    gpt2 = load_tokenizer("gpt2")
+    symbols = dict(zip(BYTE_ORDER, SYMBOLS))
+    ranks = gpt2.encoding._mergeable_ranks
+    spelled = ["".join(symbols[byte] for byte in token) for token in ranks]
+    vocabulary = {token: i for i, token in enumerate([*spelled, "<|endoftext|>"])}
+    merges = GPT2_VOCABULARY.read_bytes()
+    (tmp_path / "vocab.json").write_text(json.dumps(vocabulary), encoding="utf-8")
+    (tmp_path / "merges.txt").write_bytes(merges)
+    ours = load_tokenizer(tmp_path)
+    assert ours.vocab_size == 50257
+    assert ours.special_tokens == gpt2.special_tokens
+    for text in [*nasty_strings(COUNT), "a<|endoftext|>b"]:
+        for mode in ("allow", "text"):
+            assert ours.encode(text, mode) == gpt2.encode(text, mode)
+
+
+def test_llama2_json_same_as_tokenizers(llama2_json):
+    ours = load_tokenizer(llama2_json)
+    reference = tokenizers.Tokenizer.from_file(str(llama2_json / "tokenizer.json"))
+    for text in nasty_strings(COUNT, seed=2):
+        check_same(ours, reference, text)
+
+
+@given(seeds=st.integers(0, 2**32 - 1))
+def test_any_ids_decode_as_in_the_library(byte_level_pair, llama3_pair, llama2, llama2_json, seeds):
+    """Ids that no text gives, too, with halves of characters: each becomes U+FFFD as there."""
+    rng = np.random.default_rng(seeds)
+    json_pair = (
+        load_tokenizer(llama2_json),
+        tokenizers.Tokenizer.from_file(str(llama2_json / "tokenizer.json")),
+    )
+    for ours, reference in (byte_level_pair, llama3_pair, json_pair):
+        ids = [*rng.integers(0, ours.vocab_size, 5), *rng.integers(0, 259, 8)]
+        assert ours.decode(ids) == reference.decode(ids, skip_special_tokens=False)
+    ours = load_tokenizer(llama2)
+    ids = rng.integers(3, ours.vocab_size, 12).tolist()
+    assert ours.decode(ids) == ours.processor.decode(ids)
+
+
+def test_special_tokens_take_the_spaces_that_their_file_says(tmp_path):
+    ours = load_tokenizer(write_json(tmp_path, a_tokenizer(added_tokens=[special(256, "<e>", rstrip=True)])))
+    reference = tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    check_same(ours, reference, "a<e>  b")
+    assert len(ours.encode("a<e>  b", "allow")) < len(ours.encode("a<e>", "allow")) + 3
+
+
+def test_ordinary_text_never_makes_a_special_token(tmp_path):
+    """Not even where merges would."""
+    definition = a_tokenizer(added_tokens=[special(256, "eos")], model={"merges": [["e", "o"], ["eo", "s"]]})
+    definition["model"]["vocab"] |= {"eos": 256, "eo": 257}
+    tokenizer = load_tokenizer(write_json(tmp_path, definition))
+    assert tokenizer.encode("eos", "allow") == [256]
+    assert "'eos'" in message_of(tokenizer.encode, "an eos, eos", "text")
+
+
+def test_tokenizers_that_would_lose_text_or_decode_wrongly_are_refused(tmp_path):
+    def refusal(**changes):
+        return message_of(load_tokenizer, write_json(tmp_path, a_tokenizer(**changes)))
+
+    assert "WordPiece" in refusal(decoder={"type": "WordPiece", "prefix": "##", "cleanup": True})
+    assert "None" in refusal(decoder=None)
+    unigram = {"type": "Unigram", "vocab": [["a", 0.0]], "unk_id": 0, "merges": None}
+    assert "Unigram" in refusal(model=unigram)
+    steps = [
+        {"type": "Replace", "pattern": {"String": "▁"}, "content": " "},
+        {"type": "ByteFallback"},
+        {"type": "Fuse"},
+    ]
+    assert "unknown character" in refusal(decoder={"type": "Sequence", "decoders": steps})
+
+
+@pytest.mark.parametrize("i", [2**31, 2**63, -1, 1.0, True, "1", None])
+def test_ids_that_are_none_are_refused_before_the_library_counts_to_them(tmp_path, i):
+    definition = a_tokenizer()
+    definition["model"]["vocab"][SYMBOLS[5]] = i
+    said = message_of(load_tokenizer, write_json(tmp_path, definition))
+    assert f"{tmp_path / 'tokenizer.json'} gives the token {SYMBOLS[5]!r} the id {i!r}" in said
+    (tmp_path / "tokenizer.json").unlink()
+    (tmp_path / "vocab.json").write_text(json.dumps(definition["model"]["vocab"]), encoding="utf-8")
+    (tmp_path / "merges.txt").write_text("#version: 0.2\n", encoding="utf-8")
+    assert f"vocab.json gives the token {SYMBOLS[5]!r} the id {i!r}" in message_of(load_tokenizer, tmp_path)
+
+
+def test_two_tokens_of_one_id_and_merges_of_one_token_are_refused(tmp_path):
+    vocabulary = {symbol: i for i, symbol in enumerate(SYMBOLS)}
+    (tmp_path / "merges.txt").write_text("a\n", encoding="utf-8")
+    for vocab, problem in (
+        (vocabulary | {"ab": 5}, "two tokens the same id"),
+        (vocabulary | {"ab": 256}, "pair of tokens, 'a'"),
+    ):
+        (tmp_path / "vocab.json").write_text(json.dumps(vocab), encoding="utf-8")
+        said = message_of(load_tokenizer, tmp_path)
+        assert problem in said and "vocab.json" in said and "\n" not in said
+
+
+def test_a_panic_of_the_library_is_an_error_of_ours(tmp_path):
+    """A prefix that is longer than the tokens: the library slices beyond their end."""
+    model = {"continuing_subword_prefix": "a long prefix", "merges": [["a", "b"]]}
+    definition = a_tokenizer(model=model)
+    definition["model"]["vocab"] |= {"ab": 256}
+    said = message_of(load_tokenizer, write_json(tmp_path, definition))
+    assert "tokenizer.json is not a complete tokenizer" in said and "\n" not in said
+
+
+@pytest.mark.parametrize("name", ["tokenizer_config.json", "generation_config.json"])
+def test_true_is_no_id(byte_level, tmp_path, name):
+    (tmp_path / "tokenizer.json").write_bytes((byte_level / "tokenizer.json").read_bytes())
+    keys = {"eos_token": True, "eos_token_id": True}
+    (tmp_path / name).write_text(json.dumps(keys), encoding="utf-8")
+    assert "names the special token True" in message_of(load_tokenizer, tmp_path)
+
+
+def test_a_missing_byte_is_an_error_not_a_gap(tmp_path):
+    definition = a_tokenizer()
+    definition["model"]["vocab"] = {s: i for i, s in enumerate(sorted(set(SYMBOLS) - {SYMBOLS[-1]}))}
+    gone = bytes([BYTE_OF[SYMBOLS[-1]]]).decode("latin-1")  # U+00AD, the soft hyphen, is C2 AD in UTF-8
+    tokenizer = load_tokenizer(write_json(tmp_path, definition))
+    assert tokenizer.decode(tokenizer.encode("abc")) == "abc"
+    assert repr(gone) in message_of(tokenizer.encode, f"abc{gone}")
+    assert tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json")).encode(f"a{gone}").ids  # no word
+
+
+def test_ids_and_template_from_the_files_beside(byte_level, tmp_path):
+    def read(**files):
+        for path in tmp_path.iterdir():
+            path.unlink()
+        (tmp_path / "tokenizer.json").write_bytes((byte_level / "tokenizer.json").read_bytes())
+        for name, value in files.items():
+            if name == "template":
+                (tmp_path / "chat_template.jinja").write_text(value, encoding="utf-8")
+            else:
+                (tmp_path / f"{name}.json").write_text(json.dumps(value), encoding="utf-8")
+        return load_tokenizer(tmp_path)
+
+    tokenizer = read()
+    assert (tokenizer.bos_id, tokenizer.eos_ids, tokenizer.chat_template) == (None, (), None)
+    tokenizer = read(config={"bos_token_id": 0, "eos_token_id": [1, 0]})
+    assert (tokenizer.bos_id, tokenizer.eos_ids) == (0, (1, 0))
+    tokenizer = read(config={"bos_token_id": 0, "eos_token_id": 0}, generation_config={"eos_token_id": 1})
+    assert (tokenizer.bos_id, tokenizer.eos_ids) == (None, (1,))
+    named = {"bos_token": {"content": "<|im_start|>"}, "eos_token": "<|im_end|>", "chat_template": "é"}
+    tokenizer = read(tokenizer_config=named, generation_config={"bos_token_id": 1, "eos_token_id": [0, 1]})
+    assert (tokenizer.bos_id, tokenizer.eos_ids, tokenizer.chat_template) == (0, (1, 0), "é")
+    tokenizer = read(tokenizer_config={"bos_token": None}, config={"bos_token_id": 0})
+    assert tokenizer.bos_id is None
+    assert read(tokenizer_config=named, template="ü").chat_template == "ü"
+    several = [{"name": "tool_use", "template": "t"}, {"name": "default", "template": "d"}]
+    assert read(tokenizer_config={"chat_template": several}).chat_template == "d"
+    assert "chat_template" in message_of(read, tokenizer_config={"chat_template": several[:1]})
+    assert "'<x>'" in message_of(read, tokenizer_config={"eos_token": "<x>"})
+    assert "5000" in message_of(read, config={"eos_token_id": 5000})
+
+
+def test_the_files_beside_count_before_the_vocabulary(llama2, tmp_path):
+    (tmp_path / "tokenizer.model").write_bytes((llama2 / "tokenizer.model").read_bytes())
+    tokenizer = load_tokenizer(tmp_path)
+    assert (tokenizer.bos_id, tokenizer.eos_ids) == (1, (2,))
+    config = {"bos_token": None, "eos_token": "<s>"}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config), encoding="utf-8")
+    tokenizer = load_tokenizer(tmp_path)
+    assert (tokenizer.bos_id, tokenizer.eos_ids) == (None, (1,))

@@ -1,0 +1,47 @@
+"""Llama 2's kind: the same ids and texts as the library."""
+
+import pytest
+from hypothesis import example, given
+from support.tokenizers import (
+    COUNT,
+    nasty_strings,
+    texts,
+)
+
+from tinyllm.tokenizers import load_tokenizer
+
+sentencepiece = pytest.importorskip("sentencepiece")
+tokenizers = pytest.importorskip("tokenizers")
+
+
+def check_llama2(ours, reference, text):
+    """Ids as from the hub's tokenizer.json; without special tokens, ids and text as from sentencepiece."""
+    assert ours.encode(text, "allow") == reference.encode(text, add_special_tokens=False).ids
+    ids = ours.encode(text, "text")
+    assert ids == ours.processor.encode(text)
+    assert ours.decode(ids) == ours.processor.decode(ids)
+
+
+def test_llama2_same_as_sentencepiece_and_tokenizers(llama2_pair):
+    for text in nasty_strings(COUNT):
+        check_llama2(*llama2_pair, text)
+
+
+@given(texts)
+@example("  a")
+@example("▁a")
+@example("<s>a <s> a")
+@example("<0x41>")
+@example("\x00")
+def test_llama2_same_as_sentencepiece_and_tokenizers_property(llama2_pair, text):
+    check_llama2(*llama2_pair, text)
+
+
+def test_leading_space(llama2, llama2_json):
+    for folder in (llama2, llama2_json):
+        tokenizer = load_tokenizer(folder)
+        ids = tokenizer.encode("the the")
+        assert tokenizer.decode(ids) == "the the"
+        assert tokenizer.decode_bytes(ids) == b" the the"
+        assert tokenizer.decode_bytes(ids[-1:]) == b" the"
+        assert tokenizer.decode(ids[-1:]) == "the"

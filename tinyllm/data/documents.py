@@ -1,0 +1,196 @@
+"""Documents in files: plain text and .jsonl, gzip'd or not, alone or in folders; and the known texts.
+
+A plain file is one document, a line of a .jsonl file is one. They are read a block at a time, so that a
+document may be larger than memory.
+"""
+
+from __future__ import annotations
+
+import codecs
+import gzip
+import hashlib
+import itertools
+import json
+import os
+import stat
+import zlib
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import BinaryIO
+
+from tinyllm.errors import Error
+from tinyllm.tokenizers.base import check_text
+
+KNOWN_TEXTS = ("python-docs", "the-verdict")
+SUFFIXES = (".txt", ".jsonl", ".txt.gz", ".jsonl.gz")  # of the files in a folder that are read
+BLOCK_BYTES = 2**20  # read from a file at a time
+
+# Edith Wharton, 1908, public domain: the text of the classic run.
+VERDICT_FILE = "the-verdict.txt"
+VERDICT_SHA256 = "b41e41a68f0398a3154ae69e2e4c0e2694e17fe0d66730536837f1b01935b31f"
+VERDICT_URL = (
+    "https://raw.githubusercontent.com/rasbt/LLMs-from-scratch/main/ch02/01_main-chapter-code/the-verdict.txt"
+)
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A document or a part of one, in order."""
+
+    text: str
+    ends_document: bool
+
+
+def find_files(name: str | Path) -> tuple[tuple[Path, ...], tuple[Path, ...]]:
+    """The files to read, in order, and those left out.
+
+    A folder stands for the files in it and below that end in one of ``SUFFIXES``, sorted by path. Raises
+    ``Error`` if there are none, or if a path cannot be read or is neither a file nor a folder.
+    """
+    try:
+        mode = os.stat(name).st_mode
+    except FileNotFoundError:
+        known = ", ".join(KNOWN_TEXTS)
+        raise Error(f"no text {str(name)!r}: give the path of a file or folder, or one of {known}") from None
+    except (OSError, ValueError) as error:  # ValueError: a path with a zero byte in it
+        reason = getattr(error, "strerror", None) or error  # without the name once more
+        raise Error(f"text {str(name)!r} cannot be read ({reason}): check the path") from None
+    if stat.S_ISDIR(mode):
+        return _files_in(Path(name))
+    if not stat.S_ISREG(mode):  # a pipe can be read once only
+        raise Error(f"text {str(name)!r} is neither a file nor a folder: save the text as a file first")
+    return (Path(name),), ()
+
+
+def is_jsonl(path: Path) -> bool:
+    return path.name.lower().endswith((".jsonl", ".jsonl.gz"))
+
+
+def read_documents(files: Iterable[Path], field: str | None) -> Iterator[Piece]:
+    """The documents of the files in the blocks they are read in; ``field`` is the text's in a .jsonl file.
+
+    Raises ``Error``, naming the file and place, if one cannot be read, is damaged or is not as described.
+    """
+    for path in files:
+        yield from _read_jsonl(path, field) if is_jsonl(path) else _read_plain(path)
+
+
+def python_docs() -> str:
+    """The topics that ship with CPython."""
+    from pydoc_data.topics import topics
+
+    return "\n\n".join(topics[key] for key in sorted(topics))
+
+
+def the_verdict() -> Path:
+    """The file of the classic run's text: in the folder TINYLLM_DATA, or downloaded once and cached."""
+    folder = os.environ.get("TINYLLM_DATA")
+    if folder and (path := Path(folder, VERDICT_FILE)).exists():
+        with _open(path) as file:
+            found = hashlib.file_digest(file, "sha256").hexdigest()
+        if found != VERDICT_SHA256:
+            raise Error(
+                f"{str(path)!r} is not the expected text (SHA-256 {found}, not {VERDICT_SHA256}): "
+                f"replace it with {VERDICT_URL}, or remove it"
+            )
+        return path
+    import pooch
+
+    cache = pooch.os_cache("tinyllm")
+    try:
+        return Path(pooch.retrieve(VERDICT_URL, "sha256:" + VERDICT_SHA256, VERDICT_FILE, cache))
+    except (OSError, ValueError) as error:  # no network, a refused download, or a wrong hash
+        reason = " ".join(str(error).split())
+        raise Error(
+            f"the-verdict could not be downloaded: put {VERDICT_URL} into a folder as {VERDICT_FILE!r} "
+            f"and set TINYLLM_DATA to that folder ({reason})"
+        ) from None
+
+
+def _files_in(folder: Path) -> tuple[tuple[Path, ...], tuple[Path, ...]]:
+    def refuse(error: OSError):  # without it os.walk passes over a folder that cannot be read
+        raise Error(f"folder {error.filename!r} cannot be read ({error.strerror}): check its permissions")
+
+    files, left_out = [], []
+    for root, folders, names in os.walk(folder, onerror=refuse):
+        left_out += [Path(root, name) for name in folders if os.path.islink(Path(root, name))]
+        for name in names:
+            path = Path(root, name)
+            usable = name.lower().endswith(SUFFIXES) and os.path.isfile(path)
+            (files if usable else left_out).append(path)
+    if not files:
+        raise Error(
+            f"folder {str(folder)!r} has no text among its {len(left_out)} files: their names must end in "
+            f"{', '.join(SUFFIXES[:-1])} or {SUFFIXES[-1]}"
+        )
+
+    def by_path(path: Path) -> str:  # the same order on every system
+        return path.relative_to(folder).as_posix()
+
+    return tuple(sorted(files, key=by_path)), tuple(sorted(left_out, key=by_path))
+
+
+@contextmanager
+def _open(path: Path) -> Iterator[BinaryIO]:
+    """The file's bytes, decompressed; what goes wrong while they are read is an ``Error``."""
+    try:
+        if path.suffix.lower() == ".gz":
+            if path.stat().st_size == 0:  # gzip.open takes it for an empty text
+                raise EOFError("the file is empty")
+            with gzip.open(path) as file:
+                yield file
+        else:
+            with open(path, "rb") as file:
+                yield file
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise Error(f"{str(path)!r} is damaged or cut short ({error}): compress the text again") from None
+    except OSError as error:
+        raise Error(f"text {str(path)!r} cannot be read ({error}): check the file") from None
+
+
+def _read_plain(path: Path) -> Iterator[Piece]:
+    decoder = codecs.getincrementaldecoder("utf-8")()  # text mode would turn \r\n into \n
+    offset = 0
+    with _open(path) as file:
+        for data in itertools.chain(iter(partial(file.read, BLOCK_BYTES), b""), [b""]):
+            held = len(decoder.getstate()[0])  # bytes of a character that the last block ended in
+            try:
+                text = decoder.decode(data, final=not data)
+            except UnicodeDecodeError as error:
+                raise Error(
+                    f"text {str(path)!r} is not UTF-8 at byte offset {offset - held + error.start} "
+                    f"({error.object[error.start]:#04x}): save it as UTF-8 first"
+                ) from None
+            offset += len(data)
+            yield Piece(text, ends_document=not data)
+
+
+def _read_jsonl(path: Path, field: str) -> Iterator[Piece]:
+    with _open(path) as file:
+        for number, line in enumerate(file, 1):
+            if not line.isspace():
+                yield Piece(_document(line, field, f"line {number} of {str(path)!r}"), ends_document=True)
+
+
+def _document(line: bytes, field: str, where: str) -> str:
+    try:
+        record = json.loads(line.decode("utf-8"))
+    except UnicodeDecodeError as error:
+        raise Error(
+            f"{where} is not UTF-8 at its byte offset {error.start} ({line[error.start]:#04x}): "
+            "save the file as UTF-8 first"
+        ) from None
+    except (ValueError, RecursionError) as error:
+        raise Error(f"{where} is not JSON ({error}): correct it") from None
+    if not isinstance(record, dict):
+        raise Error(f"{where} is a JSON {type(record).__name__}: write an object, with the text in a field")
+    if field not in record:
+        raise Error(f"{where} has no field {field!r} among its {list(record)}: name the one with the text")
+    try:
+        check_text(record[field])  # JSON can write half a character
+    except Error as error:
+        raise Error(f"field {field!r} in {where}: {error}, or name another field") from None
+    return record[field]
