@@ -13,15 +13,13 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import load_file
 
-from parity.compare.faults import raising, writing
+from parity.durability.faults import raising, writing
 from tinyllm import GPT2, GPT2Config, Llama, LlamaConfig, load_model
 from tinyllm.errors import Error
 from tinyllm.files import lock, read_sealed, sealed, write_whole
 from tinyllm.optim import AdamW
 from tinyllm.training.checkpoint import (
     check_space,
-    checkpoint_folder,
-    checkpoints,
     load_checkpoint,
     remove_checkpoint,
     remove_left_overs,
@@ -29,6 +27,7 @@ from tinyllm.training.checkpoint import (
     set_aside,
     verify,
 )
+from tinyllm.weights.runs import checkpoint_folder, checkpoints
 
 ABOUT = {
     "step": 3,
@@ -331,10 +330,12 @@ def test_the_room_on_the_disk(tmp_path, monkeypatch):
     for free, enough in ((numbers + 32 * 2**20, True), (numbers + 32 * 2**20 - 1, False)):
         monkeypatch.setattr(shutil, "disk_usage", lambda path, free=free: usage._replace(free=free))
         if enough:
-            check_space(tmp_path, model)
+            check_space(tmp_path, model, "make room")
         else:
-            with pytest.raises(OSError, match=r"has 34 MB left and a checkpoint needs 34 MB") as raised:
-                check_space(tmp_path, model)
+            with pytest.raises(
+                OSError, match=r"has 34 MB left and a checkpoint needs 34 MB: make room"
+            ) as raised:
+                check_space(tmp_path, model, "make room")
             assert str(tmp_path) in str(raised.value)
 
 

@@ -16,9 +16,9 @@ import pytest
 
 from tinyllm import Error
 from tinyllm.training.config import TrainConfig
-from tinyllm.training.loggers import check_logs, open_logs
-from tinyllm.training.loop import train
-from tinyllm.training.run_folder import PLOT, begun_config
+from tinyllm.training.loggers import PLOT, check_logs, open_logs
+from tinyllm.training.run_folder import begun_config
+from tinyllm.training.tasks.pretrain import train
 
 tensorboardX = pytest.importorskip("tensorboardX")
 from tensorboardX.proto.event_pb2 import Event, SessionLog  # noqa: E402

@@ -6,12 +6,12 @@ clipping and schedules.
 """
 
 import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pytest
 import torch
-from support.models import NO_DROPOUT, random_gpt2
+from support.models import EVERYTHING, NO_DROPOUT, random_gpt2, random_llama
 
 from parity.ops.cases import assert_close
 from parity.twins import bridge
@@ -93,7 +93,7 @@ def torch_run(model) -> list[Step]:
         optimizer.step()
         schedule.step()
         parameters = {
-            name.removeprefix("transformer."): p.detach().numpy().copy()
+            name.removeprefix(f"{theirs.base_model_prefix}."): p.detach().numpy().copy()
             for name, p in theirs.named_parameters()
         }
         steps.append(Step(loss.item(), norm.item(), parameters))
@@ -116,9 +116,18 @@ def check_run(ours: list[Step], theirs: list[Step], relative: float) -> None:
             assert_close(mine.parameters[name], parameter, f"{name} after step {number}", relative, 0.0)
 
 
+@pytest.mark.proof("GPT2")
 @pytest.mark.parametrize("config", [CONFIG, UNTIED], ids=["tied", "untied"])
 def test_fifty_training_steps_are_torchs(config):
     check_run(tinyllm_run(start(config, np.float64)), reference(config), 1e-9)
+
+
+@pytest.mark.proof("Llama")
+def test_fifty_training_steps_of_llama_are_torchs():
+    model = random_llama(replace(EVERYTHING, vocab_size=CONFIG.vocab_size)).train()
+    theirs = torch_run(model)
+    check_run(tinyllm_run(model), theirs, 1e-9)
+    assert theirs[-1].loss < theirs[0].loss / 2
 
 
 def test_the_curves_in_float32_are_torchs():

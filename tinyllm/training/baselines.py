@@ -1,12 +1,10 @@
-"""How well can this text be predicted without a neural network?
+"""Baselines: how well a text can be predicted without a neural network.
 
 Two old methods, measured as a model is: in bits per byte of a text neither has seen, so that 8 is knowing
 nothing. The n-gram model knows nothing but which byte tends to follow the last few; xz knows nothing but
 where the same passage stood before. A language model that does not beat the first has learned little more
 than spelling; one that loses to the second meets a text that repeats itself.
 """
-
-from __future__ import annotations
 
 import numpy as np
 
@@ -112,11 +110,9 @@ def describe(ours: float, train: bytes, validation: bytes) -> str:
             xz = (f"{bits:.2f}", "compressed after the training text, whose passages it copies")
         except Error as error:
             xz = ("–", f"left out: {error}")
-    return "\n".join(
-        (
-            f"bits per byte of the validation text ({len(validation):,} bytes; 8 is knowing nothing)",
-            f"  this model   {ours:>5.2f}",
-            f"  byte 5-gram  {ngram[0]:>5}  {ngram[1]}",
-            f"  xz -9        {xz[0]:>5}  {xz[1]}",
-        )
+    return (
+        f"bits per byte of the validation text ({len(validation):,} bytes; 8 is knowing nothing)\n"
+        f"  this model   {ours:>5.2f}\n"
+        f"  byte 5-gram  {ngram[0]:>5}  {ngram[1]}\n"
+        f"  xz -9        {xz[0]:>5}  {xz[1]}"
     )

@@ -1,8 +1,9 @@
-"""How does a long run lose nothing?
+"""Checkpoints: with them a long run loses nothing, however it is stopped.
 
 A checkpoint is a folder ``step-000135`` in the run's folder, with all that the next step depends on:
 
-    config.json, model.safetensors    the model, as Hugging Face lays it out
+    config.json, model.safetensors    the model, as Hugging Face lays it out (without config.json, if it is
+                                      not a language model)
     optimizer.safetensors             AdamW's averages, ``m.NAME`` and ``v.NAME`` for every parameter
     checkpoint.json                   the step and everything else, and the SHA-256 of each file, its own too
 
@@ -23,50 +24,34 @@ file in it open: the run stops with exit code 1 and the checkpoint before is unt
 LockFileEx there and flock elsewhere; the system takes both back from a process that dies.
 """
 
-from __future__ import annotations
-
 import hashlib
 import os
 import platform
-import re
 import shutil
 from pathlib import Path, PureWindowsPath
 
 import numpy as np
 
-import tinyllm
 from tinyllm.backend.device import describe_device
 from tinyllm.backend.threads import num_threads
 from tinyllm.errors import Error
-from tinyllm.files import SAVING, read_sealed, sealed, sync, sync_folder
+from tinyllm.files import SAVING, read_sealed, sealed, sync_folder, write_synced
 from tinyllm.nn import Module
 from tinyllm.optim import AdamW
-from tinyllm.weights.safetensors import CONFIG, Weights, write_safetensors
+from tinyllm.version import __version__
+from tinyllm.weights.safetensors import SINGLE_FILE, Weights, write_safetensors
 
 FORMAT = 1
+
+FIELDS = dict(
+    step=int, tokens=int, val_loss=float | None, samples_bytes=int, run=str, machine=dict, t=dict, files=dict
+)  # of checkpoint.json: what a resumed run relies on
 
 OPTIMIZER, ABOUT = "optimizer.safetensors", "checkpoint.json"
 
 REMOVING, DAMAGED = ".removing-", "damaged-"
 
-STEP = re.compile(r"step-(\d{6,})", re.ASCII)
-
 SPARE_BYTES = 32 * 2**20  # on the disk after a checkpoint, for logs and pictures
-
-
-def checkpoint_folder(run: Path, step: int) -> Path:
-    return run / f"step-{step:06}"
-
-
-def step_of(folder: Path) -> int:
-    """The number in a checkpoint folder's name."""
-    return int(STEP.fullmatch(folder.name)[1])
-
-
-def checkpoints(run: Path) -> list[Path]:
-    """The checkpoint folders of a run, oldest first. Each of them was complete when it got its name."""
-    found = [path for path in run.glob("step-*") if STEP.fullmatch(path.name) and path.is_dir()]
-    return sorted(found, key=step_of)
 
 
 def save_checkpoint(folder: Path, model: Module, optimizer: AdamW, about: dict) -> None:
@@ -79,14 +64,15 @@ def save_checkpoint(folder: Path, model: Module, optimizer: AdamW, about: dict) 
     state = optimizer.state_dict()
     try:
         new.mkdir()
-        model.save_pretrained(new)
+        if hasattr(model, "save_pretrained"):
+            model.save_pretrained(new)
+        else:  # not a language model
+            write_safetensors(new / SINGLE_FILE, model.state_dict())
         averages = {f"{key}.{name}": array for key in "mv" for name, array in state[key].items()}
         write_safetensors(new / OPTIMIZER, averages)
         # Reading them again costs no more than hashing on the way (measured: 0.12 and 0.11 s for 200 MB).
         files = {path.name: _fingerprint(path) for path in sorted(new.iterdir())}
-        with open(new / ABOUT, "wb") as file:
-            file.write(sealed({"format": FORMAT, **about, "t": state["t"], "files": files}))
-            sync(file)
+        write_synced(new / ABOUT, sealed({"format": FORMAT, **about, "t": state["t"], "files": files}))
         sync_folder(new)
         os.replace(new, folder)
         sync_folder(folder.parent)
@@ -109,32 +95,19 @@ def verify(folder: Path) -> dict:
     Raises ``Error``, naming the file, if one is missing or not as it was written.
     """
     about = read_sealed(folder / ABOUT)
-    match about:
-        case {
-            "format": 1,
-            "step": int(),
-            "tokens": int(),
-            "val_loss": None | float(),
-            "samples_bytes": int(),
-            "run": str(),
-            "machine": dict(),
-            "t": dict(),
-            "files": dict(files),
-        } if {CONFIG, OPTIMIZER} <= files.keys():
-            pass
-        case _:
-            raise Error(f"{folder / ABOUT} is not of a checkpoint of this version: start the run again")
-    for name, expected in files.items():
+    fits = all(key in about and isinstance(about[key], kind) for key, kind in FIELDS.items())
+    if about.get("format") != FORMAT or not fits or OPTIMIZER not in about["files"]:
+        raise Error(f"{folder / ABOUT} is not of a checkpoint of this version: start the run again")
+    for name, expected in about["files"].items():
+        path = folder / name
         if PureWindowsPath(name).name != name:
             raise Error(f"{folder / ABOUT} names {name!r}, which is no plain file name: start the run again")
         try:
-            found = _fingerprint(folder / name)
+            found = _fingerprint(path)
         except OSError as error:
-            raise Error(f"{folder / name} cannot be read ({error.strerror}): copy it again") from error
+            raise Error(f"{path} cannot be read ({error.strerror}): copy it again") from error
         if found != expected:
-            raise Error(
-                f"{folder / name} is damaged (its size or SHA-256 is not what {ABOUT} says): copy it again"
-            )
+            raise Error(f"{path} is damaged (its size or SHA-256 is not what {ABOUT} says): copy it again")
     return about
 
 
@@ -166,8 +139,7 @@ def remove_checkpoint(folder: Path) -> None:
 def set_aside(folder: Path) -> Path:
     """Rename a damaged checkpoint so that it is none any more; returns its new name."""
     aside = folder.with_name(DAMAGED + folder.name)
-    if aside.exists():
-        shutil.rmtree(aside)
+    shutil.rmtree(aside, ignore_errors=True)  # it is not there, as a rule
     os.replace(folder, aside)
     sync_folder(folder.parent)
     return aside
@@ -182,33 +154,28 @@ def remove_left_overs(run: Path) -> None:
             path.unlink()
 
 
-def check_space(run: Path, model: Module) -> None:
+def check_space(run: Path, model: Module, remedy: str) -> None:
     """OSError if the disk has no room for a checkpoint: noticed before it is begun, not on the way."""
     needed = 3 * sum(parameter.data.nbytes for parameter in model.parameters()) + SPARE_BYTES
     free = shutil.disk_usage(run).free
     if free < needed:
-        raise OSError(
-            f"the disk of {run} has {free / 1e6:,.0f} MB left and a checkpoint needs {needed / 1e6:,.0f} MB"
-        )
+        found = f"has {free / 1e6:,.0f} MB left and a checkpoint needs {needed / 1e6:,.0f} MB"
+        raise OSError(f"the disk of {run} {found}: {remedy}")
 
 
 def machine(device: str) -> dict[str, str | int]:
     """What else than the run's options decides the last bits of its numbers."""
     from threadpoolctl import threadpool_info
 
-    found = [library for library in threadpool_info() if library["user_api"] == "blas"]
+    found = [blas for blas in threadpool_info() if blas["user_api"] == "blas"]
     # Others may have been loaded beside NumPy's own.
-    of_numpy = [library for library in found if "numpy" in library["filepath"]] or found
-    blas = [
-        f"{library['internal_api']} {library['version']}, {library.get('architecture')}, "
-        f"threads: {library['num_threads']}"
-        for library in of_numpy
-    ]
+    of_numpy = [blas for blas in found if "numpy" in blas["filepath"]] or found
+    about_it = "{internal_api} {version}, {architecture}, threads: {num_threads}"
     return {
-        "tinyllm": tinyllm.__version__,
+        "tinyllm": __version__,
         "numpy": np.__version__,
         "processor": platform.machine(),
-        "blas": "; ".join(blas),
+        "blas": "; ".join(about_it.format_map({"architecture": None} | blas) for blas in of_numpy),
         "threads": num_threads(),
         "device": describe_device(device),
     }

@@ -1,15 +1,14 @@
 """The records of a run: one JSON object per step."""
 
-from __future__ import annotations
-
 import json
 import math
 import sys
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 from tinyllm.errors import Error
-from tinyllm.files import check_is_file, parse_json
+from tinyllm.files import parse_json, read_file
 from tinyllm.tokenizers.base import FILE_NAME as TOKENIZER
 
 CONFIG, METRICS = "config.json", "metrics.jsonl"  # of a run folder
@@ -42,9 +41,8 @@ class RecordedRun:
                 ratio = record["val_loss"] / math.log(2) / record["val_bits_per_byte"]
                 if TINY < ratio < 1 / TINY:
                     return ratio
-        raise Error(
-            f"run {self.name} holds no val_bits_per_byte that fits its val_loss: plot its loss instead"
-        )
+        wrong = "holds no val_bits_per_byte that fits its val_loss"
+        raise Error(f"run {self.name} {wrong}: plot its loss instead")
 
     def along(self, x: str) -> list[float]:
         """Steps, tokens, or seconds of training (without the evaluations) at each record."""
@@ -61,9 +59,8 @@ class RecordedRun:
     def curve(self, key: str, x: str, y: str) -> tuple[list[float], list[float]]:
         """The points at which ``key`` was measured."""
         unit = 1.0 if y == "loss" else math.log(2) * self.bytes_per_token()
-        at = self.along(x)
-        measured = [i for i, record in enumerate(self.records) if key in record]
-        return [at[i] for i in measured], [self.records[i][key] / unit for i in measured]
+        points = [(at, r[key] / unit) for at, r in zip(self.along(x), self.records) if key in r]
+        return [at for at, _ in points], [value for _, value in points]
 
 
 def read_run(folder: str | Path) -> RecordedRun:
@@ -75,12 +72,15 @@ def read_run(folder: str | Path) -> RecordedRun:
     """
     folder = Path(folder)
     name = folder.resolve().name
-    about, tokenizer = (_read_json(folder, file) for file in (CONFIG, TOKENIZER))
+    about = _read_json(folder, CONFIG)
     try:
+        has_tokenizer = "tokenizer" in about or (folder / TOKENIZER).exists()  # not every task has one
         options = {key: value for key, value in about["train"].items() if key not in BOOKKEEPING}
-        options["text_sha256"] = about["text"]["sha256"][:8]
+        if "text" in about:
+            options["text_sha256"] = about["text"]["sha256"][:8]
     except (TypeError, KeyError, AttributeError):
         raise _not_a_run(folder, f"its {CONFIG} is not one that tinyllm train wrote") from None
+    tokenizer = _read_json(folder, TOKENIZER) if has_tokenizer else {}
     records, notes = _read_metrics(folder / METRICS)
     if not any("val_loss" in record for record in records):
         raise Error(f"{folder} has no metrics with an evaluation yet: wait until training wrote the first")
@@ -93,9 +93,8 @@ def _not_a_run(folder: Path, why: str) -> Error:
 
 def _read_json(folder: Path, file: str) -> dict:
     try:
-        check_is_file(folder / file)
-        return parse_json((folder / file).read_bytes())
-    except OSError:
+        return parse_json(read_file(folder / file))
+    except Error:
         raise _not_a_run(folder, f"it holds no {file} that can be read") from None
     except ValueError:
         raise _not_a_run(folder, f"its {file} is damaged") from None
@@ -103,30 +102,29 @@ def _read_json(folder: Path, file: str) -> dict:
 
 def _read_metrics(path: Path) -> tuple[list[dict], list[str]]:
     """The records, and a note if the last line is half-written."""
-    try:
-        check_is_file(path)
-        lines = path.read_bytes().split(b"\n")
-    except FileNotFoundError:  # it is written with the first evaluation
+    if not path.exists():  # it is written with the first evaluation
         return [], []
-    except OSError as error:
-        raise Error(f"{path} cannot be read ({error.strerror or error}): check the file") from None
-    rest = lines.pop()  # what stands after the end of the last line: nothing, if all went well
-    notes = []
-    if parse_record(rest) is not None:
-        lines.append(rest)
-    elif rest:
-        notes.append(f"the last line of {path.name}, number {len(lines) + 1}, is half-written and left out")
+    *lines, rest = read_file(path).split(b"\n")  # the rest is empty, if all went well
+    is_whole = _parse_record(rest) is not None
+    records, wrong = parse_records([*lines, rest] if is_whole else lines)
+    if wrong:
+        raise Error(f"{path}, line {len(records) + 1}, is damaged ({wrong}): repair or remove it")
+    note = f"the last line of {path.name}, number {len(lines) + 1}, is half-written and left out"
+    return records, [note] if rest and not is_whole else []
+
+
+def parse_records(lines: Iterable[bytes]) -> tuple[list[dict], str | None]:
+    """The records in the lines before the first damaged one, and what is wrong with that, if there is one."""
     records = []
-    for number, line in enumerate(lines, start=1):
-        record = parse_record(line)
-        wrong = what_is_wrong(record, records[-1] if records else None)
-        if wrong:
-            raise Error(f"{path}, line {number}, is damaged ({wrong}): repair or remove it")
+    for line in lines:
+        record = _parse_record(line)
+        if wrong := _what_is_wrong(record, records[-1] if records else None):
+            return records, wrong
         records.append(record)
-    return records, notes
+    return records, None
 
 
-def parse_record(line: bytes) -> dict | None:
+def _parse_record(line: bytes) -> dict | None:
     """The record in a line of metrics.jsonl, or None if there is none."""
     try:
         record = json.loads(line)
@@ -135,7 +133,7 @@ def parse_record(line: bytes) -> dict | None:
     return record if isinstance(record, dict) else None
 
 
-def what_is_wrong(record: dict | None, before: dict | None) -> str | None:
+def _what_is_wrong(record: dict | None, before: dict | None) -> str | None:
     """What is wrong with a record, which must go on from the one before it; None if nothing is."""
     if record is None:
         return "it is not a JSON object"

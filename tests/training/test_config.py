@@ -1,0 +1,116 @@
+"""The options of a run: as JSON and back, and which of them a resumed run may change."""
+
+import json
+import os
+import re
+import shutil
+from dataclasses import replace
+
+import pytest
+from support.runs import left, no_pictures, rhyme, tiny
+
+import tinyllm.training.config
+from tinyllm.errors import Error
+from tinyllm.training.config import TrainConfig, check_continues
+from tinyllm.training.run_folder import begun_config
+from tinyllm.training.tasks.pretrain import train
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick():
+    """Without pictures and a busy disk: test_checkpoint.py sees to that."""
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(os, "fsync", lambda descriptor: None)
+        no_pictures(patched)
+        yield
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    return rhyme(tmp_path_factory.mktemp("text"), 12)
+
+
+@pytest.fixture(scope="module")
+def whole(text, tmp_path_factory):
+    """A run that was never interrupted; nobody writes into it."""
+    out = tmp_path_factory.mktemp("whole") / "run"
+    train(tiny(text, out), progress=False)
+    return out
+
+
+OTHERWISE = dict(
+    in_memory=1,
+    tokenizer="bpe:300",
+    arch="llama",
+    special="text",
+    special_tokens=("<|a|>",),
+    n_layer=2,
+    n_head=1,
+    n_embd=16,
+    context=4,
+    stride=None,
+    batch=16,
+    steps=7,
+    lr=1e-3,
+    initial_lr=1e-5,
+    min_lr=1e-5,
+    warmup=1,
+    weight_decay=0.0,
+    clip=2.0,
+    dropout=0.1,
+    tie_head=False,
+    qkv_bias=False,
+    head_bias=True,
+    init="torch",
+    profile=True,
+    seed=1,
+    dtype="float64",
+    n_kv_head=1,
+)
+
+
+def test_every_option_is_either_free_or_refused(whole, tmp_path):
+    out = shutil.copytree(whole, tmp_path / "run")
+    before = left(out)
+    config = begun_config(out)
+    elsewhere = tinyllm.training.config.ELSEWHERE - {"dtype"}  # of which float64 is refused
+    assert OTHERWISE.keys() == config.to_json().keys() - config.free - elsewhere - {"out"}
+    for name, value in OTHERWISE.items():
+        both = {"arch": "llama"} if name == "n_kv_head" else {}
+        with pytest.raises(Error, match="bit for bit") as raised:
+            train(replace(config, **{name: value}, **both), progress=False)
+        option = f"--{name.replace('_', '-')}"
+        assert f"{option} {getattr(config, name)}" in str(raised.value)
+        assert f"{option} {value}" in str(raised.value)
+    with pytest.raises(Error, match=re.escape(f"--out {out}, not --out elsewhere")):
+        train(replace(config, out="elsewhere"), progress=False)
+    with pytest.raises(Error, match="--seed 0, --dtype float32, not --seed 1, --dtype float64"):
+        train(replace(config, seed=1, dtype="float64"), progress=False)
+    assert left(out) == before
+
+
+@pytest.mark.parametrize(
+    ("begun", "asked", "same"),
+    [
+        ("float32", "bfloat16", True),
+        ("bfloat16", "float32", True),
+        ("float16", "tf32", True),
+        ("float64", "float32", False),
+        ("float16", "float64", False),
+        ("float64", "float64", True),
+    ],
+)
+def test_products_may_be_of_another_type_and_parameters_not(begun, asked, same):
+    begun, asked = TrainConfig(dtype=begun), TrainConfig(dtype=asked, device="cuda:1", micro_batch=4)
+    if same:
+        check_continues(begun, asked)
+        return
+    with pytest.raises(
+        Error, match=f"begun with --dtype {begun.dtype}, not --dtype {asked.dtype}: a run goes on"
+    ):
+        check_continues(begun, asked)
+
+
+def test_whole_numbers_where_others_may_stand():
+    config = TrainConfig(lr=1, gpu_memory=2)
+    assert TrainConfig.from_json(json.loads(json.dumps(config.to_json()))) == config

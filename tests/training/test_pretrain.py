@@ -1,0 +1,240 @@
+"""The task of learning a text: its data, its evaluation, and that torch walks the same way."""
+
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from support.runs import (
+    CONTEXT,
+    RHYME,
+    left,
+    records,
+    rhyme,
+    same_arrays,
+    small,
+    stopped_after,
+    tiny,
+    weights,
+)
+
+from tinyllm import GPT2, load_tokenizer
+from tinyllm.data.batches import Batches, Windows
+from tinyllm.errors import Error
+from tinyllm.training.run_folder import begun_config
+from tinyllm.training.tasks.pretrain import load_data, mean_loss, parts_of_a_step, train
+from tinyllm.weights.runs import last_checkpoint
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    return rhyme(tmp_path_factory.mktemp("text"), 40)
+
+
+def test_training_windows_overlap_unless_told_otherwise(text, tmp_path):
+    data = load_data(small(text, tmp_path, stride=None))
+    assert (data.train.stride, data.validation.stride) == (CONTEXT // 4, CONTEXT)
+    assert load_data(small(text, tmp_path, stride=None, context=2)).train.stride == 1
+
+
+def test_loss_begins_near_guessing_and_falls_on_a_rhyme(text, tmp_path):
+    config = small(text, tmp_path / "run", steps=120, eval_every=120)
+    train(config, progress=False)
+    first, *_, last = records(config.out)
+    assert first["val_loss"] == pytest.approx(math.log(len(set(RHYME))), abs=0.05)
+    assert first["train_eval_loss"] == pytest.approx(math.log(len(set(RHYME))), abs=0.05)
+    assert last["val_loss"] < first["val_loss"] / 3
+    # Characters of RHYME are one byte each, and the char tokenizer's tokens are characters.
+    assert last["val_bits_per_byte"] == pytest.approx(last["val_loss"] / math.log(2), rel=1e-12)
+    assert last["train_loss"] < first["val_loss"] / 3
+
+
+# A text on disk
+
+
+def test_a_large_text_goes_through_a_token_file(tmp_path, monkeypatch):
+    monkeypatch.setattr(
+        "tinyllm.data.token_file.PIECE_CHARACTERS", 1000
+    )  # of a chunk, so that there are many
+    corpus = tmp_path / "corpus"
+    corpus.mkdir()
+    for n in range(30):
+        (corpus / f"{n:02}.txt").write_text(RHYME * 60 + str(n), encoding="utf-8")
+    out = tmp_path / "run"
+    config = small(corpus, out, tokenizer="bpe:265", in_memory=0, steps=150, eval_every=150)
+    train(config, progress=False)
+    (folder,) = tmp_path.glob("*.tokens")
+    assert folder.name == "corpus.bpe-265.tokens"
+    written = {p.name: p.stat().st_mtime_ns for p in folder.iterdir()}
+    last = records(out)[-1]
+    assert last["val_loss"] < 1
+    # One token of this rhyme is several bytes, so the two units differ by more than ln 2.
+    assert last["val_bits_per_byte"] < last["val_loss"]
+    ids = load_tokenizer(out).encode((corpus / "00.txt").read_text(encoding="utf-8"))
+    data = load_data(config)
+    assert list(data.train.tokens[: len(ids)]) == ids
+    assert data.train.tokens[len(ids)] == load_tokenizer(out).special_tokens["<|endoftext|>"]
+    train(replace(config, out=tmp_path / "again"), progress=False)
+    assert {p.name: p.stat().st_mtime_ns for p in folder.iterdir()} == written  # tokenised once
+    assert same_arrays(weights(out), weights(tmp_path / "again"))
+    (corpus / "07.txt").write_text("something else", encoding="utf-8")
+    with pytest.raises(Error, match=r"corpus"):
+        train(replace(config, out=tmp_path / "changed", tokens=folder), progress=False)
+    assert not (tmp_path / "changed").exists()
+
+
+def test_a_large_text_is_too_much_for_characters(text, tmp_path):
+    with pytest.raises(Error, match="too much for a character tokenizer"):
+        load_data(small(text, tmp_path / "run", in_memory=0))
+
+
+def test_new_special_tokens_get_ids_of_their_own(text, tmp_path):
+    config = small(text, tmp_path / "run", special_tokens=("<|user|>", "<|bot|>"), steps=2, warmup=0)
+    model = train(config, progress=False)
+    tokenizer = load_tokenizer(config.out)
+    assert tokenizer.encode("the <|bot|>", special="allow")[-1] == tokenizer.vocab_size - 1
+    assert model.config.vocab_size == tokenizer.vocab_size == len(set(RHYME)) + 2
+
+
+# Evaluation
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("most", [3, 10**6])
+def test_evaluate_is_the_mean_over_its_windows_without_dropout(text, tmp_path, training, most):
+    data = load_data(small(text, tmp_path))
+    config = small(text, tmp_path, dropout=0.5).model_config(data.tokenizer.vocab_size)
+    model = GPT2(config, rng=np.random.default_rng(0)).astype(np.float64).train(training)
+    model.wte.weight.data *= 10  # otherwise every window would lose about the same
+    found = mean_loss(model, data.train, most, batch=5)
+    assert all(module.training == training for _, module in model.named_modules())
+
+    model.eval()
+    chosen = [0, 26, 52] if most == 3 else range(53)
+    assert len(data.train) == 53
+    losses = []
+    for i in chosen:
+        ids, targets = data.train[[i]]
+        logits = model(ids).data[0]
+        log_sums = np.log(np.exp(logits).sum(axis=-1))
+        losses += [log_sums[t] - logits[t, target] for t, target in enumerate(targets[0])]
+    assert found == pytest.approx(np.mean(losses), rel=1e-12)
+    assert np.std(losses) > 0.1
+
+
+def test_evaluate_records_no_gradients_and_restores_the_mode_after_an_error(text, tmp_path):
+    data = load_data(small(text, tmp_path))
+    model = GPT2(small(text, tmp_path).model_config(data.tokenizer.vocab_size), rng=np.random.default_rng(0))
+    mean_loss(model, data.validation, 2, 2)
+    assert all(parameter.grad is None for parameter in model.parameters())
+    with pytest.raises(Error, match="token ids run from 0"):
+        mean_loss(model, Windows(np.full(40, 999), CONTEXT), 2, 2)
+    assert model.training
+
+
+def test_the_parts_of_a_step_are_a_step_of_the_run(text, tmp_path):
+    config = small(text, tmp_path / "run", steps=1, warmup=0, dropout=0.2, micro_batch=2)
+    model, parts = parts_of_a_step(config)
+    optimizer = parts["AdamW"].__self__
+    optimizer.lr = config.lr
+    for part in parts.values():
+        part()
+    assert not config.out.exists()
+    assert same_arrays(model.state_dict(), train(config, progress=False).state_dict())
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("tie_head", [True, False])
+def test_the_training_run_in_torch(text, tmp_path, tie_head):
+    """20 steps of train() beside transformers' GPT-2 with torch's loss, AdamW, clipping and schedules.
+
+    In float64, from the same weights, on the same batches. GPT2LMHeadModel computes its own loss in
+    float32, so torch's cross-entropy takes its logits.
+    """
+    torch = pytest.importorskip("torch")
+    transformers = pytest.importorskip("transformers")
+    config = small(
+        text,
+        tmp_path / "run",
+        n_layer=2,
+        steps=20,
+        eval_every=20,
+        dtype="float64",
+        clip=1.4,
+        tie_head=tie_head,
+    )
+    data = load_data(config)
+    start = GPT2(config.model_config(data.tokenizer.vocab_size), rng=np.random.default_rng(config.seed))
+    start.astype(np.float64).save_pretrained(tmp_path / "start")
+    theirs = transformers.GPT2LMHeadModel.from_pretrained(
+        tmp_path / "start", dtype=torch.float64, attn_implementation="eager"
+    ).train()
+    assert all(p.dtype == torch.float64 for p in theirs.parameters())
+
+    ours = train(config, progress=False)
+
+    decayed = [p for p in theirs.parameters() if p.ndim >= 2]
+    others = [p for p in theirs.parameters() if p.ndim < 2]
+    optimizer = torch.optim.AdamW(
+        [{"params": decayed, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}], lr=config.lr
+    )
+    rise = torch.optim.lr_scheduler.LinearLR(
+        optimizer, config.initial_lr / config.lr, total_iters=config.warmup
+    )
+    fall = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, config.steps - config.warmup, config.min_lr)
+    schedule = torch.optim.lr_scheduler.SequentialLR(optimizer, [rise, fall], [config.warmup])
+    batches = Batches(data.train, config.batch, config.seed)
+    clipped = 0
+    for step, record in enumerate(records(config.out)[1:]):
+        ids, targets = (torch.from_numpy(array) for array in batches.at(step))
+        loss = torch.nn.functional.cross_entropy(theirs(ids).logits.flatten(0, 1), targets.flatten())
+        optimizer.zero_grad()
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(theirs.parameters(), config.clip)
+        clipped += norm.item() > config.clip
+        assert record["lr"] == pytest.approx(optimizer.param_groups[0]["lr"], rel=1e-12)
+        optimizer.step()
+        schedule.step()
+        assert abs(record["train_loss"] - loss.item()) < 1e-9
+        assert abs(record["grad_norm"] - norm.item()) < 1e-9
+    assert 0 < clipped < 20  # both sides of the clipping were walked
+
+    expected = {name.removeprefix("transformer."): p for name, p in theirs.named_parameters()}
+    found = ours.state_dict()
+    assert found.keys() == expected.keys()
+    began = start.state_dict()
+    for name, parameter in expected.items():
+        parameter = parameter.detach().numpy()
+        assert np.abs(found[name] - parameter).max() < 1e-9, name
+        assert np.abs(found[name] - began[name]).max() > 1e-4, name  # it was trained
+
+
+def test_a_run_of_a_token_file_goes_on(tmp_path, monkeypatch):
+    monkeypatch.setattr("tinyllm.data.token_file.PIECE_CHARACTERS", 100)
+    monkeypatch.setattr("tinyllm.data.corpus.PIECE_CHARACTERS", 100)
+    (tmp_path / "text.txt").write_text(RHYME * 60, encoding="utf-8")
+    config = tiny(tmp_path / "text.txt", tmp_path / "whole", tokenizer="bpe:262", in_memory=0)
+    train(config, progress=False)
+    stopped_after(replace(config, out=tmp_path / "run"), 4)
+    monkeypatch.setattr("tinyllm.training.tasks.pretrain.train_bpe", None)  # nothing is learned again
+    train(begun_config(tmp_path / "run"), progress=False)
+    assert left(tmp_path / "run") == left(tmp_path / "whole")
+
+
+def test_another_text_or_tokenizer(tmp_path):
+    path = tmp_path / "text.txt"
+    path.write_text(RHYME * 12, encoding="utf-8")
+    out = tmp_path / "run"
+    stopped_after(tiny(path, out), 2)
+    tokenizer = (out / "tinyllm_tokenizer.json").read_bytes()
+    (out / "tinyllm_tokenizer.json").write_bytes(tokenizer.replace(b"ce", b"ec"))
+    with pytest.raises(Error, match="is not the run's own any more"):
+        train(begun_config(out), progress=False)
+    (out / "tinyllm_tokenizer.json").write_bytes(tokenizer)
+    path.write_text(RHYME * 12 + "!", encoding="utf-8")
+    with pytest.raises(Error, match=r"text\.txt is not the one that the run was begun with") as raised:
+        train(begun_config(out), progress=False)
+    assert begun_config(out).text in str(raised.value)
+    (tmp_path / "moved").mkdir()
+    train(replace(begun_config(out), text=str(rhyme(tmp_path / "moved", 12))), progress=False)
+    assert last_checkpoint(out).name == "step-000006"

@@ -1,0 +1,360 @@
+"""A whole run: what it leaves, that it can be repeated, and how it is stopped."""
+
+import json
+import math
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import asdict
+
+import numpy as np
+import pytest
+from support.runs import CONTEXT, RHYME, records, rhyme, same_arrays, small, values, weights
+
+import tinyllm.training.run_folder
+import tinyllm.training.step
+from tinyllm import GPT2, load_model, load_tokenizer
+from tinyllm.data.corpus import load_text
+from tinyllm.training.checkpoint import verify
+from tinyllm.training.config import TrainConfig
+from tinyllm.training.tasks.pretrain import load_data, mean_loss, train
+from tinyllm.weights.runs import last_checkpoint
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    return rhyme(tmp_path_factory.mktemp("text"), 40)
+
+
+@pytest.fixture(scope="module")
+def run(text, tmp_path_factory):
+    """One finished run, its config and its model; nobody writes into it."""
+    config = small(text, tmp_path_factory.mktemp("runs") / "deep" / "run")
+    return config, train(config, progress=False)
+
+
+# What a run leaves
+
+
+def test_the_folder_of_a_run(run):
+    pytest.importorskip("matplotlib")
+    config, _ = run
+    assert {path.name for path in config.out.iterdir()} == {
+        "config.json",
+        "metrics.jsonl",
+        "samples.txt",
+        "loss.png",
+        "tinyllm_tokenizer.json",
+        "step-000012",
+        "lock",
+    }
+    assert {path.name for path in (config.out / "step-000012").iterdir()} == {
+        "config.json",
+        "model.safetensors",
+        "optimizer.safetensors",
+        "checkpoint.json",
+    }
+    assert (config.out / "loss.png").read_bytes().startswith(b"\x89PNG")
+    assert load_tokenizer(config.out).decode(load_tokenizer(config.out).encode(RHYME)) == RHYME
+
+
+def test_config_says_what_was_run(run, text):
+    config, _ = run
+    about = json.loads((config.out / "config.json").read_text(encoding="utf-8"))
+    assert about["train"] == asdict(config) | {"out": str(config.out), "special_tokens": [], "log": []}
+    assert TrainConfig.from_json(about["train"]) == config
+    loaded = load_text(text)
+    assert about["text"] == {"name": str(text), "sha256": loaded.sha256, "bytes": 960}
+    assert about["parameters"] == sum(array.size for array in weights(config.out).values())
+    assert about["steps_per_epoch"] == math.ceil(len(range(0, 864 - CONTEXT, CONTEXT)) / 4) == 14
+    assert about["versions"]["numpy"] == np.__version__
+    assert about["versions"]["tinyllm"] == tinyllm.__version__
+
+
+def test_metrics_one_record_a_step(run):
+    config, _ = run
+    first, *steps = records(config.out)
+    assert first.keys() == {"step", "tokens", "train_eval_loss", "val_loss", "val_bits_per_byte"}
+    assert (first["step"], first["tokens"]) == (0, 0)
+    assert [r["step"] for r in steps] == list(range(1, 13))
+    every_step = {"step", "tokens", "train_loss", "lr", "grad_norm", "tokens_per_s"}
+    at_evaluations = {"train_eval_loss", "val_loss", "val_bits_per_byte"}
+    at_evaluations |= {"mean_tokens_per_s", "peak_memory"}
+    for r in steps:
+        assert r.keys() == (every_step | at_evaluations if r["step"] in (5, 10, 12) else every_step)
+        assert all(math.isfinite(value) for value in r.values())
+        assert r["tokens"] == r["step"] * 4 * CONTEXT
+        assert r["grad_norm"] > 0
+        assert r["tokens_per_s"] > 0
+        if "val_loss" in r:
+            assert 10**7 < r["peak_memory"] < 10**11
+
+
+def test_tokens_count_what_was_shown_also_in_an_epochs_short_last_batch(text, tmp_path):
+    config = small(text, tmp_path / "run", batch=50, steps=3, warmup=0)  # 53 windows: 50, 3, 50
+    train(config, progress=False)
+    assert [r["tokens"] for r in records(config.out)] == [n * CONTEXT for n in (0, 50, 53, 103)]
+
+
+def test_learning_rates_are_those_of_the_schedule(run):
+    config, _ = run
+    rates = [r["lr"] for r in records(config.out)[1:]]
+    rising = [1e-3, 4e-3, 7e-3]
+    falling = [1e-4 + (1e-2 - 1e-4) * (1 + math.cos(math.pi * n / 9)) / 2 for n in range(9)]
+    assert rates == pytest.approx(rising + falling, rel=1e-12)
+
+
+def test_samples_begin_with_the_prompt(run):
+    config, _ = run
+    samples = (config.out / "samples.txt").read_text(encoding="utf-8")
+    parts = re.split(r"^--- step (\d+)\n", samples, flags=re.MULTILINE)[1:]
+    assert parts[::2] == ["0", "5", "10", "12"]
+    for sample in parts[1::2]:
+        assert sample.startswith("the ")
+        assert len(sample) == len("the ") + 50 + len("\n")
+
+
+def test_checkpoint_is_the_model_and_gives_the_last_losses(run):
+    config, model = run
+    loaded = load_model(last_checkpoint(config.out))
+    assert same_arrays(loaded.state_dict(), model.state_dict())
+    data = load_data(config)
+    last = records(config.out)[-1]
+    assert mean_loss(loaded, data.validation, config.eval_windows, config.batch) == last["val_loss"]
+    assert mean_loss(loaded, data.train, config.eval_windows, config.batch) == last["train_eval_loss"]
+
+
+def test_checkpoints_on_the_way(text, tmp_path):
+    config = small(text, tmp_path / "run", checkpoint_every=5, keep=3)
+    train(config, progress=False)
+    assert sorted(p.name for p in config.out.glob("step-*")) == ["step-000005", "step-000010", "step-000012"]
+    assert last_checkpoint(config.out).name == "step-000012"
+    evaluated = {r["step"]: r["val_loss"] for r in records(config.out) if "val_loss" in r}
+    data = load_data(config)
+    for step in (5, 10, 12):
+        model = load_model(config.out / f"step-{step:06}")
+        assert mean_loss(model, data.validation, config.eval_windows, config.batch) == evaluated[step]
+
+
+def test_run_in_float64(text, tmp_path):
+    config = small(text, tmp_path / "run", steps=2, warmup=0, dtype="float64")
+    model = train(config, progress=False)
+    assert {p.data.dtype for p in model.parameters()} == {np.dtype(np.float64)}
+    assert {array.dtype for array in weights(config.out).values()} == {np.dtype(np.float64)}
+
+
+def test_without_matplotlib_a_run_lacks_its_plot_only(text, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    config = small(text, tmp_path / "run", steps=2, warmup=0)
+    train(config, progress=False)
+    assert not (config.out / "loss.png").exists()
+    assert len(records(config.out)) == 3
+
+
+def test_one_callback_sees_all_that_is_logged(text, tmp_path):
+    config = small(text, tmp_path / "run")
+    seen = []
+    train(config, progress=False, callback=seen.append)
+    samples = [record.pop("sample") for record in seen if "sample" in record]
+    written = (config.out / "samples.txt").read_text(encoding="utf-8")
+    assert len(samples) == 4
+    assert written == "".join(f"--- step {step}\n{s}\n" for step, s in zip((0, 5, 10, 12), samples))
+    for record in seen:
+        record.pop("seconds_left", None)
+    assert seen == records(config.out)
+
+
+def test_a_llama_trains_too(text, tmp_path):
+    config = small(text, tmp_path / "run", arch="llama", n_head=4, n_kv_head=2, dropout=0.1, steps=60)
+    model = train(config, progress=False)
+    assert model.config.num_key_value_heads == 2
+    assert model.config.intermediate_size == 64
+    assert records(config.out)[-1]["val_loss"] < records(config.out)[0]["val_loss"] / 2
+    loaded = load_model(last_checkpoint(config.out))
+    assert type(loaded) is type(model)
+    assert same_arrays(loaded.state_dict(), model.state_dict())
+
+
+def test_micro_batches_make_the_same_run(text, tmp_path):
+    """53 windows in batches of 4: an epoch ends with a batch of one, less than a micro-batch of 2."""
+    found = {}
+    for micro_batch in (None, 1, 2):
+        config = small(text, tmp_path / str(micro_batch), micro_batch=micro_batch, dtype="float64", steps=20)
+        found[micro_batch] = train(config, progress=False).state_dict()
+    for micro_batch in (1, 2):
+        for name, array in found[None].items():
+            assert np.abs(array - found[micro_batch][name]).max() < 1e-9, name
+
+
+# The same again
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_same_config_same_numbers_and_weights(text, tmp_path, dropout):
+    # A batch of 64 windows, so that the threads have something to share out.
+    configs = [small(text, tmp_path / name, dropout=dropout, batch=64, n_embd=64) for name in "ab"]
+    for config in configs:
+        train(config, progress=False)
+    a, b = (config.out for config in configs)
+    assert values(a) == values(b)
+    assert same_arrays(weights(a), weights(b))
+    assert (a / "samples.txt").read_bytes() == (b / "samples.txt").read_bytes()
+
+
+def test_seed_dropout_and_initial_weights_make_a_difference(run, text, tmp_path):
+    config, _ = run
+    for name, change in [("seed", {"seed": 1}), ("dropout", {"dropout": 0.3}), ("init", {"init": "torch"})]:
+        other = small(text, tmp_path / name, steps=4, **change)
+        train(other, progress=False)
+        changed_from = 0 if name != "dropout" else 1  # dropout is off at step 0's evaluation
+        pairs = list(zip(records(other.out), records(config.out)))
+        for ours, theirs in pairs[changed_from:4]:
+            for key in {"train_loss", "val_loss"} & ours.keys() & theirs.keys():
+                assert ours[key] != theirs[key]
+        if name == "dropout":
+            assert pairs[0][0] == pairs[0][1]
+
+
+def test_evaluating_and_saving_more_often_does_not_change_the_training(run, text, tmp_path):
+    config, _ = run
+    often = small(text, tmp_path / "often", eval_every=1, checkpoint_every=2)
+    train(often, progress=False)
+    assert same_arrays(weights(often.out), weights(config.out))
+    losses = [[r["train_loss"] for r in records(out)[1:]] for out in (often.out, config.out)]
+    assert losses[0] == losses[1]
+
+
+# Stopped and broken off
+
+
+@pytest.mark.parametrize("broken", ["loss", "gradient"])
+def test_a_number_that_is_not_finite_never_reaches_the_weights(text, tmp_path, monkeypatch, broken):
+    """The third step fails: what is saved are the weights as that step found them."""
+    found = []
+
+    def of_third_step(parameters, broken, value):
+        found.append({name: p.data.copy() for name, p in parameters})
+        return value * broken if len(found) == 3 else value
+
+    if broken == "loss":
+        loss = GPT2.loss
+
+        def broken_loss(model, *args, **more):
+            found = loss(model, *args, **more)
+            return of_third_step(model.named_parameters(), math.nan, found) if model.training else found
+
+        monkeypatch.setattr(GPT2, "loss", broken_loss)
+    else:
+        clip = tinyllm.training.step.clip_grad_norm
+        monkeypatch.setattr(
+            tinyllm.training.step,
+            "clip_grad_norm",
+            lambda parameters, most: of_third_step(parameters, math.inf, clip(parameters, most)),
+        )
+    config = small(text, tmp_path / "run")
+    with pytest.raises(FloatingPointError, match=r"step 3: .*smaller --lr") as raised:
+        train(config, progress=False)
+    assert ("nan" if broken == "loss" else "inf") in str(raised.value)
+    assert str(last_checkpoint(config.out)) in str(raised.value)
+    assert last_checkpoint(config.out).name == "step-000002"
+    assert [r["step"] for r in records(config.out)] == [0, 1, 2]
+    saved = dict(load_model(last_checkpoint(config.out)).named_parameters())
+    assert len(found) == 3
+    assert saved.keys() == found[2].keys()
+    for name, parameter in saved.items():
+        assert np.isfinite(parameter.data).all()
+        assert np.array_equal(parameter.data, found[2][name])
+
+
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
+@pytest.mark.parametrize("during", ["a step", "an evaluation", "the last evaluation"])
+def test_a_signal_breaks_off_the_step_and_nothing_is_written_twice(text, tmp_path, monkeypatch, name, during):
+    """In step 3 it is abandoned just before the update; after an evaluation there is nothing to abandon."""
+    number = getattr(signal, name)
+    config = small(text, tmp_path / "run", eval_every=2, steps=6, warmup=0)
+    clip, plot = tinyllm.training.step.clip_grad_norm, tinyllm.training.run_folder.plot_losses
+    calls = []
+
+    def clip_and_signal(*args):
+        calls.append(1)
+        if during == "a step" and len(calls) == 3:
+            signal.raise_signal(number)
+        return clip(*args)
+
+    def plot_and_signal(history, *args):
+        plot(history, *args)
+        if history[-1]["step"] == {"an evaluation": 4, "the last evaluation": 6}.get(during):
+            signal.raise_signal(number)
+
+    monkeypatch.setattr(tinyllm.training.step, "clip_grad_norm", clip_and_signal)
+    monkeypatch.setattr(tinyllm.training.run_folder, "plot_losses", plot_and_signal)
+    handlers = [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)]
+    with pytest.raises(KeyboardInterrupt) as raised:
+        train(config, progress=False)
+    assert [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)] == handlers
+    received, said = raised.value.args
+    last = {"a step": 2, "an evaluation": 4, "the last evaluation": 6}[during]
+    assert received == number
+    assert f"step {last}" in said
+    assert str(last_checkpoint(config.out)) in said
+    assert last_checkpoint(config.out).name == f"step-{last:06}"
+    assert [r["step"] for r in records(config.out)] == list(range(last + 1))
+    evaluated = re.findall(r"--- step (\d+)", (config.out / "samples.txt").read_text(encoding="utf-8"))
+    assert evaluated == [str(step) for step in range(0, last + 1, 2)]
+    model, data = load_model(last_checkpoint(config.out)), load_data(config)
+    val_loss = mean_loss(model, data.validation, config.eval_windows, config.batch)
+    assert val_loss == records(config.out)[-1]["val_loss"]
+
+
+def test_a_run_goes_the_same_way_until_it_is_stopped(run, text, tmp_path):
+    config, _ = run
+    stopped = small(text, tmp_path / "run")
+
+    def ring(record):
+        if record["step"] == 7:
+            signal.raise_signal(signal.SIGTERM)
+
+    with pytest.raises(KeyboardInterrupt):
+        train(stopped, progress=False, callback=ring)
+    assert values(stopped.out) == values(config.out)[:8]
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no signals to send to one process")
+@pytest.mark.parametrize(("name", "code"), [("SIGINT", 130), ("SIGTERM", 143)])
+def test_a_signal_from_outside(text, tmp_path, name, code):
+    out = tmp_path / "run"
+    options = (
+        f"--text {text} --out {out} --tokenizer char --n-layer 1 --n-head 2 --n-embd 16 --context {CONTEXT} "
+        "--batch 4 --steps 1000000 --warmup 0 --eval-every 1000 --prompt the"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-m", "tinyllm", "train", *options.split()],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        patience = time.monotonic() + 60
+        while (
+            not (out / "metrics.jsonl").exists() or len((out / "metrics.jsonl").read_bytes().splitlines()) < 5
+        ):
+            assert process.poll() is None
+            assert time.monotonic() < patience
+            time.sleep(0.02)
+        process.send_signal(getattr(signal, name))
+        _, said = process.communicate(timeout=60)
+    finally:
+        process.kill()
+        process.wait()
+    assert process.returncode == code
+    checkpoint = last_checkpoint(out)
+    assert re.fullmatch(rf"tinyllm: stopped after step (\d+); .*{re.escape(str(checkpoint))}\n", said)
+    last = records(out)[-1]
+    assert checkpoint.name == f"step-{last['step']:06}"
+    assert [r["step"] for r in records(out)] == list(range(last["step"] + 1))
+    assert verify(checkpoint)["step"] == last["step"]
+    assert "val_loss" not in last  # whoever sent the signal may not wait for an evaluation

@@ -1,0 +1,360 @@
+"""The folder of a run: whose it is, what in it may be damaged, which checkpoints stay, and full disks."""
+
+import errno
+import itertools
+import json
+import os
+import shutil
+from dataclasses import replace
+
+import pytest
+from support.runs import contents, left, no_pictures, records, rhyme, small, stopped_after, tiny
+
+import tinyllm.training.run_folder
+import tinyllm.training.tasks.pretrain
+from tinyllm.cli import main
+from tinyllm.errors import Error
+from tinyllm.files import lock, read_sealed, sealed
+from tinyllm.training.checkpoint import verify
+from tinyllm.training.run_folder import begun_config
+from tinyllm.training.tasks.pretrain import train
+from tinyllm.weights.runs import checkpoints, last_checkpoint
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick():
+    """Without pictures and a busy disk: test_checkpoint.py sees to that."""
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(os, "fsync", lambda descriptor: None)
+        no_pictures(patched)
+        yield
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    return rhyme(tmp_path_factory.mktemp("text"), 12)
+
+
+@pytest.fixture(scope="module")
+def whole(text, tmp_path_factory):
+    """A run that was never interrupted; nobody writes into it."""
+    out = tmp_path_factory.mktemp("whole") / "run"
+    train(tiny(text, out), progress=False)
+    return out
+
+
+# Refusals
+
+
+def test_a_folder_that_holds_something_is_refused_and_untouched(whole, text, tmp_path):
+    config = tiny(text, whole)
+    before = contents(config.out)
+    with pytest.raises(Error, match=r"not an empty folder: choose another --out") as raised:
+        train(replace(config, seed=5), progress=False)
+    assert str(config.out) in str(raised.value)
+    assert contents(config.out) == before
+
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes" / ".hidden").write_text("mine")
+    (tmp_path / "file").write_text("mine")
+    for name in ("notes", "file"):
+        with pytest.raises(Error, match="not an empty folder"):
+            train(small(text, tmp_path / name), progress=False)
+    assert contents(tmp_path) == {os.path.join("notes", ".hidden"): b"mine", "file": b"mine"}
+
+
+def test_an_empty_folder_is_taken(text, tmp_path):
+    (tmp_path / "run").mkdir()
+    train(small(text, tmp_path / "run", steps=1, warmup=0), progress=False)
+    assert last_checkpoint(tmp_path / "run").name == "step-000001"
+
+
+def test_without_out_every_run_gets_a_new_folder(text, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for _ in range(2):
+        train(small(text, None, steps=1, warmup=0), progress=False)
+    assert sorted(path.name for path in (tmp_path / "runs").iterdir()) == ["rhyme-1", "rhyme-2"]
+    for folder in (tmp_path / "runs").iterdir():
+        assert last_checkpoint(folder).name == "step-000001"
+        recorded = json.loads((folder / "config.json").read_text(encoding="utf-8"))["train"]["out"]
+        assert (tmp_path / recorded).samefile(folder)
+
+
+def test_what_is_no_run(tmp_path, whole, capsys):
+    for name in (str(tmp_path), str(tmp_path / "nowhere")):
+        assert main(["train", "--resume", name]) == 2
+        assert "is not a run folder" in capsys.readouterr().err
+    assert main(["train", "--resume"]) == 2
+    assert "--resume is empty" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("damage", [b"", b"{}", b'{"train": {}}', b"\xff", None])
+def test_a_damaged_config(whole, tmp_path, damage):
+    out = shutil.copytree(whole, tmp_path / "run")
+    path = out / "config.json"
+    data = path.read_bytes()
+    path.write_bytes(data.replace(b'"seed": 0', b'"seed": 1') if damage is None else damage)
+    with pytest.raises(Error, match=r"config\.json is damaged"):
+        begun_config(out)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"steps": "6"}, "'steps' is '6'"),
+        ({"seed": True}, "'seed' is True"),
+        ({"text": None}, "'text' is None"),
+        ({"special_tokens": [1]}, r"'special_tokens' is \[1\]"),
+        ({"lr": "fast"}, "'lr' is 'fast'"),
+        ({"tempo": 3}, "'tempo' is unknown"),
+        ({"steps": 0}, "--steps is 0"),
+        ({"tokens": 5}, "'tokens' is 5"),
+    ],
+)
+def test_a_config_that_is_sealed_and_wrong(whole, tmp_path, change, said):
+    about = read_sealed(whole / "config.json")
+    del about["sha256"]
+    (tmp_path / "config.json").write_bytes(sealed(about | {"train": about["train"] | change}))
+    with pytest.raises(Error, match=said):
+        begun_config(tmp_path)
+    (tmp_path / "config.json").write_bytes(sealed({"train": about["train"]}))
+    with pytest.raises(Error, match="not of a run of this version"):
+        begun_config(tmp_path)
+
+
+def test_another_machine_is_a_warning(text, tmp_path, monkeypatch, capsys):
+    out = tmp_path / "run"
+    stopped_after(tiny(text, out), 2)
+    real = tinyllm.training.run_folder.machine
+    monkeypatch.setattr(
+        tinyllm.training.run_folder, "machine", lambda device: real(device) | {"numpy": "9.9", "threads": 64}
+    )
+    capsys.readouterr()
+    stopped_after(begun_config(out), 4)
+    said = capsys.readouterr().out
+    assert "warning: numpy was " in said
+    assert "and is 9.9; threads was " in said
+    stopped_after(begun_config(out), 5)
+    assert "warning" not in capsys.readouterr().out  # the last checkpoint is of this machine
+
+
+def test_a_checkpoint_that_does_not_say_its_dtype(text, tmp_path, monkeypatch, capsys):
+    """As those of older versions."""
+    out = tmp_path / "run"
+    with monkeypatch.context() as patched:
+        patched.setattr(
+            tinyllm.training.run_folder.RunFolder,
+            "_machine",
+            lambda run: tinyllm.training.run_folder.machine("cpu"),
+        )
+        stopped_after(tiny(text, out), 2)
+    assert "dtype" not in verify(last_checkpoint(out))["machine"]
+    train(begun_config(out), progress=False)
+    assert "warning" not in capsys.readouterr().out
+
+
+# Damaged checkpoints
+
+
+def flip(path):
+    data = bytearray(path.read_bytes())
+    data[-9] ^= 1
+    path.write_bytes(data)
+
+
+def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_taken(text, tmp_path, whole, capsys):
+    out = tmp_path / "run"
+    stopped_after(tiny(text, out, checkpoint_every=1, keep=4), 5)
+    flip(out / "step-000005" / "optimizer.safetensors")
+    (out / "step-000004" / "model.safetensors").unlink()
+    train(begun_config(out), progress=False)
+    said = capsys.readouterr().out
+    assert f"{out / 'step-000005' / 'optimizer.safetensors'} is damaged" in said
+    assert f"{out / 'step-000004' / 'model.safetensors'} cannot be read" in said
+    assert f"the checkpoint is now {out / 'damaged-step-000005'}, and the one before is taken" in said
+    assert "going on after step 3 of 6" in said
+    assert left(out) == left(whole)
+    assert (out / "damaged-step-000005" / "model.safetensors").exists()  # whoever wants to look into it can
+
+
+def test_no_whole_checkpoint_is_left(text, tmp_path):
+    out = tmp_path / "run"
+    stopped_after(tiny(text, out, checkpoint_every=1), 3)
+    for folder in checkpoints(out):
+        flip(folder / "checkpoint.json")
+    before = sorted(out.iterdir())
+    with pytest.raises(Error, match="has no whole checkpoint") as raised:
+        train(begun_config(out), progress=False)
+    for folder in checkpoints(out):
+        assert f"{folder / 'checkpoint.json'} is damaged" in str(raised.value)
+    assert sorted(out.iterdir()) == before
+
+
+def test_a_checkpoint_of_another_run(text, tmp_path):
+    for name, seed in (("run", 0), ("other", 1)):
+        stopped_after(tiny(text, tmp_path / name, seed=seed), 2 + seed)
+    shutil.copytree(tmp_path / "other" / "step-000003", tmp_path / "run" / "step-000003")
+    with pytest.raises(Error, match="step-000003 is a checkpoint of another run"):
+        train(begun_config(tmp_path / "run"), progress=False)
+
+
+def test_damaged_metrics_are_said_and_no_reason_to_stop(text, tmp_path, capsys):
+    out = tmp_path / "run"
+    stopped_after(tiny(text, out), 4)
+    lines = (out / "metrics.jsonl").read_bytes().splitlines(keepends=True)
+    (out / "metrics.jsonl").write_bytes(b"".join([*lines[:2], b"\0" * 10 + b"\n", *lines[3:]]))
+    train(begun_config(out), progress=False)
+    assert "metrics.jsonl is damaged: not all records up to step 4 are there" in capsys.readouterr().out
+    assert [record["step"] for record in records(out)] == [0, 1, 4, 5, 6]  # 4 was evaluated again
+
+
+@pytest.mark.parametrize("keep", [1, 2])
+def test_the_newest_and_the_best_are_kept(text, tmp_path, monkeypatch, keep):
+    losses = iter([5.0, 4.0, 3.0, 3.5, 3.2, 3.0, 3.9])  # at steps 0 to 6; the first of two best stays
+
+    def mean_loss(model, windows, *args):
+        return next(losses) if len(windows) < 10 else 1.0
+
+    monkeypatch.setattr(tinyllm.training.tasks.pretrain, "mean_loss", mean_loss)
+    out = tmp_path / "run"
+    train(tiny(text, out, checkpoint_every=1, eval_every=1, keep=keep), progress=False)
+    newest = ["step-000005", "step-000006"][-keep:]
+    assert [path.name for path in checkpoints(out)] == ["step-000002", *newest]
+
+
+def test_an_evaluation_that_is_the_best_so_far_makes_a_checkpoint(text, tmp_path, monkeypatch):
+    made = []
+    save = tinyllm.training.run_folder.save_checkpoint
+    monkeypatch.setattr(
+        tinyllm.training.run_folder,
+        "save_checkpoint",
+        lambda folder, *args: (made.append(folder.name), save(folder, *args)),
+    )
+    values = [5.0, 6.0, 4.0, 4.5]  # at steps 0, 2, 4, 6
+    for every in (100, None):
+        losses = iter(values)
+        monkeypatch.setattr(
+            tinyllm.training.tasks.pretrain,
+            "mean_loss",
+            lambda model, windows, *_, losses=losses: next(losses) if len(windows) < 10 else 1.0,
+        )
+        train(tiny(text, tmp_path / str(every), checkpoint_every=every), progress=False)
+    assert made == ["step-000004", "step-000006", "step-000006"]  # without --checkpoint-every only the end
+
+
+def test_checkpoints_by_the_clock(text, tmp_path, monkeypatch):
+    minutes = itertools.count()  # every look at the clock takes one
+    monkeypatch.setattr(tinyllm.training.run_folder.time, "monotonic", lambda: 60.0 * next(minutes))
+    made = []
+    save = tinyllm.training.run_folder.save_checkpoint
+    monkeypatch.setattr(
+        tinyllm.training.run_folder,
+        "save_checkpoint",
+        lambda folder, *args: (made.append(folder.name), save(folder, *args)),
+    )
+    train(tiny(text, tmp_path / "run", checkpoint_minutes=3.0), progress=False)
+    assert made == ["step-000003", "step-000006"]
+    made.clear()
+    train(tiny(text, tmp_path / "off", checkpoint_minutes=0.0), progress=False)
+    assert made == ["step-000006"]
+
+
+def test_an_old_checkpoint_that_cannot_be_removed_ends_no_run(text, tmp_path, monkeypatch, capsys):
+    def refuse(folder):
+        raise PermissionError(errno.EACCES, "is being looked at")
+
+    monkeypatch.setattr(tinyllm.training.run_folder, "remove_checkpoint", refuse)
+    train(tiny(text, tmp_path / "run", checkpoint_every=2), progress=False)
+    assert "cannot be removed" in capsys.readouterr().out
+    assert len(checkpoints(tmp_path / "run")) == 3
+
+
+def test_a_picture_is_replaced_when_the_new_one_is_whole(text, tmp_path, monkeypatch):
+    out = tmp_path / "run"
+    stopped_after(tiny(text, out), 2)
+
+    def half(history, path, *_):
+        path.write_bytes(b"half")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(tinyllm.training.run_folder, "plot_losses", half)
+    with pytest.raises(OSError, match="No space left"):
+        train(begun_config(out), progress=False)
+    assert (out / "loss.png").read_bytes() == b"picture"
+
+
+# Two processes, full disks
+
+
+def test_the_second_writer_is_refused(text, tmp_path, whole):
+    out = tmp_path / "run"
+    stopped_after(tiny(text, out), 2)
+    held = lock(out / "lock", "")
+    before = {path: path.stat().st_mtime_ns for path in out.rglob("*")}
+    with pytest.raises(Error, match="another process is writing the run in"):
+        train(begun_config(out), progress=False)
+    assert {path: path.stat().st_mtime_ns for path in out.rglob("*")} == before
+    held.release()
+    train(begun_config(out), progress=False)
+    assert left(out) == left(whole)
+
+
+def test_two_new_runs_in_one_folder(text, tmp_path):
+    out = tmp_path / "run"
+    out.mkdir()
+    held = lock(out / "lock", "")
+    with pytest.raises(Error, match="another process is writing the run in"):
+        train(tiny(text, out), progress=False)
+    held.release()
+    train(tiny(text, out), progress=False)  # a lock that nobody holds is nothing
+    with pytest.raises(Error, match="not an empty folder"):
+        train(tiny(text, out), progress=False)
+
+
+def test_no_room_for_a_checkpoint(text, tmp_path, monkeypatch, capsys, whole):
+    free = [10**6]
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=free[0]))
+    out = tmp_path / "run"
+    with pytest.raises(OSError, match=r"has 1 MB left and a checkpoint needs 34 MB: make room, or choose"):
+        train(tiny(text, out), progress=False)
+    assert [path.name for path in out.iterdir()] == ["lock"]
+    free[0] = 10**9
+
+    def fill(record):
+        if record["step"] == 4:
+            free[0] = 10**6
+
+    with pytest.raises(OSError, match=r"34 MB: see to the disk, then tinyllm train --resume .* goes on"):
+        train(tiny(text, out, checkpoint_every=2), progress=False, callback=fill)
+    assert [path.name for path in checkpoints(out)] == ["step-000002"]
+    capsys.readouterr()
+    assert main(["train", "--resume", str(out)]) == 1
+    err = capsys.readouterr().err
+    assert str(out) in err
+    assert err.count("\n") == 1
+    free[0] = 10**9
+    assert main(["train", "--resume", str(out)]) == 0
+    assert left(out) == left(whole)
+
+
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EIO])
+def test_a_disk_that_refuses_a_checkpoint(text, tmp_path, monkeypatch, code, whole):
+    out = tmp_path / "run"
+    rename = os.replace
+
+    def refuse(a, b):
+        if str(b).endswith("step-000004"):
+            raise OSError(code, os.strerror(code))
+        rename(a, b)
+
+    monkeypatch.setattr(os, "replace", refuse)
+    with pytest.raises(OSError, match=os.strerror(code)) as raised:
+        train(tiny(text, out, checkpoint_every=2), progress=False)
+    assert str(out / "step-000004") in str(raised.value)
+    assert [path.name for path in checkpoints(out)] == ["step-000002"]
+    assert not list(out.glob(".*"))
+    monkeypatch.undo()
+    train(begun_config(out), progress=False)
+    assert left(out) == left(whole)

@@ -1,0 +1,203 @@
+"""A training run of any task, from its options to its last checkpoint: ``training_steps`` with a folder.
+
+What a run leaves behind is in ``run_folder.py``, what it trains in ``tasks/``.
+"""
+
+import math
+import signal
+import threading
+from contextlib import closing, contextmanager, suppress
+
+import numpy as np
+from tqdm import tqdm
+
+from tinyllm.backend import autocast
+from tinyllm.backend.device import open_device, pick_device
+from tinyllm.backend.memory import keep_memory, out_of_memory, peak_memory
+from tinyllm.nn import Module
+from tinyllm.optim import AdamW, warmup_cosine
+from tinyllm.training.config import RunOptions
+from tinyllm.training.loggers import Log, check_logs, open_logs, say
+from tinyllm.training.loop import CompletedStep, training_steps
+from tinyllm.training.run_folder import RunFolder
+from tinyllm.training.step import Check
+from tinyllm.training.tasks.base import Task
+from tinyllm.weights.runs import checkpoints, last_checkpoint
+
+
+def run_task(task: Task, progress: bool = True, callback: Log | None = None) -> Module:
+    """Run the training that ``task.config`` describes, or the rest of it; returns the trained model.
+
+    With ``config.resume`` a run that was stopped, however, goes on from its newest checkpoint as if it had
+    never been: on the same machine all numbers are the same, bit for bit.
+
+    All logging goes through one place: the record of every step, as it is written to metrics.jsonl and
+    at evaluations with the ``sample``, goes to the run's folder (``run_folder.py``), to the logs that are
+    asked for (``loggers.py``) and to ``callback``.
+
+    SIGINT and SIGTERM break off the step or the evaluation; then a checkpoint of the last whole step is
+    written and KeyboardInterrupt is raised with the signal's number as its argument. A loss or gradient norm
+    that is not finite never reaches the weights: more than ``config.skip_nonfinite`` in a row raise
+    FloatingPointError, after a checkpoint of what was before. A checkpoint that cannot be written raises
+    OSError; the one before it is whole. MemoryError, of this machine or of its GPU, comes after a checkpoint
+    of the last whole step, if that can be written, and says what to try.
+
+    In float16 a gradient that is not finite is the loss scale's fault (``LossScale``) as long as that is
+    above 1: the step is left out and the run goes on.
+    """
+    check_logs(task.config.log)
+    with closing(RunFolder(task)) as run:
+        try:
+            return _run(run, progress, callback)
+        except MemoryError as error:
+            raise MemoryError(_out_of_memory(run, error)) from None
+
+
+def _run(run: RunFolder, progress: bool, callback: Log | None) -> Module:
+    task, config = run.task, run.config
+    if config.resume is not None:
+        run.reopen()
+        if run.is_finished():
+            say(f"{run.folder} is finished: its {config.steps:,} steps are done")
+            return task.trained(last_checkpoint(run.folder))
+    device = open_device(config.device, config.dtype, config.gpu_memory)
+    task.load(run.folder, run.about)
+    model = task.model().to(device)
+    optimizer = AdamW(model, config.lr, weight_decay=config.weight_decay)
+    keep_memory()
+    run.start(model, optimizer)
+    optimizer.reserve()
+    with open_logs(config.log, run.folder, run.about) as log, _signals() as check, autocast(config.dtype):
+        logs = [each for each in (run, log, callback) if each is not None]
+        _train(run, logs, check, progress)
+    if said := task.conclusion(run.history[-1]):
+        say(said)
+    return model
+
+
+def _train(run: RunFolder, logs: list[Log], check: Check, progress: bool) -> None:
+    """The steps that are left; however they end, the last whole one is saved; see ``run_task``."""
+    try:
+        _steps(run, logs, check, progress)
+    except _Stopped as stop:
+        where = run.save()
+        said = f"stopped after step {run.step}; tinyllm train --resume {run.folder} goes on from {where}"
+        raise KeyboardInterrupt(stop.args[0], said) from None
+    except FloatingPointError as error:
+        where = run.save()
+        raise FloatingPointError(f"{error} (the weights after step {run.step} are in {where})") from None
+    except MemoryError as error:
+        error.__traceback__ = None  # it holds the step's arrays, and to save takes some memory
+        if run.is_between_updates():
+            with suppress(OSError):
+                run.save()
+        raise
+
+
+def _steps(run: RunFolder, logs: list[Log], check: Check, progress: bool) -> None:
+    """Steps, evaluations and checkpoints, and a record of each step for the logs."""
+    task, config, tokens_before, seconds = run.task, run.config, run.tokens, 0.0
+    lr_at = warmup_cosine(config.lr, config.initial_lr, config.min_lr, config.warmup, config.steps)
+    eval_every = config.eval_every or min(task.steps_per_epoch, math.ceil(config.steps / 10))
+    options = dict(micro_batch=config.at_once, clip=config.clip, seed=config.seed, check=check)
+
+    def is_evaluated(step: int) -> bool:
+        return step % eval_every == 0 or step == config.steps
+
+    def evaluate_and_log(record: dict) -> None:
+        try:
+            if is_evaluated(record["step"]):
+                record |= _evaluation(task, run.model, record["step"], check)
+        finally:  # what the step itself found is written down even if its evaluation fails
+            for log in logs:
+                log(record)
+
+    if is_evaluated(run.step) and not run.was_evaluated(run.step):
+        evaluate_and_log(run.take_back())
+    bar = dict(unit="step", dynamic_ncols=True, disable=None if progress else True)
+    steps = tqdm(range(run.step, config.steps), initial=run.step, total=config.steps, **bar)
+    data = task.batch_at, task.count, task.loss
+    for completed in training_steps(run.model, run.optimizer, *data, lr_at, steps, run.loss_scale, **options):
+        tokens = task.tokens(completed.batch)
+        record = {"step": completed.step, "tokens": run.tokens + tokens, **_outcome(run, completed)}
+        record["tokens_per_s"] = round(tokens / completed.seconds, 1)
+        seconds += completed.seconds
+        if is_evaluated(completed.step):
+            record["mean_tokens_per_s"] = round((record["tokens"] - tokens_before) / seconds, 1)
+            record["peak_memory"] = peak_memory(pick_device(config.device))
+        evaluate_and_log(record)
+        run.save_if_due()
+        check()
+
+
+def _evaluation(task: Task, model: Module, step: int, check: Check) -> dict:
+    """The task's numbers, which must be finite, and a sample."""
+    with np.errstate(over="ignore", invalid="ignore"):
+        found = task.evaluate(model, check)
+        for key, value in found.items():
+            if not math.isfinite(value):
+                raise FloatingPointError(
+                    f"after step {step} the {key} is {value}: start again with a smaller --lr or --clip"
+                )
+        sample = task.sample(model, step, check)
+    return found if sample is None else found | {"sample": sample}
+
+
+def _outcome(run: RunFolder, completed: CompletedStep) -> dict:
+    """What a step's record says of its loss and its update; FloatingPointError for one too many without."""
+    if completed.updated:
+        found = {"train_loss": completed.loss, "lr": completed.lr, "grad_norm": completed.grad_norm}
+    elif completed.overflowed:
+        scale = f"loss scale {completed.loss_scale:,.0f}"
+        what = f"the gradients overflow float16 at {scale}: no update, and half of it now"
+        say(f"step {completed.step}: {what}")
+        found = {"train_loss": completed.loss, "lr": completed.lr, "overflow": what}
+    else:
+        found = {"skipped": run.not_finite(completed), "lr": completed.lr}
+    return found | ({"loss_scale": completed.loss_scale} if run.config.dtype == "float16" else {})
+
+
+def what_to_try(config: RunOptions, error: MemoryError) -> str:
+    """The sentence about memory that ran out, with the options that need less."""
+    remedies = [*config.smaller_micro_batch, "a new run with a shorter --context"]
+    return out_of_memory(error, config.dtype, remedies)
+
+
+def _out_of_memory(run: RunFolder, error: MemoryError) -> str:
+    """``what_to_try``, with where the run stands and the command that goes on."""
+    said = what_to_try(run.config, error)
+    if not run.about:  # there is no run yet
+        return said
+    command = " ".join([f"tinyllm train --resume {run.folder}", *run.config.smaller_micro_batch])
+    saved = checkpoints(run.folder)
+    if not saved:
+        return f"{said}; {command} begins again"
+    return f"{said}; the checkpoint {saved[-1]} is whole, and {command} goes on from it"
+
+
+class _Stopped(Exception):
+    """A signal arrived; its number is the argument."""
+
+
+@contextmanager
+def _signals():
+    """SIGINT and SIGTERM wait until the function that this yields is called: it raises ``_Stopped`` then.
+
+    So nothing is broken off in the middle of an update or of a checkpoint. Handlers belong to the main
+    thread; elsewhere signals are none of our business.
+    """
+    arrived: list[int] = []
+    before = {}
+
+    def check() -> None:
+        if arrived:
+            raise _Stopped(arrived[0])
+
+    if threading.current_thread() is threading.main_thread():
+        for number in (signal.SIGINT, signal.SIGTERM):
+            before[number] = signal.signal(number, lambda received, _: arrived.append(received))
+    try:
+        yield check
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
