@@ -14,10 +14,11 @@ import pytest
 
 from tinyllm import GPT2, GPT2Config, load_tokenizer
 from tinyllm.backend.device import pick_device
-from tinyllm.cli import COMMANDS, GenerateConfig, _parse, main, print_stream
+from tinyllm.cli import COMMANDS, _parse, main
+from tinyllm.cli.generate import GenerateConfig, print_stream
 from tinyllm.tokenizers.char import CharTokenizer
 from tinyllm.training.config import PRESETS, TrainConfig
-from tinyllm.training.run_folder import last_checkpoint
+from tinyllm.weights.runs import last_checkpoint
 
 RHYME = "the cat sat on the mat. "
 TINY = (
@@ -338,13 +339,13 @@ def matches(sentence, said):
         ("--dtype bfloat16 --device cpu", "--dtype bfloat16 needs a GPU"),
         (
             "--gpu-memory 2",
-            "--gpu-memory 2.0 bounds a GPU's memory: on a CPU leave it out, or say None",
+            "--gpu-memory 2.0",
         ),
         ("--device tpu", "device 'tpu'"),
         ("--device cuda:x", "device 'cuda:x'"),
         ("--arch rnn", "--arch is rnn: it must be gpt2 or llama"),
-        ("--n-kv-head 2", "--n-kv-head is 2: it must be left out: only a Llama has them"),
-        ("--arch llama --head-bias", "--head-bias is True: it must be left out: a Llama has none"),
+        ("--n-kv-head 2", "n.kv.head is 2"),
+        ("--arch llama --head-bias", "head.bias is True"),
         ("--arch llama --n-kv-head 3", r"num_attention_heads \(2\) .*num_key_value_heads \(3\)"),
         ("--init zero", "--init is zero"),
         ("--n-embd 15", r"n_embd.* \(15\) .*divisible by n_head.* \(2\)|--n-embd is 15"),
@@ -615,8 +616,8 @@ def test_memory_that_runs_out(run, text, capsys, monkeypatch, said):
     def full(*_, **__):
         raise MemoryError(said)
 
-    for name in ("cli.generate", "evaluate.evaluate_text", "cli.show_tokens"):
-        monkeypatch.setattr(f"tinyllm.{name}", full)
+    for name in ("generate.generate", "eval.evaluate_text", "tokenize.show_tokens"):
+        monkeypatch.setattr(f"tinyllm.cli.{name}", full)
     for args, remedy in [
         (["generate", "--run", run, "--prompt", "the"], ": try fewer --max-new-tokens"),
         (["eval", "--run", run, "--text", text], ": try a smaller --batch or a shorter --context"),

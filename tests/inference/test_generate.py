@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from tinyllm import GPT2, GPT2Config, Tensor, nn
 from tinyllm.errors import Error
-from tinyllm.inference import generate
+from tinyllm.inference.generate import generate
 from tinyllm.inference.sampling import choose_tokens, probabilities
 
 ALMOST_ONE = 1 - 2.0**-53  # the largest number that a generator's random() returns
@@ -469,6 +469,9 @@ def test_an_error_in_the_model_leaves_its_mode_and_the_recording_alone():
         ([[1]], dict(top_p=0), "top_p is 0: .* above 0"),
         ([[1]], dict(top_p=1.01), "top_p is 1.01: .* at most 1"),
         ([[1]], dict(top_p=math.nan), "top_p is nan: .* above 0"),
+        ([[1]], dict(temperature="a"), "temperature is 'a'"),
+        ([[1]], dict(stop_ids=3), "stop_ids is 3"),
+        ([[1]], dict(rng=0), "rng is 0"),
     ],
 )
 def test_arguments_are_checked_at_the_call(model, ids, options, said):

@@ -2,158 +2,39 @@
 
 import json
 import math
-import subprocess
 import sys
 
 import pytest
+from support.pictures import (
+    BYTES_PER_TOKEN,
+    close,
+    is_png,
+    legend,
+    metrics,
+    points,
+    saved_figures,
+    write_run,
+)
 
 import tinyllm.tools.plot
 from tinyllm.errors import Error
-from tinyllm.tools.plot import plot_losses, plot_runs, summary
+from tinyllm.tools.plot import plot_runs, summary
 from tinyllm.training.metrics import read_run
-
-BYTES_PER_TOKEN = 2.5
-OPTIONS = {"text": "rhyme.txt", "tokenizer": "char", "dropout": 0.1, "lr": 0.001, "stride": None}
-
-
-def metrics(val_losses=(5.0, 3.0, 2.0, 2.5), every=10, tokens_per_s=100.0):
-    """A run's records, evaluated at step 0 and every ten steps; the last but one is the best."""
-    records = []
-    for step in range((len(val_losses) - 1) * every + 1):
-        record = {"step": step, "tokens": 50 * step}
-        if step > 0:
-            record |= {
-                "train_loss": 5 - step / 10,
-                "lr": 1e-3,
-                "grad_norm": 1.0,
-                "tokens_per_s": tokens_per_s,
-            }
-        if step % every == 0:
-            val_loss = val_losses[step // every]
-            record |= {"train_eval_loss": val_loss - 0.5, "val_loss": val_loss}
-            record["val_bits_per_byte"] = val_loss / math.log(2) / BYTES_PER_TOKEN
-        records.append(record)
-    return records
-
-
-def write_run(folder, records=None, end="", tokenizer="abc", sha256="1234567890", **options):
-    folder.mkdir(parents=True)
-    about = {
-        "train": OPTIONS | {"out": str(folder)} | options,
-        "text": {"name": "rhyme.txt", "sha256": sha256, "bytes": 9},
-    }
-    (folder / "config.json").write_text(json.dumps(about), encoding="utf-8")
-    saved = json.dumps({"kind": "char", "characters": tokenizer})
-    (folder / "tinyllm_tokenizer.json").write_text(saved, encoding="utf-8")
-    lines = [json.dumps(record) + "\n" for record in (metrics() if records is None else records)]
-    (folder / "metrics.jsonl").write_text("".join(lines) + end, encoding="utf-8")
-    return folder
 
 
 @pytest.fixture
 def drawn(monkeypatch):
     """The figures that were saved."""
-    figure = pytest.importorskip("matplotlib.figure").Figure
-    figures, savefig = [], figure.savefig
-
-    def keep(self, *args, **kwargs):
-        figures.append(self)
-        savefig(self, *args, **kwargs)
-
-    monkeypatch.setattr(figure, "savefig", keep)
-    return figures
-
-
-def points(line):
-    return list(zip(*(array.tolist() for array in line.get_data())))
-
-
-def close(found, expected):
-    assert len(found) == len(expected)
-    assert [x for point in found for x in point] == pytest.approx([x for point in expected for x in point])
-
-
-def legend(figure):
-    return [text.get_text() for text in figure.legends[0].get_texts()]
-
-
-def is_png(path):
-    return path.read_bytes().startswith(b"\x89PNG\r\n")
-
-
-# One run
-
-
-def test_the_losses_of_a_run(tmp_path, drawn):
-    history = metrics()
-    plot_losses(history, tmp_path / "loss.png", vocab_size=150, bytes_per_token=BYTES_PER_TOKEN)
-    assert is_png(tmp_path / "loss.png")
-    axes = drawn[0].axes[0]
-    batch, train, validation, best, guessing = axes.lines
-    assert points(batch) == [(r["step"], r["train_loss"]) for r in history[1:]]
-    assert points(train) == [(0, 4.5), (10, 2.5), (20, 1.5), (30, 2.0)]
-    assert points(validation) == [(0, 5.0), (10, 3.0), (20, 2.0), (30, 2.5)]
-    assert points(best) == [(20, 2.0)]
-    assert set(guessing.get_ydata()) == {math.log(150)}
-    assert [text.get_text() for text in axes.texts] == ["ln V: guessing"]
-    assert axes.texts[0].xy == (1, math.log(150))
-    assert batch.get_alpha() < 0.5
-    assert train.get_marker() == validation.get_marker() == "o"
-    assert train.get_color() == batch.get_color() != validation.get_color() == best.get_color()
-    assert (axes.get_xlabel(), axes.get_ylabel()) == ("step", "loss (nats per token)")
-    bits = 2.0 / math.log(2) / BYTES_PER_TOKEN
-    assert f"best: 2.000 ({bits:.3f} bits per byte) at step 20" in legend(drawn[0])
-
-
-def test_the_second_axis_reads_bits_per_byte(tmp_path, drawn):
-    plot_losses(metrics(), tmp_path / "loss.png", bytes_per_token=BYTES_PER_TOKEN)
-    axes = drawn[0].axes[0]
-    (right,) = axes.child_axes
-    assert right.get_ylabel() == "bits per byte"
-    expected = [loss / math.log(2) / BYTES_PER_TOKEN for loss in axes.get_ylim()]
-    assert list(right.get_ylim()) == pytest.approx(expected)
-
-
-def test_what_is_not_known_is_not_drawn(tmp_path, drawn):
-    plot_losses(metrics(), tmp_path / "loss.png")
-    axes = drawn[0].axes[0]
-    assert not axes.texts and not axes.child_axes
-    assert "best: 2.000 at step 20" in legend(drawn[0])
-    plot_losses(metrics()[1:10], tmp_path / "loss.png")  # before any evaluation
-    assert len(drawn[1].axes[0].lines) == 1
-    plot_losses(metrics()[:1], tmp_path / "loss.png")  # before any step
-    assert len(drawn[2].axes[0].lines) == 3
+    return saved_figures(monkeypatch)
 
 
 def test_without_matplotlib(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    plot_losses(metrics(), tmp_path / "loss.png")
-    assert not (tmp_path / "loss.png").exists()
     run = write_run(tmp_path / "run")
-    with pytest.raises(Error, match=r"pip install 'tinyllm\[plot\]'"):
+    with pytest.raises(Error, match="matplotlib"):
         plot_runs([run], tmp_path / "runs.png")
     assert "2.5000" in summary([run])
-
-
-def test_a_disk_that_refuses_is_not_the_users_request(tmp_path):
-    pytest.importorskip("matplotlib")
-    with pytest.raises(OSError):
-        plot_losses(metrics(), tmp_path / "missing" / "loss.png")
-
-
-def test_headless_and_lazy(tmp_path):
-    code = (
-        "import sys, tinyllm.tools.plot; assert 'matplotlib' not in sys.modules;"
-        "tinyllm.tools.plot.plot_losses([{'step': 0, 'val_loss': 1.0}], sys.argv[1]);"
-        "assert 'matplotlib.pyplot' not in sys.modules"
-    )
-    pytest.importorskip("matplotlib")
-    subprocess.run([sys.executable, "-c", code, tmp_path / "loss.svg"], check=True)
-    assert (tmp_path / "loss.svg").exists()
-
-
-# Several runs
 
 
 def test_runs_side_by_side(tmp_path, drawn):

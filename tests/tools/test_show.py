@@ -1,8 +1,6 @@
 """Tokens and probabilities in a terminal: read back what is printed, and compare."""
 
-import io
 import re
-import sys
 from itertools import pairwise
 
 import numpy as np
@@ -12,7 +10,7 @@ from hypothesis import strategies as st
 
 from tinyllm import GPT2, GPT2Config, Tensor, load_tokenizer, nn
 from tinyllm.errors import Error
-from tinyllm.inference import generate
+from tinyllm.inference.generate import generate
 from tinyllm.inference.sampling import probabilities
 from tinyllm.tokenizers.bpe import BPETokenizer
 from tinyllm.tokenizers.char import CharTokenizer
@@ -21,8 +19,6 @@ from tinyllm.tools.show import (
     BAR_CELLS,
     show_probabilities,
     show_tokens,
-    shows_blocks,
-    wants_colour,
     watch_probabilities,
 )
 
@@ -295,49 +291,3 @@ def test_between_steps_the_caller_is_not_watched():
 def test_watching_a_model_with_another_vocabulary():
     with pytest.raises(Error, match=r"shape \(4,\): give one for each of the tokenizer's 2 ids"):
         next(watch_probabilities(CharTokenizer("ab"), generate(small_gpt2(), [[0]], 1)))
-
-
-# Streams
-
-
-class Stream(io.StringIO):
-    def __init__(self, tty):
-        super().__init__()
-        self.isatty = lambda: tty
-
-
-@pytest.mark.parametrize(
-    ("variables", "on_a_terminal", "elsewhere"),
-    [
-        ({}, True, False),
-        ({"NO_COLOR": "1"}, False, False),
-        ({"NO_COLOR": ""}, True, False),
-        ({"FORCE_COLOR": "1"}, True, True),
-        ({"FORCE_COLOR": ""}, True, False),
-        ({"NO_COLOR": "1", "FORCE_COLOR": "1"}, False, False),
-        ({"TERM": "dumb"}, False, False),
-        ({"TERM": "dumb", "FORCE_COLOR": "1"}, True, True),
-    ],
-)
-@pytest.mark.parametrize("platform", ["linux", "win32"])
-def test_wants_colour(monkeypatch, variables, on_a_terminal, elsewhere, platform):
-    monkeypatch.setattr(sys, "platform", platform)
-    for name in ("NO_COLOR", "FORCE_COLOR", "TERM"):
-        monkeypatch.delenv(name, raising=False)
-    for name, value in variables.items():
-        monkeypatch.setenv(name, value)
-    monkeypatch.setenv("WT_SESSION", "some-id")
-    assert wants_colour(Stream(tty=True)) is on_a_terminal
-    assert wants_colour(Stream(tty=False)) is elsewhere
-    monkeypatch.delenv("WT_SESSION")  # the old console of Windows
-    if platform == "win32" and not variables.get("FORCE_COLOR"):
-        assert wants_colour(Stream(tty=True)) is False
-
-
-@pytest.mark.parametrize(
-    ("encoding", "expected"),
-    [("utf-8", True), ("utf-16", True), ("ascii", False), ("latin-1", False), ("cp1252", False)],
-)
-def test_shows_blocks(encoding, expected):
-    assert shows_blocks(io.TextIOWrapper(io.BytesIO(), encoding=encoding)) is expected
-    assert shows_blocks(io.StringIO())

@@ -11,12 +11,13 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 from tinyllm.backend.device import to_device
+from tinyllm.backend.dtypes import accumulation_dtype
 from tinyllm.backend.threads import step_of_few_rows
 from tinyllm.checks import check_ids, is_integer
 from tinyllm.errors import Error
 from tinyllm.inference.sampling import check_sampling, choose_tokens
 from tinyllm.nn import evaluating
-from tinyllm.tensor import no_grad
+from tinyllm.tensor import Tensor, no_grad
 
 
 def generate(
@@ -53,10 +54,14 @@ def generate(
     step only; between steps it is as it was. The cache lives as long as the iterator.
     """
     ids, padding = _check_prompts(ids, model)
+    if not isinstance(stop_ids, Sequence | np.ndarray):
+        raise Error(f"stop_ids is {stop_ids!r}: give a list of token ids")
     stop_ids = check_ids(stop_ids, model.config.vocab_size, name="stop_ids") if len(stop_ids) else ()
     if not is_integer(max_new_tokens) or max_new_tokens < 0:
         raise Error(f"max_new_tokens is {max_new_tokens!r}: choose a whole number of at least 0")
     check_sampling(temperature, top_k, top_p)
+    if rng is not None and not hasattr(rng, "random"):
+        raise Error(f"rng is {rng!r}: give np.random.default_rng(seed)")
     rng = np.random.default_rng() if rng is None else rng
     if not (slide or model.learned_positions):
         max_new_tokens = min(max_new_tokens, model.context - ids.shape[1] + 1)
@@ -102,6 +107,11 @@ def _steps(model, ids, padding, max_new_tokens, sampling, rng, stop_ids, use_cac
                 cache = None
             else:
                 cache.drop_oldest(max(1, cache.room // 4))
+        if (unread >= model.config.vocab_size).any():
+            raise Error(
+                f"the model's head chose class {unread.max()}, and the model takes ids below "
+                f"{model.config.vocab_size}: give it a head of one class for each id"
+            )
         with evaluating(model, modules):
             logits = _read_window(model, ids, padding) if cache is None else _read(model, unread, cache)
         tokens = choose_tokens(logits, rng.random(B), *sampling)
@@ -116,7 +126,12 @@ def _steps(model, ids, padding, max_new_tokens, sampling, rng, stop_ids, use_cac
 def _read(model, ids, cache=None) -> np.ndarray:
     """The logits (B, V), on the host, of what follows the ids (B, T), which follow what the cache holds."""
     with no_grad(), step_of_few_rows():
-        return to_device(model(ids, last_only=True, cache=cache).data[:, 0], "cpu")
+        logits = model(ids, last_only=True, cache=cache)
+        if not isinstance(logits, Tensor) or logits.ndim != 3:
+            what = f"a Tensor {logits.shape}" if isinstance(logits, Tensor) else f"a {type(logits).__name__}"
+            raise Error(f"the model's head returned {what}: generate needs a Tensor (batch, 1, classes)")
+        logits = to_device(logits.data[:, 0], "cpu")
+    return logits.astype(accumulation_dtype(logits.dtype), copy=False)
 
 
 def _read_window(model, ids, padding) -> np.ndarray:

@@ -17,23 +17,15 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 
-from tinyllm.backend.device import open_device
-from tinyllm.backend.dtypes import Precision, weights_dtype
-from tinyllm.backend.memory import keep_memory
 from tinyllm.checks import check_ids, is_integer
-from tinyllm.data.corpus import Corpus, end_of_text_id, open_corpus
+from tinyllm.data.corpus import Corpus, end_of_text_id
 from tinyllm.errors import Error
-from tinyllm.inference.chat import load_model_and_tokenizer
-from tinyllm.models import load_model
 from tinyllm.nn import Module, evaluating
 from tinyllm.tensor import no_grad
-from tinyllm.tokenizers import load_tokenizer
-from tinyllm.tokenizers.base import Tokenizer, check_fits
-from tinyllm.training.run_folder import last_checkpoint, say
+from tinyllm.tokenizers.base import Tokenizer
 
 IGNORED = -100  # the target that a loss leaves out
 
@@ -187,79 +179,3 @@ def ids_on_disk(corpus: Corpus, tokenizer: Tokenizer, special: str = "refuse") -
         file.flush()
         # An empty file cannot be mapped
         yield np.memmap(file, np.uint32, mode="r") if file.tell() else np.zeros(0, np.uint32)
-
-
-# ------------------------------------------------------------------------- the command line
-
-
-@dataclass(frozen=True)
-class EvalConfig:
-    """Loss, perplexity and bits per byte of a text under a model."""
-
-    text: str
-    """python-docs, the-verdict, a text file, a .jsonl file, or a folder of them; each may be gzipped."""
-    run: Path | None = None
-    """Folder of a run: its newest checkpoint and its tokenizer are used."""
-    model: str | None = None
-    """Instead of --run: smollm2, a model's folder, a .gguf file or a hub id."""
-    text_field: str | None = None
-    """Of .jsonl files: the field that holds a line's text."""
-    context: int | None = None
-    """Tokens the model sees at once; if not given, as many as it takes."""
-    stride: int | None = None
-    """Tokens from the start of a window to the next. The context if not given, the fastest; with a smaller
-    one every token has more before it to be predicted from."""
-    batch: int | None = None
-    """Windows at a time; if not given, about 4,096 tokens of them."""
-    special: str = "refuse"
-    """Special tokens such as <|endoftext|> in the text: refuse, allow (as their ids), or text."""
-    device: str = "cpu"
-    """cpu, cuda, cuda:1 …, or auto: a GPU if CuPy sees one; it says which."""
-    dtype: Precision = "float32"
-    """What the weights are kept and multiplied in (tf32: kept in float32). All but float32 and float64 need
-    a GPU."""
-    gpu_memory: float | None = None
-    """Gigabytes (10^9 bytes) of a GPU's memory to take at most; all of it if not given."""
-
-
-def print_evaluation(config: EvalConfig) -> None:
-    """Evaluate the model on the text and print what was scored, how, and what it costs.
-
-    The text is one stream of tokens, with ``<|endoftext|>`` between documents, as in training. It is
-    predicted too, for it takes information to say where a document ends, and stands for no byte. The
-    bytes are those of the text in UTF-8, less those of its first token, which nothing predicts.
-    """
-    device = open_device(config.device, config.dtype, config.gpu_memory)
-    model, tokenizer = load_run_or_model(config.run, config.model, weights_dtype(config.dtype))
-    context, stride, batch = check_windows(model, config.context, config.stride, config.batch)
-    corpus = open_corpus(config.text, config.text_field)
-    if corpus.left_out:
-        say(f"{corpus.name}: {len(corpus.left_out)} files are neither .txt nor .jsonl and were left out")
-    keep_memory()
-    model.to(device)
-    with ids_on_disk(corpus, tokenizer, config.special) as ids:
-        found = evaluate_text(model, ids, context, stride, batch, progress=True)
-        num_bytes = corpus.num_bytes - len(tokenizer.decode_bytes(ids[:1]))
-    print(
-        f"{corpus.name}: {corpus.num_bytes:,} bytes, {found.tokens + 1:,} tokens; predicted are all but the "
-        f"first: {num_bytes:,} bytes, {found.tokens:,} tokens"
-    )
-    shape = f"windows of {context:,} tokens, {stride:,} apart"
-    if found.tokens <= context:
-        shape = f"one window of {found.tokens:,} tokens"
-    print(f"{shape}; {config.dtype}")
-    print(
-        f"loss {found.loss:.4f} nats per token, perplexity {found.perplexity:.2f}, "
-        f"{found.bits_per_byte(num_bytes):.4f} bits per byte"
-    )
-
-
-def load_run_or_model(run: Path | None, model: str | None, dtype) -> tuple[Module, Tokenizer]:
-    """The model that --run or --model names, in ``dtype``, and its tokenizer; ``Error`` for both or none."""
-    if (run is None) == (model is None):
-        raise Error("say which model: either --run DIR or --model FOLDER")
-    if run is None:
-        return load_model_and_tokenizer(model, dtype)
-    trained, tokenizer = load_model(last_checkpoint(run), dtype), load_tokenizer(run)
-    check_fits(tokenizer, trained)
-    return trained, tokenizer

@@ -12,12 +12,13 @@ from tinyllm.errors import Error
 
 def check_sampling(temperature: float, top_k: int | None, top_p: float | None) -> None:
     """Raise ``Error`` unless the three are in their ranges (see ``probabilities``)."""
-    if not 0 <= temperature < math.inf:
-        raise Error(f"temperature is {temperature}: choose a number of at least 0")
+    numbers = int | float | np.number
+    if not isinstance(temperature, numbers) or not 0 <= temperature < math.inf:
+        raise Error(f"temperature is {temperature!r}: choose a number of at least 0")
     if top_k is not None and (not is_integer(top_k) or top_k < 1):
         raise Error(f"top_k is {top_k!r}: choose a whole number of at least 1, or none")
-    if top_p is not None and not 0 < top_p <= 1:
-        raise Error(f"top_p is {top_p}: choose a number above 0 and at most 1, or none")
+    if top_p is not None and (not isinstance(top_p, numbers) or not 0 < top_p <= 1):
+        raise Error(f"top_p is {top_p!r}: choose a number above 0 and at most 1, or none")
 
 
 def choose_tokens(
@@ -40,10 +41,7 @@ def choose_tokens(
 
 
 def probabilities(
-    logits: np.ndarray,
-    temperature: float = 1.0,
-    top_k: int | None = None,
-    top_p: float | None = None,
+    logits: np.ndarray, temperature: float = 1.0, top_k: int | None = None, top_p: float | None = None
 ) -> np.ndarray:
     """What ``choose_tokens`` draws from: every token's probability, (B, V) in float64, of logits (B, V).
 

@@ -1,44 +1,37 @@
-"""What does a model cost: parameters, memory, arithmetic, and what could this machine deliver at best?
+"""What a model costs: parameters, memory, arithmetic, and what this machine could deliver at best.
 
-Nothing is allocated and nothing is computed: every figure follows from the config, so a model may be far
-larger than the machine (build it with ``rng=None``). Only the two rates at the end are measured.
-
-A training step's memory is followed op by op, as a diary: forward, where what the gradients will need
-piles up, and back, where it goes again while the gradients of the parameters appear.
+A model may be far larger than the machine (build it with ``rng=None``). Its memory is that of a real training
+step, forward and backward, on arrays that have no elements and count the bytes they would take (``meta.py``):
+what the tape holds, whatever the layers are. Only the two rates at the end take real work.
 """
 
 from __future__ import annotations
 
+import copy
+import re
 import time
+from collections import Counter, defaultdict
 from typing import NamedTuple
 
 import numpy as np
 
-from tinyllm.backend.threads import BLOCK, matmul, num_threads
+from tinyllm.backend.threads import BLOCK, first_task_only, matmul, num_threads
 from tinyllm.checks import is_integer
 from tinyllm.errors import Error
-from tinyllm.functional.attention import QUERY_BLOCK, SCORES
-from tinyllm.functional.losses import CHUNK, COLUMNS
-from tinyllm.models import GPT2, GPT2Config, Llama, LlamaConfig
-from tinyllm.nn import Linear, Module
-from tinyllm.tensor import Tensor
+from tinyllm.functional.attention import QUERY_BLOCK
+from tinyllm.nn import Linear, Module, evaluating
+from tinyllm.tensor import Tensor, no_grad
+from tinyllm.tools.meta import MetaArray, Tally
+from tinyllm.tools.profile import watching, who_called
 
-Model = GPT2 | Llama | GPT2Config | LlamaConfig  # a config stands for a model without its weights
-
-DTYPES = ("float32", "float64")  # what models compute in
+DTYPES = ("float32", "float64")  # what models compute in on a CPU
 
 
-def _model_of(model: Model) -> Module:
-    """The model itself, or one of that config, of stand-ins that take no memory."""
-    if isinstance(model, GPT2Config):
-        return GPT2(model, rng=None)
-    if isinstance(model, LlamaConfig):
-        return Llama(model, rng=None)
-    if not isinstance(model, (GPT2, Llama)):
-        raise Error(
-            f"the costs of {type(model).__name__} are not known here: give a GPT2 or a Llama, or a config"
-        )
-    return model
+def _dtype(dtype) -> np.dtype:
+    name = getattr(dtype, "__name__", str(dtype))  # np.float32, "float32" and np.dtype("float32") alike
+    if name not in DTYPES:
+        raise Error(f"dtype {name!r} is not one that models compute in: choose {' or '.join(DTYPES)}")
+    return np.dtype(name)
 
 
 def _check_context(model: Module, context: int) -> None:
@@ -46,335 +39,123 @@ def _check_context(model: Module, context: int) -> None:
         raise Error(f"context is {context!r}: this model takes 1 to {model.context} tokens")
 
 
-def _dtype(dtype) -> np.dtype:
-    name = getattr(dtype, "__name__", str(dtype))  # np.float32, "float32" and np.dtype("float32") alike
-    if name not in DTYPES:
-        raise Error(f"dtype {name!r} is none that models compute in: choose {' or '.join(DTYPES)}")
-    return np.dtype(name)
-
-
 # ------------------------------------------------------------------------------- parameters
 
 
 class Row(NamedTuple):
-    """A layer's parameters; ``number`` and ``share`` are those of all ``copies`` of it together."""
+    """The parameters of all modules of that name, such as ``h.*.ln_1``; ``shape`` is that of one."""
 
     name: str
     shape: str
-    number: int
-    share: float  # of the whole model
-    copies: int = 1
-    is_part: bool = False  # of the block above, whose number holds this one
+    copies: int
+    number: int  # of all copies together
 
 
-def parameter_table(model: Model) -> list[Row]:
-    """What a model's parameters are, layer by layer; the rows that are no parts sum to num_parameters().
+def parameter_table(model: Module) -> list[Row]:
+    """What a model's parameters are, module by module; the numbers sum to ``model.num_parameters()``.
 
-    The blocks are alike: one row stands for all, and below it one for each part of a block. A tied
-    output layer has the number 0: its matrix was counted where it stands first.
+    Alike modules of several blocks are one row. A tied parameter belongs to the module where it stands first.
     """
-    model = _model_of(model)
-    total, counted, rows = model.num_parameters(), set(), []
-    for name, value in vars(model).items():
-        if isinstance(value, list):
-            number = sum(block.num_parameters() for block in value)
-            rows.append(Row(name, "", number, number / total, len(value)))
-            for part, module in value[0].named_modules():
-                rows += _rows_of(module, part, total, counted, copies=len(value), is_part=True)
-        elif isinstance(value, Module):
-            rows += _rows_of(value, name, total, counted)
-    return rows
-
-
-def _rows_of(module, name, total, counted, copies=1, is_part=False) -> list[Row]:
-    """The one row of a module that has parameters of its own, or none; ``counted``: ids of earlier ones."""
-    shapes, number = [], 0
-    for parameter in vars(module).values():
-        if isinstance(parameter, Tensor):
-            tied = id(parameter) in counted
-            shapes.append("tied" if tied else " x ".join(map(str, parameter.shape)))
-            number += 0 if tied else copies * parameter.size
-            counted.add(id(parameter))
-    return [Row(name, " + ".join(shapes), number, number / total, copies, is_part)] if shapes else []
-
-
-# ------------------------------------------------------------------- what an architecture does
-
-
-class Op(NamedTuple):
-    """One op as memory sees it, in elements. Its output counts where it is kept, else in ``forward``."""
-
-    name: str
-    keeps: int = 0  # what its closure holds until it has run backward
-    weights: int = 0  # its parameters: when it has run backward, as many gradients are there
-    gradients: int = 0  # the gradients of its inputs that it makes
-    forward: int = 0  # there only while it runs forward, beside what is kept
-    backward: int = 0  # there only while it runs backward, beside the gradients
-    inference: int = 0  # there while it runs without gradients, beside the stream and the norm's output
-
-
-class Part(NamedTuple):
-    """Ops in the order of the forward pass."""
-
-    name: str
-    ops: list[Op]
-    streams: int = 2  # arrays like the residual stream meanwhile: the norm's output, the block's input, …
-    kept_streams: int = 0  # how many of them some op keeps anyway
-    residual: bool = True  # its result is added to the stream, whose gradient passes beside it
-
-
-class Plan(NamedTuple):
-    """What the costs of a model depend on, beside its parameters."""
-
-    layers: int
-    channels: int
-    heads: int
-    kv_heads: int
-    head_size: int
-    vocabulary: int
-    head_weights: int  # parameters whose gradients the loss makes: the output layer's, tied or not
-    parts: list[Part]
-
-
-def _plan(model: Module, batch: int, context: int, dtype: np.dtype) -> Plan:
-    plan = _gpt2_plan if isinstance(model, GPT2) else _llama_plan
-    return plan(model.config, batch, context, dtype)
-
-
-def _gpt2_plan(config: GPT2Config, batch: int, context: int, dtype: np.dtype) -> Plan:
-    """GPT-2. N = batch x context positions, C channels; a = N C is one residual stream.
-
-    A block keeps 10 a for the backward pass: the two norms 2 a, q, k and v 3 a, attention's output a, and,
-    4 C channels wide, what goes into GELU, 4 a. What norms and GELU put out is made again.
-    """
-    N, C, H = batch * context, config.n_embd, config.n_head
-    inner = 4 * C if config.n_inner is None else config.n_inner
-    a, i = N * C, N * inner
-    norm = Op("norm", a + N, 2 * C, gradients=a, backward=a, inference=a)
-    embedding = [
-        # Added into place through a table of 64-bit positions.
-        Op("embedding", weights=config.n_positions * C, backward=8 * a // dtype.itemsize),
-        *_dropout(config.embd_pdrop, a),
+    shapes, sizes, numbers = defaultdict(dict), defaultdict(Counter), Counter()
+    for name, parameter in model.named_parameters():
+        module, _, own = re.sub(r"\.\d+\b", ".*", name).rpartition(".")
+        shapes[module][own] = " x ".join(map(str, parameter.shape))
+        sizes[module][own] += 1
+        numbers[module] += parameter.size
+    return [
+        Row(module, " + ".join(own.values()), max(sizes[module].values()), numbers[module])
+        for module, own in shapes.items()
     ]
-    if not config.tie_word_embeddings:
-        embedding[0] = embedding[0]._replace(weights=(config.n_positions + config.vocab_size) * C)
-    attention = [
-        norm._replace(name="ln_1"),
-        Op(
-            "c_attn",
-            0,
-            3 * C * (C + config.qkv_bias),
-            gradients=a,
-            forward=3 * a,
-            backward=a,
-            inference=3 * a,
-        ),
-        Op("split", gradients=3 * a),  # the gradients of q, k and v are put into one array
-        _attention(batch, context, H, H, C // H, config.attn_pdrop),
-        # Without gradients q, k and v are still there, because their names are in use.
-        Op("attn.c_proj", 0, C * (C + 1), gradients=a, forward=a, inference=5 * a),
-        *_dropout(config.resid_pdrop, a),
-    ]
-    block = num_threads() * min(BLOCK, i)  # of GELU's intermediates, in every thread
-    mlp = [
-        norm._replace(name="ln_2"),
-        Op("c_fc", 0, inner * (C + 1), gradients=a, forward=i, backward=a, inference=i),
-        Op("gelu", i, gradients=i, forward=i + 3 * block, backward=5 * block, inference=2 * i + 3 * block),
-        Op("mlp.c_proj", 0, C * (inner + 1), gradients=i, forward=a + i, backward=i, inference=a + i),
-        *_dropout(config.resid_pdrop, a),
-    ]
-    parts = [Part("embedding", embedding, streams=1, residual=False)]
-    for number in range(config.n_layer):
-        parts += [Part(f"block {number}", attention), Part(f"block {number}", mlp, streams=3)]
-    parts.append(Part("the end", [norm._replace(name="ln_f")], residual=False))
-    head_weights = config.vocab_size * (C + config.lm_head_bias)
-    return Plan(config.n_layer, C, H, H, C // H, config.vocab_size, head_weights, parts)
-
-
-def _llama_plan(config: LlamaConfig, batch: int, context: int, dtype: np.dtype) -> Plan:
-    """Llama. a = N C, and q, k and f are the numbers of all queries, of all keys, and of an MLP's inside.
-
-    A block keeps 2 a + 2 q + 2 k + 2 f: what goes into the norms 2 a, q, k and v, attention's output, the
-    gate, and what it lets pass or not. What norms and gate put out is made again.
-    """
-    N, C, F = batch * context, config.hidden_size, config.intermediate_size
-    H, G, D = config.num_attention_heads, config.num_key_value_heads, config.head_dim
-    a, q, k, f = N * C, N * H * D, N * G * D, N * F
-    # Backward, the gradients that were added up to the one that arrives are still there.
-    norm = Op("norm", a + N, C, gradients=a, backward=2 * a)
-    embedding_weights = 0 if config.tie_word_embeddings else config.vocab_size * C
-    embedding = [
-        Op("embed_tokens", weights=embedding_weights, backward=8 * a // dtype.itemsize),
-        Op("rotation", keeps=context * D),  # cos and sin of every position, for all layers
-    ]
-    bias = config.attention_bias
-    attention = [
-        norm._replace(name="input_layernorm"),
-        # All three give a gradient of their one input: two, and their sum, are there at a time.
-        Op(
-            "q_proj, k_proj, v_proj",
-            weights=(C + bias) * (H + 2 * G) * D,
-            gradients=a,
-            forward=q + 2 * k,
-            backward=2 * a,
-            inference=q + 2 * k,
-        ),
-        Op("rope", gradients=q + 2 * k, forward=2 * q + 3 * k, inference=2 * q + 3 * k),
-        _attention(batch, context, H, G, D, config.attention_dropout),
-        Op("o_proj", 0, (H * D + bias) * C, gradients=q, forward=a, inference=a + 2 * q + 2 * k),
-    ]
-    blocks = num_threads() * min(BLOCK, f)  # SwiGLU's intermediates, a block in every thread
-    mlp = [
-        norm._replace(name="post_attention_layernorm"),
-        Op(
-            "gate_proj, up_proj",
-            weights=2 * (C + config.mlp_bias) * F,
-            gradients=a,
-            forward=2 * f,
-            backward=max(a, 2 * a - f),
-            inference=2 * f,
-        ),
-        Op(
-            "swiglu",
-            keeps=2 * f,
-            gradients=2 * f,
-            forward=f + 2 * blocks,
-            backward=3 * blocks,
-            inference=3 * f + 2 * blocks,
-        ),
-        Op(
-            "down_proj", 0, (F + config.mlp_bias) * C, gradients=f, forward=a + f, backward=f, inference=a + f
-        ),
-    ]
-    parts = [Part("embedding", embedding, streams=1, residual=False)]
-    for number in range(config.num_hidden_layers):
-        name = f"block {number}"
-        parts += [Part(name, attention, kept_streams=1), Part(name, mlp, streams=3, kept_streams=2)]
-    parts.append(Part("the end", [norm._replace(name="norm", backward=0)], kept_streams=1, residual=False))
-    vocabulary = config.vocab_size
-    return Plan(config.num_hidden_layers, C, H, G, D, vocabulary, vocabulary * C, parts)
-
-
-def _dropout(p: float, a: int) -> list[Op]:
-    """Nothing is kept, the mask is drawn again; input, mask and output are there at the same time."""
-    return [Op("dropout", gradients=a, forward=3 * a, backward=a)] if p else []
-
-
-def _attention(batch: int, context: int, heads: int, kv_heads: int, head_size: int, dropout: float) -> Op:
-    """It keeps q, k, v, its output and the log of each row's sum; of the scores it has few blocks at a time.
-
-    These are the weights and their gradient, with dropout two masks, and one array of the block before.
-    """
-    N, step = batch * context, _query_block(heads, kv_heads)
-    q, k = N * heads * head_size, N * kv_heads * head_size
-    block = heads // kv_heads * min(context, step) * context
-    together = min(kv_heads, max(1, SCORES // block))  # heads whose scores fit the cache
-    scores = min(num_threads(), kv_heads) * together * block
-    masks, before = 2 if dropout else 0, int(context > step)
-    return Op(
-        "attention",
-        keeps=2 * q + 2 * k + N * heads,
-        gradients=q + 2 * k,
-        forward=(1 + max(masks, before)) * scores,
-        backward=(2 + masks + before) * scores,
-        inference=2 * q + 2 * k + N * heads + (1 + before) * scores,
-    )
-
-
-def _query_block(heads: int, kv_heads: int) -> int:
-    """The queries attention takes at once: fewer where several heads share a key, and with it a product."""
-    return max(1, QUERY_BLOCK // (heads // kv_heads))
 
 
 # ----------------------------------------------------------------------------------- memory
+
+LONG = 4096  # tokens: beyond, every figure grows in proportion, and is not measured
 
 
 class Memory(NamedTuple):
     """Bytes."""
 
     weights: int
-    gradients: int  # of all parameters, as the backward pass leaves them
+    gradients: int  # of all parameters that require one, as the backward pass leaves them
     optimizer: int  # AdamW's m and v
-    activations: int  # what the forward pass keeps for the backward pass
-    logits: int  # of one chunk
-    peak: int  # of a training step
-    peak_moment: str  # where in the step that is
-    peak_parts: dict[str, int]  # and what is there then; the sum is ``peak``
-    phases: dict[str, int]  # the peaks of its phases: forward (with the loss), backward, update
+    activations: int  # alive after the forward pass: what the tape holds, and the gradients the loss has made
+    forward: int  # the peaks of a training step's phases, with all of the above that is there then
+    backward: int
+    update: int
     inference: int  # peak of a forward pass for the next token, weights included
-    cache: int  # keys and values of all positions: 2 x layers x key-value heads x head size x N
+    cache: int  # keys and values of all positions
+
+    @property
+    def peak(self) -> int:
+        return max(self.forward, self.backward, self.update)
 
 
-class _Diary:
-    """What a step holds, by kind, in elements; when it held most, and the most in each phase."""
-
-    def __init__(self, **held: int):
-        self.held, self.peak, self.moment, self.parts, self.phases = held, 0, "", {}, {}
-
-    def write(self, phase: str, where: str, temporary: int) -> None:
-        total = sum(self.held.values()) + temporary
-        self.phases[phase] = max(total, self.phases.get(phase, 0))
-        if total > self.peak:
-            self.peak, self.moment = total, f"{phase}, {where}"
-            self.parts = self.held | {"temporary": temporary}
-
-
-def memory(model: Model, batch: int, context: int, dtype="float32", optimizer: bool = True) -> Memory:
+def memory(model: Module, batch: int, context: int, dtype="float32", optimizer: bool = True) -> Memory:
     """The memory of a training step on ``batch`` x ``context`` tokens, and of inference, in bytes.
 
-    Training is forward, loss, backward and AdamW (without its m and v if ``optimizer`` is false), as the
-    engine does them on a CPU, from the second step on. Arrays are counted; Python, its libraries and
-    BLAS come on top. ``dtype`` is float32 or float64. Raises Error for a context that the model does not
-    take, a batch below 1 or another dtype.
+    Counted are the arrays of a step of this very model, forward, loss and backward, without their elements,
+    from the second step on (AdamW's m and v are there, unless ``optimizer`` is false), with one thread's
+    scratch. Python, its libraries and BLAS come on top. Of a context above 4,096 two shorter ones are
+    counted, and the rest is a straight line. ``dtype`` is float32 or float64. Raises Error for a
+    context that the model does not take, a batch below 1 or another dtype.
     """
-    model, dtype = _model_of(model), _dtype(dtype)
+    dtype = _dtype(dtype)
     _check_context(model, context)
     if not is_integer(batch) or batch < 1:
         raise Error(f"batch is {batch!r}: it must be a whole number of at least 1")
-    plan = _plan(model, batch, context, dtype)
-    weights, size = model.num_parameters(), dtype.itemsize
-    N, V, a = batch * context, plan.vocabulary, batch * context * plan.channels
-    diary = _Diary(weights=weights, AdamW=2 * weights if optimizer else 0, gradients=0, activations=0)
-
-    for part in plan.parts:
-        for op in part.ops:
-            diary.held["activations"] += op.keeps
-            diary.write(
-                "forward", f"{part.name}, {op.name}", (part.streams - part.kept_streams) * a + op.forward
-            )
-    activations = diary.held["activations"]
-
-    # The loss makes its gradients at once: dx beside x, and dW, to which it adds block by block.
-    logits = min(N, CHUNK) * V
-    diary.held["gradients"] += plan.head_weights
-    diary.write("forward", "loss", 2 * a + logits + min(num_threads() * COLUMNS, V) * plan.channels)
-
-    for part in reversed(plan.parts):
-        arriving, beside = (0, a) if part.residual else (a, 0)
-        for op in reversed(part.ops):
-            diary.held["gradients"] += op.weights
-            temporary = beside + arriving + op.gradients + op.backward
-            diary.write("backward", f"{part.name}, {op.name}", temporary)
-            diary.held["activations"] -= op.keeps
-            arriving = op.gradients
-    largest = max(parameter.size for parameter in model.parameters())
-    diary.write("update", "AdamW", min(largest, num_threads() * BLOCK))
-
-    tables = sum(op.keeps for op in plan.parts[0].ops)  # what the embedding makes for all layers
-    inference = max(part.streams * a + op.inference for part in plan.parts for op in part.ops)
+    weights = dtype.itemsize * model.num_parameters()
+    gradients = dtype.itemsize * sum(p.size for p in model.parameters() if p.requires_grad)
+    moments = 2 * gradients if optimizer else 0
+    scratch = dtype.itemsize * min(BLOCK, max(p.size for p in model.parameters()))  # of AdamW
+    found = _count(model, batch, min(context, LONG), dtype)
+    if context > LONG:
+        half = _count(model, batch, LONG // 2, dtype)
+        found = found + (found - half) * (context - LONG) // (LONG // 2)
+    activations, forward, backward, inference, cache = map(int, found)
     return Memory(
-        weights=size * weights,
-        gradients=size * diary.held["gradients"],
-        optimizer=size * diary.held["AdamW"],
-        activations=size * activations,
-        logits=size * logits,
-        peak=size * diary.peak,
-        peak_moment=diary.moment,
-        peak_parts={kind: size * number for kind, number in diary.parts.items()},
-        phases={phase: size * number for phase, number in diary.phases.items()},
-        inference=size * (weights + tables + max(inference, a + batch * V)),
-        cache=size * 2 * plan.layers * plan.kv_heads * plan.head_size * N,
+        weights,
+        gradients,
+        moments,
+        activations,
+        forward=forward + moments,
+        backward=backward + moments,
+        update=weights + gradients + moments + scratch,
+        inference=inference,
+        cache=cache,
     )
+
+
+def _count(model: Module, batch: int, context: int, dtype: np.dtype) -> np.ndarray:
+    """Activations, the peaks of forward, backward and inference, and a cache, all without elements."""
+    model = _without_elements(model, dtype)
+    ids, weights = np.zeros((batch, context), np.int64), Tally.restart()
+    with first_task_only():
+        loss = model.loss(ids, ids)
+        activations, forward = Tally.held - weights, Tally.peak
+        Tally.restart()
+        if loss.requires_grad:
+            loss.backward()
+        backward = Tally.peak
+        model.zero_grad()
+        del loss
+        with evaluating(model), no_grad():
+            Tally.restart()
+            model(ids, last_only=True)
+            inference = Tally.peak
+    held = Tally.restart()
+    cache = model.new_cache(batch, context)
+    found = [activations, forward, backward, inference, Tally.held - held]
+    del cache  # not before it was counted
+    return np.array(found, object)
+
+
+def _without_elements(model: Module, dtype: np.dtype) -> Module:
+    """A copy in training mode, whose parameters are meta arrays of ``dtype``."""
+    parameters = {
+        id(p): Tensor(MetaArray(p.shape, dtype), requires_grad=p.requires_grad) for p in model.parameters()
+    }
+    return copy.deepcopy(model, parameters).train()
 
 
 # ------------------------------------------------------------------------------- arithmetic
@@ -415,25 +196,40 @@ def _matrix_elements(model: Module) -> int:
     return sum(module.weight.size for _, module in model.named_modules() if isinstance(module, Linear))
 
 
-def flops_per_token(model: Model, context: int) -> Flops:
+def flops_per_token(model: Module, context: int) -> Flops:
     """The matrix products of this implementation, per token of a sequence of ``context`` tokens.
 
-    Elementwise work is left out. Causal attention skips the keys behind each block of queries, about
-    half of the scores in a long sequence, and computes scores again in the backward pass. ``head`` is
-    the output layer at every position, as in training; to write text it runs at the last one only.
+    Counted are those of linear layers, by the elements of their weights, and of every attention in a forward
+    pass. Elementwise work is left out. Causal attention skips the keys behind each block of queries, about
+    half of the scores in a long sequence, and computes scores again in the backward pass. ``head`` is the
+    output layer at every position, as in training; in decoding it runs at the last one only.
     Raises Error for a context that the model does not take.
     """
-    model = _model_of(model)
     _check_context(model, context)
-    plan = _plan(model, 1, context, np.dtype(np.float32))
-    matrices = _matrix_elements(model)
-    head = plan.vocabulary * plan.channels
-    step, scores = _query_block(plan.heads, plan.kv_heads), 0  # scores of one head
-    for start in range(0, context, step):
-        stop = min(start + step, context)
-        scores += (stop - start) * stop
-    per_score = 2 * 2 * plan.layers * plan.heads * plan.head_size  # two products
-    return Flops(2 * (matrices - head), 2 * head, per_score * scores / context, per_score * context)
+    head = _matrix_elements(model.lm_head)
+    attention, textbook = 0, 0
+    for query, key, value in _attentions(model):
+        heads, per_score = query[1], 2 * (query[3] + value[3])  # a product with K and one with V
+        step, scores = max(1, QUERY_BLOCK * key[1] // heads), 0
+        for start in range(0, context, step):
+            stop = min(start + step, context)
+            scores += (stop - start) * stop
+        attention += heads * per_score * scores / context
+        textbook += heads * per_score * context
+    return Flops(2 * (_matrix_elements(model) - head), 2 * head, attention, textbook)
+
+
+def _attentions(model: Module) -> list[tuple]:
+    """The shapes of query, key and value of every attention in a forward pass on one token."""
+    found = []
+
+    def watch(out, parents):
+        if who_called()[0] == "scaled_dot_product_attention":
+            found.append(tuple(parent.shape for parent in parents))
+
+    with watching(watch), first_task_only():
+        _without_elements(model, np.dtype(np.float32))(np.zeros((1, 1), np.int64))
+    return found
 
 
 # ----------------------------------------------------------------------- what this machine does
@@ -472,12 +268,12 @@ def _best_time(work, seconds: float) -> float:
 # --------------------------------------------------------------------------------- the page
 
 
-def describe(model: Model, batch: int, context: int, dtype="float32") -> str:
+def describe(model: Module, batch: int, context: int, dtype="float32") -> str:
     """A page for the terminal: parameters, memory, arithmetic, and this machine's rates, measured now.
 
     The measurements take about a second. Raises Error as ``memory`` does.
     """
-    model, dtype = _model_of(model), _dtype(dtype)
+    dtype = _dtype(dtype)
     costs, flops = memory(model, batch, context, dtype), flops_per_token(model, context)
     threads = num_threads()
     lines = [
@@ -498,10 +294,10 @@ def describe(model: Model, batch: int, context: int, dtype="float32") -> str:
 
 
 def _parameter_lines(rows: list[Row]) -> list[str]:
-    cells = [("layer", "shape", "parameters", "share")]
+    cells, total = [("layer", "shape", "parameters", "share")], sum(row.number for row in rows)
     for row in rows:
-        shape = row.shape if row.shape else f"{row.copies} block{'s' * (row.copies > 1)} of"
-        cells.append(("  " * row.is_part + row.name, shape, f"{row.number:,}", f"{row.share:.1%}"))
+        shape = f"{row.copies} of {row.shape}" if row.copies > 1 else row.shape
+        cells.append((row.name, shape, f"{row.number:,}", f"{row.number / total:.1%}"))
     wide = [max(len(line[column]) for line in cells) for column in range(4)]
     return [
         f"  {name:{wide[0]}}  {shape:{wide[1]}}  {number:>{wide[2]}}  {share:>6}"
@@ -510,22 +306,17 @@ def _parameter_lines(rows: list[Row]) -> list[str]:
 
 
 def _memory_lines(costs: Memory) -> list[str]:
-    there = " + ".join(f"{_amount(size, 'B')} {kind}" for kind, size in costs.peak_parts.items() if size)
+    phases = {phase: getattr(costs, phase) for phase in ("forward", "backward", "update")}
+    said = ", ".join(f"{phase} {_amount(size, 'B')}" for phase, size in phases.items())
     return [
         _line("weights", costs.weights, "B", "the parameters"),
         _line("gradients", costs.gradients, "B", "one for each; complete when the backward pass ends"),
         _line("AdamW", costs.optimizer, "B", "two running averages for each, m and v"),
         _line("activations", costs.activations, "B", "what the forward pass keeps for the backward pass"),
-        _line("logits", costs.logits, "B", f"of {CHUNK} positions at a time"),
-        _line("peak", costs.peak, "B", f"the most at one time; here in: {costs.peak_moment}"),
-        f"{'':18}= {there}",
+        _line("peak", costs.peak, "B", f"the most at one time; {said}"),
         "Memory of inference on the same tokens",
-        _line(
-            "peak", costs.inference, "B", "weights, and one forward pass for the next token, without a cache"
-        ),
-        _line(
-            "KV cache", costs.cache, "B", "keys and values of every position, if they are kept for writing on"
-        ),
+        _line("peak", costs.inference, "B", "a forward pass for the next token, without a cache"),
+        _line("KV cache", costs.cache, "B", "keys and values of every position, if they are kept"),
     ]
 
 
@@ -554,7 +345,7 @@ def _machine_lines(model: Module, flops: Flops, dtype: np.dtype) -> list[str]:
         _tokens_line("training", gemm / flops.training, "if products took all the time"),
         _tokens_line("reading", gemm / (flops.forward - flops.head), "of a prompt of that length, likewise"),
         _tokens_line(
-            "writing", reading / read, f"one by one, with a cache: reading {each} of matrices for each"
+            "decoding", reading / read, f"one by one, with a cache: reading {each} of matrices for each"
         ),
     ]
 

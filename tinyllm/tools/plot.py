@@ -1,4 +1,4 @@
-"""What does a run look like, and how does it compare with another?
+"""Plots of several runs, and a table of their figures.
 
 A loss by itself says little; these marks make it readable. An untrained model should guess: its loss is
 ln V, V the size of the vocabulary. While both curves fall together the model learns what carries over to
@@ -10,115 +10,20 @@ per byte only: a token that covers more text is harder to predict.
 from __future__ import annotations
 
 import json
-import math
 import textwrap
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
 from tinyllm.errors import Error
+from tinyllm.training.loggers import COLORS, DPI, FIGURE_SIZE, GREY, Y_AXES, best_record, quiet_axes, ring
 from tinyllm.training.metrics import RecordedRun, read_run, same_tokenizer
 
 PICTURES = (".png", ".svg", ".pdf")
 
 X_AXES = ("step", "tokens", "time")
 
-Y_AXES = {"loss": "loss (nats per token)", "bits-per-byte": "bits per byte"}
-
-# Dark enough to read on white, and apart for colour-blind eyes where few runs are compared.
-COLORS = ("#2f6db0", "#d1622b", "#3d8f5f", "#8a5fb0", "#b8912a", "#2b9aa8", "#b0487a", "#6b6b6b")
-
-GREY, LIGHT = "#6b6b6b", "#e4e4e4"
-
 OPTIONS_SHOWN = 5  # of a run in the legend; the summary has all
-
-
-# A run while it trains
-
-
-def plot_losses(
-    history: list[dict],
-    path: str | Path,
-    vocab_size: int | None = None,
-    bytes_per_token: float | None = None,
-) -> None:
-    """Draw the losses of one run over its steps; without matplotlib, do nothing.
-
-    ``history`` is what ``metrics.jsonl`` holds, a dict per step. The loss of each training batch is faint
-    (dropout makes it higher than the model is); the losses measured at evaluations have dots, and the best
-    on the validation text a ring. With ``vocab_size`` a dotted line stands at ln V, with
-    ``bytes_per_token`` (of the validation text) a second axis reads the loss in bits per byte.
-    """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        return
-    figure = Figure(figsize=(8, 4.5), layout="constrained")
-    axes = figure.subplots()
-    train, validation = COLORS[:2]
-    for key, label, style in (
-        (
-            "train_loss",
-            "training batch (with dropout, if any)",
-            dict(color=train, alpha=0.3, linewidth=0.8),
-        ),
-        ("train_eval_loss", "training text", dict(color=train, marker="o", markersize=3)),
-        ("val_loss", "validation text", dict(color=validation, marker="o", markersize=3)),
-    ):
-        points = [(record["step"], record[key]) for record in history if key in record]
-        if points:
-            axes.plot(*zip(*points), label=label, **style)
-    nats_per_bit = None if bytes_per_token is None else math.log(2) * bytes_per_token
-    if any("val_loss" in record for record in history):
-        best = _best(history, "val_loss")
-        bits = f" ({best['val_loss'] / nats_per_bit:.3f} bits per byte)" if nats_per_bit else ""
-        label = f"best: {best['val_loss']:.3f}{bits} at step {best['step']:,}"
-        _ring(axes, best["step"], best["val_loss"], validation, label)
-    if vocab_size is not None:
-        _guessing_line(axes, math.log(vocab_size))
-    if nats_per_bit:
-        functions = (lambda nats: nats / nats_per_bit, lambda bits: bits * nats_per_bit)
-        right = axes.secondary_yaxis("right", functions=functions)
-        right.set_ylabel(Y_AXES["bits-per-byte"])
-        _quiet(right)
-    axes.set(xlabel="step", ylabel=Y_AXES["loss"])
-    axes.xaxis.set_major_formatter("{x:,.0f}")
-    axes.locator_params(axis="x", integer=True)
-    _quiet(axes)
-    figure.legend(loc="outside upper left", ncols=2, frameon=False, fontsize="small")
-    figure.savefig(path, dpi=150)
-
-
-def _best(records: list[dict], key: str) -> dict:
-    """The record in which ``key`` is lowest, the first if there are several."""
-    return min((record for record in records if key in record), key=lambda record: record[key])
-
-
-def _ring(axes, x: float, y: float, color: str, label: str | None = None) -> None:
-    style = dict(marker="o", markersize=9, markerfacecolor="none", markeredgewidth=1.5, linestyle="none")
-    axes.plot([x], [y], color=color, zorder=5, label=label, **style)
-
-
-def _guessing_line(axes, loss: float) -> None:
-    axes.axhline(loss, color=GREY, linestyle=":", linewidth=1.2)
-    axes.annotate(
-        "ln V: guessing",
-        (1, loss),
-        xycoords=("axes fraction", "data"),
-        xytext=(-4, 4),
-        textcoords="offset points",
-        ha="right",
-        color=GREY,
-        fontsize="small",
-    )
-
-
-def _quiet(axes) -> None:
-    """Light grid, no box: the curves are what is dark in the picture."""
-    axes.grid(color=LIGHT, linewidth=0.8)
-    axes.set_axisbelow(True)
-    axes.spines[:].set_color(LIGHT)
-    axes.tick_params(color=LIGHT, labelcolor=GREY)
 
 
 def _read_runs(folders: Sequence[str | Path]) -> list[RecordedRun]:
@@ -176,7 +81,7 @@ def plot_runs(runs: Sequence[str | Path], path: str | Path, x: str = "step", y: 
         unit, x_label = _time_unit(max(run.along("time")[-1] for run in runs))
     legend = [_legend_line(run, options) for run, options in zip(runs, _differences(runs))]
     lines = sum(label.count("\n") + 1 for label in legend)
-    figure = Figure(figsize=(8, 4.5 + 0.19 * lines), layout="constrained")
+    figure = Figure(figsize=(FIGURE_SIZE[0], FIGURE_SIZE[1] + 0.19 * lines), layout="constrained")
     axes = figure.subplots()
     for run, label, color in zip(runs, legend, COLORS):
         at, losses = run.curve("train_eval_loss", x, y)
@@ -184,10 +89,10 @@ def plot_runs(runs: Sequence[str | Path], path: str | Path, x: str = "step", y: 
         at, losses = run.curve("val_loss", x, y)
         axes.plot([v / unit for v in at], losses, color=color, marker="o", markersize=3, label=label)
         best = losses.index(min(losses))
-        _ring(axes, at[best] / unit, losses[best], color)
+        ring(axes, at[best] / unit, losses[best], color)
     axes.set(xlabel=x_label, ylabel=Y_AXES[y])
     _x_ticks(axes, x)
-    _quiet(axes)
+    quiet_axes(axes)
     axes.set_title(
         "— validation text (○ best)   - - training text", loc="right", fontsize="small", color=GREY
     )
@@ -195,7 +100,7 @@ def plot_runs(runs: Sequence[str | Path], path: str | Path, x: str = "step", y: 
     for text in box.get_texts():
         text.set_parse_math(False)  # a $ in a prompt is no formula
     try:
-        figure.savefig(path, dpi=150)
+        figure.savefig(path, dpi=DPI)
     except OSError as error:
         raise Error(f"{path} cannot be written ({error.strerror or error}): choose another path") from None
 
@@ -259,7 +164,7 @@ def summary(runs: Sequence[str | Path]) -> str:
 def _row(run: RecordedRun) -> tuple[str, ...]:
     end = run.records[-1]
     last = [record for record in run.records if "val_loss" in record][-1]
-    best = _best(run.records, "val_loss")
+    best = best_record(run.records, "val_loss")
     losses = (last.get("train_eval_loss"), last["val_loss"], best["val_loss"])
     bits = (last.get("val_bits_per_byte"), best.get("val_bits_per_byte"))
     minutes, seconds = divmod(round(run.along("time")[-1]), 60)

@@ -1,24 +1,24 @@
-"""Where does the time of a training step go?
+"""Where the time of a training step goes.
 
 The model's own steps are run and watched, op by op: how long each takes forward and backward, how much of
 that is matrix products, what it keeps for the backward pass, and what memory it needs meanwhile.
 Products are what a BLAS does as fast as the machine can; the rest is what an implementation adds.
 
-Three methods are replaced while a watched step runs and put back after it: ``Tensor.from_op``, through
-which every op records itself, ``Tensor.backward``, and ``Module.__call__``, which tells where in the model
-an op is. Otherwise nothing is slowed, and a watched step computes the same numbers to the last bit.
+The engine tells of every op and of every backward pass that ends (``watching``); the call stack says where in
+the model an op is. A watched step computes the same numbers to the last bit.
 """
 
 from __future__ import annotations
 
 import contextlib
+import math
 import re
 import sys
-import threading
 import time
 import tracemalloc
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import numpy as np
@@ -26,24 +26,25 @@ import numpy as np
 from tinyllm.backend.threads import in_task, num_threads
 from tinyllm.errors import Error
 from tinyllm.nn import Module
-from tinyllm.tensor import Tensor
+from tinyllm.tensor import mode
 
 MOST_ROWS = 30  # in the table; the smallest are one row together
 
 
-class Row(NamedTuple):
+@dataclass(eq=False)
+class Row:
     """What an op at one place of the model takes in one step, alike layers (``h.*``) taken together."""
 
     place: str  # the module's name; for the last rows, the part of the step
     op: str  # the function's name; "" for a part of the step without ops
-    calls: int
-    forward: float  # seconds
-    backward: float  # seconds, with the adding up of the gradients it gave
-    other: float  # seconds of a part of the step outside all ops
-    products: float  # seconds of these inside matrix products
-    keeps: int  # bytes that its gradient holds, and no earlier op's, until it has run backward
-    needs: int  # bytes: the most that one call allocates, its result with it, forward or backward
-    faults: float | None  # pages of memory that the system had to hand out; None where it does not say
+    calls: int = 0
+    forward: float = 0.0  # seconds
+    backward: float = 0.0  # seconds, with the adding up of the gradients it gave
+    other: float = 0.0  # seconds of a part of the step outside all ops
+    products: float = 0.0  # seconds of these inside matrix products
+    keeps: int = 0  # bytes that its gradient holds, and no earlier op's, until it has run backward
+    needs: int = 0  # bytes: the most that one call allocates, its result with it, forward or backward
+    faults: float = 0.0  # pages of memory that the system had to hand out; nan where it does not say
 
     @property
     def seconds(self) -> float:
@@ -92,41 +93,23 @@ def profile(
     with _timed_products(model):
         multiplied = _watched(model, step, 1)
 
-    none = _Sums("", "")
-    rows = [
-        _row(sums, traced.rows.get(key, none), multiplied.rows.get(key, none), steps)
-        for key, sums in timed.rows.items()
-    ]
-    rows.sort(key=lambda row: -row.seconds)
+    for key, row in timed.rows.items():
+        _finish(row, traced.row(*key), multiplied.row(*key), steps)
+    rows = sorted(timed.rows.values(), key=lambda row: -row.seconds)
     products = sum(row.products for row in rows)
-    return Profile(rows, timed.elapsed / 1e9 / steps, products, traced.peak, steps, num_threads())
+    return Profile(rows, timed.elapsed / steps, products, traced.peak, steps, num_threads())
 
 
-def _row(timed: _Sums, traced: _Sums, multiplied: _Sums, steps: int) -> Row:
-    seconds = {kind: timed.time[kind] / 1e9 / steps for kind in ("forward", "backward", "other")}
+def _finish(row: Row, traced: Row, multiplied: Row, steps: int) -> None:
+    """Sums of all steps become those of one; memory and products come from runs of their own."""
+    for name in ("forward", "backward", "other", "faults"):
+        setattr(row, name, getattr(row, name) / steps)
+    row.calls, row.keeps, row.needs = row.calls // steps, traced.keeps, traced.needs
     # A share of the time that passed in the very same step: the machine may be busier in one than in another.
-    share = multiplied.products / max(1, multiplied.time.total())
-    return Row(
-        timed.place,
-        timed.op,
-        timed.calls // steps,
-        **seconds,
-        products=share * sum(seconds.values()),
-        keeps=traced.keeps,
-        needs=traced.needs,
-        faults=None if timed.faults is None else timed.faults / steps,
-    )
+    row.products = row.seconds * multiplied.products / (multiplied.seconds or 1)
 
 
 # -------------------------------------------------------------------------------- watching
-
-
-class _Sums:
-    """A row in the making, over all steps of one run: times in nanoseconds."""
-
-    def __init__(self, place: str, op: str):
-        self.place, self.op, self.calls, self.time = place, op, 0, Counter()
-        self.products, self.keeps, self.needs, self.faults = 0.0, 0, 0, 0
 
 
 class _Account:
@@ -136,19 +119,17 @@ class _Account:
         names = {id(module): re.sub(r"\.\d+\b", ".*", name) for name, module in model.named_modules()}
         self.names = names | {id(model): type(model).__name__}
         self.parameters = {id(_owner(parameter.data)) for parameter in model.parameters()}
-        self.thread, self.bytes_too = threading.get_ident(), bytes_too
-        self.rows: dict[tuple[str, str], _Sums] = {}
-        self.places: list[str] = []  # the modules that are running, the innermost last
+        self.bytes_too = bytes_too
+        self.rows: dict[tuple[str, str], Row] = {}
         self.kept, self.seen = Counter(), set(self.parameters)  # of this forward pass: row -> bytes; arrays
         self.elapsed = self.peak = 0
 
-    def row(self, place: str, op: str) -> _Sums:
-        return self.rows.setdefault((place, op), _Sums(place, op))
+    def row(self, place: str, op: str) -> Row:
+        return self.rows.setdefault((place, op), Row(place, op))
 
     def begin(self) -> None:
         """A step begins."""
-        self.faults, self.start = _page_faults(), time.perf_counter_ns()
-        self.last = self.start
+        self.faults, self.last = _page_faults(), time.perf_counter_ns()
         if self.bytes_too:
             tracemalloc.reset_peak()
             self.held = self.before = tracemalloc.get_traced_memory()[0]
@@ -158,14 +139,15 @@ class _Account:
         self.rest.calls += 1
         self.running = self.rest, "other"  # who gets what comes next, unless an op claims it
 
-    def settle(self, row: _Sums, kind: str) -> None:
+    def settle(self, row: Row, kind: str) -> None:
         """Time, products, page faults and memory since the last event were this row's."""
         now, faults = time.perf_counter_ns(), _page_faults()
-        row.time[kind] += now - self.last
-        row.faults = None if faults is None else row.faults + faults - self.faults
-        self.last, self.faults = now, faults
+        seconds = (now - self.last) / 1e9
+        setattr(row, kind, getattr(row, kind) + seconds)
+        row.faults += faults - self.faults
+        self.elapsed, self.last, self.faults = self.elapsed + seconds, now, faults
         for beside_others, nanoseconds in _Timed.products:
-            row.products += nanoseconds / num_threads() if beside_others else nanoseconds
+            row.products += nanoseconds / 1e9 / (num_threads() if beside_others else 1)
         _Timed.products.clear()
         if self.bytes_too:
             held, peak = tracemalloc.get_traced_memory()
@@ -173,7 +155,32 @@ class _Account:
             self.peak, self.held = max(self.peak, peak - self.before), held
             tracemalloc.reset_peak()
 
-    def keep(self, row: _Sums, vjp) -> None:
+    def __call__(self, out, parents) -> None:
+        """The engine's news: an op has made ``out``, or a backward pass has ended."""
+        if out is None:
+            self.settle(*self.running)
+            self.running = self.rest, "other"
+            self.forget_kept()
+            return
+        op, module = who_called()
+        row = self.row(self.names.get(id(module), type(module).__name__) if module else "", op)
+        row.calls += 1
+        self.settle(row, "forward")
+        self.rest.op = "outside its ops"
+        if out.node is not None:
+            if self.bytes_too:
+                self.keep(row, out.node.vjp)
+            out.node.vjp = self.timed(out.node.vjp, row)
+
+    def timed(self, vjp, row: Row):
+        def timed_vjp(grad):
+            self.settle(*self.running)
+            self.running = row, "backward"
+            return vjp(grad)
+
+        return timed_vjp
+
+    def keep(self, row: Row, vjp) -> None:
         """The arrays that the closure of a gradient holds, if no other's did before."""
         for array in map(_owner, _arrays_in(vjp)):
             if id(array) not in self.seen:
@@ -189,76 +196,46 @@ class _Account:
 
 def _watched(model: Module, step: Mapping, steps: int, bytes_too: bool = False) -> _Account:
     account = _Account(model, bytes_too)
-    with _watching(account):
+    with watching(account):
         for _ in range(steps):
             account.begin()
             for name, part in step.items():
                 account.begin_part(name)
                 part()
                 account.settle(*account.running)
-            account.elapsed += account.last - account.start
     return account
 
 
 @contextlib.contextmanager
-def _watching(account: _Account):
-    """Within this block this thread's ops, backward passes and modules tell ``account`` of themselves."""
-    replaced = [(Tensor, "from_op"), (Tensor, "backward"), (Module, "__call__")]
-    originals = [vars(owner)[name] for owner, name in replaced]
-    from_op, backward, call = Tensor.from_op, Tensor.backward, Module.__call__
+def watching(watch):
+    """Within this block, in this thread, ``watch(out, parents)`` is called after every op.
 
-    def watched_from_op(data, parents, vjp):
-        if threading.get_ident() != account.thread:
-            return from_op(data, parents, vjp)
-        row = account.row(account.places[-1] if account.places else "", _op_name())
-
-        def watched_vjp(grad):
-            account.settle(*account.running)
-            account.running = row, "backward"
-            return vjp(grad)
-
-        out = from_op(data, parents, watched_vjp)
-        row.calls += 1
-        account.settle(row, "forward")
-        account.rest.op = "outside its ops"
-        if account.bytes_too and out.node is not None:
-            account.keep(row, vjp)
-        return out
-
-    def watched_backward(tensor, grad=None):
-        if threading.get_ident() != account.thread:
-            return backward(tensor, grad)
-        account.settle(account.rest, "other")
-        backward(tensor, grad)
-        account.settle(*account.running)
-        account.running = account.rest, "other"
-        account.forget_kept()
-
-    def watched_call(module, *args, **kwargs):
-        if threading.get_ident() != account.thread:
-            return call(module, *args, **kwargs)
-        account.places.append(account.names.get(id(module), type(module).__name__))
-        try:
-            return call(module, *args, **kwargs)
-        finally:
-            account.places.pop()
-
+    And ``watch(None, ())`` after every backward pass.
+    """
+    before, mode.watch = mode.watch, watch
     try:
-        Tensor.from_op, Tensor.backward = staticmethod(watched_from_op), watched_backward
-        Module.__call__ = watched_call
         yield
     finally:
-        for (owner, name), original in zip(replaced, originals):
-            setattr(owner, name, original)
+        mode.watch = before
 
 
-def _op_name() -> str:
-    """The function of ``tinyllm.functional`` or ``tinyllm.tensor`` that was called: gelu, not its helper."""
-    frame = sys._getframe(2)  # who called from_op
+def who_called() -> tuple[str, Module | None]:
+    """Of the op that the engine tells of: the function that was called, and the module that called it.
+
+    The function is one of ``tinyllm.functional`` or ``tinyllm.tensor``: gelu, not a helper of it.
+    """
+    frame = sys._getframe(1)
+    while frame.f_code.co_name != "from_op":
+        frame = frame.f_back
+    frame = frame.f_back
     name = frame.f_code.co_name
     while frame and frame.f_globals["__name__"].startswith(("tinyllm.functional", "tinyllm.tensor")):
-        name, frame = frame.f_code.co_name, frame.f_back
-    return name.strip("_")  # x + y is __add__
+        if frame.f_globals["__name__"] != "tinyllm.functional":  # which chooses the device and calls the op
+            name = frame.f_code.co_name
+        frame = frame.f_back
+    while frame and not isinstance(frame.f_locals.get("self"), Module):
+        frame = frame.f_back
+    return name.strip("_"), frame and frame.f_locals["self"]  # x + y is __add__
 
 
 def _arrays_in(function) -> Iterator[np.ndarray]:
@@ -286,12 +263,12 @@ def _owner(array: np.ndarray) -> np.ndarray:
     return array
 
 
-def _page_faults() -> int | None:
-    """Of this process so far; None where the system does not say (Windows)."""
+def _page_faults() -> float:
+    """Of this process so far; nan where the system does not say (Windows)."""
     try:
         import resource
     except ImportError:
-        return None
+        return math.nan
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 
 
@@ -372,7 +349,7 @@ def _page(profile: Profile) -> Iterator[str]:
     lines += [(f"{row.place} {row.op}".strip(), *_cells(row, profile.seconds)) for row in shown]
     if hidden:
         lines.append((f"{len(hidden)} others", *_cells(_total(hidden), profile.seconds)))
-    total = _total(profile.rows)._replace(needs=profile.peak)
+    total = replace(_total(profile.rows), needs=profile.peak)
     lines.append(("the whole step", *_cells(total, profile.seconds)))
     widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
     for name, *cells in lines:
@@ -386,16 +363,15 @@ def _page(profile: Profile) -> Iterator[str]:
 def _cells(row: Row, step: float) -> list[str]:
     times = [_ms(seconds) if seconds else "" for seconds in (row.forward, row.backward, row.products)]
     sizes = [f"{size / 1e6:.1f}" if size else "" for size in (row.keeps, row.needs)]
-    faults = "?" if row.faults is None else f"{row.faults:,.0f}"
+    faults = "?" if math.isnan(row.faults) else f"{row.faults:,.0f}"
     return [_ms(row.seconds), f"{row.seconds / step:.1%}", *times, str(row.calls), *sizes, faults]
 
 
 def _total(rows: list[Row]) -> Row:
     """All rows in one; what they need they do not need at the same time, so it is the most of them."""
-    added = ("calls", "forward", "backward", "other", "products", "keeps")
+    added = ("calls", "forward", "backward", "other", "products", "keeps", "faults")
     sums = {name: sum(getattr(row, name) for row in rows) for name in added}
-    faults = None if any(row.faults is None for row in rows) else sum(row.faults for row in rows)
-    return Row("", "", **sums, needs=max(row.needs for row in rows), faults=faults)
+    return Row("", "", **sums, needs=max(row.needs for row in rows))
 
 
 def _ms(seconds: float) -> str:

