@@ -1,0 +1,1 @@
+"""How fast is tinyllm beside PyTorch, and in how much memory?"""

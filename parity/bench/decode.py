@@ -18,8 +18,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
 
-from parity.bench.reach import MISSED, Bound, reach_table, verdict
-from parity.bench.train import describe, in_own_process, libraries, machine, result_of, with_threads
+from parity.bench.process import describe, in_own_process, libraries, machine, result_of, with_threads
+from parity.bench.reach import Bound, reach_table, verdict
 
 SIDES = ("tinyllm", "transformers")
 
@@ -90,9 +90,8 @@ def run_side(side: str, folder: str, sizes: Sizes, threads: int, started: float)
 
 def run_tinyllm(folder: str, sizes: Sizes, threads: int, started: float) -> dict:
     """Its number of threads comes from the environment, which ``measure`` sets."""
-    from tinyllm import load_model, no_grad
+    from tinyllm import generate, load_model, no_grad
     from tinyllm.backend.memory import keep_memory
-    from tinyllm.inference import generate
 
     keep_memory()  # as ``tinyllm generate`` does
     model = load_model(folder)
@@ -121,9 +120,8 @@ def steps_and_products(model, prompt, count: int) -> dict[str, list[float]]:
     """``count`` steps, and after each the same products by themselves, so that both meet the same machine."""
     import numpy as np
 
-    from tinyllm import nn
+    from tinyllm import generate, nn
     from tinyllm.backend.threads import one_blas_thread
-    from tinyllm.inference import generate
 
     weights = [module.weight.data for _, module in model.named_modules() if isinstance(module, nn.Linear)]
     inputs = {w.shape[1]: np.ones((1, w.shape[1]), w.dtype) for w in weights}
@@ -246,11 +244,6 @@ def reach_rows(runs: dict[str, list[dict]]) -> list[dict]:
             asdict(bound) | {"reached": reached, "rounds": rounds, "verdict": verdict(bound, reached)}
         )
     return rows
-
-
-def missed(result: dict) -> bool:
-    """Whether one of the bounds was."""
-    return any(row["verdict"] == MISSED for row in result["reach"])
 
 
 def report(result: dict) -> str:

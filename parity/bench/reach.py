@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from statistics import median
 
-# A cost -> that cost in one result of ``bench.run_variant``
+# A cost -> that cost in one result of ``parity.bench.train.run_variant``
 COSTS = {
     "time (medians)": lambda run: median(run["seconds"]),
     "time (minima)": lambda run: min(run["seconds"]),
@@ -106,6 +106,11 @@ def verdict(bound: Bound, reached: float | None) -> str:
     if reached > bound.at_most:
         return MISSED
     return STRETCH if bound.stretch is not None and reached <= bound.stretch else MET
+
+
+def missed(result: dict) -> bool:
+    """Whether a measurement, as a command reports it, missed one of its bounds."""
+    return any(row["verdict"] == MISSED for row in result["reach"])
 
 
 def reach_table(rows: list[dict]) -> list[str]:

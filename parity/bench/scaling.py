@@ -11,7 +11,8 @@ import sys
 from dataclasses import asdict, replace
 from pathlib import Path
 
-from parity.bench.train import describe, machine, measure, spread
+from parity.bench.process import describe, machine, spread
+from parity.bench.train import measure
 from parity.bench.train_variants import Work
 
 VARIANTS = ["tinyllm", "torch-eager"]

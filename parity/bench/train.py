@@ -1,6 +1,6 @@
 """How fast is tinyllm beside PyTorch, and in how much memory?
 
-``python -m parity bench train`` lets several *variants* (ways to do the work: ``bench_variants.py``) train
+``python -m parity bench train`` lets several *variants* (ways to do the work: ``train_variants.py``) train
 the same model on the same tokens and prints what it measured. Each measurement has a process of its own,
 in turn (A B A B …): a process's peak memory never falls, and two libraries' thread pools share the cores.
 
@@ -10,17 +10,22 @@ libraries and nothing else.
 
 import json
 import math
-import os
-import platform
-import re
 import signal
-import subprocess
 import sys
 import time
 from dataclasses import asdict
-from pathlib import Path
 from statistics import median
 
+from parity.bench.process import (
+    describe,
+    in_own_process,
+    libraries,
+    machine,
+    peak_memory,
+    result_of,
+    spread,
+    with_threads,
+)
 from parity.bench.reach import COSTS, ratio_by_round, reach_rows, reach_table
 from parity.bench.train_variants import VARIANTS, WORKS, Work
 
@@ -53,35 +58,6 @@ def run_variant(variant: str, work: Work, warmup: int, steps: int, threads: int)
         sys.exit(f"{variant}: the losses {losses} are not all finite, so its times mean nothing.")
     costs = {"seconds": seconds[warmup:], "page_faults": page_faults[warmup:], "losses": losses}
     return costs | {"peak_bytes": peak_memory(), "built_bytes": built_bytes, "libraries": libraries()}
-
-
-def peak_memory() -> int:
-    """The peak resident memory of this process, in bytes.
-
-    As ``tinyllm.backend.memory.peak_memory``, which would bring tinyllm into PyTorch's process.
-    """
-    import resource
-
-    if sys.platform == "linux":  # ru_maxrss survives exec: a child would start with its parent's peak
-        return 1024 * int(re.search(r"VmHWM:\s*(\d+) kB", Path("/proc/self/status").read_text())[1])
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # bytes on macOS
-
-
-def libraries() -> dict[str, str]:
-    """The array libraries this process loaded: their version, their BLAS, the kernels it chose."""
-    import numpy as np
-    from threadpoolctl import threadpool_info
-
-    blas = np.show_config(mode="dicts")["Build Dependencies"]["blas"]
-    kernels = {pool["architecture"] for pool in threadpool_info() if "architecture" in pool}
-    found = {"numpy": " ".join([np.__version__, "with", blas["name"], blas["version"], *sorted(kernels)])}
-    if torch := sys.modules.get("torch"):
-        blas = re.search(r"\bBLAS_INFO=(\w+)", torch.__config__.show())
-        kernels = torch.backends.cpu.get_cpu_capability()
-        found["torch"] = f"{torch.__version__} with {blas[1] if blas else 'unknown BLAS'} {kernels}"
-    if transformers := sys.modules.get("transformers"):
-        found["transformers"] = transformers.__version__
-    return found
 
 
 # ---- All measurements, in turn ----
@@ -121,44 +97,7 @@ def measure(work: Work, variants: list[str], rounds: int, warmup: int, steps: in
     return runs
 
 
-def with_threads(threads: int) -> dict[str, str]:
-    """Our environment variables, and those that say how many threads a process is to have."""
-    names = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "VECLIB_MAXIMUM_THREADS")
-    return os.environ | dict.fromkeys(names, str(threads))
-
-
-def in_own_process(module: str, request: list, environment: dict) -> subprocess.CompletedProcess:
-    """``python -m module`` with the request as JSON, to its end."""
-    command = [sys.executable, "-m", module, json.dumps(request)]
-    return subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True)
-
-
-def result_of(child: subprocess.CompletedProcess, name: str, number: int) -> dict:
-    """The JSON that a process printed last. If it failed, the program ends with exit code 1."""
-    if child.returncode != 0:
-        sys.exit(f"\n{name} failed in round {number} (code {child.returncode}): no report.")
-    return json.loads(child.stdout.splitlines()[-1])
-
-
-def machine() -> dict:
-    """The processor by name, its cores and how many it is already using, the operating system, the Python."""
-    cpu = platform.processor()
-    if sys.platform == "linux":
-        named = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
-        cpu = named[1] if named else platform.machine()
-    elif sys.platform == "darwin":
-        cpu = subprocess.check_output(["sysctl", "-n", "machdep.cpu.brand_string"], text=True).strip()
-    system, python = platform.platform(), platform.python_version()
-    load = f"{os.getloadavg()[0]:.1f}"  # much above 0 before we start: the times will be somebody else's, too
-    return {"cpu": cpu, "cores": os.cpu_count(), "load": load, "system": system, "python": python}
-
-
 # ---- The report ----
-
-
-def spread(values: list[float]) -> dict[str, float]:
-    """Median, minimum and maximum."""
-    return {"median": median(values), "min": min(values), "max": max(values)}
 
 
 def summarise(runs: dict[str, list[dict]], work: Work) -> dict[str, dict]:
@@ -195,11 +134,6 @@ def report(result: dict) -> str:
     if result["reach"]:
         lines += ["", *reach_table(result["reach"])]
     return "\n".join(line.rstrip() for line in lines)
-
-
-def describe(facts: dict) -> str:
-    """``name value, name value …``"""
-    return ", ".join(f"{name} {fact}" for name, fact in facts.items())
 
 
 def work_tables(work: dict) -> list[str]:

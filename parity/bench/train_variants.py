@@ -96,11 +96,12 @@ def tinyllm_model(work: Work):
     import numpy as np
 
     from tinyllm.backend.memory import keep_memory
-    from tinyllm.models import ARCHITECTURES, CONFIGS
+    from tinyllm.models import ARCHITECTURES
 
     keep_memory()  # as ``tinyllm train`` does
-    config = CONFIGS[work.arch](**work.config())
-    return ARCHITECTURES[work.arch](config, rng=np.random.default_rng(0)).train()
+    architecture = ARCHITECTURES[work.arch]
+    config = architecture.config_class(**work.config())
+    return architecture(config, rng=np.random.default_rng(0)).train()
 
 
 def gemms_step(work: Work, threads: int) -> Step:

@@ -18,7 +18,7 @@ import numpy as np
 
 from tinyllm import nn
 from tinyllm.backend.device import beside, to_device
-from tinyllm.backend.dtypes import is_short
+from tinyllm.backend.dtypes import is_half
 from tinyllm.checks import check_ids
 from tinyllm.errors import Error
 from tinyllm.tensor import Tensor
@@ -211,4 +211,4 @@ def to_numpy(x) -> np.ndarray | None:
         x = x.detach().cpu()
         return (x.float() if x.is_floating_point() and x.itemsize == 2 else x).numpy().copy()
     x = to_device(x, "cpu") if hasattr(x, "get") else np.array(x)  # CuPy's arrays have get()
-    return x.astype(np.float32) if is_short(x.dtype) else x
+    return x.astype(np.float32) if is_half(x.dtype) else x

@@ -22,7 +22,7 @@ from parity.compare.layers import BOUNDS, Comparison, Row, compare_captures
 from parity.twins import bridge
 from tinyllm.checks import check_ids
 from tinyllm.errors import Error
-from tinyllm.models import ARCHITECTURES, GPT2Config, Llama, LlamaConfig
+from tinyllm.models import ARCHITECTURES
 from tinyllm.nn import Module
 
 FUSED = (
@@ -33,11 +33,6 @@ FUSED = (
 THEIR_LOSS = (
     "The loss of transformers is computed here, from its logits in float64: its own loss converts them "
     "to float32 even in a float64 model, and would be off by about 3e-8."
-)
-
-THEIR_LLAMA = (
-    "The Llama of transformers has torch's RMSNorm and SDPA here, and RoPE's angles in float64: its own "
-    "norm, angles and eager softmax are float32 even in a float64 model, and would be off by about 1e-7."
 )
 
 COPIED = "transformers has the weights that tinyllm has, copied."
@@ -126,7 +121,7 @@ def examine(ours: Module, twin, theirs, ids, targets) -> Findings:
     """
     batch = (ids, targets)
     logits = capture(ours, ids, lambda model, ids: model(ids).detach())  # the fused loss shows no logits
-    loss = capture(ours, batch, lambda model, ids, targets: model.loss(ids, targets))
+    loss = capture(ours, batch, _loss)
     run = replace(loss, outputs=logits.outputs | loss.outputs)
     names = bridge.transformers_names(ours, theirs)
     facts = {
@@ -136,11 +131,15 @@ def examine(ours: Module, twin, theirs, ids, targets) -> Findings:
         f"transformers {transformers.__version__}, Python {platform.python_version()}",
     }
     return Findings(
-        _with_loss(compare_captures(run, capture(twin, batch))),
+        _with_loss(compare_captures(run, capture(twin, batch, _loss))),
         _with_loss(compare_captures(run, capture(theirs, batch, _their_loss), names)),
         facts,
-        [FUSED, THEIR_LOSS, *[THEIR_LLAMA] * isinstance(ours, Llama), BOUNDS],
+        [FUSED, THEIR_LOSS, *filter(None, [twin.note]), BOUNDS],
     )
+
+
+def _loss(model, ids, targets):
+    return model.loss(ids, targets)
 
 
 def _their_loss(model, ids, targets):
@@ -170,8 +169,8 @@ def random_models(arch: str, sizes: dict, dtype: str, seed: int):
     with a standard deviation of 0.3: at 0 and 1, where training begins, a forgotten one would not show.
     """
     rng = np.random.default_rng(seed)
-    config = _llama_config(sizes) if arch == "llama" else GPT2Config(**sizes)
-    model = ARCHITECTURES[arch](config, rng=rng).astype(dtype).eval()
+    ours = ARCHITECTURES[arch]
+    model = ours(bridge.TWINS[ours].random_config(**sizes), rng=rng).astype(dtype).eval()
     for parameter in model.parameters():
         noise = rng.standard_normal(parameter.shape)
         if parameter.ndim == 2:
@@ -181,39 +180,13 @@ def random_models(arch: str, sizes: dict, dtype: str, seed: int):
     return model, bridge.to_torch(model), bridge.to_transformers(model)
 
 
-def _llama_config(sizes: dict) -> LlamaConfig:
-    """A Llama of GPT-2's sizes with everything it can have: shared heads, biases, scaled frequencies."""
-    C, H, context = sizes["n_embd"], sizes["n_head"], sizes["n_positions"]
-    return LlamaConfig(
-        vocab_size=sizes["vocab_size"],
-        hidden_size=C,
-        intermediate_size=3 * C,
-        num_hidden_layers=sizes["n_layer"],
-        num_attention_heads=H,
-        num_key_value_heads=H // 2 if H % 2 == 0 else 1,
-        max_position_embeddings=context,
-        rope_parameters=dict(
-            rope_type="llama3",
-            factor=8.0,
-            low_freq_factor=1.0,
-            high_freq_factor=4.0,
-            original_max_position_embeddings=max(1, context // 2),
-        ),
-        attention_bias=True,
-        mlp_bias=True,
-    )
-
-
 def models_of(folder: Path, dtype: str):
     """(tinyllm model, twin, transformers model, how the latter got its weights) of a model's folder."""
     ours, twin = bridge.load_pair(folder, dtype)
-    if isinstance(ours, Llama):
-        theirs = _read_by_transformers(transformers.LlamaForCausalLM, folder, dtype, "sdpa")
-        return ours, twin, bridge.in_its_own_dtype(theirs), LOADED
-    if ours.config.lm_head_bias or not ours.config.qkv_bias:  # transformers would not read these
+    if not twin.can_be_published(ours.config):
         return ours, twin, bridge.to_transformers(ours), COPIED
-    theirs = _read_by_transformers(transformers.GPT2LMHeadModel, folder, dtype, "eager")
-    return ours, twin, theirs, LOADED
+    kind = getattr(transformers, twin.published)
+    return ours, twin, twin.exact(_read_by_transformers(kind, folder, dtype, twin.attention)), LOADED
 
 
 def _read_by_transformers(kind, folder: Path, dtype: str, attention: str):

@@ -1,7 +1,8 @@
-"""What has been done to runs and to files, and what became of it? One table of all proofs of survival.
+"""Fault injection and crash recovery: one table of what was done to runs and to files, and how it ended.
 
-Runs are killed, refused by the disk, and damaged on it (``survive.py``); every file that we read is broken in
-the ways of ``fuzz.py``. And what safety costs: a checkpoint of GPT-2 124M, saved, checked and loaded.
+Runs are killed (``kill.py``), refused by the disk, and damaged on it (``disk.py``); every file that we read
+is broken in the ways of ``parity.fuzz``. And what safety costs: a checkpoint of GPT-2 124M, saved, verified,
+loaded.
 """
 
 from __future__ import annotations
@@ -16,13 +17,14 @@ from pathlib import Path
 
 import numpy as np
 
-from parity.durability import survive
-from parity.fuzz.fuzz import fuzz
+from parity.durability import disk, kill
+from parity.fuzz import harness
 from parity.fuzz.targets import TARGETS
 from tinyllm.models import GPT2, GPT2Config
 from tinyllm.nn import Module
 from tinyllm.optim import AdamW
-from tinyllm.training.checkpoint import checkpoint_folder, load_checkpoint, machine, save_checkpoint, verify
+from tinyllm.training.checkpoint import load_checkpoint, machine, save_checkpoint, verify
+from tinyllm.weights.runs import checkpoint_folder
 
 HEAD = "proof", "tries", "outcome", "failures"
 
@@ -50,12 +52,10 @@ def line(cells: Iterable[str]) -> str:
 
 def proofs(kills: int, flips: int, cases: int, seed: int = 0, keep: Path | None = None) -> Iterator[Row]:
     """Every proof's row as soon as it is done. A killed run or a broken file that failed goes to ``keep``."""
-    of_runs = itertools.chain(
-        survive.kill(kills, seed, keep), survive.failing_disk(), survive.bit_flips(flips, seed)
-    )
+    of_runs = itertools.chain(kill.kill(kills, seed, keep), disk.failing_disk(), disk.bit_flips(flips, seed))
     for name, found in of_runs:
         yield Row(name, found.tries, dict(found.counts), found.failures)
-    for name, found in fuzz.fuzz_all(TARGETS, cases, seed, keep):
+    for name, found in harness.fuzz_all(TARGETS, cases, seed, keep):
         outcome = {"refused": found.refused, "loaded": found.loaded}
         yield Row(f"fuzzed: {name}", found.tries, outcome, [str(failure) for failure in found.failures])
 

@@ -1,7 +1,7 @@
-"""Which files do we read? Each of them, as `fuzz` takes it: made, read and broken."""
+"""Which files do we read? Each of them, as ``harness.fuzz`` takes it: made, read and broken."""
 
 from parity.fuzz import gguf, runs, tokenizers, weights
-from parity.fuzz.fuzz import Target
+from parity.fuzz.harness import Target
 
 TARGETS = (
     Target("safetensors", weights.make_single, weights.load_single, weights.single_mutations),

@@ -19,11 +19,11 @@ from parity.fuzz.mutations import (
     write_json,
 )
 from tinyllm.errors import Error
-from tinyllm.tokenizers import load_tokenizer
+from tinyllm.tokenizers import TOKENIZER_MODEL, load_tokenizer
 from tinyllm.tokenizers.base import END_OF_TEXT, FILE_NAME, Tokenizer
 from tinyllm.tokenizers.bpe import BPETokenizer
 from tinyllm.tokenizers.char import CharTokenizer
-from tinyllm.tokenizers.huggingface import BYTE_OF, MERGES, TOKENIZER_JSON, TOKENIZER_MODEL, VOCAB
+from tinyllm.tokenizers.huggingface import BYTE_OF, MERGES, TOKENIZER_JSON, VOCAB
 
 TEXTS = ("Hello, world: 12  and\n\n3", " é漢👍\x00\u2028", "")
 

@@ -27,7 +27,7 @@ STEP = 1e-5  # of the central difference: off by STEP² f'''/6 (truncation) and 
 
 DIRECTION = 1e-7  # room for third derivatives of several hundred
 
-# parity.ops.proof listens here: called at every comparison with (what, its error, its bound, ``relative``)
+# Here ``parity.ops.proof`` listens: it is called with (what, its error, its bound, ``relative``)
 witness: Callable[[str, float, float, float], None] | None = None
 
 

@@ -1,7 +1,7 @@
-"""What is proven, and how closely? Two tables from a run of the tests: the worst errors, and the sabotage.
+"""What is proven, and how closely? Two tables from a run of the tests: worst errors, and planted faults.
 
-A pytest plugin listens to every comparison of the tests whose name says ``are_torchs``, and collects what
-the sabotage tests record of themselves.
+A pytest plugin listens to every comparison of the tests that are marked ``proof(subject, …)``, and collects
+what the tests marked ``fault`` record of themselves.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from parity.ops import cases as ops
+from parity.ops import cases
 from tinyllm.errors import Error
 
 NOTE = (
@@ -35,17 +35,17 @@ class Worst:
 class Recorder:
     """The plugin, and what it has seen."""
 
-    worst: dict[str, Worst] = field(default_factory=dict)  # op, layer or test -> its errors
+    worst: dict[str, Worst] = field(default_factory=dict)  # subject or test -> its errors
     faults: list[dict[str, str]] = field(default_factory=list)  # column -> cell
 
     @pytest.hookimpl(wrapper=True)
     def pytest_runtest_call(self, item):
-        if "are_torchs" in item.name:
-            ops.witness = partial(self.note, label(item))
+        if item.get_closest_marker("proof"):
+            cases.witness = partial(self.note, label(item))
         try:
             return (yield)
         finally:
-            ops.witness = None
+            cases.witness = None
 
     def pytest_runtest_logreport(self, report):
         if report.when == "call" and report.user_properties:
@@ -73,10 +73,11 @@ class Recorder:
 
 
 def label(item) -> str:
-    """The op or layer a test is about, else the test's own name."""
-    params = item.callspec.params if hasattr(item, "callspec") else {}
-    own = item.name.removeprefix("test_").replace("_are_torchs", "").replace("_", " ")
-    return params.get("op") or params.get("layer") or own
+    """The op or layer that a test proves, if that is one of its parameters; else the test's own name."""
+    (subject, *_) = item.get_closest_marker("proof").args
+    if hasattr(item, "callspec") and subject in item.callspec.params.values():
+        return subject
+    return item.name.removeprefix("test_").replace("_are_torchs", "").replace("_", " ")
 
 
 def number(error: float | None) -> str:
@@ -89,13 +90,13 @@ def table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
 
 
 def run(tests: Path) -> int:
-    """Run the comparisons with torch and the sabotage in ``tests``, print the tables; 1 if a test failed."""
+    """Run the proof and the planted faults in ``tests``, print the tables; 1 if a test failed."""
     recorder = Recorder()
-    options = ["-q", "-k", "are_torchs or sabotage", "-p", "no:cacheprovider"]
+    options = ["-q", "-m", "proof or fault", "-p", "no:cacheprovider"]
     code = pytest.main([str(tests), *options], plugins=[recorder])
     if code == pytest.ExitCode.INTERRUPTED:
         raise KeyboardInterrupt
-    if not recorder.worst and code != pytest.ExitCode.TESTS_FAILED:
+    if code == pytest.ExitCode.NO_TESTS_COLLECTED:
         raise Error(f"--tests {tests} holds no tests of ours: give the tests folder of a checkout")
     print(recorder.markdown())
     return int(code != 0)

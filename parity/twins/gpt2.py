@@ -7,15 +7,18 @@ Shapes: B batch, T time, C = n_embd channels, H = n_head heads of size D = C/H, 
 
 from __future__ import annotations
 
+from dataclasses import asdict
+
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from tinyllm.models.gpt2 import GELU_FORMS, GPT2Config
+from parity.twins.base import TorchLanguageModel
+from tinyllm.models.gpt2 import GELU_FORMS, GPT2, GPT2Config
 
 
 class CausalSelfAttention(nn.Module):
-    """Every position gathers from itself and the ones before it."""
+    """Every position attends to itself and those before it."""
 
     def __init__(self, config: GPT2Config):
         super().__init__()
@@ -37,7 +40,7 @@ class CausalSelfAttention(nn.Module):
 
 
 class MLP(nn.Module):
-    """Every position thinks by itself: out to a wider layer and back."""
+    """The position-wise feed-forward network: out to a wider layer and back."""
 
     def __init__(self, config: GPT2Config):
         super().__init__()
@@ -67,8 +70,11 @@ class Block(nn.Module):
         return x + self.mlp(self.ln_2(x))
 
 
-class TorchGPT2(nn.Module):
+class TorchGPT2(TorchLanguageModel):
     """GPT-2 with its language-model head: the twin of ``tinyllm.GPT2``."""
+
+    ours, config_class = GPT2, GPT2Config
+    published, attention = "GPT2LMHeadModel", "eager"
 
     def __init__(self, config: GPT2Config):
         super().__init__()
@@ -83,15 +89,38 @@ class TorchGPT2(nn.Module):
         if config.tie_word_embeddings:
             self.lm_head.weight = self.wte.weight  # one matrix, read both ways
 
-    def forward(self, ids, targets=None, num_targets=None) -> torch.Tensor:
-        """Logits (B, T, V) of ids (B, T); with ``targets``, their loss as ``tinyllm.GPT2.loss`` has it."""
+    def hidden_states(self, ids):  # (B, T) -> (B, T, C)
         positions = torch.arange(ids.shape[1], device=ids.device)
         x = self.drop(self.wte(ids) + self.wpe(positions))  # (B, T, C)
         for block in self.h:
             x = block(x)
-        logits = self.lm_head(self.ln_f(x))
-        if targets is None:
-            return logits
-        num_targets = (targets != -100).sum() if num_targets is None else num_targets
-        total = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-100, reduction="sum")
-        return total / num_targets
+        return self.ln_f(x)
+
+    # ---- Beside transformers ----
+
+    @staticmethod
+    def random_config(**sizes) -> GPT2Config:
+        return GPT2Config(**sizes)
+
+    @staticmethod
+    def in_transformers(config: GPT2Config):
+        """With ``lm_head_bias`` its head, which has none, is replaced."""
+        import transformers
+
+        # Their default ids of the special tokens would be outside a small vocabulary.
+        theirs = transformers.GPT2Config(**asdict(config), bos_token_id=0, eos_token_id=0)
+        theirs._attn_implementation = TorchGPT2.attention
+        model = transformers.GPT2LMHeadModel(theirs)
+        if config.lm_head_bias:
+            model.lm_head = nn.Linear(config.n_embd, config.vocab_size)
+            model.tie_weights()
+        return model
+
+    @staticmethod
+    def only_published(config: GPT2Config) -> list[str]:
+        """The bias for Q, K and V."""
+        return [] if config.qkv_bias else [f"h.{i}.attn.c_attn.bias" for i in range(config.n_layer)]
+
+    @staticmethod
+    def can_be_published(config: GPT2Config) -> bool:
+        return config.qkv_bias and not config.lm_head_bias

@@ -9,12 +9,16 @@ vocabulary.
 from __future__ import annotations
 
 import math
+from dataclasses import asdict
+from functools import partial
+from unittest import mock
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from tinyllm.models.llama import LlamaConfig
+from parity.twins.base import TorchLanguageModel
+from tinyllm.models.llama import Llama, LlamaConfig
 
 
 def rope_frequencies(config: LlamaConfig) -> torch.Tensor:
@@ -42,7 +46,7 @@ def rope(x, cos, sin):  # (B, H, T, D)
 
 
 class GroupedQueryAttention(nn.Module):
-    """Every position gathers from itself and the ones before it; H query heads share G keys and values."""
+    """Every position attends to itself and those before it; H query heads share G keys and values."""
 
     def __init__(self, config: LlamaConfig):
         super().__init__()
@@ -69,7 +73,7 @@ class GroupedQueryAttention(nn.Module):
 
 
 class SwiGLU(nn.Module):
-    """Every position thinks by itself: out to a wider layer, gated, and back."""
+    """The position-wise feed-forward network: out to a wider layer, gated, and back."""
 
     def __init__(self, config: LlamaConfig):
         super().__init__()
@@ -97,8 +101,15 @@ class LlamaBlock(nn.Module):
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
-class TorchLlama(nn.Module):
+class TorchLlama(TorchLanguageModel):
     """Llama with its language-model head: the twin of ``tinyllm.Llama``."""
+
+    ours, config_class = Llama, LlamaConfig
+    published, attention = "LlamaForCausalLM", "sdpa"
+    note = (
+        "The Llama of transformers has torch's RMSNorm and SDPA here, and RoPE's angles in float64: its own "
+        "norm, angles and eager softmax are float32 even in a float64 model, and would be off by about 1e-7."
+    )
 
     def __init__(self, config: LlamaConfig):
         super().__init__()
@@ -111,16 +122,71 @@ class TorchLlama(nn.Module):
         if config.tie_word_embeddings:
             self.lm_head.weight = self.embed_tokens.weight  # one matrix, read both ways
 
-    def forward(self, ids, targets=None, num_targets=None) -> torch.Tensor:
-        """Logits (B, T, V) of ids (B, T); with ``targets``, their loss as ``tinyllm.Llama.loss`` has it."""
+    def hidden_states(self, ids):  # (B, T) -> (B, T, C)
         x = self.embed_tokens(ids)  # (B, T, C)
         angles = torch.outer(torch.arange(ids.shape[1], dtype=torch.float64), rope_frequencies(self.config))
         rotation = angles.cos().to(x), angles.sin().to(x)
         for layer in self.layers:
             x = layer(x, rotation)
-        logits = self.lm_head(self.norm(x))
-        if targets is None:
-            return logits
-        num_targets = (targets != -100).sum() if num_targets is None else num_targets
-        total = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-100, reduction="sum")
-        return total / num_targets
+        return self.norm(x)
+
+    # ---- Beside transformers ----
+
+    @staticmethod
+    def random_config(n_layer: int, n_head: int, n_embd: int, vocab_size: int, n_positions: int):
+        """Shared heads, biases, scaled frequencies."""
+        return LlamaConfig(
+            vocab_size=vocab_size,
+            hidden_size=n_embd,
+            intermediate_size=3 * n_embd,
+            num_hidden_layers=n_layer,
+            num_attention_heads=n_head,
+            num_key_value_heads=n_head // 2 if n_head % 2 == 0 else 1,
+            max_position_embeddings=n_positions,
+            rope_parameters=dict(
+                rope_type="llama3",
+                factor=8.0,
+                low_freq_factor=1.0,
+                high_freq_factor=4.0,
+                original_max_position_embeddings=max(1, n_positions // 2),
+            ),
+            attention_bias=True,
+            mlp_bias=True,
+        )
+
+    @staticmethod
+    def in_transformers(config: LlamaConfig):
+        import transformers
+
+        theirs = transformers.LlamaConfig(**asdict(config), bos_token_id=0, eos_token_id=0)
+        theirs._attn_implementation = TorchLlama.attention
+        return transformers.LlamaForCausalLM(theirs)
+
+    @staticmethod
+    def exact(theirs):
+        """A ``LlamaForCausalLM`` with SDPA attention that computes everything in the dtype of its weights.
+
+        Their RMSNorm, RoPE and eager softmax compute in float32 even in a float64 model, which is off by
+        1e-7 and would hide what is smaller. Here the norm is torch's own; the angles and their cosines are
+        float64, from the frequencies that *their* function computes when it is told that ``torch.float`` is
+        float64.
+        """
+        from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+        rotary = theirs.model.rotary_emb
+        compute = ROPE_INIT_FUNCTIONS.get(rotary.rope_type, rotary.compute_default_rope_parameters)
+        with mock.patch.object(torch, "float", torch.float64):
+            frequencies, scaling = compute(theirs.config)
+
+        def rms_norm(norm, x):
+            return torch.nn.functional.rms_norm(x, norm.weight.shape, norm.weight, norm.variance_epsilon)
+
+        def cos_and_sin(x, position_ids):
+            angles = (position_ids[..., None] * frequencies).repeat(1, 1, 2)
+            return (angles.cos() * scaling).to(x), (angles.sin() * scaling).to(x)
+
+        rotary.forward = cos_and_sin
+        for module in theirs.modules():
+            if type(module).__name__ == "LlamaRMSNorm":
+                module.forward = partial(rms_norm, module)
+        return theirs

@@ -1,4 +1,4 @@
-"""The benchmark of writing runs end to end, and its figures follow from what it recorded."""
+"""The benchmark of decoding runs end to end, and its figures follow from what it recorded."""
 
 import subprocess
 import sys
@@ -8,6 +8,7 @@ import pytest
 
 from parity.bench import decode as bench_decode
 from parity.bench.decode import Sizes
+from parity.bench.reach import missed
 from tinyllm import GPT2, GPT2Config, Llama, LlamaConfig
 
 pytest.importorskip("torch")
@@ -68,7 +69,7 @@ def test_the_figures_follow_from_what_was_measured():
     assert [row["reached"] for row in rows] == [0.4, 2.0, 1.5, 0.5]
     assert [row["at_most"] for row in rows] == [0.5, 1.25, 1.0, 1.0]
     assert [row["verdict"] for row in rows] == ["met", "missed", "missed", "met"]
-    assert bench_decode.missed({"reach": rows}) and not bench_decode.missed({"reach": [rows[0], rows[3]]})
+    assert missed({"reach": rows}) and not missed({"reach": [rows[0], rows[3]]})
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "llama"])

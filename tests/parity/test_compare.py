@@ -18,6 +18,10 @@ from parity.twins import bridge  # noqa: E402
 from tinyllm import Error, nn  # noqa: E402
 
 
+def loss(model, ids, targets):
+    return model.loss(ids, targets)
+
+
 @pytest.fixture
 def pair():
     """A GPT-2 and its twin, float64."""
@@ -36,7 +40,7 @@ def test_either_side_may_be_either_library(pair):
         assert comparison.first is None
         assert len(comparison.rows) == 2 * len([*model.named_modules()]) - 1 + len([*model.parameters()])
         assert not comparison.only_ours and not comparison.only_theirs
-    losses = compare(model, twin, (IDS, TARGETS))
+    losses = compare(model, twin, (IDS, TARGETS), calls=(loss, loss))
     assert losses.rows[-1].kind == PARAMETERS and losses.first is None
 
 

@@ -11,20 +11,19 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from parity.fuzz import fuzz as fuzz_module
 from parity.fuzz import gguf as fuzz_gguf
+from parity.fuzz import harness
 from parity.fuzz import runs as fuzz_runs
 from parity.fuzz import tokenizers as fuzz_tokenizers
 from parity.fuzz import weights as fuzz_weights
-from parity.fuzz.fuzz import Target, choose, fuzz, fuzz_all
+from parity.fuzz.harness import Target, choose, fuzz, fuzz_all
 from parity.fuzz.mutations import VALUES, Mutation, json_mutations
 from parity.fuzz.targets import TARGETS
-from tinyllm import files, tokenizers
-from tinyllm.data import token_file as tokenfile
+from tinyllm import files
+from tinyllm.data import token_file
 from tinyllm.errors import Error
 from tinyllm.tokenizers import huggingface
-from tinyllm.weights import gguf as gguf_file
-from tinyllm.weights import safetensors
+from tinyllm.weights import gguf_format, safetensors
 
 for package in ("gguf", "sentencepiece", "tokenizers"):
     pytest.importorskip(package)
@@ -155,7 +154,7 @@ SAYS = Target("what a reader does", make_what, load_what, what_mutations)
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="elsewhere memory is not measured")
 def test_whatever_a_reader_does_wrong_is_a_failure_of_its_case(tmp_path, monkeypatch):
-    monkeypatch.setattr(fuzz_module, "TIME_LIMIT", 0.5)
+    monkeypatch.setattr(harness, "TIME_LIMIT", 0.5)
     cases = len(what_mutations(None))
     seen = []
     figures = fuzz(SAYS, cases, seed=3, keep=tmp_path, advance=lambda: seen.append(1))
@@ -164,12 +163,12 @@ def test_whatever_a_reader_does_wrong_is_a_failure_of_its_case(tmp_path, monkeyp
     assert {failure.mutation for failure in figures.failures} == set(WRONG)
     for failure in figures.failures:
         assert WRONG[failure.mutation] in failure.problem, str(failure)
-        assert (failure.kept / fuzz_module.FOLDER).is_dir() and failure.kept.parent == tmp_path
+        assert (failure.kept / harness.FOLDER).is_dir() and failure.kept.parent == tmp_path
         assert f"seed 3, case {failure.case} ({failure.mutation})" in str(failure)
 
 
 def test_a_case_is_repeated_by_its_seed_and_number(monkeypatch):
-    monkeypatch.setattr(fuzz_module, "TIME_LIMIT", 0.5)
+    monkeypatch.setattr(harness, "TIME_LIMIT", 0.5)
     first = fuzz(SAYS, 6, seed=5)
     assert len(first.failures) > 2
     for failure in first.failures[:2]:
@@ -245,23 +244,22 @@ def load_json_as_python_does(folder):
 
 
 def load_what_is_no_file(folder):
-    for module in (files, tokenizers):
-        module.check_is_file = Path
+    files.check_is_file = Path
     fuzz_tokenizers.load_any_tokenizer(folder)
 
 
 def load_tensors_that_overlap(folder):
-    gguf_file._check_places = print
+    gguf_format._check_places = print
     fuzz_gguf.load_gguf_model(folder)
 
 
 def load_ids_out_of_range(folder):
-    tokenfile._check_range = lambda *_: None
+    token_file._check_range = lambda *_: None
     fuzz_runs.load_tokens(folder)
 
 
 def load_any_counts(folder):
-    tokenfile._check_counts = lambda *_: None
+    token_file._check_counts = lambda *_: None
     fuzz_runs.load_tokens(folder)
 
 
@@ -323,7 +321,7 @@ SOUND = {
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="elsewhere memory is not bounded")
 @pytest.mark.parametrize("name", SABOTAGE)
 def test_sabotage_of_a_reader_is_noticed(name, monkeypatch):
-    monkeypatch.setattr(fuzz_module, "TIME_LIMIT", 0.5)
+    monkeypatch.setattr(harness, "TIME_LIMIT", 0.5)
     make, load, mutations = SABOTAGE[name]
     assert fuzz(Target(name, make, load, mutations), 1).failures
     sound = fuzz(Target(name, make, SOUND[make], mutations), 4)

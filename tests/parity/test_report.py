@@ -141,21 +141,21 @@ def wrong_folder(tmp_path, changes):
 
 
 WRONG = {
-    "nothing": ([], "say which model: either its folder or hub id, or --random"),
-    "both": (["x", "--random"], "say which model"),
-    "no folder": (["./nowhere"], "there is no folder './nowhere'"),
-    "no config": (["."], "config.json cannot be read"),
-    "architecture": (["--random", "--arch", "mamba"], "--arch mamba is not supported; supported: gpt2"),
-    "sizes of a folder": (["model", "--n-layer", "3"], "--n-layer is for --random"),
-    "a bad size": (["--random", "--n-head", "5"], r"n_embd (64) must be divisible by n_head (5)"),
-    "batch": (["--random", "--batch", "0"], "--batch 0 is too small; give at least 1"),
-    "seed": (["--random", "--seed", "-1"], "--seed -1 is too small; give at least 0"),
-    "too long": (["--random", "--tokens", "65"], "65 tokens are too many: the model takes at most 64"),
-    "outside": (["--random", "--ids", "3", "256"], "--ids[0, 1] is 256, but token ids run from 0 to 255"),
-    "one id": (["--random", "--ids", "3"], "--ids needs at least two token ids"),
-    "out": (["--random", "--out", "no/page.html"], "cannot be written; name a file in a folder that exists"),
+    "nothing": ([], "--random"),
+    "both": (["x", "--random"], "--random"),
+    "no folder": (["./nowhere"], "'./nowhere'"),
+    "no config": (["."], "config.json"),
+    "architecture": (["--random", "--arch", "mamba"], "--arch mamba"),
+    "sizes of a folder": (["model", "--n-layer", "3"], "--n-layer"),
+    "a bad size": (["--random", "--n-head", "5"], "n_head (5)"),
+    "batch": (["--random", "--batch", "0"], "--batch 0"),
+    "seed": (["--random", "--seed", "-1"], "--seed -1"),
+    "too long": (["--random", "--tokens", "65"], "65 tokens"),
+    "outside": (["--random", "--ids", "3", "256"], "--ids[0, 1] is 256"),
+    "one id": (["--random", "--ids", "3"], "--ids"),
+    "out": (["--random", "--out", "no/page.html"], "--out no/page.html"),
     "dtype": (["--random", "--dtype", "float16"], "--dtype"),
-    "option": (["--random", "--colour", "red"], "Unrecognized options: --colour"),
+    "option": (["--random", "--colour", "red"], "--colour"),
 }
 
 
@@ -172,7 +172,7 @@ def test_an_unsupported_or_misshaped_folder_is_exit_code_2(tmp_path, capsys, mon
     monkeypatch.chdir(tmp_path)
     wrong_folder(tmp_path, {"model_type": "bert"})
     code, _, err = run(capsys, "./model")
-    assert code == 2 and "model_type 'bert' is not supported; supported: gpt2" in err
+    assert code == 2 and "'bert'" in err and "gpt2" in err
     wrong_folder(tmp_path / "shapes", {"n_inner": 5, "n_positions": 9})
     code, _, err = run(capsys, "./shapes/model")
     assert code == 2 and "Wrong shape (7)" in err and "wpe.weight is (8, 12), not (9, 12)" in err
@@ -184,4 +184,4 @@ def test_a_missing_library_names_the_extra(tmp_path, capsys, monkeypatch, missin
     here = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == missing else here(name))
     code, _, err = run(capsys, "--random")
-    assert code == 2 and err == f"report needs {missing}: pip install 'tinyllm[parity]'\n"
+    assert code == 2 and f"{missing}: pip install" in err

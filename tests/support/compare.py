@@ -1,11 +1,10 @@
-"""A model beside its twin, and a fault planted in one of them."""
+"""What the tests of ``parity.compare`` share: a small model's input, and a fault to plant in it."""
 
 from support.models import SMALL, batch
 
 from tinyllm import GPT2Config, Tensor
 
 CONFIG = GPT2Config(**SMALL)
-
 
 IDS, TARGETS = batch(CONFIG, (2, 7))
 

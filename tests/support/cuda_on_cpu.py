@@ -20,11 +20,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-import ml_dtypes
 import numpy as np
 import pytest
 from numpy.lib.array_utils import byte_bounds
 from numpy.lib.stride_tricks import as_strided
+from support.cublas_on_cpu import bytes_at, gemm
 from support.device_array import DeviceArray
 from support.fake_cupy import StandIn, stand_in_cupy
 
@@ -119,39 +119,7 @@ class Simulator:
 
         return launch
 
-    def gemm(
-        self, transa, transb, m, n, k, alpha, A, Atype, lda, strideA, B, Btype, ldb, strideB,
-        beta, C, Ctype, ldc, strideC, batch, compute_type, algo,
-    ) -> None:  # fmt: skip
-        """cublasGemmStridedBatchedEx without its handle: C = alpha op(A) op(B) + beta C, for each of a batch.
-
-        op(A) is (m, k), op(B) (k, n), C (m, n); all lie in memory column by column, ``ld`` elements from one
-        to the next, ``stride`` elements from one matrix of the batch to the next. ``A``, ``B``, ``C`` are
-        addresses, ``alpha`` and ``beta`` those of numbers on the host. Short types are multiplied exactly and
-        added up in float32. Raises ``ValueError`` for what cuBLAS refuses, and for results that overlap.
-        """
-        compute = _checked_types(Atype, Btype, Ctype, compute_type)
-        rows_a, columns_a = _stored(transa, m, k)
-        rows_b, columns_b = _stored(transb, k, n)
-        if min(m, n, k, batch) < 0:
-            raise ValueError(f"a product of negative size: m {m}, n {n}, k {k}, batch {batch}")
-        for name, lead, rows in (("lda", lda, rows_a), ("ldb", ldb, rows_b), ("ldc", ldc, m)):
-            if lead < max(1, rows):
-                raise ValueError(f"{name} {lead} is smaller than the {rows} rows of its matrix")
-        if not (-1 <= algo <= 23 or 99 <= algo <= 115):
-            raise ValueError(f"there is no algorithm {algo}")
-        if 0 in (m, n, batch):
-            return
-        c = _matrices(C, Ctype, batch, strideC, m, n, ldc)
-        _check_apart(c)
-        a = _operand(_matrices(A, Atype, batch, strideA, rows_a, columns_a, lda), transa, compute_type)
-        b = _operand(_matrices(B, Btype, batch, strideB, rows_b, columns_b, ldb), transb, compute_type)
-        number = ctypes.c_double if compute == np.float64 else ctypes.c_float
-        alpha, beta = (compute.type(number.from_address(place).value) for place in (alpha, beta))
-        product = alpha * np.matmul(a.astype(compute), b.astype(compute))
-        if beta != 0:  # otherwise C is not read: it may hold anything
-            product += beta * c.astype(compute)
-        c[...] = product
+    gemm = staticmethod(gemm)
 
 
 # ---------------------------------------------------------------------------------- compiling
@@ -311,7 +279,7 @@ class _Copy:
     def __init__(self, owner: np.ndarray):
         self.first, end = byte_bounds(owner)
         size = end - self.first if owner.size else 0
-        self.original = _bytes_at(self.first, size)
+        self.original = bytes_at(self.first, size)
         buffer = np.empty(size + 2 * RED_ZONE + ALIGNMENT, np.uint8)
         start = -_address(buffer) % ALIGNMENT
         self.all = buffer[start : start + size + 2 * RED_ZONE]
@@ -353,65 +321,6 @@ class _Copy:
     def copy_back(self) -> None:
         allowed = self.writable[RED_ZONE : RED_ZONE + len(self.inside)]
         np.copyto(self.original, self.inside, where=allowed)
-
-
-def _bytes_at(address: int, size: int) -> np.ndarray:
-    return np.frombuffer((ctypes.c_char * size).from_address(address), np.uint8)
-
-
-# ------------------------------------------------------------------------------------- cuBLAS
-
-TYPES = {0: np.dtype(np.float32), 1: np.dtype(np.float64), 2: np.dtype(np.float16)}
-TYPES[14] = np.dtype(ml_dtypes.bfloat16)
-FLOAT, DOUBLE, FLOAT_FROM_TF32 = 68, 70, 77
-
-
-def _checked_types(Atype: int, Btype: int, Ctype: int, compute_type: int) -> np.dtype:
-    """What the product is computed in, if cuBLAS has this combination."""
-    takes = {FLOAT: (0, 2, 14), DOUBLE: (1,), FLOAT_FROM_TF32: (0,)}.get(compute_type, ())
-    results = {Atype} if compute_type == DOUBLE else {Atype, 0}
-    if Atype not in takes or Btype != Atype or Ctype not in results:
-        raise ValueError(f"no product of types {Atype} and {Btype} into {Ctype}, computed as {compute_type}")
-    return np.dtype(np.float64 if compute_type == DOUBLE else np.float32)
-
-
-def _stored(transposed: int, rows: int, columns: int) -> tuple[int, int]:
-    """The shape in memory of a matrix that is (rows, columns) after the transposition asked for."""
-    if transposed not in (0, 1, 2):  # 2 conjugates, too: nothing to do for real numbers
-        raise ValueError(f"there is no operation {transposed}: 0 is the matrix itself, 1 its transpose")
-    return (columns, rows) if transposed else (rows, columns)
-
-
-def _matrices(
-    address: int, kind: int, batch: int, stride: int, rows: int, columns: int, lead: int
-) -> np.ndarray:
-    """(batch, rows, columns), column by column at an address."""
-    dtype = TYPES[kind]
-    if address % dtype.itemsize:
-        raise ValueError(f"address {address} is no multiple of {dtype.itemsize}, the size of {dtype}")
-    one = _bytes_at(address, dtype.itemsize).view(dtype)
-    strides = (stride * dtype.itemsize, dtype.itemsize, lead * dtype.itemsize)
-    return as_strided(one, (batch, rows, columns), strides)
-
-
-def _operand(matrices: np.ndarray, transposed: int, compute_type: int) -> np.ndarray:
-    matrices = matrices.swapaxes(1, 2) if transposed else matrices
-    return _to_tf32(matrices) if compute_type == FLOAT_FROM_TF32 else matrices
-
-
-def _to_tf32(x: np.ndarray) -> np.ndarray:
-    """float32 rounded to 10 bits after the point, ties away from zero, as cvt.rna.tf32.f32 does."""
-    bits = x.copy().view(np.uint32)
-    rounded = ((bits + np.uint32(0x1000)) & np.uint32(0xFFFFE000)).view(np.float32)
-    return np.where(np.isfinite(x), rounded, x)
-
-
-def _check_apart(c: np.ndarray) -> None:
-    """That no element is written twice: which one would stay is undefined."""
-    batch, rows, columns = (np.arange(n) * stride for n, stride in zip(c.shape, c.strides))
-    places = (batch[:, None, None] + rows[:, None] + columns).ravel()
-    if len(np.unique(places)) < c.size:
-        raise ValueError("matrices of C overlap: strideC is too small")
 
 
 # --------------------------------------------------------------------------------------- CuPy

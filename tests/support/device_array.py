@@ -10,109 +10,15 @@ The lists are CuPy 14's signatures; `test_device_array.py` compares them with th
 not on them is refused: before adding a line, see that CuPy has it.
 """
 
-import inspect
 import numbers
 import weakref
-from collections.abc import Callable
 from typing import ClassVar, NamedTuple
 
 import numpy as np
 from einops._backends import AbstractBackend
 from numpy.lib.mixins import NDArrayOperatorsMixin
+from support.cupy_signatures import FUNCTIONS, METHODS, UFUNCS
 
-
-def _by_name(groups: dict[str, Callable]) -> dict[str, inspect.Signature]:
-    return {name: inspect.signature(call) for names, call in groups.items() for name in names.split()}
-
-
-# NumPy function -> what CuPy's function of that name takes. Left out on purpose: `ones`, `full` and `eye`
-# (NumPy 2 hands their `like=` twins a `device` that CuPy lacks: use `ones_like(x, shape=...)`) and `subok`,
-# which CuPy takes only as None. `argmax`'s third argument is `out` here and `dtype` there: keywords only.
-FUNCTIONS = _by_name(
-    {
-        "all any amax amin max min": lambda a, axis=None, out=None, keepdims=False: ...,
-        "mean prod sum": lambda a, axis=None, dtype=None, out=None, keepdims=False: ...,
-        "std var": lambda a, axis=None, dtype=None, out=None, ddof=0, keepdims=False: ...,
-        "argmax argmin": lambda a, axis=None, *, dtype=None, out=None, keepdims=False: ...,
-        "count_nonzero squeeze flip": lambda a, axis=None: ...,
-        "cumsum": lambda a, axis=None, dtype=None, out=None: ...,
-        "linalg.norm": lambda x, ord=None, axis=None, keepdims=False: ...,
-        "argsort sort": lambda a, axis=-1, kind=None: ...,
-        "argpartition partition": lambda a, kth, axis=-1: ...,
-        "searchsorted": lambda a, v, side="left", sorter=None: ...,
-        "unique": lambda ar, return_index=False, return_inverse=False, return_counts=False, axis=None, *,
-        equal_nan=True: ...,
-        "bincount": lambda x, weights=None, minlength=None: ...,
-        "arange": lambda start, stop=None, step=1, dtype=None: ...,
-        "empty zeros": lambda shape, dtype=float, order="C": ...,
-        "empty_like": lambda prototype, dtype=None, order="K", *, shape=None: ...,
-        "ones_like zeros_like": lambda a, dtype=None, order="K", *, shape=None: ...,
-        "full_like": lambda a, fill_value, dtype=None, order="K", *, shape=None: ...,
-        "array": lambda obj, dtype=None, copy=True, order="K", ndmin=0: ...,
-        "asarray": lambda a, dtype=None, order=None, *, copy=None: ...,
-        "ascontiguousarray": lambda a, dtype=None: ...,
-        "concatenate stack": lambda tup, axis=0, out=None, *, dtype=None, casting="same_kind": ...,
-        "split": lambda ary, indices_or_sections, axis=0: ...,
-        "copyto": lambda dst, src, casting="same_kind", where=None: ...,
-        "reshape": lambda a, newshape, order="C", *, copy=None: ...,
-        "broadcast_to": lambda array, shape: ...,
-        "ravel": lambda a, order="C": ...,
-        "expand_dims": lambda a, axis: ...,
-        "transpose": lambda a, axes=None: ...,
-        "swapaxes": lambda a, axis1, axis2: ...,
-        "moveaxis": lambda a, source, destination: ...,
-        "roll": lambda a, shift, axis=None: ...,
-        "repeat": lambda a, repeats, axis=None: ...,
-        "tile": lambda A, reps: ...,
-        "tril triu": lambda m, k=0: ...,
-        "take": lambda a, indices, axis=None, out=None: ...,
-        "take_along_axis": lambda a, indices, axis: ...,
-        "put_along_axis": lambda arr, indices, values, axis: ...,
-        "where": lambda condition, x=None, y=None: ...,
-        "clip": lambda a, a_min, a_max, out=None: ...,
-        "round": lambda a, decimals=0, out=None: ...,
-        "nan_to_num": lambda x, copy=True, nan=0.0, posinf=None, neginf=None: ...,
-        "dot outer": lambda a, b, out=None: ...,
-        "vdot": lambda a, b: ...,
-        "tensordot": lambda a, b, axes=2: ...,
-        "einsum": lambda *operands, dtype=None, optimize=False: ...,
-        "allclose isclose": lambda a, b, rtol=1e-5, atol=1e-8, equal_nan=False: ...,
-        "array_equal": lambda a1, a2, equal_nan=False: ...,
-        "may_share_memory shares_memory": lambda a, b, max_work=None: ...,
-        "ndim nonzero shape": lambda a: ...,
-        "result_type": lambda *arrays_and_dtypes: ...,
-    }
-)  # fmt: skip
-
-# Methods of an array take what the function of that name takes, apart from these.
-METHODS = {name: FUNCTIONS[name] for name in FUNCTIONS if hasattr(np.ndarray, name)} | _by_name(
-    {
-        "astype": lambda self, dtype, order="K", *, copy=True: ...,
-        "clip": lambda self, min=None, max=None, out=None: ...,
-        "copy flatten": lambda self, order="C": ...,
-        "fill": lambda self, value: ...,
-        "reshape": lambda self, *shape, order="C", copy=None: ...,
-        "transpose": lambda self, *axes: ...,
-        "view": lambda self, dtype=None: ...,
-    }
-)
-
-# Ufuncs take no `where=`, and reduce with add and multiply alone (`np.max` is there, `np.maximum.reduce` is
-# not). `erf` is scipy.special's, which CuPy answers with cupyx.scipy.special's.
-UFUNCS = _by_name(
-    {
-        """absolute add arccos arcsin arctan arctan2 bitwise_and bitwise_or bitwise_xor cbrt ceil conjugate
-        copysign cos cosh divide equal erf exp exp2 expm1 fabs floor floor_divide fmax fmin greater
-        greater_equal hypot invert isfinite isinf isnan left_shift less less_equal log log10 log1p log2
-        logaddexp logical_and logical_not logical_or logical_xor maximum minimum multiply negative not_equal
-        positive power reciprocal remainder right_shift rint sign signbit sin sinh sqrt square subtract tan
-        tanh trunc multiply.outer""": lambda *inputs, out=None, dtype=None, casting="same_kind": ...,
-        "matmul": lambda *inputs, axes=None, axis=None, keepdims=False, casting="same_kind", dtype=None,
-        signature=None, order="K", out=None: ...,
-        "add.reduce multiply.reduce": lambda array, axis=0, dtype=None, out=None, keepdims=False: ...,
-        "add.at": lambda a, indices, b=None: ...,
-    }
-)  # fmt: skip
 ADD_AT_DTYPES = {"int32", "int64", "uint32", "uint64", "float16", "float32", "float64"}
 
 # These parameters are Python numbers, alone or in a sequence, never arrays. Everywhere else a number may

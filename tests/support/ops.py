@@ -1,4 +1,4 @@
-"""Faults planted in an op's gradient, and torch's attention with tinyllm's dropout."""
+"""What the tests of ops share: small inputs, a fault in a gradient, and torch computing the same."""
 
 import contextlib
 import math
@@ -11,40 +11,52 @@ from hypothesis import strategies as st
 
 from parity.ops import strategies as some
 from parity.ops.cases import assert_close, check_torch
-from tinyllm import Tensor, manual_seed, tensor
+from tinyllm import Tensor, manual_seed
 from tinyllm import functional as F
 from tinyllm.backend import threads
 from tinyllm.backend.random import next_address
 from tinyllm.errors import Error
 from tinyllm.functional import attention, losses
+from tinyllm.tensor_ops import At
+
+# -------------------------------------------------------------------- small inputs
 
 
-def scale_one_gradient(monkeypatch, position, factor):
-    """From here on, gradient ``position`` (of those an op returns) comes out ``factor`` times as large."""
-    honest = Tensor.from_op
-
-    def sabotaged(data, parents, vjp):
-        def scaled(grad):
-            results = list(vjp(grad))
-            given = [i for i, result in enumerate(results) if result is not None]
-            wrong = results[given[position]]
-            if isinstance(wrong, tensor.At):
-                results[given[position]] = tensor.At(wrong.index, np.asarray(wrong.array * factor))
-            else:
-                results[given[position]] = wrong * factor
-            return results
-
-        return honest(data, parents, scaled)
-
-    monkeypatch.setattr(Tensor, "from_op", staticmethod(sabotaged))
+def normal(*shape, seed=0):
+    """Normal numbers, the same for the same seed."""
+    return np.random.default_rng(seed).standard_normal(shape)
 
 
-def caught(case):
-    try:
-        check_torch(case)
-    except AssertionError:
-        return True
-    return False
+def leaf(*shape, dtype=np.float64):
+    """Ones that ask for a gradient."""
+    return Tensor(np.ones(shape, dtype), requires_grad=True)
+
+
+def attend(q=(1, 1, 2, 4), k=(1, 1, 3, 4), v=(1, 1, 3, 4), **options):
+    """Attention of ones, of these shapes."""
+    return F.scaled_dot_product_attention(leaf(*q), leaf(*k), leaf(*v), **options)
+
+
+# ------------------------------------------------------------ values and gradients
+
+both_dtypes = pytest.mark.parametrize("dtype, close", [(np.float32, 1e-6), (np.float64, 1e-14)])
+
+
+def value_and_gradient(function, x):
+    """What ``function`` makes of x, and the gradient of its sum, both of the dtype of x."""
+    leaf = Tensor(x, requires_grad=True)
+    out = function(leaf)
+    out.backward(np.ones_like(out.data))
+    assert out.dtype == leaf.grad.dtype == x.dtype
+    return out.data, leaf.grad
+
+
+def torch_value_and_gradient(function, x):
+    """The same with torch, in float64."""
+    leaf = torch.tensor(x.astype(np.float64), requires_grad=True)
+    out = function(leaf)
+    out.sum().backward()
+    return out.detach().numpy(), leaf.grad.numpy()
 
 
 def place_of_error(call):
@@ -52,6 +64,41 @@ def place_of_error(call):
     with pytest.raises(Error) as caught:
         call()
     return str(caught.traceback[-1].path), caught.traceback[-1].lineno
+
+
+# ----------------------------------------------------------- a fault in a gradient
+
+
+def scale_one_gradient(monkeypatch, position, factor):
+    """From here on, gradient ``position`` (of those an op returns) comes out ``factor`` times as large."""
+    honest = Tensor.from_op
+
+    def wrong(data, parents, vjp, **options):
+        def scaled(grad):
+            results = list(vjp(grad))
+            given = [i for i, result in enumerate(results) if result is not None]
+            gradient = results[given[position]]
+            if isinstance(gradient, At):
+                results[given[position]] = At(gradient.index, np.asarray(gradient.array * factor))
+            else:
+                results[given[position]] = gradient * factor
+            return results
+
+        return honest(data, parents, scaled, **options)
+
+    monkeypatch.setattr(Tensor, "from_op", staticmethod(wrong))
+
+
+def caught(case):
+    """Does the comparison with torch see that this case is wrong?"""
+    try:
+        check_torch(case)
+    except AssertionError:
+        return True
+    return False
+
+
+# ----------------------------------------------------------- dropout at an address
 
 
 @st.composite
@@ -70,6 +117,9 @@ def at_address(address, function):
         return function(*args, **kwargs)
 
     return op
+
+
+# -------------------------------------------------------------- attention in torch
 
 
 def visible_keys(shape, mask=None, is_causal=False):
@@ -110,6 +160,9 @@ def kept_weights(q, k, options, p, address):
     return mask
 
 
+# ------------------------------------------------------------ blocks of a few rows
+
+
 @contextlib.contextmanager
 def small_blocks():
     """A few rows, heads and elements make many blocks."""
@@ -120,33 +173,3 @@ def small_blocks():
         patch.setattr(losses, "COLUMNS", 2)
         patch.setattr(threads, "BLOCK", 8)
         yield
-
-
-def normal(*shape, seed=0):
-    return np.random.default_rng(seed).standard_normal(shape)
-
-
-both_dtypes = pytest.mark.parametrize("dtype, close", [(np.float32, 1e-6), (np.float64, 1e-14)])
-
-
-def value_and_gradient(function, x):
-    leaf = Tensor(x, requires_grad=True)
-    out = function(leaf)
-    out.backward(np.ones_like(out.data))
-    assert out.dtype == leaf.grad.dtype == x.dtype
-    return out.data, leaf.grad
-
-
-def torch_value_and_gradient(function, x):
-    leaf = torch.tensor(x.astype(np.float64), requires_grad=True)
-    out = function(leaf)
-    out.sum().backward()
-    return out.detach().numpy(), leaf.grad.numpy()
-
-
-def leaf(*shape, dtype=np.float64):
-    return Tensor(np.ones(shape, dtype), requires_grad=True)
-
-
-def attend(q=(1, 1, 2, 4), k=(1, 1, 3, 4), v=(1, 1, 3, 4), **options):
-    return F.scaled_dot_product_attention(leaf(*q), leaf(*k), leaf(*v), **options)

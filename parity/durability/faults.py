@@ -1,7 +1,7 @@
-"""How does one see what a program leaves behind when it fails at a certain moment?
+"""Fault injection: what does a program leave behind when it fails at a certain moment?
 
-Count its calls that change what is on the disk, and let one of them fail: with an error, as a disk does, or
-by the process's death.
+Its calls that change what is on the disk are counted, and one of them fails: with an error, as a disk does,
+or by the process's death.
 """
 
 from __future__ import annotations

@@ -1,11 +1,11 @@
-"""What a GPU is measured on: the works, and every way to do one of them.
+"""Every way to do one of the works on a GPU: with tinyllm, with PyTorch eager, with PyTorch compiled.
 
-A variant is a function in ``VARIANTS``, by task and name. It puts the model on the device and returns it
-``Prepared``: the work to be timed, and the numbers in which all variants must agree. Every one takes the
-same weights from the same folder. The device may be the CPU, too, where all of this is tested.
+A variant puts the model on the device and returns it ``Prepared``: the work to be timed, and the numbers in
+which all variants must agree. Every one takes the same weights from the same folder. The device may be the
+CPU, too, where all of this is tested.
 
 PyTorch's peers are the twins of this package (torch's own layer_norm, rms_norm, GELU and SDPA, one kernel
-each, where transformers has several); they have no cache, so to write it is transformers' Llama in a plain
+each, where transformers has several). They have no cache, so decoding is transformers' Llama in a plain
 greedy loop, which waits for nothing. Compiled, that has a cache of fixed size and CUDA graphs.
 
 At its top this module imports the standard library only, so that a variant's process holds that variant's
@@ -15,94 +15,9 @@ libraries and nothing else.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-PRECISIONS = ("float32", "tf32", "bfloat16")
-
-STEPS_COMPARED = 3  # training steps, or given tokens after the prompt, whose answers are compared
-
-
-@dataclass(frozen=True)
-class Work:
-    """A model and what is done with it."""
-
-    task: str  # train: a step; forward: the logits of every position; decode: new tokens after a prompt
-    arch: str  # gpt2 or llama
-    size: str  # a published one
-    batch: int
-    context: int  # tokens of every sequence, or of the prompt
-    new: int = 0  # tokens to write after it
-    changes: dict = field(default_factory=dict)  # to single fields of the config
-
-    def config(self):
-        """The model's config."""
-        from tinyllm.models import CONFIGS
-
-        return CONFIGS[self.arch].preset(self.size, **self.changes)
-
-    @property
-    def tokens(self) -> int:
-        """How many are trained on, read or written each time the work is done."""
-        return self.batch * (self.new or self.context)
-
-    def flops_per_token(self) -> float:
-        """Model FLOPs as papers count them: no score skipped or computed twice (``tools.info.Flops``).
-
-        A token that is written attends to the prompt and to half of the new tokens, on average.
-        """
-        from tinyllm.tools.info import flops_per_token
-
-        flops = flops_per_token(self.config(), self.context + self.new // 2).textbook
-        return flops if self.task == "train" else flops / 3
-
-    def __str__(self) -> str:
-        sizes = f"{self.batch} x {self.context} tokens"
-        done = f"{sizes}, then {self.new} one by one" if self.new else sizes
-        changed = "".join(f", {name} {value}" for name, value in self.changes.items())
-        return f"{self.arch} {self.size}{changed}: {self.task}, {done}"
-
-
-NO_DROPOUT = dict(embd_pdrop=0.0, attn_pdrop=0.0, resid_pdrop=0.0)
-
-WORKS = {
-    "train": Work("train", "gpt2", "124M", batch=16, context=1024, changes=NO_DROPOUT),
-    "forward": Work("forward", "llama", "Llama-3.2-1B", batch=4, context=1024),
-    "decode": Work("decode", "llama", "Llama-3.2-1B", batch=1, context=64, new=128),
-}
-
-SMALL_GPT2 = dict(n_layer=2, n_embd=32, n_head=4, vocab_size=64, n_positions=32)
-
-SMALL_LLAMA = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, vocab_size=64)
-
-SMALL_WORKS = {  # the same code on models that any machine holds
-    "train": Work("train", "gpt2", "124M", batch=2, context=16, changes=NO_DROPOUT | SMALL_GPT2),
-    "forward": Work("forward", "llama", "toy", batch=2, context=16, changes=SMALL_LLAMA),
-    "decode": Work("decode", "llama", "toy", batch=1, context=8, new=6, changes=SMALL_LLAMA),
-}
-
-
-def random_ids(work: Work, sequences: int = 1):
-    """``sequences`` times token ids (B, T), the same in every process: (sequences, B, T) in NumPy's int64."""
-    import numpy as np
-
-    shape = (sequences, work.batch, work.context)
-    return np.random.default_rng(1).integers(0, work.config().vocab_size, shape)
-
-
-def positions_compared(context: int) -> slice:
-    """Of the logits at every position, those that are compared: sixteen, the last among them."""
-    step = max(1, context // 16)
-    return slice(step - 1, None, step)
-
-
-def write_weights(work: Work, folder) -> None:
-    """A folder with random weights for the work's model, in float32, for every variant to load."""
-    import numpy as np
-
-    from tinyllm.models import ARCHITECTURES
-
-    ARCHITECTURES[work.arch](work.config(), rng=np.random.default_rng(0)).save_pretrained(folder)
+from parity.bench.cuda.works import STEPS_COMPARED, Work, positions_compared, random_ids
 
 
 class Prepared(NamedTuple):
@@ -124,15 +39,12 @@ class Prepared(NamedTuple):
 
 
 def tinyllm_train(work: Work, folder: str, precision: str, device: str) -> Prepared:
-    """Parameters and optimiser in float32; of bfloat16 the products only are."""
+    """Parameters and optimiser in float32, whatever products are computed in."""
     import numpy as np
 
     from parity.bench.train_variants import tinyllm_train_step
-    from tinyllm.backend.dtypes import dtype_of
 
-    model = tinyllm_model(folder, precision, device, "float32").train()
-    if precision == "bfloat16":
-        model.multiply_in(dtype_of(precision))
+    model = tinyllm_model(folder, "float32", device).train()
     step, (ids, targets) = tinyllm_train_step(model), random_ids(work, 2)
 
     def answers():
@@ -143,14 +55,13 @@ def tinyllm_train(work: Work, folder: str, precision: str, device: str) -> Prepa
 
 
 def tinyllm_forward(work: Work, folder: str, precision: str, device: str) -> Prepared:
-    """Of bfloat16 the weights are stored in it."""
+    """For bfloat16 the weights are stored in it."""
     import numpy as np
 
     from tinyllm import no_grad
     from tinyllm.backend.device import to_device
 
-    stored = "bfloat16" if precision == "bfloat16" else "float32"
-    model, (ids,) = tinyllm_model(folder, precision, device, stored), random_ids(work)
+    model, (ids,) = tinyllm_model(folder, stored_name(precision), device), random_ids(work)
 
     def once():
         with no_grad():
@@ -166,12 +77,10 @@ def tinyllm_decode(work: Work, folder: str, precision: str, device: str) -> Prep
     """``generate``, greedy; every token comes to the host."""
     import numpy as np
 
-    from tinyllm import no_grad
+    from tinyllm import generate, no_grad
     from tinyllm.backend.device import to_device
-    from tinyllm.inference import generate
 
-    stored = "bfloat16" if precision == "bfloat16" else "float32"
-    model, (prompt, given) = tinyllm_model(folder, precision, device, stored), random_ids(work, 2)
+    model, (prompt, given) = tinyllm_model(folder, stored_name(precision), device), random_ids(work, 2)
 
     def once():
         return list(generate(model, prompt, work.new, temperature=0))
@@ -186,14 +95,12 @@ def tinyllm_decode(work: Work, folder: str, precision: str, device: str) -> Prep
     return Prepared(answers, once, where_tinyllm_is(model))
 
 
-def tinyllm_model(folder: str, precision: str, device: str, stored: str):
+def tinyllm_model(folder: str, dtype: str, device: str):
     """The model on the device, its weights stored in a dtype, in eval mode."""
     from tinyllm import load_model
-    from tinyllm.backend.dtypes import allow_tf32, dtype_of
+    from tinyllm.backend.dtypes import dtype_of
 
-    if device != "cpu":
-        allow_tf32(precision == "tf32")
-    return load_model(folder, dtype_of(stored)).to(device)
+    return load_model(folder, dtype_of(dtype)).to(device)
 
 
 def where_tinyllm_is(model) -> str:
@@ -217,9 +124,20 @@ def tinyllm_product(precision: str, device: str, size: int) -> Callable[[], obje
     from tinyllm.backend.dtypes import dtype_of
 
     host = np.random.default_rng(0).standard_normal((size, size), np.float32)
-    stored = "bfloat16" if precision == "bfloat16" else "float32"
-    a = Tensor(to_device(host.astype(dtype_of(stored)), device))
-    return lambda: F.linear(a, a)
+    a = Tensor(to_device(host.astype(dtype_of(stored_name(precision))), device))
+    return in_precision(precision, lambda: F.linear(a, a))
+
+
+def in_precision(precision: str, function: Callable) -> Callable:
+    """``function`` with its products computed in ``precision``."""
+
+    def call():
+        from tinyllm import backend
+
+        with backend.autocast(precision):
+            return function()
+
+    return call
 
 
 # ---- PyTorch ----
@@ -234,12 +152,12 @@ def torch_train(work: Work, folder: str, precision: str, device: str, compiler: 
 
     set_torch_precision(precision)
     twin = torch_twin(folder, device, torch.float32).train()
-    model = torch.compile(twin, backend=compiler, fullgraph=True) if compiler else twin
+    loss = torch.compile(twin.loss, backend=compiler, fullgraph=True) if compiler else twin.loss
 
     def compute_loss(ids, targets):
-        short = precision == "bfloat16"
-        with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=short):
-            return model(ids, targets)
+        half = precision == "bfloat16"
+        with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=half):
+            return loss(ids, targets)
 
     step = torch_train_step(twin, compute_loss)
     ids, targets = torch.from_numpy(random_ids(work, 2)).to(device)  # moved once: nothing waits for them
@@ -252,7 +170,7 @@ def torch_train(work: Work, folder: str, precision: str, device: str, compiler: 
 
 
 def torch_forward(work: Work, folder: str, precision: str, device: str, compiler: str | None) -> Prepared:
-    """Of bfloat16 the weights are stored in it."""
+    """For bfloat16 the weights are stored in it."""
     import torch
 
     set_torch_precision(precision)
@@ -338,10 +256,10 @@ def torch_twin(folder: str, device: str, dtype):
 
 
 def stored_dtype(precision: str):
-    """What torch stores the weights in."""
+    """What torch stores the weights in where it does not train them."""
     import torch
 
-    return torch.bfloat16 if precision == "bfloat16" else torch.float32
+    return getattr(torch, stored_name(precision))
 
 
 def set_torch_precision(precision: str) -> None:
@@ -373,6 +291,12 @@ def torch_product(precision: str, device: str, size: int) -> Callable[[], object
 
 # ---- All of them ----
 
+
+def stored_name(precision: str) -> str:
+    """The dtype in which weights are stored that are not trained."""
+    return "bfloat16" if precision == "bfloat16" else "float32"
+
+
 TINYLLM = {"train": tinyllm_train, "forward": tinyllm_forward, "decode": tinyllm_decode}
 
 TORCH = {"train": torch_train, "forward": torch_forward, "decode": torch_decode}
@@ -383,7 +307,9 @@ VARIANTS = ("tinyllm", "torch-eager", "torch-compile")
 def prepare(variant: str, precision: str, device: str, work: Work, folder: str, compiler: str) -> Prepared:
     """The variant with its model on the device; ``compiler`` is the backend of ``torch.compile``."""
     if variant == "tinyllm":
-        return TINYLLM[work.task](work, folder, precision, device)
+        prepared = TINYLLM[work.task](work, folder, precision, device)
+        answers, once = (in_precision(precision, call) for call in (prepared.answers, prepared.once))
+        return prepared._replace(answers=answers, once=once)
     chosen = compiler if variant == "torch-compile" else None
     return TORCH[work.task](work, folder, precision, device, chosen)
 

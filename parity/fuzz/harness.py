@@ -1,4 +1,4 @@
-"""What do our readers make of files that are broken, or made to do harm?
+"""Do our readers stand files that are broken, or made to do harm?
 
 A target is a kind of file that we read: how a valid one is made (`Target.make`), how it is read and what
 came of it is checked (`Target.load`), and how it can be broken (`Target.mutations`). Each case is one
@@ -29,6 +29,7 @@ from pathlib import Path
 
 import numpy as np
 
+import parity
 import tinyllm
 from parity.fuzz.mutations import Mutation
 from tinyllm.errors import Error
@@ -323,7 +324,7 @@ class _Watch:
         self.folder, self.writes, self.seen = None, writes, []
         paths = sysconfig.get_paths()
         roots = [paths[name] for name in ("stdlib", "platstdlib", "purelib", "platlib")]
-        self.own = [*roots, os.path.dirname(tinyllm.__file__), os.path.dirname(__file__)]
+        self.own = [*roots, *(os.path.dirname(package.__file__) for package in (tinyllm, parity))]
         sys.addaudithook(self._hook)
 
     def begin(self, folder: Path) -> None:

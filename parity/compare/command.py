@@ -1,0 +1,79 @@
+"""The options of ``python -m parity report``."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import tyro
+
+from parity.options import check_at_least, check_installed, check_writable
+from tinyllm.errors import Error
+from tinyllm.models import ARCHITECTURES
+from tinyllm.weights import hub
+
+RANDOM_SIZES = dict(n_layer=4, n_head=4, n_embd=64, vocab_size=256, n_positions=64)
+
+
+@dataclass(frozen=True)
+class Report:
+    """Compare every layer and gradient of a model with PyTorch and transformers; write an HTML page."""
+
+    model: tyro.conf.Positional[str | None] = None  # a model's folder or hub id (owner/name, or gpt2)
+    random: bool = False  # instead: random weights, norms and biases included, so that nothing hides
+    arch: str = "gpt2"  # architecture of --random: gpt2 or llama, whose sizes have GPT-2's names here
+    n_layer: int | None = None  # blocks of --random; 4 if not given
+    n_head: int | None = None  # heads of --random; 4 if not given
+    n_embd: int | None = None  # channels of --random; 64 if not given
+    vocab_size: int | None = None  # vocabulary of --random; 256 if not given
+    n_positions: int | None = None  # longest sequence of --random; 64 if not given
+    dtype: Literal["float32", "float64"] = "float64"  # float64 tells a bug from rounding
+    seed: int = 0  # of random weights, tokens and targets
+    batch: int = 2  # random sequences
+    tokens: int = 32  # tokens of each
+    ids: tuple[int, ...] = ()  # instead of random sequences: the token ids of one
+    out: Path = Path("parity-report.html")  # the page
+
+    def run(self) -> int:
+        """Check the request, compare, print the table, write the page; 1 if a layer diverges, else 0."""
+        self._check()
+        from parity.compare import page, report
+
+        if self.random:
+            models = report.random_models(self.arch, RANDOM_SIZES | self._sizes(), self.dtype, self.seed)
+            name, source = f"{self.arch}, random weights, seed {self.seed}", report.COPIED
+        else:
+            *models, source = report.models_of(hub.find_folder(self.model), self.dtype)
+            name = self.model
+        if self.ids:
+            batch = report.given_batch(models[0], self.ids)
+        else:
+            batch = report.random_batch(models[0], self.batch, self.tokens, self.seed)
+        findings = report.examine(*models, *batch)
+        fields = vars(models[0].config).items()
+        sizes = ", ".join(f"{field} {value}" for field, value in fields if type(value) is int)
+        findings.facts = {"model": name, "sizes": sizes, **findings.facts}
+        findings.notes.append(source)
+        print(findings)
+        try:
+            self.out.write_text(page.render(findings), encoding="utf-8")
+        except OSError as error:
+            problem = f"--out {self.out} cannot be written ({error.strerror})"
+            raise Error(f"{problem}: choose another file") from error
+        print(f"The page is {self.out}")
+        return 0 if findings.first is None else 1
+
+    def _check(self) -> None:
+        if self.random == (self.model is not None):
+            raise Error("say which model: either its folder or hub id, or --random")
+        if self.arch not in ARCHITECTURES:
+            raise Error(f"--arch {self.arch} is not supported; supported: {', '.join(ARCHITECTURES)}")
+        if (given := [*self._sizes()]) and not self.random:
+            raise Error(f"--{given[0].replace('_', '-')} is for --random: a model has its own sizes")
+        for name, least in {"seed": 0, "batch": 1, "tokens": 1}.items():
+            check_at_least(least, name, getattr(self, name))
+        check_writable("out", self.out)
+        check_installed("report", ("torch", "transformers"), "parity")
+
+    def _sizes(self) -> dict[str, int]:
+        """Those that were given."""
+        return {name: getattr(self, name) for name in RANDOM_SIZES if getattr(self, name) is not None}

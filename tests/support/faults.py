@@ -1,0 +1,199 @@
+"""Faults to plant in tinyllm: each function replaces a part of it by one that is wrong.
+
+Those that take no options are called with pytest's ``monkeypatch``; the others return what is.
+"""
+
+import math
+
+import numpy as np
+import pytest
+
+from tinyllm import GPT2, Tensor, functional, nn, optim, tensor
+from tinyllm.inference import sampling
+from tinyllm.models import gpt2, llama
+
+FACTOR = 1 + 1e-8  # a gradient wrong in the ninth digit
+
+# ------------------------------------------------------------------------------- in an op
+
+
+def scaled_gradient(name, parent):
+    """The op's gradient of its input ``parent`` comes out 1 + 1e-8 times as large."""
+    honest, from_op = getattr(functional, name), Tensor.from_op
+
+    def record_wrong(data, parents, vjp, **options):
+        def wrong(grad):
+            grads = list(vjp(grad))
+            given = grads[parent]
+            if isinstance(given, tensor.At):
+                grads[parent] = tensor.At(given.index, given.array * FACTOR)
+            elif given is not None:
+                grads[parent] = given * FACTOR
+            return grads
+
+        return from_op(data, parents, wrong, **options)
+
+    def sabotaged(*args, **kwargs):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(Tensor, "from_op", staticmethod(record_wrong))
+            return honest(*args, **kwargs)
+
+    return lambda patch: patch.setattr(functional, name, sabotaged)
+
+
+def attention(options):
+    """Attention that computes with ``options(query, key, what it was given)``."""
+    honest = functional.scaled_dot_product_attention
+
+    def sabotaged(q, k, v, attn_mask=None, dropout_p=0.0, **given):
+        given |= {"attn_mask": attn_mask, "dropout_p": dropout_p}
+        return honest(q, k, v, **given | options(q, k, given))
+
+    return lambda patch: patch.setattr(functional, "scaled_dot_product_attention", sabotaged)
+
+
+def one_key_too_many(q, k, given):
+    """Query t sees the key at t + 1."""
+    if not given.get("is_causal"):
+        return {}
+    T, S = q.shape[2], k.shape[2]
+    return {"is_causal": False, "attn_mask": np.tri(T, S, S - T + 1, dtype=bool)}
+
+
+def unscaled(q, k, given):
+    return {"scale": given.get("scale") or 1.0}
+
+
+def heads_dealt_out(patch):
+    """Query head h shares key-value head h % G: as cards are dealt, not as torch groups them."""
+    honest = functional.scaled_dot_product_attention
+
+    def sabotaged(q, k, v, *more, **given):
+        H, G = q.shape[1], k.shape[1]
+        order = np.arange(H).reshape(H // G, G).T.reshape(-1)
+        return honest(q[:, order], k, v, *more, **given)[:, np.argsort(order)]
+
+    patch.setattr(functional, "scaled_dot_product_attention", sabotaged)
+
+
+def neighbours_paired(patch):
+    """RoPE turns channels 2i and 2i + 1 together, as Meta's own files want it."""
+    honest = functional.rope
+
+    def sabotaged(x, cos, sin):
+        order = np.arange(x.shape[-1]).reshape(-1, 2).T.reshape(-1)
+        return honest(x[..., order], cos, sin)[..., np.argsort(order)]
+
+    patch.setattr(functional, "rope", sabotaged)
+
+
+def gate_and_up_swapped(patch):
+    honest = functional.swiglu
+    patch.setattr(functional, "swiglu", lambda gate, up: honest(up, gate))
+
+
+def another_rms_eps(patch):
+    def forward(layer, x):
+        return functional.rms_norm(x, layer.weight.shape, layer.weight, 1e-5)
+
+    patch.setattr(nn.RMSNorm, "forward", forward)
+
+
+def scaling_ignored(patch):
+    """The frequencies of rope_type "default", whatever the config says."""
+
+    def unscaled(config):
+        D = config.head_dim
+        return config.rope_parameters["rope_theta"] ** (-np.arange(0, D, 2) / D)
+
+    # Not the function but its code, because a test that imported the function by name must see it.
+    patch.setattr(llama.rope_frequencies, "__code__", unscaled.__code__)
+
+
+def erf_for_tanh(patch):
+    honest = functional.gelu
+    patch.setattr(functional, "gelu", lambda x, approximate="none": honest(x, "none"))
+
+
+def erf_by_its_name(patch):
+    """The table of names is read by the twin, too: only ``transformers`` can tell."""
+    patch.setitem(gpt2.GELU_FORMS, "gelu_new", "none")
+
+
+def another_eps(patch):
+    def forward(layer, x):
+        return functional.layer_norm(x, layer.weight.shape, layer.weight, layer.bias, 1e-6)
+
+    patch.setattr(nn.LayerNorm, "forward", forward)
+
+
+def dropped_bias(patch):
+    patch.setattr(nn.Linear, "forward", lambda layer, x, **_: functional.linear(x, layer.weight))
+
+
+def square_conv1d_not_transposed(patch):
+    """Of the four matrices of a block only the square one: the shapes of the others would tell."""
+    honest = gpt2.Conv1D.layout
+
+    def layout(layer, name, array):
+        square = array.ndim == 2 and array.shape[0] == array.shape[1]
+        return array if square else honest(layer, name, array)
+
+    patch.setattr(gpt2.Conv1D, "layout", layout)
+
+
+def tying_lost(patch):
+    """From its first pass on, the head has an embedding of its own."""
+    honest = GPT2.forward
+
+    def forward(model, *args, **kwargs):
+        if model.lm_head.weight is model.wte.weight:
+            model.lm_head.weight = Tensor(model.wte.weight.data.copy(), requires_grad=True)
+        return honest(model, *args, **kwargs)
+
+    patch.setattr(GPT2, "forward", forward)
+
+
+def adamw(bias_correction=True, decay_everything=False):
+    """AdamW written plainly, right or wrong."""
+
+    def step(self):
+        beta1, beta2 = self.betas
+        for name, parameter in self.parameters:
+            if parameter.grad is None:
+                continue
+            t, m, v = self.state.get(name, (0, 0, 0))
+            t += 1
+            m = beta1 * m + (1 - beta1) * parameter.grad
+            v = beta2 * v + (1 - beta2) * parameter.grad**2
+            self.state[name] = t, m, v
+            if bias_correction:
+                m, v = m / (1 - beta1**t), v / (1 - beta2**t)
+            if decay_everything or parameter.ndim >= 2:
+                parameter.data[...] *= 1 - self.lr * self.weight_decay
+            parameter.data[...] -= self.lr * m / (np.sqrt(v) + self.eps)
+
+    return lambda patch: patch.setattr(optim.AdamW, "step", step)
+
+
+def plain_means(patch):
+    """Each of the three micro-batches of a step counts a third, however many targets it counts."""
+    honest = GPT2.loss
+
+    def loss(model, ids, targets, num_targets=None, weights=None):
+        return honest(model, ids, targets) * (1 if num_targets is None else 1 / 3)
+
+    patch.setattr(GPT2, "loss", loss)
+
+
+def ties_kept(patch):
+    """Top-k by a threshold: what equals the k-th largest logit stays, too."""
+    honest = sampling._candidates
+
+    def candidates(logits, temperature, top_k, top_p):
+        if top_k is not None:
+            kth = np.sort(logits, axis=-1)[:, ::-1][:, :top_k][:, -1:]
+            logits = np.where(logits < kth, -math.inf, logits)
+        return honest(logits, temperature, None, top_p)
+
+    patch.setattr(sampling, "_candidates", candidates)
