@@ -91,7 +91,7 @@ class Block(nn.Module):
 
 
 class Model(nn.Module):
-    """With ``rng=None`` its weights are stand-ins that take no memory: any size can be counted."""
+    """With ``rng=None`` its weights are meta parameters, which take no memory: any size can be counted."""
 
     def __init__(self, plan, rng=None):
         self.plan = plan

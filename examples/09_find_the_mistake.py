@@ -5,7 +5,7 @@
 # Is it right? `parity.compare` runs your model and tinyllm's with the same weights, forward and backward,
 # and names the first layer that computes something else.
 #
-# Read beside this: `tinyllm/models/gpt2.py`, `parity/layers.py`.
+# Read beside this: `tinyllm/models/gpt2.py`, `parity/compare/layers.py`.
 
 # %%
 import importlib.util

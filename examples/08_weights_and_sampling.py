@@ -2,10 +2,10 @@
 # # OpenAI's GPT-2 and top-k sampling
 #
 # Loads the published 124M weights from the Hugging Face hub (`pip install huggingface_hub`), or from a
-# folder: `python examples/03_gpt2_weights_and_topk.py FOLDER`. Offline it says so and goes on with a
+# folder: `python examples/08_weights_and_sampling.py FOLDER`. Offline it says so and goes on with a
 # random model, whose text is noise: the sampling is the same.
 #
-# Read beside this: `tinyllm/generate.py`.
+# Read beside this: `tinyllm/inference/generate.py`.
 
 # %%
 import os
@@ -13,9 +13,8 @@ import sys
 
 import numpy as np
 
-from tinyllm import GPT2, Error, GPT2Config, load_tokenizer
+from tinyllm import GPT2, Error, GPT2Config, generate, load_tokenizer
 from tinyllm.backend.device import pick_device, to_device
-from tinyllm.inference import generate
 
 SMALL = os.environ.get("TINYLLM_EXAMPLES") == "small"
 device = pick_device("auto")

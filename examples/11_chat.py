@@ -9,7 +9,8 @@
 # Without it, or with `TINYLLM_EXAMPLES=small` before it was ever pulled, a tiny random model takes its
 # place: it talks nonsense, but everything else is the same.
 #
-# Read beside this: `tinyllm/chat.py`, `tinyllm/cache.py`, `tinyllm/talk.py`.
+# Read beside this: `tinyllm/tokenizers/chat_template.py`, `tinyllm/models/cache.py`,
+# `tinyllm/inference/chat.py`.
 
 # %%
 import os
@@ -18,12 +19,12 @@ import time
 
 import numpy as np
 
-from tinyllm import Error, Llama, LlamaConfig, load_tokenizer
+from tinyllm import Error, Llama, LlamaConfig, generate, load_tokenizer
 from tinyllm.backend.memory import peak_memory
-from tinyllm.inference import generate
-from tinyllm.inference.chat import ChatConfig, Conversation, load_model_and_tokenizer, text_stream
+from tinyllm.inference.chat import Conversation, load_model_and_tokenizer, text_stream
 from tinyllm.tokenizers.chat_template import encode_chat, render_chat
-from tinyllm.tools.show import show_tokens, shows_blocks, wants_colour, watch_probabilities
+from tinyllm.tools.console import shows_blocks, wants_colour
+from tinyllm.tools.show import show_tokens, watch_probabilities
 from tinyllm.weights.pull import find_pulled, pull
 
 SMALL = os.environ.get("TINYLLM_EXAMPLES") == "small"
@@ -116,11 +117,12 @@ for temperature in (0, 0.2, 1):
 
 # %%
 most = 8 if SMALL and path is None else 60
-conversation = Conversation(model, tokenizer, ChatConfig(temperature=0, max_new_tokens=most))
+conversation = Conversation(model, tokenizer, temperature=0, max_new_tokens=most)
 for words in (question, "And of Italy?"):
     print("you:   ", words)
     print("model: ", end="")
-    print(conversation.answer(words, lambda piece: print(piece, end="", flush=True)))
+    answer = conversation.answer(words, lambda piece: print(piece, end="", flush=True))
+    print(f"\n({answer.prompt_tokens} tokens read in {answer.prompt_seconds:.1f} s)")
 if path is not None:
     assert "Paris" in conversation.messages[1]["content"]
 

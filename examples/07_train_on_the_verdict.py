@@ -5,7 +5,7 @@
 # heart, and shows what overfitting looks like. Ten to fifteen minutes on two cores; with
 # `TINYLLM_EXAMPLES=small` in the environment, a few seconds with a toy model.
 #
-# Read beside this: `tinyllm/models/gpt2.py`, then `tinyllm/train.py`, which is this loop with a folder.
+# Read beside this: `tinyllm/models/gpt2.py`, then `tinyllm/training/step.py`, which is this loop.
 
 # %%
 import os
@@ -14,14 +14,13 @@ from pathlib import Path
 
 import numpy as np
 
-from tinyllm import GPT2, GPT2Config, load_tokenizer, manual_seed, nn, optim
+from tinyllm import GPT2, GPT2Config, generate, load_tokenizer, manual_seed, nn, optim
 from tinyllm.backend.device import pick_device
 from tinyllm.backend.memory import keep_memory
 from tinyllm.data.batches import Batches, Windows
 from tinyllm.data.corpus import load_text, train_validation_split
-from tinyllm.inference import generate
-from tinyllm.tools.plot import plot_losses
-from tinyllm.training.loop import evaluate
+from tinyllm.training.loggers import plot_losses
+from tinyllm.training.tasks.pretrain import mean_loss
 
 SMALL = os.environ.get("TINYLLM_EXAMPLES") == "small"
 device = pick_device("auto")
@@ -90,7 +89,7 @@ for step in range(steps):
     optimizer.zero_grad()
     history.append({"step": step + 1, "train_loss": loss.item()})
     if (step + 1) % batches.steps_per_epoch == 0:
-        losses = [evaluate(model, part, most=18, batch=2) for part in (train, validation)]
+        losses = [mean_loss(model, part, most=18, batch=2) for part in (train, validation)]
         history[-1] |= dict(zip(("train_eval_loss", "val_loss"), losses))
         prompt = tokenizer.encode("Every effort moves you")
         sample = [int(token[0]) for token in generate(model, [prompt], 30, temperature=0)]
