@@ -79,7 +79,7 @@ class ArrayAlgebra:
 
     def sum(self, axis=None, keepdims=False):
         if is_half(self.dtype):
-            return self.astype(np.float32).sum(axis, keepdims).astype(self.dtype)
+            return in_float32(ArrayAlgebra.sum, self, axis, keepdims)
         shape = self.shape
         return self.from_op(
             self.data.sum(axis=axis, keepdims=keepdims),
@@ -89,7 +89,7 @@ class ArrayAlgebra:
 
     def mean(self, axis=None, keepdims=False):
         if is_half(self.dtype):
-            return self.astype(np.float32).mean(axis, keepdims).astype(self.dtype)
+            return in_float32(ArrayAlgebra.mean, self, axis, keepdims)
         return self.sum(axis, keepdims) / count(self.shape, axis)
 
     def max(self, axis=None, keepdims=False):
@@ -105,7 +105,7 @@ class ArrayAlgebra:
     def var(self, axis=None, ddof=0, keepdims=False):
         """Σ (x - mean)² / (N - ddof); as torch, nan or infinite where N is not above ddof."""
         if is_half(self.dtype):
-            return self.astype(np.float32).var(axis, ddof, keepdims).astype(self.dtype)
+            return in_float32(ArrayAlgebra.var, self, axis, ddof, keepdims)
         x, n = self.data, count(self.shape, axis) - ddof
         centred = x - x.mean(axis=axis, keepdims=True)
         slope = 2 / n if n > 0 else math.inf
@@ -248,6 +248,11 @@ def einsum(subscripts: str, *tensors):
 
 
 # ------------------------------------------------------------------------- shapes and counts
+
+
+def in_float32(op, x, *args, **kwargs):
+    """``op(x, …)`` of half-precision values, in float32 and rounded once: see ``accumulation_dtype``."""
+    return op(x.astype(np.float32), *args, **kwargs).astype(x.dtype)
 
 
 def as_array(x):

@@ -57,6 +57,11 @@ class Louder(nn.Linear):
         return super().forward(h) * 3
 
 
+class Called(nn.Linear):
+    def __call__(self, h):
+        return super().__call__(h) * 3
+
+
 class Adapted(nn.Module):
     def __init__(self, layer, rng):
         self.layer = layer
@@ -85,6 +90,7 @@ HEADS = {
     "5 classes": linear(5),
     "20 classes": linear(20, bias=False),
     "a subclass": lambda head: Louder(12, 13, rng=RNG, std=0.5).astype(np.float64),
+    "called otherwise": lambda head: Called(12, 13, rng=RNG, std=0.5).astype(np.float64),
     "Conv1D": lambda head: Conv1D(12, 13, rng=RNG, std=0.5).astype(np.float64),
     "wrapped": Wrapped,
     "adapted": lambda head: Adapted(head, RNG),

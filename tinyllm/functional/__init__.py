@@ -8,7 +8,7 @@ import functools
 import inspect
 
 from tinyllm.backend.cuda.launch import on_gpu
-from tinyllm.backend.dtypes import accumulation_dtype
+from tinyllm.backend.dtypes import is_half
 from tinyllm.errors import Error
 from tinyllm.functional import cuda
 from tinyllm.functional.activations import dropout, gelu, silu, softmax, swiglu
@@ -17,6 +17,7 @@ from tinyllm.functional.linear import embedding, linear
 from tinyllm.functional.losses import cross_entropy, linear_cross_entropy
 from tinyllm.functional.norms import layer_norm, rms_norm
 from tinyllm.tensor import Tensor
+from tinyllm.tensor_ops import in_float32
 
 
 def accelerated(op):
@@ -37,11 +38,11 @@ def accelerated(op):
 
 
 def summed_in_float32(op):
-    """``op``; of half-precision values in float32, rounded once, on any device (``accumulation_dtype``)."""
+    """``op``, and what it is of half-precision values on any device: see ``tensor_ops.in_float32``."""
 
     @functools.wraps(op)
     def call(input, *args, **kwargs):
-        return op(input.astype(accumulation_dtype(input.dtype)), *args, **kwargs).astype(input.dtype)
+        return in_float32(op, input, *args, **kwargs) if is_half(input.dtype) else op(input, *args, **kwargs)
 
     return call
 

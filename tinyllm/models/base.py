@@ -155,7 +155,8 @@ class LanguageModel(nn.Module):
 
     def _loss(self, ids, targets, num_targets, weights):
         head, options = self.lm_head, {"num_targets": num_targets, "weights": weights}
-        if not (_is(self.forward, LanguageModel.forward) and _is(head.forward, nn.Linear.forward)):
+        plain_head = _is(head.forward, nn.Linear.forward) and _is(head.__call__, nn.Module.__call__)
+        if not (plain_head and _is(self.forward, LanguageModel.forward)):
             return F.cross_entropy(self.forward(ids), targets, **options)
         h = self.hidden_states(ids)  # (B, T, C); all logits are never in memory together
         return F.linear_cross_entropy(h, head.weight, targets, linear_bias=head.bias, **options)
