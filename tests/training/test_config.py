@@ -1,13 +1,12 @@
 """The options of a run: as JSON and back, and which of them a resumed run may change."""
 
 import json
-import os
 import re
 import shutil
 from dataclasses import replace
 
 import pytest
-from support.runs import left, no_pictures, rhyme, tiny
+from support.runs import left
 
 import tinyllm.training.config
 from tinyllm.errors import Error
@@ -15,27 +14,7 @@ from tinyllm.training.config import TrainConfig, check_continues
 from tinyllm.training.run_folder import begun_config
 from tinyllm.training.tasks.pretrain import train
 
-
-@pytest.fixture(scope="module", autouse=True)
-def quick():
-    """Without pictures and a busy disk: test_checkpoint.py sees to that."""
-    with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(os, "fsync", lambda descriptor: None)
-        no_pictures(patched)
-        yield
-
-
-@pytest.fixture(scope="module")
-def text(tmp_path_factory):
-    return rhyme(tmp_path_factory.mktemp("text"), 12)
-
-
-@pytest.fixture(scope="module")
-def whole(text, tmp_path_factory):
-    """A run that was never interrupted; nobody writes into it."""
-    out = tmp_path_factory.mktemp("whole") / "run"
-    train(tiny(text, out), progress=False)
-    return out
+pytestmark = pytest.mark.usefixtures("quick")
 
 
 OTHERWISE = dict(

@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 import shutil
 import signal
 from dataclasses import replace
@@ -10,7 +9,7 @@ from dataclasses import replace
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from support.runs import RHYME, Alarm, left, no_pictures, records, rhyme, stopped_after, tiny, val_losses
+from support.runs import RHYME, Alarm, left, records, stopped_after, tiny, val_losses
 
 import tinyllm.training.run_folder
 import tinyllm.training.step
@@ -22,27 +21,7 @@ from tinyllm.training.run_folder import begun_config
 from tinyllm.training.tasks.pretrain import load_data, train
 from tinyllm.weights.runs import checkpoints, last_checkpoint
 
-
-@pytest.fixture(scope="module", autouse=True)
-def quick():
-    """Without pictures and a busy disk: test_checkpoint.py sees to that."""
-    with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(os, "fsync", lambda descriptor: None)
-        no_pictures(patched)
-        yield
-
-
-@pytest.fixture(scope="module")
-def text(tmp_path_factory):
-    return rhyme(tmp_path_factory.mktemp("text"), 12)
-
-
-@pytest.fixture(scope="module")
-def whole(text, tmp_path_factory):
-    """A run that was never interrupted; nobody writes into it."""
-    out = tmp_path_factory.mktemp("whole") / "run"
-    train(tiny(text, out), progress=False)
-    return out
+pytestmark = pytest.mark.usefixtures("quick")
 
 
 @pytest.mark.parametrize("arch", ["gpt2", "llama"])

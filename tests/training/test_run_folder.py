@@ -8,7 +8,7 @@ import shutil
 from dataclasses import replace
 
 import pytest
-from support.runs import contents, left, no_pictures, records, rhyme, small, stopped_after, tiny
+from support.runs import contents, left, records, small, stopped_after, tiny
 
 import tinyllm.training.run_folder
 import tinyllm.training.tasks.pretrain
@@ -20,27 +20,7 @@ from tinyllm.training.run_folder import begun_config
 from tinyllm.training.tasks.pretrain import train
 from tinyllm.weights.runs import checkpoints, last_checkpoint
 
-
-@pytest.fixture(scope="module", autouse=True)
-def quick():
-    """Without pictures and a busy disk: test_checkpoint.py sees to that."""
-    with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(os, "fsync", lambda descriptor: None)
-        no_pictures(patched)
-        yield
-
-
-@pytest.fixture(scope="module")
-def text(tmp_path_factory):
-    return rhyme(tmp_path_factory.mktemp("text"), 12)
-
-
-@pytest.fixture(scope="module")
-def whole(text, tmp_path_factory):
-    """A run that was never interrupted; nobody writes into it."""
-    out = tmp_path_factory.mktemp("whole") / "run"
-    train(tiny(text, out), progress=False)
-    return out
+pytestmark = pytest.mark.usefixtures("quick")
 
 
 # Refusals

@@ -204,11 +204,9 @@ def _check_mask(mask, scores_shape, like):
     if mask.dtype not in (bool, like.dtype):
         raise Error(f"attn_mask must be boolean or {like.dtype}, not {mask.dtype}")
     try:
-        np.broadcast_shapes(mask.shape, scores_shape)
+        fits = np.broadcast_shapes(mask.shape, scores_shape) == scores_shape
     except ValueError:
         fits = False
-    else:
-        fits = np.broadcast_shapes(mask.shape, scores_shape) == scores_shape
     if not fits:
         raise Error(f"attn_mask of shape {mask.shape} does not broadcast to the scores' {scores_shape}")
     return mask
