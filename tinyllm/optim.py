@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 import numpy as np
 
 from tinyllm.backend.cuda import launch
-from tinyllm.backend.device import beside, to_device
+from tinyllm.backend.device import to_device, to_device_of
 from tinyllm.backend.threads import each_block, one_blas_thread
 from tinyllm.errors import Error
 from tinyllm.nn import Module
@@ -161,7 +161,7 @@ class AdamW:
             self.state[name] = _no_step_yet(parameter)
         state, (beta1, beta2) = self.state[name], self.betas
         state[0] += 1
-        state[1:] = (beside(average, parameter.data) for average in state[1:])
+        state[1:] = (to_device_of(average, parameter.data) for average in state[1:])
         # Both bias corrections, folded into the step size and ε: one pass over memory.
         root = math.sqrt(1 - beta2 ** state[0])
         factor, weight_decay = self._options[name]

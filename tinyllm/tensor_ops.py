@@ -12,7 +12,7 @@ import re
 import einops
 import numpy as np
 
-from tinyllm.backend.device import beside, scatter_add, to_device
+from tinyllm.backend.device import scatter_add, to_device, to_device_of
 from tinyllm.backend.dtypes import is_half
 from tinyllm.errors import Error
 
@@ -132,7 +132,7 @@ class ArrayAlgebra:
         data, here = to_device(self.data, device), self.data[:0] if self.ndim else self.data
         if data is self.data:
             return self
-        return self.from_op(data, (self,), lambda grad: (beside(grad, here),))
+        return self.from_op(data, (self,), lambda grad: (to_device_of(grad, here),))
 
     def replace(self, data) -> None:
         """Give a leaf new data, of any shape, dtype or device; its old gradient is dropped."""

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from tinyllm import nn
-from tinyllm.backend.device import beside, to_device
+from tinyllm.backend.device import to_device, to_device_of
 from tinyllm.backend.dtypes import is_half
 from tinyllm.checks import check_ids
 from tinyllm.errors import Error
@@ -177,7 +177,7 @@ def upstream(shape: tuple[int, ...], seed: int) -> np.ndarray:
 
 
 def _leaf(array: np.ndarray, like) -> Tensor:
-    return Tensor(beside(array.astype(like.dtype), like), requires_grad=True)
+    return Tensor(to_device_of(array.astype(like.dtype), like), requires_grad=True)
 
 
 def _first_tensor(output, kind: type):

@@ -13,8 +13,8 @@ import sys
 if "numpy" not in sys.modules:
     os.environ.setdefault("OPENBLAS_THREAD_TIMEOUT", "20")
 
-from tinyllm.backend.device import beside
+from tinyllm.backend.device import to_device_of
 from tinyllm.backend.dtypes import autocast, compute_dtype
 from tinyllm.backend.random import manual_seed
 
-__all__ = ["autocast", "beside", "compute_dtype", "manual_seed"]
+__all__ = ["autocast", "compute_dtype", "manual_seed", "to_device_of"]

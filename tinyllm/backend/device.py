@@ -73,7 +73,7 @@ def to_device(array, device: str):
     return cupy.asarray(array)
 
 
-def beside(array, like):
+def to_device_of(array, like):
     """The array on the device of ``like``: itself if it is there, else a copy."""
     if isinstance(like, np.ndarray):
         return array if isinstance(array, np.ndarray) else array.get()

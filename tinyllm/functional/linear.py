@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from tinyllm.backend import beside
+from tinyllm.backend import to_device_of
 from tinyllm.backend.threads import matmul
 from tinyllm.checks import check_ids
 from tinyllm.errors import Error
@@ -48,5 +48,5 @@ def embedding(input, weight: Tensor) -> Tensor:
     """
     ids = np.asarray(input) if isinstance(input, (list, tuple)) else input
     if isinstance(ids, np.ndarray):
-        ids = beside(check_ids(ids, weight.shape[0]), weight.data)
+        ids = to_device_of(check_ids(ids, weight.shape[0]), weight.data)
     return Tensor.from_op(weight.data[ids], (weight,), lambda grad: (At(ids, grad),))

@@ -16,7 +16,7 @@ from functools import partial
 
 import numpy as np
 
-from tinyllm.backend import beside
+from tinyllm.backend import to_device_of
 from tinyllm.backend.threads import each_block, matmul, one_blas_thread, run_tasks
 from tinyllm.checks import check_ids
 from tinyllm.errors import Error
@@ -142,7 +142,7 @@ class Targets:
         if weights is not None and tuple(weights.shape) != tuple(target.shape):
             raise Error(f"weights of shape {weights.shape} do not fit targets of shape {target.shape}")
         self.target, self.counted = target.reshape(-1), (target != ignore_index).reshape(-1)
-        weights = None if weights is None else beside(weights, target)
+        weights = None if weights is None else to_device_of(weights, target)
         self.weights = None if weights is None else np.where(self.counted, weights.reshape(-1), 0)
         weights = self.counted if weights is None else self.weights
         self.number = _num_targets(weights, ignore_index, num_targets)

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from tinyllm.backend.device import beside, to_device
+from tinyllm.backend.device import to_device, to_device_of
 from tinyllm.backend.dtypes import dtype_of, is_floating
 from tinyllm.checks import check_names_and_shapes
 from tinyllm.errors import Error
@@ -157,7 +157,9 @@ class Module:
         check_names_and_shapes(expected, {name: shapes[key] for name, key in keys.items()}, source)
         for full, owner, name, parameter in entries:
             array = owner.layout(name, arrays[keys[full]])
-            parameter.replace(beside(array.astype(parameter.dtype, order="C", copy=True), parameter.data))
+            parameter.replace(
+                to_device_of(array.astype(parameter.dtype, order="C", copy=True), parameter.data)
+            )
 
 
 @contextlib.contextmanager
