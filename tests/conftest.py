@@ -1,15 +1,25 @@
-"""One thread per test process; how much Hypothesis tries; which devices there are to test on.
+"""The environment of the tests: threads, signals, import path, Hypothesis profiles, devices.
 
-HYPOTHESIS_PROFILE=thorough tries ten times as much. Tests marked ``gpu`` need CuPy and a GPU. Several test
-processes share the cores (pytest -n): threads of each one's BLAS would fight over them. The variables must be
-set before NumPy is imported, and reach the processes that tests start.
+HYPOTHESIS_PROFILE=thorough runs ten times as many examples. Tests marked ``gpu`` need CuPy and a GPU.
 """
 
 import os
+import signal
 import sys
+from pathlib import Path
 
+# Several test processes share the cores (pytest -n), so each gets one BLAS thread. The variables must be set
+# before NumPy is imported, and are inherited by the processes that tests start.
 for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
     os.environ.setdefault(name, "1")
+
+# Those processes import this checkout too, even if another copy of tinyllm is installed.
+os.environ["PYTHONPATH"] = os.pathsep.join(
+    [str(Path(__file__).parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])]
+)
+
+# A shell that starts the tests in the background lets them ignore Ctrl-C; the tests of Ctrl-C need it.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 import pytest  # noqa: E402
 from hypothesis import settings  # noqa: E402
