@@ -1,14 +1,13 @@
-"""How does an array remember where it came from, and get its gradient back?
+"""How does an array know which ops computed it, and how does it get its gradient?
 
-Reverse-mode differentiation in one page. Every op computes its result with NumPy and leaves a closure
-that answers one question: given dL/d(result), what is dL/d(each input)? That is the vector-Jacobian
-product, "vjp". With y = f(x) and z = g(y) the chain rule says dL/dx = dL/dz · g'(y) · f'(x). Multiplied
-from the left, each product is a gradient, an array of the size of z, y or x; from the right it would be a
-whole Jacobian. So ``_backward`` walks the graph from the newest node to the oldest. Where x went into
-several ops, the gradients that come back from them add up.
+Reverse-mode differentiation on one page. Every op computes its result with NumPy and records a closure that
+maps dL/d(result) to dL/d(each input): the vector-Jacobian product, "vjp". For y = f(x) and z = g(y) the chain
+rule is dL/dx = dL/dz · g'(y) · f'(x). Evaluated from the left, every intermediate product is a gradient, an
+array of the size of z, y or x; evaluated from the right, it would be a whole Jacobian. So ``_backward`` walks
+the graph from the newest node to the oldest. If x is an input of several ops, their gradients add up.
 
-First the chain rule, then Tensor and its arithmetic, then the bookkeeping of gradient buffers. Reductions,
-layout and einsum are in ``tensor_ops.py``, a language model's ops in ``functional/``.
+First the chain rule, then Tensor and its arithmetic, then the ownership of gradient buffers. Reductions,
+layout and einsum are in ``tensor_ops.py``, the ops of a language model in ``functional/``.
 
 Source: Baydin et al., "Automatic Differentiation in Machine Learning: a Survey" (arXiv 1502.05767), 3.2.
 """
@@ -30,10 +29,10 @@ from tinyllm.tensor_ops import ArrayAlgebra, At, as_array, as_rows, vector_matmu
 
 
 class Node:
-    """One op in the graph: where its gradient goes, and how. A leaf has no vjp and keeps a ``grad``.
+    """One op in the graph: its parents, and how to compute their gradients. A leaf has a ``grad`` and no vjp.
 
-    Nodes point to nodes, never to Tensors: an intermediate array stays alive only if a closure needs it for
-    its gradient, not because somebody computed it once.
+    Nodes point to nodes, never to Tensors: an intermediate array stays alive only if a closure needs it to
+    compute a gradient.
     """
 
     __slots__ = ("age", "dtype", "grad", "parents", "shape", "vjp")
@@ -48,15 +47,15 @@ class Node:
 
 
 def _backward(root: Node, seed, oldest_first: list[Node]) -> None:
-    """The chain rule, newest node first: each node hands its gradient on to its parents."""
+    """The chain rule, newest node first: each node's vjp computes the gradients of its parents."""
     gradients = Gradients()
     gradients.add((root,), (seed,), seed)
     while oldest_first:
-        node = oldest_first.pop()  # everything that was computed from it has been dealt with
+        node = oldest_first.pop()  # every node computed from it has been processed
         grad = gradients.take(node)
         if grad is not None:
             results, parents = node.vjp(grad), node.parents
-            node.vjp = node.parents = None  # frees what the closure held
+            node.vjp = node.parents = None  # frees the arrays that the closure held
             gradients.add(parents, results, grad)
 
 
@@ -66,7 +65,7 @@ def _oldest_first(root: Node) -> list[Node]:
     while stack:
         node = stack.pop()
         if node.parents is None:
-            raise Error("backward() ran through this graph already and freed it: run the forward pass again")
+            raise Error("backward() already ran on this graph and freed it: run the forward pass again")
         for parent in node.parents:
             if parent is not None and parent not in seen:
                 seen.add(parent)
@@ -74,8 +73,8 @@ def _oldest_first(root: Node) -> list[Node]:
     return sorted(seen, key=lambda node: node.age)
 
 
-class Mode(threading.local):  # what this thread's ops do besides computing
-    recording = True  # leave a Node behind
+class Mode(threading.local):  # what ops do in this thread, besides computing
+    recording = True  # record a Node
     watch = None  # if set: watch(out, parents) after every op, watch(None, ()) after every backward pass
 
 
@@ -84,7 +83,7 @@ mode = Mode()
 
 @contextlib.contextmanager
 def no_grad():
-    """Within this block, in this thread, no op is recorded and nothing is kept for a gradient."""
+    """Within this block, in this thread, no op is recorded and no array is kept for a gradient."""
     before, mode.recording = mode.recording, False
     try:
         yield
@@ -93,16 +92,16 @@ def no_grad():
 
 
 class Tensor(ArrayAlgebra):
-    """An array, and if somebody needs its gradient, the node that knows where it came from.
+    """An array, and if its gradient is needed, the graph node that recorded how it was computed.
 
-    ``Tensor(array, requires_grad=True)`` makes a leaf: after ``loss.backward()`` its ``.grad`` is an
-    array of its own, of its shape and dtype; further calls add to it. Lists become arrays as NumPy
-    makes them. Data changes only between ``backward()`` and the next forward pass. float32 and float64 never
-    mix: an op between them raises Error. Python numbers, integers and booleans take the array's dtype.
+    ``Tensor(array, requires_grad=True)`` is a leaf: after ``loss.backward()`` its ``.grad`` is an array of
+    its shape and dtype, to which further calls add. Lists are converted by ``np.asarray``. Change ``.data``
+    only between ``backward()`` and the next forward pass. float32 and float64 never mix: an op between them
+    raises Error. Python numbers, integers and booleans are converted to the array's dtype.
     """
 
     __slots__ = ("data", "node", "recompute")
-    __array_ufunc__ = None  # ndarray * Tensor is ours: NumPy hands it to __rmul__
+    __array_ufunc__ = None  # for ndarray * Tensor, NumPy calls __rmul__
 
     def __init__(self, data, requires_grad: bool = False):
         if isinstance(data, Tensor):
@@ -116,18 +115,18 @@ class Tensor(ArrayAlgebra):
     def from_op(data, parents, vjp, recompute=None) -> Tensor:
         """The result of an op: ``vjp(grad)`` returns one gradient per parent.
 
-        Each is a new array (the engine may keep it and add into it), ``grad`` itself or a view of it, an
-        ``At``, or None where ``parent.requires_grad`` is false. The engine undoes broadcasting. A closure
-        holds arrays, never Tensors. A parent may be None: an optional input that was not given.
+        A gradient is a new array (the engine may keep it and add into it), ``grad`` itself or a view of it,
+        an ``At``, or None where ``parent.requires_grad`` is false. The engine undoes broadcasting. A closure
+        holds arrays, never Tensors. A parent may be None: an optional input that was omitted.
 
-        ``recompute()``, if given, makes the data once more, to the last bit, from what the vjp holds, so that
-        the ops that read it need not keep it (``saved``): activation checkpointing for a single op.
+        ``recompute()``, if given, returns bitwise identical data from the arrays that the vjp holds, so that
+        consumers need not keep it (``saved``): activation checkpointing for a single op.
         Chen et al., "Training Deep Nets with Sublinear Memory Cost", arXiv 1604.06174.
         """
         out = Tensor(data)
         dtypes = [parent.data.dtype for parent in parents if parent is not None]
         if dtypes.count(dtypes[0]) < len(dtypes) and not _mixed_precision(dtypes):
-            raise Error(f"an op got {', '.join(map(str, dtypes))}: convert them to one dtype with astype()")
+            raise Error(f"an op cannot mix {', '.join(map(str, dtypes))}: convert to one dtype with astype()")
         if mode.recording:
             nodes = tuple(None if parent is None else parent.node for parent in parents)
             if any(node is not None for node in nodes):
@@ -138,21 +137,21 @@ class Tensor(ArrayAlgebra):
         return out
 
     def saved(self):
-        """() -> this array, for a closure to hold: kept, unless the op that made it can recompute it."""
+        """A function () -> this array, for a closure: keeps the array unless its op can recompute it."""
         data = self.data
         return self.recompute or (lambda: data)
 
     def backward(self, grad=None) -> None:
         """Add dL/d(leaf) to ``.grad`` of every leaf this tensor was computed from.
 
-        ``grad`` is dL/d(self), an array of this shape and dtype; a scalar needs none (it is 1). The
-        graph is freed on the way; a second call raises Error. If an op fails half-way, the ``.grad``
-        of every leaf involved is cleared, so that no half-written gradient looks like a result.
+        ``grad`` is dL/d(self), an array of this shape and dtype; for a scalar it defaults to 1. The graph is
+        freed as it is processed; a second call raises Error. If an op raises, the ``.grad`` of every leaf
+        involved is cleared, so that a partial sum is not mistaken for a gradient.
         """
         if self.node is None:
             raise Error(
-                "backward() on a tensor that requires no gradient: nothing it was computed from has "
-                "requires_grad=True, or that was under no_grad()"
+                "backward() on a tensor that does not require a gradient: compute it outside no_grad() "
+                "from a tensor with requires_grad=True"
             )
         if grad is None:
             if self.size != 1:
@@ -169,7 +168,7 @@ class Tensor(ArrayAlgebra):
             for leaf in leaves:
                 leaf.grad = None
             error.add_note(
-                "backward() stopped half-way and cleared every .grad it could reach: redo the step"
+                "backward() did not finish and cleared every .grad it could reach: repeat the step"
             )
             raise
         if mode.watch is not None:
@@ -179,20 +178,20 @@ class Tensor(ArrayAlgebra):
     dtype = property(lambda self: self.data.dtype)
     ndim = property(lambda self: self.data.ndim)
     size = property(lambda self: self.data.size)
-    # What an op asks before it prepares a gradient: under no_grad nobody will come for it.
-    wants_grad = property(lambda self: self.node is not None and mode.recording)
+    # For ops that compute gradients in the forward pass: under no_grad they are not needed.
+    needs_grad = property(lambda self: self.node is not None and mode.recording)
 
     @property
     def requires_grad(self) -> bool:
-        """Whether ``backward()`` brings a gradient here. Set on a leaf, False freezes a parameter."""
+        """Whether ``backward()`` computes a gradient for it. Set on a leaf, False freezes a parameter."""
         return self.node is not None
 
     @requires_grad.setter
     def requires_grad(self, wanted: bool) -> None:
         if self.node is not None and self.node.vjp is not None:
-            raise Error("this tensor was computed, and requires_grad is set on leaves: use detach()")
+            raise Error("requires_grad can be set only on a leaf, and this tensor was computed: use detach()")
         if wanted and not is_floating(self.data.dtype):
-            raise Error(f"only floating-point tensors have gradients, and this is {self.data.dtype}")
+            raise Error(f"only floating-point tensors have gradients, not {self.data.dtype}: use astype()")
         if wanted != self.requires_grad:
             self.node = Node((), None, self.data.shape, self.data.dtype) if wanted else None
 
@@ -204,13 +203,13 @@ class Tensor(ArrayAlgebra):
     @grad.setter
     def grad(self, value):
         if self.node is None and value is None:
-            return  # a frozen parameter has none to drop
+            return  # a frozen parameter has no gradient to clear
         if self.node is None or self.node.vjp is not None:
-            raise Error("only a leaf made with requires_grad=True has a .grad to set")
+            raise Error("only a leaf with requires_grad=True has a .grad that can be set")
         self.node.grad = value
 
     def _operand(self, other):
-        """``other`` in a form that cannot widen our dtype: a Python number or a Tensor like us."""
+        """``other`` as a Python number or a Tensor of this dtype, so that the result has it too."""
         if _is_number(other):
             return other.item() if isinstance(other, np.generic) else other
         if not isinstance(other, Tensor):
@@ -226,7 +225,7 @@ class Tensor(ArrayAlgebra):
     # ------------------------------------------------------------------------ arithmetic
 
     def __add__(self, other):
-        """x + y; of half precision and float32 the result is float32, so that a residual stream stays it."""
+        """x + y; half precision + float32 is float32, so that a residual stream stays float32."""
         if (
             isinstance(other, Tensor)
             and self.dtype != other.dtype
@@ -298,7 +297,7 @@ class Tensor(ArrayAlgebra):
 
     def __rmatmul__(self, other):
         if _is_number(other):
-            return self @ other  # raises, as it does from the left
+            return self @ other  # raises the same error
         return self._operand(other) @ self
 
     # --------------------------------------------------------------------------- functions
@@ -325,36 +324,36 @@ def _is_number(x) -> bool:
 
 
 def _mixed_precision(dtypes) -> bool:
-    """Whether the types are float32 and one half-precision type: a GPU's product converts its weights."""
+    """Whether these are float32 and one half-precision dtype: products on a GPU convert their weights."""
     return len(set(dtypes)) == 2 and {accumulation_dtype(dtype) for dtype in dtypes} == {np.dtype(np.float32)}
 
 
-# ---------------------------------------------------------------- whose is a gradient's buffer?
+# --------------------------------------------------------- the ownership of gradient buffers
 
 
 class Gradients:
-    """The gradients on their way back: each node's sum so far, and whether the buffer is ours to add into.
+    """The gradients of a backward pass: each node's sum so far, and whether its buffer may be written to.
 
-    A leaf's goes into its ``.grad`` at once, a contiguous array that belongs to this leaf alone.
+    The gradient of a leaf is added to its ``.grad`` at once, a contiguous array that no other object shares.
     """
 
     def __init__(self):
-        self.held = {}  # node -> (gradient so far, may we write into it?)
+        self.held = {}  # node -> (gradient so far, whether its buffer may be written to)
 
     def take(self, node: Node):
-        """The complete gradient of a node; None if none reached it, or if it is a leaf."""
+        """Remove and return the complete gradient of a node; None if it has none or is a leaf."""
         return self.held.pop(node, (None, False))[0]
 
     def add(self, parents, results, grad) -> None:
-        """What a vjp, given ``grad``, returned for its parents: one of them each."""
+        """Add the ``results`` of a vjp that was called with ``grad`` to the parents' gradients."""
         for parent, result in zip(parents, results, strict=True):
             if parent is None or result is None:
                 continue
             if isinstance(result, At):
                 shape, dtype, fresh = parent.shape, result.array.dtype, True
             else:
-                # What a closure returns is new, unless it is the gradient it was given, a view, or the same
-                # array for two parents: then somebody else reads it too.
+                # The result is a new array unless it is ``grad`` itself, a view, or returned for two parents:
+                # such an array has other readers and must not be written to.
                 shared = sum(other is result for other in results) > 1
                 fresh = result is not grad and not shared and result.base is None
                 result = _unbroadcast(as_array(result), parent.shape)
@@ -371,7 +370,7 @@ class Gradients:
 
 
 def _sum(node: Node, held, owned: bool, grad, fresh: bool):
-    """held + grad, in place where the buffer is ours alone. Returns (buffer, is it ours?)."""
+    """held + grad, in place in an ``owned`` or ``fresh`` buffer. Returns (buffer, whether it is owned)."""
     if isinstance(grad, At):
         if held is None:
             held = np.zeros(node.shape, node.dtype, like=grad.array)

@@ -1,6 +1,6 @@
-"""The array algebra that is rarely read: layout, indexing, einsum, and functions of several tensors.
+"""Array algebra: layout, indexing, einsum, and functions of several tensors.
 
-``ArrayAlgebra`` is a part of Tensor; the functions below it are public as ``tinyllm.concatenate`` and so on.
+``ArrayAlgebra`` is a base class of Tensor; the functions of several tensors are public in ``tinyllm``.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from tinyllm.errors import Error
 
 
 class At:
-    """A gradient that is zero except at ``index``: the engine adds it into the owner's buffer."""
+    """A gradient that is zero except at ``index``: the engine adds it into the parent's buffer."""
 
     def __init__(self, index, array):
         self.index, self.array = index, array
@@ -27,7 +27,7 @@ class At:
         parts = self.index if isinstance(self.index, tuple) else (self.index,)
         if all(part is None or part is Ellipsis or isinstance(part, (slice, int)) for part in parts):
             buffer[self.index] += self.array
-        else:  # lists and integer arrays may name an element twice
+        else:  # lists and integer arrays may contain an index twice
             scatter_add(buffer, self.index, self.array)
 
 
@@ -53,7 +53,7 @@ class ArrayAlgebra:
         return self.from_op(self.data.swapaxes(a, b), (self,), lambda grad: (grad.swapaxes(a, b),))
 
     def rearrange(self, pattern: str, **sizes: int):
-        """einops notation: ``x.rearrange("b t (h d) -> b h t d", h=12)``; backwards, the pattern reversed."""
+        """einops notation: ``x.rearrange("b t (h d) -> b h t d", h=12)``; the vjp reverses the pattern."""
         left, arrow, right = pattern.partition("->")
         if not arrow or "..." in pattern:
             raise Error(
@@ -62,7 +62,7 @@ class ArrayAlgebra:
         shape = self.shape
 
         def vjp(grad):
-            known = dict(sizes)  # of every axis: reversed, the pattern splits what it merged
+            known = dict(sizes)  # every axis: the reversed pattern splits the axes that the pattern merged
             for n, group in zip(shape, re.findall(r"\(.*?\)|\S+", left)):
                 names = [name for name in group.strip("()").split() if not name.isdigit()]
                 rest = math.prod(known.get(name, 1) for name in names)
@@ -72,7 +72,7 @@ class ArrayAlgebra:
         return self.from_op(einops.rearrange(self.data, pattern, **sizes), (self,), vjp)
 
     def __getitem__(self, index):
-        """Any NumPy index; an element named twice by an integer array gets both gradients."""
+        """Any NumPy index; an element that an integer array selects twice gets both gradients."""
         return self.from_op(self.data[index], (self,), lambda grad: (At(index, grad),))
 
     # -------------------------------------------------------------------------- reductions
@@ -93,7 +93,7 @@ class ArrayAlgebra:
         return self.sum(axis, keepdims) / count(self.shape, axis)
 
     def max(self, axis=None, keepdims=False):
-        """The largest element. Where several tie, they share the gradient equally (as torch.amax)."""
+        """The largest element; equal maxima share the gradient equally, as in ``torch.amax``."""
         x, out = self.data, self.data.max(axis=axis, keepdims=True)
 
         def vjp(grad):
@@ -103,7 +103,7 @@ class ArrayAlgebra:
         return self.from_op(x.max(axis=axis, keepdims=keepdims), (self,), vjp)
 
     def var(self, axis=None, ddof=0, keepdims=False):
-        """Σ (x - mean)² / (N - ddof); as torch, nan or infinite where N is not above ddof."""
+        """Σ (x - mean)² / (N - ddof); nan or infinite if N ≤ ddof, as in torch."""
         if is_half(self.dtype):
             return in_float32(ArrayAlgebra.var, self, axis, ddof, keepdims)
         x, n = self.data, count(self.shape, axis) - ddof
@@ -121,47 +121,47 @@ class ArrayAlgebra:
     # -------------------------------------------------------------------- dtype, device, Python
 
     def astype(self, dtype):
-        """In another dtype; the same Tensor if it is in that one."""
+        """Convert to another dtype; the same Tensor if it already has that dtype."""
         before = self.dtype
         if before == dtype:
             return self
         return self.from_op(self.data.astype(dtype), (self,), lambda grad: (grad.astype(before),))
 
     def to(self, device: str):
-        """On "cpu", "cuda", "cuda:1" …; the same Tensor if it is there. The gradient goes the way back."""
+        """Copy to "cpu", "cuda", "cuda:1" …; the same Tensor if it is already there."""
         data, here = to_device(self.data, device), self.data[:0] if self.ndim else self.data
         if data is self.data:
             return self
         return self.from_op(data, (self,), lambda grad: (to_device_of(grad, here),))
 
     def replace(self, data) -> None:
-        """Give a leaf new data, of any shape, dtype or device; its old gradient is dropped."""
+        """Replace a leaf's data, by any shape, dtype or device; its gradient is dropped."""
         fresh = type(self)(data, requires_grad=self.requires_grad)
         self.data, self.node = fresh.data, fresh.node
 
     def detach(self):
-        """The same array, without a past."""
+        """A Tensor of the same array without its graph."""
         return type(self)(self.data)
 
     def item(self) -> float:
-        """The one element as a Python number."""
+        """The only element, as a Python number."""
         return self.data.item()
 
     def __repr__(self):
         return f"Tensor({self.data!r}{', requires_grad=True' if self.requires_grad else ''})"
 
     def __bool__(self):
-        raise Error("a Tensor has no truth value; compare .data, or take .item()")
+        raise Error("a Tensor has no truth value: compare .data, or use .item()")
 
     def __array__(self, *args, **kwargs):
-        raise Error("a Tensor is not converted to an array silently; use .data")
+        raise Error("a Tensor is not converted to an array implicitly: use .data")
 
 
 # ------------------------------------------------------------- functions of several tensors
 
 
 def vector_matmul(a, b):
-    """``a @ b`` where one or both are vectors: a row from the left, a column from the right."""
+    """``a @ b`` where a, b or both are vectors: a row on the left, a column on the right."""
     if a.ndim == b.ndim == 1:
         return (a * b).sum()
     if a.ndim == 1:
@@ -172,7 +172,7 @@ def vector_matmul(a, b):
 
 
 def concatenate(tensors, axis=0):
-    """As ``np.concatenate``; the gradient is cut apart again."""
+    """As ``np.concatenate``; the vjp splits the gradient."""
     arrays = [t.data for t in tensors]
     ends = list(itertools.accumulate(a.shape[axis] for a in arrays))
     return tensors[0].from_op(
@@ -190,7 +190,7 @@ def stack(tensors, axis=0):
 
 
 def split(tensor, sections: int, axis=0) -> list:
-    """Equal parts along ``axis``, as views; each part's gradient lands in its place in one buffer."""
+    """Equal parts along ``axis``, as views; the gradients of the parts are added into one buffer."""
     size, remainder = divmod(tensor.shape[axis], sections) if sections > 0 else (0, 1)
     if remainder:
         raise Error(f"cannot split an axis of length {tensor.shape[axis]} into {sections} equal parts")
@@ -199,10 +199,10 @@ def split(tensor, sections: int, axis=0) -> list:
 
 
 def where(condition, a, b):
-    """``a`` where ``condition`` (a boolean array) holds, else ``b``; one of them may be a number."""
+    """``a`` where ``condition``, a boolean array, is true, else ``b``; one of them may be a number."""
     like = a if isinstance(a, ArrayAlgebra) else b
     if not isinstance(like, ArrayAlgebra):
-        raise Error(f"where({a!r}, {b!r}) needs a Tensor on at least one side; use np.where for numbers")
+        raise Error(f"where({a!r}, {b!r}) needs at least one Tensor: use np.where for numbers")
     tensor = type(like)
     a, b = (x if isinstance(x, tensor) else tensor(np.asarray(x, like.dtype, like=like.data)) for x in (a, b))
     return like.from_op(
@@ -215,16 +215,16 @@ def where(condition, a, b):
 def einsum(subscripts: str, *tensors):
     """``np.einsum`` with an explicit ``->``, each letter at most once per operand, no ellipsis.
 
-    The gradient of an operand is the einsum of the result's gradient with the other operands onto
-    its own letters: for "ij,jk->ik", dA = einsum("ik,jk->ij", dC, B). As in NumPy, an axis of length 1
-    meets one of any length; the engine sums the gradient back over it.
+    The gradient of an operand is an einsum of the result's gradient and the other operands, whose output has
+    the operand's letters: for "ij,jk->ik", dA = einsum("ik,jk->ij", dC, B). As in NumPy, axes of length 1
+    broadcast; the engine sums the gradient over them.
     """
     inputs, _, output = subscripts.replace(" ", "").partition("->")
     terms = inputs.split(",")
     if "->" not in subscripts or "." in subscripts or len(terms) != len(tensors):
         raise Error(f"einsum {subscripts!r} needs an explicit '->', no '...', and one term per tensor")
     if any(len(set(term)) < len(term) for term in terms):
-        raise Error(f"einsum {subscripts!r} repeats a letter within one term, which has no gradient here")
+        raise Error(f"einsum {subscripts!r} repeats a letter within one term: index the diagonal instead")
     arrays, needed = [t.data for t in tensors], [t.requires_grad for t in tensors]
 
     def gradient_of(k, grad):
@@ -235,7 +235,7 @@ def einsum(subscripts: str, *tensors):
             *[grad, *arrays[:k], *arrays[k + 1 :]],
             optimize=True,
         )
-        # A letter found nowhere else was summed over alone: its gradient is the same all along it.
+        # A letter of this operand alone was summed over: the gradient is constant along its axis.
         sizes = dict(zip(reachable, result.shape))
         result = result.reshape([sizes.get(c, 1) for c in terms[k]])
         return np.broadcast_to(result, np.broadcast_shapes(result.shape, arrays[k].shape))
@@ -247,26 +247,31 @@ def einsum(subscripts: str, *tensors):
     )
 
 
-# ------------------------------------------------------------------------- shapes and counts
+# ------------------------------------------------------------------------- helpers for arrays
 
 
 def in_float32(op, x, *args, **kwargs):
-    """``op(x, …)`` of half-precision values, in float32 and rounded once: see ``accumulation_dtype``."""
+    """``op(x, …)`` of half precision, computed in float32 and rounded once: see ``accumulation_dtype``."""
     return op(x.astype(np.float32), *args, **kwargs).astype(x.dtype)
 
 
 def as_array(x):
-    """NumPy's full reductions return scalars; a Tensor holds arrays."""
+    """``x``, or a NumPy scalar (the result of a full reduction) as an array without axes."""
     return np.asarray(x) if isinstance(x, np.generic) else x
 
 
+def to_memory_of(array, like):
+    """``array`` in the memory that holds ``like``, copied if necessary."""
+    return to_device_of(array, like)
+
+
 def as_rows(x):
-    """An array (..., C) as a matrix (N, C), without a copy where the layout allows it."""
+    """An array (..., C) as a matrix (N, C), a view if the layout allows it."""
     return x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
 
 
 def spread(grad, shape, axis, keepdims):
-    """The gradient of a sum: every element of ``shape`` that went into a total gets that total's."""
+    """The gradient of a sum over ``axis``: each element of ``shape`` gets the gradient of its total."""
     if axis is not None and not keepdims:
         axes = axis if isinstance(axis, tuple) else (axis,)
         kept = {a % len(shape) for a in axes}
@@ -275,7 +280,7 @@ def spread(grad, shape, axis, keepdims):
 
 
 def count(shape, axis) -> int:
-    """How many elements a reduction over ``axis`` puts into each result."""
+    """The number of elements that a reduction over ``axis`` combines into each result."""
     if axis is None:
         return math.prod(shape)
     axes = axis if isinstance(axis, tuple) else (axis,)

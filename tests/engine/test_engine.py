@@ -625,7 +625,7 @@ def test_an_exception_half_way_clears_every_gradient_it_could_reach(error):
     assert caught.value is error
     assert early.grad is None and late.grad is None
     assert outside.grad is not None
-    assert any("cleared" in note and "redo the step" in note for note in caught.value.__notes__)
+    assert any("cleared" in note and "repeat the step" in note for note in caught.value.__notes__)
 
     with pytest.raises(Error, match="run the forward pass again"):
         loss.backward()

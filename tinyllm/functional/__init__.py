@@ -1,27 +1,27 @@
-"""The language model's own ops, fused, each with a gradient derived by hand.
+"""The ops of a language model, fused, each with a hand-derived gradient.
 
-Names and argument order are those of ``torch.nn.functional`` wherever it has the op. The same ops
-written plainly are in ``tinyllm.functional.composed``: read those first.
+Names and argument order are those of ``torch.nn.functional`` wherever it has the op. The same ops in plain
+form are in ``tinyllm.functional.composed``: read those first. README.md shows how to add one.
 """
 
 import functools
 import inspect
+from collections.abc import Callable
+from typing import TypeVar
 
+import tinyllm.functional.linear as projections
 from tinyllm.backend.cuda.launch import on_gpu
 from tinyllm.backend.dtypes import is_half
 from tinyllm.errors import Error
-from tinyllm.functional import cuda
-from tinyllm.functional.activations import dropout, gelu, silu, softmax, swiglu
-from tinyllm.functional.attention import rope, scaled_dot_product_attention
-from tinyllm.functional.linear import embedding, linear
-from tinyllm.functional.losses import cross_entropy, linear_cross_entropy
-from tinyllm.functional.norms import layer_norm, rms_norm
+from tinyllm.functional import activations, attention, cuda, losses, norms
 from tinyllm.tensor import Tensor
 from tinyllm.tensor_ops import in_float32
 
+Op = TypeVar("Op", bound=Callable[..., Tensor])
 
-def accelerated(op):
-    """``op``, or the function of the same name in ``cuda.py`` where the arrays are on a GPU."""
+
+def accelerated(op: Op) -> Op:
+    """``op``, or the function of the same name in ``cuda.py`` if the arrays are on a GPU."""
     op_on_gpu = getattr(cuda, op.__name__)
     kinds = [parameter.annotation for parameter in inspect.signature(op).parameters.values()]
 
@@ -37,8 +37,8 @@ def accelerated(op):
     return call
 
 
-def summed_in_float32(op):
-    """``op``, and what it is of half-precision values on any device: see ``tensor_ops.in_float32``."""
+def summed_in_float32(op: Op) -> Op:
+    """``op``, computed in float32 if the input is half precision: see ``tensor_ops.in_float32``."""
 
     @functools.wraps(op)
     def call(input, *args, **kwargs):
@@ -47,31 +47,20 @@ def summed_in_float32(op):
     return call
 
 
-linear = accelerated(linear)
-embedding = accelerated(embedding)
-layer_norm = accelerated(layer_norm)
-rms_norm = accelerated(rms_norm)
-gelu = accelerated(gelu)
-silu = summed_in_float32(silu)
-swiglu = accelerated(swiglu)
-softmax = summed_in_float32(softmax)
-rope = accelerated(rope)
-scaled_dot_product_attention = accelerated(scaled_dot_product_attention)
-cross_entropy = accelerated(cross_entropy)
-linear_cross_entropy = accelerated(linear_cross_entropy)
+# One line for each public op: ``accelerated`` if cuda.py has it, else as it is.
+linear = accelerated(projections.linear)
+embedding = accelerated(projections.embedding)
+layer_norm = accelerated(norms.layer_norm)
+rms_norm = accelerated(norms.rms_norm)
+gelu = accelerated(activations.gelu)
+silu = summed_in_float32(activations.silu)
+swiglu = accelerated(activations.swiglu)
+softmax = summed_in_float32(activations.softmax)
+dropout = activations.dropout
+rope = accelerated(attention.rope)
+scaled_dot_product_attention = accelerated(attention.scaled_dot_product_attention)
+cross_entropy = accelerated(losses.cross_entropy)
+linear_cross_entropy = accelerated(losses.linear_cross_entropy)
 
-__all__ = [
-    "cross_entropy",
-    "dropout",
-    "embedding",
-    "gelu",
-    "layer_norm",
-    "linear",
-    "linear_cross_entropy",
-    "rms_norm",
-    "rope",
-    "scaled_dot_product_attention",
-    "silu",
-    "softmax",
-    "swiglu",
-]
+# The names of these lines: functions that a file of this folder defines (``wraps`` keeps their __module__).
+__all__ = [name for name, op in globals().items() if getattr(op, "__module__", "").startswith(f"{__name__}.")]

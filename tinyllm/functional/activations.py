@@ -1,4 +1,4 @@
-"""What makes a network more than one matrix, and scores into probabilities?"""
+"""What makes a network more than one matrix, and turns scores into probabilities?"""
 
 import math
 
@@ -17,10 +17,18 @@ CUBIC = 0.044715 * LINEAR
 
 
 def gelu(input: Tensor, approximate: str = "none") -> Tensor:
-    """GELU(x) = x Φ(x), Φ the standard normal's distribution function. Hendrycks, Gimpel: arXiv 1606.08415.
+    """y = x Φ(x), where Φ is the distribution function of the standard normal.
 
-    ``approximate="tanh"`` is GPT-2's: Φ(x) ≈ ½ (1 + tanh u) with u = sqrt(2/π) (x + 0.044715 x³).
-    ``"none"`` is exact, through erf: Φ(x) = ½ (1 + erf(x/√2)); it needs scipy.
+    ``approximate="none"`` is exact and needs scipy: Φ(x) = ½ (1 + erf(x/√2)) is the integral of the density
+    φ(x) = exp(-x²/2) / sqrt(2π), so Φ' = φ, and the product rule gives dy/dx = Φ(x) + x φ(x).
+
+    ``"tanh"`` is GPT-2's: Φ(x) ≈ ½ (1 + tanh u) with u = sqrt(2/π) (x + 0.044715 x³). As
+    ½ (1 + tanh u) = exp(u) / (exp(u) + exp(-u)) = 1 / (1 + exp(-2u)) = σ(2u), this is y = x s with s = σ(2u).
+    By σ' = σ (1 - σ) and the chain rule,
+
+        dy/dx = s + x s (1 - s) 2u',   2u' = 2 sqrt(2/π) (1 + 3 · 0.044715 x²).
+
+    Either way dx = g dy/dx, element by element. Hendrycks and Gimpel, arXiv 1606.08415, section 2.
     """
     check_gelu(approximate)
     if approximate == "tanh":
@@ -36,8 +44,8 @@ def check_gelu(approximate: str) -> None:
 def _elementwise(input: Tensor, value, slope) -> Tensor:
     """y = f(x), block by block, with ``value(x)`` = f(x) and ``slope(x)`` = f'(x).
 
-    Only x is kept. The backward pass computes the slope from it, and y again if somebody needs it there:
-    that takes less time than two more arrays take memory.
+    Only x is kept for the backward pass, which computes the slope from it, and y if a consumer needs it: that
+    costs little time and saves two arrays as large as x.
     """
     x, shape = input.data.reshape(-1), input.shape
 
@@ -63,19 +71,17 @@ def _elementwise(input: Tensor, value, slope) -> Tensor:
 
 
 def _gelu_tanh(x):
-    """½ (1 + tanh u) = σ(2u), so y = x σ(2u)."""
     return x * _sigmoid(x * (LINEAR + CUBIC * x * x))
 
 
 def _gelu_tanh_slope(x):
-    """dy/dx = s + x s (1 - s) 2u' with s = σ(2u)."""
     square = x * x
     s = _sigmoid(x * (LINEAR + CUBIC * square))
     return s + x * s * (1 - s) * (LINEAR + 3 * CUBIC * square)
 
 
 def _normal_cdf(x):
-    from scipy.special import erf  # here, not above: GPT-2 does not need it, and scipy is large
+    from scipy.special import erf  # imported on first use: scipy is large, and GPT-2 does not need erf
 
     return 0.5 * (1 + erf(x * math.sqrt(0.5)))
 
@@ -85,14 +91,14 @@ def _gelu_erf(x):
 
 
 def _gelu_erf_slope(x):
-    """dy/dx = Φ(x) + x φ(x) with the normal density φ(x) = exp(-x²/2) / sqrt(2π)."""
     return _normal_cdf(x) + x * np.exp(-0.5 * x * x) * (1 / math.sqrt(2 * math.pi))
 
 
 def silu(input: Tensor) -> Tensor:
-    """SiLU(x) = x σ(x) with σ(x) = 1 / (1 + exp(-x)); also called swish.
+    """y = x s with s = σ(x) = 1 / (1 + exp(-x)); also called swish.
 
-    dx = g (σ(x) + x σ(x) (1 - σ(x))). Hendrycks, Gimpel: arXiv 1606.08415, section 2.
+    σ'(x) = exp(-x) / (1 + exp(-x))² = s (1 - s), because 1 - s = exp(-x) / (1 + exp(-x)). The product rule
+    gives silu'(x) = s + x s (1 - s), and dx = g silu'(x). Hendrycks and Gimpel, arXiv 1606.08415, section 2.
     """
     return _elementwise(input, _silu, _silu_slope)
 
@@ -107,15 +113,20 @@ def _silu_slope(x):
 
 
 def _sigmoid(x):
-    with np.errstate(over="ignore"):  # exp(large) = inf gives 0, as it should
+    with np.errstate(over="ignore"):  # exp(large) = inf gives the right limit, 0
         return 1 / (1 + np.exp(-x))
 
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
-    """y = silu(a) u for a = ``gate`` and u = ``up``, both (..., F): a decides how much of u passes.
+    """y = silu(a) u for a = ``gate`` and u = ``up``, both (..., F).
 
-    With g = dL/dy: da = g u silu'(a), du = g silu(a). Only a and u are kept, which exist anyway; the
-    backward pass computes σ(a) again, and y: that takes less time than three more arrays take memory.
+    y_i depends on a_i and u_i alone: ∂y/∂a = silu'(a) u and ∂y/∂u = silu(a), element by element. With
+    g = dL/dy, s = σ(a) and silu'(a) = s + a s (1 - s) = s + silu(a) (1 - s), as derived at ``silu``:
+
+        da = g u (s + silu(a) (1 - s)),   du = g silu(a).
+
+    Only a and u are kept, which exist anyway. Recomputing s, and y if a consumer needs it, costs little time
+    and saves three arrays as large as a.
 
     Shazeer, "GLU Variants Improve Transformer", arXiv 2002.05202, section 2.
     """
@@ -152,13 +163,20 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
 
 def check_swiglu(gate: Tensor, up: Tensor) -> None:
     if gate.ndim == 0 or gate.shape != up.shape:
-        raise Error(f"swiglu takes gate and up of one shape (..., F), not {gate.shape} and {up.shape}")
+        raise Error(f"swiglu needs gate and up of the same shape (..., F), not {gate.shape} and {up.shape}")
 
 
 def softmax(input: Tensor, dim: int = -1) -> Tensor:
-    """p_i = exp(x_i - max x) / Σ_j exp(x_j - max x) along ``dim``; dx = p (g - Σ_j g_j p_j).
+    """p_i = exp(x_i) / Σ_j exp(x_j) along ``dim``.
 
-    Subtracting the maximum changes nothing but keeps exp from overflowing.
+    Subtracting max x from every x_i cancels in the fraction and keeps exp from overflowing. With
+    e_i = exp(x_i) and Z = Σ_j e_j, the quotient rule gives
+
+        ∂p_i/∂x_k = δ_ik e_i/Z - e_i e_k/Z² = p_i (δ_ik - p_k),
+
+    and the chain rule with g = dL/dp
+
+        dx_k = Σ_i g_i p_i (δ_ik - p_k) = p_k (g_k - Σ_i g_i p_i).
     """
     p = np.exp(input.data - input.data.max(axis=dim, keepdims=True))
     p /= p.sum(axis=dim, keepdims=True)
@@ -166,12 +184,15 @@ def softmax(input: Tensor, dim: int = -1) -> Tensor:
 
 
 def dropout(input: Tensor, p: float = 0.5, training: bool = True) -> Tensor:
-    """Zero each element with probability ``p`` and scale the others by 1/(1 - p); the mean stays.
+    """y = x m, where each m_i is 0 with probability ``p``, else 1/(1 - p).
 
-    Not in training, or with p = 0, the input itself. The mask follows from ``tinyllm.manual_seed(seed,
-    step, first_row)`` and is drawn again in the backward pass instead of being kept. Axis 0 of x is the row
-    of the batch, and each row has bits of its own, so that a batch may be divided without changing what is
-    dropped. ``p`` counts in steps of 1/65536. Srivastava et al., "Dropout", JMLR 15 (2014).
+    The mean of m_i is p · 0 + (1 - p)/(1 - p) = 1, so y has the mean x. ∂y_i/∂x_k = δ_ik m_i, and dx = g m
+    with the same mask m. Without ``training``, or with p = 0, the result is the input itself.
+
+    The mask is a function of ``tinyllm.manual_seed(seed, step, first_row)``: the backward pass generates it
+    again instead of keeping it. Axis 0 of x is the row of the batch, and each row has random bits of its own,
+    so that splitting a batch does not change which elements are dropped. ``p`` is rounded to a multiple of
+    1/65536. Srivastava et al., "Dropout", JMLR 15 (2014).
     """
     if not 0 <= p < 1:
         raise Error(f"dropout probability must be at least 0 and below 1, not {p}")

@@ -1,8 +1,8 @@
-"""How does a position look at the others, without ever holding all (T, S) scores at once?
+"""How does a position attend to the others, without ever holding all (T, S) scores at once?
 
-The plain version is in ``composed.py``. Here queries are taken in blocks: a block's scores are
-computed, used and forgotten, and computed again in the backward pass from the log of their sum. For
-causal attention, keys after the block's last query are never touched.
+The plain version is in ``composed.py``. Here queries are processed in blocks: the scores of a block are
+computed, used and freed, and the backward pass recomputes them. In causal attention, keys after the block's
+last query are never read.
 
 Dao et al., "FlashAttention" (arXiv 2205.14135), section 3.1 and appendix B.2 for the gradient.
 """
@@ -33,32 +33,38 @@ def scaled_dot_product_attention(
 ) -> Tensor:
     """softmax(Q Kᵀ · scale + mask) V for Q (B, H, T, D), K (B, H, S, D), V (B, H, S, E) -> (B, H, T, E).
 
-    With ``enable_gqa`` K and V may have fewer heads G, a divisor of H: query heads 0 to H/G - 1 share the
-    first, and so on (Ainslie et al., "GQA", arXiv 2305.13245). K and V are not repeated: the queries of a
-    group lie below each other in one product, so K and V are read once for all of them, and the same
-    product backwards adds up dK and dV over the group.
+    ``scale`` defaults to 1/sqrt(D). ``attn_mask`` is an array that broadcasts to (B, H, T, S): boolean (True:
+    may be attended to), or numbers that are added to the scores. With ``is_causal`` query t attends to the
+    keys up to t; if T ≠ S the *last* query is aligned with the *last* key, as a KV cache needs (torch aligns
+    the first with the first). A query without a visible key gets zeros. ``dropout_p`` drops weights as
+    ``dropout`` does; pass 0 outside training. With ``enable_gqa`` K and V may have G heads, G a divisor of H:
+    query heads 0 to H/G - 1 share the first, and so on (Ainslie et al., "GQA", arXiv 2305.13245). They are
+    not repeated: the queries of a group are stacked in one product, whose gradient sums dK and dV over them.
 
-    ``scale`` is 1/sqrt(D) unless given. ``attn_mask`` is an array that broadcasts to (B, H, T, S):
-    boolean (True: may be attended to) or a number added to the scores. ``is_causal`` lets query t see
-    the keys up to t; with T ≠ S the *last* query is aligned with the *last* key, as a KV cache needs
-    (torch aligns the first with the first; for T = S they agree). A query that may see nothing
-    gets zeros. ``dropout_p`` zeroes weights as ``dropout`` does; pass 0 outside training.
+    Per head, S = Q Kᵀ · scale + mask, P_ts = exp(S_ts) / Σ_s' exp(S_ts'), O = P V. With g = dL/dO, P V
+    gives dV = Pᵀ g and dP = g Vᵀ, as in ``linear``. P is a softmax over s, whose gradient is
 
-    Vaswani et al., "Attention Is All You Need", arXiv 1706.03762, section 3.2.1. With P the weights,
-    g = dL/dO and δ = Σ_e g O (a number per query):
+        dS_ts = P_ts (dP_ts - δ_t),   δ_t = Σ_s P_ts dP_ts = Σ_s P_ts Σ_e g_te V_se = Σ_e g_te O_te,
 
-        dV = Pᵀ g,   dP = g Vᵀ,   dS = P (dP - δ),   dQ = dS K · scale,   dK = dSᵀ Q · scale
+    so δ needs only the output, not the row of P. Finally dQ = dS K · scale and dK = dSᵀ Q · scale. If dropout
+    multiplies P by a mask M, O = (P M) V gives dV = (P M)ᵀ g and dP = M (g Vᵀ), and δ is still Σ_e g_te O_te.
+
+    The forward pass keeps one number per query, ℓ_t = log Σ_s exp(S_ts), instead of the row P_t. The backward
+    pass computes S again, and P_ts = exp(S_ts) / exp(ℓ_t) = exp(S_ts - ℓ_t): the same quotient and therefore
+    exact, block by block, because ℓ_t already contains the sum over all keys.
+
+    Vaswani et al., "Attention Is All You Need", arXiv 1706.03762, section 3.2.1.
     """
     q, k, v = query.data, key.data, value.data
     attn_mask = check_attention(q, k, v, attn_mask, dropout_p, enable_gqa)
     (B, H, T, D), (G, S) = q.shape, k.shape[1:3]
-    R = H // G if G else 1  # query heads to each key-value head
+    R = H // G if G else 1  # query heads per key-value head
     scale = 1 / math.sqrt(D) if scale is None else scale
     mask = None if attn_mask is None else np.broadcast_to(attn_mask, (B, H, T, S))
-    if T == 1 and S and G and not (dropout_p or query.wants_grad or key.wants_grad or value.wants_grad):
+    if T == 1 and S and G and not (dropout_p or query.needs_grad or key.needs_grad or value.needs_grad):
         return Tensor(_of_one_query(q, k, v, mask, scale))
     address = next_address() if dropout_p else None
-    step = max(1, QUERY_BLOCK // R)  # the rows of R heads make one block
+    step = max(1, QUERY_BLOCK // R)  # a block stacks the rows of R heads
     tasks = _head_groups(B, G, R * min(T, step) * S, like=q)
 
     def grouped(x):
@@ -66,27 +72,27 @@ def scaled_dot_product_attention(
         return x.reshape(B, G, R, *x.shape[2:])
 
     def stacked(x):
-        """(b, g, R, rows, D) -> (b, g, R · rows, D): what a key-value head meets in one product."""
+        """(b, g, R, rows, D) -> (b, g, R · rows, D): all queries of a key-value head, for one product."""
         return x.reshape(*x.shape[:2], R * x.shape[3], x.shape[4])
 
     def unstacked(x):
         return x.reshape(*x.shape[:2], R, x.shape[2] // R, x.shape[3])
 
     def zeros_grouped(channels):
-        """(B, G, R, T, channels), in memory (B, T, H, channels), as the projections around us want it."""
+        """(B, G, R, T, channels), in memory (B, T, H, channels): the order of the projections around it."""
         return np.zeros((B, T, G, R, channels), q.dtype, like=q).transpose(0, 2, 3, 1, 4)
 
     q, mask = grouped(q), None if mask is None else grouped(mask)
 
     def blocks(bg):
-        """The blocks of some key-value heads: (rows of queries, how many keys they see, mask, number)."""
+        """The blocks of some key-value heads: (rows of queries, number of visible keys, mask, number)."""
         for number, start in enumerate(range(0, T, step)):
             rows = slice(start, min(start + step, T))
             seen = max(0, rows.stop + S - T) if is_causal else S
             yield rows, seen, None if mask is None else mask[bg][..., rows, :seen], number
 
     def scores_of(bg, rows, seen, block_mask):
-        """(Q · scale) and Q Kᵀ · scale + mask of one block, -inf where a key may not be seen."""
+        """(Q · scale) and Q Kᵀ · scale + mask of one block, -inf where a key is masked."""
         q_scaled = stacked(q[bg][..., rows, :] * scale)  # scaling (rows, D) is cheaper than (rows, S)
         scores = unstacked(q_scaled @ k[bg][:, :, :seen].swapaxes(-1, -2))  # (b, g, R, rows, seen)
         n = rows.stop - rows.start
@@ -101,7 +107,7 @@ def scaled_dot_product_attention(
         return q_scaled, scores
 
     def dropped(bg, number, shape):
-        """The dropout mask of one block; drawn head by head, so that it does not depend on the grouping."""
+        """The dropout mask of one block, generated head by head: it does not depend on the grouping."""
         heads = [b * H + g * R + r for b in range(B)[bg[0]] for g in range(G)[bg[1]] for r in range(R)]
         parts = [part_number(address, H, head, -(-T // step), number) for head in heads]
         masks = [dropout_mask(address, shape[3:], dropout_p, q, part) for part in parts]
@@ -120,7 +126,7 @@ def scaled_dot_product_attention(
             peak = np.maximum(p.max(axis=-1, keepdims=True), lowest)
             p -= peak
             np.exp(p, out=p)
-            # The largest weight is exp(0) = 1, so a sum below 1 is the 0 of a query that sees nothing.
+            # The largest weight is exp(0) = 1, so a sum below 1 is 0: the query has no visible key.
             total = np.maximum(p.sum(axis=-1, keepdims=True), 1)
             log_sum[bg][..., rows, :] = peak + np.log(total)
             if dropout_p:
@@ -164,7 +170,7 @@ def scaled_dot_product_attention(
 
 
 def _of_one_query(q, k, v, mask, scale):
-    """The same for one query that sees every key, without a gradient: a step of writing token by token."""
+    """The same for one query that sees every key, without a gradient: one step of decoding."""
     (B, H, _, D), G, E = q.shape, k.shape[1], v.shape[3]
     p = (q * scale).reshape(B, G, H // G, D) @ k.swapaxes(-1, -2)  # (B, G, R, S)
     if mask is not None:
@@ -179,13 +185,13 @@ def _of_one_query(q, k, v, mask, scale):
 
 
 def check_attention(q, k, v, mask, dropout_p, enable_gqa):
-    """``Error`` unless the arguments fit together; returns the mask as an array, or None."""
+    """Raise Error unless the arguments fit together; return the mask as an array, or None."""
     if q.ndim != 4 or k.ndim != 4 or v.ndim != 4:
-        raise Error(f"attention takes query, key and value (B, H, T, D), not {q.shape}, {k.shape}, {v.shape}")
+        raise Error(f"attention needs query, key and value (B, H, T, D), not {q.shape}, {k.shape}, {v.shape}")
     H, G = q.shape[1], k.shape[1]
     heads_fit = H == G or (enable_gqa and G > 0 and H % G == 0)
     if not heads_fit or k.shape[0] != q.shape[0] or k.shape[3] != q.shape[3] or v.shape[:3] != k.shape[:3]:
-        shared = "; heads may be shared with enable_gqa=True" if not enable_gqa and G and H % G == 0 else ""
+        shared = "; pass enable_gqa=True to share heads" if not enable_gqa and G and H % G == 0 else ""
         raise Error(
             f"attention: query {q.shape}, key {k.shape} and value {v.shape} do not fit together{shared}"
         )
@@ -195,9 +201,9 @@ def check_attention(q, k, v, mask, dropout_p, enable_gqa):
 
 
 def _check_mask(mask, scores_shape, like):
-    """attn_mask as an array that broadcasts to the scores; Python's lists take the scores' dtype."""
+    """attn_mask as an array that broadcasts to the scores; lists and numbers get the scores' dtype."""
     if isinstance(mask, Tensor):
-        raise Error("attn_mask is a Tensor, which would get no gradient: pass its .data")
+        raise Error("attn_mask is a Tensor, and attention has no gradient for it: pass its .data")
     if isinstance(mask, (bool, int, float, list, tuple)):
         mask = np.asarray(mask, like=like)
         mask = mask if mask.dtype == bool else mask.astype(like.dtype)
@@ -208,18 +214,18 @@ def _check_mask(mask, scores_shape, like):
     except ValueError:
         fits = False
     if not fits:
-        raise Error(f"attn_mask of shape {mask.shape} does not broadcast to the scores' {scores_shape}")
+        raise Error(f"attn_mask of shape {mask.shape} does not broadcast to the scores' shape {scores_shape}")
     return mask
 
 
 def part_number(address, num_heads: int, head: int, num_blocks: int, block: int) -> int:
-    """The number of a block of one head's weights among those of the global batch, for ``dropout_mask``."""
+    """Index of one head's block of weights within the global batch, for ``dropout_mask``."""
     return (address[2] * num_heads + head) * num_blocks + block
 
 
 def _head_groups(B, G, scores, like):
-    """Indices (batch, key-value heads) of those whose blocks, of ``scores`` each, fit the cache together."""
-    if not isinstance(like, np.ndarray):  # one large call is faster there than many
+    """Slices (batch, key-value heads) whose blocks, with ``scores`` elements per head, fit the cache."""
+    if not isinstance(like, np.ndarray):  # one large call is faster than many
         return [(slice(0, B), slice(0, G))]
     most = max(1, SCORES // max(1, scores))
     size = -(-G // -(-G // most)) if G else 1  # groups of nearly the same size
@@ -227,25 +233,27 @@ def _head_groups(B, G, scores, like):
 
 
 def rope(input: Tensor, cos, sin) -> Tensor:
-    """Turn queries or keys (B, H, T, D) by angles that grow with the position; q · k sees the distance only.
+    """Rotate pairs of channels of queries or keys (B, H, T, D) by angles proportional to the position.
 
-    Channels i and i + D/2 are the two coordinates of a point in a plane (as Hugging Face pairs them; Meta
-    pairs 2i and 2i + 1). With (a, b) the halves of a head:
+    Channels i and i + D/2 form a point (a, b) in a plane (Hugging Face's pairing; Meta pairs 2i and 2i + 1):
 
-        y = (a cos - b sin, b cos + a sin)
+        y = R(θ) (a, b)ᵀ = (a cos θ - b sin θ, b cos θ + a sin θ),   R(θ) = [[cos θ, -sin θ], [sin θ, cos θ]].
 
-    The gradient is turned back: da = g₁ cos + g₂ sin, db = g₂ cos - g₁ sin. ``cos`` and ``sin`` are arrays
-    (T, D/2) of the input's dtype, or (B, 1, T, D/2) where every row has positions of its own.
+    As R(α)ᵀ R(β) = R(β - α), a product q · k depends on the positions only through their distance. R is the
+    Jacobian of y, so with g = dL/dy, split into halves g₁ and g₂, the gradient is R(θ)ᵀ g = R(-θ) g:
 
-    Su et al., "RoFormer", arXiv 2104.09864, section 3.4.2.
+        da = g₁ cos θ + g₂ sin θ,   db = g₂ cos θ - g₁ sin θ.
+
+    ``cos`` and ``sin`` are arrays (T, D/2) of the input's dtype, or (B, 1, T, D/2) if each row of the batch
+    has positions of its own. Su et al., "RoFormer", arXiv 2104.09864, section 3.4.2.
     """
     check_rope(input, cos, sin, input.dtype)
-    return Tensor.from_op(_turn(input.data, cos, sin), (input,), lambda grad: (_turn(grad, cos, -sin),))
+    return Tensor.from_op(_rotate(input.data, cos, sin), (input,), lambda grad: (_rotate(grad, cos, -sin),))
 
 
 def check_rope(input: Tensor, cos, sin, angles_dtype) -> None:
     if input.ndim != 4 or input.shape[3] % 2:
-        raise Error(f"rope takes (B, H, T, D) with an even D, not {input.shape}")
+        raise Error(f"rope needs an input (B, H, T, D) with an even D, not {input.shape}")
     B, _, T, D = input.shape
     if cos.shape != sin.shape or cos.shape not in ((T, D // 2), (B, 1, T, D // 2)):
         raise Error(
@@ -258,12 +266,12 @@ def check_rope(input: Tensor, cos, sin, angles_dtype) -> None:
         )
 
 
-def _turn(x, cos, sin):
-    """Every pair (a, b) of x (B, H, T, D) turned; a block of positions at a time."""
+def _rotate(x, cos, sin):
+    """Rotate every pair (a, b) of x (B, H, T, D), one block of positions at a time."""
     B, H, T, D = x.shape
     y = np.empty_like(x)
 
-    def turn(t):
+    def rotate(t):
         c, s, x_t, y_t = cos[..., t, :], sin[..., t, :], x[:, :, t], y[:, :, t]
         a, b, y_a, y_b = x_t[..., : D // 2], x_t[..., D // 2 :], y_t[..., : D // 2], y_t[..., D // 2 :]
         np.multiply(a, c, out=y_a)
@@ -271,5 +279,5 @@ def _turn(x, cos, sin):
         np.multiply(b, c, out=y_b)
         y_b += a * s
 
-    each_block(turn, T, B * H * D, like=x)
+    each_block(rotate, T, B * H * D, like=x)
     return y

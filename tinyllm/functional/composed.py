@@ -1,8 +1,8 @@
 """What does each op compute? The same ops as in ``tinyllm.functional``, written as the papers write them.
 
-Nothing here has a gradient of its own: everything is made of Tensor's methods, and the tape does the
-rest. It is slower and holds every intermediate; it is here to be read, to be looked into (attention
-weights), and as the specification that the fused ops are tested against.
+Nothing here defines a gradient: everything is composed of Tensor's methods, and the engine derives the
+gradient. That is slower and keeps every intermediate. These forms are for reading, for inspecting attention
+weights, and are the specification that the fused ops are tested against.
 """
 
 import math
@@ -21,7 +21,7 @@ def linear(input, weight, bias=None):
 
 
 def embedding(input, weight):
-    """Row ``input[i]`` of the table, for every id."""
+    """Row ``input[i]`` of ``weight``, for every id."""
     return weight[input]
 
 
@@ -42,40 +42,40 @@ def rms_norm(input, normalized_shape, weight=None, eps=None):
 
 
 def gelu(input, approximate="tanh"):
-    """½ x (1 + tanh(sqrt(2/π) (x + 0.044715 x³))), the form GPT-2 uses; the exact one needs erf."""
+    """½ x (1 + tanh(sqrt(2/π) (x + 0.044715 x³))), the form in GPT-2; the exact form needs erf."""
     if approximate != "tanh":
-        raise ValueError("composed.gelu is the tanh form only: Tensor has no erf")
+        raise ValueError("composed.gelu has only approximate='tanh': Tensor has no erf")
     cubic = input + 0.044715 * (input * input * input)
     return 0.5 * input * (1 + (math.sqrt(2 / math.pi) * cubic).tanh())
 
 
 def silu(input):
-    """x σ(x) = x / (1 + exp(-x)): x where it is large, 0 where it is very negative."""
+    """x σ(x) = x / (1 + exp(-x)): close to x for large x, close to 0 for very negative x."""
     return input / (1 + (-input).exp())
 
 
 def swiglu(gate, up):
-    """One projection of x, through silu, multiplies the other."""
+    """One projection of x, passed through silu, scales the other."""
     return silu(gate) * up
 
 
 def softmax(input, dim=-1):
-    """exp(x) / Σ exp(x), with the maximum subtracted first so that nothing overflows."""
+    """exp(x) / Σ exp(x), with the maximum subtracted first so that exp does not overflow."""
     shifted = (input - input.detach().max(axis=dim, keepdims=True)).exp()
     return shifted / shifted.sum(axis=dim, keepdims=True)
 
 
 def dropout(input, p=0.5, training=True):
-    """Keep each element with probability 1 - p, scaled so that the mean stays."""
+    """Keep each element with probability 1 - p, scaled by 1/(1 - p) so that the mean is unchanged."""
     if not training or p == 0:
         return input
     return input * Tensor(dropout_mask(next_address(), input.shape, p, like=input.data))
 
 
 def attention_weights(query, key, attn_mask=None, is_causal=False, scale=None, enable_gqa=False):
-    """How much each query t looks at each key s: (B, H, T, S), every row sums to 1.
+    """How much each query t attends to each key s: (B, H, T, S), every row sums to 1.
 
-    At least one key must be visible to each query here.
+    Each query must have at least one visible key.
     """
     D, T, S = query.shape[-1], query.shape[-2], key.shape[-2]
     key = repeat_heads(key, query.shape[1]) if enable_gqa else key
@@ -91,21 +91,21 @@ def attention_weights(query, key, attn_mask=None, is_causal=False, scale=None, e
 
 
 def repeat_heads(x, heads):
-    """(B, G, S, D) -> (B, H, S, D): query head h looks at key-value head h // (H/G)."""
+    """(B, G, S, D) -> (B, H, S, D): query head h uses key-value head h // (H/G)."""
     return x[:, np.arange(heads, like=x.data) // (heads // x.shape[1])]
 
 
 def scaled_dot_product_attention(
     query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False
 ):
-    """Each query's output is the mean of the values, weighted by how well their keys match it."""
+    """The output for a query is the mean of the values, weighted by how well their keys match the query."""
     weights = attention_weights(query, key, attn_mask, is_causal, scale, enable_gqa)  # (B, H, T, S)
     value = repeat_heads(value, query.shape[1]) if enable_gqa else value
     return einsum("bhts,bhse->bhte", dropout(weights, dropout_p), value)  # (B, H, T, E)
 
 
 def rope(input, cos, sin):
-    """Channels i and i + D/2 are a point in a plane; it is turned by the angle of its position."""
+    """Channels i and i + D/2 are a point in a plane, rotated by an angle proportional to its position."""
     half = input.shape[-1] // 2
     a, b = input[..., :half], input[..., half:]
     return concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1)
@@ -129,6 +129,6 @@ def cross_entropy(input, target, *, ignore_index=-100, num_targets=None, weights
 def linear_cross_entropy(
     input, linear_weight, target, *, linear_bias=None, ignore_index=-100, num_targets=None, weights=None
 ):
-    """The output layer and the loss, one after the other."""
+    """The output layer, then the loss."""
     logits = linear(input, linear_weight, linear_bias)
     return cross_entropy(logits, target, ignore_index=ignore_index, num_targets=num_targets, weights=weights)

@@ -1,14 +1,14 @@
 """The fused ops on a GPU.
 
-The formulas are those of the files beside this one, where they are derived; here each pass over memory is
-one kernel (``kernels.cu``) and each product cuBLAS's. ``functional/__init__.py`` calls the op of the same
-name here when its arrays are CuPy's.
+The formulas are derived in the other files of this folder; here each pass over memory is one kernel
+(``kernels.cu``) and each product a call of cuBLAS. ``functional/__init__.py`` calls the op of the same name
+here if the arrays are CuPy's.
 
-The types flow with the data. The residual stream is float32, or float64. A norm reads it and writes the
-type in which the products after it are computed (``autocast``, or the type that the weights are stored in);
-a product reads and writes that type, with the weight converted to it, and adds up in float32; added to the
-stream, it is promoted to float32. Softmax, the loss and every sum are computed in float32 whatever they
-read. Micikevicius et al., "Mixed Precision Training", arXiv 1710.03740, section 3.
+Mixed precision: the residual stream is float32 or float64. A norm reads it and returns the dtype of the
+products that follow (``autocast``'s, or the dtype in which the weights are stored). A product converts its
+weight to that dtype, returns it and accumulates in float32; added to the stream, its result is promoted to
+float32. Softmax, losses and all sums are computed in float32, whatever the dtype of their input.
+Micikevicius et al., "Mixed Precision Training", arXiv 1710.03740, section 3.
 """
 
 import math
@@ -35,14 +35,14 @@ from tinyllm.functional.norms import check_norm
 from tinyllm.tensor import Tensor
 from tinyllm.tensor_ops import as_rows
 
-QUERY_BLOCK = 128  # rows of scores to a mask of dropout, as in attention.py
-SCORES = 2**26  # of one block of queries
-LOGITS = 2**27  # of one chunk of rows
-ALIGNED = 64  # elements: tensor cores want rows of logits to begin at round addresses
+QUERY_BLOCK = 128  # rows of scores per dropout mask, as in attention.py
+SCORES = 2**26  # elements of one block of queries
+LOGITS = 2**27  # elements of one chunk of rows
+ALIGNED = 64  # elements: tensor cores are faster if rows of logits begin at aligned addresses
 
 
 def _for_products(array):
-    """An operand of a product, in the type that ``autocast`` asks for."""
+    """An operand of a product, in the dtype that ``autocast`` sets."""
     dtype = compute_dtype()
     return array if dtype is None else array.astype(dtype, copy=False)
 
@@ -66,7 +66,7 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     def vjp(grad):
         g = contiguous(as_rows(grad)).astype(w.dtype, copy=False)  # (N, C_out)
         dx = dw = db = None
-        if needs[1]:  # first: what was recomputed for it is forgotten before there is a dx
+        if needs[1]:  # first: if x was recomputed for dW, x is freed before dx is allocated
             x = as_rows(saved()).astype(w.dtype, copy=False)
             dw = gemm(g.T, x, dtype=accumulation_dtype(w.dtype), tf32=tf32).astype(weight_dtype, copy=False)
         if needs[0]:
@@ -79,7 +79,7 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 def embedding(input, weight: Tensor) -> Tensor:
-    """Rows of a half-precision table come out in float32: they begin the residual stream."""
+    """Rows of a half-precision table are converted to float32: they start the residual stream."""
     rows = rows_of(input, weight)
     return rows.astype(accumulation_dtype(weight.dtype))
 
@@ -104,7 +104,7 @@ def rms_norm(
 
 
 def _norm(input: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, centred: bool) -> Tensor:
-    """Written in the type of the products after it: ``autocast``'s, or the weight's."""
+    """The result has the dtype of the products that follow: ``autocast``'s, or the weight's."""
     x, shape = contiguous(as_rows(input.data)), input.shape  # (N, C)
     w, b = (None if tensor is None else contiguous(tensor.data) for tensor in (weight, bias))
     N, C = x.shape
@@ -166,18 +166,18 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
 
 def rope(input: Tensor, cos, sin) -> Tensor:
     check_rope(input, cos, sin, accumulation_dtype(input.dtype))
-    turned = _turn(input.data, cos, sin, 1.0)
-    return Tensor.from_op(turned, (input,), lambda grad: (_turn(grad, cos, sin, -1.0),))
+    rotated = _rotate(input.data, cos, sin, 1.0)
+    return Tensor.from_op(rotated, (input,), lambda grad: (_rotate(grad, cos, sin, -1.0),))
 
 
-def _turn(x, cos, sin, sign: float):
-    """rope of x (B, H, T, D), or with ``sign`` -1 its gradient; the result lies as (B, H, T, D) in memory."""
+def _rotate(x, cos, sin, sign: float):
+    """rope of x (B, H, T, D), or its gradient with ``sign`` -1; the result is contiguous."""
     B, H, T, D = x.shape
     if x.strides[3] != x.itemsize:
         x = np.ascontiguousarray(x, like=x)
     y = np.empty(x.shape, x.dtype, like=x)
     strides = [stride // x.itemsize for stride in x.strides[:3]]
-    cos_stride = T * D // 2 if cos.ndim == 4 else 0  # rows that have positions of their own
+    cos_stride = T * D // 2 if cos.ndim == 4 else 0  # each row has positions of its own
     cos, sin = contiguous(cos), contiguous(sin)
     pairs = B * H * T * D // 2
     elementwise(x, "rope", (x.dtype,), pairs, x, *strides, cos, sin, cos_stride, y, pairs, H, T, D // 2, sign)
@@ -194,9 +194,9 @@ def scaled_dot_product_attention(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> Tensor:
-    """A block of queries at a time, of all rows and heads: (T, S) scores are never there at once.
+    """A block of queries at a time, over the whole batch and all heads: never all (T, S) scores at once.
 
-    Queries of one group of heads lie below each other in one product, as in ``attention.py``.
+    The queries of a group of heads are stacked in one product, as in ``attention.py``.
     """
     q, k, v = query.data, key.data, value.data
     attn_mask = check_attention(q, k, v, attn_mask, dropout_p, enable_gqa)
@@ -204,13 +204,13 @@ def scaled_dot_product_attention(
     (B, H, T, D), (G, S), E = q.shape, k.shape[1:3], v.shape[3]
     R, sums_in = H // G if G else 1, accumulation_dtype(q.dtype)
     scale = 1 / math.sqrt(D) if scale is None else scale
-    step = max(1, QUERY_BLOCK // R)  # of the masks that dropout draws
+    step = max(1, QUERY_BLOCK // R)  # of the dropout masks
     if address is None:
         step = max(step, SCORES // max(1, B * H * S))
     k, v = k.reshape(B * G, S, D), v.reshape(B * G, S, E)
     q = q.reshape(B, G, R, T, D)
     mask = _Mask(attn_mask, (B, H, T, S), sums_in)
-    new = np.zeros if is_causal and S < T else np.empty  # the first T - S queries see nothing
+    new = np.zeros if is_causal and S < T else np.empty  # the first T - S queries have no visible key
     out = new((B, G, R, T, E), q.dtype, like=q)
     log_sum = new((B, H, T), sums_in, like=q)
 
@@ -225,7 +225,7 @@ def scaled_dot_product_attention(
                 yield number, rows, seen
 
     def scores_of(number, rows, seen):
-        """What both directions begin with: Q, Q Kᵀ · scale, and the last arguments of both kernels."""
+        """Common to forward and backward: Q, Q Kᵀ · scale, and the last arguments of both kernels."""
         q_block = stacked(q, rows)
         scores = gemm(
             q_block, k[:, :seen].swapaxes(1, 2), dtype=sums_in, alpha=scale, tf32=tf32
@@ -268,7 +268,7 @@ def scaled_dot_product_attention(
 
 
 class _Mask:
-    """attn_mask as the kernels take it: a boolean array or one of numbers, and its strides (B, H, T, S)."""
+    """attn_mask as arguments of the kernels: a boolean array or one of numbers, and strides (B, H, T, S)."""
 
     def __init__(self, mask, shape, dtype):
         allowed = added = None
@@ -290,7 +290,7 @@ def cross_entropy(
     num_targets: float | None = None,
     weights=None,
 ) -> Tensor:
-    """Of half-precision logits it is float32."""
+    """The loss of half-precision logits is float32."""
     targets = Targets(target, input.shape, ignore_index, num_targets, weights)
     logits, shape, dtype = contiguous(as_rows(input.data)), input.shape, input.dtype
     dlogits = np.empty(logits.shape, accumulation_dtype(dtype), like=logits)
@@ -303,16 +303,16 @@ def cross_entropy(
 
 
 def _on_device(targets: Targets, like):
-    """The targets (N,), -1 where ignored, and their weights or None, beside ``like`` and in its type."""
+    """The targets (N,), -1 where ignored, and their weights (or None), on the device of ``like``."""
     index = np.where(targets.counted, targets.target, -1).astype(np.int64, copy=False)
     weights = None if targets.weights is None else targets.weights.astype(like.dtype)
     return [None if x is None else np.asarray(x, like=like) for x in (index, weights)]
 
 
 def _cross_entropy(logits, index, weights, gradient):
-    """The weighted losses (N,) of logits (N, V); ``gradient``, which may be the logits, gets dL/dlogits.
+    """The weighted losses (N,) of logits (N, V); ``gradient``, which may be the logits, is set to dL/dlogits.
 
-    Neither is divided by the number of targets yet: half precision would round p / number to nothing.
+    Neither is divided by the number of targets yet: in half precision p / number would underflow.
     """
     N, V = logits.shape
     losses = np.empty(N, accumulation_dtype(logits.dtype), like=logits)
@@ -332,7 +332,7 @@ def linear_cross_entropy(
     num_targets: float | None = None,
     weights=None,
 ) -> Tensor:
-    """A chunk of rows at a time, as in ``losses.py``; the division by ``num_targets`` comes at the end."""
+    """A chunk of rows at a time, as in ``losses.py``; the division by ``num_targets`` comes last."""
     check_linear(input, linear_weight)
     x = _for_products(contiguous(as_rows(input.data)))  # (N, C)
     w, bias, tf32 = linear_weight.data.astype(x.dtype, copy=False), linear_bias, tf32_allowed()  # (V, C)
@@ -343,9 +343,9 @@ def linear_cross_entropy(
     logits = np.empty((min(step, N), width), sums_in, like=x)[:, :V]
     gradient = logits if x.dtype == sums_in else np.empty((min(step, N), width), x.dtype, like=x)[:, :V]
     index, weights = _on_device(targets, logits)
-    dx = np.empty((N, C), sums_in, like=x) if input.wants_grad else None
-    dw = np.zeros((V, C), sums_in, like=x) if linear_weight.wants_grad else None
-    db = np.zeros(V, sums_in, like=x) if bias is not None and bias.wants_grad else None
+    dx = np.empty((N, C), sums_in, like=x) if input.needs_grad else None
+    dw = np.zeros((V, C), sums_in, like=x) if linear_weight.needs_grad else None
+    db = np.zeros(V, sums_in, like=x) if bias is not None and bias.needs_grad else None
     total = np.zeros((), sums_in, like=x)
     for start in range(0, N, step):
         rows = slice(start, min(start + step, N))
@@ -364,9 +364,7 @@ def linear_cross_entropy(
     shape, dtypes = input.shape, [None if t is None else t.dtype for t in (input, linear_weight, bias)]
 
     def vjp(grad):
-        factor = (
-            grad / targets.number
-        )  # an array on the device: asking for its value would mean to wait for it
+        factor = grad / targets.number  # stays on the device: reading its value would synchronise with it
         results = []
         for d, dtype in zip((dx, dw, db), dtypes):
             if d is not None:

@@ -2,18 +2,25 @@
 
 import numpy as np
 
-from tinyllm.backend import to_device_of
 from tinyllm.backend.threads import matmul
 from tinyllm.checks import check_ids
 from tinyllm.errors import Error
 from tinyllm.tensor import Tensor
-from tinyllm.tensor_ops import At, as_rows
+from tinyllm.tensor_ops import At, as_rows, to_memory_of
 
 
 def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """y = x Wᵀ + b for x (..., C_in), W (C_out, C_in), b (C_out,) -> (..., C_out).
 
-    With g = dL/dy and all positions stacked into rows: dx = g W, dW = gᵀ x, db = Σ_rows g.
+    Stack all positions into N rows: y_no = Σ_i x_ni W_oi + b_o. Each derivative picks one term of the sum,
+
+        ∂y_no/∂x_mi = δ_nm W_oi,   ∂y_no/∂W_pi = δ_op x_ni,   ∂y_no/∂b_p = δ_op,
+
+    and the chain rule with g = dL/dy sums over n and o:
+
+        dx_ni = Σ_o g_no W_oi,   dW_oi = Σ_n g_no x_ni,   db_o = Σ_n g_no,
+
+    which is dx = g W, dW = gᵀ x, db = Σ_rows g.
     """
     check_linear(input, weight)
     x, w = as_rows(input.data), weight.data  # (N, C_in): one large product, not one per batch element
@@ -24,7 +31,7 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
     def vjp(grad):
         grad = as_rows(grad)  # (N, C_out)
-        # dW first: what was recomputed for it is forgotten before there is a dx.
+        # dW first: if x was recomputed for it, x is freed before dx is allocated.
         dw = matmul(grad.T, as_rows(saved())) if needs[1] else None
         dx = matmul(grad, w).reshape(*lead, w.shape[1]) if needs[0] else None
         db = grad.sum(axis=0) if needs[2] else None
@@ -41,12 +48,12 @@ def check_linear(input: Tensor, weight: Tensor) -> None:
 
 
 def embedding(input, weight: Tensor) -> Tensor:
-    """Row ``input[i]`` of W (V, C) for every integer id: (...) -> (..., C).
+    """y_n = W[input_n], a row of W (V, C) for every integer id: (...) -> (..., C).
 
-    dW is zero except in the rows that were looked up; a row looked up twice gets both gradients.
-    Ids outside 0..V-1 raise Error (NumPy would take -1 for the last row).
+    ∂y_nc/∂W_vc is 1 where v = input_n, else 0: dW_v is the sum of g_n over the n with input_n = v.
+    Ids outside 0..V-1 raise Error (NumPy would wrap -1 around to the last row).
     """
     ids = np.asarray(input) if isinstance(input, (list, tuple)) else input
     if isinstance(ids, np.ndarray):
-        ids = to_device_of(check_ids(ids, weight.shape[0]), weight.data)
+        ids = to_memory_of(check_ids(ids, weight.shape[0]), weight.data)
     return Tensor.from_op(weight.data[ids], (weight,), lambda grad: (At(ids, grad),))

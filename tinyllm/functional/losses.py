@@ -1,14 +1,10 @@
 """How wrong was the prediction, and what would have been better?
 
-Cross-entropy of the next token: loss = Σ -log p(target) / num_targets with p = softmax(logits), over the
-targets that are not ``ignore_index``. Its gradient is what makes training simple:
-
-    d loss / d logits = (p - onehot(target)) / num_targets,   zero for ignored targets
-
-``num_targets`` is the number of targets that count unless it is given: micro-batches of one step all divide
-by the step's total, so that their gradients add up to those of the whole batch. With ``weights``, an array
-of the targets' shape, each target's loss is multiplied by its weight, and the default is the sum of the
-weights.
+Cross-entropy of the next token: loss = Σ_n -log p(target_n) / num_targets with p = softmax(logits), over the
+targets that are not ``ignore_index``. ``num_targets`` defaults to their number; micro-batches of one step all
+divide by the step's total, so that their gradients add up to those of the whole batch. With ``weights``, an
+array of the targets' shape, each target's loss is multiplied by its weight, and ``num_targets`` defaults to
+the sum of the weights.
 """
 
 import math
@@ -16,15 +12,14 @@ from functools import partial
 
 import numpy as np
 
-from tinyllm.backend import to_device_of
 from tinyllm.backend.threads import each_block, matmul, one_blas_thread, run_tasks
 from tinyllm.checks import check_ids
 from tinyllm.errors import Error
 from tinyllm.functional.linear import check_linear
 from tinyllm.tensor import Tensor
-from tinyllm.tensor_ops import as_rows
+from tinyllm.tensor_ops import as_rows, to_memory_of
 
-CHUNK = 256  # rows of logits at a time; with fewer, the weight's way through memory dominates
+CHUNK = 256  # rows of logits at a time; with fewer, reading the weight from memory dominates
 COLUMNS = 512  # classes of dW at a time, in each thread
 
 
@@ -36,7 +31,16 @@ def cross_entropy(
     num_targets: float | None = None,
     weights=None,
 ) -> Tensor:
-    """Cross-entropy of logits (..., V) and integer targets (...): a scalar in the logits' dtype."""
+    """Cross-entropy of logits (..., V) and integer targets (...): a scalar in the logits' dtype.
+
+    For one row z of the logits with target t, -log p_t = log Σ_j exp(z_j) - z_t. Its derivative is
+
+        ∂(-log p_t)/∂z_k = exp(z_k) / Σ_j exp(z_j) - δ_kt = p_k - δ_kt,
+
+    so dlogits = (p - onehot(target)) · weight / num_targets, and zero where the target is ignored. An
+    untrained model's logits are nearly equal: p_t ≈ 1/V, and the loss is near -ln(1/V) = ln V (10.82 for
+    GPT-2's 50257 tokens).
+    """
     targets = Targets(target, input.shape, ignore_index, num_targets, weights)
     dlogits, shape = as_rows(input.data).copy(), input.shape  # (N, V)
     losses = _into_gradient(dlogits, *targets.columns(dlogits))
@@ -59,23 +63,23 @@ def linear_cross_entropy(
 ) -> Tensor:
     """``cross_entropy(linear(input, linear_weight, linear_bias), target)`` without ever holding all logits.
 
-    x (..., C), W (V, C), targets (...). A chunk of rows at a time: its logits become its loss, then
-    (in place) its gradient, which becomes its part of dx, dW and db and is forgotten. The gradients are
-    formed in the forward pass, because the logits would have to be computed again otherwise.
+    x (..., C), W (V, C), targets (...). A chunk of rows at a time, the logits are reduced to their loss and
+    replaced in place by their gradient d, which yields dx = d W and the chunk's share of dW = dᵀ x and
+    db = Σ_rows d. This happens in the forward pass; otherwise the logits would have to be computed twice.
     """
     check_linear(input, linear_weight)
     x, w = as_rows(input.data), linear_weight.data  # (N, C), (V, C)
     targets = Targets(target, (*input.shape[:-1], len(w)), ignore_index, num_targets, weights)
     columns = targets.columns(x)
     b = None if linear_bias is None else linear_bias.data
-    dx = np.empty_like(x) if input.wants_grad else None
-    dw = (np.empty_like if len(x) else np.zeros_like)(w) if linear_weight.wants_grad else None
-    db = np.zeros_like(b) if b is not None and linear_bias.wants_grad else None
+    dx = np.empty_like(x) if input.needs_grad else None
+    dw = (np.empty_like if len(x) else np.zeros_like)(w) if linear_weight.needs_grad else None
+    db = np.zeros_like(b) if b is not None and linear_bias.needs_grad else None
     total = np.zeros((), x.dtype, like=x)
     classes = [slice(first, first + COLUMNS) for first in range(0, len(w), COLUMNS)]
-    chunk = np.empty((min(CHUNK, len(x)), len(w)), x.dtype, like=x)  # one for all: it is the largest array
+    chunk = np.empty((min(CHUNK, len(x)), len(w)), x.dtype, like=x)  # the largest array: reused
 
-    def add_to_dw(some, logits, rows):  # a small product to add, not one of W's size
+    def add_to_dw(some, logits, rows):  # a slice at a time: the product is small, not of the size of W
         if rows.start == 0:
             np.matmul(logits[:, some].T, x[rows], out=dw[some])
         else:
@@ -97,7 +101,7 @@ def linear_cross_entropy(
     shape = input.shape
 
     def vjp(grad):
-        if grad.item() != 1:  # it is 1 where backward() begins
+        if grad.item() != 1:  # it is 1 if backward() starts at this loss
             for d in (dx, dw, db):
                 if d is not None:
                     d *= grad
@@ -107,7 +111,7 @@ def linear_cross_entropy(
 
 
 def _into_gradient(logits, counted, index, scale, weights):
-    """In place: logits (N, V) -> (p - onehot) scale. Returns each row's weighted loss (N, 1), undivided."""
+    """In place: logits (N, V) -> (p - onehot) scale. Return each row's weighted loss (N, 1), undivided."""
     losses = np.empty((len(logits), 1), logits.dtype, like=logits)
 
     def rows_of(rows):
@@ -125,9 +129,9 @@ def _into_gradient(logits, counted, index, scale, weights):
 
 
 class Targets:
-    """Targets and their weights as flat arrays, checked; losses are divided by ``number``.
+    """Checked targets and weights as flat arrays; the sum of the losses is divided by ``number``.
 
-    ``counted`` says which targets are not ignored; ``weights`` is None, or 0 where a target is ignored.
+    ``counted`` is False for ignored targets, whose weight is 0 (unless ``weights`` is None).
     """
 
     def __init__(self, target, logits_shape, ignore_index, num_targets, weights):
@@ -142,14 +146,14 @@ class Targets:
         if weights is not None and tuple(weights.shape) != tuple(target.shape):
             raise Error(f"weights of shape {weights.shape} do not fit targets of shape {target.shape}")
         self.target, self.counted = target.reshape(-1), (target != ignore_index).reshape(-1)
-        weights = None if weights is None else to_device_of(weights, target)
+        weights = None if weights is None else to_memory_of(weights, target)
         self.weights = None if weights is None else np.where(self.counted, weights.reshape(-1), 0)
         weights = self.counted if weights is None else self.weights
         self.number = _num_targets(weights, ignore_index, num_targets)
         self.scale = weights / self.number
 
     def columns(self, like) -> list:
-        """As columns (N, 1) beside the logits: counted?, a class that exists, gradient's scale, weights."""
+        """Columns (N, 1), as arrays like the logits: counted, valid class index, gradient scale, weights."""
         index = np.where(self.counted, self.target, 0)
         scale = self.scale.astype(like.dtype)
         weights = None if self.weights is None else self.weights.astype(like.dtype)
@@ -158,22 +162,18 @@ class Targets:
 
 
 def _as_array(x):
-    """Targets or weights as an array: a Tensor's, or a list or number as NumPy makes one of it."""
+    """Targets or weights as an array, from a Tensor, array, list or number."""
     if isinstance(x, Tensor):
         return x.data
     return x if x is None or hasattr(x, "dtype") else np.asarray(x)
 
 
 def _num_targets(weight, ignore_index, num_targets) -> float:
-    """What the sum is divided by: the number of targets that count, or the sum of their weights, unless
-    given.
-
-    It is counted where the caller has them, before they are put beside the logits.
-    """
+    """The divisor of the summed loss: as given, else the number of counted targets or their total weight."""
     if num_targets is None:
         num_targets = weight.sum().item()
         if num_targets == 0:
-            raise Error(f"no target counts (each is {ignore_index}, or has weight 0): there is no loss")
+            raise Error(f"no target counts: pass one that is not {ignore_index} and has a weight above 0")
     if not isinstance(num_targets, int | float | np.number) or not 0 < num_targets < math.inf:
-        raise Error(f"num_targets must be positive, not {num_targets}: it is how many targets count")
-    return float(num_targets)  # a NumPy number would widen the loss
+        raise Error(f"num_targets must be positive, not {num_targets}: pass the number of targets that count")
+    return float(num_targets)  # a NumPy float64 would turn a float32 loss into float64

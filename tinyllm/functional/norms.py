@@ -1,4 +1,4 @@
-"""Why does a deep network stay trainable? Every layer sees inputs of the same mean and size."""
+"""Why does a deep network stay trainable? Every layer gets inputs of the same mean and size."""
 
 import numpy as np
 
@@ -15,11 +15,19 @@ def layer_norm(
     bias: Tensor | None = None,
     eps: float = 1e-5,
 ) -> Tensor:
-    """y = x̂ w + b with x̂ = (x - mean(x)) / sqrt(var(x) + eps), over the last axis of x (..., C).
+    """y = x̂ w + b with x̂ = (x - μ) / s over the last axis of x (..., C).
 
-    The variance is the biased one (divided by C). With g = dL/dy and d = g w:
+    μ = mean(x) and s = sqrt(var(x) + eps), with the biased variance var(x) = mean((x - μ)²). Per row,
 
-        dx = (d - mean(d) - x̂ mean(d x̂)) / sqrt(var(x) + eps),   dw = Σ_rows g x̂,   db = Σ_rows g
+        ∂μ/∂x_k = 1/C,   ∂var/∂x_k = (2/C) Σ_i (x_i - μ)(δ_ik - 1/C) = (2/C)(x_k - μ),
+
+    because the deviations x_i - μ sum to 0; hence ∂s/∂x_k = (x_k - μ)/(C s) = x̂_k/C. The quotient rule gives
+
+        ∂x̂_i/∂x_k = (δ_ik - 1/C)/s - (x_i - μ)/s² · x̂_k/C = (δ_ik - 1/C - x̂_i x̂_k/C) / s.
+
+    With g = dL/dy, d = dL/dx̂ = g w, and dx_k = Σ_i d_i ∂x̂_i/∂x_k:
+
+        dx = (d - mean(d) - x̂ mean(d x̂)) / s,   dw = Σ_rows g x̂,   db = Σ_rows g.
 
     Ba, Kiros and Hinton, "Layer Normalization", arXiv 1607.06450, section 3.
     """
@@ -71,12 +79,16 @@ def layer_norm(
 def rms_norm(
     input: Tensor, normalized_shape, weight: Tensor | None = None, eps: float | None = None
 ) -> Tensor:
-    """y = x̂ w with x̂ = x / rms(x), rms(x) = sqrt(mean(x²) + eps), over the last axis of x (..., C).
+    """y = x̂ w with x̂ = x / r, r = sqrt(mean(x²) + eps), over the last axis of x (..., C).
 
-    LayerNorm without the mean and the bias: what matters is the size. ``eps=None`` is the dtype's own
-    epsilon, as torch has it. With g = dL/dy and d = g w:
+    LayerNorm without the mean and the bias. ``eps=None`` means the dtype's machine epsilon, as in torch.
+    Per row ∂r/∂x_k = x_k/(C r) = x̂_k/C, and the quotient rule gives
 
-        dx = (d - x̂ mean(d x̂)) / rms(x),   dw = Σ_rows g x̂
+        ∂x̂_i/∂x_k = δ_ik/r - x_i/r² · x̂_k/C = (δ_ik - x̂_i x̂_k/C) / r.
+
+    With g = dL/dy, d = dL/dx̂ = g w, and dx_k = Σ_i d_i ∂x̂_i/∂x_k:
+
+        dx = (d - x̂ mean(d x̂)) / r,   dw = Σ_rows g x̂.
 
     Zhang and Sennrich, "Root Mean Square Layer Normalization", arXiv 1910.07467, section 3.
     """
@@ -105,10 +117,10 @@ def rms_norm(
 
     each_block(forward, *x.shape, like=x)
 
-    def vjp(grad):  # x̂ is formed again from x, which costs one pass and saves an array as large as x
+    def vjp(grad):  # x̂ is recomputed from x, which costs one pass and saves an array as large as x
         g = as_rows(grad)  # (N, C)
         dx = np.empty_like(x)
-        dw_parts = {}  # where a block begins -> its Σ_rows g x̂
+        dw_parts = {}  # first row of a block -> its Σ_rows g x̂
 
         def backward(rows):
             x_hat, d = x[rows] * inv_rms[rows], np.multiply(g[rows], 1 if w is None else w, out=dx[rows])
@@ -119,7 +131,7 @@ def rms_norm(
             d *= inv_rms[rows]
 
         each_block(backward, *g.shape, like=g)
-        # In the order of the blocks: the sum does not depend on which thread was first.
+        # Added in the order of the rows, so that the sum does not depend on which thread finishes first.
         dw = sum(dw_parts[start] for start in sorted(dw_parts)) if needs_dw else None
         return dx.reshape(shape), dw
 
@@ -129,4 +141,4 @@ def rms_norm(
 def check_norm(op, normalized_shape, input):
     channels = (normalized_shape,) if isinstance(normalized_shape, int) else tuple(normalized_shape)
     if len(channels) != 1 or channels != input.shape[-1:] or channels == (0,):
-        raise Error(f"{op} is over the last axis: {normalized_shape} does not fit an input {input.shape}")
+        raise Error(f"{op} is over the last axis: {normalized_shape} does not fit input {input.shape}")

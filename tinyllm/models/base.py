@@ -339,7 +339,7 @@ def look_back(query: Tensor, key: Tensor, value: Tensor, cache: LayerCache | Non
         raise Error(f"score_bias is a {type(score_bias).__name__}: give a tinyllm.nn.Module")
     added = score_bias(np.arange(S - T, S)[:, None] - np.arange(S))  # the last query stands at the last key
     if isinstance(added, Tensor):
-        if added.wants_grad:
+        if added.needs_grad:
             raise Error(f"score_bias, a {type(score_bias).__name__}, would get no gradient: return .detach()")
         added = added.data
     added = np.asarray(added, like=query.data)

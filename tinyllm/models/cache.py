@@ -36,7 +36,7 @@ class LayerCache:
 
         Raises ``Error`` if a gradient is wanted: the cache holds arrays, which have no graph.
         """
-        if key.wants_grad or value.wants_grad:
+        if key.needs_grad or value.needs_grad:
             raise Error("a cache has no gradients: use it under no_grad()")
         expected, *found = (x.shape[1::2] for x in (self.keys, key, value))
         if found != [expected, expected]:
