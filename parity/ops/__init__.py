@@ -1,1 +1,1 @@
-"""Does every op compute what PyTorch computes? The checks, what they are tried on, the published tables."""
+"""The proof of the ops: checks against PyTorch, the cases they run on, and the published tables."""

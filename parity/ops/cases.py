@@ -1,8 +1,8 @@
-"""Does it compute what PyTorch computes, forward and backward?
+"""The checks of an op: against PyTorch, its plain form, float32 and central differences.
 
-An op is tried as a ``Case``: the same computation written with tinyllm and with torch, and one input.
-Each ``check_`` function asks one question of it and raises AssertionError with the numbers if the answer
-is no. All but the first need NumPy alone.
+A ``Case`` is one computation in tinyllm and in torch, with its inputs. Each ``check_`` function tests one
+property of a case and raises AssertionError with the numbers if it does not hold. Only ``check_torch`` needs
+torch.
 """
 
 from __future__ import annotations
@@ -17,56 +17,55 @@ from tinyllm.tensor import Tensor
 
 RELATIVE = 1e-10  # of the reference's largest element, both in float64
 
-FLOOR = (
-    1e-12  # times the scale of what went in (unit-scale inputs, the upstream gradient): where terms cancel
-)
+# Absolute, where terms cancel: times the scale of the inputs (unit) and of the upstream gradient
+FLOOR = 1e-12
 
-FLOAT32 = 1e-5  # the same two for float32 against float64: about 100 roundings of 6e-8
+FLOAT32 = 1e-5  # both bounds, for float32 against float64: about 100 roundings of 6e-8
 
-STEP = 1e-5  # of the central difference: off by STEP² f'''/6 (truncation) and 1e-16 |f| / STEP (rounding)
+STEP = 1e-5  # of the central difference; error: STEP² f'''/6 (truncation) and 1e-16 |f| / STEP (rounding)
 
-DIRECTION = 1e-7  # room for third derivatives of several hundred
+DIRECTION = 1e-7  # allows for third derivatives of several hundred
 
-# Here ``parity.ops.proof`` listens: it is called with (what, its error, its bound, ``relative``)
+# Set by ``parity.ops.proof``, called for each comparison with (what, error, bound, ``relative``)
 witness: Callable[[str, float, float, float], None] | None = None
 
 
 @dataclass(frozen=True)
 class Case:
-    """One op on one input. ``ours`` and ``theirs`` take the inputs, as Tensors or as torch tensors."""
+    """One op on given inputs: ``ours`` is called with Tensors, ``theirs`` with torch tensors."""
 
     label: str  # the op and its options, for the message
-    inputs: Sequence[np.ndarray]  # float64; what may get a gradient
+    inputs: Sequence[np.ndarray]  # float64; all that may require a gradient
     ours: Callable[..., Tensor]
     theirs: Callable[..., Any]  # the same with torch
     composed: Callable[..., Tensor] | None = None  # the same with tinyllm.functional.composed
-    needs: Sequence[bool] | None = None  # which inputs ask for a gradient; None: all of them
+    needs: Sequence[bool] | None = None  # which inputs require a gradient; None: all of them
     seed: int = 0  # of the upstream gradient and the direction
 
 
 def assert_close(ours, theirs, what: str, relative: float = RELATIVE, floor: float = FLOOR) -> None:
     """No element differs by more than ``relative`` times the reference's largest, plus ``floor``."""
-    assert ours.shape == theirs.shape, f"{what}: shape {ours.shape}, and the reference has {theirs.shape}"
+    assert ours.shape == theirs.shape, f"{what}: shape {ours.shape}, but the reference has {theirs.shape}"
     error = np.abs(ours - theirs).max(initial=0)
     bound = relative * np.abs(theirs).max(initial=0) + floor
     if witness is not None:
         witness(what, float(error), float(bound), relative)
-    assert error <= bound, f"{what}: off by {error:.3g}, and the bound is {bound:.3g}"
+    assert error <= bound, f"{what}: off by {error:.3g}, the bound is {bound:.3g}"
 
 
 def upstream(shape, dtype, seed: int) -> np.ndarray:
-    """A random gradient dL/d(output), read-only, in the layouts a graph produces: rows, columns, repeated."""
+    """A random dL/d(output), read-only, in a layout that graphs produce: C, Fortran, or broadcast."""
     grad = np.asarray(np.random.default_rng(seed).standard_normal(shape)).astype(dtype)
     if seed % 3 == 1 and grad.ndim:
         grad = np.asfortranarray(grad)
-    if seed % 3 == 2 and grad.ndim and grad.size:  # as the gradient of a sum: strides of 0
+    if seed % 3 == 2 and grad.ndim and grad.size:  # like the gradient of a sum: strides of 0
         grad = np.broadcast_to(grad[..., :1], shape)
     grad.flags.writeable = False
     return grad
 
 
 def run(op, case: Case, dtype=np.float64):
-    """(output, gradients, upstream gradient) of ``op``, written with tinyllm, on the inputs of ``case``."""
+    """(output, gradients, upstream gradient) of ``op`` in tinyllm on the inputs of ``case``."""
     needs = case.needs or [True] * len(case.inputs)
     tensors = [Tensor(x.astype(dtype, copy=False), requires_grad=n) for x, n in zip(case.inputs, needs)]
     out = op(*tensors)
@@ -74,7 +73,10 @@ def run(op, case: Case, dtype=np.float64):
     assert out.dtype == dtype, f"{case.label}: {np.dtype(dtype)} in, {out.dtype} out"
     out.backward(grad)
     for i, (tensor, needed) in enumerate(zip(tensors, needs)):
-        assert (tensor.grad is not None) == needed, f"{case.label}: input {i}: gradient where none was asked"
+        has_grad = tensor.grad is not None
+        assert has_grad == needed, (
+            f"{case.label}: input {i}: has a gradient {has_grad}, requires one {needed}"
+        )
         if needed:
             assert tensor.grad.dtype == dtype, (
                 f"{case.label}: gradient {i} of {np.dtype(dtype)} is {tensor.grad.dtype}"
@@ -93,7 +95,7 @@ def run_torch(case: Case, grad):
     inputs = [torch.tensor(x.copy(), requires_grad=n) for x, n in zip(case.inputs, needs)]
     out = case.theirs(*inputs)
     assert tuple(out.shape) == grad.shape, (
-        f"{case.label}: shape {grad.shape}, and torch's is {tuple(out.shape)}"
+        f"{case.label}: shape {grad.shape}, but torch has {tuple(out.shape)}"
     )
     out.backward(torch.tensor(grad.copy()))
     return out.detach().numpy(), [None if x.grad is None else x.grad.numpy() for x in inputs]
@@ -109,33 +111,33 @@ def _assert_same(case, ours, theirs, grad, relative=RELATIVE, floor=FLOOR):
 
 
 def check_torch(case: Case) -> None:
-    """Is every output and every gradient torch's, in float64?"""
+    """Output and all gradients equal torch's in float64."""
     out, grads, grad = run(case.ours, case)
     _assert_same(case, (out, grads), run_torch(case, grad), grad)
 
 
 def check_composed(case: Case) -> None:
-    """Does the fused op compute what the plain one computes, whose gradients the tape derives?"""
+    """The fused op equals the plain form, whose gradients the engine derives."""
     out, grads, grad = run(case.ours, case)
     plain_out, plain_grads, _ = run(case.composed, case)
     _assert_same(case, (out, grads), (plain_out, plain_grads), grad)
 
 
 def check_float32(case: Case) -> None:
-    """Is everything float32 in float32 (``run`` asserts it, for float64 too), and close to float64?"""
+    """With float32 inputs all results are float32 (asserted by ``run``) and close to those in float64."""
     single = Case(case.label, [x.astype(np.float32) for x in case.inputs], case.ours, case.theirs,
                   needs=case.needs, seed=case.seed)  # fmt: skip
     out, grads, _ = run(case.ours, single, np.float32)
-    # The same rounded numbers, the rounded upstream gradient included, computed in float64.
-    wide_out, wide_grads, grad = run(case.ours, single, np.float64)
-    _assert_same(case, (out, grads), (wide_out, wide_grads), grad, FLOAT32, FLOAT32)
+    # Float64 on the same rounded numbers, the upstream gradient included
+    exact_out, exact_grads, grad = run(case.ours, single, np.float64)
+    _assert_same(case, (out, grads), (exact_out, exact_grads), grad, FLOAT32, FLOAT32)
 
 
 def check_direction(case: Case) -> None:
-    """⟨vjp(w), v⟩ = ⟨w, Jv⟩: is the gradient the derivative along a random direction v?
+    """⟨vjp(w), v⟩ = ⟨w, Jv⟩ for a random direction v.
 
     Jv is the central difference (f(x + hv) - f(x - hv)) / 2h in float64. The two sides may differ by
-    DIRECTION times the sum of the magnitudes that were added up to them.
+    DIRECTION times the sum of the magnitudes of all terms.
     """
     needs = case.needs or [True] * len(case.inputs)
     rng = np.random.default_rng(case.seed)

@@ -1,8 +1,8 @@
-"""What should an op be tried on? Hypothesis strategies for shapes, memory layouts, values and options.
+"""Hypothesis strategies for inputs of ops: shapes, memory layouts, values and options.
 
-Hypothesis draws shapes, layouts, options and seeds; the values follow from a seed. Normal numbers of
-unit scale tell a wrong gradient from rounding, which the extreme floats Hypothesis likes do not (those
-have tests of their own), and an example that fails is short to read.
+Hypothesis draws shapes, layouts, options and seeds; the values are generated from a seed. Normal numbers of
+unit scale make a wrong gradient distinguishable from rounding, which Hypothesis's extreme floats would not
+(extreme values have tests of their own), and they keep the report of a failing example short.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ INTEGERS = st.sampled_from([np.int64, np.int32, np.int16, np.uint8, np.uint16]) 
 
 
 # --------------------------------------------------------------------------- memory layouts
-# Each takes a contiguous array of at least one axis and returns the same values, laid out in another way.
+# Each takes a contiguous array of at least one axis and returns the same values in another layout.
 
 
 def contiguous(x):
@@ -34,16 +34,16 @@ def stepped(x):
 
 
 def inner(x):
-    """The middle of a larger buffer, as a head is within the rows of a qkv product."""
+    """The middle of a larger buffer, as a head is within the rows of a qkv projection."""
     return np.pad(x, 1)[(slice(1, -1),) * x.ndim]
 
 
-def backwards(x):
+def reversed_axes(x):
     """Negative strides along every axis."""
     return np.flip(np.flip(x).copy())
 
 
-LAYOUTS = st.sampled_from([contiguous, transposed, stepped, inner, backwards])
+LAYOUTS = st.sampled_from([contiguous, transposed, stepped, inner, reversed_axes])
 
 
 # --------------------------------------------------------------------------------- values
@@ -65,7 +65,7 @@ def nonzero(rng, shape):
 
 
 def distinct(rng, shape):
-    """No two closer than 4/size: a maximum that a small step does not move to another element."""
+    """No two closer than 4/size: a small step does not change which element is the maximum."""
     size = int(np.prod(shape))
     return rng.permutation(size).reshape(shape) * (4 / max(size, 1)) - 2
 
@@ -94,14 +94,14 @@ def shapes(min_dims=0, max_dims=3, min_side=0, max_side=4):
 
 @st.composite
 def broadcastable(draw, count):
-    """``count`` shapes that broadcast together, axes of length 0 and 1 among them."""
+    """``count`` shapes that broadcast together, including axes of length 0 and 1."""
     drawn = hnp.mutually_broadcastable_shapes(num_shapes=count, min_side=0, max_side=4, max_dims=3)
     return draw(drawn).input_shapes
 
 
 @st.composite
 def axes(draw, ndim):
-    """None, one axis, or a tuple of axes of an array of ``ndim`` axes; some counted from the end."""
+    """None, one axis, or a tuple of axes of an array of ``ndim`` axes; some negative."""
     if ndim == 0:
         return None
     some = draw(st.lists(st.integers(0, ndim - 1), min_size=1, unique=True))
@@ -111,7 +111,7 @@ def axes(draw, ndim):
 
 @st.composite
 def indices(draw, shape):
-    """An index as NumPy takes it: slices, ints, None, Ellipsis; integer arrays that repeat; boolean masks."""
+    """A NumPy index: slices, ints, None, Ellipsis; integer arrays with repetitions; boolean masks."""
     kind = draw(st.sampled_from(["basic", "ids", "arrays", "mask", "rows and columns"]))
     rng = np.random.default_rng(draw(SEEDS))
     if kind == "basic" or not shape or 0 in shape:
@@ -120,7 +120,7 @@ def indices(draw, shape):
     if kind == "ids":
         dtype = draw(INTEGERS)
         return (first if np.issubdtype(dtype, np.signedinteger) else first % shape[0]).astype(dtype)
-    if kind == "arrays":  # beside slices and new axes
+    if kind == "arrays":  # combined with Ellipsis and new axes
         return draw(st.sampled_from([(first,), (first, ...), (..., None, first % shape[-1]), (None, first)]))
     if kind == "mask":
         return rng.random(shape[: draw(st.integers(1, len(shape)))]) < 0.5
@@ -129,5 +129,5 @@ def indices(draw, shape):
 
 @st.composite
 def subsets(draw, count):
-    """Which of ``count`` inputs ask for a gradient: at least one."""
+    """Which of ``count`` inputs require a gradient: at least one."""
     return draw(st.lists(st.booleans(), min_size=count, max_size=count).filter(any))

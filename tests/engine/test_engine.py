@@ -1,6 +1,6 @@
-"""The engine's promises, with NumPy alone: depth, memory, who owns a gradient, errors, what is refused.
+"""The engine with NumPy alone: graph depth, memory, ownership of gradients, failures, rejected operands.
 
-What each op computes is tested elsewhere; here it is how gradients travel and what becomes of the arrays.
+Other files test what each op computes; this one tests the backward pass and the lifetime of arrays.
 """
 
 import gc
@@ -31,7 +31,7 @@ def leaf(*shape, seed=0, dtype=np.float64):
 
 @pytest.fixture
 def no_gc():
-    """Whatever is freed within the test is freed by reference counts."""
+    """Disable the garbage collector, so that arrays are freed by reference counts alone."""
     gc.collect()
     gc.disable()
     yield
@@ -41,23 +41,23 @@ def no_gc():
 # ------------------------------------------------------------------------------------- depth
 
 
-def test_a_chain_of_100_000_ops_runs_backward():
+def test_backward_through_100_000_ops():
     assert 10 * sys.getrecursionlimit() < DEPTH
     x = leaf(2)
     y = x
     for _ in range(DEPTH):
         y = -y
     y.backward(np.ones(2))
-    assert np.array_equal(x.grad, np.ones(2))  # an even number of signs
+    assert np.array_equal(x.grad, np.ones(2))  # an even number of negations
 
 
-def test_a_chain_of_100_000_ops_is_dropped_without_backward():
+def test_graph_of_100_000_ops_is_freed_without_backward():
     x = leaf(2)
     y = x
     for _ in range(DEPTH):
         y = y + x
     last = weakref.ref(y.data)
-    del y  # frees 100,000 nodes, each holding the next
+    del y  # frees 100,000 nodes, each with a reference to the next
     assert last() is None
     assert x.grad is None
 
@@ -66,7 +66,7 @@ def test_a_chain_of_100_000_ops_is_dropped_without_backward():
 
 
 def small_gpt2(dropout=0.0, dtype=np.float32):
-    """A model, token ids, and targets, large enough for several blocks of every op."""
+    """A model, token ids and targets, large enough for several blocks of every op."""
     config = GPT2Config(
         vocab_size=600, n_positions=160, n_embd=48, n_layer=2, n_head=3,
         embd_pdrop=dropout, attn_pdrop=dropout, resid_pdrop=dropout,
@@ -77,8 +77,8 @@ def small_gpt2(dropout=0.0, dtype=np.float32):
 
 
 @pytest.fixture
-def arrays_made(monkeypatch):
-    """A weak reference to the array of every op's result."""
+def results(monkeypatch):
+    """Weak references to the result arrays of all ops."""
     made, from_op = [], Tensor.from_op
 
     def recording(*op, **recompute):
@@ -92,34 +92,34 @@ def arrays_made(monkeypatch):
 
 @pytest.fixture(params=[1, 2])
 def with_threads(request, monkeypatch):
-    """With and without the thread pool."""
+    """Run without and with the thread pool."""
     monkeypatch.setattr(threads, "num_threads", lambda: request.param)
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
-def test_no_array_of_a_step_survives_it(dropout, with_threads, arrays_made, no_gc):
+def test_training_step_frees_all_its_arrays(dropout, with_threads, results, no_gc):
     model, ids, targets = small_gpt2(dropout)
     for _ in range(3):
         loss = model.loss(ids, targets)
-        alive = sum(reference() is not None for reference in arrays_made)
-        assert alive > 1  # the references do see living arrays
+        alive = sum(reference() is not None for reference in results)
+        assert alive > 1  # the references work: some arrays are alive
         loss.backward()
         del loss
-        assert len(arrays_made) > 20
-        assert all(reference() is None for reference in arrays_made)
-        arrays_made.clear()
+        assert len(results) > 20
+        assert all(reference() is None for reference in results)
+        results.clear()
         model.zero_grad()
 
 
 def bytes_of_arrays():
-    """What NumPy has allocated for array data. (Python's own free lists grow for a hundred steps.)"""
+    """Bytes that NumPy has allocated for array data. (Python's own free lists grow for a hundred steps.)"""
     numpy_data = tracemalloc.DomainFilter(True, np.lib.tracemalloc_domain)
     return sum(trace.size for trace in tracemalloc.take_snapshot().filter_traces([numpy_data]).traces)
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
 @pytest.mark.parametrize("backward", [True, False])
-def test_memory_returns_to_the_baseline_after_every_step(dropout, backward, with_threads, no_gc):
+def test_memory_returns_to_baseline_after_every_step(dropout, backward, with_threads, no_gc):
     model, ids, targets = small_gpt2(dropout)
     activation = ids.size * model.config.n_embd * 4
 
@@ -143,7 +143,7 @@ def test_memory_returns_to_the_baseline_after_every_step(dropout, backward, with
         tracemalloc.stop()
 
 
-def test_a_training_step_makes_no_reference_cycles(with_threads, no_gc):
+def test_training_step_creates_no_reference_cycles(with_threads, no_gc):
     model, ids, targets = small_gpt2(dropout=0.1)
     optimizer = tinyllm.optim.AdamW(model, lr=1e-3)
 
@@ -162,7 +162,7 @@ def test_a_training_step_makes_no_reference_cycles(with_threads, no_gc):
 
 
 @pytest.mark.parametrize("backward", [True, False])
-def test_no_op_makes_a_reference_cycle(backward, no_gc):
+def test_no_op_creates_a_reference_cycle(backward, no_gc):
     def run():
         x, w, row = leaf(2, 3, 4), leaf(5, 4, seed=1), leaf(4, seed=2)
         q = leaf(1, 2, 3, 4, seed=3)
@@ -186,7 +186,7 @@ def test_no_op_makes_a_reference_cycle(backward, no_gc):
     assert gc.collect() == 0
 
 
-def test_an_array_no_closure_needs_is_freed_in_the_forward_pass(no_gc):
+def test_array_that_no_closure_needs_is_freed_in_the_forward_pass(no_gc):
     x, y = leaf(3), leaf(3, seed=1)
     total = x + y  # an add needs neither its inputs nor its result
     unneeded = weakref.ref(total.data)
@@ -201,7 +201,7 @@ def test_an_array_no_closure_needs_is_freed_in_the_forward_pass(no_gc):
     assert np.array_equal(x.grad, y.data)
 
 
-def test_the_input_of_a_norm_lives_only_if_somebody_else_needs_it(no_gc):
+def test_layer_norm_does_not_keep_its_input(no_gc):
     x, w = leaf(5, 4), leaf(4, seed=1)
     doubled = 2 * x
     residual = weakref.ref(doubled.data)
@@ -211,7 +211,7 @@ def test_the_input_of_a_norm_lives_only_if_somebody_else_needs_it(no_gc):
     y.backward(np.ones((5, 4)))
 
 
-def test_closures_are_freed_as_backward_runs_newest_first(no_gc):
+def test_backward_runs_newest_first_and_frees_each_closure(no_gc):
     log = []
 
     def op(x, name):
@@ -232,12 +232,12 @@ def test_closures_are_freed_as_backward_runs_newest_first(no_gc):
     assert np.array_equal(x.grad, np.full(3, 8.0))
 
 
-def test_running_gradients_are_freed_as_they_are_consumed(no_gc):
+def test_backward_frees_each_gradient_after_use(no_gc):
     gradients = []
 
     def watched(x):
         def vjp(grad):
-            # Only the gradient that is being handed over may be alive.
+            # Only the gradient that was passed to this vjp may be alive.
             assert sum(reference() is not None for reference in gradients) == bool(gradients)
             result = grad * 2
             gradients.append(weakref.ref(result))
@@ -268,7 +268,7 @@ def embedding_rows(a, b):
     return F.embedding(np.array([0, 1, 1]), a) + F.embedding(np.array([2, 0, 2]), b)
 
 
-# Leaves a and b are (3, 4); every way in which a gradient can reach two places, or arrive as a view.
+# Leaves a and b are (3, 4). Every way in which a gradient can be shared by two parents, or be a view.
 GRAPHS = {
     "a + b": lambda a, b: a + b,
     "a - b": lambda a, b: a - b,
@@ -320,13 +320,13 @@ def observed_sum(a, b):
 
 @pytest.fixture
 def arrays_seen(monkeypatch):
-    """The array of every op's result, and every array a closure held."""
+    """Functions that return the result of an op, or an array that a closure held (None once freed)."""
     arrays, from_op = [], Tensor.from_op
 
     def recording(data, parents, vjp, recompute=None):
         out = from_op(data, parents, vjp, recompute)
         arrays.append(lambda: out.data)
-        # Weakly: an array that only the closure had may become the gradient when the closure is gone.
+        # Weak references: an array that only the closure held may become the gradient.
         held = [cell.cell_contents for cell in vjp.__closure__ or ()]
         arrays.extend(weakref.ref(array) for array in held if isinstance(array, np.ndarray))
         return out
@@ -337,13 +337,13 @@ def arrays_seen(monkeypatch):
 
 @pytest.mark.parametrize("graph", GRAPHS.values(), ids=GRAPHS)
 @pytest.mark.parametrize("times", [1, 2])
-def test_every_leaf_owns_its_gradient(graph, times, arrays_seen):
+def test_gradient_of_a_leaf_shares_no_memory(graph, times, arrays_seen):
     a, b = leaf(3, 4), leaf(3, 4, seed=1)
     seeds, expected = [], {}
     for round_ in range(times):
         y = graph(a, b)
         seed = np.random.default_rng(round_).standard_normal(y.shape)
-        seed.flags.writeable = False  # an engine that writes into it raises
+        seed.flags.writeable = False  # writing to it raises
         seeds.append(seed)
         y.backward(seed)
     for x in (a, b):
@@ -354,12 +354,12 @@ def test_every_leaf_owns_its_gradient(graph, times, arrays_seen):
         assert not any(np.shares_memory(x.grad, other) for other in others)
         expected[x] = x.grad.copy()
 
-    a.grad *= 0.5  # clipping one gradient in place
+    a.grad *= 0.5  # as clipping does, in place
     assert np.array_equal(b.grad, expected[b])
 
 
 @pytest.mark.parametrize("graph", GRAPHS.values(), ids=GRAPHS)
-def test_two_backward_calls_add_up(graph):
+def test_two_backward_calls_accumulate(graph):
     a, b = leaf(3, 4), leaf(3, 4, seed=1)
     seed = np.random.default_rng(2).standard_normal(graph(a, b).shape)
     graph(a, b).backward(seed)
@@ -368,10 +368,10 @@ def test_two_backward_calls_add_up(graph):
     for x, (array, value) in first.items():
         assert np.allclose(x.grad, 2 * value, rtol=1e-14, atol=1e-14)
         assert x.grad.flags.c_contiguous and x.grad.flags.owndata
-        assert x.grad is array or np.array_equal(array, value)  # added in place, or left alone
+        assert x.grad is array or np.array_equal(array, value)  # added in place, or unchanged
 
 
-def test_the_seed_gradient_is_never_modified_nor_kept():
+def test_seed_gradient_is_neither_modified_nor_kept():
     a, b = leaf(3, 4), leaf(3, 4, seed=1)
     for graph in (lambda: a + b, lambda: (a + b)[1:], lambda: (a + b).transpose(), lambda: a * b + a + b):
         y = graph()
@@ -387,7 +387,7 @@ def test_the_seed_gradient_is_never_modified_nor_kept():
 
 
 @pytest.mark.parametrize("layout", ["transposed", "strided", "broadcast"])
-def test_a_seed_of_any_layout(layout):
+def test_seed_gradient_of_any_layout(layout):
     seed = {
         "transposed": np.arange(12.0).reshape(4, 3).T,
         "strided": np.arange(24.0).reshape(3, 8)[:, ::2],
@@ -400,10 +400,10 @@ def test_a_seed_of_any_layout(layout):
         assert x.grad.flags.c_contiguous and x.grad.flags.owndata
 
 
-def test_a_leaf_that_is_the_root():
+def test_backward_on_a_leaf():
     x = Tensor(np.array(3.0), requires_grad=True)
     x.backward()
-    x.backward()  # a leaf has no graph that could be used up
+    x.backward()  # a leaf has no graph that is consumed
     assert x.grad == 2 and x.grad.shape == ()
 
     y, seed = leaf(2, 3), np.arange(6.0).reshape(2, 3)
@@ -414,13 +414,13 @@ def test_a_leaf_that_is_the_root():
     assert np.array_equal(seed, np.arange(6.0).reshape(2, 3))
 
 
-def test_a_transposed_leaf_gets_a_contiguous_gradient():
+def test_transposed_leaf_has_a_contiguous_gradient():
     x = Tensor(np.arange(6.0).reshape(2, 3).T, requires_grad=True)
     (x * x).backward(np.ones((3, 2)))
     assert np.array_equal(x.grad, 2 * x.data) and x.grad.flags.c_contiguous
 
 
-def test_a_leaf_used_many_times():
+def test_leaf_used_100_times():
     x = leaf(3)
     y = x * 0
     for k in range(1, 101):
@@ -429,7 +429,7 @@ def test_a_leaf_used_many_times():
     assert np.array_equal(x.grad, np.full(3, 5050.0))
 
 
-def test_a_tower_of_diamonds_is_walked_node_by_node_not_path_by_path():
+def test_backward_visits_each_node_once_not_each_path():
     x = leaf(2)
     y = x
     for _ in range(200):  # 2²⁰⁰ paths
@@ -438,10 +438,10 @@ def test_a_tower_of_diamonds_is_walked_node_by_node_not_path_by_path():
     assert np.array_equal(x.grad, np.ones(2))
 
 
-def test_a_diamond_waits_for_both_sides():
+def test_gradient_is_complete_before_it_is_propagated():
     x = leaf(3)
     y = x * 2
-    late = y.exp()  # the long way
+    late = y.exp()  # the longer path
     for _ in range(5):
         late = late + 1
     (late * y + y).backward(np.ones(3))
@@ -449,7 +449,7 @@ def test_a_diamond_waits_for_both_sides():
     assert np.allclose(x.grad, 2 * (np.exp(u) * u + np.exp(u) + 5 + 1), rtol=1e-14)
 
 
-def test_only_what_the_root_was_computed_from_gets_a_gradient():
+def test_only_ancestors_of_the_root_get_a_gradient():
     x, y, z = leaf(2), leaf(2, seed=1), leaf(2, seed=2)
     _ = (x * z).sum()  # another graph over x
     (x * y).backward(np.ones(2))
@@ -457,17 +457,17 @@ def test_only_what_the_root_was_computed_from_gets_a_gradient():
     assert z.grad is None
 
 
-def test_a_constant_gets_no_gradient_and_a_detached_tensor_passes_none():
+def test_constants_and_detached_tensors_get_no_gradient():
     x, constant = leaf(2), Tensor(np.array([3.0, 4.0]))
     (x * constant + x.detach() * 5).backward(np.ones(2))
     assert np.array_equal(x.grad, constant.data)
     assert constant.grad is None and not constant.requires_grad
 
 
-def test_gradients_at_an_index_add_up_to_the_dense_result():
+def test_gradients_at_indices_sum_to_the_dense_gradient():
     x = leaf(4, 3)
     w = np.random.default_rng(5).standard_normal((5, 3, 3))
-    doubled = x * 2  # not a leaf: its buffer is the engine's own
+    doubled = x * 2  # not a leaf: the engine owns its buffer
     for owner, factor in ((x, 1), (doubled, 2)):
         parts = [owner[0:3], owner[1:4], owner[[2, 2, 0]], owner[np.array([1, 1, 1])], owner[::-1][:3]]
         total = sum((part * wi).sum() for part, wi in zip(parts, w))
@@ -481,8 +481,8 @@ def test_gradients_at_an_index_add_up_to_the_dense_result():
 
 
 @pytest.mark.parametrize("order", ["dense newest", "slice newest"])
-def test_a_slice_and_a_sum_of_the_same_tensor(order):
-    """The sum hands one array to two parents; the slice must not be added into the other's."""
+def test_slice_gradient_is_not_added_into_a_shared_buffer(order):
+    """The sum returns one array for two parents; the slice's gradient must reach only one of them."""
     x, other = leaf(3), leaf(3, seed=1)
     y, w = x * 1, other * 1
     if order == "dense newest":
@@ -496,7 +496,7 @@ def test_a_slice_and_a_sum_of_the_same_tensor(order):
     assert np.array_equal(other.grad, [1.0, 1.0, 1.0])
 
 
-def test_embedding_rows_looked_up_twice():
+def test_embedding_row_looked_up_twice_gets_both_gradients():
     table = leaf(5, 2)
     ids = np.array([[1, 3, 1], [1, 0, 3]])
     seed = np.random.default_rng(1).standard_normal((2, 3, 2))
@@ -507,7 +507,7 @@ def test_embedding_rows_looked_up_twice():
     assert np.allclose(table.grad, dense, rtol=1e-15, atol=0)
 
 
-def test_a_tied_matrix_read_both_ways():
+def test_tied_embedding_and_head_gradient():
     table = leaf(5, 2)
     ids = np.array([4, 4, 0])
     w = np.random.default_rng(1).standard_normal((3, 5))
@@ -518,7 +518,7 @@ def test_a_tied_matrix_read_both_ways():
     assert np.allclose(table.grad, expected, rtol=1e-13)
 
 
-# Random programs over (3, 4) arrays, in words that Tensor and NumPy share.
+# Steps of random programs on (3, 4) arrays, in operations that Tensor and NumPy share.
 STEPS = {
     "add": lambda x, y: x + y,
     "subtract": lambda x, y: x - y,
@@ -543,7 +543,7 @@ STEPS = {
     ),
     seed=st.integers(0, 2**32 - 1),
 )
-def test_random_graphs_against_the_complex_step(program, seed):
+def test_random_graphs_match_complex_step_derivative(program, seed):
     """f(x + ih v) = f(x) + ih ⟨f'(x), v⟩ + O(h²): with h = 1e-20, exact derivatives from plain NumPy."""
     rng = np.random.default_rng(seed)
     points, direction = rng.uniform(-1, 1, (2, 3, 4)), rng.uniform(-1, 1, (2, 3, 4))
@@ -575,17 +575,17 @@ def test_random_graphs_against_the_complex_step(program, seed):
 # ---------------------------------------------------------------------------- consumed graphs
 
 
-def test_a_second_backward_is_refused_and_the_first_result_stays():
+def test_second_backward_raises_and_keeps_the_first_gradient():
     x = leaf(3)
     loss = (x * x).sum()
     loss.backward()
     first = x.grad.copy()
     with pytest.raises(Error, match="run the forward pass again"):
         loss.backward()
-    assert np.array_equal(x.grad, first)  # refused before anything was added: nothing is half-written
+    assert np.array_equal(x.grad, first)  # it raises before anything is added
 
 
-def test_a_consumed_shared_part_is_refused_before_anything_is_added():
+def test_backward_through_a_consumed_subgraph_raises_before_anything_is_added():
     x, y = leaf(3), leaf(3, seed=1)
     shared = x.exp()
     first, second = shared.sum(), (shared * y).sum()
@@ -597,7 +597,7 @@ def test_a_consumed_shared_part_is_refused_before_anything_is_added():
     assert y.grad is None
 
 
-def test_losses_over_a_shared_part_can_be_added():
+def test_sum_of_losses_over_a_shared_subgraph():
     x, y = leaf(3), leaf(3, seed=1)
     shared = x.exp()
     (shared.sum() + (shared * y).sum()).backward()
@@ -616,10 +616,10 @@ def failing(x, error):
 
 
 @pytest.mark.parametrize("error", [ValueError("broken"), KeyboardInterrupt(), MemoryError(), Error("no")])
-def test_an_exception_half_way_clears_every_gradient_it_could_reach(error):
+def test_exception_in_backward_clears_every_gradient_it_could_reach(error):
     early, late, outside = leaf(3), leaf(3, seed=1), leaf(3, seed=2)
-    (early * late * outside).backward(np.ones(3))  # the sums of earlier micro-batches
-    loss = (failing(early * 2, error) * late).sum()  # late has its gradient before the error comes
+    (early * late * outside).backward(np.ones(3))  # gradients of earlier micro-batches
+    loss = (failing(early * 2, error) * late).sum()  # late gets its gradient before the error
     with pytest.raises(type(error)) as caught:
         loss.backward()
     assert caught.value is error
@@ -629,7 +629,7 @@ def test_an_exception_half_way_clears_every_gradient_it_could_reach(error):
 
     with pytest.raises(Error, match="run the forward pass again"):
         loss.backward()
-    (early * late).backward(np.ones(3))  # the leaves themselves are as good as new
+    (early * late).backward(np.ones(3))  # the leaves can be used again
     assert np.array_equal(early.grad, late.data)
 
 
@@ -637,7 +637,7 @@ WRONG = {
     "shape": lambda grad: (np.zeros(5),),
     "shape, same size, transposed": lambda grad: (np.zeros((3, 2)),),
     "shape, same size, flat": lambda grad: (np.zeros(6),),
-    "shape, an axis too few": lambda grad: (np.zeros(3),),
+    "shape, one axis too few": lambda grad: (np.zeros(3),),
     "a scalar": lambda grad: (grad.sum(),),
     "dtype": lambda grad: (grad.astype(np.float32),),
     "integers": lambda grad: (np.ones((2, 3), int),),
@@ -650,7 +650,7 @@ WRONG = {
 
 @pytest.mark.parametrize("vjp", WRONG.values(), ids=WRONG)
 @pytest.mark.parametrize("to_leaf", [True, False])
-def test_a_wrong_gradient_is_refused(vjp, to_leaf):
+def test_vjp_with_a_wrong_result_raises(vjp, to_leaf):
     x = leaf(2, 3)
     parent = x if to_leaf else x * 2
     y = Tensor.from_op(parent.data * 1.0, (parent,), vjp)
@@ -669,7 +669,7 @@ def test_no_grad_records_nothing():
         y = x * x
         inside = leaf(3)
     assert not y.requires_grad and y.node is None
-    assert inside.requires_grad  # a leaf is a leaf
+    assert inside.requires_grad  # leaves can be created
     with pytest.raises(Error, match="no_grad"):
         y.backward(np.ones(3))
     assert (x * x).requires_grad
@@ -686,7 +686,7 @@ def test_no_grad_keeps_nothing(no_gc):
     assert second.data.shape == (3,)
 
 
-def test_no_grad_nests_and_is_restored_after_an_exception():
+def test_no_grad_nests_and_ends_after_an_exception():
     x = leaf(3)
     with no_grad():
         with no_grad():
@@ -727,7 +727,7 @@ def test_no_grad_is_per_thread():
     }
 
 
-def test_two_threads_may_run_backward_at_once():
+def test_backward_in_several_threads_at_once():
     def work(results, seed):
         x = leaf(50, seed=seed)
         y = x
@@ -745,10 +745,10 @@ def test_two_threads_may_run_backward_at_once():
     assert all(np.allclose(results[seed], 1.01**300, rtol=1e-12) for seed in range(4))
 
 
-# ------------------------------------------------------------------------ what a Tensor refuses
+# ---------------------------------------------------------------------------------- operands
 
 F32, F64 = Tensor(np.ones(3, np.float32), requires_grad=True), Tensor(np.ones(3), requires_grad=True)
-REFUSED = {
+REJECTED = {
     "float32 + float64": (lambda: F32 + F64, "cannot mix float32 and float64"),
     "float64 - float32 array": (lambda: F64 - np.ones(3, np.float32), "cannot mix"),
     "float32 * float64 array": (lambda: F32 * np.ones(3), "cannot mix"),
@@ -775,8 +775,8 @@ REFUSED = {
 }
 
 
-@pytest.mark.parametrize(("action", "message"), REFUSED.values(), ids=REFUSED)
-def test_a_tensor_refuses(action, message):
+@pytest.mark.parametrize(("action", "message"), REJECTED.values(), ids=REJECTED)
+def test_tensor_rejects(action, message):
     with pytest.raises(Error, match=message):
         action()
 
@@ -789,7 +789,7 @@ def test_equality_is_identity():
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
-def test_numbers_of_any_kind_do_not_widen(dtype):
+def test_numbers_do_not_change_the_dtype(dtype):
     x = Tensor(np.ones(3, dtype), requires_grad=True)
     for number in (2, 2.0, True, np.float64(2), np.float32(2), np.int64(2)):
         for y in (x + number, number + x, x - number, number - x, x * number, number * x, x / number,
@@ -815,7 +815,7 @@ def test_integer_arrays_and_lists_are_converted_on_either_side():
     assert np.array_equal((integers @ matrix).data, integers @ matrix.data)
 
 
-def test_an_array_on_the_left_is_ours():
+def test_array_on_the_left_gives_a_tensor():
     x = leaf(3)
     array = np.arange(3.0)
     assert isinstance(array * x, Tensor) and isinstance(array @ x, Tensor)
@@ -823,7 +823,7 @@ def test_an_array_on_the_left_is_ours():
     assert np.array_equal(x.grad, -np.ones(3))
 
 
-def test_replace_drops_the_old_gradient_and_keeps_the_leaf_a_leaf():
+def test_replace_drops_the_gradient_and_keeps_requires_grad():
     x = leaf(3)
     (x * 2).backward(np.ones(3))
     x.replace(np.zeros((2, 2), np.float32))

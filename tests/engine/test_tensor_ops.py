@@ -1,6 +1,6 @@
-"""Every operator and method of Tensor, and every function of several tensors: value and gradients.
+"""Every operator and method of Tensor, and every function of several tensors: output and gradients.
 
-``CASES`` holds one strategy per op; the four checks of ``parity.ops.cases`` run over all of them.
+``CASES`` holds one strategy per op; the checks of ``parity.ops.cases`` run on all of them.
 """
 
 import inspect
@@ -15,7 +15,7 @@ import torch
 from hypothesis import Phase, find, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
-from support.ops import caught, place_of_error, scale_one_gradient
+from support.ops import fails, place_of_error, scale_one_gradient
 from support.suite import proven
 
 import tinyllm
@@ -29,7 +29,7 @@ from tinyllm.tensor_ops import ArrayAlgebra
 
 
 def constant(value, like):
-    """A number as it is, an integer array as it is, a float array in the dtype of ``like``."""
+    """A float array in the dtype of ``like``; numbers and integer arrays unchanged."""
     return value.astype(like.dtype) if isinstance(value, np.ndarray) and value.dtype.kind == "f" else value
 
 
@@ -39,7 +39,7 @@ def torch_constant(value):
 
 @st.composite
 def other_operand(draw, shape):
-    """What may stand beside a Tensor without a gradient of its own."""
+    """A number or array: an operand without a gradient."""
     kind = draw(st.sampled_from(["number", "integer", "NumPy number", "array", "integers"]))
     rng = np.random.default_rng(draw(some.SEEDS))
     if kind == "number":
@@ -102,7 +102,7 @@ def matmul_shapes(draw):
     batches = draw(st.integers(0, 2))
     drawn = hnp.mutually_broadcastable_shapes(signature=signature, max_dims=batches, min_side=0, max_side=4)
     left, right = draw(drawn).input_shapes
-    # The signature's broadcast axes lie before a vector's one axis, where @ has none.
+    # The strategy puts batch axes in front of vectors too, where @ does not have any.
     return left[-1:] if "(n)," in signature else left, right[-1:] if ",(n)-" in signature else right
 
 
@@ -145,7 +145,7 @@ def elementwise(draw, name, values=some.normal):
 
 @st.composite
 def reduction(draw, name, theirs, values=some.normal, min_side=1, ddofs=(None,)):
-    """``theirs(x, dim, keepdim, ddof)``, where dim is every axis if ours is None."""
+    """``theirs(x, dim, keepdim, ddof)``, where dim is all axes if axis is None."""
     shape = draw(some.shapes(min_side=min_side))
     axis, keepdims = draw(some.axes(len(shape))), draw(st.booleans())
     every = tuple(range(len(shape)))
@@ -157,7 +157,7 @@ def reduction(draw, name, theirs, values=some.normal, min_side=1, ddofs=(None,))
         f"{name} of {shape}, {options}",
         [draw(some.arrays(shape, values))],
         lambda x: getattr(x, name)(**options),
-        # torch takes no empty tuple of axes for "none at all": a number is its own reduction.
+        # torch reads an empty tuple of axes as all axes: reduce a scalar as an array of one element.
         lambda x: theirs(x, dim, keepdims, ddof) if every else theirs(x.reshape(1), 0, False, ddof),
         seed=draw(some.SEEDS),
     )
@@ -208,7 +208,7 @@ def swapaxes(draw):
 
 @st.composite
 def rearrange(draw):
-    """einops itself, on a torch tensor, is the reference; torch derives its gradient."""
+    """The reference is einops on a torch tensor, with torch's gradient."""
     shape, pattern, sizes = draw(
         st.sampled_from(
             [
@@ -233,7 +233,7 @@ def rearrange(draw):
 
 @st.composite
 def astype(draw):
-    """Through a wider type and back; casts that round have a test of their own."""
+    """To a larger dtype and back; casts that round have a test of their own."""
     x = draw(some.arrays(draw(some.shapes())))
     there_and_back = lambda x: x.astype(np.longdouble).astype(x.dtype)  # noqa: E731
     return Case("astype", [x], there_and_back, lambda x: x * 1, seed=draw(some.SEEDS))
@@ -241,7 +241,7 @@ def astype(draw):
 
 @st.composite
 def getitem(draw):
-    """torch has no negative steps: the reference indexes element numbers with NumPy and gathers those."""
+    """torch has no negative steps: the reference gathers the element numbers that NumPy selects."""
     shape = draw(some.shapes())
     index = draw(some.indices(shape))
     numbers = np.asarray(np.arange(math.prod(shape)).reshape(shape)[index])
@@ -290,7 +290,7 @@ def stacking(draw):
 
 @st.composite
 def splitting(draw):
-    """All parts, the first of them twice, stacked into one result."""
+    """All parts, and the first once more, stacked into one result."""
     shape = list(draw(some.shapes(min_dims=1)))
     axis, sections = draw(st.integers(-len(shape), len(shape) - 1)), draw(st.integers(1, 3))
     shape[axis] = sections * draw(st.integers(1, 3))
@@ -382,36 +382,36 @@ CASES = {
     "einsum": contraction(),
 }
 
-# ------------------------------------------------------------------------- the four checks
+# ------------------------------------------------------------------------ checks of every op
 
 every_op = pytest.mark.parametrize("op", CASES)
 
 
 @proven("op", CASES)
 @given(data=st.data())
-def test_value_and_gradients_are_torchs(op, data):
+def test_output_and_gradients_match_torch(op, data):
     check_torch(data.draw(CASES[op]))
 
 
 @every_op
 @given(data=st.data())
-def test_the_gradient_is_the_derivative_along_a_random_direction(op, data):
+def test_gradient_matches_directional_derivative(op, data):
     check_direction(data.draw(CASES[op]))
 
 
 @every_op
 @given(data=st.data())
-def test_float32_stays_float32_and_close_to_float64(op, data):
+def test_float32_results_are_float32_and_close_to_float64(op, data):
     check_float32(data.draw(CASES[op]))
 
 
 NOT_OPS = {"__init__", "__repr__", "__bool__", "__array__"}  # operators that compute nothing
 NOT_OPS |= {"from_op", "saved", "backward"}  # the tape
-NOT_OPS |= {"replace", "detach", "item", "no_grad"}  # ways out of it
-NOT_OPS |= {"to"}  # another device: tests/test_gpu.py
+NOT_OPS |= {"replace", "detach", "item", "no_grad"}  # without a gradient
+NOT_OPS |= {"to"}  # between devices: tests/backend/test_device_discipline.py
 
 
-def test_every_public_op_has_a_case():
+def test_every_public_op_has_cases():
     members = vars(ArrayAlgebra) | vars(Tensor)
     hidden = {name for name in members if name.startswith("_") and not name.endswith("__")}
     methods = {name for name, value in members.items() if callable(value)} - hidden
@@ -424,17 +424,17 @@ def test_every_public_op_has_a_case():
     assert (methods | functions) - NOT_OPS == set(CASES)
 
 
-# -------------------------------------------------------------------------------- sabotage
+# -------------------------------------------------------------------------- planted faults
 
 
 @pytest.mark.parametrize("position", [0, -1])
 @every_op
-def test_a_gradient_off_by_one_part_in_a_hundred_million_is_caught(op, position, monkeypatch):
+def test_relative_gradient_error_of_1e_8_is_detected(op, position, monkeypatch):
     scale_one_gradient(monkeypatch, position, 1 + 1e-8)
-    find(CASES[op], caught, settings=settings(phases=[Phase.generate]))  # raises if no example is caught
+    find(CASES[op], fails, settings=settings(phases=[Phase.generate]))  # raises if every example passes
 
 
-def test_the_direction_check_catches_a_gradient_off_by_one_part_in_ten_thousand(monkeypatch):
+def test_direction_check_detects_relative_gradient_error_of_1e_4(monkeypatch):
     x = np.random.default_rng(0).standard_normal((3, 4))
     case = Case("exp", [x], Tensor.exp, torch.exp)
     check_direction(case)
@@ -443,7 +443,7 @@ def test_the_direction_check_catches_a_gradient_off_by_one_part_in_ten_thousand(
         check_direction(case)
 
 
-# ------------------------------------------------------------------------------ one by one
+# ------------------------------------------------------------------------- particular inputs
 
 
 @pytest.mark.parametrize(
@@ -459,7 +459,7 @@ def test_the_direction_check_catches_a_gradient_off_by_one_part_in_ten_thousand(
         ("ij->j", [(3, 1)]),
     ],
 )
-def test_an_axis_of_length_one_broadcasts_in_einsum(subscripts, shapes):
+def test_einsum_broadcasts_axes_of_length_1(subscripts, shapes):
     arrays = [np.random.default_rng(i).standard_normal(shape) for i, shape in enumerate(shapes)]
     ours, theirs = partial(einsum, subscripts), partial(torch.einsum, subscripts)
     check_torch(Case(f"einsum {subscripts}", arrays, ours, theirs))
@@ -468,10 +468,10 @@ def test_an_axis_of_length_one_broadcasts_in_einsum(subscripts, shapes):
 @pytest.mark.parametrize("shape, axis", [((1,), None), ((1,), 0), ((3, 1), 1), ((1, 4), 0), ((2, 3), (0, 1))])
 @pytest.mark.parametrize("ddof", [0, 1, 2, 6, 7])
 @pytest.mark.filterwarnings("ignore:.*degrees of freedom")
-def test_the_variance_of_too_few_elements_is_torchs(shape, axis, ddof):
-    """Divided by nothing: nan where all are equal, infinite where they are not, and the gradient likewise.
+def test_variance_of_too_few_elements_matches_torch(shape, axis, ddof):
+    """For N = ddof the value is nan if all elements are equal, else infinite, and so is the gradient.
 
-    Below nothing torch's gradient is finite along an axis and not over all; here it is as the value.
+    For N < ddof torch's gradient is finite along an axis but not over all axes; here it never is.
     """
     x = np.random.default_rng(0).standard_normal(shape)
     ours, theirs = Tensor(x, requires_grad=True), torch.tensor(x, requires_grad=True)
@@ -485,7 +485,7 @@ def test_the_variance_of_too_few_elements_is_torchs(shape, axis, ddof):
         assert not np.isfinite(ours.grad).any()
 
 
-def test_requires_grad_of_a_leaf_can_be_set():
+def test_requires_grad_can_be_set_on_a_leaf():
     a, b = Tensor(np.ones(3)), Tensor(np.ones(3), requires_grad=True)
     a.requires_grad = True
     b.requires_grad = False
@@ -493,10 +493,10 @@ def test_requires_grad_of_a_leaf_can_be_set():
     (a * b).sum().backward()
     np.testing.assert_array_equal(a.grad, np.ones(3))
     assert b.grad is None
-    b.grad = None  # nothing to drop, as zero_grad() does for every parameter
+    b.grad = None  # allowed without a gradient: zero_grad() does this to every parameter
     b.requires_grad = True
     (a * b).sum().backward()
-    b.requires_grad = True  # as it was: the gradient stays
+    b.requires_grad = True  # unchanged: the gradient is kept
     np.testing.assert_array_equal(a.grad, np.full(3, 2.0))
     np.testing.assert_array_equal(b.grad, np.ones(3))
     a.requires_grad = False
@@ -512,7 +512,7 @@ def test_tied_maxima_share_the_gradient():
     np.testing.assert_allclose(a.grad, [[0, 0.5, 0.5], [1 / 3, 1 / 3, 1 / 3]])
 
 
-def test_an_element_named_twice_gets_both_gradients():
+def test_element_indexed_twice_gets_both_gradients():
     for index in ([0, 2, 0], np.array([0, 2, 0]), np.array([0, 2, 0], np.uint8), ([0, 2, 0], slice(None))):
         x = Tensor(np.ones((3, 2)), requires_grad=True)
         x[index].sum().backward()
@@ -520,28 +520,28 @@ def test_an_element_named_twice_gets_both_gradients():
 
 
 @pytest.mark.parametrize("dtype", [np.uint8, np.uint16, np.int16, np.int32])
-def test_a_short_index_does_not_overflow(dtype):
-    """Row 250 of 300 columns begins at element 75,000: beyond what a byte or a short counts to."""
+def test_index_of_small_integer_dtype_does_not_overflow(dtype):
+    """Row 250 of 300 columns starts at element 75,000, which overflows 8 and 16 bits."""
     x = Tensor(np.zeros((256, 300)), requires_grad=True)
     x[np.array([250, 3, 250], dtype)].sum().backward()
     assert (x.grad[250] == 2).all() and (x.grad[3] == 1).all() and x.grad.sum() == 900
 
 
-def test_a_number_of_numpy_is_an_index():
+def test_numpy_scalar_is_an_index():
     for i in (2, np.int64(2), np.uint8(2), np.array(2)):
         x = Tensor(np.ones((3, 2)), requires_grad=True)
         x[i].sum().backward()
         np.testing.assert_array_equal(x.grad, [[0, 0], [0, 0], [1, 1]], err_msg=f"index {i!r}")
 
 
-def test_indexing_by_no_ids_at_all():
+def test_empty_index_array():
     for shape in ((3, 2), (0, 2), (0,)):
         x = Tensor(np.ones(shape), requires_grad=True)
         x[np.array([], int)].sum().backward()
         np.testing.assert_array_equal(x.grad, np.zeros(shape))
 
 
-def test_the_grad_of_a_view_reaches_every_use_once():
+def test_gradient_of_overlapping_views_matches_torch():
     x = np.random.default_rng(0).standard_normal((4, 6))
 
     def op(x):
@@ -553,7 +553,7 @@ def test_the_grad_of_a_view_reaches_every_use_once():
     check_torch(Case("views of one tensor", [x], op, theirs))
 
 
-def test_lists_of_integers_are_operands():
+def test_lists_of_integers_are_converted_to_the_dtype():
     x = Tensor(np.array([1.0, 2.0], np.float32), requires_grad=True)
     for op in (operator.add, operator.sub, operator.mul, operator.truediv, operator.matmul):
         for numbers in ([3, 4], [True, False]):
@@ -566,14 +566,14 @@ def test_lists_of_integers_are_operands():
                 np.testing.assert_array_equal(result.data, op(*arrays))
 
 
-def test_an_integer_array_is_not_changed_by_an_operand():
+def test_integer_operand_is_not_modified():
     ids, x = np.array([1, 2]), Tensor(np.ones(2), requires_grad=True)
     x * ids
     assert ids.dtype == np.int64 and ids.tolist() == [1, 2]
 
 
 @pytest.mark.parametrize("left, right", [(np.float32, np.float64), (np.float64, np.float32)])
-def test_a_cast_rounds_and_its_gradient_is_cast_back(left, right):
+def test_astype_rounds_and_casts_its_gradient_back(left, right):
     data = np.array([1 / 3, 1e-8, 3.0]).astype(left)
     x = Tensor(data, requires_grad=True)
     y = x.astype(right)
@@ -583,7 +583,7 @@ def test_a_cast_rounds_and_its_gradient_is_cast_back(left, right):
     np.testing.assert_array_equal(x.grad, np.array([0.1, 0.2, 0.3], right).astype(left))
 
 
-def test_the_number_in_where_may_be_minus_infinity():
+def test_where_accepts_minus_infinity():
     x = Tensor(np.ones((2, 2), np.float32), requires_grad=True)
     y = where(np.array([[True, False], [True, True]]), x, -math.inf)
     assert y.dtype == np.float32 and y.data.tolist() == [[1, -math.inf], [1, 1]]
@@ -591,14 +591,14 @@ def test_the_number_in_where_may_be_minus_infinity():
     np.testing.assert_array_equal(x.grad, [[1, 0], [1, 1]])
 
 
-def test_detach_has_no_past_and_item_is_a_number():
+def test_detach_has_no_graph_and_item_is_a_number():
     x = Tensor(np.array([2.0]), requires_grad=True)
     (x.detach() * x).backward()
     assert x.grad.tolist() == [2.0]  # not 4: one factor is a constant
     assert type(x.item()) is float and x.item() == 2.0
 
 
-def test_tanh_and_exp_of_large_numbers():
+def test_tanh_and_exp_of_large_inputs():
     for dtype in (np.float32, np.float64):
         x = Tensor(np.array([-1e4, -50, 0, 50, 1e4], dtype), requires_grad=True)
         x.tanh().backward(np.ones(5, dtype))
@@ -607,7 +607,7 @@ def test_tanh_and_exp_of_large_numbers():
         assert Tensor(np.array([-1e4], dtype)).exp().data.tolist() == [0]
 
 
-def test_the_comparison_refuses_nan_and_another_shape():
+def test_assert_close_rejects_nan_and_another_shape():
     good = np.ones(3)
     for bad in (np.array([1, 1, np.nan]), np.ones((3, 1)), np.ones(3) + 3e-10):
         with pytest.raises(AssertionError):
@@ -627,11 +627,11 @@ def twice():
     loss.backward()
 
 
-def set_grad_of_a_result():
+def set_grad_of_computed_tensor():
     (leaf(2) * 2).grad = np.ones(2)
 
 
-ERRORS = {  # what is done -> what the sentence must say: the value, and the remedy
+ERRORS = {  # mistake -> (call, words in its message: the value and the remedy)
     "backward twice": (twice, ["already", "forward pass again"]),
     "Tensor of a Tensor": (lambda: Tensor(leaf(2)), ["detach()", "Tensor(tensor.data)"]),
     "gradient of integers": (lambda: Tensor(np.arange(2), requires_grad=True), ["int64", "floating-point"]),
@@ -643,8 +643,8 @@ ERRORS = {  # what is done -> what the sentence must say: the value, and the rem
         ["(2,)", "float64", "float32"],
     ),
     "grad that is a list": (lambda: (leaf(2) * 2).backward([1.0, 1.0]), ["(2,)", "float64", "list"]),
-    "grad of a result set": (set_grad_of_a_result, ["leaf", "requires_grad=True"]),
-    "requires_grad of a result": (
+    "grad of a computed tensor": (set_grad_of_computed_tensor, ["leaf", "requires_grad=True"]),
+    "requires_grad of a computed tensor": (
         lambda: setattr(leaf(2) * 2, "requires_grad", False),
         ["computed", "detach()"],
     ),
@@ -676,7 +676,7 @@ ERRORS = {  # what is done -> what the sentence must say: the value, and the rem
 
 
 @pytest.mark.parametrize("name", ERRORS)
-def test_an_error_names_the_value_and_the_remedy(name):
+def test_error_names_the_value_and_the_remedy(name):
     call, words = ERRORS[name]
     with pytest.raises(Error) as caught:
         call()
@@ -685,7 +685,7 @@ def test_an_error_names_the_value_and_the_remedy(name):
 
 
 @pytest.mark.parametrize("module", [tensor, tensor_ops])
-def test_every_error_of_the_engine_is_raised_above(module):
+def test_every_error_of_the_engine_is_tested(module):
     places = {place_of_error(call) for call, _ in ERRORS.values()}
     raised = sum(path == module.__file__ for path, _ in places)
     assert raised == inspect.getsource(module).count("raise Error(")

@@ -1,5 +1,4 @@
-"""What Llama's ops promise beyond torch's numbers: shared heads that are never repeated, turns that keep
-distances, few arrays kept, and honest values far from zero."""
+"""Properties of Llama's ops beyond the comparison with torch: memory, invariances, extreme values."""
 
 import math
 import tracemalloc
@@ -9,16 +8,14 @@ import pytest
 import torch
 import torch.nn.functional as TF
 from support.ops import (
-    at_address,
     both_dtypes,
-    kept_weights,
     normal,
     small_blocks,
-    torch_attention,
     torch_value_and_gradient,
     value_and_gradient,
 )
 
+from parity.ops.attention import at_address, kept_weights, torch_attention
 from parity.ops.cases import Case, assert_close, check_composed, check_torch
 from tinyllm import Tensor, no_grad
 from tinyllm import functional as F
@@ -35,10 +32,10 @@ from tinyllm.functional import attention, composed
         (4, 2, 290, 40, True, 0),
         (6, 2, 150, 257, False, 0),
         (4, 2, 270, 270, True, 0.3),
-        (9, 3, 1, 600, True, 0),  # a step of generation
+        (9, 3, 1, 600, True, 0),  # a decoding step
     ],
 )
-def test_shared_heads_beyond_one_block_of_queries(H, G, T, S, is_causal, p):
+def test_shared_heads_over_several_blocks_of_queries(H, G, T, S, is_causal, p):
     q, k, v = normal(2, H, T, 4), normal(2, G, S, 4, seed=1), normal(2, G, S, 3, seed=2)
     address, options = (5, 6, 7, 0), dict(is_causal=is_causal, enable_gqa=True)
     kept = kept_weights(q, k, options, p, address) if p else None
@@ -58,8 +55,8 @@ def test_shared_heads_beyond_one_block_of_queries(H, G, T, S, is_causal, p):
         check_composed(case)
 
 
-def test_query_heads_share_the_key_heads_that_torch_says():
-    """Heads 0, 1 and 2 look at the first key-value head, 3, 4 and 5 at the second: not one, other, one …"""
+def test_query_heads_are_grouped_as_in_torch():
+    """Heads 0, 1 and 2 use the first key-value head, heads 3, 4 and 5 the second: groups are consecutive."""
     q, k, v = (torch.tensor(normal(1, H, 5, 4, seed=H)) for H in (6, 2, 2))
     theirs = TF.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
     ours = [Tensor(x.numpy()) for x in (q, k, v)]
@@ -70,7 +67,7 @@ def test_query_heads_share_the_key_heads_that_torch_says():
     assert_close(out.data[:, :3], first.data, "the first three heads", 1e-15)
 
 
-def test_with_as_many_key_heads_enable_gqa_changes_no_bit():
+def test_enable_gqa_without_shared_heads_is_bitwise_identical():
     inputs = [normal(2, 3, 40, 4, seed=i) for i in range(3)]
     upstream = normal(2, 3, 40, 4, seed=3)
     results = []
@@ -84,18 +81,18 @@ def test_with_as_many_key_heads_enable_gqa_changes_no_bit():
         np.testing.assert_array_equal(one, other)
 
 
-def test_heads_that_share_keys_do_not_share_their_dropout():
+def test_heads_that_share_keys_have_distinct_dropout_masks():
     B, H, G, T, p = 2, 6, 2, 40, 0.3
     with small_blocks():
         q, k = normal(B, H, T, 2), normal(B, G, T, 2, seed=1)
         kept = kept_weights(q, k, {"enable_gqa": True}, p, (1, 2, 3, 0)) > 0  # (B, H, T, S)
     rows = kept.reshape(-1, T)
     assert abs(kept.mean() - (1 - p)) < 5 * math.sqrt(p * (1 - p) / kept.size)
-    assert len(np.unique(rows, axis=0)) == len(rows)  # 480 rows of 40: a chance of 1e-4 that two agree
+    assert len(np.unique(rows, axis=0)) == len(rows)  # 480 rows of 40: two agree with probability 1e-4
 
 
 def peak_bytes(function):
-    function()  # what is made once, such as the pool of threads
+    function()  # allocates what is created once, such as the thread pool
     tracemalloc.start()
     try:
         function()
@@ -105,7 +102,7 @@ def peak_bytes(function):
 
 
 def test_keys_and_values_are_never_repeated_in_memory():
-    """One query of 32 heads over 5,000 keys of one: scores and weights are made, no copy of K or V."""
+    """One query of 32 heads over 5,000 keys of one head allocates scores and weights, no copy of K or V."""
     q, k, v = (Tensor(normal(1, H, T, 64).astype(np.float32)) for H, T in ((32, 1), (1, 5000), (1, 5000)))
 
     def step():
@@ -113,17 +110,17 @@ def test_keys_and_values_are_never_repeated_in_memory():
             F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
 
     scores = 32 * 5000 * 4
-    assert peak_bytes(step) < 1.2 * scores < k.data.nbytes  # repeated they would be 32 times this
+    assert peak_bytes(step) < 1.2 * scores < k.data.nbytes  # repeated heads would take 32 times this
     grown, upstream = Tensor(k.data, requires_grad=True), np.ones(q.shape, np.float32)
 
-    def both_ways():
+    def forward_and_backward():
         F.scaled_dot_product_attention(q, grown, grown, is_causal=True, enable_gqa=True).backward(upstream)
 
-    assert peak_bytes(both_ways) < 4 * k.data.nbytes + 3 * scores  # dK, dV, a product each, and the leaf's
+    assert peak_bytes(forward_and_backward) < 4 * k.data.nbytes + 3 * scores  # dK, dV and a product for each
 
 
-def test_a_block_holds_as_many_rows_as_without_sharing():
-    """With 4 heads to a key-value head, a block takes a quarter of the positions of each."""
+def test_block_of_shared_heads_has_query_block_rows():
+    """With 4 query heads per key-value head, a block has a quarter of the positions of each."""
     rows = []
     matmul = np.matmul
 
@@ -146,34 +143,36 @@ def angles(T, half, start=0):
     return (start + np.arange(T))[:, None] * 100.0 ** (-np.arange(half) / half)
 
 
-def turned(x, at):
+def rotated(x, at):
     return F.rope(Tensor(x), np.cos(at), np.sin(at)).data
 
 
-def test_rope_is_that_of_transformers():
+def test_rope_matches_transformers():
     llama = pytest.importorskip("transformers.models.llama.modeling_llama")
     q, k, at = normal(2, 3, 5, 8), normal(2, 1, 5, 8, seed=1), angles(5, 4)
     whole = torch.tensor(np.concatenate([at, at], axis=-1))[None]
     theirs = llama.apply_rotary_pos_emb(torch.tensor(q), torch.tensor(k), whole.cos(), whole.sin())
     for mine, other in zip((q, k), theirs):
-        assert_close(turned(mine, at), other.numpy(), "rope")
+        assert_close(rotated(mine, at), other.numpy(), "rope")
 
 
-def test_channels_i_and_i_plus_half_are_a_pair():
+def test_rope_pairs_channels_i_and_i_plus_half():
     x = np.zeros((1, 1, 1, 6))
     x[..., 1] = 1
-    y = turned(x, np.full((1, 3), math.pi / 2))
+    y = rotated(x, np.full((1, 3), math.pi / 2))
     np.testing.assert_allclose(y[0, 0, 0], [0, 0, 0, 0, 1, 0], atol=1e-15)
 
 
-def test_a_product_of_turned_vectors_sees_only_the_distance():
+def test_product_of_rotated_vectors_depends_only_on_the_distance():
     q, k = normal(1, 1, 1, 8), normal(1, 1, 1, 8, seed=1)
-    products = [(turned(q, angles(1, 4, t + 7)) * turned(k, angles(1, 4, t))).sum() for t in (0, 1, 5, 1000)]
+    products = [
+        (rotated(q, angles(1, 4, t + 7)) * rotated(k, angles(1, 4, t))).sum() for t in (0, 1, 5, 1000)
+    ]
     np.testing.assert_allclose(products, products[0], rtol=1e-11)
     assert abs(products[0] - (q * k).sum()) > 1e-2
 
 
-def test_turning_back_is_the_gradient_and_the_inverse():
+def test_rope_gradient_is_the_inverse_rotation():
     x, at = Tensor(normal(2, 3, 5, 8), requires_grad=True), angles(5, 4)
     y = F.rope(x, np.cos(at), np.sin(at))
     np.testing.assert_allclose((y.data**2).sum(-1), (x.data**2).sum(-1), rtol=1e-14)
@@ -181,10 +180,10 @@ def test_turning_back_is_the_gradient_and_the_inverse():
     np.testing.assert_allclose(x.grad, x.data, rtol=0, atol=1e-14)
 
 
-def test_rope_keeps_the_memory_order_that_the_projections_want():
-    """q is (B, T, H, D) in memory, seen as (B, H, T, D): so is what comes out, and the way back is free."""
+def test_rope_keeps_the_memory_order_of_the_projections():
+    """q is a (B, H, T, D) view of (B, T, H, D) in memory. So is the result, which swapaxes restores free."""
     x = normal(2, 5, 3, 8).swapaxes(1, 2)
-    assert turned(x, angles(5, 4)).swapaxes(1, 2).flags.c_contiguous
+    assert rotated(x, angles(5, 4)).swapaxes(1, 2).flags.c_contiguous
 
 
 # ---------------------------------------------------------------------- norm and activations
@@ -192,7 +191,7 @@ def test_rope_keeps_the_memory_order_that_the_projections_want():
 
 @both_dtypes
 def test_rms_norm_of_rows_of_any_size(dtype, close):
-    """Rows of 1e-3, 1 and 1e4 times unit size come out of unit size, but for eps."""
+    """Rows of 1e-3, 1 and 1e4 times unit scale are normalised to unit scale, up to eps."""
     size = np.array([[1e-3], [1.0], [1e4]])
     x, weights = (normal(3, 64) * size).astype(dtype), normal(3, 64, seed=1)
     out, grad = value_and_gradient(lambda x: F.rms_norm(x, 64, eps=1e-6) * weights.astype(x.dtype), x)
@@ -207,7 +206,7 @@ def test_rms_norm_of_a_row_of_zeros():
     np.testing.assert_allclose(grad, 100)
 
 
-def test_eps_is_the_dtypes_own_unless_given():
+def test_rms_norm_eps_defaults_to_machine_epsilon():
     for dtype in (np.float32, np.float64):
         x = np.full((1, 4), 1e-6, dtype)
         expected = x / np.sqrt(1e-12 + np.finfo(dtype).eps)
@@ -231,19 +230,19 @@ def test_silu_and_swiglu_far_from_zero(dtype, close):
     assert out[0] == 0 and out[-1] == x[-1] and grad[0] == 0 and grad[-1] == 1
 
 
-EIGHTHS = np.full((1000, 32), math.sqrt(0.5))  # cos and sin of an eighth of a turn
+EIGHTHS = np.full((1000, 32), math.sqrt(0.5))  # cos and sin of 45 degrees
 
 
 @pytest.mark.parametrize(
     ("op", "shapes"),
     [
-        (lambda x, w: F.rms_norm(x, 512, w), [(1000, 512), (512,)]),  # x̂ is formed again in backward
-        (F.swiglu, [(1000, 512), (1000, 512)]),  # σ, too
+        (lambda x, w: F.rms_norm(x, 512, w), [(1000, 512), (512,)]),  # recomputes x̂ in backward
+        (F.swiglu, [(1000, 512), (1000, 512)]),  # recomputes σ
         (lambda x: F.rope(x, EIGHTHS, EIGHTHS), [(1, 8, 1000, 64)]),
     ],
     ids=["rms_norm", "swiglu", "rope"],
 )
-def test_an_op_makes_nothing_to_keep_but_its_output(op, shapes):
+def test_op_keeps_only_its_output_for_backward(op, shapes):
     tensors = [Tensor(normal(*shape), requires_grad=True) for shape in shapes]
     op(*tensors)
     tracemalloc.start()

@@ -17,11 +17,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from support.models import batch, configs, llama_configs, our_gradients, random_gpt2, random_llama
-from support.ops import addresses, kept_weights, torch_attention
 from support.suite import proven
 from transformers.pytorch_utils import Conv1D as TheirConv1D
 
 from parity.ops import strategies as some
+from parity.ops.attention import addresses, kept_weights, torch_attention
 from parity.ops.cases import FLOOR, assert_close, upstream
 from parity.twins import gpt2 as torch_gpt2
 from parity.twins import llama as torch_llama
