@@ -24,7 +24,7 @@ def gelu(input: Tensor, approximate: str = "none") -> Tensor:
 
     ``"tanh"`` is GPT-2's: Φ(x) ≈ ½ (1 + tanh u) with u = sqrt(2/π) (x + 0.044715 x³). As
     ½ (1 + tanh u) = exp(u) / (exp(u) + exp(-u)) = 1 / (1 + exp(-2u)) = σ(2u), this is y = x s with s = σ(2u).
-    By σ' = σ (1 - σ) and the chain rule,
+    By σ' = σ (1 - σ), derived at ``silu``, and the chain rule,
 
         dy/dx = s + x s (1 - s) 2u',   2u' = 2 sqrt(2/π) (1 + 3 · 0.044715 x²).
 
@@ -170,7 +170,7 @@ def softmax(input: Tensor, dim: int = -1) -> Tensor:
     """p_i = exp(x_i) / Σ_j exp(x_j) along ``dim``.
 
     Subtracting max x from every x_i cancels in the fraction and keeps exp from overflowing. With
-    e_i = exp(x_i) and Z = Σ_j e_j, the quotient rule gives
+    e_i = exp(x_i), Z = Σ_j e_j, and δ_ik = 1 if i = k, else 0, the quotient rule gives
 
         ∂p_i/∂x_k = δ_ik e_i/Z - e_i e_k/Z² = p_i (δ_ik - p_k),
 

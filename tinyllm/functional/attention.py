@@ -38,20 +38,21 @@ def scaled_dot_product_attention(
     keys up to t; if T ≠ S the *last* query is aligned with the *last* key, as a KV cache needs (torch aligns
     the first with the first). A query without a visible key gets zeros. ``dropout_p`` drops weights as
     ``dropout`` does; pass 0 outside training. With ``enable_gqa`` K and V may have G heads, G a divisor of H:
-    query heads 0 to H/G - 1 share the first, and so on (Ainslie et al., "GQA", arXiv 2305.13245). They are
-    not repeated: the queries of a group are stacked in one product, whose gradient sums dK and dV over them.
+    query heads 0 to H/G - 1 share the first, and so on (Ainslie et al., "GQA", arXiv 2305.13245). K and V
+    are not repeated: the queries of a group are stacked in one product, whose gradient sums over the group.
 
-    Per head, S = Q Kᵀ · scale + mask, P_ts = exp(S_ts) / Σ_s' exp(S_ts'), O = P V. With g = dL/dO, P V
-    gives dV = Pᵀ g and dP = g Vᵀ, as in ``linear``. P is a softmax over s, whose gradient is
+    Per head, S = Q Kᵀ · scale + mask, P_ts = exp(S_ts) / Σ_k exp(S_tk), and O_te = Σ_s P_ts V_se. With
+    g = dL/dO the last sum gives dV_se = Σ_t P_ts g_te and dP_ts = Σ_e g_te V_se: dV = Pᵀ g, dP = g Vᵀ. Row t
+    of P is a softmax, ∂P_ts/∂S_tk = P_ts ([s = k] - P_tk), so dS_tk = Σ_s dP_ts ∂P_ts/∂S_tk becomes
 
-        dS_ts = P_ts (dP_ts - δ_t),   δ_t = Σ_s P_ts dP_ts = Σ_s P_ts Σ_e g_te V_se = Σ_e g_te O_te,
+        dS_tk = P_tk (dP_tk - δ_t),   δ_t = Σ_s P_ts dP_ts = Σ_e g_te Σ_s P_ts V_se = Σ_e g_te O_te.
 
-    so δ needs only the output, not the row of P. Finally dQ = dS K · scale and dK = dSᵀ Q · scale. If dropout
-    multiplies P by a mask M, O = (P M) V gives dV = (P M)ᵀ g and dP = M (g Vᵀ), and δ is still Σ_e g_te O_te.
+    δ needs only the output, not the row of P. S = Q Kᵀ · scale gives dQ = dS K · scale, dK = dSᵀ Q · scale.
+    If dropout multiplies P by a mask M, dV = (P M)ᵀ g and dP = M (g Vᵀ), and δ_t is still Σ_e g_te O_te.
 
-    The forward pass keeps one number per query, ℓ_t = log Σ_s exp(S_ts), instead of the row P_t. The backward
-    pass computes S again, and P_ts = exp(S_ts) / exp(ℓ_t) = exp(S_ts - ℓ_t): the same quotient and therefore
-    exact, block by block, because ℓ_t already contains the sum over all keys.
+    The forward pass keeps one number per query, ℓ_t = log Σ_k exp(S_tk), instead of the row P_t. The backward
+    pass computes S again, and P_ts = exp(S_ts) / exp(ℓ_t) = exp(S_ts - ℓ_t): the same quotient, so the
+    recomputation is exact, one block at a time, because ℓ_t already contains the sum over all keys.
 
     Vaswani et al., "Attention Is All You Need", arXiv 1706.03762, section 3.2.1.
     """

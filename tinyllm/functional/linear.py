@@ -12,7 +12,7 @@ from tinyllm.tensor_ops import At, as_rows, to_memory_of
 def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """y = x Wᵀ + b for x (..., C_in), W (C_out, C_in), b (C_out,) -> (..., C_out).
 
-    Stack all positions into N rows: y_no = Σ_i x_ni W_oi + b_o. Each derivative picks one term of the sum,
+    Stack all positions into N rows: y_no = Σ_i x_ni W_oi + b_o. With δ_nm = 1 if n = m, else 0,
 
         ∂y_no/∂x_mi = δ_nm W_oi,   ∂y_no/∂W_pi = δ_op x_ni,   ∂y_no/∂b_p = δ_op,
 

@@ -33,7 +33,7 @@ def cross_entropy(
 ) -> Tensor:
     """Cross-entropy of logits (..., V) and integer targets (...): a scalar in the logits' dtype.
 
-    For one row z of the logits with target t, -log p_t = log Σ_j exp(z_j) - z_t. Its derivative is
+    For a row z of logits with target t, -log p_t = log Σ_j exp(z_j) - z_t. With δ_kt = 1 if k = t, else 0,
 
         ∂(-log p_t)/∂z_k = exp(z_k) / Σ_j exp(z_j) - δ_kt = p_k - δ_kt,
 

@@ -17,7 +17,8 @@ def layer_norm(
 ) -> Tensor:
     """y = x̂ w + b with x̂ = (x - μ) / s over the last axis of x (..., C).
 
-    μ = mean(x) and s = sqrt(var(x) + eps), with the biased variance var(x) = mean((x - μ)²). Per row,
+    μ = mean(x) and s = sqrt(var(x) + eps), with the biased variance var(x) = mean((x - μ)²). Per row, with
+    δ_ik = 1 if i = k, else 0,
 
         ∂μ/∂x_k = 1/C,   ∂var/∂x_k = (2/C) Σ_i (x_i - μ)(δ_ik - 1/C) = (2/C)(x_k - μ),
 
@@ -82,7 +83,7 @@ def rms_norm(
     """y = x̂ w with x̂ = x / r, r = sqrt(mean(x²) + eps), over the last axis of x (..., C).
 
     LayerNorm without the mean and the bias. ``eps=None`` means the dtype's machine epsilon, as in torch.
-    Per row ∂r/∂x_k = x_k/(C r) = x̂_k/C, and the quotient rule gives
+    Per row ∂r/∂x_k = x_k/(C r) = x̂_k/C, and the quotient rule gives, with δ_ik as in ``layer_norm``,
 
         ∂x̂_i/∂x_k = δ_ik/r - x_i/r² · x̂_k/C = (δ_ik - x̂_i x̂_k/C) / r.
 
