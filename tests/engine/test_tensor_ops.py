@@ -406,7 +406,7 @@ def test_float32_results_are_float32_and_close_to_float64(op, data):
 
 
 NOT_OPS = {"__init__", "__repr__", "__bool__", "__array__"}  # operators that compute nothing
-NOT_OPS |= {"from_op", "saved", "backward"}  # the tape
+NOT_OPS |= {"from_op", "saved", "backward"}  # the graph
 NOT_OPS |= {"replace", "detach", "item", "no_grad"}  # without a gradient
 NOT_OPS |= {"to"}  # between devices: tests/backend/test_device_discipline.py
 

@@ -214,7 +214,7 @@ def test_dropout_keeps_a_fraction_of_1_minus_p():
         mask = dropout_mask((1, 2, 3, 4), (1, n), p, like=np.ones(1))[0]
         assert set(np.unique(mask)) == {0, 1 / (1 - p)}
         assert abs((mask > 0).mean() - (1 - p)) < 5 * math.sqrt(p * (1 - p) / n)
-        neighbours = (mask[1:] > 0) & (mask[:-1] > 0)  # if independent, both are kept with (1 - p)²
+        neighbours = (mask[1:] > 0) & (mask[:-1] > 0)  # if independent, P(both kept) = (1 - p)²
         both = (1 - p) ** 2
         assert abs(neighbours.mean() - both) < 5 * math.sqrt(3 * both * (1 - both) / n)
 

@@ -181,7 +181,7 @@ def test_rope_gradient_is_the_inverse_rotation():
 
 
 def test_rope_keeps_the_memory_order_of_the_projections():
-    """q is a (B, H, T, D) view of (B, T, H, D) in memory. So is the result, which swapaxes restores free."""
+    """q is a (B, H, T, D) view of an array (B, T, H, D). So is the result: swapping back copies nothing."""
     x = normal(2, 5, 3, 8).swapaxes(1, 2)
     assert rotated(x, angles(5, 4)).swapaxes(1, 2).flags.c_contiguous
 
@@ -230,7 +230,7 @@ def test_silu_and_swiglu_far_from_zero(dtype, close):
     assert out[0] == 0 and out[-1] == x[-1] and grad[0] == 0 and grad[-1] == 1
 
 
-EIGHTHS = np.full((1000, 32), math.sqrt(0.5))  # cos and sin of 45 degrees
+COS = SIN = np.full((1000, 32), math.sqrt(0.5))  # of 45 degrees
 
 
 @pytest.mark.parametrize(
@@ -238,7 +238,7 @@ EIGHTHS = np.full((1000, 32), math.sqrt(0.5))  # cos and sin of 45 degrees
     [
         (lambda x, w: F.rms_norm(x, 512, w), [(1000, 512), (512,)]),  # recomputes x̂ in backward
         (F.swiglu, [(1000, 512), (1000, 512)]),  # recomputes σ
-        (lambda x: F.rope(x, EIGHTHS, EIGHTHS), [(1, 8, 1000, 64)]),
+        (lambda x: F.rope(x, COS, SIN), [(1, 8, 1000, 64)]),
     ],
     ids=["rms_norm", "swiglu", "rope"],
 )
