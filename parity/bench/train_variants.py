@@ -304,7 +304,7 @@ def what_is_missing(variant: str) -> str | None:
         return None
     for module in ("torch", "transformers"):
         if not importlib.util.find_spec(module):
-            return f"{module}: pip install 'tinyllm[parity]'"
+            return f"{module}: pip install 'tinyllm-numpy[parity]'"
     release = importlib.metadata.version("torch")
     if variant == "torch-linear-ce" and tuple(map(int, release.split(".")[:2])) < (2, 13):
         return f"torch 2.13 or newer, and this is {release}: pip install 'torch>=2.13'"

@@ -56,7 +56,7 @@ def test_a_driver_that_is_missing_or_too_old(cupy):
 @pytest.mark.parametrize(
     "error, said",
     [
-        (ModuleNotFoundError("No module named 'cupy'"), r"needs a GPU and CuPy: pip install 'tinyllm\[gpu12"),
+        (ModuleNotFoundError("No module named 'cupy'"), r"GPU and CuPy: pip install 'tinyllm-numpy\[gpu12"),
         (ImportError("=====\nCuPy is not\ncorrectly installed"), r"does not load \(===== CuPy is not corr"),
     ],
 )

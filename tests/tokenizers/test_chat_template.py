@@ -342,7 +342,7 @@ def test_a_process_that_dies_or_does_not_start(monkeypatch):
 def test_jinja2_is_named_where_it_is_missing(monkeypatch, tmp_path):
     (tmp_path / "jinja2.py").write_text("raise ImportError", encoding="utf-8")
     monkeypatch.syspath_prepend(tmp_path)
-    assert "pip install 'tinyllm[models]'" in message_of(render_chat, CHATML, CAPITAL)
+    assert "pip install 'tinyllm-numpy[models]'" in message_of(render_chat, CHATML, CAPITAL)
 
 
 def test_a_module_in_the_working_folder_is_not_taken(monkeypatch, tmp_path):

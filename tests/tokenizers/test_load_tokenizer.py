@@ -92,7 +92,7 @@ def test_damaged_files(kind, request, tmp_path):
 def test_missing_packages_are_named(byte_level, llama2, monkeypatch):
     for name, folder in (("tokenizers", byte_level), ("sentencepiece", llama2)):
         monkeypatch.setitem(sys.modules, name, None)
-        assert "pip install 'tinyllm[models]'" in message_of(load_tokenizer, folder)
+        assert "pip install 'tinyllm-numpy[models]'" in message_of(load_tokenizer, folder)
 
 
 def test_importing_needs_no_package():

@@ -363,7 +363,7 @@ def test_packages_that_are_not_there(monkeypatch, name, package):
     monkeypatch.setitem(sys.modules, package, None)
     with pytest.raises(Error) as raised:
         check_logs([name])
-    assert str(raised.value) == f"log {name!r} needs {package}: pip install 'tinyllm[{name}]'"
+    assert str(raised.value) == f"log {name!r} needs {package}: pip install 'tinyllm-numpy[{name}]'"
 
 
 def test_the_packages_are_imported_only_when_asked_for():

@@ -313,7 +313,7 @@ def test_gguf_is_imported_when_a_file_is_opened_and_named_if_missing(tmp_path, m
     assert result.stdout.strip() == "False", result.stderr
     path = write_model(tmp_path / "m.gguf", hf_model())
     monkeypatch.setitem(sys.modules, "gguf", None)
-    assert "pip install 'tinyllm[models]'" in message_of(GGUFFile, path)
+    assert "pip install 'tinyllm-numpy[models]'" in message_of(GGUFFile, path)
 
 
 def test_metadata_are_the_files_own_keys(tmp_path):

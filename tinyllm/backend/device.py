@@ -44,8 +44,8 @@ def _gpus_seen(name: str) -> int:
         import cupy
     except ModuleNotFoundError:
         raise Error(
-            f"device {name!r} needs a GPU and CuPy: pip install 'tinyllm[gpu12]' for CUDA 12, gpu13 for 13, "
-            "or choose cpu"
+            f"device {name!r} needs a GPU and CuPy: pip install 'tinyllm-numpy[gpu12]' for CUDA 12, "
+            "gpu13 for CUDA 13, or choose cpu"
         ) from None
     except ImportError as error:  # its message is a page: what it is about stands first
         reason = " ".join(str(error).split())[:200]

@@ -195,7 +195,7 @@ def require(name: str):
     try:
         return __import__(name)
     except ImportError as error:
-        raise Error(f"this tokenizer needs the package {name}: pip install 'tinyllm[models]'") from error
+        raise Error(f"this tokenizer needs {name}: pip install 'tinyllm-numpy[models]'") from error
 
 
 @contextmanager

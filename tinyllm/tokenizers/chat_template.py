@@ -190,7 +190,7 @@ def _child() -> None:
     try:
         import jinja2
     except ImportError:
-        answer = {"error": "a chat template needs jinja2: pip install 'tinyllm[models]'"}
+        answer = {"error": "a chat template needs jinja2: pip install 'tinyllm-numpy[models]'"}
     else:
         try:
             answer = {"texts": _render_all(job)}

@@ -65,7 +65,7 @@ def plot_runs(runs: Sequence[str | Path], path: str | Path, x: str = "step", y: 
     try:
         from matplotlib.figure import Figure
     except ImportError:
-        raise Error("a plot of runs needs matplotlib: pip install 'tinyllm[plot]'") from None
+        raise Error("a plot of runs needs matplotlib: pip install 'tinyllm-numpy[plot]'") from None
     path = Path(path)
     _check_request(path, x, y)
     runs = _read_runs(runs)

@@ -47,7 +47,7 @@ def check_logs(names: Sequence[str]) -> None:
         try:
             importlib.import_module(PACKAGES[name])
         except ImportError:
-            raise Error(f"log {name!r} needs {PACKAGES[name]}: pip install 'tinyllm[{name}]'") from None
+            raise Error(f"log {name!r} needs {PACKAGES[name]}: pip install 'tinyllm-numpy[{name}]'") from None
 
 
 @contextmanager

@@ -102,7 +102,7 @@ def _import_gguf():
     try:
         import gguf
     except ImportError as error:
-        raise Error("reading a GGUF file needs the package gguf: pip install 'tinyllm[models]'") from error
+        raise Error("reading GGUF files needs gguf: pip install 'tinyllm-numpy[models]'") from error
     return gguf
 
 
