@@ -1,4 +1,4 @@
-"""``tinyllm chat``: commands, Ctrl-C, a full context, pipes, the download."""
+"""``tinyllm chat``: commands, Ctrl-C, a full context, pipes, devices, the download."""
 
 import io
 import json
@@ -22,20 +22,20 @@ pytest.importorskip("jinja2")
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """The model's folder; nobody writes into it."""
+    """The model's folder, which the tests only read."""
     return write_model(tmp_path_factory.mktemp("models") / "tiny")
 
 
 @pytest.fixture
 def answers(monkeypatch):
-    """The model says what is in this list (see ``Script``)."""
+    """The model answers with the items of this list (see ``Script``)."""
     script = Script()
     monkeypatch.setattr("tinyllm.inference.chat.generate", script.generate)
     return script
 
 
 class Terminal(io.StringIO):
-    """Lines that somebody types; an exception among them is raised when it is its turn."""
+    """Typed lines; an exception among them is raised when it is read."""
 
     def __init__(self, *typed):
         super().__init__()
@@ -64,7 +64,7 @@ def chat(folder, capsys, monkeypatch):
     return run
 
 
-def test_saving(chat, answers, tmp_path, monkeypatch):
+def test_save_writes_the_conversation_and_reports_failures(chat, answers, tmp_path, monkeypatch):
     answers.append("größer 👍")
     file = tmp_path / "said it.json"
     for home in ("HOME", "USERPROFILE"):
@@ -85,95 +85,95 @@ def test_saving(chat, answers, tmp_path, monkeypatch):
     assert json.loads((tmp_path / "mine.json").read_text(encoding="utf-8")) == said[:1]
 
 
-def test_instructions_are_given_and_taken_back(chat, answers):
+def test_system_sets_and_resets_the_instructions(chat, answers):
     answers += ["ok"] * 3
     code, _, err = chat("hello\n/system  Speak Latin. \nhello\n/system\nhello\n/system \udcff\n")
     assert code == 0
     plain, instructed, again = answers.asked
     assert plain == again and len(instructed) > len(plain)
-    _, given, _, taken, _, refused = err.splitlines()
-    assert "anew" in given and "its own" in taken and "lone surrogate" in refused
+    _, given, _, default, _, refused = err.splitlines()
+    assert "these instructions" in given and "the default" in default and "lone surrogate" in refused
 
 
 @pytest.mark.parametrize("line", ["/help", "/", "/save", "/save  ", "/Reset", "/resetall", "/etc/passwd ?"])
-def test_any_other_command_gets_help_and_changes_nothing(chat, answers, line):
+def test_an_unknown_command_prints_help_and_changes_nothing(chat, answers, line):
     answers += ["ok"] * 2
     code, _, err = chat(f"hello\n{line}\nhello\n")
     assert code == 0 and err.splitlines()[1] == f"({HELP})"
-    assert answers.asked[1].count(START) == 4  # what was said before is still there
+    assert answers.asked[1].count(START) == 4  # the first message is still in the prompt
 
 
-def test_ctrl_c_in_a_terminal_never_loses_the_conversation(chat, answers):
+def test_ctrl_c_in_a_terminal_keeps_the_conversation(chat, answers):
     answers += [[*b"a", KeyboardInterrupt()], [KeyboardInterrupt()], "third"]
     keys = Terminal("one\n", KeyboardInterrupt(), "two\n", "three\n", "/quit\n")
     code, out, err = chat("", stdin=keys)
     assert code == 0 and out.endswith("third\n> ") and "a …\n" in out
-    assert err.count("(broken off; /quit or Ctrl-D ends)") == 2 and err.count("; broken off)") == 1
+    assert err.count("(interrupted; /quit or Ctrl-D ends)") == 2 and err.count("; interrupted)") == 1
     assert len(answers.asked) == 3 and keys.typed == []
 
 
-def test_ctrl_c_in_a_pipe_ends_it(chat, answers):
+def test_ctrl_c_in_a_pipe_exits_with_130(chat, answers):
     answers += [[KeyboardInterrupt()], "never"]
     code, out, err = chat("one\ntwo\n")
     assert (code, out) == (130, "") and err == "tinyllm: interrupted\n" and len(answers.asked) == 1
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="Ctrl-C reaches a process of its own only by a console")
-def test_a_real_ctrl_c(tmp_path):
-    long = write_model(tmp_path / "long", context=20_000)  # an answer of half a minute, if nothing ends it
+@pytest.mark.skipif(sys.platform == "win32", reason="Ctrl-C reaches another process only through a console")
+def test_ctrl_c_of_a_process_interrupts_the_answer(tmp_path):
+    long = write_model(tmp_path / "long", context=20_000)  # half a minute, unless interrupted
     options = ["--max-new-tokens", "19000", "--temperature", "0"]
     command = [sys.executable, "-m", "tinyllm", "chat", "--model", str(long), *options]
     pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     with subprocess.Popen(command, env=os.environ | {"PYTHONUTF8": "1"}, **pipes) as process:
         process.stdin.write(b"tell\n")
         process.stdin.flush()
-        assert process.stdout.read(3)  # it is in the middle of the answer
+        assert process.stdout.read(3)  # in the middle of the answer
         process.send_signal(signal.SIGINT)
         out, err = process.communicate(b"/reset\n", timeout=60)
     assert process.returncode == 0 and out.endswith(" …\n".encode())
-    assert b"tokens/s; broken off)\n(forgotten)\n" in err
+    assert b"tokens/s; interrupted)\n(new conversation)\n" in err
 
 
-def test_a_full_context_gets_a_sentence_and_the_chat_goes_on(tmp_path, chat):
+def test_a_full_context_is_reported_and_the_chat_continues(tmp_path, chat):
     short = write_model(tmp_path / "short", context=64)
     lines = f"1\n2\n{'x' * 80}\n/reset\n1\n"
     code, out, err = chat(lines, "--max-new-tokens", 46, "--temperature", 0, model=short)
-    read, past, much, forgotten, again = err.splitlines()  # 44 tokens were read, the 45th was drawn last
+    first, past, much, reset, again = err.splitlines()  # 44 tokens in the context, and the 45th sampled
     assert code == 0 and out[: len(out) // 2] * 2 == out
-    for line in (read, again):
-        assert line.startswith("(20 tokens read in ")
-        assert line.endswith("; cut off, the context of 64 tokens is full: say /reset to begin anew)")
+    for line in (first, again):
+        assert line.startswith("(prefill 20 tokens in ")
+        assert line.endswith("the context of 64 tokens is full: /reset starts a new conversation)")
     for line in (past, much):
         assert line.startswith("(the conversation has ") and "tokens, and the model's context 64: " in line
         assert line.endswith("reset it, or say less)")
-    assert forgotten == "(forgotten)"
+    assert reset == "(new conversation)"
 
 
-def test_a_pipe_gets_answers_only(chat, answers):
+def test_stdout_has_only_the_answers(chat, answers):
     answers += ["one", "zwei ö"]
     code, out, err = chat("first\n\n   \n/reset\nsecond")  # no line end after the last
     assert (code, out) == (0, "one\nzwei ö\n")
-    read, forgotten, again = err.splitlines()
-    assert read.startswith("(") and read.endswith(" tokens/s)") and forgotten == "(forgotten)"
+    first, reset, again = err.splitlines()
+    assert first.startswith("(") and first.endswith(" tokens/s)") and reset == "(new conversation)"
     assert again.startswith("(")
     assert len(answers.asked) == 2
 
 
-def test_nothing_to_answer(chat, answers):
+def test_no_lines_or_quit_end_without_output(chat, answers):
     assert chat("") == (0, "", "")
     assert chat("/quit\nnever\n") == (0, "", "")
     assert answers.asked == ()
 
 
-def test_a_terminal_is_told_what_there_is(chat, answers, folder):
+def test_a_terminal_shows_the_model_and_the_commands(chat, answers, folder):
     answers.append("hello")
     code, out, err = chat("", stdin=Terminal("hi\n"))
     assert code == 0 and out == "> hello\n> "
     assert err.splitlines()[0] == f"{folder}, 12,944 parameters. {HELP}."
-    assert err.endswith(" tokens/s)\n\n")  # Ctrl-D ends the line that it was typed in
+    assert err.endswith(" tokens/s)\n\n")  # Ctrl-D ends its line
 
 
-def test_a_line_that_is_no_text_is_refused_and_the_next_one_answered(chat, answers):
+def test_a_line_that_is_not_utf8_is_refused_and_the_next_answered(chat, answers):
     answers.append("ok")
     stdin = io.TextIOWrapper(io.BytesIO(b"caf\xe9\nhi\n"), encoding="utf-8")
     code, out, err = chat("", stdin=stdin)
@@ -181,7 +181,7 @@ def test_a_line_that_is_no_text_is_refused_and_the_next_one_answered(chat, answe
     assert "lone surrogate" in err.splitlines()[0] and len(answers.asked) == 1
 
 
-def test_a_real_model_in_a_pipe_of_its_own(folder):
+def test_answers_of_a_process_depend_on_the_seed(folder):
     command = [sys.executable, "-m", "tinyllm", "chat", "--model", str(folder), "--max-new-tokens", "30"]
     runs = [
         subprocess.run([*command, "--seed", seed], input=b"hi\nyou\n", capture_output=True, timeout=120)
@@ -189,14 +189,14 @@ def test_a_real_model_in_a_pipe_of_its_own(folder):
     ]
     assert [run.returncode for run in runs] == [0, 0, 0]
     assert runs[0].stdout == runs[1].stdout != runs[2].stdout
-    assert runs[0].stderr.count(b"tokens read in") == 2
+    assert runs[0].stderr.count(b"prefill") == 2
 
 
-def test_a_model_without_a_template_is_refused_before_the_first_word(tmp_path, chat):
+def test_a_model_without_a_chat_template_is_refused_before_the_first_line(tmp_path, chat):
     plain = write_model(tmp_path / "plain", template=None)
-    code, out, err = chat("", model=plain, stdin=Terminal(AssertionError("it asked for a line")))
+    code, out, err = chat("", model=plain, stdin=Terminal(AssertionError("read a line")))
     assert (code, out) == (2, "") and err.count("\n") == 1
-    assert err.startswith("tinyllm: the model brings no chat template")
+    assert "no chat template" in err and f"tinyllm generate --model {plain} --prompt" in err
 
 
 @pytest.mark.parametrize(
@@ -211,25 +211,25 @@ def test_a_model_without_a_template_is_refused_before_the_first_word(tmp_path, c
         ("--seed", "-1"),
     ],
 )
-def test_wrong_options_are_refused_before_anything_is_loaded(chat, monkeypatch, option, value):
-    for name in ("pull", "load_model_and_tokenizer"):
-        monkeypatch.setattr(f"tinyllm.cli.chat.{name}", lambda *_: pytest.fail("too late"))
+def test_wrong_options_are_refused_before_loading(chat, monkeypatch, option, value):
+    monkeypatch.setattr("tinyllm.cli.chat.pull", lambda *_, **__: pytest.fail("pulled"))
+    monkeypatch.setattr("tinyllm.cli.options.load_model_and_tokenizer", lambda *_: pytest.fail("loaded"))
     code, out, err = chat("hi\n", f"{option}={value}", model=None)
     assert (code, out) == (2, "") and err.count("\n") == 1
-    assert option.strip("-").replace("-", "_") in err.replace("-", "_") and "choose" in err
+    assert err.startswith(f"tinyllm: {option} is ") and "choose" in err
 
 
 @pytest.mark.parametrize(
     ("options", "said"),
     [("--dtype bfloat16", "needs a GPU"), ("--gpu-memory 2", "a GPU's memory"), ("--device tpu", "'tpu'")],
 )
-def test_a_device_that_cannot_do_that_is_refused_before_anything_is_loaded(chat, monkeypatch, options, said):
-    monkeypatch.setattr("tinyllm.cli.chat.load_model_and_tokenizer", None)
+def test_unsupported_device_options_are_refused_before_loading(chat, monkeypatch, options, said):
+    monkeypatch.setattr("tinyllm.cli.options.load_model_and_tokenizer", None)
     code, out, err = chat("Hello\n", *options.split())
     assert (code, out) == (2, "") and said in err and err.count("\n") == 1
 
 
-def test_the_same_answers_from_a_gpu(chat, monkeypatch):
+def test_a_gpu_gives_the_same_answers(chat, monkeypatch):
     expected = chat("Hello\nAnd you?\n")[1]
     cupy, seen = stand_in_cupy(monkeypatch), []
     generate = inference.generate
@@ -245,7 +245,7 @@ def test_the_same_answers_from_a_gpu(chat, monkeypatch):
     assert set(seen) == {DeviceArray} and cupy.limit == 5 * 10**8
 
 
-def test_a_gpu_that_is_full_ends_it_with_a_sentence(chat, answers, monkeypatch):
+def test_full_gpu_memory_exits_with_one_line(chat, answers, monkeypatch):
     stand_in_cupy(monkeypatch)
     answers[:] = ["Hi.", [OutOfMemoryError(4_096, 2_000)]]
     code, out, err = chat("Hello\nAnd you?\nStill there?\n", "--device", "cuda")
@@ -257,14 +257,14 @@ def test_a_gpu_that_is_full_ends_it_with_a_sentence(chat, answers, monkeypatch):
     assert said.endswith("are free: try fewer --max-new-tokens or --dtype bfloat16")
 
 
-def test_instructions_that_are_no_text_are_refused(chat):
+def test_instructions_with_a_lone_surrogate_are_refused(chat):
     code, _, err = chat("hi\n", "--system", "\udcff")
     assert code == 2 and "lone surrogate" in err
 
 
 @pytest.fixture
 def hub(tmp_path, monkeypatch):
-    """An empty cache, and a hub that has the tiny model under the known name; how often it was asked."""
+    """An empty cache, and a hub with the tiny model under the known name; returns the list of downloads."""
     monkeypatch.setenv("TINYLLM_CACHE", str(tmp_path / "cache"))
     monkeypatch.chdir(tmp_path)  # where there is no folder "smollm2"
     asked = []
@@ -279,18 +279,18 @@ def hub(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("yes", ["y", "YES", " yes "])
-def test_yes_downloads_once(hub, chat, answers, yes):
+def test_yes_downloads_the_model_once(hub, chat, answers, yes):
     answers += ["Paris", "Rome"]
     code, out, err = chat(f"{yes}\nFrance?\n", model=None)
     assert (code, out) == (0, "Paris\n") and len(hub) == 1
-    assert "Apache-2.0" in err and err.index("Download it? [y/N]") < err.index("tokens read")
-    code, out, err = chat("Italy?\n", model=None)  # no question any more, and no word about it
+    assert "Apache-2.0" in err and err.index("Download it? [y/N]") < err.index("prefill")
+    code, out, err = chat("Italy?\n", model=None)  # neither question nor download
     assert (code, out) == (0, "Rome\n") and len(hub) == 1
     assert err.startswith("(") and err.count("\n") == 1
 
 
 @pytest.mark.parametrize("lines", ["n\nFrance?\n", "\n", "", "What is the capital of France?\n"])
-def test_anything_else_does_not(hub, chat, tmp_path, lines):
+def test_any_other_answer_downloads_nothing(hub, chat, tmp_path, lines):
     code, out, err = chat(lines, model=None)
     assert (code, out, hub) == (2, "", [])
     assert err.endswith(
@@ -299,13 +299,13 @@ def test_anything_else_does_not(hub, chat, tmp_path, lines):
     assert not (tmp_path / "cache").exists()
 
 
-def test_the_option_yes_asks_nothing(hub, chat, answers):
+def test_option_yes_downloads_without_a_question(hub, chat, answers):
     answers.append("Paris")
     code, out, err = chat("France?\n", "--yes", model=None)
     assert (code, out, len(hub)) == (0, "Paris\n", 1) and "[y/N]" not in err and "Apache-2.0" in err
 
 
-def test_a_folder_of_that_name_needs_no_download(hub, chat, answers, tmp_path):
+def test_a_folder_named_like_a_known_model_is_preferred(hub, chat, answers, tmp_path):
     write_model(tmp_path / "smollm2")
     answers.append("here")
     assert chat("hi\n", model=None)[:2] == (0, "here\n") and hub == []

@@ -1,4 +1,4 @@
-"""The command line: exit codes, one sentence for every wrong request, and text that comes out whole."""
+"""The command line: exit codes, one line for every wrong request, and streamed text."""
 
 import dataclasses
 import json
@@ -18,6 +18,7 @@ from tinyllm.cli import COMMANDS, _parse, main
 from tinyllm.cli.generate import GenerateConfig, print_stream
 from tinyllm.tokenizers.char import CharTokenizer
 from tinyllm.training.config import PRESETS, TrainConfig
+from tinyllm.version import __version__
 from tinyllm.weights.runs import last_checkpoint
 
 RHYME = "the cat sat on the mat. "
@@ -35,7 +36,7 @@ def text(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def run(text, tmp_path_factory):
-    """The folder of a finished run; nobody writes into it."""
+    """The folder of a finished run, which the tests only read."""
     out = tmp_path_factory.mktemp("runs") / "run"
     assert main(["train", *TINY, "--text", text, "--prompt", "the", "--out", str(out)]) == 0
     return str(out)
@@ -62,7 +63,7 @@ def refused(capsys, tmp_path, monkeypatch):
 
 
 def program(*args, **environment):
-    """``python -m tinyllm`` in a process of its own, with its output as bytes."""
+    """``python -m tinyllm`` in its own process; its output is bytes."""
     return subprocess.run(
         [sys.executable, "-m", "tinyllm", *args],
         capture_output=True,
@@ -74,7 +75,7 @@ def program(*args, **environment):
 # From training to text
 
 
-def test_the_grid_holds_the_single_texts(run, capsys):
+def test_grid_contains_the_single_texts(run, capsys):
     ask = ["generate", "--run", run, "--prompt", "the cat", "--max-new-tokens", "20"]
     assert main([*ask, "--grid"]) == 0
     lines = capsys.readouterr().out.splitlines()
@@ -84,28 +85,28 @@ def test_the_grid_holds_the_single_texts(run, capsys):
     assert f"top-k   3  temperature 1.5  {' '.join(alone.split())}" in lines
 
 
-def test_train_then_generate(run, capsys):
+def test_generate_depends_on_seed_and_sampling_options(run, capsys):
     assert (last_checkpoint(run) / "model.safetensors").is_file()
 
-    def written(*options):
+    def generated(*options):
         assert (
             main(["generate", "--run", run, "--prompt", "the cat", "--max-new-tokens", "30", *options]) == 0
         )
         return capsys.readouterr().out
 
-    first = written()
+    first = generated()
     assert first.startswith("the cat")
     assert first.endswith("\n")
     assert len(first) == len("the cat") + 30 + len("\n")
     assert set(first) <= set(RHYME + "\n")
-    assert written() == first
-    assert written("--seed", "0") == first
-    assert written("--seed", "1") != first
-    assert written("--temperature", "0") == written("--top-k", "1", "--seed", "9")
-    assert written("--top-k", "None", "--top-p", "1.0", "--temperature", "2.5") != first
+    assert generated() == first
+    assert generated("--seed", "0") == first
+    assert generated("--seed", "1") != first
+    assert generated("--temperature", "0") == generated("--top-k", "1", "--seed", "9")
+    assert generated("--top-k", "None", "--top-p", "1.0", "--temperature", "2.5") != first
 
 
-def test_same_text_from_another_process(run, capsys):
+def test_another_process_generates_the_same_text(run, capsys):
     args = ["generate", "--run", run, "--prompt", "the ", "--max-new-tokens", "12"]
     assert main(args) == 0
     here = capsys.readouterr()
@@ -116,12 +117,12 @@ def test_same_text_from_another_process(run, capsys):
     assert there.stderr == b""
 
 
-def test_past_the_context_it_says_what_is_forgotten(run, capsys):
+def test_generating_past_the_context_is_reported(run, capsys):
     assert main(["generate", "--run", run, "--prompt", "the ", "--max-new-tokens", "13"]) == 0
-    assert "past 16 tokens the oldest are forgotten" in capsys.readouterr().err
+    assert "past the context of 16 tokens" in capsys.readouterr().err
 
 
-def test_probabilities_of_every_step(run, capsys):
+def test_show_probabilities_marks_every_sampled_token(run, capsys):
     ask = ["generate", "--run", run, "--prompt", "the cat", "--max-new-tokens", "5", "--seed", "3"]
     assert main(ask) == 0
     text = capsys.readouterr().out.removeprefix("the cat").rstrip("\n")
@@ -129,12 +130,12 @@ def test_probabilities_of_every_step(run, capsys):
     steps = capsys.readouterr().out.rstrip("\n").split("\n\n")
     assert len(steps) == len(text) == 5
     for step, character in zip(steps, text):
-        (drawn,) = [line for line in step.splitlines() if line.startswith(">")]
-        assert repr(character) in drawn
-        assert "%" in drawn
+        (sampled,) = [line for line in step.splitlines() if line.startswith(">")]
+        assert repr(character) in sampled
+        assert "%" in sampled
 
 
-def test_tokens_of_a_text(run, capsys, monkeypatch, tmp_path):
+def test_tokenize_text_and_file(run, capsys, monkeypatch, tmp_path):
     assert main(["tokenize", "--text", "Every effort moves you"]) == 0
     out = capsys.readouterr().out
     assert "6109 3626 6100 345" in out
@@ -163,7 +164,7 @@ def test_info_of_a_size_a_preset_a_folder_and_a_run(run, capsys):
     assert "1 x 16 tokens" in pages["--run"]
 
 
-def test_plot_of_runs(run, tmp_path, capsys):
+def test_plot_writes_a_picture(run, tmp_path, capsys):
     pytest.importorskip("matplotlib")
     picture = tmp_path / "both.png"
     assert main(["plot", run, run, "--out", str(picture), "--x", "tokens", "--y", "bits-per-byte"]) == 0
@@ -171,7 +172,7 @@ def test_plot_of_runs(run, tmp_path, capsys):
     assert picture.read_bytes().startswith(b"\x89PNG")
 
 
-def test_no_new_tokens(run, capsys):
+def test_zero_new_tokens_print_the_prompt(run, capsys):
     assert main(["generate", "--run", run, "--prompt", "the", "--max-new-tokens", "0"]) == 0
     assert capsys.readouterr().out == "the\n"
 
@@ -183,7 +184,7 @@ def test_generate_from_a_model_folder(tmp_path, capsys):
     assert capsys.readouterr().out.startswith("Hello")
 
 
-def test_options_arrive_in_the_run(text, tmp_path):
+def test_options_are_recorded_in_the_run(text, tmp_path):
     options = "--no-tie-head --head-bias --no-qkv-bias --dropout 0.1 --seed 7 --dtype float64".split()
     assert main(["train", *TINY, *options, "--text", text, "--prompt", "a", "--out", str(tmp_path)]) == 0
     asked = json.loads((tmp_path / "config.json").read_text(encoding="utf-8"))["train"]
@@ -195,11 +196,46 @@ def test_options_arrive_in_the_run(text, tmp_path):
     assert not model["qkv_bias"]
 
 
+def test_every_command_accepts_a_run_as_model(run, text, capsys):
+    for command, *options in (
+        ["generate", "--prompt", "the cat"],
+        ["eval", "--text", text],
+        ["info", "--batch", "2"],
+    ):
+        printed = []
+        for which in ("--run", "--model"):
+            assert main([command, which, run, *options]) == 0
+            printed.append(capsys.readouterr().out.split("This machine")[0])
+        assert printed[0] == printed[1]
+
+
+@pytest.mark.parametrize("which", ["--run", "--model"])
+def test_chat_of_a_run_names_generate(refused, run, which):
+    assert f"tinyllm generate {which} {run} --prompt" in refused("chat", which, run)
+    assert "omit --chat" in refused("generate", which, run, "--prompt", "a", "--chat")
+
+
+@pytest.mark.parametrize(
+    "command", ["generate --prompt a", "chat", "eval --text the-verdict", "info"], ids=lambda c: c.split()[0]
+)
+def test_runs_and_models_are_told_apart(refused, run, tmp_path, command):
+    def message(*options):
+        return refused(*command.split(), *options)
+
+    young = tmp_path / "young"  # a run before its first checkpoint
+    young.mkdir()
+    shutil.copy(Path(run) / "config.json", young)
+    assert "holds no checkpoint" in message("--model", young)
+    assert f"such as --run {run}" in message("--run", Path(run).parent)
+    checkpoint = last_checkpoint(run)
+    assert f"use --model {checkpoint}" in message("--run", checkpoint)
+
+
 # Options
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_help_names_every_option(command, capsys):
+def test_command_help_lists_every_option(command, capsys):
     options = COMMANDS[command][0]
     with pytest.raises(SystemExit) as stop:
         main([command, "--help"])
@@ -217,24 +253,32 @@ def test_help_names_every_option(command, capsys):
         assert all(name in words or f"({name}" in words or f"{name})" in words for name in PRESETS)
 
 
-@pytest.mark.parametrize("option", ["--help", "-h"])
-def test_help_names_the_commands(option, capsys):
+@pytest.mark.parametrize("args", [[], ["--help"], ["-h"], ["help"]])
+def test_help_lists_the_commands(args, capsys):
     with pytest.raises(SystemExit) as stop:
-        main([option])
+        main(args)
     assert not stop.value.code
     out = capsys.readouterr().out
     for command, (options, _) in COMMANDS.items():
-        assert f"tinyllm {command} " in out
-        assert options.__doc__ in out
+        assert f"  {command} " in out
+        assert options.__doc__.splitlines()[0] in out
+    assert max(map(len, out.splitlines())) <= 88
 
 
-def test_defaults_are_the_dataclass():
+def test_version(capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["--version"])
+    assert not stop.value.code
+    assert capsys.readouterr().out == f"tinyllm {__version__}\n"
+
+
+def test_defaults_are_those_of_the_dataclass():
     assert _parse(["train", "--out", "x"]) == TrainConfig(out=Path("x"))
     assert _parse(["train", "--preset", "small"]) == _parse(["train"]) == TrainConfig()
     assert _parse(["generate", "--prompt", "a"]) == GenerateConfig(prompt="a")
 
 
-def test_preset_gpt2_verdict_is_the_classic_run():
+def test_preset_gpt2_verdict_has_the_published_options():
     config = _parse(["train", "--preset", "gpt2-verdict", "--out", "x"])
     assert (config.text, config.tokenizer, config.context, config.batch) == ("the-verdict", "gpt2", 256, 2)
     assert (config.n_layer, config.n_head, config.n_embd) == (12, 12, 768)
@@ -271,7 +315,7 @@ def test_every_option_can_be_given():
     )
     given = dataclasses.asdict(_parse(["train", *train.split()]))
     left = {name for name, value in dataclasses.asdict(TrainConfig()).items() if given[name] == value}
-    assert left == {"head_bias", "resume"}  # which a Llama has not, and which brings options of its own
+    assert left == {"head_bias", "resume"}  # a Llama has no head bias; --resume sets the other options
     generate = "--prompt p --run r --model m --max-new-tokens 7 --temperature 2 --top-k 3 --top-p 0.5"
     generate += " --seed 9 --grid --special text --show-probabilities --chat --slide"
     generate += " --device cuda:1 --dtype tf32 --gpu-memory 0.5"
@@ -303,8 +347,13 @@ def test_every_option_can_be_given():
 @pytest.mark.parametrize(
     ("args", "said"),
     [
-        ([], "no command"),
-        (["walk"], "no command 'walk'"),
+        (["walk"], "unknown command 'walk'"),
+        (["trian"], r"'trian' \(did you mean train\?\)"),
+        (["generate", "--promt", "a"], r"--promt \(did you mean --prompt\?\); see tinyllm generate --help"),
+        (["generate", "--prompt", "a", "--topk=3"], r"--topk \(did you mean --top-k\?\)"),
+        (["train", "--no-tie-haed"], r"did you mean --no-tie-head\?"),
+        (["train", "--presett", "small"], r"did you mean --preset\?"),
+        (["pull", "smollm"], r"'smollm' \(did you mean smollm2\?\)"),
         (["train", "--bogus", "1"], "--bogus"),
         (["train", "--step", "3"], "--step"),  # no abbreviations
         (["train", "word"], "word"),
@@ -315,14 +364,14 @@ def test_every_option_can_be_given():
         (["train", "--tie-head", "maybe"], "maybe"),
         (["train", "--preset", "large"], "'large' is unknown: choose one of small, ten-minutes"),
         (["train", "--preset"], "--preset '' is unknown: choose one of small"),
-        (["generate"], "--prompt"),
+        (["generate"], "--prompt is missing"),
         (["generate", "--prompt", "a", "--run"], "--run"),
         (["generate", "--prompt", "a", "--speed", "9"], "--speed"),
         (["generate", "--prompt", "a", "--top-k", "x"], "--top-k.*'x'"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
-def test_words_that_mean_nothing(refused, args, said):
+def test_unknown_commands_options_and_values_are_refused(refused, args, said):
     matches(refused(*args), said)
 
 
@@ -387,17 +436,17 @@ def matches(sentence, said):
         ("--prompt X", "--prompt.*'X'"),
     ],
 )
-def test_training_options_out_of_range(refused, text, options, said):
+def test_training_options_out_of_range_are_refused(refused, text, options, said):
     args = ["train", *TINY, "--text", text, "--prompt", "the", "--out", "out", *options.split(" ")]
     matches(refused(*args), said)
 
 
-def test_default_prompt_that_the_text_cannot_write(refused, text):
-    """Nobody typed "The ": the sentence must say where the character comes from."""
+def test_default_prompt_outside_the_vocabulary_names_the_option(refused, text):
+    """The user did not type "The ": the message must name the option that it is the default of."""
     matches(refused("train", *TINY, "--text", text, "--out", "out"), "--prompt.*'T'|'T'.*--prompt")
 
 
-def test_cuda_without_a_gpu(refused, text, run):
+def test_cuda_without_a_gpu_is_refused(refused, text, run):
     if pick_device("auto") == "cuda":
         pytest.skip("this machine has a GPU")
     said = refused("train", *TINY, "--text", text, "--prompt", "the", "--out", "out", "--device", "cuda")
@@ -422,7 +471,7 @@ def test_cuda_without_a_gpu(refused, text, run):
 @pytest.mark.parametrize(
     "command", ["generate --prompt the --run", "eval --text the-verdict --run", "chat --model"]
 )
-def test_devices_of_programs_that_read(refused, run, command, options, said):
+def test_unsupported_device_options_are_refused(refused, run, command, options, said):
     matches(refused(*command.split(), run, *options.split()), said)
 
 
@@ -437,20 +486,20 @@ def test_devices_of_programs_that_read(refused, run, command, options, said):
         (b"the caf\xe9 " * 99, r"text.txt' is not UTF-8 at byte offset 7 \(0xe9\)"),
     ],
 )
-def test_texts_that_cannot_be_trained_on(refused, tmp_path, content, said):
+def test_unusable_texts_are_refused(refused, tmp_path, content, said):
     path = tmp_path / "text.txt"
     if content is not None:
         path.write_bytes(content)
     matches(refused("train", *TINY, "--text", path, "--prompt", "t", "--out", "out"), said)
 
 
-def test_a_folder_without_texts(refused, tmp_path):
+def test_a_folder_without_texts_is_refused(refused, tmp_path):
     (tmp_path / "texts").mkdir()
     (tmp_path / "texts" / "picture.png").write_bytes(b"PNG")
     assert "texts" in refused("train", *TINY, "--text", tmp_path / "texts", "--out", "out")
 
 
-def test_jsonl_without_the_field(refused, tmp_path):
+def test_jsonl_without_the_field_is_refused(refused, tmp_path):
     path = tmp_path / "a.jsonl"
     path.write_text('{"body": "the cat"}\n' * 99, encoding="utf-8")
     for field in ([], ["--text-field", "text"]):
@@ -459,15 +508,15 @@ def test_jsonl_without_the_field(refused, tmp_path):
         )
 
 
-def test_special_token_in_the_text_has_a_remedy_at_the_command_line(refused, tmp_path):
+def test_special_token_in_the_text_names_the_option(refused, tmp_path):
     path = tmp_path / "text.txt"
     path.write_text(RHYME * 40 + "<|endoftext|>" + RHYME * 40)
     said = refused("train", *TINY, "--tokenizer", "gpt2", "--text", path, "--prompt", "the", "--out", "out")
     assert "'<|endoftext|>'" in said
-    assert "special=" not in said  # an argument in Python, out of reach from here
+    assert "set --special to" in said
 
 
-def test_folder_that_holds_a_run(refused, text, run):
+def test_folder_of_another_run_is_refused_and_unchanged(refused, text, run):
     before = {path: path.read_bytes() for path in Path(run).rglob("*") if path.is_file()}
     said = refused("train", *TINY, "--text", text, "--prompt", "the", "--out", run)
     assert f"{run} exists and is not an empty folder: choose another --out" in said
@@ -477,17 +526,17 @@ def test_folder_that_holds_a_run(refused, text, run):
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ("--temperature -1", "temperature is -1"),
-        ("--temperature nan", "temperature is nan"),
-        ("--top-k 0", "top.k is 0"),
-        ("--top-p 2", "top.p is 2"),
-        ("--top-p 0", "top.p is 0"),
-        ("--seed -1", "seed is -1"),
-        ("--max-new-tokens -1", "max.new.tokens is -1"),
+        ("--temperature -1", "--temperature is -1"),
+        ("--temperature nan", "--temperature is nan"),
+        ("--top-k 0", "--top-k is 0"),
+        ("--top-p 2", "--top-p is 2"),
+        ("--top-p 0", "--top-p is 0"),
+        ("--seed -1", "--seed is -1"),
+        ("--max-new-tokens -1", "--max-new-tokens is -1"),
     ],
 )
 @pytest.mark.parametrize("past_the_context", [False, True])
-def test_sampling_options_out_of_range(refused, run, options, said, past_the_context):
+def test_sampling_options_out_of_range_are_refused(refused, run, options, said, past_the_context):
     length = ["--max-new-tokens", "100" if past_the_context else "5"]
     matches(refused("generate", "--run", run, "--prompt", "the", *length, *options.split()), said)
 
@@ -500,16 +549,16 @@ def test_sampling_options_out_of_range(refused, run, options, said, past_the_con
         ("t" * 17, "17.*16"),
     ],
 )
-def test_prompts_that_cannot_be_continued(refused, run, prompt, said):
+def test_unusable_prompts_are_refused(refused, run, prompt, said):
     matches(refused("generate", "--run", run, "--prompt", prompt), said)
 
 
-def test_exactly_one_of_run_and_model(refused, run):
+def test_exactly_one_of_run_and_model_is_required(refused, run):
     for which in ([], ["--run", run, "--model", run]):
-        assert "either --run DIR or --model FOLDER" in refused("generate", "--prompt", "the", *which)
+        assert "either --run DIR or --model NAME" in refused("generate", "--prompt", "the", *which)
 
 
-def test_model_of_another_vocabulary(refused, run, tmp_path):
+def test_a_tokenizer_of_another_size_is_refused(refused, run, tmp_path):
     said = refused("generate", "--model", last_checkpoint(run), "--prompt", "the")
     assert "holds no tokenizer" in said
     run_of_its_own = tmp_path / "run"
@@ -519,7 +568,7 @@ def test_model_of_another_vocabulary(refused, run, tmp_path):
     matches(said, "char has 3 ids and the model 11")
 
 
-def test_two_ways_to_print(refused, run):
+def test_grid_and_show_probabilities_exclude_each_other(refused, run):
     assert "choose one" in refused(
         "generate", "--run", run, "--prompt", "the", "--grid", "--show-probabilities"
     )
@@ -534,27 +583,30 @@ def test_two_ways_to_print(refused, run):
         ("tokenize --text a --special maybe", "'maybe'"),
         ("tokenize --text <|endoftext|>", "special"),
         ("tokenize --file nowhere.txt", "nowhere.txt"),
-        ("info", "one of --preset NAME, --run DIR and --model FOLDER"),
-        ("info --preset small --model 124M", "one of --preset NAME, --run DIR and --model FOLDER"),
+        ("info", "one of --model NAME, --run DIR and --preset NAME"),
+        ("info --preset small --model 124M", "one of --model NAME, --run DIR and --preset NAME"),
         ("info --preset huge", "'huge' is unknown: choose one of small"),
-        ("info --model nowhere", "nowhere"),
-        ("info --model 124M --batch 0", "batch is 0"),
-        ("info --model 124M --context 2000", "context is 2000: this model takes 1 to 1024"),
+        ("info --model nowhere", "'nowhere': choose 124M, .*Llama-3-8B.* smollm2"),
+        ("info --model 125M", r"'125M' \(did you mean 124M\?\)"),
+        ("info --model llama-3-8b", r"did you mean Llama-3-8B\?"),
+        ("generate --model smolm2 --prompt a", r"did you mean smollm2\?"),
+        ("info --model 124M --batch 0", "--batch is 0"),
+        ("info --model 124M --context 2000", "--context is 2000: this model takes 1 to 1024"),
         ("info --model 124M --dtype int8", "int8"),
-        ("plot", "run"),
+        ("plot", "at least one run folder"),
         ("plot nowhere", "nowhere"),
         ("plot nowhere --y perplexity", "perplexity"),
     ],
 )
-def test_wrong_requests_to_look_inside(refused, args, said):
+def test_wrong_requests_of_the_tools_are_refused(refused, args, said):
     matches(refused(*args.split()), said)
 
 
-def test_model_that_is_not_there(refused, tmp_path):
+def test_a_missing_model_is_refused(refused, tmp_path):
     assert "nowhere" in refused("generate", "--model", tmp_path / "nowhere", "--prompt", "the")
 
 
-def test_runs_that_cannot_be_read(refused, run, tmp_path):
+def test_missing_and_damaged_runs_are_refused(refused, run, tmp_path):
     assert "holds no checkpoint" in refused("generate", "--run", tmp_path / "nowhere", "--prompt", "the")
     assert "holds no checkpoint" in refused("generate", "--run", tmp_path, "--prompt", "the")
 
@@ -587,8 +639,8 @@ def test_runs_that_cannot_be_read(refused, run, tmp_path):
 
 
 @pytest.mark.parametrize(("lr", "eval_every"), [("1e12", "100"), ("1e30", "1")], ids=["step", "evaluation"])
-def test_a_run_that_diverges(text, tmp_path, lr, eval_every):
-    """Exit code 1 and one sentence, whoever sees it first: NumPy's warnings on the way would be noise."""
+def test_a_diverging_run_exits_with_1(text, tmp_path, lr, eval_every):
+    """One line, from the step or from the evaluation, without NumPy's warnings."""
     options = ["--lr", lr, "--eval-every", eval_every, "--steps", "40"]
     out = tmp_path / "run"
     done = program("train", *TINY, *options, "--text", text, "--prompt", "the", "--out", str(out))
@@ -600,7 +652,7 @@ def test_a_run_that_diverges(text, tmp_path, lr, eval_every):
     assert said.count("\n") == 1, said
 
 
-def test_a_disk_that_refuses(text, tmp_path, capsys, monkeypatch):
+def test_a_full_disk_exits_with_1(text, tmp_path, capsys, monkeypatch):
     def full(*args):
         raise OSError(28, "No space left on device")
 
@@ -612,7 +664,7 @@ def test_a_disk_that_refuses(text, tmp_path, capsys, monkeypatch):
 
 
 @pytest.mark.parametrize("said", ["Unable to allocate 7.45 GiB", ""])
-def test_memory_that_runs_out(run, text, capsys, monkeypatch, said):
+def test_out_of_memory_names_options_that_need_less(run, text, capsys, monkeypatch, said):
     def full(*_, **__):
         raise MemoryError(said)
 
@@ -627,11 +679,11 @@ def test_memory_that_runs_out(run, text, capsys, monkeypatch, said):
         assert capsys.readouterr() == ("", f"tinyllm: {said or 'the memory is full'}{remedy}\n")
 
 
-# Text that comes out whole
+# Streamed text
 
 
 class Terminal:
-    """What was written, and what could be read after each piece of it."""
+    """A stream that records the pieces written to it."""
 
     def __init__(self):
         self.pieces = []
@@ -651,27 +703,27 @@ def printed(tokenizer, ids, monkeypatch):
     return [piece for piece in terminal.pieces if piece]
 
 
-def test_a_character_is_printed_when_it_is_whole(monkeypatch):
+def test_characters_are_printed_when_they_are_complete(monkeypatch):
     gpt2 = load_tokenizer("gpt2")
     text = "naïve 😀🏳️‍🌈 — 日本語, Ελληνικά"
     ids = gpt2.encode(text)
-    assert any("\ufffd" in gpt2.decode([i]) for i in ids)  # there are tokens that end inside a character
+    assert any("\ufffd" in gpt2.decode([i]) for i in ids)  # some tokens end inside a character
     pieces = printed(gpt2, ids, monkeypatch)
     assert "".join(pieces) == text + "\n"
     assert not any("\ufffd" in piece for piece in pieces)
-    assert len(pieces) > 15  # it came bit by bit
-    for i in range(1, len(ids)):  # wherever it ends, only the unfinished character is lost
+    assert len(pieces) > 15  # streamed
+    for i in range(1, len(ids)):  # cut anywhere, only the incomplete character is lost
         whole = gpt2.decode_bytes(ids[:i]).decode("utf-8", errors="replace")
         assert "".join(printed(gpt2, ids[:i], monkeypatch)) == whole + "\n"
 
 
-def test_characters_of_a_char_tokenizer(monkeypatch):
+def test_char_tokenizer_streams_characters(monkeypatch):
     text = "a😀é"
     tokenizer = CharTokenizer.from_text(text)
     assert printed(tokenizer, tokenizer.encode(text), monkeypatch) == ["a", "😀", "é", "\n"]
 
 
-def test_bytes_that_are_no_character(monkeypatch):
+def test_invalid_bytes_become_replacement_characters(monkeypatch):
     gpt2 = load_tokenizer("gpt2")
     byte = {gpt2.decode_bytes([i]): i for i in range(256)}
     # The first byte of a two-byte character, followed by an ASCII one; then by nothing.
@@ -681,8 +733,8 @@ def test_bytes_that_are_no_character(monkeypatch):
     assert printed(gpt2, [], monkeypatch) == ["\n"]
 
 
-def test_output_that_cannot_show_every_character(tmp_path):
-    """A pipe on Windows, or an old terminal: a character it lacks must not end a run."""
+def test_characters_outside_the_encoding_do_not_end_a_command(tmp_path):
+    """Such as that of a pipe on Windows or of an old terminal."""
     path, out = tmp_path / "text.txt", str(tmp_path / "run")
     path.write_text("naïve 😀 " * 200, encoding="utf-8")
     done = program(
@@ -711,16 +763,16 @@ def reads_one_byte(*args):
 
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows reports a closed pipe in another way")
-def test_a_reader_that_has_seen_enough(run):
+def test_a_closed_pipe_ends_without_an_error(run):
     code, said = reads_one_byte("generate", "--run", run, "--prompt", "the", "--max-new-tokens", "2000")
     assert code == 0
-    assert said.count("\n") <= 1  # that the oldest tokens are forgotten
+    assert said.count("\n") <= 1  # the note about the context
     assert "rror" not in said
 
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows reports a closed pipe in another way")
-def test_a_run_goes_on_when_nobody_reads_what_it_says(text, tmp_path):
-    """Either it trains to its end or it says that it did not: never 0 with the weights lost."""
+def test_training_into_a_closed_pipe_finishes_or_fails(text, tmp_path):
+    """Exit code 0 exactly if the last checkpoint was saved."""
     out = tmp_path / "run"
     steps = ["--steps", "30", "--eval-every", "1"]
     code, _ = reads_one_byte("train", *TINY, *steps, "--text", text, "--prompt", "the", "--out", str(out))

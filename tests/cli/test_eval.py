@@ -1,4 +1,4 @@
-"""``tinyllm eval`` prints what ``evaluate_text`` finds, and refuses in one sentence."""
+"""``tinyllm eval`` prints the result of ``evaluate_text``, and refuses wrong requests in one line."""
 
 import json
 import math
@@ -36,7 +36,7 @@ def rhyme(tmp_path_factory):
 
 
 def write_run(folder, tokenizer, vocab_size=None):
-    """A run's folder as far as it matters here: a checkpoint and a tokenizer."""
+    """The parts of a run's folder that ``eval`` reads: a checkpoint and a tokenizer."""
     config = GPT2Config(
         vocab_size=vocab_size or tokenizer.vocab_size, n_embd=8, n_layer=1, n_head=1, n_positions=CONTEXT
     )
@@ -53,7 +53,7 @@ def run(tmp_path_factory):
 
 
 def evaluated(capsys, *args):
-    """What the command prints, and its three figures."""
+    """The command's output, and the three numbers in it."""
     assert main(["eval", *args]) == 0
     out, err = capsys.readouterr()
     assert err == ""
@@ -63,7 +63,7 @@ def evaluated(capsys, *args):
 
 @pytest.mark.parametrize("options", [[], ["--context", "8", "--stride", "3", "--batch", "5"]])
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
-def test_the_command_says_what_the_library_finds(run, rhyme, capsys, options, dtype):
+def test_eval_prints_the_loss_of_evaluate_text(run, rhyme, capsys, options, dtype):
     out, loss, perplexity, bits = evaluated(capsys, "--run", run, "--text", rhyme, "--dtype", dtype, *options)
     context, stride, batch = (8, 3, 5) if options else (None, None, None)
     ids = load_tokenizer(run).encode(RHYME)
@@ -73,19 +73,19 @@ def test_the_command_says_what_the_library_finds(run, rhyme, capsys, options, dt
     assert loss == pytest.approx(expected.loss, abs=5e-5)
     assert perplexity == pytest.approx(math.exp(expected.loss), abs=5e-3)
     assert bits == pytest.approx(expected.nats / math.log(2) / (size - 1), abs=5e-5)
-    assert f"{size:,} bytes, {len(RHYME):,} tokens" in out
-    assert f"all but the first: {size - 1:,} bytes, {len(RHYME) - 1:,} tokens" in out
-    assert f"windows of {context or CONTEXT} tokens, {stride or CONTEXT} apart; {dtype}" in out
+    assert f"{size:,} bytes, {len(RHYME):,} tokens\n" in out
+    assert f"predicted: {size - 1:,} bytes, {len(RHYME) - 1:,} tokens" in out
+    assert f"windows of {context or CONTEXT} tokens, stride {stride or CONTEXT}, {dtype}" in out
 
 
-def test_a_first_token_of_several_bytes_is_left_out_whole(run, tmp_path, capsys):
+def test_bytes_of_the_first_token_are_not_counted(run, tmp_path, capsys):
     (tmp_path / "e.txt").write_text("éat", encoding="utf-8")
     out = evaluated(capsys, "--run", run, "--text", str(tmp_path / "e.txt"))[0]
-    assert "4 bytes, 3 tokens; predicted are all but the first: 2 bytes, 2 tokens" in out
-    assert "one window of 2 tokens; float32" in out
+    assert "4 bytes, 3 tokens\npredicted: 2 bytes, 2 tokens" in out
+    assert "one window of 2 tokens, float32" in out
 
 
-def test_documents_are_one_stream(run, corpus, capsys):
+def test_documents_are_evaluated_as_one_stream(run, corpus, capsys):
     _, loss, _, bits = evaluated(capsys, "--run", run, "--text", corpus.name, "--text-field", "t")
     tokenizer = load_tokenizer(run)
     expected = evaluate_text(load_model(f"{run}/step-000001"), encode_documents(tokenizer, DOCUMENTS))
@@ -95,7 +95,7 @@ def test_documents_are_one_stream(run, corpus, capsys):
     assert bits == pytest.approx(expected.bits_per_byte(size - 1), abs=5e-5)
 
 
-def test_special_tokens_in_the_text(run, tmp_path, capsys):
+def test_special_tokens_are_refused_allowed_or_encoded_as_text(run, tmp_path, capsys):
     path = tmp_path / "special.txt"
     path.write_text("cat<|endoftext|>mat", encoding="utf-8")
     args = ["--run", run, "--text", str(path)]
@@ -105,20 +105,20 @@ def test_special_tokens_in_the_text(run, tmp_path, capsys):
     assert "19 bytes, 19 tokens" in evaluated(capsys, *args, "--special", "text")[0]
 
 
-def test_a_known_text_under_a_published_models_files(tmp_path, capsys):
+def test_known_text_under_an_untrained_model_folder(tmp_path, capsys):
     config = GPT2Config(vocab_size=50257, n_embd=4, n_layer=1, n_head=1, n_positions=512)
     GPT2(config, rng=np.random.default_rng(0)).save_pretrained(tmp_path / "gpt2")
     args = ["--model", str(tmp_path / "gpt2"), "--text", "the-verdict"]
     out, loss, _, _ = evaluated(capsys, *args)
-    assert "20,479 bytes, 5,145 tokens; predicted are all but the first: 20,478 bytes, 5,144 tokens" in out
-    assert loss == pytest.approx(math.log(50257), abs=0.05)  # it guesses
+    assert "20,479 bytes, 5,145 tokens\npredicted: 20,478 bytes, 5,144 tokens" in out
+    assert loss == pytest.approx(math.log(50257), abs=0.05)  # untrained: uniform
     assert evaluated(capsys, *args, "--dtype", "float64")[1] == pytest.approx(loss, abs=2e-4)
 
 
-def test_float64_is_read_from_the_file(tmp_path, capsys, monkeypatch):
+def test_float64_weights_are_not_rounded_to_float32(tmp_path, capsys, monkeypatch):
     config = GPT2Config(vocab_size=50257, n_embd=4, n_layer=1, n_head=1, n_positions=8)
     model, seen = GPT2(config, rng=np.random.default_rng(0)).astype(np.float64), []
-    model.wte.weight.data += 1e-12  # what float32 would not hold
+    model.wte.weight.data += 1e-12  # lost in float32
     model.save_pretrained(tmp_path / "gpt2")
 
     def see(model, *args, **more):
@@ -131,14 +131,14 @@ def test_float64_is_read_from_the_file(tmp_path, capsys, monkeypatch):
     assert np.array_equal(seen[0].wte.weight.data, model.wte.weight.data)
 
 
-def test_what_a_folder_holds_beside_texts_is_said(run, tmp_path, capsys):
+def test_files_left_out_of_a_folder_are_counted(run, tmp_path, capsys):
     (tmp_path / "a.txt").write_text("the cat", encoding="utf-8")
     (tmp_path / "b.md").write_text("the mat", encoding="utf-8")
     assert main(["eval", "--run", run, "--text", str(tmp_path)]) == 0
-    assert "1 files are neither .txt nor .jsonl and were left out" in capsys.readouterr().out
+    assert "left out 1 files" in capsys.readouterr().out
 
 
-def test_ctrl_c_ends_it(run, rhyme, capsys, monkeypatch):
+def test_ctrl_c_exits_with_130(run, rhyme, capsys, monkeypatch):
     monkeypatch.setattr(GPT2, "loss", lambda *args, **more: signal.raise_signal(signal.SIGINT))
     assert main(["eval", "--run", run, "--text", rhyme]) == 130
     out, err = capsys.readouterr()
@@ -148,26 +148,26 @@ def test_ctrl_c_ends_it(run, rhyme, capsys, monkeypatch):
 @pytest.mark.parametrize(
     "options, said",
     [
-        (["--context", "17"], "context is 17"),
-        (["--stride", "0"], "stride is 0"),
-        (["--context", "4", "--stride", "5"], "stride is 5: choose a whole number from 1 to 4"),
-        (["--batch", "0"], "batch is 0"),
-        (["--special", "maybe"], "special is 'maybe'"),
+        (["--context", "17"], "--context is 17"),
+        (["--stride", "0"], "--stride is 0"),
+        (["--context", "4", "--stride", "5"], "--stride is 5: choose a whole number from 1 to 4"),
+        (["--batch", "0"], "--batch is 0"),
+        (["--special", "maybe"], "--special"),
         (["--dtype", "float16"], "--dtype"),
         (["--device", "tpu"], "tpu"),
         (["--text-field", "t"], "field 't'"),
         (["--text", "nowhere.txt"], "no text 'nowhere.txt'"),
-        (["--model", "x"], "either --run DIR or --model FOLDER"),
+        (["--model", "x"], "either --run DIR or --model NAME"),
     ],
 )
-def test_wrong_requests(run, rhyme, capsys, options, said):
+def test_wrong_options_are_refused_in_one_line(run, rhyme, capsys, options, said):
     assert main(["eval", "--run", run, "--text", rhyme, *options]) == 2
     out, err = capsys.readouterr()
     assert out == "" and err.startswith("tinyllm: ") and said in err and err.count("\n") == 1
 
 
-def test_wrong_models(rhyme, tmp_path, capsys):
-    bare = tmp_path / "bare"  # a model's files only
+def test_wrong_models_are_refused_in_one_line(rhyme, tmp_path, capsys):
+    bare = tmp_path / "bare"  # without a tokenizer
     GPT2(GPT2Config(60, 8, 8, 1, 1), rng=np.random.default_rng(0)).save_pretrained(bare)
 
     def refused(*args):
@@ -176,7 +176,7 @@ def test_wrong_models(rhyme, tmp_path, capsys):
         assert out == "" and err.count("\n") == 1
         return err
 
-    assert "either --run DIR or --model FOLDER" in refused()
+    assert "either --run DIR or --model NAME" in refused()
     assert "nowhere" in refused("--model", tmp_path / "nowhere")
     assert "holds no checkpoint" in refused("--run", tmp_path)
     assert "no tokenizer" in refused("--model", bare)
@@ -185,7 +185,17 @@ def test_wrong_models(rhyme, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("content, said", [("a", "a text of 1 tokens"), ("", "empty"), (" \n", "empty")])
-def test_texts_too_short(run, tmp_path, capsys, content, said):
+def test_texts_that_are_too_short_are_refused(run, tmp_path, capsys, content, said):
     (tmp_path / "short.txt").write_text(content, encoding="utf-8")
     assert main(["eval", "--run", run, "--text", str(tmp_path / "short.txt")]) == 2
     assert said in capsys.readouterr().err
+
+
+def test_the_text_is_checked_before_the_model_is_loaded(run, capsys, monkeypatch):
+    monkeypatch.setattr("tinyllm.cli.options.load_model", lambda *_: pytest.fail("loaded"))
+    for options, named in (
+        (["--text", "nowhere.txt"], "nowhere.txt"),
+        (["--text", "the-verdict", "--batch", "0"], "--batch"),
+    ):
+        assert main(["eval", "--run", run, *options]) == 2
+        assert named in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""The command line: every command is a class of options and a function, in a file of its own."""
+"""The command line. Every command is a class of options and a function, in a file of its own."""
 
 from __future__ import annotations
 
@@ -6,11 +6,14 @@ import io
 import os
 import sys
 
+import tyro
+
 from tinyllm.backend.memory import out_of_memory
 from tinyllm.cli import chat, eval, generate, info, plot, pull, tokenize, train
-from tinyllm.cli.options import parse_options
+from tinyllm.cli.options import as_typed, did_you_mean, parse_options
 from tinyllm.errors import Error
 from tinyllm.training.config import TrainConfig
+from tinyllm.version import __version__
 
 __all__ = ["COMMANDS", "main", "parse_options"]
 
@@ -28,52 +31,71 @@ COMMANDS = {
 }
 
 
+def _help() -> str:
+    summaries = {name: options.__doc__.splitlines()[0] for name, (options, _) in COMMANDS.items()}
+    return "\n".join(
+        [
+            "usage: tinyllm COMMAND [OPTIONS]",
+            "",
+            "Train, run and inspect language models.",
+            "",
+            *(f"  {name:9} {summary}" for name, summary in summaries.items()),
+            "",
+            "To list the options of a command: tinyllm COMMAND --help",
+            "To start, in about three minutes and without a download: tinyllm train",
+        ]
+    )
+
+
 def _parse(args: list[str]):
     """The options of a command line, as an instance of one of the classes in COMMANDS."""
-    name, *rest = args or [""]
-    if name in ("--help", "-h"):
-        for command, (options, _) in COMMANDS.items():
-            print(f"tinyllm {command:9} {options.__doc__}")
-        print("Each of them has a --help of its own, such as tinyllm train --help.")
+    name, *rest = args or ["--help"]
+    if name in ("--help", "-h", "help"):
+        print(_help())
+        sys.exit(DONE)
+    if name == "--version":
+        print(f"tinyllm {__version__}")
         sys.exit(DONE)
     if name not in COMMANDS:
         known = ", ".join(COMMANDS)
-        raise Error(f"there is no command {name!r}: choose one of {known}, or see tinyllm --help")
+        raise Error(f"unknown command {name!r}{did_you_mean(name, COMMANDS)}: choose one of {known}")
     if name == "train":
         return train.parse(rest)
-    return parse_options(COMMANDS[name][0], f"tinyllm {name}", rest)
+    only_positive_flags = (tyro.conf.FlagCreatePairsOff,)
+    return parse_options(COMMANDS[name][0], f"tinyllm {name}", rest, config=only_positive_flags)
 
 
 def main(args: list[str] | None = None) -> int:
-    """Run a command line; returns the exit code: 0 done, 1 the run failed, 2 the request was wrong."""
+    """Run a command line and return its exit code: 0 done, 1 the run failed, 2 the request was wrong."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # a terminal that cannot show a character shows a ?
             stream.reconfigure(errors="replace")
+    config = None
     try:
         config = _parse(sys.argv[1:] if args is None else list(args))
         run = next(function for options, function in COMMANDS.values() if options is type(config))
         run(config)
     except Error as error:
-        return _say(error, WRONG)
-    except BrokenPipeError:  # the reader of our output has seen enough
+        return _fail(str(error) if config is None else as_typed(str(error), config), WRONG)
+    except BrokenPipeError:  # the reader of our output closed the pipe, as `head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (FloatingPointError, OSError) as error:
-        return _say(error, FAILED)
+        return _fail(error, FAILED)
     except MemoryError as error:
-        return _say(_out_of_memory(error, config), FAILED)
+        return _fail(_out_of_memory(error, config), FAILED)
     except KeyboardInterrupt as interrupt:
-        number, said = interrupt.args if len(interrupt.args) == 2 else (2, "interrupted")
-        return _say(said, 128 + number)
+        number, message = interrupt.args if len(interrupt.args) == 2 else (2, "interrupted")
+        return _fail(message, 128 + number)
     return DONE
 
 
-def _say(what, code: int) -> int:
-    print(f"tinyllm: {what}", file=sys.stderr)
+def _fail(message, code: int) -> int:
+    print(f"tinyllm: {message}", file=sys.stderr)
     return code
 
 
 def _out_of_memory(error: MemoryError, config) -> str:
-    """What needs less memory; ``train``, whose run has a checkpoint besides, says all of it itself."""
+    """The message with options that need less memory. That of ``train`` is complete already."""
     if hasattr(config, "smaller"):
         return out_of_memory(error, config.dtype, config.smaller)
     return str(error) or "the memory is full"

@@ -6,72 +6,83 @@ import contextlib
 import io
 import json
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 from tinyllm.backend.dtypes import autocast
-from tinyllm.cli.options import DeviceOptions, SamplingOptions, move
+from tinyllm.cli.options import DeviceOptions, Flag, ModelOptions, SamplingOptions, move, option
 from tinyllm.errors import Error
-from tinyllm.inference.chat import Answer, Conversation, load_model_and_tokenizer
-from tinyllm.inference.sampling import check_sampling
+from tinyllm.inference.chat import Answer, Conversation
 from tinyllm.weights.pull import KNOWN_MODELS, find_pulled, pull
 
+DEFAULT_MODEL = "smollm2"
+
 HELP = (
-    "/reset forgets the conversation, /system TEXT instructs the model and begins anew, /save FILE keeps "
-    "what was said, /quit (or Ctrl-D) ends; Ctrl-C breaks off an answer"
+    "/reset starts a new conversation, /system TEXT also gives the model instructions, /save FILE writes the "
+    "conversation to a file, /quit (or Ctrl-D) ends; Ctrl-C interrupts an answer"
 )
 
 
 @dataclass(frozen=True, kw_only=True)
-class ChatConfig(DeviceOptions, SamplingOptions):
-    """Talk with a chat model; it is downloaded the first time, after a question."""
+class ChatConfig(DeviceOptions, SamplingOptions, ModelOptions):
+    """Chat with a model; it offers to download one the first time.
+
+    Answers are printed on stdout, everything else on stderr, so that questions can come from a pipe.
+
+    Example: echo "What is the capital of France?" | tinyllm chat --temperature 0
+    """
 
     smaller: ClassVar = ["fewer --max-new-tokens"]
 
-    model: str = "smollm2"
-    """smollm2, a model's folder, a .gguf file or a hub id."""
-    yes: bool = False
-    """Download without asking."""
-    system: str | None = None
-    """Instructions for the model; if not given, its own."""
-    max_new_tokens: int = 1000
-    temperature: float = 0.2
-    top_k: int | None = None
-    top_p: float | None = 0.9
+    model: Annotated[str | None, option("NAME", DEFAULT_MODEL)] = None
+    """smollm2, a model's folder, a .gguf file, or a Hugging Face hub id."""
+    yes: Flag = False
+    """Download the model without asking."""
+    system: Annotated[str | None, option("TEXT", "those of the model")] = None
+    """Instructions for the model, such as "Answer in one sentence."."""
+    max_new_tokens: Annotated[int, option("N")] = 1000
+    """Maximum number of tokens in an answer."""
+    temperature: Annotated[float, option("T")] = 0.2
+    top_k: Annotated[int | None, option("K", "all")] = None
+    top_p: Annotated[float | None, option("P")] = 0.9
 
 
 def run(config: ChatConfig) -> None:
-    """Read lines from the terminal, or from a pipe, and answer them until there are no more.
+    """Read lines from the terminal or a pipe and answer each of them.
 
-    Answers go to stdout, all else to stderr. Raises Error, before the first line is read, if an option is
-    out of range, the model is not there and not wanted, or it brings no chat template. After that a
-    line that cannot be answered gets a sentence, and the conversation goes on.
+    Answers are written to stdout, everything else to stderr. Raises Error before the first line is read
+    if an option is out of range, the model is missing and not downloaded, or it has no chat template.
+    After that, a line that cannot be answered gets an error message, and the conversation continues.
     """
-    check_sampling(*config.sampling)
-    config.check_seed()
-    if config.max_new_tokens < 1:
-        raise Error(f"--max-new-tokens is {config.max_new_tokens}: choose a whole number of at least 1")
+    config.check_sampling(min_new_tokens=1)
+    if config.run is None and config.model is None:
+        config = replace(config, model=DEFAULT_MODEL)
     device = config.open_device()
+    config.find()
     if config.model in KNOWN_MODELS and not Path(config.model).exists() and find_pulled(config.model) is None:
         pull(config.model, ask=None if config.yes else _ask)
-    model, tokenizer = load_model_and_tokenizer(config.model, config.weights_dtype)
+    model, tokenizer = config.load(config.weights_dtype)
+    if tokenizer.chat_template is None:
+        remedy = f"continue a text with `tinyllm generate {config.typed} --prompt TEXT`"
+        raise Error(f"{config.typed} has no chat template: {remedy}, or choose a chat model")
     move(model, device)
     conversation = Conversation(
         model, tokenizer, config.system, config.max_new_tokens, *config.sampling, config.seed
     )
-    conversation.prompt("")  # a model without a chat template is refused before the first word
+    conversation.prompt("")  # raises Error now if the template cannot be used
     with autocast(config.dtype):
-        _answer_lines(conversation, f"{config.model}, {model.num_parameters():,} parameters. {HELP}.")
+        name = config.run or config.model
+        _answer_lines(conversation, f"{name}, {model.num_parameters():,} parameters. {HELP}.")
 
 
 def _answer_lines(conversation: Conversation, welcome: str) -> None:
     terminal = sys.stdin.isatty()
     if terminal:
         print(welcome, file=sys.stderr)
-        with contextlib.suppress(ImportError):  # Windows has none: its console edits lines by itself
-            import readline  # noqa: F401  (arrow keys then edit the line that input() reads)
-    if isinstance(sys.stdin, io.TextIOWrapper):  # what is not text is refused as such, line by line
+        with contextlib.suppress(ImportError):  # not on Windows, whose console edits lines by itself
+            import readline  # noqa: F401  (input() then supports arrow keys)
+    if isinstance(sys.stdin, io.TextIOWrapper):  # bytes that are not UTF-8 spoil only their own line
         sys.stdin.reconfigure(errors="surrogateescape")
     while True:
         try:
@@ -81,55 +92,53 @@ def _answer_lines(conversation: Conversation, welcome: str) -> None:
             _answer_line(conversation, line)
         except EOFError:
             if terminal:
-                print(file=sys.stderr)  # the shell's own prompt goes on a line of its own
+                print(file=sys.stderr)  # so that the shell's prompt starts on a new line
             return
-        except KeyboardInterrupt:  # pressed a moment too late or too early: the conversation is not lost
+        except KeyboardInterrupt:  # Ctrl-C between answers must not lose the conversation
             if not terminal:
                 raise
-            print("\n(broken off; /quit or Ctrl-D ends)", file=sys.stderr)
+            print("\n(interrupted; /quit or Ctrl-D ends)", file=sys.stderr)
 
 
 def _answer_line(conversation: Conversation, line: str) -> None:
     try:
         if line.startswith("/"):
-            said = _command(conversation, line)
+            note = _command(conversation, line)
         elif line:
             answer = conversation.answer(line, lambda piece: print(piece, end="", flush=True))
             print(" …" if answer.end == "interrupt" else "", flush=True)
-            said = _how_it_came(conversation, answer)
+            note = _statistics(conversation, answer)
         else:
             return
-    except Error as error:  # one wrong line does not end a conversation
-        said = str(error)
-    print(f"({said})", file=sys.stderr)
+    except Error as error:  # the conversation continues
+        note = str(error)
+    print(f"({note})", file=sys.stderr)
 
 
-def _how_it_came(conversation: Conversation, answer: Answer) -> str:
-    said = f"{answer.prompt_tokens:,} tokens read in {answer.prompt_seconds:.1f} s"
+def _statistics(conversation: Conversation, answer: Answer) -> str:
+    note = f"prefill {answer.prompt_tokens:,} tokens in {answer.prompt_seconds:.1f} s"
     if answer.tokens > 1:
-        said += f", then {(answer.tokens - 1) / answer.seconds:.1f} tokens/s"
+        note += f", decoding {(answer.tokens - 1) / answer.seconds:.1f} tokens/s"
     context = conversation.model.context
-    return (
-        said
-        + {
-            "stop": "",
-            "interrupt": "; broken off",
-            "length": f"; cut off after {answer.tokens:,} tokens: --max-new-tokens allows more",
-            "context": f"; cut off, the context of {context:,} tokens is full: say /reset to begin anew",
-        }[answer.end]
-    )
+    ends = {
+        "stop": "",
+        "interrupt": "; interrupted",
+        "length": f"; cut off after {answer.tokens:,} tokens: raise --max-new-tokens",
+        "context": f"; cut off, the context of {context:,} tokens is full: /reset starts a new conversation",
+    }
+    return note + ends[answer.end]
 
 
 def _command(conversation: Conversation, line: str) -> str:
-    """Do what a line that begins with / asks; returns what to say about it."""
+    """Execute a line that begins with /; returns the message to show."""
     name, _, rest = line.partition(" ")
     rest = rest.strip()
     if name == "/reset":
         conversation.reset()
-        return "forgotten"
+        return "new conversation"
     if name == "/system":
         conversation.instruct(rest or None)
-        return f"{'instructed anew' if rest else 'with its own instructions'}, from the beginning"
+        return f"new conversation with {'these' if rest else 'the default'} instructions"
     if name == "/save" and rest:
         _save(conversation, rest)
         return f"saved in {rest}"
@@ -137,12 +146,12 @@ def _command(conversation: Conversation, line: str) -> str:
 
 
 def _save(conversation: Conversation, name: str) -> None:
-    """Write what was said as JSON into a new file, as ``apply_chat_template`` would take it."""
+    """Write the messages to a new JSON file, in the form that ``apply_chat_template`` takes."""
     try:
         with open(Path(name).expanduser(), "x", encoding="utf-8") as file:
             json.dump(conversation.said(), file, ensure_ascii=False, indent=2)
             file.write("\n")
-    except (OSError, ValueError, RuntimeError) as error:  # a name, or a home, that does not exist
+    except (OSError, ValueError, RuntimeError) as error:  # an invalid name, or a home that does not exist
         reason = getattr(error, "strerror", None) or error
         raise Error(f"{name!r} cannot be written ({reason}): choose another file") from None
 

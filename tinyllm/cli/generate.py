@@ -1,16 +1,24 @@
-"""``tinyllm generate``: a model continues a prompt."""
+"""``tinyllm generate``: continue a prompt with a model."""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 import numpy as np
 
 from tinyllm.backend.dtypes import autocast
-from tinyllm.cli.options import DeviceOptions, ModelOptions, SamplingOptions, move
+from tinyllm.cli.options import (
+    DeviceOptions,
+    Flag,
+    ModelOptions,
+    SamplingOptions,
+    SpecialOptions,
+    move,
+    option,
+)
 from tinyllm.errors import Error
 from tinyllm.inference.chat import text_stream
 from tinyllm.inference.generate import generate
@@ -24,29 +32,36 @@ GRID_TOP_K, GRID_TEMPERATURE = (1, 3, 5, 10, 100), (0.0, 0.5, 1.0, 1.5, 2.0)
 
 
 @dataclass(frozen=True, kw_only=True)
-class GenerateConfig(DeviceOptions, SamplingOptions, ModelOptions):
-    """Continue a prompt with a model that `tinyllm train` made, or one from a Hugging Face folder."""
+class _Prompt:
+    prompt: Annotated[str, option("TEXT")]
+    """The text to continue, such as "Once upon a time"."""
+    chat: Flag = False
+    """Treat the prompt as a message to a chat model, in the format the model was trained on."""
+    slide: Flag = False
+    """Let a Llama generate past its context by dropping the oldest tokens (GPT-2 always does)."""
+    grid: Flag = False
+    """Print one line for every combination of top-k 1, 3, 5, 10, 100 and temperature 0, 0.5, 1, 1.5, 2."""
+    show_probabilities: Flag = False
+    """Instead of the text, show the most likely tokens of each step as bars, and mark the one sampled."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerateConfig(DeviceOptions, SamplingOptions, SpecialOptions, ModelOptions, _Prompt):
+    """Continue a prompt with a trained model.
+
+    Example: tinyllm generate --run runs/python-docs-1 --prompt "The " --top-k 10
+    """
 
     smaller: ClassVar = ["fewer --max-new-tokens"]
-
-    prompt: str
-    """The text to continue."""
-    chat: bool = False
-    """The prompt is a question to a chat model, put into the format it was trained on."""
-    special: str = "refuse"
-    """Special tokens such as <|endoftext|> in the prompt: refuse, allow (as their ids), or text."""
-    slide: bool = False
-    """A Llama goes on past its context and forgets the oldest tokens (GPT-2 always does)."""
-    grid: bool = False
-    """Instead of one text, a line for every top-k in 1, 3, 5, 10, 100 and temperature in 0, 0.5 … 2."""
-    show_probabilities: bool = False
-    """Instead of the text, the likeliest tokens at each step as bars, and which one was drawn."""
 
 
 def run(config: GenerateConfig) -> None:
     if config.grid and config.show_probabilities:
-        raise Error("--grid and --show-probabilities are two ways to print: choose one")
-    config.check_seed()
+        raise Error("--grid and --show-probabilities print different things: choose one")
+    if not config.prompt:
+        raise Error("--prompt is empty: give at least one character to continue")
+    config.check_sampling()
+    config.find()
     device = config.open_device()
     model, tokenizer = config.load(config.weights_dtype)
     ids = _prompt(config, tokenizer)
@@ -57,14 +72,13 @@ def run(config: GenerateConfig) -> None:
 
 def _prompt(config: GenerateConfig, tokenizer: Tokenizer) -> list[int]:
     if config.chat:
+        if tokenizer.chat_template is None:
+            raise Error(f"{config.typed} has no chat template: omit --chat, or choose a chat model")
         return encode_chat(tokenizer, tokenizer.chat_template, [{"role": "user", "content": config.prompt}])
     try:
-        ids = tokenizer.encode(config.prompt, config.special)
+        return tokenizer.encode(config.prompt, config.special)
     except Error as error:
         raise Error(f"--prompt: {error}") from None
-    if not ids:
-        raise Error("--prompt is empty: give at least one character to continue")
-    return ids
 
 
 def _print_text(config: GenerateConfig, model: Module, tokenizer: Tokenizer, ids: list[int]) -> None:
@@ -73,7 +87,7 @@ def _print_text(config: GenerateConfig, model: Module, tokenizer: Tokenizer, ids
         model, [ids], config.max_new_tokens, *config.sampling, rng, tokenizer.eos_ids, slide=config.slide
     )
     if len(ids) + config.max_new_tokens > model.context:
-        print(_at_the_end_of_the_context(model, config.slide), file=sys.stderr)
+        print(_context_note(model, config.slide), file=sys.stderr)
     if config.show_probabilities:
         bars = watch_probabilities(tokenizer, steps, *config.sampling, blocks=shows_blocks(sys.stdout))
         for step in bars:
@@ -84,14 +98,14 @@ def _print_text(config: GenerateConfig, model: Module, tokenizer: Tokenizer, ids
     print_stream(tokenizer, steps)
 
 
-def _at_the_end_of_the_context(model: Module, slide: bool) -> str:
+def _context_note(model: Module, slide: bool) -> str:
     if slide or model.learned_positions:
-        return f"(past {model.context} tokens the oldest are forgotten: the model's context)"
-    return f"(it ends at {model.context} tokens, the model's context, unless told to --slide)"
+        return f"(past the context of {model.context:,} tokens, the oldest tokens are dropped)"
+    return f"(stops when the context of {model.context:,} tokens is full; --slide continues)"
 
 
 def print_stream(tokenizer: Tokenizer, steps: Iterable[Sequence[int]]) -> None:
-    """Print ``generate``'s tokens as they come, up to one that ends the text."""
+    """Print the tokens of ``generate`` as they are sampled, up to one that ends the text."""
     for piece in text_stream(tokenizer, steps, tokenizer.eos_ids):
         print(piece, end="", flush=True)
     print()

@@ -1,46 +1,67 @@
-"""``tinyllm info``: what a model costs."""
+"""``tinyllm info``: the cost of a model."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
+from typing import Annotated, Literal
 
+from tinyllm.cli.options import ModelOptions, check_model_name, find_run, option
 from tinyllm.cli.train import preset
 from tinyllm.errors import Error
-from tinyllm.models import empty_model
+from tinyllm.models import ARCHITECTURES, LanguageModel, empty_model
 from tinyllm.tokenizers.bpe import parse_bpe
 from tinyllm.tools.info import describe
+from tinyllm.training.config import PRESETS
+from tinyllm.weights.pull import KNOWN_MODELS
 from tinyllm.weights.runs import last_checkpoint
 
+SIZES = [size for architecture in ARCHITECTURES.values() for size in architecture.config_class.sizes]
 
-@dataclass(frozen=True)
-class InfoConfig:
-    """What a model costs: parameters, memory, arithmetic, and what this machine could do at best."""
 
-    preset: str | None = None
-    """A preset of `tinyllm train`."""
-    run: Path | None = None
-    """Instead of --preset: a run's folder."""
-    model: str | None = None
-    """Instead of --preset: a model's folder or hub id, or a published size such as 124M."""
-    batch: int | None = None
-    """Sequences at a time; if not given, the preset's, or 1."""
-    context: int | None = None
-    """Tokens of each; if not given, the model's context."""
-    dtype: str = "float32"
-    """float32 or float64."""
+@dataclass(frozen=True, kw_only=True)
+class InfoConfig(ModelOptions):
+    """Show what a model costs: parameters, memory and arithmetic.
+
+    Nothing is downloaded or trained for a preset or a published size, and its weights take no memory.
+
+    Example: tinyllm info --model 124M --batch 4 --context 256
+    """
+
+    model: Annotated[
+        str | None,
+        option(
+            "NAME", "", f"A size ({', '.join(SIZES)}), smollm2, a model's folder, a .gguf file, or a hub id."
+        ),
+    ] = None
+    preset: Annotated[
+        str | None, option("NAME", "", f"Instead: a preset of `tinyllm train` ({', '.join(PRESETS)}).")
+    ] = None
+    batch: Annotated[int | None, option("N", "the preset's, or 1")] = None
+    """Sequences in a batch."""
+    context: Annotated[int | None, option("N", "the model's context")] = None
+    """Tokens in each sequence."""
+    dtype: Literal["float32", "float64"] = "float32"
+    """Type of the weights and activations."""
 
 
 def run(config: InfoConfig) -> None:
     if [config.preset, config.run, config.model].count(None) != 2:
-        raise Error("say which model: one of --preset NAME, --run DIR and --model FOLDER")
+        raise Error("choose a model with one of --model NAME, --run DIR and --preset NAME")
     batch = 1
     if config.preset is not None:
         asked = preset(config.preset)
         vocab_size = 50257 if asked.tokenizer == "gpt2" else parse_bpe(asked.tokenizer)
         model, batch = asked.model(vocab_size, rng=None), asked.at_once
     else:
-        model = empty_model(config.model if config.run is None else last_checkpoint(config.run))
+        model = _model(config)
     batch = batch if config.batch is None else config.batch
     context = model.context if config.context is None else config.context
     print(describe(model, batch, context, config.dtype))
+
+
+def _model(config: InfoConfig) -> LanguageModel:
+    run = find_run(config.run, config.model)
+    if run is not None:
+        return empty_model(last_checkpoint(run))
+    check_model_name(config.model, [*SIZES, *KNOWN_MODELS])
+    return empty_model(config.model)

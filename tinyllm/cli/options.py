@@ -1,12 +1,16 @@
-"""Options that several commands share, and how words become options."""
+"""Options that several commands share, and parsing."""
 
 from __future__ import annotations
 
 import contextlib
+import difflib
 import io
 import itertools
-from dataclasses import dataclass
+import re
+from collections.abc import Iterable
+from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
+from typing import Annotated, Literal
 
 import tyro
 
@@ -15,66 +19,133 @@ from tinyllm.backend.dtypes import Precision, weights_dtype
 from tinyllm.backend.memory import keep_memory
 from tinyllm.errors import Error
 from tinyllm.inference.chat import load_model_and_tokenizer
+from tinyllm.inference.sampling import check_sampling
 from tinyllm.models import load_model
 from tinyllm.nn import Module
 from tinyllm.tokenizers import load_tokenizer
 from tinyllm.tokenizers.base import Tokenizer, check_fits
-from tinyllm.weights.runs import last_checkpoint
+from tinyllm.weights.hub import HUB_ID
+from tinyllm.weights.pull import KNOWN_MODELS
+from tinyllm.weights.runs import checkpoints, last_checkpoint
+from tinyllm.weights.safetensors import read_config
+
+
+def option(metavar: str, default: str | None = None, help: str | None = None):
+    """How ``--help`` shows an option: the name of its value, and its default in words ("": no default)."""
+    return tyro.conf.arg(metavar=metavar, help_behavior_hint=default and f"(default: {default})", help=help)
+
+
+Flag = Annotated[bool, tyro.conf.arg(help_behavior_hint="")]
 
 
 @dataclass(frozen=True, kw_only=True)
 class ModelOptions:
-    run: Path | None = None
-    """Folder of a run: its newest checkpoint and its tokenizer are used."""
-    model: str | None = None
-    """Instead of --run: smollm2, a model's folder, a .gguf file or a hub id."""
+    run: Annotated[Path | None, option("DIR", "")] = None
+    """Folder of a run, such as runs/python-docs-1; its newest checkpoint is used."""
+    model: Annotated[str | None, option("NAME", "")] = None
+    """Instead of --run: smollm2, a model's folder, a .gguf file, or a Hugging Face hub id such as gpt2."""
+
+    def find(self) -> Path | None:
+        """The checkpoint of the run that --run or --model names; None if --model names a model.
+
+        Raises Error unless exactly one is given and, as far as no download is needed, exists.
+        """
+        if (self.run is None) == (self.model is None):
+            raise Error("choose the model with either --run DIR or --model NAME")
+        run = find_run(self.run, self.model)
+        if run is not None:
+            return last_checkpoint(run)
+        check_model_name(self.model, KNOWN_MODELS)
+        return None
 
     def load(self, dtype) -> tuple[Module, Tokenizer]:
-        """The model that --run or --model names, and its tokenizer; ``Error`` for both or none."""
-        if (self.run is None) == (self.model is None):
-            raise Error("say which model: either --run DIR or --model FOLDER")
-        if self.model is not None:
+        """The model, in ``dtype``, and its tokenizer; Error as ``find``."""
+        checkpoint = self.find()
+        if checkpoint is None:
             return load_model_and_tokenizer(self.model, dtype)
-        model, tokenizer = load_model(last_checkpoint(self.run), dtype), load_tokenizer(self.run)
+        model, tokenizer = load_model(checkpoint, dtype), load_tokenizer(checkpoint.parent)
         check_fits(tokenizer, model)
         return model, tokenizer
+
+    @property
+    def typed(self) -> str:
+        """The option that chooses the model, as typed."""
+        return f"--model {self.model}" if self.run is None else f"--run {self.run}"
+
+
+def find_run(run: Path | None, model: str | None) -> Path | None:
+    """The run that --run names, or --model; None if --model names a model.
+
+    Raises Error if --run names a model, or a folder that contains runs.
+    """
+    folder = Path(model if run is None else run).expanduser()
+    config = {}
+    with contextlib.suppress(Error):
+        config = read_config(folder)
+    if "train" in config or (checkpoints(folder) and not any(folder.glob("model.safetensors*"))):
+        return folder
+    runs = sorted(path for path in folder.glob("*") if checkpoints(path))
+    if runs:
+        raise Error(f"{folder} is a folder of {len(runs)} runs: choose one, such as --run {runs[-1]}")
+    if run is not None and "model_type" in config:
+        raise Error(f"--run {run} is a model's folder, not a run: use --model {run}")
+    return run
+
+
+def check_model_name(name: str, known: Iterable[str]) -> None:
+    """Raise Error for a name that is not known, not the path of a file or folder, and not a hub id."""
+    if name in known or HUB_ID.fullmatch(name) or Path(name).expanduser().exists():
+        return
+    raise Error(
+        f"there is no model {name!r}{did_you_mean(name, known)}: choose {', '.join(known)}, a model's or a "
+        "run's folder, a .gguf file, or a hub id (owner/name, or gpt2)"
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
 class SamplingOptions:
-    max_new_tokens: int = 100
-    """Tokens to write at most."""
-    temperature: float = 0.8
-    """0 always takes the most likely token; above 1 gets wilder."""
-    top_k: int | None = 40
-    """Draw from this many most likely tokens (None: all)."""
-    top_p: float | None = None
-    """Draw from the most likely tokens whose probabilities first reach this sum."""
-    seed: int = 0
-    """The same seed and the same words get the same text."""
+    max_new_tokens: Annotated[int, option("N")] = 100
+    """Maximum number of tokens to generate."""
+    temperature: Annotated[float, option("T")] = 0.8
+    """Divisor of the logits: 0 always takes the most likely token, above 1 is more random."""
+    top_k: Annotated[int | None, option("K")] = 40
+    """Sample from the K most likely tokens only; None means from all."""
+    top_p: Annotated[float | None, option("P", "off")] = None
+    """Sample from the smallest set of most likely tokens with total probability P, such as 0.9."""
+    seed: Annotated[int, option("N")] = 0
+    """Seed of the sampling: the same seed and prompt give the same text."""
 
     @property
     def sampling(self) -> tuple[float, int | None, float | None]:
-        """Temperature, top-k and top-p, as ``generate`` takes them."""
+        """Temperature, top-k and top-p, the arguments of ``generate``."""
         return self.temperature, self.top_k, self.top_p
 
-    def check_seed(self) -> None:
-        if self.seed < 0:
-            raise Error(f"--seed is {self.seed}: choose a whole number of at least 0")
+    def check_sampling(self, min_new_tokens: int = 0) -> None:
+        """Raise Error for a value out of range, before a model is loaded."""
+        check_sampling(*self.sampling)
+        for name, least in (("seed", 0), ("max_new_tokens", min_new_tokens)):
+            value = getattr(self, name)
+            if value < least:
+                raise Error(f"{name} is {value}: choose a whole number of at least {least}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SpecialOptions:
+    special: Literal["refuse", "allow", "text"] = "refuse"
+    """Special tokens such as <|endoftext|> in the text: refuse, allow (one id each), or encode as text."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class DeviceOptions:
-    device: str = "cpu"
-    """cpu, cuda, cuda:1 …, or auto: a GPU if CuPy sees one; it says which."""
+    device: Annotated[str, option("NAME")] = "cpu"
+    """cpu, cuda, cuda:1 and so on, or auto: a GPU if CuPy finds one, otherwise the CPU."""
     dtype: Precision = "float32"
-    """What the weights are kept and multiplied in (tf32: kept in float32). All but float32 and float64 need
-    a GPU."""
-    gpu_memory: float | None = None
-    """Gigabytes (10^9 bytes) of a GPU's memory to take at most; all of it if not given."""
+    """Type of weights and matrix products (tf32: of products only); half precision and tf32 need a GPU."""
+    gpu_memory: Annotated[float | None, option("GB", "no limit")] = None
+    """Maximum GPU memory to use, in GB (10^9 bytes)."""
 
     def open_device(self) -> str:
-        """Make the device ready; returns its name. ``Error`` for one that cannot do what is asked of it."""
+        """Make the device ready and return its name. Raises Error if it does not support the options."""
         return open_device(self.device, self.dtype, self.gpu_memory)
 
     @property
@@ -83,16 +154,33 @@ class DeviceOptions:
 
 
 def move(model: Module, device: str) -> None:
-    """To the device it will compute on, where memory that was freed is kept for the next step."""
+    """Move the model to its device, and let freed memory be reused by the next step."""
     keep_memory()
     model.to(device)
 
 
-def parse_options(options: type, program: str, args: list[str], **more):
-    """An instance of the dataclass ``options`` from command-line words; tyro's box becomes one ``Error``.
+# ---------------------------------------------------------------------------------- parsing
 
-    ``more`` goes to ``tyro.cli``. After ``--help`` the program ends, with exit code 0.
+
+def flag(name: str) -> str:
+    """An option as it is typed."""
+    return f"--{name.replace('_', '-')}"
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """`` (did you mean …?)`` with the known word that is most alike, or nothing."""
+    known = {name.lower(): name for name in known}
+    close = difflib.get_close_matches(word.lower(), known, n=1)
+    return f" (did you mean {known[close[0]]}?)" if close else ""
+
+
+def parse_options(options: type, program: str, args: list[str], **more):
+    """An instance of the dataclass ``options`` from command-line arguments; ``more`` goes to ``tyro.cli``.
+
+    Raises Error where tyro would print a box and exit. After ``--help`` the process exits with code 0.
     """
+    if not {"-h", "--help"} & set(args):
+        _check_names(options, program, args, more.get("description", ""))
     box = io.StringIO()
     try:
         with contextlib.redirect_stderr(box):
@@ -101,11 +189,32 @@ def parse_options(options: type, program: str, args: list[str], **more):
         if not stop.code:
             raise
     rows = [row.strip("│ ") for row in box.getvalue().splitlines()[1:]]
-    # In a terminal without UTF-8 a line made of hyphens is there below the title, too.
+    # In a terminal without UTF-8, a line of hyphens also follows the title.
     text = itertools.dropwhile(_is_line, rows)
     sentence = " ".join(itertools.takewhile(lambda row: not _is_line(row), text))
     raise Error(f"{sentence.rstrip('.')}; see {program} --help")
 
 
+def _check_names(options: type, program: str, args: list[str], description: str) -> None:
+    """Raise Error for an unknown option, or for a required one that is missing."""
+    given = [word.partition("=")[0].replace("_", "-") for word in args if re.match(r"--\w\S*$", word)]
+    named = {flag(field.name): field for field in fields(options)}
+    elsewhere = re.findall(r"--\w[\w-]*", description)  # options that the command parses itself
+    known = [*named, *elsewhere, *(flag(f"no_{name.strip('-')}") for name in named)]
+    for word in given:
+        if word not in known:
+            raise Error(f"unknown option {word}{did_you_mean(word, known)}; see {program} --help")
+    for name, field in named.items():
+        required = field.default is MISSING and field.default_factory is MISSING
+        if required and "Positional" not in str(field.type) and name not in given:
+            raise Error(f"{name} is missing; see {program} --help")
+
+
 def _is_line(row: str) -> bool:
     return not row.strip("─-")
+
+
+def as_typed(sentence: str, config) -> str:
+    """The library's ``top_k is 0`` in the words of the command line: ``--top-k is 0``."""
+    names = "|".join(field.name for field in fields(config))
+    return re.sub(rf"(^|\bset )({names})(?= is | to '| must )", lambda m: m[1] + flag(m[2]), sentence)

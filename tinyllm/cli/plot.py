@@ -1,31 +1,38 @@
-"""``tinyllm plot``: the loss curves of runs in one picture."""
+"""``tinyllm plot``: the loss curves of several runs in one picture."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import tyro
 
+from tinyllm.cli.options import option
+from tinyllm.errors import Error
 from tinyllm.tools.plot import plot_runs, summary
 
 
 @dataclass(frozen=True)
 class PlotConfig:
-    """Draw the loss curves of one or more runs into one picture, and print their figures."""
+    """Plot the loss curves of runs in one picture, and print a table of them.
 
-    runs: tyro.conf.Positional[tuple[Path, ...]]
-    """Folders of runs."""
-    out: Path = Path("runs.png")
-    """The picture to write."""
+    Example: tinyllm plot runs/small runs/llama --y bits-per-byte --out compared.png
+    """
+
+    runs: Annotated[tyro.conf.Positional[tuple[Path, ...]], option("DIR ...", "")]
+    """Run folders, up to eight."""
+    out: Annotated[Path, option("FILE")] = Path("runs.png")
+    """The picture to write: a .png, .svg or .pdf file."""
     x: Literal["step", "tokens", "time"] = "step"
-    """Steps, tokens seen, or seconds of training."""
+    """Horizontal axis: steps, tokens trained on, or training time."""
     y: Literal["loss", "bits-per-byte"] = "loss"
-    """Nats per token, or bits per byte, which compares across tokenizers."""
+    """Vertical axis: nats per token, or bits per byte, which compare between tokenizers."""
 
 
 def run(config: PlotConfig) -> None:
+    if not config.runs:
+        raise Error("give at least one run folder, such as tinyllm plot runs/python-docs-1")
     plot_runs(list(config.runs), config.out, x=config.x, y=config.y)
     print(summary(list(config.runs)))
-    print(f"the curves are in {config.out}")
+    print(f"plot: {config.out}")
