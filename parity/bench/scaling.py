@@ -14,6 +14,7 @@ from pathlib import Path
 from parity.bench.process import describe, machine, spread
 from parity.bench.train import measure
 from parity.bench.train_variants import Work
+from tinyllm.tools.plot import COLORS, GREY, new_figure, save, title
 
 VARIANTS = ["tinyllm", "torch-eager"]
 
@@ -116,25 +117,39 @@ def quotient(ours: float, theirs: float) -> str:
 
 
 def plot(result: dict, labels: dict[str, str], path: Path) -> None:
-    """Draw time and memory (rows) against every axis (columns), log-log, both variants in each panel."""
-    from matplotlib.figure import Figure
+    """Plot time and memory (rows): growth with each size, and as a ratio to PyTorch's (columns).
 
-    axes, shown = result["axes"], ("seconds", "training_bytes")
-    figure = Figure(figsize=(max(6.4, 3.2 * len(axes)), 7), layout="constrained")
-    panels = figure.subplots(len(shown), len(axes), squeeze=False, sharey="row")
-    for cost, row in zip(shown, panels):
-        for (axis, points), panel in zip(axes.items(), row):
-            sizes = [point["size"] for point in points]
-            for variant, color in zip(VARIANTS, ("C0", "C1")):
-                costs = [point["costs"][variant][cost]["median"] for point in points]
-                label = f"{variant}, exponent {exponent(points, variant, cost):.2f}"
-                panel.plot(sizes, costs, marker="o", markersize=4, color=color, label=label)
+    Sizes and growth are relative to the smallest size, so that all axes share a panel.
+    """
+    figure, panels = new_figure(10, 8, rows=2, columns=2)
+    names, most = {"seconds": "Time of a step", "training_bytes": "Memory of training"}, 1
+    for (cost, name), (growth, ratio) in zip(names.items(), panels):
+        for color, (axis, points) in zip(COLORS, result["axes"].items()):
+            sizes = [point["size"] / points[0]["size"] for point in points]
+            ours, theirs = ([point["costs"][v][cost]["median"] for point in points] for v in VARIANTS)
+            label = f"{labels[axis]}, {points[0]['size']:,} to {points[-1]['size']:,}"
+            style = dict(color=color, marker="o", markersize=4, label=label if cost == "seconds" else None)
+            growth.plot(sizes, [value / (ours[0] or math.nan) for value in ours], **style)
+            style["label"] = None
+            ratio.plot(sizes, [ours / (theirs or math.nan) for ours, theirs in zip(ours, theirs)], **style)
+            most = max(most, *sizes)
+        title(growth, f"{name} of tinyllm, relative to the smallest size")
+        title(ratio, f"{name}, tinyllm / PyTorch eager")
+        growth.set_yscale("log", base=2)
+        growth.yaxis.set_major_formatter("{x:g}x")
+        for panel in (growth, ratio):
             panel.set_xscale("log", base=2)
-            panel.set_yscale("log")
-            panel.set_xticks(sizes, [str(size) for size in sizes])
-            panel.set(xlabel=labels[axis])
-            panel.grid(alpha=0.3, which="both")
-            panel.legend(fontsize="x-small")
-        row[0].set_ylabel(COSTS[cost][0], fontsize="small")
-    figure.suptitle(f"A training step, float32, on {result['machine']['cpu']}", fontsize="medium")
-    figure.savefig(path, dpi=120)
+            panel.xaxis.set_major_formatter("{x:g}x")
+            panel.set_xlabel("size, relative to the smallest")
+    guide = dict(color=GREY, linestyle=":", linewidth=1.2, zorder=1)
+    text = dict(color=GREY, fontsize="small", ha="right", textcoords="offset points")
+    for growth, ratio in panels:
+        for power, word in (1, "linear"), (2, "quadratic"):
+            end = most ** (1 / power), most  # where the guide leaves the panel
+            growth.plot([1, end[0]], [1, most], **guide)
+            growth.annotate(word, end, (-28, 0) if power == 1 else (-8, -4), **text)
+        ratio.axhline(1, **guide)
+        ratio.set_ylim(0, max(1.2, ratio.get_ylim()[1]))
+        ratio.annotate("PyTorch eager", (most, 1), (0, 5), **text)
+    figure.legend(loc="outside upper left", ncols=3, frameon=False, fontsize="small")
+    save(figure, path)

@@ -13,14 +13,14 @@ from html import escape
 
 from parity.compare.layers import OUTPUTS, PARAMETERS, Row
 from parity.compare.report import Findings
+from tinyllm.tools.plot import COLORS, GREY, LIGHT
 
 WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 1080, 300, 64, 34, 20, 58
 
 SIDES = ("the twin", "transformers")
 
 STYLE = """
-:root { --twin: #1f6fb4; --theirs: #d9730d; --bad: #c62828; --good: #2e7d32; --line: #e3e6ea;
-  --dim: #626a75; }
+:root { --bad: #c62828; --good: #2e7d32; }
 body { font: 15px/1.5 system-ui, sans-serif; color: #1d2329; background: #fff; max-width: 1120px;
   margin: 2rem auto; padding: 0 1.2rem; }
 h1 { font-size: 1.6rem; margin: 0 0 .6rem; } h2 { font-size: 1.1rem; margin: 2rem 0 .3rem; }
@@ -30,7 +30,7 @@ dl { display: grid; grid-template-columns: max-content 1fr; gap: .1rem 1rem; mar
 dt { color: var(--dim); } dd { margin: 0; }
 p.note, li { color: #3d444d; margin: .3rem 0; white-space: pre-line; }
 svg { width: 100%; height: auto; display: block; }
-svg text { font: 11px system-ui, sans-serif; fill: #626a75; }
+svg text { font: 11px system-ui, sans-serif; fill: var(--dim); }
 .grid { stroke: var(--line); } .block { stroke: #f0f2f4; } .bound { stroke: var(--bad); fill: none;
   stroke-width: 1.5; stroke-dasharray: 6 4; } .s0 { --c: var(--twin); } .s1 { --c: var(--theirs); }
 .curve { fill: none; stroke: var(--c); stroke-opacity: .45; stroke-width: 1.2; } .dot { fill: var(--c); }
@@ -43,6 +43,8 @@ td.n, th.n { text-align: right; } td code { font-size: 12.5px; } tr.bad td { bac
 tr.part td { background: #eef1f5; font-weight: 600; } .ok { color: var(--good); } .no { color: var(--bad);
   font-weight: 600; } .dim { color: var(--dim); }
 """
+
+COLOURS = f":root {{ --twin: {COLORS[0]}; --theirs: {COLORS[1]}; --line: {LIGHT}; --dim: {GREY}; }}"
 
 
 def render(findings: Findings) -> str:
@@ -58,7 +60,7 @@ def render(findings: Findings) -> str:
     notes = "".join(f"<p class=note>{escape(note)}" for note in findings.notes)
     return f"""<!doctype html>
 <html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">
-<title>parity: {escape(findings.facts.get("model", "report"))}</title><style>{STYLE}</style>
+<title>parity: {escape(findings.facts.get("model", "report"))}</title><style>{COLOURS}{STYLE}</style>
 <h1>Does tinyllm compute what PyTorch computes?</h1>
 <p class="verdict{"" if findings.first is None else " bad"}">{_verdict(findings)}
 <dl>{facts}</dl>

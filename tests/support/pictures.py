@@ -1,4 +1,4 @@
-"""Runs to draw, as far as a picture reads them, and what a picture shows."""
+"""Run folders with the files that plots read, and the contents of a figure."""
 
 import json
 import math
@@ -45,7 +45,7 @@ def write_run(folder, records=None, end="", tokenizer="abc", sha256="1234567890"
 
 
 def saved_figures(monkeypatch) -> list:
-    """The figures that are saved from here on."""
+    """A list of the figures that are saved from now on."""
     figure = pytest.importorskip("matplotlib.figure").Figure
     figures, savefig = [], figure.savefig
 

@@ -1,4 +1,4 @@
-"""What a terminal is asked: whether it shows colours, and the characters of bars."""
+"""Whether a terminal shows colours and the characters of bars."""
 
 import io
 import sys
@@ -28,7 +28,9 @@ class Stream(io.StringIO):
     ],
 )
 @pytest.mark.parametrize("platform", ["linux", "win32"])
-def test_wants_colour(monkeypatch, variables, on_a_terminal, elsewhere, platform):
+def test_wants_colour_follows_the_variables_and_the_terminal(
+    monkeypatch, variables, on_a_terminal, elsewhere, platform
+):
     monkeypatch.setattr(sys, "platform", platform)
     for name in ("NO_COLOR", "FORCE_COLOR", "TERM"):
         monkeypatch.delenv(name, raising=False)
@@ -37,7 +39,7 @@ def test_wants_colour(monkeypatch, variables, on_a_terminal, elsewhere, platform
     monkeypatch.setenv("WT_SESSION", "some-id")
     assert wants_colour(Stream(tty=True)) is on_a_terminal
     assert wants_colour(Stream(tty=False)) is elsewhere
-    monkeypatch.delenv("WT_SESSION")  # the old console of Windows
+    monkeypatch.delenv("WT_SESSION")  # the older console
     if platform == "win32" and not variables.get("FORCE_COLOR"):
         assert wants_colour(Stream(tty=True)) is False
 
@@ -46,6 +48,6 @@ def test_wants_colour(monkeypatch, variables, on_a_terminal, elsewhere, platform
     ("encoding", "expected"),
     [("utf-8", True), ("utf-16", True), ("ascii", False), ("latin-1", False), ("cp1252", False)],
 )
-def test_shows_blocks(encoding, expected):
+def test_shows_blocks_depends_on_the_encoding(encoding, expected):
     assert shows_blocks(io.TextIOWrapper(io.BytesIO(), encoding=encoding)) is expected
     assert shows_blocks(io.StringIO())

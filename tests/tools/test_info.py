@@ -1,6 +1,7 @@
-"""What ``tinyllm.tools.info`` says a model costs is what it costs: counted and measured on real steps."""
+"""The costs predicted by ``tinyllm.tools.info`` equal those counted and measured on real steps."""
 
 import tracemalloc
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -62,7 +63,7 @@ UNTIED = dict(tie_word_embeddings=False, lm_head_bias=True, qkv_bias=False)
         (LlamaConfig.preset("Llama-3.2-1B"), 1_235_814_400),
     ],
 )
-def test_the_published_models_cost_nothing_to_look_at(config, number):
+def test_published_models_are_described_without_allocating_weights(config, number):
     tracemalloc.start()
     try:
         rows = info.parameter_table(model_of(config))
@@ -76,7 +77,7 @@ def test_the_published_models_cost_nothing_to_look_at(config, number):
 
 
 def test_parameter_table():
-    """A tied head has no row: its matrix was counted where it stands first."""
+    """A tied head has no row, since its matrix counts for the embedding."""
     assert info.parameter_table(model_of(config(100, 8, 3, 2, 16))) == [
         ("wte", "100 x 8", 1, 800),
         ("wpe", "16 x 8", 1, 128),
@@ -147,14 +148,14 @@ llama_configs = st.builds(
 @given(gpt2_configs | llama_configs, st.integers(1, 5), st.integers(0, 300))
 @example(GPT2Config(1, 1, 1, 1, 1, tie_word_embeddings=False), 1, 0)
 @example(llama(10, 8, 1, 4, 2, 5, 9, head_dim=6, attention_bias=True, mlp_bias=True), 2, 9)
-def test_the_parts_are_the_whole(config, batch, context):
+def test_parts_sum_to_the_totals(config, batch, context):
     model = model_of(config)
     number, context = model.num_parameters(), 1 + context % model.context
     assert sum(row.number for row in info.parameter_table(model)) == number
     costs = info.memory(model, batch, context)
     assert costs.weights == costs.gradients == costs.optimizer // 2 == 4 * number
     cache = model.new_cache(batch, context)
-    assert costs.cache == sum(array.nbytes for array in (*cache.keys, *cache.values))  # one a layer
+    assert costs.cache == sum(array.nbytes for array in (*cache.keys, *cache.values))  # one per layer
     assert costs.peak >= costs.weights + costs.optimizer + costs.activations
     assert costs.inference > costs.weights
 
@@ -163,7 +164,7 @@ def test_the_parts_are_the_whole(config, batch, context):
 
 
 def traced_step(config, batch, context, dtype) -> dict[str, int]:
-    """Bytes as tracemalloc saw them in the second training step, and in a pass for one more token."""
+    """Bytes measured by tracemalloc in the second training step, and in a forward pass for one token."""
 
     def peak_since_last() -> int:
         peak = tracemalloc.get_traced_memory()[1]
@@ -200,11 +201,11 @@ def traced_step(config, batch, context, dtype) -> dict[str, int]:
 
 @pytest.fixture
 def one_thread(monkeypatch):
-    """With several, how much of their scratch is there at one time is chance; ``memory`` adds all up."""
+    """With several threads, how much of their scratch memory coincides is random."""
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
 
 
-WORKS = {
+STEPS = {
     "small": (config(512, 128, 4, 4, 256), 4, 256, "float32"),
     "small, dropout": (config(512, 128, 4, 4, 256, dropout=0.1), 4, 250, "float32"),
     "small, float64": (config(512, 128, 4, 4, 256, dropout=0.1), 2, 256, "float64"),
@@ -228,26 +229,26 @@ WORKS = {
 }
 
 
-@pytest.mark.parametrize("work", WORKS)
-def test_memory_is_what_a_step_takes(work, one_thread):
-    """Within 15% is the promise; the arrays are all counted, so 5% is for Python's objects and NumPy's."""
-    config, batch, context, dtype = WORKS[work]
-    predicted, measured = info.memory(model_of(config), batch, context, dtype), traced_step(*WORKS[work])
+@pytest.mark.parametrize("step", STEPS)
+def test_memory_equals_that_of_a_real_step(step, one_thread):
+    """All arrays are counted; the tolerance of 5% is for the objects of Python and NumPy."""
+    config, batch, context, dtype = STEPS[step]
+    predicted, measured = info.memory(model_of(config), batch, context, dtype), traced_step(*STEPS[step])
     for phase in ("forward", "backward", "update", "inference"):
         assert getattr(predicted, phase) == pytest.approx(measured[phase], rel=0.05), phase
     assert predicted.activations == pytest.approx(measured["kept"], rel=0.02)
 
 
-def test_each_kind_of_peak_is_among_the_works(one_thread):
-    """Else a mistake in one of the phases would go unseen."""
-    costs = {work: info.memory(model_of(config), *sizes) for work, (config, *sizes) in WORKS.items()}
-    assert {work: c.peak for work, c in costs.items()}["deep"] == costs["deep"].backward
+def test_the_steps_have_their_peaks_in_all_phases(one_thread):
+    """So that an error in any phase would be found."""
+    costs = {step: info.memory(model_of(config), *sizes) for step, (config, *sizes) in STEPS.items()}
+    assert costs["deep"].peak == costs["deep"].backward
     assert costs["logits"].peak == costs["logits"].forward
     assert costs["weights"].peak == costs["weights"].update
 
 
 class Adapter(nn.Module):
-    """A layer of one's own in the place of another: what it keeps is counted, what is frozen is not."""
+    """A custom layer around another."""
 
     def __init__(self, layer, rank):
         self.layer = layer
@@ -263,8 +264,8 @@ def test_replaced_layers_are_counted():
     plain = info.memory(model, 4, 64)
     for block in model.h:
         block.attn.c_attn = Adapter(block.attn.c_attn, 48)
-    adapted, size = info.memory(model, 4, 64), 4 * 4 * 64  # bytes of a channel
-    # Kept more: what goes into c_attn twice at once, the result of exp (its input is not), in two layers.
+    adapted, size = info.memory(model, 4, 64), 4 * 4 * 64  # bytes per channel
+    # In two layers the input of `up` and the result of exp are kept, which are one array.
     assert adapted.activations - plain.activations == 2 * 48 * size
     more = 2 * (128 * 48 + 48 + 48 * 384 + 384)
     assert adapted.weights - plain.weights == 4 * more
@@ -275,14 +276,14 @@ def test_replaced_layers_are_counted():
     assert flops == 2 * 2 * (128 * 48 + 48 * 384)
 
 
-def test_a_long_context_is_a_straight_line(monkeypatch):
+def test_a_long_context_is_extrapolated_linearly(monkeypatch):
     model = model_of(llama(300, 32, 2, 2, 1, 64, 4096))
     counted = info.memory(model, 1, 1500)
     monkeypatch.setattr(info, "LONG", 1000)
     assert info.memory(model, 1, 1500)[3:] == pytest.approx(counted[3:], rel=0.03)
 
 
-def test_memory_follows_the_request():
+def test_memory_depends_on_optimizer_dtype_and_batch():
     small = model_of(config(512, 128, 4, 4, 256))
     with_adamw, without = info.memory(small, 4, 256), info.memory(small, 4, 256, optimizer=False)
     assert without.optimizer == 0
@@ -296,9 +297,9 @@ def test_memory_follows_the_request():
 
 
 class Counted(np.ndarray):
-    """An array that writes down 2 m n k for every matrix product it takes part in, and so do its results."""
+    """An array that records 2 m n k for every matrix product with it, as do its results."""
 
-    products: list  # one for all, set by the test
+    products: list  # shared, set by the test
 
     def __array_ufunc__(self, ufunc, method, *inputs, out=None, **kwargs):
         plain = [x.view(np.ndarray) if isinstance(x, Counted) else x for x in inputs]
@@ -335,8 +336,8 @@ def count_products(work) -> int:
         (llama(7, 6, 3, 1, 1, 5, 5, head_dim=4, mlp_bias=True), 1, 1),
     ],
 )
-def test_flops_are_the_products_that_are_made(config, batch, context):
-    """Exactly: every product of the forward pass and of the backward pass is in the figure, and no other."""
+def test_flops_are_those_of_the_products_computed(config, batch, context):
+    """Exactly: all products of the forward and backward passes are counted, and nothing else."""
     model = model_of(config, np.random.default_rng(0))
     for parameter in model.parameters():
         parameter.replace(parameter.data.view(Counted))
@@ -353,7 +354,7 @@ def test_flops_are_the_products_that_are_made(config, batch, context):
     )
 
 
-def test_flops_and_the_textbook():
+def test_flops_of_gpt2_by_hand():
     model = model_of(GPT2Config.preset("124M"))
     flops = info.flops_per_token(model, 1024)
     assert flops.linears == 2 * 12 * 12 * 768**2
@@ -367,7 +368,24 @@ def test_flops_and_the_textbook():
     assert info.flops_per_token(model, 128).attention == 4 * 12 * 768 * 128
 
 
-# ---------------------------------------------------------------- this machine, and the page
+# ----------------------------------------------------------- speed of this machine, and the report
+
+
+def test_product_shapes_are_those_of_a_training_step():
+    model = model_of(llama(300, 16, 2, 2, 1, 40, 64))
+    shapes = info.product_shapes(model, 6)
+    assert shapes[6, 16, 40] == 2 * 2 + 2 * 1  # gate and up forward, and dX of down
+    assert shapes[40, 6, 16] == 2 * 2  # dW of gate and up
+    assert shapes[16, 6, 40] == 2  # dW of down
+    flops = info.flops_per_token(model, 6)
+    assert sum(count * 2 * m * k * n for (m, k, n), count in shapes.items()) == 6 * 3 * (
+        flops.linears + flops.head
+    )
+
+
+def test_large_products_are_measured_in_part():
+    shapes = info.product_shapes(model_of(LlamaConfig.preset("Llama-3-8B")), 10**6)
+    assert max(max(shape) for shape in shapes) == info.LARGE
 
 
 def test_rates_are_work_over_the_shortest_time(monkeypatch):
@@ -378,26 +396,26 @@ def test_rates_are_work_over_the_shortest_time(monkeypatch):
 
     monkeypatch.setattr(info.time, "perf_counter", lambda: now[0])
     monkeypatch.setattr(info, "matmul", work)
-    assert info.gemm_rate(seconds=0.5) == 2 * info.GEMM_SIZE**3 / 2.0  # the first, a warm-up, is not timed
+    rate = info.gemm_rate(Counter({(3, 5, 7): 4}), seconds=0.5)  # the first run is a warm-up
+    assert rate == 2 * 3 * 5 * 7 / 2.0
     ticks = iter([1.0, 5.0, 5.0, 2.5, 9.0, 9.0])
     monkeypatch.setattr(info, "MATRIX", (10, 20))
     assert info.memory_rate(np.float64, seconds=13) == 10 * 20 * 8 / 2.5
 
 
-def test_rates_of_this_machine():
-    """Slower than a pocket calculator, or faster than any machine there is, would be a wrong unit."""
-    assert 1e7 < info.gemm_rate(seconds=0.01) < 1e16
+def test_rates_of_this_machine_are_plausible():
+    """A wrong unit would be off by a factor of 1000."""
+    assert 1e7 < info.gemm_rate(Counter({(512, 512, 512): 1}), seconds=0.01) < 1e16
     assert 1e7 < info.memory_rate(seconds=0.01) < 1e15
 
 
 def test_describe(monkeypatch):
-    monkeypatch.setattr(info, "gemm_rate", lambda dtype: 100e9)
+    monkeypatch.setattr(info, "gemm_rate", lambda shapes, dtype: 100e9)
     monkeypatch.setattr(info, "memory_rate", lambda dtype: 20e9)
     monkeypatch.setenv("OMP_NUM_THREADS", "2")
     model = model_of(GPT2Config.preset("124M"))
-    page = info.describe(model, 4, 256)
-    lines = page.splitlines()
-    assert len(lines) <= 45 and max(map(len, lines)) <= 110
+    lines = info.describe(model, 4, 256).splitlines()
+    assert len(lines) <= 45 and max(map(len, lines)) <= 88
     assert lines[0] == "GPT2: 124,439,808 parameters"
     words = [line.split() for line in lines]
     assert ["wte", "50257", "x", "768", "38,597,376", "31.0%"] in words
@@ -408,9 +426,11 @@ def test_describe(monkeypatch):
     assert {("products", "100", "GFLOP/s"), ("memory", "20.0", "GB/s")} <= starts
     flops = info.flops_per_token(model, 256)
     assert ("training", f"{100e9 / flops.training:.0f}", "tokens/s") in starts
-    assert ("reading", f"{100e9 / (flops.linears + flops.attention):.0f}", "tokens/s") in starts
+    assert ("prefill", f"{100e9 / (flops.linears + flops.attention):.0f}", "tokens/s") in starts
     assert ("decoding", f"{20e9 / (4 * (12 * 12 * 768**2 + 50257 * 768)):.1f}", "tokens/s") in starts
-    assert any("measured now (2 threads)" in line for line in lines)
+    assert any("measured now with 2 threads" in line for line in lines)
+    llama = info.describe(model_of(LlamaConfig.preset("Llama-3-8B")), 16, 8192)
+    assert max(map(len, llama.splitlines())) <= 88
 
 
 @pytest.mark.parametrize(
@@ -430,7 +450,7 @@ def test_describe(monkeypatch):
         (3.2e16, "32,000 TB"),
     ],
 )
-def test_amounts(number, text):
+def test_amounts_have_three_digits_and_a_prefix(number, text):
     assert info._amount(number, "B") == text
 
 
@@ -454,12 +474,12 @@ TINY = GPT2(GPT2Config(10, 16, 8, 1, 2), rng=None)
             "dtype 'float23' is not one that models compute in: choose float32 or float64",
         ),
         (
-            lambda: info.gemm_rate(np.float16),
+            lambda: info.gemm_rate(Counter(), np.float16),
             "dtype 'float16' is not one that models compute in: choose float32 or float64",
         ),
     ],
 )
-def test_bad_input(call, message):
+def test_bad_input_is_refused(call, message):
     with pytest.raises(Error) as error:
         call()
     assert str(error.value) == message

@@ -1,4 +1,4 @@
-"""Arrays without elements have the shapes, the layout and the bytes that NumPy's would have."""
+"""Meta arrays have the shapes, the layout and the bytes that NumPy's arrays would have."""
 
 import gc
 
@@ -33,7 +33,7 @@ OPS = {
 
 
 @pytest.mark.parametrize("op", OPS)
-def test_every_result_has_the_real_ones_shape_dtype_layout_and_bytes(op):
+def test_results_have_the_shape_dtype_layout_and_bytes_of_numpy(op):
     real, meta = ((make((2, 3, 4)), make((5, 4))) for make in (_ones, _meta))
     expected = OPS[op](*real)
     gc.collect()
@@ -55,7 +55,7 @@ def _meta(shape):
     return MetaArray(shape, np.float32)
 
 
-def test_bytes_are_held_as_long_as_a_view():
+def test_bytes_are_counted_while_a_view_is_alive():
     before = Tally.restart()
     array = _meta((1000, 1000))
     row = array[3]
@@ -65,7 +65,7 @@ def test_bytes_are_held_as_long_as_a_view():
     assert Tally.held == before and Tally.peak - before == 4_000_000
 
 
-def test_nothing_is_written():
+def test_writes_have_no_effect():
     array = _meta((3, 3))
     array[0] = 5
     array += 2
@@ -75,5 +75,5 @@ def test_nothing_is_written():
     assert not np.asarray(array.view(np.ndarray)).any()
 
 
-def test_arrays_of_any_size_take_no_memory():
+def test_huge_arrays_take_no_memory():
     assert (_meta((200_000, 100_000)) @ _meta((100_000, 3))).shape == (200_000, 3)

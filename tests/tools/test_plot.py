@@ -1,4 +1,4 @@
-"""Pictures of runs: what is drawn is what was recorded, runs are told apart, and damage is named."""
+"""Plots of runs show what was recorded, tell runs apart, and report damage."""
 
 import json
 import math
@@ -23,12 +23,12 @@ from tinyllm.training.metrics import read_run
 
 
 @pytest.fixture
-def drawn(monkeypatch):
+def figures(monkeypatch):
     """The figures that were saved."""
     return saved_figures(monkeypatch)
 
 
-def test_without_matplotlib(tmp_path, monkeypatch):
+def test_without_matplotlib_only_the_summary_works(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     run = write_run(tmp_path / "run")
@@ -37,12 +37,12 @@ def test_without_matplotlib(tmp_path, monkeypatch):
     assert "2.5000" in summary([run])
 
 
-def test_runs_side_by_side(tmp_path, drawn):
+def test_two_runs_in_one_plot(tmp_path, figures):
     one = write_run(tmp_path / "one")
     two = write_run(tmp_path / "two", metrics((5.0, 4.0, 3.0)), dropout=0.2, stride=64)
     plot_runs([one, str(two)], tmp_path / "runs.png")
     assert is_png(tmp_path / "runs.png")
-    axes = drawn[0].axes[0]
+    axes = figures[0].axes[0]
     train_1, val_1, best_1, train_2, val_2, best_2 = axes.lines
     close(points(train_1), [(0, 4.5), (10, 2.5), (20, 1.5), (30, 2.0)])
     close(points(val_1), [(0, 5.0), (10, 3.0), (20, 2.0), (30, 2.5)])
@@ -57,34 +57,34 @@ def test_runs_side_by_side(tmp_path, drawn):
     )
     assert val_1.get_color() != val_2.get_color()
     assert (train_1.get_linestyle(), val_1.get_linestyle()) == ("--", "-")
-    assert legend(drawn[0]) == ["one: dropout=0.1, stride not given", "two: dropout=0.2, stride=64"]
+    assert legend(figures[0]) == ["one: dropout=0.1, stride not given", "two: dropout=0.2, stride=64"]
     assert (axes.get_xlabel(), axes.get_ylabel()) == ("step", "loss (nats per token)")
 
 
-def test_other_axes(tmp_path, drawn):
+def test_axes_of_tokens_time_and_bits_per_byte(tmp_path, figures):
     run = write_run(tmp_path / "run", metrics(tokens_per_s=20.0))  # 50 tokens a step: 2.5 s
     nats = math.log(2) * BYTES_PER_TOKEN
     plot_runs([run], tmp_path / "a.png", x="tokens", y="bits-per-byte")
     close(
-        points(drawn[0].axes[0].lines[0]),
+        points(figures[0].axes[0].lines[0]),
         [(0, 4.5 / nats), (500, 2.5 / nats), (1000, 1.5 / nats), (1500, 2 / nats)],
     )
     close(
-        points(drawn[0].axes[0].lines[1]),
+        points(figures[0].axes[0].lines[1]),
         [(0, 5 / nats), (500, 3 / nats), (1000, 2 / nats), (1500, 2.5 / nats)],
     )
-    assert drawn[0].axes[0].get_ylabel() == "bits per byte"
+    assert figures[0].axes[0].get_ylabel() == "bits per byte"
     plot_runs([run], tmp_path / "b.pdf", x="time")
-    close(points(drawn[1].axes[0].lines[1]), [(0, 5), (25, 3), (50, 2), (75, 2.5)])
-    assert drawn[1].axes[0].get_xlabel() == "training time (s, without evaluations)"
+    close(points(figures[1].axes[0].lines[1]), [(0, 5), (25, 3), (50, 2), (75, 2.5)])
+    assert figures[1].axes[0].get_xlabel() == "training time (s, without evaluations)"
     slow = write_run(tmp_path / "slow", metrics(tokens_per_s=5.0))  # 10 s a step
     plot_runs([run, slow], tmp_path / "c.svg", x="time")
-    close(points(drawn[2].axes[0].lines[1]), [(0, 5), (25 / 60, 3), (50 / 60, 2), (75 / 60, 2.5)])
-    close(points(drawn[2].axes[0].lines[4]), [(0, 5), (100 / 60, 3), (200 / 60, 2), (300 / 60, 2.5)])
-    assert drawn[2].axes[0].get_xlabel() == "training time (min, without evaluations)"
+    close(points(figures[2].axes[0].lines[1]), [(0, 5), (25 / 60, 3), (50 / 60, 2), (75 / 60, 2.5)])
+    close(points(figures[2].axes[0].lines[4]), [(0, 5), (100 / 60, 3), (200 / 60, 2), (300 / 60, 2.5)])
+    assert figures[2].axes[0].get_xlabel() == "training time (min, without evaluations)"
     slower = write_run(tmp_path / "slower", metrics(tokens_per_s=0.1))
     plot_runs([slower], tmp_path / "d.png", x="time")
-    close(points(drawn[3].axes[0].lines[2]), [(20 * 500 / 3600, 2)])
+    close(points(figures[3].axes[0].lines[2]), [(20 * 500 / 3600, 2)])
 
 
 def test_time_follows_a_changing_speed(tmp_path):
@@ -93,11 +93,11 @@ def test_time_follows_a_changing_speed(tmp_path):
     assert read_run(write_run(tmp_path / "run", records)).along("time") == [0, 1, 6]
 
 
-def test_other_tokenizers_compare_in_bits_per_byte_only(tmp_path, drawn):
+def test_different_tokenizers_compare_only_in_bits_per_byte(tmp_path, figures):
     runs = [write_run(tmp_path / "one"), write_run(tmp_path / "two", tokenizer="abcd")]
     with pytest.raises(Error, match=r"tokenizers differ.*bits-per-byte"):
         plot_runs(runs, tmp_path / "runs.png")
-    assert not drawn
+    assert not figures
     plot_runs(runs, tmp_path / "runs.png", y="bits-per-byte")
     assert is_png(tmp_path / "runs.png")
     assert "the tokenizers differ" in summary(runs)
@@ -116,7 +116,7 @@ def test_an_older_run_without_bits_per_byte(tmp_path):
     assert summary([run]).splitlines()[1].split() == "old 30 1,500 0:15 – 2.5000 2.0000 20 – –".split()
 
 
-def test_the_legend_names_what_differs(tmp_path, drawn):
+def test_the_legend_lists_the_options_that_differ(tmp_path, figures):
     many = {f"option_{i}": i for i in range(7)}
     runs = [
         write_run(tmp_path / "_a" / "run", prompt="costs $\\x$\nmore"),
@@ -124,15 +124,15 @@ def test_the_legend_names_what_differs(tmp_path, drawn):
         write_run(tmp_path / "_c", prompt="the"),
     ]
     plot_runs(runs, tmp_path / "runs.png")
-    names = [" ".join(line.split()) for line in legend(drawn[0])]
+    names = [" ".join(line.split()) for line in legend(figures[0])]
     assert names[0].startswith(f"{runs[0]}: prompt=costs $\\x$ more, option_0 not given")
     assert names[1].startswith(f"{runs[1]}: prompt=costs $x_2, option_0=0, option_1=1")
     assert names[2].startswith("_c: prompt=the")
-    assert all(name.endswith("and 3 options more") for name in names)
+    assert all(name.endswith("and 3 more options") for name in names)
     assert "option_6=6" in summary(runs)
 
 
-def test_texts_that_differ(tmp_path):
+def test_different_texts_are_listed(tmp_path):
     same = [write_run(tmp_path / "a"), write_run(tmp_path / "b", sha256="abcdefghij")]
     assert "a: text_sha256=12345678\nb: text_sha256=abcdefgh" in summary(same)
     other = [same[0], write_run(tmp_path / "c", sha256="abcdefghij", text="other.txt")]
@@ -141,11 +141,11 @@ def test_texts_that_differ(tmp_path):
     assert "a: text=rhyme.txt\nd: text=copy.txt" in summary(copy)
 
 
-def test_summary(tmp_path):
+def test_summary_is_a_table_of_88_columns(tmp_path):
     runs = [write_run(tmp_path / "a"), write_run(tmp_path / "longer", metrics((5.0, 4.0), tokens_per_s=4.0))]
     lines = summary(runs).splitlines()
     bits = {loss: f"{loss / math.log(2) / BYTES_PER_TOKEN:.3f}" for loss in (2.0, 2.5, 4.0)}
-    assert lines[0].split() == "run step tokens time train val best val at step bits/byte best".split()
+    assert lines[0].split() == "run step tokens time train val best val at bits/byte best".split()
     assert lines[1].split() == [
         "a",
         "30",
@@ -172,12 +172,16 @@ def test_summary(tmp_path):
     ]
     assert len(lines) == 3
     assert len({len(line) for line in lines}) == 1
+    long = write_run(tmp_path / ("a-run-with-a-long-name-" + 40 * "x"), metrics((5.0, 4.0)))
+    lines = summary([runs[0], long]).splitlines()
+    assert [line.split()[0] for line in lines] == ["run", "step", "a", "30", long.name, "10"]
+    assert max(map(len, lines)) <= 88
 
 
 # Damage
 
 
-def test_a_half_written_last_line_is_noted(tmp_path):
+def test_a_truncated_last_line_is_reported(tmp_path):
     run = write_run(tmp_path / "run", end='{"step": 31, "tok')
     assert read_run(run).records == metrics()
     assert "run: the last line of metrics.jsonl, number 32, is half-written and left out" in summary([run])
@@ -206,7 +210,7 @@ def test_a_half_written_last_line_is_noted(tmp_path):
         ('{"step": 31, "tokens": 1500, "val_loss": 1' + "0" * 400 + "}", "not a finite number"),
     ],
 )
-def test_a_damaged_line_is_named(tmp_path, line, said):
+def test_a_damaged_line_is_refused_with_its_number(tmp_path, line, said):
     run = write_run(tmp_path / "run", end=line + "\n")
     with pytest.raises(Error, match="line 32, is damaged") as refusal:
         read_run(run)
@@ -214,7 +218,7 @@ def test_a_damaged_line_is_named(tmp_path, line, said):
     assert str(run / "metrics.jsonl") in str(refusal.value)
 
 
-def test_what_is_not_a_run(tmp_path):
+def test_other_folders_are_refused(tmp_path):
     for path in (tmp_path / "missing", tmp_path):
         with pytest.raises(Error, match=r"is not a run folder \(it holds no config\.json"):
             read_run(path)
@@ -231,7 +235,7 @@ def test_what_is_not_a_run(tmp_path):
             read_run(run)
 
 
-def test_no_metrics_yet(tmp_path):
+def test_runs_without_an_evaluation_are_refused(tmp_path):
     empty = write_run(tmp_path / "empty", [])
     started = write_run(tmp_path / "started", [], end='{"step": 0, "to')
     silent = write_run(tmp_path / "silent", [{"step": 0, "tokens": 0}])
@@ -245,7 +249,7 @@ def test_no_metrics_yet(tmp_path):
         read_run(absent)
 
 
-def test_requests_that_cannot_be_met(tmp_path):
+def test_wrong_requests_are_refused(tmp_path):
     pytest.importorskip("matplotlib")
     run, out = write_run(tmp_path / "run"), tmp_path / "runs.png"
     with pytest.raises(Error, match="x is 'epoch': choose step or tokens or time"):
@@ -253,7 +257,7 @@ def test_requests_that_cannot_be_met(tmp_path):
     with pytest.raises(Error, match="y is 'bits': choose loss or bits-per-byte"):
         plot_runs([run], out, y="bits")
     for name in ("runs", "runs.xls", ".png"):
-        with pytest.raises(Error, match=r"does not end in \.png, \.svg, \.pdf"):
+        with pytest.raises(Error, match=r"must end in \.png, \.svg, \.pdf"):
             plot_runs([run], tmp_path / name)
     (tmp_path / "folder.png").mkdir()
     for path in (tmp_path / "missing" / "runs.png", tmp_path / "folder.png"):
@@ -263,7 +267,7 @@ def test_requests_that_cannot_be_met(tmp_path):
         with pytest.raises(Error, match="give a list of at least one run folder"):
             plot_runs(runs, out)
     most = len(tinyllm.tools.plot.COLORS)
-    with pytest.raises(Error, match=f"{most + 1} runs are too many for one plot: give at most {most}"):
+    with pytest.raises(Error, match=f"{most + 1} runs, too many for one plot: give at most {most}"):
         plot_runs([run] * (most + 1), out)
     assert not out.exists()
     plot_runs([run] * most, out)

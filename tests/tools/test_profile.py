@@ -1,4 +1,4 @@
-"""The profile of a step names every op and its place, adds up, and leaves no trace."""
+"""The profile of a step names every op and its module, sums to the step, and leaves no side effects."""
 
 import math
 import threading
@@ -33,7 +33,7 @@ MODELS = {
 
 
 class Training:
-    """A model, its optimiser and the parts of its step, as ``tinyllm train`` makes them."""
+    """A model, its optimizer and the parts of its step, as in ``tinyllm train``."""
 
     def __init__(self, name: str, batch: int = 3, micro_batches: int = 1):
         config, rng = MODELS[name], np.random.default_rng(0)
@@ -68,7 +68,7 @@ def nothing_stays_behind():
     assert module._Timed.products == []
 
 
-# ------------------------------------------------------------------------- names and places
+# ------------------------------------------------------------------------ names and modules
 
 
 def calls(rows) -> dict[str, int]:
@@ -78,7 +78,7 @@ def calls(rows) -> dict[str, int]:
 PARTS = {"gradients outside its ops": 1, "clip_grad_norm": 1, "AdamW": 1, "zero_grad": 1}
 
 
-def test_every_op_of_gpt2_has_its_name_and_its_place():
+def test_every_op_of_gpt2_has_its_name_and_module():
     training = Training("gpt2")
     assert calls(profile(training.model, training.parts, warmup=1, steps=2).rows) == PARTS | {
         "wte embedding": 1,
@@ -103,7 +103,7 @@ def test_every_op_of_gpt2_has_its_name_and_its_place():
     }
 
 
-def test_every_op_of_llama_has_its_name_and_its_place():
+def test_every_op_of_llama_has_its_name_and_module():
     training = Training("llama")
     assert calls(profile(training.model, training.parts, warmup=1, steps=1).rows) == PARTS | {
         "embed_tokens embedding": 1,
@@ -127,7 +127,7 @@ def test_every_op_of_llama_has_its_name_and_its_place():
 
 
 def test_an_op_is_named_after_the_function_that_was_called():
-    """Not after a helper of it or an op it is made of; outside the model there is no place to name."""
+    """Not after its helpers or the ops it calls; ops outside the model have no module."""
     x = Tensor(np.ones((2, 3), np.float32), requires_grad=True)
 
     def step():
@@ -137,7 +137,7 @@ def test_an_op_is_named_after_the_function_that_was_called():
     assert calls(rows) == {"ops outside its ops": 1, "mean": 2, "sub": 1, "silu": 1, "var": 1}
 
 
-def test_ops_of_other_threads_are_not_ours():
+def test_ops_of_other_threads_are_not_recorded():
     layer, x = nn.LayerNorm(3), Tensor(np.ones((2, 3), np.float32))
 
     def in_another_thread():
@@ -152,7 +152,7 @@ def test_ops_of_other_threads_are_not_ours():
 
 
 class Layer(nn.Module):
-    """An op whose passes take the time that it is given."""
+    """An op whose passes take the given times."""
 
     def __init__(self, clock, forward, backward):
         self.clock, self.times = clock, (forward, backward)
@@ -188,7 +188,7 @@ def clock(monkeypatch):
     return Clock
 
 
-def test_the_time_of_every_op_is_its_own(clock):
+def test_time_is_attributed_to_the_op_that_ends_it(clock):
     model = Model(Layer(clock, 5, 70), Layer(clock, 10, 200), Layer(clock, 0, 0))
     x = Tensor(np.ones(1, np.float32), requires_grad=True)
 
@@ -204,7 +204,7 @@ def test_the_time_of_every_op_is_its_own(clock):
 
     result = profile(model, {"gradients": gradients, "update": update}, steps=2)
     rows = {f"{row.place} {row.op}".strip(): row for row in result.rows}
-    # Before the first op Python took 1000: they count for that op, and the other 12,000 for no op.
+    # The 1000 before the first op count for that op, and the other 12,000 for no op.
     expected = {"h.* forward": (1015, 270, 0), "gradients outside its ops": (0, 0, 12_000)}
     expected["update"] = (0, 0, 20_000)
     assert rows.keys() == expected.keys()
@@ -221,14 +221,14 @@ class SlowAt(At):
 
 
 class Gather(nn.Module):
-    """An op whose gradient takes time to be added up."""
+    """An op whose gradient takes time to accumulate."""
 
     def forward(self, x):
         return Tensor.from_op(x.data[:1], (x,), lambda grad: (SlowAt(slice(0, 1), grad),))
 
 
-def test_what_the_engine_does_with_a_gradient_is_that_ops_time(clock):
-    """Adding it up: after the last op's gradient, too, and before the next micro-batch begins."""
+def test_accumulating_a_gradient_counts_for_its_op(clock):
+    """Also that of the last op, before the next micro-batch."""
     model, x = Model(Gather()), Tensor(np.ones(3, np.float32), requires_grad=True)
 
     def step():
@@ -241,7 +241,7 @@ def test_what_the_engine_does_with_a_gradient_is_that_ops_time(clock):
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_the_rows_add_up_to_the_step(name):
+def test_the_rows_sum_to_the_step(name):
     training = Training(name)
     result = profile(training.model, training.parts, warmup=1)
     assert sum(row.seconds for row in result.rows) == pytest.approx(result.seconds, rel=1e-9)
@@ -262,7 +262,7 @@ def products_of(training) -> dict[str, float]:
 
 
 def test_products_are_the_matrix_products(monkeypatch):
-    """All of them and nothing else, forward and backward: with a clock that ticks once per product."""
+    """All products, forward and backward, and nothing else: the clock ticks once per product."""
     ticks = iter(range(10**9))
     monkeypatch.setattr(module.time, "perf_counter_ns", lambda: next(ticks))
     # In each of 2 layers and for each of 3 sequences, 4 heads at once, of one block of queries: 7 products.
@@ -276,7 +276,7 @@ def test_products_are_the_matrix_products(monkeypatch):
     }
 
 
-def test_products_of_the_pool_count_by_their_share_of_the_threads(monkeypatch):
+def test_products_in_the_thread_pool_count_by_their_share_of_the_threads(monkeypatch):
     account = module._Account(nn.LayerNorm(3), bytes_too=False)
     account.begin()
     row = account.row("", "linear")
@@ -288,9 +288,9 @@ def test_products_of_the_pool_count_by_their_share_of_the_threads(monkeypatch):
     assert row.products == pytest.approx(120e-9)
 
 
-def test_products_are_a_share_of_the_step_they_were_timed_in():
+def test_products_are_scaled_to_the_timed_steps():
     row = Row("h.*", "linear", forward=300e-9, backward=500e-9)
-    busier = Row("h.*", "linear", forward=1e-6, backward=1e-6, products=1.5e-6)  # others used the machine
+    busier = Row("h.*", "linear", forward=1e-6, backward=1e-6, products=1.5e-6)  # under load
     module._finish(row, Row("", ""), busier, steps=2)
     assert row.seconds == pytest.approx(400e-9) and row.products == pytest.approx(300e-9)
 
@@ -299,8 +299,8 @@ def test_products_are_a_share_of_the_step_they_were_timed_in():
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_what_the_ops_keep_is_what_info_predicts(name, monkeypatch):
-    """And that is measured: test_info.py. Ids are kept, too."""
+def test_kept_memory_is_that_predicted_by_info(name, monkeypatch):
+    """test_info.py compares that with measurements. Ids are kept as well."""
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     training = Training(name, batch=64)
     result, costs = profile(training.model, training.parts), info.memory(training.model, 64, 64)
@@ -309,25 +309,25 @@ def test_what_the_ops_keep_is_what_info_predicts(name, monkeypatch):
     assert result.peak == pytest.approx(costs.peak - costs.weights - costs.optimizer, rel=0.05)
 
 
-def test_what_single_ops_keep_and_need():
+def test_memory_of_single_ops():
     training = Training("gpt2, no dropout", batch=16)
     rows = {f"{r.place} {r.op}": r for r in profile(training.model, training.parts).rows}
     a = 4 * 16 * 64 * 32  # bytes of one residual stream
     assert rows["h.*.mlp gelu"].keeps == 2 * 4 * a  # its input, in two layers
-    assert rows["h.*.mlp.c_proj linear"].keeps == 0  # GELU's output, which can be made again
-    assert rows["h.*.attn.c_proj linear"].keeps == 0  # attention's output, which attention keeps
+    assert rows["h.*.mlp.c_proj linear"].keeps == 0  # GELU's output, which is recomputed
+    assert rows["h.*.attn.c_proj linear"].keeps == 0  # attention's output, kept by attention
     assert 4 * a <= rows["h.*.mlp.c_fc linear"].needs < 4.5 * a  # one call's output, and NumPy's own buffers
     assert rows["AdamW "].needs == pytest.approx(4 * 128 * 32, rel=0.1)  # a scratch for the largest matrix
     assert rows["GPT2 add"].keeps == 0 and a <= rows["GPT2 add"].needs < 1.5 * a
 
 
-def test_arrays_in_a_list_are_kept_too():
+def test_arrays_in_a_list_count_as_kept():
     a, b = (Tensor(np.ones(shape, np.float32), requires_grad=True) for shape in ((2, 3), (3, 50)))
     rows = profile(nn.LayerNorm(3), {"step": lambda: einsum("ij,jk->ik", a, b).sum().backward()}).rows
     assert {row.op: row.keeps for row in rows if row.keeps} == {"einsum": 4 * (6 + 150)}
 
 
-def test_micro_batches_keep_one_after_the_other():
+def test_micro_batches_keep_the_memory_of_one():
     one, two = Training("gpt2", batch=8), Training("gpt2", batch=8, micro_batches=2)
     kept = [{(r.place, r.op): r.keeps for r in profile(t.model, t.parts, 1, 1).rows} for t in (one, two)]
     assert kept[0] == kept[1] and sum(kept[0].values()) > 1e6
@@ -346,7 +346,7 @@ def test_without_gradients_nothing_is_kept():
 
 
 def test_page_faults(monkeypatch):
-    """The counter goes up by one whenever it is read: every event is worth one."""
+    """The counter increases by one at every reading, so every event counts one."""
     readings = iter(range(10**9))
     monkeypatch.setattr(module, "_page_faults", lambda: next(readings))
     x = Tensor(np.ones(3, np.float32), requires_grad=True)
@@ -356,14 +356,14 @@ def test_page_faults(monkeypatch):
     monkeypatch.setattr(module, "_page_faults", lambda: math.nan)
     result = profile(nn.LayerNorm(3), {"step": lambda: x.exp().sum().backward()})
     assert all(math.isnan(row.faults) for row in result.rows)
-    assert str(result).splitlines()[3].endswith(" ?")
+    assert str(result).splitlines()[4].endswith(" ?")
 
 
-# -------------------------------------------------------------------------------- no trace
+# ---------------------------------------------------------------------------- side effects
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_a_watched_step_computes_the_same_to_the_last_bit(name):
+def test_a_profiled_step_computes_bitwise_identical_numbers(name):
     watched, plain = Training(name, micro_batches=2), Training(name, micro_batches=2)
     arrays = [parameter.data for parameter in watched.model.parameters()]
     profile(watched.model, watched.parts, warmup=1, steps=2)
@@ -375,9 +375,9 @@ def test_a_watched_step_computes_the_same_to_the_last_bit(name):
     assert all(parameter.data is array for parameter, array in zip(watched.model.parameters(), arrays))
 
 
-@pytest.mark.parametrize("at", range(1, 6))  # warming up, timing twice, following memory, timing products
+@pytest.mark.parametrize("at", range(1, 6))  # warm-up, two timed steps, memory, products
 @pytest.mark.parametrize("where", ["a part", "an op", "a gradient"])
-def test_an_exception_leaves_everything_as_it_was(at, where):
+def test_an_exception_leaves_no_side_effects(at, where):
     layer, done = nn.Linear(3, 3, rng=np.random.default_rng(0)), []
     x = Tensor(np.ones((2, 3), np.float32))
     weight = layer.weight.data
@@ -404,7 +404,7 @@ def test_an_exception_leaves_everything_as_it_was(at, where):
     assert all(type(p.grad) is np.ndarray for p in layer.parameters() if p.grad is not None)
 
 
-def test_who_traces_memory_goes_on_tracing():
+def test_tracemalloc_stays_on_if_it_was_on():
     tracemalloc.start()
     try:
         profile(nn.LayerNorm(3), {"step": lambda: None})
@@ -413,14 +413,14 @@ def test_who_traces_memory_goes_on_tracing():
         tracemalloc.stop()
 
 
-def test_nobody_watches_while_it_warms_up():
+def test_the_warm_up_is_not_recorded():
     seen = []
     profile(nn.LayerNorm(3), {"step": lambda: seen.append(engine.mode.watch)}, warmup=1, steps=1)
     warm_up, *watched = seen
     assert warm_up is None and len(watched) == 3 and None not in watched
 
 
-# ---------------------------------------------------------------------------------- the page
+# --------------------------------------------------------------------------------- the table
 
 
 def row(place, op="", seconds=0.001, **more):
@@ -428,33 +428,44 @@ def row(place, op="", seconds=0.001, **more):
     return Row(place, op, **none | more)
 
 
-def test_the_page():
+def test_the_table():
     gelu = dict(calls=12, backward=0.0302, keeps=18_900_000, needs=12_600_000, faults=1234.4)
     rows = [
         row("h.*.mlp.c_fc", "linear", 0.6, calls=12, backward=1.1, products=1.6),
         row("h.*.mlp", "gelu", 0.05, **gelu),
         row("AdamW", forward=0.0, other=0.02),
     ]
-    page = str(Profile(rows, 1.8002, 1.6, 99_000_000, steps=3, threads=2)).splitlines()
-    assert page[:7] == [
-        "A step takes 1,800.2 ms (mean of 3, 2 threads): matrix products 1,600.0 ms (89%), "
-        "everything else 200.2 ms",
+    table = str(Profile(rows, 1.8002, 1.6, 99_000_000, steps=3, threads=2)).splitlines()
+    assert table[:9] == [
+        "A training step takes 1,800 ms (mean of 3, 2 threads):",
+        "matrix products 1,600 ms (89%), everything else 200 ms",
         "",
-        "place in the model, op       ms   share  forward  backward  products  calls  keeps  needs  faults",
-        "h.*.mlp.c_fc linear     1,700.0   94.4%    600.0   1,100.0   1,600.0     12                     0",
-        "h.*.mlp gelu               80.2    4.5%     50.0      30.2               12   18.9   12.6   1,234",
-        "AdamW                      20.0    1.1%                                   1                     0",
-        "the whole step          1,800.2  100.0%    650.0   1,130.2   1,600.0     25   18.9   99.0   1,234",
+        "module and op          ms  share  fwd   bwd  gemm calls keeps needs faults",
+        "h.*.mlp.c_fc linear 1,700  94.4%  600 1,100 1,600    12                  0",
+        "h.*.mlp gelu         80.2   4.5% 50.0  30.2          12  18.9  12.6  1,234",
+        "AdamW                20.0   1.1%                      1                  0",
+        "the whole step      1,800 100.0%  650 1,130 1,600    25  18.9  99.0  1,234",
+        "",
     ]
-    assert all(len(line) <= 110 for line in page)
+    assert all(len(line) <= 88 for line in table)
 
 
-def test_a_page_has_at_most_thirty_rows():
+def test_names_are_shortened_to_fit_the_line():
+    costs = dict(calls=128, backward=25.0, products=11.0, keeps=10**10, needs=10**9, faults=10**4)
+    rows = [row("layers.*.post_attention_layernorm", "rms_norm", 12.3, **costs)]
+    rows.append(row("h.*.attn", "scaled_dot_product_attention"))
+    table = str(Profile(rows, 37.3, 11.0, 10**10, steps=3, threads=2)).splitlines()
+    assert table[4].startswith("layers.*.post_at… rms_norm ")
+    assert table[5].startswith("h.*.attn attention ")
+    assert all(len(line) <= 88 for line in table)
+
+
+def test_a_table_has_at_most_thirty_rows():
     rows = [row(f"part {n:02}", seconds=0.001 * (40 - n)) for n in range(40)]
     table = str(Profile(rows, 0.82, 0.0, 0, steps=1, threads=1)).split("\n\n")[1].splitlines()
     assert len(table) == 1 + module.MOST_ROWS + 1
     assert table[-2].split()[:4] == ["11", "others", "66.0", "8.0%"]  # 11 + 10 + … + 1 ms
-    assert table[-1].split()[:5] == ["the", "whole", "step", "820.0", "100.0%"]
+    assert table[-1].split()[:5] == ["the", "whole", "step", "820", "100.0%"]
     table = str(Profile(rows[:30], 0.765, 0.0, 0, steps=1, threads=1)).split("\n\n")[1].splitlines()
     assert len(table) == 1 + 30 + 1 and "others" not in table[-2]
 
@@ -463,17 +474,15 @@ def test_a_page_has_at_most_thirty_rows():
 
 
 @pytest.mark.parametrize("warmup, steps", [(0, 3), (2, 0), (-1, 1)])
-def test_a_profile_needs_steps(warmup, steps):
+def test_a_profile_needs_a_warm_up_and_a_step(warmup, steps):
     with pytest.raises(Error) as error:
         profile(nn.LayerNorm(3), {}, warmup, steps)
-    assert str(error.value) == (
-        f"a profile needs at least 1 step to warm up and 1 to time, not {warmup} and {steps}"
-    )
+    assert str(error.value) == (f"warmup is {warmup} and steps is {steps}: both must be at least 1")
 
 
-def test_a_gpu_works_on_after_the_call():
+def test_a_model_on_a_gpu_is_refused():
     layer = nn.LayerNorm(3)
     layer.weight.replace(DeviceArray(np.ones(3, np.float32)))
     with pytest.raises(Error) as error:
         profile(layer, {})
-    assert str(error.value) == "a profile is of a model on the CPU: move it there with model.to('cpu')"
+    assert str(error.value) == "only a model on the CPU can be profiled: move it with model.to('cpu')"

@@ -1,4 +1,4 @@
-"""Tokens and probabilities in a terminal: read back what is printed, and compare."""
+"""Tokens and probabilities for a terminal: the output is parsed and compared."""
 
 import re
 from itertools import pairwise
@@ -34,7 +34,7 @@ def shown(text, colour=False, tokenizer=BYTES):
 # Tokens
 
 
-def test_gpt2_without_colour():
+def test_gpt2_tokens_without_colour():
     tokenizer = load_tokenizer("gpt2")
     assert shown("Every effort moves you", tokenizer=tokenizer) == (
         "Every| effort| moves| you\n6109 3626 6100 345\n4 tokens, 22 bytes, 5.50 bytes per token"
@@ -46,24 +46,24 @@ def test_gpt2_without_colour():
     [
         ("", ""),
         ("a b", "a| |b"),
-        ("a|\\n", "a|\\||\\\\|n"),  # a | and a \ of the text cannot be taken for ours
+        ("a|\\n", "a|\\||\\\\|n"),  # a | or \ in the text is escaped
         ("a\n\nb", "a|\\n\n|\\n\n|b"),
         ("\t\r\x1b\x00", "\\t|\\r|\\x1b|\\x00"),
         ("€", "\\xe2|\\x82|\\xac"),
     ],
 )
-def test_bytes_without_colour(text, expected):
+def test_escapes_without_colour(text, expected):
     first = shown(text).rsplit("\n", 2)[0]
     assert first == expected
 
 
-def test_characters_that_cannot_be_seen():
+def test_unprintable_characters_are_escaped():
     text = "é\u00a0\u200b\u202e日😀\U000e0001"
     tokenizer = CharTokenizer(text)
     assert shown(text, tokenizer=tokenizer).split("\n")[0] == "é|\\u00a0|\\u200b|\\u202e|日|😀|\\U000e0001"
 
 
-def test_a_token_of_a_whole_and_half_a_character():
+def test_a_token_with_an_incomplete_character():
     tokenizer = BPETokenizer([BYTES.encode(" " + "€")[:2]])
     assert shown(" €", tokenizer=tokenizer).split("\n")[0] == " \\xe2|\\x82|\\xac"
     piece = shown(" €", colour=True, tokenizer=tokenizer).split("\n")[0]
@@ -73,7 +73,7 @@ def test_a_token_of_a_whole_and_half_a_character():
 @given(text=st.text() | st.text("ab|\\n\n\t x€"))
 @example(text="|\\|\\\\|\n\\n")
 @example(text="\\xe2€")
-def test_without_colour_the_text_can_be_read_back(text):
+def test_output_without_colour_determines_the_text(text):
     first = shown(text).rsplit("\n", 2)[0]
     escapes = {"\\n\n": b"\n", "\\t": b"\t", "\\r": b"\r", "\\|": b"|", "\\\\": b"\\"}
     pieces = []
@@ -88,7 +88,7 @@ def test_without_colour_the_text_can_be_read_back(text):
 
 
 def visible(line):
-    """(text, which background, reversed or not) of every painted part; nothing else stands in the line."""
+    """(text, number of the background, reversed) of every coloured part; the rest of the line is empty."""
     part = re.compile(r"\x1b\[(7;)?38;5;16;48;5;(\d+)m([^\x1b\n]+)\x1b\[0m")
     assert not part.sub("", line).strip(" ")
     return [
@@ -97,7 +97,7 @@ def visible(line):
     ]
 
 
-def test_with_colour():
+def test_tokens_and_ids_share_a_background():
     lines = shown("a b\n\n€", colour=True).split("\n")
     assert visible(lines[0]) == [("a", 0, False), (" ", 1, False), ("b", 2, False), ("⏎", 3, True)]
     assert visible(lines[1]) == [("⏎", 0, True)]
@@ -108,7 +108,7 @@ def test_with_colour():
     assert len(lines) == 5
 
 
-def test_newlines_inside_a_token_with_colour():
+def test_newlines_inside_a_token_break_the_line():
     tokenizer = BPETokenizer(
         [BYTES.encode("\n\n"), BYTES.encode("a\n"), (257, BYTES.encode("b")[0])], "[^x]+"
     )
@@ -123,13 +123,13 @@ def test_newlines_inside_a_token_with_colour():
 
 @given(text=st.text() | st.text("ab|\\n\n\t x€\x1b"))
 @example(text="\x1b[31m\x9b31m")
-def test_no_text_reaches_the_terminal_as_a_command(text):
+def test_no_text_reaches_the_terminal_as_an_escape_sequence(text):
     for line in shown(text, colour=True).split("\n")[:-1]:
         visible(line)
     assert all(character.isprintable() or character == "\n" for character in shown(text))
 
 
-def test_neighbours_have_different_backgrounds():
+def test_adjacent_tokens_have_different_backgrounds():
     parts = visible(shown("abababab", colour=True).split("\n")[0])
     assert all(one[1] != other[1] for one, other in pairwise(parts))
     assert len(set(BACKGROUNDS)) == len(BACKGROUNDS)
@@ -143,13 +143,13 @@ def test_neighbours_have_different_backgrounds():
         ("€" * 1000, "1,000 tokens, 3,000 bytes, 3.00 bytes per token"),
     ],
 )
-def test_counts(text, said):
+def test_counts_of_tokens_and_bytes(text, said):
     tokenizer = CharTokenizer("a€")
     for colour in (False, True):
         assert shown(text, colour, tokenizer).split("\n")[-1] == said
 
 
-def test_ids_of_any_kind_and_ids_that_are_none():
+def test_ids_may_be_an_array_and_are_checked():
     ids = CHARS.encode("abca")
     for colour in (False, True):
         assert show_tokens(CHARS, np.array(ids, np.uint32), colour) == show_tokens(CHARS, ids, colour)
@@ -157,7 +157,7 @@ def test_ids_of_any_kind_and_ids_that_are_none():
             show_tokens(CHARS, [0, 4], colour)
 
 
-def test_a_special_token_is_one_piece():
+def test_a_special_token_is_one_token():
     tokenizer = CHARS.with_special_tokens(["<|x|>"])
     out = show_tokens(tokenizer, tokenizer.encode("a<|x|>", "allow"), colour=False)
     assert out == "a|<\\|x\\|>\n0 4\n2 tokens, 6 bytes, 3.00 bytes per token"
@@ -166,7 +166,7 @@ def test_a_special_token_is_one_piece():
 # Probabilities
 
 
-def test_bars():
+def test_bars_are_proportional():
     p = np.array([0.25, 0.5, 0.125, 0.125])
     assert show_probabilities(CHARS, p, chosen=2).split("\n") == [
         f"   50.00%  {'█' * 16:32}  'b'",
@@ -179,22 +179,22 @@ def test_bars():
     assert ascii_bars.isascii()
 
 
-def test_the_chosen_one_below_the_top():
+def test_a_chosen_token_outside_the_top_has_its_rank():
     p = np.array([0.25, 0.5, 0.125, 0.125])
     lines = show_probabilities(CHARS, p, chosen=3, top=2).split("\n")
     assert [line[0] for line in lines] == [" ", " ", ">"]
-    assert lines[2].endswith("'d'  (number 4)")
+    assert lines[2].endswith("'d'  (rank 4)")
     assert show_probabilities(CHARS, p, chosen=1, top=2).split("\n")[0].startswith(">")
 
 
-def test_what_cannot_be_drawn_has_no_line():
+def test_tokens_of_probability_zero_are_omitted():
     one_hot = np.array([0.0, 0.0, 1.0, 0.0])
     assert show_probabilities(CHARS, one_hot, chosen=2) == f"> 100.00%  {'█' * 32}  'c'"
     lines = show_probabilities(CHARS, one_hot, chosen=0).split("\n")  # a finished row repeats its stop id
-    assert lines[1] == f">   0.00%  {' ' * 32}  'a'  (number 2)"
+    assert lines[1] == f">   0.00%  {' ' * 32}  'a'  (rank 2)"
 
 
-def test_percent_of_a_rare_token_is_not_zero():
+def test_rare_tokens_are_not_shown_as_zero():
     p = np.array([1 - 1e-6, 1e-6, 0, 0])
     lines = show_probabilities(CHARS, p, chosen=1).split("\n")
     assert [line[2:9] for line in lines] == ["100.00%", " <0.01%"]
@@ -215,7 +215,7 @@ def test_a_bar_is_as_long_as_the_probability(p):
         assert bar == "".join(sorted(bar, key=shapes.index, reverse=True))  # full, then one part, then empty
 
 
-def test_names_of_tokens():
+def test_tokens_are_shown_as_reprs():
     tokenizer = BPETokenizer([])
     p = np.zeros(257)
     for text, name in [("\n", r"'\n'"), ("'", '"\'"'), (" ", "' '"), ("\x1b", r"'\x1b'")]:
@@ -233,22 +233,22 @@ def test_names_of_tokens():
     [
         ([0.5, 0.5], 0, 5, r"shape \(2,\): give one for each of the tokenizer's 4 ids"),
         ([[0.25] * 4], 0, 5, r"shape \(1, 4\)"),
-        ([3.0, -1.0, 0.0, -1.0], 0, 5, "from -1 to 3 with sum 1 are none: make them of logits"),
-        ([0.5, 0.4, 0.0, 0.0], 0, 5, "sum 0.9"),
-        ([np.nan, 1.0, 0.0, 0.0], 0, 5, "sum nan"),
+        ([3.0, -1.0, 0.0, -1.0], 0, 5, "from -1 to 3 and sum to 1: compute them from logits"),
+        ([0.5, 0.4, 0.0, 0.0], 0, 5, "sum to 0.9"),
+        ([np.nan, 1.0, 0.0, 0.0], 0, 5, "sum to nan"),
         ([0.25] * 4, 4, 5, r"chosen\[0\] is 4\b.* 0 to 3"),
         ([0.25] * 4, 1.0, 5, "not an integer"),
         ([0.25] * 4, 0, 0, "top is 0"),
         ([0.25] * 4, 0, 2.0, "top is 2.0"),
     ],
 )
-def test_probabilities_that_are_none(p, chosen, top, said):
+def test_invalid_probabilities_are_refused(p, chosen, top, said):
     with pytest.raises(Error, match=said) as raised:
         show_probabilities(CHARS, np.array(p), chosen, top)
     assert "\n" not in str(raised.value)
 
 
-# Watching a model write
+# Recording generate()
 
 
 def small_gpt2():
@@ -257,15 +257,15 @@ def small_gpt2():
 
 
 @pytest.mark.parametrize("options", [(1.0, None, None), (0.7, 3, 0.9), (0, None, None)])
-def test_watching_shows_what_every_token_was_drawn_from(options):
-    """Past the context too (3 tokens), with dropout off, and without changing what is written."""
+def test_every_step_shows_the_probabilities_it_was_sampled_from(options):
+    """Also past the context of 3 tokens, without dropout, and without changing the tokens."""
     model = small_gpt2()
     prompts = [[0, 1], [2, 3]]
-    written = list(generate(model, prompts, 5, *options, rng=np.random.default_rng(1)))
+    generated = list(generate(model, prompts, 5, *options, rng=np.random.default_rng(1)))
     ids = np.array(prompts)
     expected = []
     model.eval()
-    for tokens in written:
+    for tokens in generated:
         p = probabilities(model(ids[:, -3:]).data[:, -1], *options)
         rows = [show_probabilities(CHARS, *each, top=2, blocks=False) + "\n" for each in zip(p, tokens)]
         expected.append("".join(rows))
@@ -276,8 +276,8 @@ def test_watching_shows_what_every_token_was_drawn_from(options):
     assert all(out.count(">") == 2 and out.endswith("\n") for out in expected)
 
 
-def test_between_steps_the_caller_is_not_watched():
-    """His own observer sees what he computes there, and his gradients are recorded."""
+def test_between_steps_the_caller_is_not_observed():
+    """Its own observer still works there, and its gradients are recorded."""
     model, x = small_gpt2(), Tensor(np.array([3.0]), requires_grad=True)
     seen = []
     with nn.observe(lambda observation: seen.append(observation.module)):
@@ -288,6 +288,6 @@ def test_between_steps_the_caller_is_not_watched():
     assert x.grad.tolist() == [18.0]
 
 
-def test_watching_a_model_with_another_vocabulary():
+def test_a_model_of_another_vocabulary_is_refused():
     with pytest.raises(Error, match=r"shape \(4,\): give one for each of the tokenizer's 2 ids"):
         next(watch_probabilities(CharTokenizer("ab"), generate(small_gpt2(), [[0]], 1)))

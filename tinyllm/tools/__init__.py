@@ -1,1 +1,1 @@
-"""What a model costs, where a step's time goes, pictures of runs, and what a terminal can show."""
+"""The cost of a model, the profile of a step, plots of runs, and output for terminals."""

@@ -1,4 +1,4 @@
-"""What a terminal can show."""
+"""The capabilities of a terminal."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ import os
 import sys
 from typing import TextIO
 
-EIGHTHS = ("", "▏", "▎", "▍", "▌", "▋", "▊", "▉")  # of a cell of a bar; a whole one is █
+EIGHTHS = ("", "▏", "▎", "▍", "▌", "▋", "▊", "▉")  # of a character cell; a full one is █
 
 
 def wants_colour(stream: TextIO) -> bool:
-    """Whether to write colours: ``NO_COLOR`` says no, ``FORCE_COLOR`` yes, otherwise a terminal does.
+    """Whether to print colours: never with ``NO_COLOR``, always with ``FORCE_COLOR``, else on a terminal.
 
-    An empty variable says nothing (no-color.org, force-color.org). On Windows a terminal is Windows
-    Terminal: the older console would print the escape sequences.
+    Empty variables are ignored (no-color.org, force-color.org). On Windows only Windows Terminal counts:
+    the older console prints the escape sequences themselves.
     """
     if os.environ.get("NO_COLOR"):
         return False
@@ -25,7 +25,7 @@ def wants_colour(stream: TextIO) -> bool:
 
 
 def shows_blocks(stream: TextIO) -> bool:
-    """Whether the stream's encoding has the characters of the bars; one without an encoding takes any."""
+    """Whether the stream can encode the characters of the bars; True if it has no encoding."""
     try:
         ("█" + "".join(EIGHTHS)).encode(stream.encoding or "utf-8")
     except UnicodeEncodeError:

@@ -1,8 +1,8 @@
-"""What a model costs: parameters, memory, arithmetic, and what this machine could deliver at best.
+"""The cost of a model: parameters, memory, arithmetic, and an estimate of this machine's speed.
 
 A model may be far larger than the machine (build it with ``rng=None``). Its memory is that of a real training
-step, forward and backward, on arrays that have no elements and count the bytes they would take (``meta.py``):
-what the tape holds, whatever the layers are. Only the two rates at the end take real work.
+step, forward and backward, on meta arrays, which have no elements and count the bytes they would take
+(``meta.py``). That covers any layer. Only the rates at the end are measured with real arrays.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from tinyllm.functional.attention import QUERY_BLOCK
 from tinyllm.nn import Linear, Module, evaluating
 from tinyllm.tensor import Tensor, no_grad
 from tinyllm.tools.meta import MetaArray, Tally
-from tinyllm.tools.profile import watching, who_called
+from tinyllm.tools.profile import op_and_module, watching
 
 DTYPES = ("float32", "float64")  # what models compute in on a CPU
 
@@ -43,18 +43,18 @@ def _check_context(model: Module, context: int) -> None:
 
 
 class Row(NamedTuple):
-    """The parameters of all modules of that name, such as ``h.*.ln_1``; ``shape`` is that of one."""
+    """The parameters of all modules with one name, such as ``h.*.ln_1``; ``shape`` is that of one module."""
 
     name: str
     shape: str
     copies: int
-    number: int  # of all copies together
+    number: int  # of elements in all copies
 
 
 def parameter_table(model: Module) -> list[Row]:
-    """What a model's parameters are, module by module; the numbers sum to ``model.num_parameters()``.
+    """A model's parameters by module; the numbers sum to ``model.num_parameters()``.
 
-    Alike modules of several blocks are one row. A tied parameter belongs to the module where it stands first.
+    The same module of several blocks is one row. A tied parameter counts for the first module that has it.
     """
     shapes, sizes, numbers = defaultdict(dict), defaultdict(Counter), Counter()
     for name, parameter in model.named_parameters():
@@ -70,20 +70,20 @@ def parameter_table(model: Module) -> list[Row]:
 
 # ----------------------------------------------------------------------------------- memory
 
-LONG = 4096  # tokens: beyond, every figure grows in proportion, and is not measured
+LONG = 4096  # tokens; beyond, all sizes grow linearly and are extrapolated
 
 
 class Memory(NamedTuple):
     """Bytes."""
 
     weights: int
-    gradients: int  # of all parameters that require one, as the backward pass leaves them
+    gradients: int  # of all parameters that require one, after the backward pass
     optimizer: int  # AdamW's m and v
-    activations: int  # alive after the forward pass: what the tape holds, and the gradients the loss has made
-    forward: int  # the peaks of a training step's phases, with all of the above that is there then
+    activations: int  # alive after the forward pass: kept for backward, or gradients computed by the loss
+    forward: int  # the peaks of a training step's phases, including all of the above alive at the time
     backward: int
     update: int
-    inference: int  # peak of a forward pass for the next token, weights included
+    inference: int  # peak of a forward pass for the next token, including the weights
     cache: int  # keys and values of all positions
 
     @property
@@ -94,11 +94,11 @@ class Memory(NamedTuple):
 def memory(model: Module, batch: int, context: int, dtype="float32", optimizer: bool = True) -> Memory:
     """The memory of a training step on ``batch`` x ``context`` tokens, and of inference, in bytes.
 
-    Counted are the arrays of a step of this very model, forward, loss and backward, without their elements,
-    from the second step on (AdamW's m and v are there, unless ``optimizer`` is false), with one thread's
-    scratch. Python, its libraries and BLAS come on top. Of a context above 4,096 two shorter ones are
-    counted, and the rest is a straight line. ``dtype`` is float32 or float64. Raises Error for a
-    context that the model does not take, a batch below 1 or another dtype.
+    Counts all arrays of a forward and backward pass of this model, from the second step on (with AdamW's
+    m and v, unless ``optimizer`` is false) and with the scratch memory of one thread. Python, its libraries
+    and BLAS are not included. A context above 4,096 tokens is extrapolated linearly from two shorter ones.
+    ``dtype`` is float32 or float64. Raises Error for a context outside the model's, a batch below 1 or
+    another dtype.
     """
     dtype = _dtype(dtype)
     _check_context(model, context)
@@ -127,8 +127,8 @@ def memory(model: Module, batch: int, context: int, dtype="float32", optimizer: 
 
 
 def _count(model: Module, batch: int, context: int, dtype: np.dtype) -> np.ndarray:
-    """Activations, the peaks of forward, backward and inference, and a cache, all without elements."""
-    model = _without_elements(model, dtype)
+    """Bytes of activations, of the peaks of forward, backward and inference, and of a cache."""
+    model = _meta_copy(model, dtype)
     ids, weights = np.zeros((batch, context), np.int64), Tally.restart()
     with first_task_only():
         loss = model.loss(ids, ids)
@@ -146,12 +146,12 @@ def _count(model: Module, batch: int, context: int, dtype: np.dtype) -> np.ndarr
     held = Tally.restart()
     cache = model.new_cache(batch, context)
     found = [activations, forward, backward, inference, Tally.held - held]
-    del cache  # not before it was counted
+    del cache  # after it was counted
     return np.array(found, object)
 
 
-def _without_elements(model: Module, dtype: np.dtype) -> Module:
-    """A copy in training mode, whose parameters are meta arrays of ``dtype``."""
+def _meta_copy(model: Module, dtype: np.dtype) -> Module:
+    """A copy in training mode with meta parameters of ``dtype``."""
     parameters = {
         id(p): Tensor(MetaArray(p.shape, dtype), requires_grad=p.requires_grad) for p in model.parameters()
     }
@@ -164,10 +164,10 @@ def _without_elements(model: Module, dtype: np.dtype) -> Module:
 class Flops(NamedTuple):
     """Floating-point operations per token in matrix products: 2 m n k for (m, k) @ (k, n)."""
 
-    linears: float  # forward, all layers but the last
+    linears: float  # forward, all linear layers but the head
     head: float  # forward, the output layer
-    attention: float  # forward, Q Kᵀ and P V of the blocks that are computed
-    attention_textbook: float  # the same two products of every query with every key
+    attention: float  # forward, Q Kᵀ and P V, without the blocks of keys that are skipped
+    attention_textbook: float  # the same two products for every query and every key
 
     @property
     def forward(self) -> float:
@@ -175,7 +175,7 @@ class Flops(NamedTuple):
 
     @property
     def backward(self) -> float:
-        """dX and dW for every Y = X Wᵀ; for attention S again, and from it dV, dP, dQ and dK."""
+        """dX and dW for every Y = X Wᵀ; in attention S (recomputed), dV, dP, dQ and dK."""
         return 2 * (self.linears + self.head) + 5 / 2 * self.attention
 
     @property
@@ -184,7 +184,7 @@ class Flops(NamedTuple):
 
     @property
     def textbook(self) -> float:
-        """Of training as papers count it: no scores skipped and none computed twice.
+        """Training FLOPs as papers count them: no scores skipped, none recomputed.
 
         Chowdhery et al., "PaLM", arXiv 2204.02311, appendix B: 6 per weight and 12 L H Q T.
         """
@@ -192,24 +192,23 @@ class Flops(NamedTuple):
 
 
 def _matrix_elements(model: Module) -> int:
-    """How many weights every position is multiplied with: those of all linear layers, the output's too."""
+    """The number of weights in all linear layers, the head included: each is used once per position."""
     return sum(module.weight.size for _, module in model.named_modules() if isinstance(module, Linear))
 
 
 def flops_per_token(model: Module, context: int) -> Flops:
     """The matrix products of this implementation, per token of a sequence of ``context`` tokens.
 
-    Counted are those of linear layers, by the elements of their weights, and of every attention in a forward
-    pass. Elementwise work is left out. Causal attention skips the keys behind each block of queries, about
-    half of the scores in a long sequence, and computes scores again in the backward pass. ``head`` is the
-    output layer at every position, as in training; in decoding it runs at the last one only.
-    Raises Error for a context that the model does not take.
+    Includes linear layers and attention, but no elementwise operations. Causal attention skips the keys
+    after each block of queries, about half of the scores in a long sequence, and recomputes the scores in
+    the backward pass. ``head`` is the output layer at every position, as in training; decoding needs it
+    at the last position only. Raises Error for a context outside the model's.
     """
     _check_context(model, context)
     head = _matrix_elements(model.lm_head)
     attention, textbook = 0, 0
     for query, key, value in _attentions(model):
-        heads, per_score = query[1], 2 * (query[3] + value[3])  # a product with K and one with V
+        heads, per_score = query[1], 2 * (query[3] + value[3])  # Q Kᵀ, and P V
         step, scores = max(1, QUERY_BLOCK * key[1] // heads), 0
         for start in range(0, context, step):
             stop = min(start + step, context)
@@ -220,42 +219,59 @@ def flops_per_token(model: Module, context: int) -> Flops:
 
 
 def _attentions(model: Module) -> list[tuple]:
-    """The shapes of query, key and value of every attention in a forward pass on one token."""
+    """The shapes of query, key and value in every attention of a forward pass on one token."""
     found = []
 
     def watch(out, parents):
-        if who_called()[0] == "scaled_dot_product_attention":
+        if op_and_module()[0] == "scaled_dot_product_attention":
             found.append(tuple(parent.shape for parent in parents))
 
     with watching(watch), first_task_only():
-        _without_elements(model, np.dtype(np.float32))(np.zeros((1, 1), np.int64))
+        _meta_copy(model, np.dtype(np.float32))(np.zeros((1, 1), np.int64))
     return found
 
 
-# ----------------------------------------------------------------------- what this machine does
+# -------------------------------------------------------------------------- speed of this machine
 
-GEMM_SIZE = 1536  # rows and columns: larger ones were not faster
+LARGE = 1024  # rows or columns; larger matrices are measured in part, at about the same rate
 
-MATRIX = (8192, 4096)  # in float32, 134 MB: no cache holds it
+MATRIX = (8192, 4096)  # in float32, 134 MB: larger than any cache
 
 
-def gemm_rate(dtype=np.float32, seconds: float = 0.5) -> float:
-    """FLOP/s of a large square matrix product on all our threads: the best of those made in ``seconds``."""
-    dtype = _dtype(dtype)
-    a = np.random.default_rng(0).standard_normal((GEMM_SIZE, GEMM_SIZE), np.float32).astype(dtype)
-    out = np.empty_like(a)
-    return 2 * GEMM_SIZE**3 / _best_time(lambda: matmul(a, a, out=out), seconds)
+def product_shapes(model: Module, tokens: int) -> Counter:
+    """(m, k, n) of every product (m, k) @ (k, n) of a training step in linear layers -> how often.
+
+    For Y = X Wᵀ with ``tokens`` rows these are Y itself, dX = dY W and dW = dYᵀ X. Sizes above LARGE are
+    replaced by LARGE: the rate is about the same.
+    """
+    shapes = Counter()
+    for _, module in model.named_modules():
+        if isinstance(module, Linear):
+            n, k = module.weight.shape
+            for shape in ((tokens, k, n), (tokens, n, k), (n, tokens, k)):
+                shapes[tuple(min(size, LARGE) for size in shape)] += 1
+    return shapes
+
+
+def gemm_rate(shapes: Counter, dtype=np.float32, seconds: float = 0.03) -> float:
+    """FLOP/s of matrix products of these ``shapes``, in total, from the best time of each in ``seconds``."""
+    dtype, flops, duration = _dtype(dtype), 0, 0.0
+    for (m, k, n), count in shapes.items():
+        a, b, out = np.ones((m, k), dtype), np.ones((k, n), dtype), np.empty((m, n), dtype)
+        flops += count * 2 * m * k * n
+        duration += count * _best_time(lambda: matmul(a, b, out=out), seconds)  # noqa: B023
+    return flops / duration
 
 
 def memory_rate(dtype=np.float32, seconds: float = 0.5) -> float:
-    """Bytes/s at which a large matrix is read for its product with a vector: the best of ``seconds``."""
+    """Bytes/s at which a large matrix is read in a product with a vector: the best in ``seconds``."""
     w = np.ones(MATRIX, _dtype(dtype))
     x = np.ones((MATRIX[1], 1), w.dtype)
     return w.nbytes / _best_time(lambda: matmul(w, x), seconds)
 
 
 def _best_time(work, seconds: float) -> float:
-    """The shortest time of ``work()``, run once to warm up and then for ``seconds``, three times at least."""
+    """The shortest time of ``work()``, after one warm-up, in ``seconds`` and at least three runs."""
     work()
     times, end = [], time.perf_counter() + seconds
     while len(times) < 3 or time.perf_counter() < end:
@@ -265,30 +281,28 @@ def _best_time(work, seconds: float) -> float:
     return min(times)
 
 
-# --------------------------------------------------------------------------------- the page
+# ----------------------------------------------------------------------------------- the report
 
 
 def describe(model: Module, batch: int, context: int, dtype="float32") -> str:
-    """A page for the terminal: parameters, memory, arithmetic, and this machine's rates, measured now.
+    """A report for the terminal: parameters, memory, arithmetic, and estimates of this machine's speed.
 
-    The measurements take about a second. Raises Error as ``memory`` does.
+    The measurements take a second or two. Raises Error as ``memory`` does.
     """
     dtype = _dtype(dtype)
     costs, flops = memory(model, batch, context, dtype), flops_per_token(model, context)
-    threads = num_threads()
     lines = [
         f"{type(model).__name__}: {model.num_parameters():,} parameters",
         "",
         *_parameter_lines(parameter_table(model)),
         "",
-        f"Memory of a training step of {batch} x {context} tokens in {dtype} (k, M, G: 10^3, 10^6, 10^9)",
+        f"Memory of a training step, {batch} x {context} tokens, {dtype} (k, M, G: 10^3, 10^6, 10^9)",
         *_memory_lines(costs),
         "",
-        f"Arithmetic per token in sequences of {context}: 2 m n k for every product (m, k) @ (k, n)",
+        f"Arithmetic per token, sequences of {context} tokens: 2 m k n for a product (m, k) @ (k, n)",
         *_arithmetic_lines(flops),
         "",
-        f"This machine, measured now ({threads} thread{'s' * (threads > 1)}), and what it could do at best",
-        *_machine_lines(model, flops, dtype),
+        *_machine_lines(model, batch * context, flops, dtype),
     ]
     return "\n".join(lines)
 
@@ -298,54 +312,52 @@ def _parameter_lines(rows: list[Row]) -> list[str]:
     for row in rows:
         shape = f"{row.copies} of {row.shape}" if row.copies > 1 else row.shape
         cells.append((row.name, shape, f"{row.number:,}", f"{row.number / total:.1%}"))
-    wide = [max(len(line[column]) for line in cells) for column in range(4)]
+    widths = [max(len(line[column]) for line in cells) for column in range(4)]
     return [
-        f"  {name:{wide[0]}}  {shape:{wide[1]}}  {number:>{wide[2]}}  {share:>6}"
+        f"  {name:{widths[0]}}  {shape:{widths[1]}} {number:>{widths[2]}}  {share:>6}"
         for name, shape, number, share in cells
     ]
 
 
 def _memory_lines(costs: Memory) -> list[str]:
-    phases = {phase: getattr(costs, phase) for phase in ("forward", "backward", "update")}
-    said = ", ".join(f"{phase} {_amount(size, 'B')}" for phase, size in phases.items())
+    phases = (f"{name} {_amount(getattr(costs, name), 'B')}" for name in ("forward", "backward", "update"))
     return [
-        _line("weights", costs.weights, "B", "the parameters"),
-        _line("gradients", costs.gradients, "B", "one for each; complete when the backward pass ends"),
-        _line("AdamW", costs.optimizer, "B", "two running averages for each, m and v"),
-        _line("activations", costs.activations, "B", "what the forward pass keeps for the backward pass"),
-        _line("peak", costs.peak, "B", f"the most at one time; {said}"),
+        _line("weights", costs.weights, "B", "all parameters"),
+        _line("gradients", costs.gradients, "B", "one per parameter, after the backward pass"),
+        _line("AdamW", costs.optimizer, "B", "two running averages per parameter, m and v"),
+        _line("activations", costs.activations, "B", "kept by the forward pass for the backward pass"),
+        _line("peak", costs.peak, "B", ", ".join(phases)),
         "Memory of inference on the same tokens",
-        _line("peak", costs.inference, "B", "a forward pass for the next token, without a cache"),
-        _line("KV cache", costs.cache, "B", "keys and values of every position, if they are kept"),
+        _line("peak", costs.inference, "B", "one forward pass without a cache"),
+        _line("KV cache", costs.cache, "B", "keys and values of all positions"),
     ]
 
 
 def _arithmetic_lines(flops: Flops) -> list[str]:
     textbook = _amount(flops.textbook, "FLOP")
     return [
-        _line("linears", flops.linears, "FLOP", "forward: every weight is multiplied and added once"),
-        _line("head", flops.head, "FLOP", "forward: a score for every entry of the vocabulary"),
-        _line("attention", flops.attention, "FLOP", "forward: keys in the future are skipped, by blocks"),
+        _line("linears", flops.linears, "FLOP", "forward: one multiply-add per weight"),
+        _line("head", flops.head, "FLOP", "forward: the logits, one per id of the vocabulary"),
+        _line("attention", flops.attention, "FLOP", "forward: blocks of future keys are skipped"),
+        _line("backward", flops.backward, "FLOP", "2 x linears and head, 5/2 x attention (recomputed)"),
         _line(
-            "backward", flops.backward, "FLOP", "2 products for 1 of linears and head, 5 for 2 of attention"
-        ),
-        _line(
-            "training", flops.training, "FLOP", f"all of it; {textbook} with no key skipped, no score redone"
+            "training", flops.training, "FLOP", f"the total; {textbook} without skipping or recomputing"
         ),
     ]
 
 
-def _machine_lines(model: Module, flops: Flops, dtype: np.dtype) -> list[str]:
-    gemm, reading = gemm_rate(dtype), memory_rate(dtype)
-    read = dtype.itemsize * _matrix_elements(model)
-    each = _amount(read, "B")
+def _machine_lines(model: Module, tokens: int, flops: Flops, dtype: np.dtype) -> list[str]:
+    gemm, bandwidth = gemm_rate(product_shapes(model, tokens), dtype), memory_rate(dtype)
+    matrices, threads = dtype.itemsize * _matrix_elements(model), num_threads()
     return [
-        _line("products", gemm, "FLOP/s", f"{GEMM_SIZE} x {GEMM_SIZE} matrices, the best of several times"),
-        _line("memory", reading, "B/s", "reading a large matrix for its product with a vector"),
-        _tokens_line("training", gemm / flops.training, "if products took all the time"),
-        _tokens_line("reading", gemm / (flops.forward - flops.head), "of a prompt of that length, likewise"),
+        f"This machine, measured now with {threads} thread{'s' * (threads > 1)}",
+        _line("products", gemm, "FLOP/s", "matrix products of this model's shapes"),
+        _line("memory", bandwidth, "B/s", "a large matrix, read once in a product with a vector"),
+        "Estimates from these two rates",
+        _tokens_line("training", gemm / flops.training, "if matrix products took all the time"),
+        _tokens_line("prefill", gemm / (flops.forward - flops.head), "of a prompt, likewise"),
         _tokens_line(
-            "decoding", reading / read, f"one by one, with a cache: reading {each} of matrices for each"
+            "decoding", bandwidth / matrices, f"reading {_amount(matrices, 'B')} of weights per token"
         ),
     ]
 
@@ -359,7 +371,7 @@ def _line(label: str, number: float, unit: str, meaning: str) -> str:
 
 
 def _amount(number: float, unit: str) -> str:
-    """Three digits and the decimal prefix: 498 MB, 1.24 GFLOP."""
+    """Three significant digits with a decimal prefix: 498 MB, 1.24 GFLOP."""
     for prefix in ("", "k", "M", "G", "T"):
         if number < 999.5 or prefix == "T":
             break

@@ -1,4 +1,4 @@
-"""Arrays without elements, which count the bytes that the real ones would take."""
+"""Meta arrays: arrays without elements, which count the bytes that real arrays would take."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ import numpy as np
 
 
 class Tally:
-    """Bytes of all arrays that are alive, and the most there were since ``restart``."""
+    """Bytes of all meta arrays alive now, and their peak since ``restart``."""
 
     held = peak = 0
 
     @classmethod
     def restart(cls) -> int:
-        """Begin a new peak; returns the bytes that are held now."""
+        """Reset the peak; returns the bytes held now."""
         cls.peak = cls.held
         return cls.held
 
@@ -26,7 +26,7 @@ class Tally:
 
 
 class _Memory:
-    """One array's bytes: they are counted as long as it, or a view of it, is alive."""
+    """The bytes of one array, counted while the array or a view of it is alive."""
 
     def __init__(self, size: int):
         self.size = size
@@ -37,10 +37,10 @@ class _Memory:
 
 
 class MetaArray(np.ndarray):
-    """An array with shape, dtype, strides and views as any other, and no elements: all lie in the same zeros.
+    """An array with a shape, dtype, strides and views, whose elements all share one block of zeros.
 
-    Results of ufuncs and products have the shape and dtype they would have, and are not computed. NumPy's
-    other functions are, on the zeros, which takes time but gives the right shape. Nothing is ever written.
+    Ufuncs and matrix products return the right shape and dtype without computing anything. NumPy's other
+    functions run on the zeros, which takes time but gives the right shape. Nothing is ever written.
     """
 
     def __new__(cls, shape, dtype, strides=None):
@@ -52,9 +52,9 @@ class MetaArray(np.ndarray):
 
     def __array_finalize__(self, source):
         self.memory = getattr(source, "memory", None)
-        self.base = source  # the engine asks whether an array is a view
+        self.base = source  # the engine tests whether an array is a view
 
-    base = None  # hides NumPy's own: every one of these is a view of the zeros
+    base = None  # hides NumPy's base, since every meta array is a view of the zeros
 
     def __array_ufunc__(self, ufunc, method, *inputs, out=None, **options):
         if out is not None or method == "at":
@@ -71,7 +71,7 @@ class MetaArray(np.ndarray):
         ones = [np.ones(1, x.dtype) if isinstance(x, np.ndarray) else x for x in inputs]
         dtype = options.get("dtype") or compute(*ones).dtype
         strides = None
-        if method == "__call__" and shape == np.shape(first):  # in memory as the input is
+        if method == "__call__" and shape == np.shape(first):  # with the layout of the input
             strides = _strides_like(first, dtype)
         return MetaArray(shape, dtype, strides)
 
@@ -82,16 +82,16 @@ class MetaArray(np.ndarray):
             return MetaArray(args[0].shape, args[0].dtype, _strides_like(args[0], args[0].dtype))
         if function in (np.empty, np.zeros):  # with like=
             return MetaArray(*args)
-        return _settled(function(*_plain(args), **_plain(kwargs)), self)
+        return _wrap(function(*_plain(args), **_plain(kwargs)), self)
 
     def __getitem__(self, index):
-        return _settled(_plain(self)[index], self)
+        return _wrap(_plain(self)[index], self)
 
     def __setitem__(self, index, value):
         pass
 
     def reshape(self, *shape, **options):
-        return _settled(_plain(self).reshape(*shape, **options), self)
+        return _wrap(_plain(self).reshape(*shape, **options), self)
 
     def astype(self, dtype, copy=True, **_):
         if not copy and dtype == self.dtype:
@@ -102,22 +102,22 @@ class MetaArray(np.ndarray):
         return MetaArray(self.shape, self.dtype)
 
 
-# Read only: then no system reserves memory for it. Windows has no such flags.
+# Read-only, so that no system reserves memory for it. Windows has no such flags.
 _READ_ONLY = dict(flags=mmap.MAP_PRIVATE, prot=mmap.PROT_READ) if hasattr(mmap, "PROT_READ") else {}
 
-_zeros_so_far = mmap.mmap(-1, mmap.PAGESIZE, **_READ_ONLY)
+_largest_zeros = mmap.mmap(-1, mmap.PAGESIZE, **_READ_ONLY)
 
 
 def _zeros(size: int) -> mmap.mmap:
-    """At least as many zero bytes."""
-    global _zeros_so_far
-    if len(_zeros_so_far) < size:
-        _zeros_so_far = mmap.mmap(-1, size, **_READ_ONLY)
-    return _zeros_so_far
+    """At least ``size`` zero bytes, shared by all arrays."""
+    global _largest_zeros
+    if len(_largest_zeros) < size:
+        _largest_zeros = mmap.mmap(-1, size, **_READ_ONLY)
+    return _largest_zeros
 
 
 def _strides_like(array, dtype) -> tuple[int, ...]:
-    """Of an array without gaps whose axes lie in memory in the same order."""
+    """The strides of a contiguous array whose axes have the same order in memory."""
     strides, step = {}, np.dtype(dtype).itemsize
     for axis in sorted(range(array.ndim), key=lambda axis: (array.strides[axis], -axis)):
         strides[axis], step = step, step * array.shape[axis]
@@ -125,7 +125,7 @@ def _strides_like(array, dtype) -> tuple[int, ...]:
 
 
 def _plain(x):
-    """The same with NumPy's own arrays, in lists and tuples too."""
+    """Replace meta arrays by plain views of their zeros, also in lists, tuples and dicts."""
     if isinstance(x, MetaArray):
         return x.view(np.ndarray)
     if isinstance(x, (list, tuple)):
@@ -133,10 +133,10 @@ def _plain(x):
     return {key: _plain(value) for key, value in x.items()} if isinstance(x, dict) else x
 
 
-def _settled(result, source: MetaArray):
-    """What NumPy returned: a view of the zeros shares the memory of ``source``, an array gets its own."""
+def _wrap(result, source: MetaArray):
+    """NumPy's result as meta arrays: a view shares the memory of ``source``, a new array has its own."""
     if isinstance(result, (list, tuple)):
-        return type(result)(_settled(x, source) for x in result)
+        return type(result)(_wrap(x, source) for x in result)
     if not isinstance(result, np.ndarray):
         return result
     owner = result
@@ -144,7 +144,7 @@ def _settled(result, source: MetaArray):
         owner = below
     if below is None:
         array = MetaArray(result.shape, result.dtype, result.strides)
-        array.base = None if owner is result else array.memory  # a copy's reshaped view, as of reshape
+        array.base = None if owner is result else array.memory  # None unless it is a view of a new array
         return array
     view = result.view(MetaArray)
     view.memory, view.base = source.memory, source

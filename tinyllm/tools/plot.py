@@ -1,10 +1,9 @@
-"""Plots of several runs, and a table of their figures.
+"""Plots of several runs, a table of their losses, and the style of all plots.
 
-A loss by itself says little; these marks make it readable. An untrained model should guess: its loss is
-ln V, V the size of the vocabulary. While both curves fall together the model learns what carries over to
-text it has not seen; where the validation loss turns up and the training loss goes on falling, it learns
-the training text by heart, and the best model lies behind. Runs with different tokenizers compare in bits
-per byte only: a token that covers more text is harder to predict.
+How to read a loss: an untrained model guesses uniformly, so its loss is ln V for a vocabulary of V tokens.
+While the training and the validation loss fall together, the model generalises. Where the validation loss
+rises while the training loss keeps falling, it overfits, and the best checkpoint is an earlier one. Runs
+with different tokenizers compare in bits per byte only, since a longer token is harder to predict.
 """
 
 from __future__ import annotations
@@ -16,31 +15,45 @@ from dataclasses import replace
 from pathlib import Path
 
 from tinyllm.errors import Error
-from tinyllm.training.loggers import COLORS, DPI, FIGURE_SIZE, GREY, Y_AXES, best_record, quiet_axes, ring
+from tinyllm.training.loggers import (
+    COLORS,
+    DPI,
+    FIGURE_SIZE,
+    GREY,
+    LIGHT,
+    Y_AXES,
+    best_record,
+    quiet_axes,
+    ring,
+)
 from tinyllm.training.metrics import RecordedRun, read_run, same_tokenizer
+
+__all__ = ["COLORS", "GREY", "LIGHT", "new_figure", "plot_runs", "save", "summary", "title"]
 
 PICTURES = (".png", ".svg", ".pdf")
 
 X_AXES = ("step", "tokens", "time")
 
-OPTIONS_SHOWN = 5  # of a run in the legend; the summary has all
+LINE = 88  # columns of a table
+
+OPTIONS_SHOWN = 5  # in the legend; the table lists all
 
 
 def _read_runs(folders: Sequence[str | Path]) -> list[RecordedRun]:
-    """The runs, each under a name of its own: the folder's, or the whole path where two would be alike."""
+    """The runs with distinct names: the folder's name, or its whole path where two names are equal."""
     if isinstance(folders, str | Path) or not folders:
-        raise Error(f"runs are {folders!r}: give a list of at least one run folder")
+        raise Error(f"runs is {folders!r}: give a list of at least one run folder")
     runs = [read_run(folder) for folder in folders]
     names = [run.name for run in runs]
-    alike = [names.count(name) > 1 for name in names]
-    return [replace(run, name=str(f)) if same else run for run, f, same in zip(runs, folders, alike)]
+    shared = [names.count(name) > 1 for name in names]
+    return [replace(run, name=str(f)) if same else run for run, f, same in zip(runs, folders, shared)]
 
 
 def _differences(runs: list[RecordedRun]) -> list[list[str]]:
-    """For each run the options in which the runs differ, such as ``dropout=0.2``."""
+    """For each run, the options in which the runs differ, such as ``dropout=0.2``."""
     names = dict.fromkeys(name for run in runs for name in run.options)
     differ = [name for name in names if len({json.dumps(run.options.get(name)) for run in runs}) > 1]
-    if "text" in differ:  # then their hashes say nothing more
+    if "text" in differ:  # the hashes add nothing
         differ = [name for name in differ if name != "text_sha256"]
     return [[_option(name, run.options.get(name)) for name in differ] for run in runs]
 
@@ -52,37 +65,33 @@ def _option(name: str, value) -> str:
 
 
 def plot_runs(runs: Sequence[str | Path], path: str | Path, x: str = "step", y: str = "loss") -> None:
-    """Overlay the curves of several run folders in one picture (.png, .svg or .pdf).
+    """Plot the loss curves of several run folders in one picture (.png, .svg or .pdf).
 
-    Validation text solid, its best ringed, training text dashed, both as evaluated (without dropout), in
-    the run's colour. The legend names what differs between the runs' options. ``x`` is "step", "tokens"
-    or "time" (of training, without the evaluations), ``y`` "loss" (nats per token) or "bits-per-byte";
-    for the training text the latter takes the validation text's bytes per token.
+    The validation loss is solid, with a ring around its minimum, and the training loss dashed. Both were
+    evaluated without dropout. The legend names the options in which the runs differ. ``x`` is "step",
+    "tokens" or "time" (training time without evaluations), ``y`` "loss" (nats per token) or
+    "bits-per-byte"; the training loss is converted with the validation text's bytes per token.
 
-    Raises ``Error`` for what ``read_run`` refuses, for losses of different tokenizers, for more runs than
-    there are colours to tell apart, without matplotlib, and if the picture cannot be written.
+    Raises ``Error`` as ``read_run`` does, for losses of different tokenizers, for more runs than there are
+    distinct colours, without matplotlib, and if the picture cannot be written.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise Error("a plot of runs needs matplotlib: pip install 'tinyllm-numpy[plot]'") from None
     path = Path(path)
     _check_request(path, x, y)
+    _figure_class()
     runs = _read_runs(runs)
     if len(runs) > len(COLORS):
-        raise Error(f"{len(runs)} runs are too many for one plot: give at most {len(COLORS)}")
+        raise Error(f"there are {len(runs)} runs, too many for one plot: give at most {len(COLORS)}")
     if y == "loss" and not same_tokenizer(runs):
         raise Error(
-            "the runs' tokenizers differ, so that their losses per token do not compare: "
-            "plot y = bits-per-byte instead"
+            "the runs' tokenizers differ, so their losses per token do not compare: "
+            "plot bits per byte (--y bits-per-byte)"
         )
     unit, x_label = 1, x
     if x == "time":
         unit, x_label = _time_unit(max(run.along("time")[-1] for run in runs))
     legend = [_legend_line(run, options) for run, options in zip(runs, _differences(runs))]
     lines = sum(label.count("\n") + 1 for label in legend)
-    figure = Figure(figsize=(FIGURE_SIZE[0], FIGURE_SIZE[1] + 0.19 * lines), layout="constrained")
-    axes = figure.subplots()
+    figure, [[axes]] = new_figure(FIGURE_SIZE[0], FIGURE_SIZE[1] + 0.19 * lines)
     for run, label, color in zip(runs, legend, COLORS):
         at, losses = run.curve("train_eval_loss", x, y)
         axes.plot([v / unit for v in at], losses, color=color, linestyle="--", linewidth=1, alpha=0.7)
@@ -92,13 +101,37 @@ def plot_runs(runs: Sequence[str | Path], path: str | Path, x: str = "step", y: 
         ring(axes, at[best] / unit, losses[best], color)
     axes.set(xlabel=x_label, ylabel=Y_AXES[y])
     _x_ticks(axes, x)
-    quiet_axes(axes)
-    axes.set_title(
-        "— validation text (○ best)   - - training text", loc="right", fontsize="small", color=GREY
-    )
+    title(axes, "— validation data (○ best)   - - training data")
     box = figure.legend(loc="outside lower left", frameon=False, fontsize="small")
     for text in box.get_texts():
-        text.set_parse_math(False)  # a $ in a prompt is no formula
+        text.set_parse_math(False)  # a $ in a prompt does not start a formula
+    save(figure, path)
+
+
+def _figure_class() -> type:
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise Error("plots need matplotlib: pip install 'tinyllm-numpy[plot]'") from None
+    return Figure
+
+
+def new_figure(width: float, height: float, rows: int = 1, columns: int = 1):
+    """A figure of this size in inches and its axes (rows, columns), in the style of all our plots."""
+    figure = _figure_class()(figsize=(width, height), layout="constrained")
+    panels = figure.subplots(rows, columns, squeeze=False)
+    for axes in panels.flat:
+        quiet_axes(axes)
+    return figure, panels
+
+
+def title(axes, text: str) -> None:
+    """A title in small grey letters: the curves are what is dark in the picture."""
+    axes.set_title(text, loc="right", fontsize="small", color=GREY)
+
+
+def save(figure, path: Path) -> None:
+    """Write the figure; raises Error if that fails."""
     try:
         figure.savefig(path, dpi=DPI)
     except OSError as error:
@@ -110,11 +143,11 @@ def _check_request(path: Path, x: str, y: str) -> None:
         if value not in known:
             raise Error(f"{name} is {value!r}: choose {' or '.join(known)}")
     if path.suffix.lower() not in PICTURES:
-        raise Error(f"{path} does not end in {', '.join(PICTURES)}: a plot is written as one of these")
+        raise Error(f"the plot {path} must end in {', '.join(PICTURES)}: rename it")
 
 
 def _time_unit(longest: float) -> tuple[int, str]:
-    """Seconds per unit, and its axis label."""
+    """Seconds per unit of the time axis, and its label."""
     unit, name = (1, "s") if longest < 180 else (60, "min") if longest < 3 * 3600 else (3600, "h")
     return unit, f"training time ({name}, without evaluations)"
 
@@ -130,28 +163,31 @@ def _x_ticks(axes, x: str) -> None:
 
 
 def _legend_line(run: RecordedRun, options: list[str]) -> str:
-    said = options[:OPTIONS_SHOWN]
+    shown = options[:OPTIONS_SHOWN]
     if len(options) > OPTIONS_SHOWN:
-        said.append(f"and {len(options) - OPTIONS_SHOWN} options more")
-    line = f"{run.name}: {', '.join(said)}" if said else run.name
-    # matplotlib leaves names that begin with an underscore out of legends.
+        shown.append(f"and {len(options) - OPTIONS_SHOWN} more options")
+    line = f"{run.name}: {', '.join(shown)}" if shown else run.name
+    # matplotlib omits labels that begin with an underscore from legends.
     return textwrap.fill(line, width=100, subsequent_indent="   ", initial_indent=" " * line.startswith("_"))
 
 
 def summary(runs: Sequence[str | Path]) -> str:
-    """A table of run folders: how long, the losses of the last evaluation, the best, and what differs.
+    """A table of run folders: length, last and best losses, and the options that differ.
 
-    ``train`` and ``val`` are nats per token, both as evaluated (without dropout); ``time`` is training
-    time without the evaluations. Raises ``Error`` for what ``read_run`` refuses.
+    ``train`` and ``val`` are losses in nats per token, evaluated without dropout; ``time`` is training
+    time without evaluations. Raises ``Error`` as ``read_run`` does.
     """
     runs = _read_runs(runs)
-    header = ("run", "step", "tokens", "time", "train", "val", "best val", "at step", "bits/byte", "best")
+    header = ("run", "step", "tokens", "time", "train", "val", "best val", "at", "bits/byte", "best")
     rows = [header] + [_row(run) for run in runs]
     widths = [max(len(row[column]) for row in rows) for column in range(len(header))]
     lines = []
-    for name, *figures in rows:
-        cells = [figure.rjust(width) for figure, width in zip(figures, widths[1:])]
-        lines.append("  ".join([name.ljust(widths[0]), *cells]))
+    for name, *numbers in rows:
+        cells = " ".join(number.rjust(width) for number, width in zip(numbers, widths[1:]))
+        if widths[0] + len(cells) < LINE:
+            lines.append(f"{name.ljust(widths[0])} {cells}")
+        else:  # names too long for a column
+            lines += [name, f"    {cells}"]
     for run, options in zip(runs, _differences(runs)):
         if options:
             lines.append(f"{run.name}: {', '.join(options)}")

@@ -1,11 +1,11 @@
-"""Where the time of a training step goes.
+"""A profile of a training step: time and memory of every op.
 
-The model's own steps are run and watched, op by op: how long each takes forward and backward, how much of
-that is matrix products, what it keeps for the backward pass, and what memory it needs meanwhile.
-Products are what a BLAS does as fast as the machine can; the rest is what an implementation adds.
+Real steps are run and recorded op by op: the time of the forward and backward passes, the share of matrix
+products in it, the memory kept for the backward pass, and the memory allocated meanwhile. A BLAS computes
+the products about as fast as the machine can; the rest is overhead of the implementation.
 
-The engine tells of every op and of every backward pass that ends (``watching``); the call stack says where in
-the model an op is. A watched step computes the same numbers to the last bit.
+The engine calls a function after every op and after every backward pass (``watching``), and the call stack
+shows which module an op belongs to. Profiled steps compute bitwise identical numbers.
 """
 
 from __future__ import annotations
@@ -28,23 +28,23 @@ from tinyllm.errors import Error
 from tinyllm.nn import Module
 from tinyllm.tensor import mode
 
-MOST_ROWS = 30  # in the table; the smallest are one row together
+MOST_ROWS = 30  # in the table; the others are summed in one row
 
 
 @dataclass(eq=False)
 class Row:
-    """What an op at one place of the model takes in one step, alike layers (``h.*``) taken together."""
+    """The cost of one op at one place of the model in a step, summed over similar layers (``h.*``)."""
 
-    place: str  # the module's name; for the last rows, the part of the step
+    place: str  # the module's name, or a part of the step such as the optimizer's
     op: str  # the function's name; "" for a part of the step without ops
     calls: int = 0
     forward: float = 0.0  # seconds
-    backward: float = 0.0  # seconds, with the adding up of the gradients it gave
+    backward: float = 0.0  # seconds, including the accumulation of its gradients
     other: float = 0.0  # seconds of a part of the step outside all ops
     products: float = 0.0  # seconds of these inside matrix products
-    keeps: int = 0  # bytes that its gradient holds, and no earlier op's, until it has run backward
-    needs: int = 0  # bytes: the most that one call allocates, its result with it, forward or backward
-    faults: float = 0.0  # pages of memory that the system had to hand out; nan where it does not say
+    keeps: int = 0  # bytes held for its backward pass, and not already held by an earlier op
+    needs: int = 0  # peak bytes allocated by one call, forward or backward, including its result
+    faults: float = 0.0  # page faults; nan where the system does not count them
 
     @property
     def seconds(self) -> float:
@@ -52,38 +52,37 @@ class Row:
 
 
 class Profile(NamedTuple):
-    """A step, taken apart: the rows' seconds add up to ``seconds``. ``print`` shows it as a table."""
+    """The rows of a step, whose seconds sum to ``seconds``. ``print`` shows them as a table."""
 
-    rows: list[Row]  # the longest first
-    seconds: float  # of one step, the mean of all that were timed
+    rows: list[Row]  # sorted by time, the longest first
+    seconds: float  # of one step, the mean of the timed ones
     products: float  # seconds of these inside matrix products
-    peak: int  # bytes: the most allocated at one time, beyond what was there before the step
-    steps: int  # that were timed
+    peak: int  # peak bytes allocated, beyond those before the step
+    steps: int  # number of timed steps
     threads: int
 
     def __str__(self) -> str:
-        return "\n".join(_page(self))
+        return "\n".join(_table(self))
 
 
 def profile(
     model: Module, step: Mapping[str, Callable[[], object]], warmup: int = 2, steps: int = 3
 ) -> Profile:
-    """Where the time and the memory of a step of ``model`` go.
+    """Profile the time and memory of a training step of ``model``.
 
-    ``step`` names the parts of one training step, in order, such as ``{"gradients": …, "clip_grad_norm": …,
-    "AdamW": optimizer.step, "zero_grad": optimizer.zero_grad}``. It runs ``warmup`` times unwatched,
-    ``steps`` times against the clock, once to follow the memory and once to see which share of every row is
-    matrix products. These are real steps: they change the weights, and the optimiser counts them.
+    ``step`` maps names to the parts of one training step, in order, such as ``{"gradients": …,
+    "clip_grad_norm": …, "AdamW": optimizer.step, "zero_grad": optimizer.zero_grad}``. It runs ``warmup``
+    times unrecorded, ``steps`` times for the time, once for the memory and once for the share of matrix
+    products in every row. These are real steps, which change the weights and the optimizer's state.
 
-    Time belongs to the op that ends it: what Python does between two ops counts for the later one. What
-    belongs to no op has a row by the part's name. Products that run on several threads count by their
-    share of the threads. Only this thread's ops are seen. Raises Error for a model on a GPU, where work goes
-    on after a call has returned, or if no step is to be run.
+    Time between two ops counts for the later one. Time outside all ops has a row with the part's name.
+    Products that run on several threads at once count by their share of the threads. Ops of other threads
+    are not recorded. Raises Error for a model on a GPU, whose ops run asynchronously, or without a step.
     """
     if warmup < 1 or steps < 1:
-        raise Error(f"a profile needs at least 1 step to warm up and 1 to time, not {warmup} and {steps}")
+        raise Error(f"warmup is {warmup} and steps is {steps}: both must be at least 1")
     if not all(isinstance(parameter.data, np.ndarray) for parameter in model.parameters()):
-        raise Error("a profile is of a model on the CPU: move it there with model.to('cpu')")
+        raise Error("only a model on the CPU can be profiled: move it with model.to('cpu')")
     for _ in range(warmup):
         for part in step.values():
             part()
@@ -101,19 +100,19 @@ def profile(
 
 
 def _finish(row: Row, traced: Row, multiplied: Row, steps: int) -> None:
-    """Sums of all steps become those of one; memory and products come from runs of their own."""
+    """Divide the sums by the number of steps, and add memory and products from their own runs."""
     for name in ("forward", "backward", "other", "faults"):
         setattr(row, name, getattr(row, name) / steps)
     row.calls, row.keeps, row.needs = row.calls // steps, traced.keeps, traced.needs
-    # A share of the time that passed in the very same step: the machine may be busier in one than in another.
+    # As a share of the time in the same step, since the load of the machine may differ between steps.
     row.products = row.seconds * multiplied.products / (multiplied.seconds or 1)
 
 
-# -------------------------------------------------------------------------------- watching
+# ------------------------------------------------------------------------------- recording
 
 
 class _Account:
-    """Everything since the last event is put to the account of one row, at every event."""
+    """Attributes the time and memory between two events to one row."""
 
     def __init__(self, model: Module, bytes_too: bool):
         names = {id(module): re.sub(r"\.\d+\b", ".*", name) for name, module in model.named_modules()}
@@ -121,14 +120,14 @@ class _Account:
         self.parameters = {id(_owner(parameter.data)) for parameter in model.parameters()}
         self.bytes_too = bytes_too
         self.rows: dict[tuple[str, str], Row] = {}
-        self.kept, self.seen = Counter(), set(self.parameters)  # of this forward pass: row -> bytes; arrays
+        self.kept, self.seen = Counter(), set(self.parameters)  # in this forward pass: row -> bytes; arrays
         self.elapsed = self.peak = 0
 
     def row(self, place: str, op: str) -> Row:
         return self.rows.setdefault((place, op), Row(place, op))
 
     def begin(self) -> None:
-        """A step begins."""
+        """Start a step."""
         self.faults, self.last = _page_faults(), time.perf_counter_ns()
         if self.bytes_too:
             tracemalloc.reset_peak()
@@ -137,17 +136,17 @@ class _Account:
     def begin_part(self, name: str) -> None:
         self.rest = self.row(name, "")
         self.rest.calls += 1
-        self.running = self.rest, "other"  # who gets what comes next, unless an op claims it
+        self.running = self.rest, "other"  # the row to charge next, unless an op takes over
 
     def settle(self, row: Row, kind: str) -> None:
-        """Time, products, page faults and memory since the last event were this row's."""
+        """Charge time, products, page faults and memory since the last event to this row."""
         now, faults = time.perf_counter_ns(), _page_faults()
         seconds = (now - self.last) / 1e9
         setattr(row, kind, getattr(row, kind) + seconds)
         row.faults += faults - self.faults
         self.elapsed, self.last, self.faults = self.elapsed + seconds, now, faults
-        for beside_others, nanoseconds in _Timed.products:
-            row.products += nanoseconds / 1e9 / (num_threads() if beside_others else 1)
+        for in_pool, nanoseconds in _Timed.products:
+            row.products += nanoseconds / 1e9 / (num_threads() if in_pool else 1)
         _Timed.products.clear()
         if self.bytes_too:
             held, peak = tracemalloc.get_traced_memory()
@@ -156,13 +155,13 @@ class _Account:
             tracemalloc.reset_peak()
 
     def __call__(self, out, parents) -> None:
-        """The engine's news: an op has made ``out``, or a backward pass has ended."""
+        """Called by the engine: an op has returned ``out``, or (None) a backward pass has ended."""
         if out is None:
             self.settle(*self.running)
             self.running = self.rest, "other"
-            self.forget_kept()
+            self.reset_kept()
             return
-        op, module = who_called()
+        op, module = op_and_module()
         row = self.row(self.names.get(id(module), type(module).__name__) if module else "", op)
         row.calls += 1
         self.settle(row, "forward")
@@ -181,14 +180,14 @@ class _Account:
         return timed_vjp
 
     def keep(self, row: Row, vjp) -> None:
-        """The arrays that the closure of a gradient holds, if no other's did before."""
+        """Count the arrays in the closure of a gradient that no earlier closure holds."""
         for array in map(_owner, _arrays_in(vjp)):
             if id(array) not in self.seen:
                 self.seen.add(id(array))
                 self.kept[row] += array.nbytes
 
-    def forget_kept(self) -> None:
-        """A forward pass has been run backward; the next micro-batch keeps as much again."""
+    def reset_kept(self) -> None:
+        """After a backward pass; the next micro-batch keeps its own arrays."""
         for row, size in self.kept.items():
             row.keeps = max(row.keeps, size)
         self.kept, self.seen = Counter(), set(self.parameters)
@@ -208,9 +207,9 @@ def _watched(model: Module, step: Mapping, steps: int, bytes_too: bool = False) 
 
 @contextlib.contextmanager
 def watching(watch):
-    """Within this block, in this thread, ``watch(out, parents)`` is called after every op.
+    """Within this block, in this thread, call ``watch(out, parents)`` after every op.
 
-    And ``watch(None, ())`` after every backward pass.
+    After every backward pass, ``watch(None, ())`` is called.
     """
     before, mode.watch = mode.watch, watch
     try:
@@ -219,10 +218,10 @@ def watching(watch):
         mode.watch = before
 
 
-def who_called() -> tuple[str, Module | None]:
-    """Of the op that the engine tells of: the function that was called, and the module that called it.
+def op_and_module() -> tuple[str, Module | None]:
+    """The name of the op for which the engine calls ``watch``, and the module that called the op.
 
-    The function is one of ``tinyllm.functional`` or ``tinyllm.tensor``: gelu, not a helper of it.
+    The op is the function of ``tinyllm.functional`` or ``tinyllm.tensor`` that was called, not its helper.
     """
     frame = sys._getframe(1)
     while frame.f_code.co_name != "from_op":
@@ -230,7 +229,7 @@ def who_called() -> tuple[str, Module | None]:
     frame = frame.f_back
     name = frame.f_code.co_name
     while frame and frame.f_globals["__name__"].startswith(("tinyllm.functional", "tinyllm.tensor")):
-        if frame.f_globals["__name__"] != "tinyllm.functional":  # which chooses the device and calls the op
+        if frame.f_globals["__name__"] != "tinyllm.functional":  # only dispatches to a device
             name = frame.f_code.co_name
         frame = frame.f_back
     while frame and not isinstance(frame.f_locals.get("self"), Module):
@@ -239,7 +238,7 @@ def who_called() -> tuple[str, Module | None]:
 
 
 def _arrays_in(function) -> Iterator[np.ndarray]:
-    """The arrays a closure holds: in its variables, in lists there, and in functions it holds."""
+    """The arrays in a closure: in its variables, in their lists, and in the closures of functions there."""
     found, seen = [function], set()
     while found:
         thing = found.pop()
@@ -252,19 +251,19 @@ def _arrays_in(function) -> Iterator[np.ndarray]:
             found += thing
         elif hasattr(thing, "__closure__"):
             for cell in thing.__closure__ or ():
-                with contextlib.suppress(ValueError):  # a variable that was deleted
+                with contextlib.suppress(ValueError):  # a deleted variable
                     found.append(cell.cell_contents)
 
 
 def _owner(array: np.ndarray) -> np.ndarray:
-    """The array whose memory a view looks at."""
+    """The array that owns the memory of a view."""
     while isinstance(array.base, np.ndarray):
         array = array.base
     return array
 
 
 def _page_faults() -> float:
-    """Of this process so far; nan where the system does not say (Windows)."""
+    """The number in this process so far; nan where the system does not count them (Windows)."""
     try:
         import resource
     except ImportError:
@@ -274,7 +273,7 @@ def _page_faults() -> float:
 
 @contextlib.contextmanager
 def _tracing():
-    """tracemalloc is on within this block; if it was before, it stays on."""
+    """Turn tracemalloc on within this block, and leave it on if it was before."""
     before = tracemalloc.is_tracing()
     tracemalloc.start()
     try:
@@ -285,9 +284,9 @@ def _tracing():
 
 
 class _Timed(np.ndarray):
-    """An array that writes down how long every matrix product with it takes; what is made of it does too."""
+    """An array that records the time of every matrix product with it, as do its results."""
 
-    # (on all threads at once?, nanoseconds), one list for all arrays
+    # (in the thread pool?, nanoseconds), one list for all arrays
     products: list[tuple[bool, int]] = []  # noqa: RUF012
 
     def __array_ufunc__(self, ufunc, method, *inputs, out=None, **kwargs):
@@ -314,7 +313,7 @@ def _timed(x):
 
 @contextlib.contextmanager
 def _timed_products(model: Module):
-    """Within this block the parameters are ``_Timed`` arrays, in the same memory."""
+    """Within this block, make the parameters ``_Timed`` views of their arrays."""
     parameters = list(model.parameters())
     originals = [parameter.data for parameter in parameters]
     try:
@@ -329,50 +328,63 @@ def _timed_products(model: Module):
         _Timed.products.clear()
 
 
-# -------------------------------------------------------------------------------- the page
+# -------------------------------------------------------------------------------- the table
 
-COLUMNS = "ms share forward backward products calls keeps needs faults".split()
+COLUMNS = "ms share fwd bwd gemm calls keeps needs faults".split()
+
+LINE = 88  # columns of the table
 
 
-def _page(profile: Profile) -> Iterator[str]:
+def _table(profile: Profile) -> Iterator[str]:
     rest = profile.seconds - profile.products
+    threads = f"{profile.threads} thread{'s' * (profile.threads > 1)}"
+    yield f"A training step takes {_ms(profile.seconds)} ms (mean of {profile.steps}, {threads}):"
     yield (
-        f"A step takes {_ms(profile.seconds)} ms (mean of {profile.steps}, {profile.threads} "
-        f"thread{'s' * (profile.threads > 1)}): matrix products {_ms(profile.products)} ms "
-        f"({profile.products / profile.seconds:.0%}), everything else {_ms(rest)} ms"
+        f"matrix products {_ms(profile.products)} ms ({profile.products / profile.seconds:.0%}), "
+        f"everything else {_ms(rest)} ms"
     )
     yield ""
     shown, hidden = profile.rows, []
     if len(shown) > MOST_ROWS:
         shown, hidden = shown[: MOST_ROWS - 1], shown[MOST_ROWS - 1 :]
-    lines = [("place in the model, op", *COLUMNS)]
-    lines += [(f"{row.place} {row.op}".strip(), *_cells(row, profile.seconds)) for row in shown]
-    if hidden:
-        lines.append((f"{len(hidden)} others", *_cells(_total(hidden), profile.seconds)))
-    total = replace(_total(profile.rows), needs=profile.peak)
-    lines.append(("the whole step", *_cells(total, profile.seconds)))
-    widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
-    for name, *cells in lines:
-        yield "  ".join([name.ljust(widths[0]), *(c.rjust(w) for c, w in zip(cells, widths[1:]))])
+    rows = [*shown, replace(_total(hidden), place=f"{len(hidden)} others")] if hidden else shown
+    rows = [*rows, replace(_total(profile.rows), place="the whole step", needs=profile.peak)]
+    lines = [COLUMNS, *(_cells(row, profile.seconds) for row in rows)]
+    widths = [max(map(len, column)) for column in zip(*lines)]
+    cells = [" ".join(c.rjust(w) for c, w in zip(line, widths)) for line in lines]
+    names = ["module and op", *(_name(row, LINE - 1 - len(cells[0])) for row in rows)]
+    for name, line in zip(names, cells):
+        yield f"{name.ljust(max(map(len, names)))} {line}"
     yield ""
-    yield "ms: of a step; of these forward, backward, and (their share measured in a further step) products"
-    yield "keeps, needs: MB held from forward to backward; MB allocated at once, beyond what was there before"
-    yield "faults: pages of memory that the system had to hand out"
+    yield "ms: time in a step, of which forward (fwd), backward (bwd) and matrix products (gemm)"
+    yield "keeps: MB held from forward to backward; needs: peak MB that one call allocates"
+    yield "faults: page faults, memory pages that the system had to provide"
+
+
+def _name(row: Row, width: int) -> str:
+    op = row.op.removeprefix("scaled_dot_product_")
+    left = width - len(op) - 1
+    place = row.place if len(row.place) <= left else f"{row.place[: left - 1]}…"
+    return f"{place} {op}".strip()
 
 
 def _cells(row: Row, step: float) -> list[str]:
     times = [_ms(seconds) if seconds else "" for seconds in (row.forward, row.backward, row.products)]
-    sizes = [f"{size / 1e6:.1f}" if size else "" for size in (row.keeps, row.needs)]
+    sizes = [_short(size / 1e6) if size else "" for size in (row.keeps, row.needs)]
     faults = "?" if math.isnan(row.faults) else f"{row.faults:,.0f}"
     return [_ms(row.seconds), f"{row.seconds / step:.1%}", *times, str(row.calls), *sizes, faults]
 
 
 def _total(rows: list[Row]) -> Row:
-    """All rows in one; what they need they do not need at the same time, so it is the most of them."""
+    """The sum of the rows, and the maximum of what they need, which is not needed at the same time."""
     added = ("calls", "forward", "backward", "other", "products", "keeps", "faults")
     sums = {name: sum(getattr(row, name) for row in rows) for name in added}
     return Row("", "", **sums, needs=max(row.needs for row in rows))
 
 
 def _ms(seconds: float) -> str:
-    return f"{1000 * seconds:,.1f}"
+    return _short(1000 * seconds)
+
+
+def _short(number: float) -> str:
+    return f"{number:,.{0 if number >= 99.95 else 1}f}"

@@ -1,4 +1,4 @@
-"""How do tokens and probabilities look in a terminal?"""
+"""Tokens and probabilities as text for a terminal."""
 
 from __future__ import annotations
 
@@ -10,25 +10,25 @@ import numpy as np
 from tinyllm.backend.device import to_device
 from tinyllm.checks import check_ids, is_integer
 from tinyllm.errors import Error
-from tinyllm.inference.sampling import probabilities as drawn_from
+from tinyllm.inference.sampling import probabilities as sampling_probabilities
 from tinyllm.nn import observe
 from tinyllm.tokenizers.base import Tokenizer
 from tinyllm.tools.console import EIGHTHS
 
-# Light blue, peach, green and pink of xterm's 256 colours, under black text: the same in any terminal.
+# Light blue, peach, green and pink of xterm's 256 colours, behind black text: no theme changes these.
 BACKGROUNDS = (153, 223, 157, 225)
 
-BAR_CELLS = 32  # the length of probability 1
+BAR_CELLS = 32  # the length of the bar for probability 1
 
 
 def show_tokens(tokenizer: Tokenizer, ids, colour: bool) -> str:
-    """A text cut into its tokens, then their ids, then how many tokens and bytes these are: three parts.
+    """The text of ``ids`` split into tokens, then the ids, then the numbers of tokens and bytes.
 
-    With ``colour`` each token and its id have one background, so that spaces can be seen. What is no
-    text in itself is written in reverse: a newline as ``⏎`` (and a real one after it), the bytes of a
-    token that is half a character as ``\\xe2\\x82``, and what cannot be seen as Python writes it.
-    Without, ``|`` stands between tokens, every newline is ``\\n`` (and a real one), and a ``|`` or ``\\``
-    of the text is ``\\|`` or ``\\\\``. Raises ``Error`` naming an id outside the vocabulary.
+    With ``colour``, a token and its id have the same background colour, so that spaces are visible. In
+    reversed colours are a newline, as ``⏎`` and a line break, the bytes of an incomplete character, such
+    as ``\\xe2\\x82``, and characters that are not printable, as Python escapes them. Without ``colour``,
+    ``|`` separates the tokens, a newline is ``\\n`` and a line break, and a ``|`` or ``\\`` in the text is
+    ``\\|`` or ``\\\\``. Raises ``Error`` naming an id outside the vocabulary.
     """
     size = len(tokenizer.decode_bytes(ids))
     pieces = [tokenizer.decode_bytes([i]) for i in ids]
@@ -51,7 +51,7 @@ def _coloured(piece: bytes, n: int) -> str:
             out += _paint("".join(characters), n)
         else:
             written = "".join("⏎\n" if c == "\n" else _escape(c) for c in characters)
-            # A background that is on at a line's end would fill the rest of the line.
+            # A background colour that is on at a line break would fill the rest of the line.
             lines = [_paint(line, n, reverse=True) if line else "" for line in written.split("\n")]
             out += "\n".join(lines)
     return out
@@ -70,12 +70,12 @@ def _plain(piece: bytes) -> str:
 
 
 def _characters(piece: bytes) -> str:
-    """The text of a token; a byte that belongs to half a character is a lone surrogate, U+DC80 to U+DCFF."""
+    """The text of a token; a byte of an incomplete character becomes a lone surrogate, U+DC80 to U+DCFF."""
     return piece.decode("utf-8", errors="surrogateescape")
 
 
 def _escape(character: str) -> str:
-    """A character that cannot be seen, as Python writes it; ``\\x80`` and above are bytes, not characters."""
+    """Python's escape of a character that is not printable; ``\\x80`` and above are bytes, not characters."""
     number = ord(character)
     if 0xDC80 <= number <= 0xDCFF:
         return f"\\x{number - 0xDC00:02x}"
@@ -85,7 +85,7 @@ def _escape(character: str) -> str:
 
 
 def _paint(text: str, n: int, reverse: bool = False) -> str:
-    """Black on the n-th background, or that colour on black, as ECMA-48 (8.3.117, SGR) writes it."""
+    """Text in black on the n-th background, or reversed, by the codes of ECMA-48 (8.3.117, SGR)."""
     background = BACKGROUNDS[n % len(BACKGROUNDS)]
     return f"\x1b[{'7;' if reverse else ''}38;5;16;48;5;{background}m{text}\x1b[0m"
 
@@ -97,12 +97,12 @@ def _count(n: int, noun: str) -> str:
 def show_probabilities(
     tokenizer: Tokenizer, probabilities: np.ndarray, chosen: int, top: int = 5, blocks: bool = True
 ) -> str:
-    """The ``top`` most likely tokens, one a line: percent, a bar, and the token as Python writes it.
+    """The ``top`` most likely tokens, one per line: percentage, bar, and the token's repr.
 
-    ``probabilities`` (V,) sum to 1; those that are 0 get no line. A ``>`` marks the ``chosen`` one, which
-    gets a line at the end, with its rank, if it is not among the top. Half a character is written as
-    bytes. With ``blocks=False`` the bars are of ``#`` (see ``shows_blocks``). Raises ``Error`` for
-    probabilities that are none or not of this tokenizer, a chosen id outside the vocabulary, top below 1.
+    ``probabilities`` (V,) sum to 1; tokens of probability 0 are omitted. A ``>`` marks the ``chosen``
+    token; if it is not among the top, it follows on its own line with its rank. Incomplete characters are
+    shown as bytes. With ``blocks=False`` the bars consist of ``#`` (see ``shows_blocks``). Raises
+    ``Error`` for invalid probabilities, another vocabulary size, an id outside it, or top below 1.
     """
     p = np.asarray(probabilities)
     if p.shape != (tokenizer.vocab_size,):
@@ -112,19 +112,17 @@ def show_probabilities(
         )
     if not (p >= 0).all() or not abs(p.sum() - 1) <= 1e-3:
         raise Error(
-            f"probabilities from {p.min():g} to {p.max():g} with sum {p.sum():g} are none: make them of "
+            f"probabilities range from {p.min():g} to {p.max():g} and sum to {p.sum():g}: compute them from "
             "logits with tinyllm.inference.sampling.probabilities"
         )
     if not is_integer(top) or top < 1:
         raise Error(f"top is {top!r}: choose a whole number of at least 1")
     chosen = int(check_ids([chosen], tokenizer.vocab_size, name="chosen")[0])
-    ranked = np.argsort(-p, kind="stable").tolist()  # stable: equal ones stay in order of id
+    ranked = np.argsort(-p, kind="stable").tolist()  # stable: ties in order of id
     shown = [i for i in ranked[:top] if p[i] > 0]
     lines = [_candidate(tokenizer, p, i, i == chosen, blocks) for i in shown]
     if chosen not in shown:
-        lines.append(
-            f"{_candidate(tokenizer, p, chosen, True, blocks)}  (number {ranked.index(chosen) + 1:,})"
-        )
+        lines.append(f"{_candidate(tokenizer, p, chosen, True, blocks)}  (rank {ranked.index(chosen) + 1:,})")
     return "\n".join(lines)
 
 
@@ -154,10 +152,10 @@ def watch_probabilities(
     top: int = 5,
     blocks: bool = True,
 ) -> Iterator[str]:
-    """``show_probabilities`` for every step of ``generate``, with an empty line after it.
+    """``show_probabilities`` for every step of ``generate``, followed by an empty line.
 
-    ``steps`` is what ``generate`` returned, and the next three are what it was given. Several rows come
-    one below the other.
+    ``steps`` is the result of ``generate``, and the next three arguments are those it was called with.
+    The rows of a batch follow one another.
     """
     logits = []
 
@@ -166,11 +164,11 @@ def watch_probabilities(
             logits[:] = [observation.output.data[:, -1]]
 
     while True:
-        with observe(keep):  # not held across the yield: what the caller computes there is not ours
+        with observe(keep):  # not across the yield, where the caller may compute
             tokens = next(steps, None)
         if tokens is None:
             return
-        rows = drawn_from(to_device(logits[0], "cpu"), temperature, top_k, top_p)  # (B, V)
+        rows = sampling_probabilities(to_device(logits[0], "cpu"), temperature, top_k, top_p)  # (B, V)
         yield "".join(
             show_probabilities(tokenizer, p, token, top, blocks) + "\n" for p, token in zip(rows, tokens)
         )
