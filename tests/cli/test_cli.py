@@ -359,7 +359,7 @@ def test_every_option_can_be_given():
         (["train", "word"], "word"),
         (["train", "--steps", "abc"], "--steps.*'abc'"),
         (["train", "--steps", "1.5"], "--steps.*'1.5'"),
-        (["train", "--steps"], "--steps"),
+        (["train", "--steps"], "--steps needs a value"),
         (["train", "--lr", "fast"], "--lr.*'fast'"),
         (["train", "--tie-head", "maybe"], "maybe"),
         (["train", "--preset", "large"], "'large' is unknown: choose one of small, ten-minutes"),
@@ -461,7 +461,7 @@ def test_cuda_without_a_gpu_is_refused(refused, text, run):
         ("--dtype float16", "--dtype float16 needs a GPU: a CPU multiplies float32 faster"),
         (
             "--dtype int8",
-            "^tinyllm: invalid choice 'int8' for argument '--dtype'. Expected .*'float64'",
+            "--dtype is 'int8': choose float32, tf32, bfloat16, float16, float64; see",
         ),
         ("--gpu-memory 2", "--gpu-memory 2.0 bounds a GPU's memory"),
         ("--gpu-memory much", "--gpu-memory.*'much'"),
@@ -595,7 +595,11 @@ def test_grid_and_show_probabilities_exclude_each_other(refused, run):
         ("info --model 124M --dtype int8", "int8"),
         ("plot", "at least one run folder"),
         ("plot nowhere", "nowhere"),
-        ("plot nowhere --y perplexity", "perplexity"),
+        (
+            "plot nowhere --y bits-per-bite",
+            r"--y is 'bits-per-bite' \(did you mean bits-per-byte\?\): choose loss",
+        ),
+        ("pull --source github", "--source is 'github'"),
     ],
 )
 def test_wrong_requests_of_the_tools_are_refused(refused, args, said):
@@ -607,7 +611,8 @@ def test_a_missing_model_is_refused(refused, tmp_path):
 
 
 def test_missing_and_damaged_runs_are_refused(refused, run, tmp_path):
-    assert "holds no checkpoint" in refused("generate", "--run", tmp_path / "nowhere", "--prompt", "the")
+    assert "there is no run" in refused("generate", "--run", tmp_path / "nowhere", "--prompt", "the")
+    assert f"did you mean {run}?" in refused("generate", "--run", f"{run}s", "--prompt", "the")
     assert "holds no checkpoint" in refused("generate", "--run", tmp_path, "--prompt", "the")
 
     def damaged(name, damage):

@@ -1,9 +1,11 @@
-"""The growth of cost is measured, tabled and drawn, and its exponents follow from the numbers."""
+"""The growth of cost is measured, tabulated and plotted, and its exponents follow from the numbers."""
 
 import json
 import math
 
 import pytest
+from support.pictures import close, legend, saved_figures
+from support.pictures import points as drawn
 
 from parity.__main__ import main
 from parity.bench import scaling as bench_scaling
@@ -50,6 +52,21 @@ def test_scaling_end_to_end(monkeypatch, tmp_path, capsys):
                 assert f"{costs['seconds']['median']:.4f}" in said.out
     assert (out / "scaling.png").read_bytes().startswith(b"\x89PNG")
     assert "process MB" in said.out and str(out / "scaling.png") in said.out
+
+
+def test_the_plot_shows_growth_and_ratio_of_every_axis(monkeypatch, tmp_path):
+    figures = saved_figures(monkeypatch)
+    grown = points([2, 4, 8], [3.0, 6.0, 15.0])
+    for point in grown:
+        point["costs"] = {"tinyllm": point["costs"]["tinyllm"], "torch-eager": {"seconds": {"median": 12.0}}}
+        point["costs"]["torch-eager"]["training_bytes"] = {"median": 0}  # too little to measure
+    bench_scaling.plot({"axes": {"batch": grown}}, {"batch": "batch (sequences)"}, tmp_path / "scaling.png")
+    growth, ratio, memory_growth, memory_ratio = figures[0].axes
+    close(drawn(growth.lines[0]), [(1, 1), (2, 2), (4, 5)])
+    close(drawn(ratio.lines[0]), [(1, 0.25), (2, 0.5), (4, 1.25)])
+    close(drawn(memory_growth.lines[0]), [(1, 1), (2, 2), (4, 5)])
+    assert all(math.isnan(y) for _, y in drawn(memory_ratio.lines[0]))
+    assert legend(figures[0]) == ["batch (sequences), 2 to 8"]
 
 
 @pytest.mark.parametrize("power", [0, 1, 2])

@@ -76,9 +76,12 @@ class ModelOptions:
 def find_run(run: Path | None, model: str | None) -> Path | None:
     """The run that --run names, or --model; None if --model names a model.
 
-    Raises Error if --run names a model, or a folder that contains runs.
+    Raises Error if --run names a model or does not exist, or for a folder that contains runs.
     """
     folder = Path(model if run is None else run).expanduser()
+    if run is not None and not folder.exists():
+        siblings = [str(path) for path in folder.parent.glob("*") if checkpoints(path)]
+        raise Error(f"there is no run {run}{did_you_mean(str(folder), siblings)}: check the path")
     config = {}
     with contextlib.suppress(Error):
         config = read_config(folder)
@@ -86,7 +89,7 @@ def find_run(run: Path | None, model: str | None) -> Path | None:
         return folder
     runs = sorted(path for path in folder.glob("*") if checkpoints(path))
     if runs:
-        raise Error(f"{folder} is a folder of {len(runs)} runs: choose one, such as --run {runs[-1]}")
+        raise Error(f"{folder} is not a run but contains runs: choose one, such as --run {runs[-1]}")
     if run is not None and "model_type" in config:
         raise Error(f"--run {run} is a model's folder, not a run: use --model {run}")
     return run
@@ -191,8 +194,15 @@ def parse_options(options: type, program: str, args: list[str], **more):
     rows = [row.strip("│ ") for row in box.getvalue().splitlines()[1:]]
     # In a terminal without UTF-8, a line of hyphens also follows the title.
     text = itertools.dropwhile(_is_line, rows)
-    sentence = " ".join(itertools.takewhile(lambda row: not _is_line(row), text))
-    raise Error(f"{sentence.rstrip('.')}; see {program} --help")
+    sentence = " ".join(itertools.takewhile(lambda row: not _is_line(row), text)).rstrip(".")
+    if choice := re.fullmatch(
+        r"invalid choice (.*) for argument '(.*)'\. Expected one of \((.*)\)", sentence
+    ):
+        value, name, known = choice.groups()
+        known = known.replace(", 'None'", "").replace("'", "")
+        sentence = f"{name} is {value}{did_you_mean(value.strip(chr(39)), known.split(', '))}: choose {known}"
+    sentence = re.sub(r"^Missing value for argument '(\S+)'.*", r"\1 needs a value", sentence)
+    raise Error(f"{sentence}; see {program} --help")
 
 
 def _check_names(options: type, program: str, args: list[str], description: str) -> None:

@@ -340,15 +340,14 @@ def _arithmetic_lines(flops: Flops) -> list[str]:
         _line("head", flops.head, "FLOP", "forward: the logits, one per id of the vocabulary"),
         _line("attention", flops.attention, "FLOP", "forward: blocks of future keys are skipped"),
         _line("backward", flops.backward, "FLOP", "2 x linears and head, 5/2 x attention (recomputed)"),
-        _line(
-            "training", flops.training, "FLOP", f"the total; {textbook} without skipping or recomputing"
-        ),
+        _line("training", flops.training, "FLOP", f"the total; {textbook} without skipping or recomputing"),
     ]
 
 
 def _machine_lines(model: Module, tokens: int, flops: Flops, dtype: np.dtype) -> list[str]:
     gemm, bandwidth = gemm_rate(product_shapes(model, tokens), dtype), memory_rate(dtype)
     matrices, threads = dtype.itemsize * _matrix_elements(model), num_threads()
+    read = _amount(matrices, "B")
     return [
         f"This machine, measured now with {threads} thread{'s' * (threads > 1)}",
         _line("products", gemm, "FLOP/s", "matrix products of this model's shapes"),
@@ -356,9 +355,7 @@ def _machine_lines(model: Module, tokens: int, flops: Flops, dtype: np.dtype) ->
         "Estimates from these two rates",
         _tokens_line("training", gemm / flops.training, "if matrix products took all the time"),
         _tokens_line("prefill", gemm / (flops.forward - flops.head), "of a prompt, likewise"),
-        _tokens_line(
-            "decoding", bandwidth / matrices, f"reading {_amount(matrices, 'B')} of weights per token"
-        ),
+        _tokens_line("decoding", bandwidth / matrices, f"if reading {read} of weights took all the time"),
     ]
 
 

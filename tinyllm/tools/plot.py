@@ -181,11 +181,11 @@ def summary(runs: Sequence[str | Path]) -> str:
     header = ("run", "step", "tokens", "time", "train", "val", "best val", "at", "bits/byte", "best")
     rows = [header] + [_row(run) for run in runs]
     widths = [max(len(row[column]) for row in rows) for column in range(len(header))]
-    lines = []
+    gap, lines = "  " if sum(widths) + 2 * len(widths[1:]) <= LINE else " ", []
     for name, *numbers in rows:
-        cells = " ".join(number.rjust(width) for number, width in zip(numbers, widths[1:]))
-        if widths[0] + len(cells) < LINE:
-            lines.append(f"{name.ljust(widths[0])} {cells}")
+        cells = gap.join(number.rjust(width) for number, width in zip(numbers, widths[1:]))
+        if widths[0] + len(gap + cells) <= LINE:
+            lines.append(f"{name.ljust(widths[0])}{gap}{cells}")
         else:  # names too long for a column
             lines += [name, f"    {cells}"]
     for run, options in zip(runs, _differences(runs)):
