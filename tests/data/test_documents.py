@@ -257,9 +257,9 @@ def test_blank_jsonl(tmp_path):
 def test_field_where_it_belongs_and_only_there(tmp_path):
     (tmp_path / "some.jsonl").write_bytes(b'{"text": "good"}\n')
     (tmp_path / "some.txt").write_bytes(b"good")
-    with pytest.raises(Error, match=r"some.jsonl' holds JSON objects: say which field"):
+    with pytest.raises(Error, match=r"some.jsonl' contains JSON objects: .* field"):
         open_corpus(tmp_path / "some.jsonl")
-    with pytest.raises(Error, match=r"some.jsonl' holds JSON objects: say which field"):
+    with pytest.raises(Error, match=r"some.jsonl' contains JSON objects: .* field"):
         open_corpus(tmp_path)
     for name in (tmp_path / "some.txt", "python-docs"):
         with pytest.raises(Error, match=r"has no .jsonl file: omit the field 'text'"):
@@ -338,10 +338,68 @@ def test_folder_in_the_order_of_paths(tmp_path):
     assert loaded.text == "ayqpzbcd"
 
 
-def test_folder_without_texts(tmp_path):
-    (tmp_path / "notes.md").write_bytes(b"text")
-    with pytest.raises(Error, match=r"no text among its 1 files: .* .txt, .jsonl, .txt.gz or .jsonl.gz"):
+def test_folder_without_text_files_lists_the_suffixes_it_has(tmp_path):
+    with pytest.raises(Error, match=r"no .txt or .jsonl file; it holds no files"):
         open_corpus(tmp_path)
+    for name in ("notes.md", "more.MD", "code.py", "LICENSE"):
+        (tmp_path / name).write_bytes(b"text")
+    with pytest.raises(
+        Error, match=r"no .txt or .jsonl file; it holds 2 .md.* 1 .py.*: give a pattern"
+    ) as said:
+        open_corpus(tmp_path)
+    assert "1 without a suffix" in str(said.value)
+
+
+@pytest.mark.parametrize(
+    ("pattern", "expected"),
+    [
+        ("*.py", ["A.PY", "src/b.py", "src/deep/c.py"]),
+        ("**/*.py", ["A.PY", "src/b.py", "src/deep/c.py"]),
+        ("src/*.py", ["src/b.py"]),
+        ("*.[pm]?", ["A.PY", "notes.md", "src/b.py", "src/deep/c.py"]),
+        ("read*", ["README"]),
+        ("*.txt", ["d.txt"]),
+        ("*.py.gz", ["src/packed.py.gz"]),
+    ],
+)
+def test_pattern_selects_the_files_of_a_folder(tmp_path, pattern, expected):
+    (tmp_path / "src" / "deep").mkdir(parents=True)
+    for name in ("A.PY", "notes.md", "README", "d.txt", "src/b.py", "src/deep/c.py"):
+        (tmp_path / name).write_text(name)
+    (tmp_path / "src" / "packed.py.gz").write_bytes(gzip.compress(b"src/packed.py.gz"))
+    corpus = open_corpus(tmp_path, pattern=pattern)
+    assert [path.relative_to(tmp_path).as_posix() for path in corpus.files] == expected
+    assert len(corpus.left_out) == 7 - len(expected)
+    assert load_text(tmp_path, pattern=pattern).documents == tuple(expected)
+
+
+def test_pattern_selects_the_files_of_the_current_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("a.py").write_text("a")
+    assert load_text(".", pattern="**/*.py").documents == ("a",)
+
+
+def test_pattern_that_matches_no_file(tmp_path):
+    (tmp_path / "a.txt").write_bytes(b"a")
+    with pytest.raises(Error, match=r"no file that matches '\*.py'; it holds 1 .txt"):
+        open_corpus(tmp_path, pattern="*.py")
+    with pytest.raises(Error, match="pattern ''"):
+        open_corpus(tmp_path, pattern="")
+
+
+def test_pattern_is_refused_without_a_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a.txt").write_bytes(b"a")
+    (tmp_path / "python-docs").mkdir()
+    for name in ("a.txt", "python-docs"):
+        with pytest.raises(Error, match=r"is not a folder: omit the pattern '\*.txt'"):
+            open_corpus(name, pattern="*.txt")
+
+
+def test_jsonl_files_selected_by_a_pattern_are_read_as_jsonl(tmp_path):
+    (tmp_path / "a.jsonl").write_bytes(b'{"text": "one"}\n')
+    (tmp_path / "b.md").write_bytes(b"two")
+    assert load_text(tmp_path, field="text", pattern="*").documents == ("one", "two")
 
 
 def test_links(tmp_path):

@@ -16,7 +16,15 @@ from pathlib import Path
 import numpy as np
 
 from tinyllm.checks import check_fraction
-from tinyllm.data.documents import Piece, find_files, is_jsonl, python_docs, read_documents, the_verdict
+from tinyllm.data.documents import (
+    KNOWN_TEXTS,
+    Piece,
+    find_files,
+    is_jsonl,
+    python_docs,
+    read_documents,
+    the_verdict,
+)
 from tinyllm.errors import Error
 from tinyllm.tokenizers.base import END_OF_TEXT, Tokenizer
 
@@ -160,41 +168,45 @@ class _Measure:
         return self._last_digest.hex() if self.documents == 1 else self._digests.hexdigest()
 
 
-def open_corpus(name_or_path: str | Path, field: str | None = None) -> Corpus:
-    """The text of a known name, a file or a folder, read through once; every byte of it as it stands.
+def open_corpus(name_or_path: str | Path, field: str | None = None, pattern: str | None = None) -> Corpus:
+    """The text of a known name, a file or a folder, read once to measure it; no byte of it is changed.
 
-    Known names: ``python-docs`` (the topics that ship with CPython, about 465,000 characters; the text
-    differs between Python releases, and so does its hash) and ``the-verdict`` (20,479 characters: from
-    the folder in ``TINYLLM_DATA`` if it is there, otherwise downloaded once and cached). A known name
-    wins over a file of that name; a path with a separator (``./python-docs``) or a ``Path`` is always
+    Known names: ``python-docs`` (the topics that ship with CPython, about 465,000 characters; the text,
+    and so its hash, differs between Python releases) and ``the-verdict`` (20,479 characters: from the
+    folder in ``TINYLLM_DATA`` if it is there, otherwise downloaded once and cached). A known name takes
+    precedence over a file of that name; a path with a separator (``./python-docs``) or a ``Path`` is always
     a file.
 
-    A ``.jsonl`` file holds a JSON object a line, and the string in its ``field`` is a document (a blank
-    line holds none); any other file is a document, in UTF-8. Either may be gzip'd, and then ends in
-    ``.gz``. A folder stands for the .txt, .jsonl, .txt.gz and .jsonl.gz files in it and in the folders
-    below, sorted by path; a link to a file is read as that file. What is left out is in ``left_out``:
-    other files, and links to folders, which may lead in a circle.
+    A ``.jsonl`` file has one JSON object per line, and the string in its ``field`` is a document (blank
+    lines are skipped); any other file is one document, in UTF-8. A file whose name ends in ``.gz`` is
+    decompressed. From a folder and the folders below it, files are read in the order of their paths: those
+    that match the glob ``pattern``, such as ``*.py`` (``find_files``), or by default .txt, .jsonl, .txt.gz
+    and .jsonl.gz files. A link to a file is read as that file. ``left_out`` lists the rest: other files,
+    and links to folders, which could form a cycle.
 
-    Raises ``Error`` if there is no such file or nothing to read in the folder; naming the file and place,
-    if one cannot be read, is damaged, is not UTF-8, or has a line that is not as described; if the text is
-    blank, or if ``field`` is missing for a .jsonl file or given without one.
+    Raises ``Error`` if there is no such file or the folder has none to read; naming the file and the
+    place, if one cannot be read, is damaged, is not UTF-8, or has a line that is not as described; if the
+    text is blank; if ``field`` is missing for a .jsonl file or given without one; or if ``pattern`` is
+    given without a folder.
     """
     files, left_out = (), ()
     if name_or_path == "the-verdict":
         files = (the_verdict(),)
     elif name_or_path != "python-docs":
-        files, left_out = find_files(name_or_path)
+        files, left_out = find_files(name_or_path, pattern)
+    if pattern is not None and (name_or_path in KNOWN_TEXTS or not Path(name_or_path).is_dir()):
+        raise Error(f"text {str(name_or_path)!r} is not a folder: omit the pattern {pattern!r}")
     jsonl = next((path for path in files if is_jsonl(path)), None)
     if jsonl is not None and field is None:
-        raise Error(f"{str(jsonl)!r} holds JSON objects: say which field of theirs is the text")
+        raise Error(f"{str(jsonl)!r} contains JSON objects: give the name of the field with the text")
     if jsonl is None and field is not None:
         raise Error(f"text {str(name_or_path)!r} has no .jsonl file: omit the field {field!r}")
     return Corpus(str(name_or_path), files, left_out, field)
 
 
-def load_text(name_or_path: str | Path, field: str | None = None) -> Text:
-    """The text of ``open_corpus``, all of it in memory; ``Error`` as there."""
-    corpus = open_corpus(name_or_path, field)
+def load_text(name_or_path: str | Path, field: str | None = None, pattern: str | None = None) -> Text:
+    """The text of ``open_corpus``, all of it in memory; raises the same errors."""
+    corpus = open_corpus(name_or_path, field, pattern)
     return Text(corpus.name, tuple(corpus.documents()), corpus.sha256, corpus.left_out)
 
 

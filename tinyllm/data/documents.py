@@ -14,18 +14,24 @@ import json
 import os
 import stat
 import zlib
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import BinaryIO
 
 from tinyllm.errors import Error
 from tinyllm.tokenizers.base import check_text
 
 KNOWN_TEXTS = ("python-docs", "the-verdict")
-SUFFIXES = (".txt", ".jsonl", ".txt.gz", ".jsonl.gz")  # of the files in a folder that are read
+SUFFIXES = (
+    ".txt",
+    ".jsonl",
+    ".txt.gz",
+    ".jsonl.gz",
+)  # the files read from a folder unless a pattern is given
 BLOCK_BYTES = 2**20  # read from a file at a time
 
 # Edith Wharton, 1908, public domain: the text of the classic run.
@@ -44,23 +50,27 @@ class Piece:
     ends_document: bool
 
 
-def find_files(name: str | Path) -> tuple[tuple[Path, ...], tuple[Path, ...]]:
-    """The files to read, in order, and those left out.
+def find_files(name: str | Path, pattern: str | None = None) -> tuple[tuple[Path, ...], tuple[Path, ...]]:
+    """The files to read, in order, and the files of a folder that are left out.
 
-    A folder stands for the files in it and below that end in one of ``SUFFIXES``, sorted by path. Raises
-    ``Error`` if there are none, or if a path cannot be read or is neither a file nor a folder.
+    From a folder and the folders below it, sorted by path: the files that match the glob ``pattern``, or by
+    default those that end in one of ``SUFFIXES``. Case is ignored. A pattern with a slash, such as
+    ``docs/*.md``, is matched against the end of the path, as in ``PurePath.match``. Raises ``Error`` if there
+    are none, or if a path cannot be read or is neither a file nor a folder.
     """
+    if pattern is not None and not PurePosixPath(pattern).parts:
+        raise Error(f"pattern {pattern!r} matches nothing: give a glob pattern such as '*.py'")
     try:
         mode = os.stat(name).st_mode
     except FileNotFoundError:
         known = ", ".join(KNOWN_TEXTS)
         raise Error(f"no text {str(name)!r}: give the path of a file or folder, or one of {known}") from None
-    except (OSError, ValueError) as error:  # ValueError: a path with a zero byte in it
-        reason = getattr(error, "strerror", None) or error  # without the name once more
+    except (OSError, ValueError) as error:  # ValueError: the path contains a zero byte
+        reason = getattr(error, "strerror", None) or error  # strerror does not repeat the path
         raise Error(f"text {str(name)!r} cannot be read ({reason}): check the path") from None
     if stat.S_ISDIR(mode):
-        return _files_in(Path(name))
-    if not stat.S_ISREG(mode):  # a pipe can be read once only
+        return _files_in(Path(name), pattern)
+    if not stat.S_ISREG(mode):  # a pipe can be read only once
         raise Error(f"text {str(name)!r} is neither a file nor a folder: save the text as a file first")
     return (Path(name),), ()
 
@@ -110,27 +120,31 @@ def the_verdict() -> Path:
         ) from None
 
 
-def _files_in(folder: Path) -> tuple[tuple[Path, ...], tuple[Path, ...]]:
-    def refuse(error: OSError):  # without it os.walk passes over a folder that cannot be read
+def _files_in(folder: Path, pattern: str | None) -> tuple[tuple[Path, ...], tuple[Path, ...]]:
+    def refuse(error: OSError):  # by default os.walk skips a folder that cannot be read
         raise Error(f"folder {error.filename!r} cannot be read ({error.strerror}): check its permissions")
 
-    files, left_out = [], []
+    def relative(path: Path) -> str:  # sorts the same on every system
+        return path.relative_to(folder).as_posix()
+
+    def selected(path: Path) -> bool:
+        if pattern is None:
+            return path.name.lower().endswith(SUFFIXES)
+        # Below the folder's own name, so that **/*.py matches a file directly in the folder.
+        return PurePosixPath(top, relative(path).lower()).match(pattern.lower())
+
+    top, files, left_out = folder.absolute().name.lower(), [], []
     for root, folders, names in os.walk(folder, onerror=refuse):
         left_out += [Path(root, name) for name in folders if os.path.islink(Path(root, name))]
         for name in names:
             path = Path(root, name)
-            usable = name.lower().endswith(SUFFIXES) and os.path.isfile(path)
-            (files if usable else left_out).append(path)
+            (files if os.path.isfile(path) and selected(path) else left_out).append(path)
     if not files:
-        raise Error(
-            f"folder {str(folder)!r} has no text among its {len(left_out)} files: their names must end in "
-            f"{', '.join(SUFFIXES[:-1])} or {SUFFIXES[-1]}"
-        )
-
-    def by_path(path: Path) -> str:  # the same order on every system
-        return path.relative_to(folder).as_posix()
-
-    return tuple(sorted(files, key=by_path)), tuple(sorted(left_out, key=by_path))
+        problem = "has no .txt or .jsonl file" if pattern is None else f"has no file that matches {pattern!r}"
+        counts = Counter(path.suffix.lower() or "without a suffix" for path in left_out).most_common(8)
+        found = ", ".join(f"{count} {suffix}" for suffix, count in counts) or "no files"
+        raise Error(f"folder {str(folder)!r} {problem}; it holds {found}: give a pattern such as '*.py'")
+    return tuple(sorted(files, key=relative)), tuple(sorted(left_out, key=relative))
 
 
 @contextmanager
