@@ -55,6 +55,11 @@ def check_at_least(value: int, minimum: int, name: str) -> int:
     return int(value)
 
 
+def pip_install(extra: str) -> str:
+    """The command that installs an extra. (On PyPI, ``tinyllm`` is another project.)"""
+    return f"pip install 'tinyllm-numpy[{extra}]'"
+
+
 def check_fraction(validation_fraction: float) -> None:
     if not 0 < validation_fraction < 1:
         raise Error(f"validation_fraction is {validation_fraction}: choose one between 0 and 1, such as 0.1")

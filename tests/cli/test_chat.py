@@ -145,7 +145,7 @@ def test_a_full_context_is_reported_and_the_chat_continues(tmp_path, chat):
         assert line.endswith("the context of 64 tokens is full: /reset starts a new conversation)")
     for line in (past, much):
         assert line.startswith("(the conversation has ") and "tokens, and the model's context 64: " in line
-        assert line.endswith("reset it, or say less)")
+        assert line.endswith("reset it, or write a shorter message)")
     assert reset == "(new conversation)"
 
 
@@ -293,9 +293,7 @@ def test_yes_downloads_the_model_once(hub, chat, answers, yes):
 def test_any_other_answer_downloads_nothing(hub, chat, tmp_path, lines):
     code, out, err = chat(lines, model=None)
     assert (code, out, hub) == (2, "", [])
-    assert err.endswith(
-        "tinyllm: smollm2 was not pulled: answer yes, or pass the path of a model that is here\n"
-    )
+    assert err.endswith("tinyllm: smollm2 was not pulled: answer yes, or pass the path of a local model\n")
     assert not (tmp_path / "cache").exists()
 
 

@@ -482,7 +482,7 @@ def test_unsupported_device_options_are_refused(refused, run, command, options, 
         (b"", "text.txt' is empty"),
         (b" \n \n", "text.txt' is empty or only whitespace"),
         (b"x", "1 characters"),
-        (b"too short for a window", "tokens is too short for a window of 16"),
+        (b"too short for a window", "tokens, but a window of context 16"),
         (b"the caf\xe9 " * 99, r"text.txt' is not UTF-8 at byte offset 7 \(0xe9\)"),
     ],
 )
@@ -560,12 +560,12 @@ def test_exactly_one_of_run_and_model_is_required(refused, run):
 
 def test_a_tokenizer_of_another_size_is_refused(refused, run, tmp_path):
     said = refused("generate", "--model", last_checkpoint(run), "--prompt", "the")
-    assert "holds no tokenizer" in said
+    assert "has no tokenizer" in said
     run_of_its_own = tmp_path / "run"
     shutil.copytree(run, run_of_its_own)
     CharTokenizer("abc").save(run_of_its_own)
     said = refused("generate", "--run", run_of_its_own, "--prompt", "a")
-    matches(said, "char has 3 ids and the model 11")
+    matches(said, "char has 3 ids, but the model has 11")
 
 
 def test_grid_and_show_probabilities_exclude_each_other(refused, run):
@@ -579,7 +579,7 @@ def test_grid_and_show_probabilities_exclude_each_other(refused, run):
     [
         ("tokenize", "either --text TEXT or --file FILE"),
         ("tokenize --text a --file b", "either --text TEXT or --file FILE"),
-        ("tokenize --text a --tokenizer nowhere", "no tokenizer in 'nowhere'"),
+        ("tokenize --text a --tokenizer nowhere", "no tokenizer 'nowhere'"),
         ("tokenize --text a --special maybe", "'maybe'"),
         ("tokenize --text <|endoftext|>", "special"),
         ("tokenize --file nowhere.txt", "nowhere.txt"),
@@ -613,7 +613,7 @@ def test_a_missing_model_is_refused(refused, tmp_path):
 def test_missing_and_damaged_runs_are_refused(refused, run, tmp_path):
     assert "there is no run" in refused("generate", "--run", tmp_path / "nowhere", "--prompt", "the")
     assert f"did you mean {run}?" in refused("generate", "--run", f"{run}s", "--prompt", "the")
-    assert "holds no checkpoint" in refused("generate", "--run", tmp_path, "--prompt", "the")
+    assert "has no checkpoint" in refused("generate", "--run", tmp_path, "--prompt", "the")
 
     def damaged(name, damage):
         copy = tmp_path / name
@@ -637,7 +637,7 @@ def test_missing_and_damaged_runs_are_refused(refused, run, tmp_path):
         damaged("sizes", other_sizes), r"Missing \(12\): .*h.1.ln_1.weight.*Wrong shape \(1\): wpe.weight"
     )
     said = damaged("no tokenizer", lambda r, _: (r / "tinyllm_tokenizer.json").unlink())
-    assert "holds no tokenizer" in said
+    assert "has no tokenizer" in said
 
 
 # A run that fails

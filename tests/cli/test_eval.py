@@ -178,10 +178,10 @@ def test_wrong_models_are_refused_in_one_line(rhyme, tmp_path, capsys):
 
     assert "either --run DIR or --model NAME" in refused()
     assert "nowhere" in refused("--model", tmp_path / "nowhere")
-    assert "holds no checkpoint" in refused("--run", tmp_path)
+    assert "has no checkpoint" in refused("--run", tmp_path)
     assert "no tokenizer" in refused("--model", bare)
     other = write_run(tmp_path / "other", CharTokenizer.from_text(RHYME), vocab_size=99)
-    assert "ids and the model 99" in refused("--run", other)
+    assert "ids, but the model has 99" in refused("--run", other)
 
 
 @pytest.mark.parametrize("content, said", [("a", "a text of 1 tokens"), ("", "empty"), (" \n", "empty")])

@@ -17,7 +17,7 @@ from tinyllm.errors import Error
 def test_windows_against_plain_loops(length, context, stride):
     tokens = [100 + i for i in range(length)]  # all different, so that a token names its place
     if length < context + 1:
-        with pytest.raises(Error, match=f"{length} tokens .* window of {context}"):
+        with pytest.raises(Error, match=f"{length} tokens, .* context {context} .* need {context + 1}"):
             Windows(tokens, context, stride)
         return
     windows = Windows(tokens, context, stride)
@@ -97,8 +97,8 @@ def test_windows_give_arrays_of_their_own():
         (range(9), -1, None, "context is -1"),
         (range(9), 2.0, None, "context is 2.0"),
         (range(9), 2, 0, "stride is 0"),
-        ([], 4, None, "0 tokens .* window of 4 .*need 5"),
-        (range(4), 4, None, "4 tokens .* window of 4 .*need 5"),
+        ([], 4, None, "0 tokens .* context 4 .*need 5"),
+        (range(4), 4, None, "4 tokens .* context 4 .*need 5"),
         (np.zeros((3, 3), int), 1, None, r"shape \(3, 3\)"),
         (np.zeros(9), 2, None, r"tokens\[0\] is 0.0, not an integer"),
         ("some text", 2, None, "tokens is 'some text', not an integer"),

@@ -71,7 +71,7 @@ def test_a_text_that_changed_is_noticed(tmp_path):
     corpus = open_corpus(tmp_path / "a.txt")
     (tmp_path / "a.txt").write_bytes(b"behind")
     for read in (corpus.pieces, corpus.documents):
-        with pytest.raises(Error, match=r"a.txt' changed since it was opened"):
+        with pytest.raises(Error, match=r"a.txt' changed while it was in use"):
             list(read())
 
 
@@ -192,7 +192,7 @@ def test_sample_of_more_than_there_is_is_the_training_part(tmp_path, monkeypatch
 
 def test_sample_of_too_little(tmp_path):
     (tmp_path / "a.txt").write_bytes(b"some words")
-    with pytest.raises(Error, match="has 10 bytes, too few"):
+    with pytest.raises(Error, match="has only 10 bytes, too few"):
         open_corpus(tmp_path / "a.txt").sample(5)
     with pytest.raises(Error, match="validation_fraction is 1"):
         open_corpus(tmp_path / "a.txt").sample(5, validation_fraction=1)

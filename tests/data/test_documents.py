@@ -233,12 +233,12 @@ def test_documents_of_a_jsonl_file(tmp_path):
         (b'["text"]', "line 2 .* is a JSON list"),
         (b'"text"', "line 2 .* is a JSON str"),
         (b"null", "line 2 .* is a JSON NoneType"),
-        (b'{"body": "a", "Text": "b"}', r"line 2 .* no field 'text' among its \['body', 'Text'\]"),
-        (b"{}", r"line 2 .* no field 'text' among its \[\]"),
+        (b'{"body": "a", "Text": "b"}', r"line 2 .* no field 'text', only \['body', 'Text'\]"),
+        (b"{}", r"line 2 .* no field 'text', only \[\]"),
         (b'{"text": ["a"]}', "field 'text' in line 2 .* is a list"),
         (b'{"text": null}', "field 'text' in line 2 .* is a NoneType"),
-        (b'{"text": "\\ud83d"}', r"field 'text' in line 2 .* lone surrogate '\\ud83d'"),
-        (b'{"text": "\xe9"}', r"line 2 .* not UTF-8 at its byte offset 10 \(0xe9\)"),
+        (b'{"text": "\\ud83d"}', r"field 'text' in line 2 .* lone surrogate .*'\\ud83d'"),
+        (b'{"text": "\xe9"}', r"line 2 .* not UTF-8 at byte offset 10 of the line \(0xe9\)"),
     ],
 )
 def test_bad_lines(tmp_path, line, said):
@@ -296,7 +296,7 @@ def test_damaged_gzip(tmp_path):
         whole + b"more",
     ):
         (tmp_path / "some.txt.gz").write_bytes(content)
-        with pytest.raises(Error, match=r"some.txt.gz' is damaged or cut short \(") as raised:
+        with pytest.raises(Error, match=r"some.txt.gz' is damaged or truncated \(") as raised:
             open_corpus(tmp_path / "some.txt.gz")
         assert "\n" not in str(raised.value)
 

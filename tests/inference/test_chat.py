@@ -60,7 +60,7 @@ def test_every_prompt_holds_all_that_was_said(conversation, parts, answers):
     assert [tokenizer.decode(ids) for ids in answers.asked] == [first, second]
     assert "".join(written) == "Paris ist schön.Rome"
     assert answers.asked[1].count(START) == 4 and answers.asked[1].count(END) == 3  # not their letters
-    assert conversation.said() == [
+    assert conversation.history() == [
         {"role": "user", "content": "France?"},
         {"role": "assistant", "content": "Paris ist schön."},
         {"role": "user", "content": "And Italy?"},
@@ -229,7 +229,7 @@ def test_a_llama_without_a_tokenizer_is_refused(tmp_path):
         num_attention_heads=1,
     )
     Llama(config, rng=np.random.default_rng(0)).save_pretrained(tmp_path)
-    assert "holds no tokenizer" in message_of(load_model_and_tokenizer, str(tmp_path))
+    assert "has no tokenizer" in message_of(load_model_and_tokenizer, str(tmp_path))
 
 
 def test_a_run_brings_its_own_tokenizer(tmp_path):

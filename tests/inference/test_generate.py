@@ -224,14 +224,14 @@ def test_probabilities_of_temperature_zero_are_all_with_the_largest():
 def test_logits_without_a_softmax(bad, temperature):
     logits = np.zeros((2, 4), np.float32)
     logits[1, 2] = bad
-    with pytest.raises(Error, match=r"logits .*weights are damaged, or diverged"):
+    with pytest.raises(Error, match=r"logits .*weights are damaged or training diverged"):
         choose_tokens(logits, np.array([0.5, 0.5]), temperature)
-    with pytest.raises(Error, match=r"logits .*weights are damaged, or diverged"):
+    with pytest.raises(Error, match=r"logits .*weights are damaged or training diverged"):
         probabilities(logits, temperature)
 
 
 def test_no_token_possible():
-    with pytest.raises(Error, match=r"logits .*weights are damaged, or diverged"):
+    with pytest.raises(Error, match=r"logits .*weights are damaged or training diverged"):
         choose_tokens(np.full((1, 4), -np.inf), np.array([0.5]))
 
 
@@ -441,8 +441,8 @@ def test_an_error_in_the_model_leaves_its_mode_and_the_recording_alone():
 @pytest.mark.parametrize(
     ("ids", "options", "said"),
     [
-        ([[1] * 9], {}, r"\(1, 9\) .*at most 8"),
-        ([[[1]]], {}, r"\(1, 1, 1\) .*batch, time"),
+        ([[1] * 9], {}, r"\(1, 9\) : .*at most 8 tokens"),
+        ([[[1]]], {}, r"\(1, 1, 1\) : .*batch, time"),
         ([[]], {}, "prompt ids is empty"),
         ([], {}, "prompt ids is empty"),
         ([[1, 13]], {}, r"prompt ids\[0, 1\] is 13, .* 0 to 12"),
@@ -450,11 +450,11 @@ def test_an_error_in_the_model_leaves_its_mode_and_the_recording_alone():
         ([[1.0]], {}, r"prompt ids\[0, 0\] is 1.0, not an integer"),
         ([[1, True]], {}, r"prompt ids\[0, 1\] is True, not an integer"),
         ([[1], [2, 13]], {}, r"prompt ids\[1\]\[1\] is 13, .* 0 to 12"),
-        ([[1, 2], [1] * 9], {}, r"\(2, 9\) .*at most 8"),
+        ([[1, 2], [1] * 9], {}, r"\(2, 9\) : .*at most 8 tokens"),
         ([[1], []], {}, r"prompt ids\[1\] is empty"),
         ([[1], 2], {}, "prompt ids"),
-        ([[1], [2, 3], 4], {}, r"\(3, 2\) .*batch, time"),
-        ([[1], [[2], [3]]], {}, r"\(2, 2\) .*batch, time"),
+        ([[1], [2, 3], 4], {}, r"\(3, 2\) : .*batch, time"),
+        ([[1], [[2], [3]]], {}, r"\(2, 2\) : .*batch, time"),
         ((np.array([1]), [2, 2.5]), {}, r"prompt ids\[1\]\[1\] is 2.5, not an integer"),
         ([[1]], dict(stop_ids=[13]), r"stop_ids\[0\] is 13, .* 0 to 12"),
         ([[1]], dict(stop_ids=[0, -1]), r"stop_ids\[1\] is -1"),

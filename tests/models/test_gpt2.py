@@ -493,7 +493,7 @@ def test_a_folder_of_ours_loads_here(tmp_path, changes, dtype):
 def test_a_model_is_not_overwritten_by_chance(tmp_path):
     model, other = (random_gpt2(GPT2Config(**SMALL), seed) for seed in (0, 1))
     model.save_pretrained(tmp_path)
-    with pytest.raises(Error, match="already holds a model"):
+    with pytest.raises(Error, match="already contains a model"):
         other.save_pretrained(tmp_path)
     assert np.array_equal(GPT2.from_pretrained(tmp_path, np.float64).wte.weight.data, model.wte.weight.data)
     other.save_pretrained(tmp_path, overwrite=True)

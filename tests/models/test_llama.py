@@ -456,7 +456,7 @@ def test_a_folder_of_ours_loads_there_and_here(tmp_path, rope, changes):
         assert name == other_name and np.array_equal(p.data, q.data), name
     assert (again.lm_head.weight is again.embed_tokens.weight) == ours.config.tie_word_embeddings
     assert_same_logits(ours, theirs.eval())
-    with pytest.raises(Error, match="already holds a model"):
+    with pytest.raises(Error, match="already contains a model"):
         again.save_pretrained(tmp_path)
     again.save_pretrained(tmp_path, overwrite=True)
 

@@ -58,7 +58,7 @@ def test_decode_refuses_what_is_no_sequence_of_integers(tokenizer, ids):
         ("Hello", "ignore", "'ignore': choose 'refuse', 'allow' or 'text'"),
         (b"Hello", "refuse", "bytes"),
         (None, "refuse", "NoneType"),
-        ("He\ud800llo", "refuse", "surrogate.* at 2"),
+        ("He\ud800llo", "refuse", "surrogate.* at position 2"),
     ],
 )
 def test_encode_refuses_bad_arguments(tokenizer, text, special, said):
@@ -152,4 +152,4 @@ def test_fits():
     check_fits(gpt2, model(50304), padded=True)
     for vocab_size, padded in ((50304, False), (50256, False), (50256, True)):
         said = message_of(check_fits, gpt2, model(vocab_size), padded)
-        assert "50257" in said and f"the model {vocab_size}" in said
+        assert "50257" in said and f"the model has {vocab_size}" in said

@@ -39,11 +39,11 @@ def test_char_has_no_special_tokens(special):
 
 
 def test_char_unseen_character():
-    with pytest.raises(Error, match=r"'é' \(U\+00E9, at 3\).*5: .*make the tokenizer from a text"):
+    with pytest.raises(Error, match=r"'é' \(U\+00E9, at position 3\).* 5 .*create the tokenizer from a text"):
         CharTokenizer.from_text("a cafe").encode("cafés"[:4])
 
 
-@pytest.mark.parametrize(("characters", "said"), [("", "at least"), ("abca", "'a' comes twice")])
+@pytest.mark.parametrize(("characters", "said"), [("", "at least"), ("abca", "'a' is repeated")])
 def test_char_bad_characters(characters, said):
     with pytest.raises(Error, match=said):
         CharTokenizer(characters)

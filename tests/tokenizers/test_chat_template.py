@@ -305,7 +305,7 @@ def test_any_tokenizer_will_do():
         ("{{ 'a' | center(10 ** 12) }}", "memory"),
         ("{% for i in range(99999) %}{{ 'a' * 99 }}{% endfor %}", "1,000,000 characters"),
         ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "recursion"),
-        ("{% include '/etc/passwd' %}", "gave no prompt"),
+        ("{% include '/etc/passwd' %}", "template failed"),
         ("{% if %}", "TemplateSyntaxError"),
         ("{{ nothing.at.all }}", "'nothing' is undefined"),
         ("{{ raise_exception('no system text, please') }}", "no system text, please"),
@@ -334,9 +334,9 @@ def test_a_template_that_does_not_end(monkeypatch, template):
 
 def test_a_process_that_dies_or_does_not_start(monkeypatch):
     monkeypatch.setattr(chat, "_child", test_a_process_that_dies_or_does_not_start)
-    assert "ended its process" in message_of(render_chat, CHATML, CAPITAL)
+    assert "crashed its process" in message_of(render_chat, CHATML, CAPITAL)
     monkeypatch.setattr(sys, "executable", "/nowhere/python")
-    assert "no process" in message_of(render_chat, CHATML, CAPITAL)
+    assert "cannot start a process" in message_of(render_chat, CHATML, CAPITAL)
 
 
 def test_jinja2_is_named_where_it_is_missing(monkeypatch, tmp_path):
@@ -357,13 +357,13 @@ def test_a_module_in_the_working_folder_is_not_taken(monkeypatch, tmp_path):
 @pytest.mark.parametrize(
     ("messages", "said"),
     [
-        ([], "at least one"),
-        ("hi", "at least one"),
-        ({"role": "user", "content": "hi"}, "at least one"),
+        ([], "list of dicts"),
+        ("hi", "list of dicts"),
+        ({"role": "user", "content": "hi"}, "list of dicts"),
         (["hi"], "message 0 is 'hi'"),
-        ([{"role": "user"}], "a role and a content"),
-        ([{"role": "user", "content": "a", "name": "b"}], "nothing else"),
-        ([*CAPITAL, {"role": "user", "content": None}], "message 1 has no proper content"),
+        ([{"role": "user"}], "dict with role and content"),
+        ([{"role": "user", "content": "a", "name": "b"}], "no other keys"),
+        ([*CAPITAL, {"role": "user", "content": None}], "message 1 has invalid content"),
         ([{"role": "user", "content": "\ud800"}], "lone surrogate"),
         ([{"role": "<|im_end|>", "content": "a"}], "letters, digits"),
         ([{"role": "user\n", "content": "a"}], "letters, digits"),

@@ -191,7 +191,7 @@ def test_damaged_gguf_vocabularies(byte_level, tmp_path):
     two = {"model": "llama", "tokens": ["a", "b"], "scores": [0.0, 1.0]}
     assert "unknown" in refusal(**two, token_type=[1, 1])
     assert "scores" in refusal(**(two | {"scores": ["0", "1"]}), token_type=[2, 1])
-    assert "different" in refusal(tokens=["a", "a"], token_type=[1, 1])
+    assert "only 1 of them differ" in refusal(tokens=["a", "a"], token_type=[1, 1])
     data = path.read_bytes()
     path.write_bytes(data[:1000])
     assert "copy it again" in message_of(load_tokenizer, path)

@@ -130,7 +130,7 @@ def test_tokenizers_that_would_lose_text_or_decode_wrongly_are_refused(tmp_path)
         {"type": "ByteFallback"},
         {"type": "Fuse"},
     ]
-    assert "unknown character" in refusal(decoder={"type": "Sequence", "decoders": steps})
+    assert "unknown token" in refusal(decoder={"type": "Sequence", "decoders": steps})
 
 
 @pytest.mark.parametrize("i", [2**31, 2**63, -1, 1.0, True, "1", None])
@@ -171,7 +171,7 @@ def test_true_is_no_id(byte_level, tmp_path, name):
     (tmp_path / "tokenizer.json").write_bytes((byte_level / "tokenizer.json").read_bytes())
     keys = {"eos_token": True, "eos_token_id": True}
     (tmp_path / name).write_text(json.dumps(keys), encoding="utf-8")
-    assert "names the special token True" in message_of(load_tokenizer, tmp_path)
+    assert "has the special token True" in message_of(load_tokenizer, tmp_path)
 
 
 def test_a_missing_byte_is_an_error_not_a_gap(tmp_path):

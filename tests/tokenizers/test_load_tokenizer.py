@@ -20,7 +20,9 @@ from tinyllm.tokenizers.char import CharTokenizer
 def test_load_unknown_lists_what_is_known(tmp_path):
     for spec in ("gpt3", tmp_path, tmp_path / FILE_NAME, ""):
         known = "'gpt2', a run's or a model's folder, or a tokenizer file"
-        with pytest.raises(Error, match=rf"no tokenizer in .*{known}|holds no tokenizer \(tokenizer\.json"):
+        with pytest.raises(
+            Error, match=rf"no tokenizer .*{known}|has no tokenizer \(tinyllm_tokenizer.json, tokenizer\.json"
+        ):
             load_tokenizer(spec)
 
 
@@ -37,7 +39,7 @@ def test_load_file_that_is_not_json(tmp_path, content):
 )
 def test_load_json_that_is_no_tokenizer_of_ours(tmp_path, definition):
     (tmp_path / FILE_NAME).write_text(json.dumps(definition), encoding="utf-8")
-    with pytest.raises(Error, match="'gpt2' or 'char'"):
+    with pytest.raises(Error, match="'gpt2', or 'char'"):
         load_tokenizer(tmp_path)
 
 
@@ -46,7 +48,7 @@ def test_load_merges_that_would_fill_the_memory(tmp_path):
     merges = [[0, 0], *([i, i] for i in range(256, 305))]
     definition = {"kind": "bpe", "pattern": r"\w+", "merges": merges}
     (tmp_path / FILE_NAME).write_text(json.dumps(definition), encoding="utf-8")
-    with pytest.raises(Error, match=rf"{FILE_NAME}.*merges\[22\] makes more than 8,388,608 bytes"):
+    with pytest.raises(Error, match=rf"{FILE_NAME}.*merges\[22\] have more than 8,388,608 bytes"):
         load_tokenizer(tmp_path)
 
 
@@ -73,9 +75,9 @@ def test_nothing_there(tmp_path):
         (tmp_path / f"{name}.gguf").write_bytes(b"GGUF")
     assert "a.gguf" in message_of(load_tokenizer, tmp_path)
     (tmp_path / "tokenizer.model").write_bytes(b"PK\x03\x04")
-    assert "not a known tokenizer" in message_of(load_tokenizer, tmp_path)
+    assert "not a tokenizer of a known format" in message_of(load_tokenizer, tmp_path)
     (tmp_path / "tokenizer.model").write_bytes(b"")
-    assert "not a known tokenizer" in message_of(load_tokenizer, tmp_path)
+    assert "not a tokenizer of a known format" in message_of(load_tokenizer, tmp_path)
     (tmp_path / "vocab.json").write_text("{}", encoding="utf-8")
     assert "merges.txt" in message_of(load_tokenizer, tmp_path / "vocab.json")
 

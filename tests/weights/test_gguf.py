@@ -413,10 +413,7 @@ def test_an_output_of_its_own_unties_the_head(tmp_path):
         ({"attention.value_length": 32}, "llama.attention.value_length = 32"),
         ({"adapter.lora.alpha": 2.0}, "adapter.lora.alpha"),
         ({"split.count": 2}, "llama-gguf-split --merge"),
-        (
-            {"rope.scaling.type": "yarn", "rope.scaling.factor": 4.0},
-            "'yarn'; supported in a GGUF file: none, linear",
-        ),
+        ({"rope.scaling.type": "yarn", "rope.scaling.factor": 4.0}, "'yarn', but only none, linear"),
     ],
 )
 def test_a_key_that_would_change_the_model_is_refused_by_name(tmp_path, changes, name):
@@ -515,7 +512,9 @@ def test_factors_from_other_parameters_are_refused(tmp_path, parameter):
 
 def test_two_scalings_at_once_are_refused(tmp_path):
     tensors = {"rope_freqs.weight": rope_factors(8.0)}
-    assert "twice" in message_of(lambda: open_with(tmp_path, tensors, **WIDE, **{"rope.scaling.factor": 2.0}))
+    assert "two RoPE scalings" in message_of(
+        lambda: open_with(tmp_path, tensors, **WIDE, **{"rope.scaling.factor": 2.0})
+    )
 
 
 # ---------------------------------------------------------------------------- refusals
@@ -524,7 +523,7 @@ def test_two_scalings_at_once_are_refused(tmp_path):
 def test_other_architectures_are_refused_with_the_supported_ones(tmp_path):
     path = write(tmp_path / "m.gguf", {}, {}, architecture="gpt2")
     text = message_of(GGUFFile, path)
-    assert str(path) in text and "'gpt2'" in text and "supported: llama" in text
+    assert str(path) in text and "'gpt2'" in text and "give one of llama" in text
 
 
 @pytest.mark.parametrize("name", ["split.count", "expert_count", "rope.scaling.type", "block_count"])
@@ -539,7 +538,7 @@ def test_tensors_that_no_llama_has_are_named(tmp_path):
         "v.patch.weight": np.ones(4, np.float32),
     }
     text = message_of(lambda: open_with(tmp_path, odd))
-    assert text.endswith("'blk.0.ffn_gate_exps.weight', 'v.patch.weight'")
+    assert "'blk.0.ffn_gate_exps.weight', 'v.patch.weight':" in text
 
 
 def test_rows_that_are_not_whole_heads_are_refused(tmp_path):
@@ -582,7 +581,7 @@ DAMAGED = {
     "empty": (b"", "ends inside its header"),
     "an odd architecture": (
         header(key_count=1, rest=key(b"general.architecture", 9, struct.pack("<IQ2I", 4, 2, 1, 2))),
-        "general.architecture must not be of type ndarray",
+        "general.architecture has the wrong type, ndarray",
     ),
     "another format": (b"version https://git-lfs.github.com/spec/v1\n", "letters GGUF"),
     "version 1": (header(version=1), "version is 1"),
@@ -597,9 +596,9 @@ DAMAGED = {
         "9 is not",
     ),
     "an unknown kind": (header(key_count=1, rest=key(b"a", 13, bytes(64))), "13 is not"),
-    "a key of two lines": (header(key_count=2, rest=key(b"a\nb", 7, b"1") * 2), "'a\\nb' is there twice"),
+    "a key of two lines": (header(key_count=2, rest=key(b"a\nb", 7, b"1") * 2), "the key 'a\\nb' twice"),
     "no UTF-8": (header(key_count=1, rest=key(b"\xff", 4, bytes(64))), "utf-8"),
-    "a key twice": (header(key_count=2, rest=ARCHITECTURE * 2), "'general.architecture' is there twice"),
+    "a key twice": (header(key_count=2, rest=ARCHITECTURE * 2), "the key 'general.architecture' twice"),
     "an odd alignment": (header(key_count=1, rest=key(b"general.alignment", 4, struct.pack("<I", 24))), "24"),
     "no alignment": (header(key_count=1, rest=key(b"general.alignment", 4, struct.pack("<I", 0))), "0"),
     "many dimensions": (header(1, 0, tensor_info(dims=2**31)), "dimensions"),
@@ -607,7 +606,7 @@ DAMAGED = {
     "no rows": (header(1, 0, tensor_info(shape=(32, 0))), "shape (0, 32)"),
     "huge": (
         header(1, 0, tensor_info(shape=(2**40, 2**40)) + bytes(512)),
-        "'output.weight' lies beyond its end",
+        "'output.weight' extends beyond its end",
     ),
     "a product that overflows to 0": (
         header(1, 0, tensor_info(shape=(2**32, 2**32)) + bytes(512)),
@@ -617,7 +616,7 @@ DAMAGED = {
     "half a block": (header(1, 0, tensor_info(shape=(33, 1), code=8) + bytes(512)), "blocks of 32"),
     "an unknown type": (
         header(1, 0, tensor_info(code=99) + bytes(512)),
-        "'output.weight' in the type number 99",
+        "'output.weight' as type 99",
     ),
     "two tensors of the same bytes": (
         header(2, 0, tensor_info(b"a") + tensor_info(b"b") + bytes(512)),

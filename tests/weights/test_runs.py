@@ -34,7 +34,7 @@ def test_the_last_checkpoint_holds_a_model(run):
 
 
 def test_a_run_without_a_checkpoint_is_named(tmp_path):
-    with pytest.raises(Error, match="holds no checkpoint"):
+    with pytest.raises(Error, match="has no checkpoint"):
         last_checkpoint(tmp_path)
 
 

@@ -149,7 +149,7 @@ def _save(conversation: Conversation, name: str) -> None:
     """Write the messages to a new JSON file, in the form that ``apply_chat_template`` takes."""
     try:
         with open(Path(name).expanduser(), "x", encoding="utf-8") as file:
-            json.dump(conversation.said(), file, ensure_ascii=False, indent=2)
+            json.dump(conversation.history(), file, ensure_ascii=False, indent=2)
             file.write("\n")
     except (OSError, ValueError, RuntimeError) as error:  # an invalid name, or a home that does not exist
         reason = getattr(error, "strerror", None) or error

@@ -1,8 +1,8 @@
 """How do token ids become batches of (input, target), in an order that can be resumed?
 
-Text (``corpus.py``) → token ids (a tokenizer, or ``token_file.py`` where they are too many for memory) →
+Text (``corpus.py``) → token ids (a tokenizer, or ``token_file.py`` if they do not fit in memory) →
 ``Windows`` → ``Batches``. A language model predicts the next token at every position, so the target of a
-window is the same window one token later.
+window is the same window shifted by one token.
 """
 
 import numpy as np
@@ -17,13 +17,14 @@ class Windows:
 
     With ``s = i * stride``, window ``i`` is ``tokens[s : s + context]`` and its target
     ``tokens[s + 1 : s + context + 1]``, for every ``s`` in ``range(0, len(tokens) - context, stride)``:
-    all windows that fit whole. ``stride`` defaults to ``context``, so that every token is a target once,
-    except the first and the ``unused_tokens`` at the end. A memory-mapped array stays on disk, and only what
-    is asked for is read; anything else is copied. Raises ``Error`` if the tokens are not a
-    sequence of integers longer than ``context``, or if context or stride is below 1.
+    all windows that fit completely. ``stride`` defaults to ``context``, so that every token is a target
+    exactly once, except the first token and the ``unused_tokens`` at the end. A memory-mapped array stays on
+    disk, and only the selected windows are read; any other sequence is copied. ``name`` identifies the tokens
+    in the message when they are too few. Raises ``Error`` if the tokens are not a sequence of integers longer
+    than ``context``, or if context or stride is below 1.
     """
 
-    def __init__(self, tokens, context: int, stride: int | None = None):
+    def __init__(self, tokens, context: int, stride: int | None = None, name: str = "the text"):
         self.context = check_at_least(context, 1, "context")
         self.stride = self.context if stride is None else check_at_least(stride, 1, "stride")
         tokens = check_integers(tokens, "tokens")
@@ -31,10 +32,10 @@ class Windows:
             raise Error(f"tokens have shape {tokens.shape}: give one sequence, of shape (n,)")
         if len(tokens) <= self.context:
             raise Error(
-                f"a text of {len(tokens)} tokens is too short for a window of {self.context} and its target, "
-                f"which need {self.context + 1}: use a longer text or a smaller context"
+                f"{name} has only {len(tokens)} tokens, but a window of context {self.context} and its "
+                f"target need {self.context + 1}: use a longer text or a smaller context"
             )
-        # Views of all windows, which take no memory.
+        # Views of all windows: they allocate no memory.
         self.tokens = tokens if isinstance(tokens, np.memmap) else tokens.astype(np.int64)
         self._inputs = sliding_window_view(self.tokens[:-1], self.context)[:: self.stride]
         self._targets = sliding_window_view(self.tokens[1:], self.context)[:: self.stride]
@@ -44,27 +45,27 @@ class Windows:
 
     @property
     def unused_tokens(self) -> int:
-        """How many tokens are in no window, as input or target.
+        """The number of tokens that no window contains, as input or target.
 
-        Those after the last window, and, if ``stride > context + 1``, those between windows.
+        These are the tokens after the last window and, if ``stride > context + 1``, those between windows.
         """
-        span = self.context + 1  # a window and the last of its targets
+        span = self.context + 1  # a window and its last target
         used = (len(self) - 1) * min(self.stride, span) + span
         return len(self.tokens) - used
 
     def __getitem__(self, indices) -> tuple[np.ndarray, np.ndarray]:
-        """Inputs and targets of the chosen windows, int64, each (n, context); indices as in NumPy."""
+        """Inputs and targets of the selected windows, int64, each (n, context); indices as in NumPy."""
         return self._inputs[indices].astype(np.int64), self._targets[indices].astype(np.int64)
 
 
 class Batches:
-    """An endless shuffled order of batches in which any step can be reached directly.
+    """An endless sequence of shuffled batches with random access to any step.
 
-    An epoch is ``steps_per_epoch = ceil(len(windows) / batch_size)`` steps and shows every window
-    exactly once; its last batch holds what is left and may be smaller. The order of an epoch depends on
-    (seed, epoch) alone, by a counter-based generator (Philox), so a run resumed at a step sees what it
-    would have seen. (NumPy keeps a generator's numbers from version to version in practice, without
-    promising it.) Raises ``Error`` if batch_size is below 1 or seed outside 0..2**64-1.
+    An epoch is ``steps_per_epoch = ceil(len(windows) / batch_size)`` steps and contains every window
+    exactly once; its last batch may be smaller. The order of an epoch depends only on (seed, epoch), through
+    a counter-based generator (Philox), so a run resumed at any step gets the same batches as one that was
+    never interrupted. (NumPy does not guarantee that a generator's numbers stay the same between versions,
+    but in practice they have.) Raises ``Error`` if batch_size is below 1 or seed is outside 0..2**64-1.
     """
 
     def __init__(self, windows: Windows, batch_size: int, seed: int):

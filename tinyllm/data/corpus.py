@@ -1,13 +1,14 @@
-"""A text to train on, from a known name, a file or a folder of files; it may be larger than memory.
+"""A training text from a known name, a file or a folder of files. It may be larger than memory.
 
-A text is a sequence of documents. ``open_corpus`` reads it once, to count and hash it; after that it is read
-anew whenever it is asked for: in ``pieces`` of about a million characters, by ``documents``, or whole
-(``load_text``). Between two documents stands ``<|endoftext|>`` when they become ids (``encode_documents``).
+A text is a sequence of documents. ``open_corpus`` reads it once to count and hash it. Later reads start from
+the files again: in ``pieces`` of about a million characters, by ``documents``, or as a whole (``load_text``).
+``encode_documents`` turns documents into ids and separates them with ``<|endoftext|>``.
 """
 
 from __future__ import annotations
 
 import hashlib
+import math
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -28,18 +29,18 @@ from tinyllm.data.documents import (
 from tinyllm.errors import Error
 from tinyllm.tokenizers.base import END_OF_TEXT, Tokenizer
 
-PIECE_CHARACTERS = 2**20  # a longer document is cut at the first place after so many
-LONGEST_PIECE = 16 * 2**20  # where that place has to come by
+PIECE_CHARACTERS = 2**20  # a longer document is cut at the first possible position from here on
+LONGEST_PIECE = 16 * 2**20  # an error if there is none up to here
 
-# A document may be cut after a character that is not whitespace, before one that is: GPT-2's pattern never
-# joins the two and looks at nothing that lies before, so the tokens of the pieces are those of the whole.
-# U+001C to U+001F are whitespace in Python and not in the pattern: no cut is made beside them.
+# A document may be cut between a character that is not whitespace and one that is. GPT-2's pattern never
+# joins the two and has no lookbehind, so the pieces have the same tokens as the whole document.
+# U+001C to U+001F are whitespace in Python but not in the pattern: no cut is made next to them.
 CUT = re.compile(r"\S(?=[^\S\x1c-\x1f])")
 
 
 @dataclass(frozen=True)
 class Text:
-    """A text in memory and where it came from; ``sha256`` and ``left_out`` are those of its ``Corpus``."""
+    """A text in memory; ``name``, ``sha256`` and ``left_out`` are those of its ``Corpus``."""
 
     name: str
     documents: tuple[str, ...]
@@ -48,18 +49,18 @@ class Text:
 
     @property
     def text(self) -> str:
-        """The documents one after another, with nothing between them."""
+        """The documents, concatenated without a separator."""
         return "".join(self.documents)
 
 
 class Corpus:
-    """A text that is read when it is needed, a little at a time: what ``open_corpus`` returns.
+    """A text that is read on demand, block by block; ``open_corpus`` returns one.
 
-    ``name``: as it was asked for. ``files``: where it stands, in order (none for ``python-docs``).
-    ``left_out``: what else the folder holds, and was not read. ``num_documents``, ``num_characters``,
-    ``num_bytes``: the size of the text itself, in UTF-8, after decompression. ``sha256``: of one document,
-    the hex digest of its UTF-8 bytes; of several, the digest of their digests one after another, so that
-    moving a document's end changes it, and compressing a file does not.
+    ``name``: the argument of ``open_corpus``. ``files``: the files of the text, in order (none for
+    ``python-docs``). ``left_out``: the files of the folder that are not part of the text. ``num_documents``,
+    ``num_characters``, ``num_bytes`` (UTF-8): the size of the text after decompression. ``sha256``: for one
+    document, the hex digest of its UTF-8 bytes; for several, the digest of their concatenated digests, so
+    that it depends on where documents end, but not on whether files are compressed.
     """
 
     def __init__(self, name: str, files: tuple[Path, ...], left_out: tuple[Path, ...], field: str | None):
@@ -73,12 +74,12 @@ class Corpus:
         self.num_bytes, self.sha256 = measured.bytes, measured.sha256
 
     def pieces(self) -> Iterator[Piece]:
-        """The text, however large, in pieces that fit memory: short documents whole, long ones cut.
+        """The text in pieces that fit in memory: short documents whole, long documents cut.
 
-        A document of ``PIECE_CHARACTERS`` or more is cut at the first place after so many where a
-        character that is not whitespace is followed by one that is. Where to cut depends on the text alone.
-        Raises ``Error`` if no such place comes within ``LONGEST_PIECE`` characters, or at the end if the
-        text is no longer the one that was opened.
+        A piece ends at the first position from ``PIECE_CHARACTERS`` on where a character that is not
+        whitespace is followed by one that is. The cuts depend only on the text. Raises ``Error`` if there is
+        no such position within ``LONGEST_PIECE`` characters or, after the last piece, if the files have
+        changed since the corpus was opened.
         """
         text = ""
         for block in self._read_again():
@@ -90,15 +91,15 @@ class Corpus:
             text = text[start:]
             if len(text) > LONGEST_PIECE:
                 raise Error(
-                    f"text {self.name!r} has {len(text):,} characters without a place to cut (whitespace "
-                    "after something else): break its longest lines"
+                    f"text {self.name!r} has {len(text):,} characters without a place to cut (a space or "
+                    "line break after another character): break its longest lines"
                 )
             if block.ends_document:
                 yield Piece(text, ends_document=True)
                 text = ""
 
     def documents(self) -> Iterator[str]:
-        """The documents, each of them whole."""
+        """The documents, each as one string. Raises ``Error`` at the end if the files have changed."""
         blocks = []
         for block in self._read_again():
             blocks.append(block.text)
@@ -107,10 +108,10 @@ class Corpus:
                 blocks = []
 
     def sample(self, characters: int, validation_fraction: float = 0.1) -> list[str]:
-        """Pieces of about so many characters together, evenly spread over the part to train on.
+        """Pieces that have about ``characters`` characters in total, spread evenly over the training part.
 
-        That part is the first ``1 - validation_fraction`` of the bytes, none of which ``TokenFile.split``
-        puts into the validation part. Raises ``Error`` if not even the first piece lies in it.
+        The training part is the first ``1 - validation_fraction`` of the bytes; ``TokenFile.split`` puts none
+        of them into the validation part. Raises ``Error`` if the first piece is already longer than that.
         """
         check_fraction(validation_fraction)
         training_bytes = (1 - validation_fraction) * self.num_bytes
@@ -119,16 +120,18 @@ class Corpus:
             size = len(piece.text.encode("utf-8"))
             if position + size > training_bytes:
                 break
-            if taken * training_bytes <= characters * position:  # behind the pace that spreads them
+            if taken * training_bytes <= characters * position:  # fewer than an even spread up to here
                 chosen.append(piece.text)
                 taken += len(piece.text)
             position += size
         if not chosen:
-            raise Error(f"text {self.name!r} has {self.num_bytes:,} bytes, too few to sample: use all of it")
+            raise Error(
+                f"text {self.name!r} has only {self.num_bytes:,} bytes, too few to sample from: use all of it"
+            )
         return chosen
 
     def _read(self) -> Iterator[Piece]:
-        """The documents in the blocks they are read in."""
+        """The documents, block by block."""
         if not self.files:
             return iter([Piece(python_docs(), ends_document=True)])
         return read_documents(self.files, self.field)
@@ -139,11 +142,11 @@ class Corpus:
             measured.add(block)
             yield block
         if measured.sha256 != self.sha256:
-            raise Error(f"text {self.name!r} changed since it was opened: leave it alone and start again")
+            raise Error(f"text {self.name!r} changed while it was in use: do not modify it, and start again")
 
 
 class _Measure:
-    """Counts and hashes documents as their blocks go by."""
+    """Counts and hashes documents, block by block."""
 
     def __init__(self):
         self.documents = self.characters = self.bytes = 0
@@ -211,20 +214,21 @@ def load_text(name_or_path: str | Path, field: str | None = None, pattern: str |
 
 
 def train_validation_split(text: str | Iterable[str], validation_fraction: float = 0.1) -> tuple:
-    """The text's first ``int(len(text) * (1 - validation_fraction))`` characters, and the rest.
+    """Split a text into its first ``int(len(text) * (1 - validation_fraction))`` characters and the rest.
 
-    One text gives two. Documents count as one text and give two tuples of documents: the one that the cut
-    falls into ends the first and begins the second. Raises ``Error`` unless 0 < validation_fraction < 1
-    and both parts get at least one character.
+    A str gives two strings. Documents are split as if they were concatenated and give two tuples; the
+    document that contains the cut is divided between them. Raises ``Error`` unless 0 < validation_fraction
+    < 1 and both parts get at least one character.
     """
     check_fraction(validation_fraction)
     documents = (text,) if isinstance(text, str) else tuple(text)
     length = sum(len(document) for document in documents)
     cut = int(length * (1 - validation_fraction))
     if cut == 0 or cut == length:
+        needed = max(2, math.ceil(1 / (1 - validation_fraction)))
         raise Error(
-            f"a text of {length} characters leaves nothing on one side of a split with "
-            f"validation_fraction {validation_fraction}: use a longer text"
+            f"the text has only {length} characters, but a split with validation_fraction "
+            f"{validation_fraction} needs at least {needed}: use a longer text"
         )
     train, validation = [], []
     for document in documents:
@@ -237,11 +241,11 @@ def train_validation_split(text: str | Iterable[str], validation_fraction: float
 
 
 def encode_documents(tokenizer: Tokenizer, documents: Iterable[str], special: str = "refuse") -> np.ndarray:
-    """The ids of the documents, joined by the id of ``<|endoftext|>``: an array (n,) of uint32.
+    """The ids of the documents, separated by the id of ``<|endoftext|>``: an array (n,) of uint32.
 
-    What ``special`` says is about ``<|endoftext|>`` and its like inside a document (``Tokenizer.encode``),
-    never about the joining. Raises ``Error`` as ``encode`` does, or if there are several documents and
-    the tokenizer has no ``<|endoftext|>``.
+    ``special`` applies to special tokens inside a document (see ``Tokenizer.encode``), not to the separators.
+    Raises ``Error`` as ``encode`` does, or if there are several documents and the tokenizer has no
+    ``<|endoftext|>``.
     """
     parts = []
     for i, document in enumerate(documents):
@@ -252,10 +256,10 @@ def encode_documents(tokenizer: Tokenizer, documents: Iterable[str], special: st
 
 
 def end_of_text_id(tokenizer: Tokenizer) -> int:
-    """The id that stands between documents; ``Error`` if the tokenizer has none."""
+    """The id that separates documents. Raises ``Error`` if the tokenizer has none."""
     if END_OF_TEXT not in tokenizer.special_tokens:
         raise Error(
-            f"tokenizer {tokenizer.name!r} has no {END_OF_TEXT} to put between documents: "
+            f"tokenizer {tokenizer.name!r} has no {END_OF_TEXT} to separate documents: "
             f"add it by with_special_tokens([{END_OF_TEXT!r}]), or give a text of one document"
         )
     return tokenizer.special_tokens[END_OF_TEXT]

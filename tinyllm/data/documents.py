@@ -1,7 +1,7 @@
-"""Documents in files: plain text and .jsonl, gzip'd or not, alone or in folders; and the known texts.
+"""Documents in plain-text and .jsonl files, gzip-compressed or not, single or in folders; and known texts.
 
-A plain file is one document, a line of a .jsonl file is one. They are read a block at a time, so that a
-document may be larger than memory.
+A plain file is one document; each line of a .jsonl file is one. Files are read in blocks, so that a document
+may be larger than memory.
 """
 
 from __future__ import annotations
@@ -32,9 +32,10 @@ SUFFIXES = (
     ".txt.gz",
     ".jsonl.gz",
 )  # the files read from a folder unless a pattern is given
-BLOCK_BYTES = 2**20  # read from a file at a time
+BLOCK_BYTES = 2**20
 
-# Edith Wharton, 1908, public domain: the text of the classic run.
+# Edith Wharton, 1908, public domain: the training text of Raschka's "Build a Large Language Model (From
+# Scratch)".
 VERDICT_FILE = "the-verdict.txt"
 VERDICT_SHA256 = "b41e41a68f0398a3154ae69e2e4c0e2694e17fe0d66730536837f1b01935b31f"
 VERDICT_URL = (
@@ -80,23 +81,23 @@ def is_jsonl(path: Path) -> bool:
 
 
 def read_documents(files: Iterable[Path], field: str | None) -> Iterator[Piece]:
-    """The documents of the files in the blocks they are read in; ``field`` is the text's in a .jsonl file.
+    """The documents of the files, block by block; ``field`` names the text in a .jsonl object.
 
-    Raises ``Error``, naming the file and place, if one cannot be read, is damaged or is not as described.
+    Raises ``Error``, naming the file and the position, if one cannot be read, is damaged or is malformed.
     """
     for path in files:
         yield from _read_jsonl(path, field) if is_jsonl(path) else _read_plain(path)
 
 
 def python_docs() -> str:
-    """The topics that ship with CPython."""
+    """The help topics that ship with CPython, sorted by name and joined by blank lines."""
     from pydoc_data.topics import topics
 
     return "\n\n".join(topics[key] for key in sorted(topics))
 
 
 def the_verdict() -> Path:
-    """The file of the classic run's text: in the folder TINYLLM_DATA, or downloaded once and cached."""
+    """The path of "The Verdict": in the folder TINYLLM_DATA, or downloaded once and cached."""
     folder = os.environ.get("TINYLLM_DATA")
     if folder and (path := Path(folder, VERDICT_FILE)).exists():
         with _open(path) as file:
@@ -149,10 +150,10 @@ def _files_in(folder: Path, pattern: str | None) -> tuple[tuple[Path, ...], tupl
 
 @contextmanager
 def _open(path: Path) -> Iterator[BinaryIO]:
-    """The file's bytes, decompressed; what goes wrong while they are read is an ``Error``."""
+    """The file's bytes, decompressed. Failures inside the ``with`` block become an ``Error``."""
     try:
         if path.suffix.lower() == ".gz":
-            if path.stat().st_size == 0:  # gzip.open takes it for an empty text
+            if path.stat().st_size == 0:  # gzip.open would return an empty text
                 raise EOFError("the file is empty")
             with gzip.open(path) as file:
                 yield file
@@ -160,17 +161,17 @@ def _open(path: Path) -> Iterator[BinaryIO]:
             with open(path, "rb") as file:
                 yield file
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise Error(f"{str(path)!r} is damaged or cut short ({error}): compress the text again") from None
+        raise Error(f"{str(path)!r} is damaged or truncated ({error}): compress the text again") from None
     except OSError as error:
         raise Error(f"text {str(path)!r} cannot be read ({error}): check the file") from None
 
 
 def _read_plain(path: Path) -> Iterator[Piece]:
-    decoder = codecs.getincrementaldecoder("utf-8")()  # text mode would turn \r\n into \n
+    decoder = codecs.getincrementaldecoder("utf-8")()  # text mode would convert \r\n to \n
     offset = 0
     with _open(path) as file:
         for data in itertools.chain(iter(partial(file.read, BLOCK_BYTES), b""), [b""]):
-            held = len(decoder.getstate()[0])  # bytes of a character that the last block ended in
+            held = len(decoder.getstate()[0])  # bytes of a character that the last block cut off
             try:
                 text = decoder.decode(data, final=not data)
             except UnicodeDecodeError as error:
@@ -194,17 +195,17 @@ def _document(line: bytes, field: str, where: str) -> str:
         record = json.loads(line.decode("utf-8"))
     except UnicodeDecodeError as error:
         raise Error(
-            f"{where} is not UTF-8 at its byte offset {error.start} ({line[error.start]:#04x}): "
+            f"{where} is not UTF-8 at byte offset {error.start} of the line ({line[error.start]:#04x}): "
             "save the file as UTF-8 first"
         ) from None
     except (ValueError, RecursionError) as error:
         raise Error(f"{where} is not JSON ({error}): correct it") from None
     if not isinstance(record, dict):
-        raise Error(f"{where} is a JSON {type(record).__name__}: write an object, with the text in a field")
+        raise Error(f"{where} is a JSON {type(record).__name__}: write an object with the text in a field")
     if field not in record:
-        raise Error(f"{where} has no field {field!r} among its {list(record)}: name the one with the text")
+        raise Error(f"{where} has no field {field!r}, only {list(record)}: name the one with the text")
     try:
-        check_text(record[field])  # JSON can write half a character
+        check_text(record[field])  # JSON can encode a lone surrogate
     except Error as error:
-        raise Error(f"field {field!r} in {where}: {error}, or name another field") from None
+        raise Error(f"field {field!r} in {where}: {error}, or choose another field") from None
     return record[field]

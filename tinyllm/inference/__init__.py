@@ -1,1 +1,1 @@
-"""What a trained model is used for: generating text, chat, and how well it predicts a text."""
+"""Applications of a trained model: generating text, chat, and evaluating how well it predicts a text."""

@@ -1,7 +1,8 @@
 """How does a model hold a conversation?
 
-Every answer continues one growing text: all that was said so far, in the format the model was trained on
-(``tokenizers/chat_template.py``), and the beginning of its answer. The model itself remembers nothing.
+The model keeps no state between answers. For each answer it continues a prompt that contains the whole
+conversation so far, in the format of its training data (``tokenizers/chat_template.py``), and ends where the
+answer begins.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from tinyllm.checks import check_at_least
 from tinyllm.errors import Error
 from tinyllm.inference.generate import generate
 from tinyllm.models import empty_model, load_model
@@ -27,25 +29,26 @@ TOKENIZER_FILES = ("*tokenizer*", "vocab.json", "*.gguf")
 
 
 def load_model_and_tokenizer(name: str, dtype=np.float32) -> tuple[Module, Tokenizer]:
-    """A model as ``load_model`` finds it, in ``dtype``, and the tokenizer that came with it.
+    """Load a model in ``dtype``, as ``load_model`` does, and its tokenizer.
 
-    A run's is in its folder, beside the checkpoints. A folder without any, such as ``GPT2.save_pretrained``
-    writes, gets GPT-2's if the model has as many ids. Raises Error if there is no tokenizer, it is damaged,
-    or it does not fit.
+    A training run has its tokenizer in the run's folder, next to the checkpoints. For a model folder without
+    a tokenizer, such as ``GPT2.save_pretrained`` writes, GPT-2's is used if the model has 50,257 ids. Raises
+    ``Error`` as ``load_model`` and ``load_tokenizer`` do, and if the tokenizer has more ids than the model.
     """
     path = find_model(name)
-    place = path.parent if path.parent == Path(name).expanduser() else path  # a run, and its checkpoint
-    bare = place.is_dir() and not any(next(place.glob(files), None) for files in TOKENIZER_FILES)
-    tokenizer = load_tokenizer("gpt2" if bare and empty_model(path).config.vocab_size == 50257 else place)
+    folder = path.parent if path.parent == Path(name).expanduser() else path  # a run, or the model itself
+    bare = folder.is_dir() and not any(next(folder.glob(files), None) for files in TOKENIZER_FILES)
+    tokenizer = load_tokenizer("gpt2" if bare and empty_model(path).config.vocab_size == 50257 else folder)
     model = load_model(path, dtype)
     check_fits(tokenizer, model, padded=True)
     return model, tokenizer
 
 
 def text_stream(tokenizer: Tokenizer, steps: Iterator[np.ndarray], stop_ids: Sequence[int]) -> Iterator[str]:
-    """The text of the first row of ``generate``'s steps as it comes, up to a stop id.
+    """Decode the first row of ``generate``'s steps, one string per step, until a stop id.
 
-    A token may end inside a character: its bytes wait for the rest.
+    A token may end inside a UTF-8 character; its incomplete bytes are held back until the character is
+    complete.
     """
     decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
     for tokens in steps:
@@ -56,17 +59,22 @@ def text_stream(tokenizer: Tokenizer, steps: Iterator[np.ndarray], stop_ids: Seq
 
 
 class Answer(NamedTuple):
-    """How an answer came: what was read for it, how fast it was decoded, and what ended it."""
+    """Statistics of an answer: tokens and times of prefill and decoding, and why it ended."""
 
     prompt_tokens: int
-    prompt_seconds: float  # until the first token of the answer
+    prompt_seconds: float  # prefill: until the first token of the answer
     tokens: int
-    seconds: float  # from the first token of the answer to its last
-    end: str  # "stop" (the model ended it), "length" (max_new_tokens), "context" (it is full) or "interrupt"
+    seconds: float  # decoding: from the first token of the answer to the last
+    end: str  # "stop" (a stop id), "length" (max_new_tokens), "context" (it is full) or "interrupt"
 
 
 class Conversation:
-    """What was said so far, and who answers."""
+    """A chat with a model: the messages so far, and the settings for sampling the next answer.
+
+    ``system`` holds the instructions (a system message) or None; ``messages`` the turns as dicts of role and
+    content. The sampling arguments are those of ``generate``, with one generator, seeded by ``seed``, for all
+    answers.
+    """
 
     def __init__(
         self,
@@ -80,59 +88,63 @@ class Conversation:
         seed: int = 0,
     ):
         self.model, self.tokenizer = model, tokenizer
-        self.system, self.max_new_tokens = system, max_new_tokens
+        self.system = system
+        self.max_new_tokens = check_at_least(max_new_tokens, 1, "max_new_tokens")
         self.sampling = (temperature, top_k, top_p)
         self.rng = np.random.default_rng(seed)
         self.messages: list[dict[str, str]] = []
 
-    def said(self) -> list[dict[str, str]]:
-        """The messages so far, the instructions first, as a chat template takes them."""
+    def history(self) -> list[dict[str, str]]:
+        """The system message, if there is one, and the messages so far: the input of a chat template."""
         instructions = [] if self.system is None else [{"role": "system", "content": self.system}]
         return instructions + self.messages
 
     def reset(self) -> None:
-        """Forget what was said; the instructions stay."""
+        """Start a new conversation with the same instructions."""
         self.messages = []
 
     def instruct(self, system: str | None) -> None:
-        """Begin anew with these instructions; None: the model's own."""
+        """Start a new conversation with these instructions; None leaves them to the chat template."""
         if system is not None:
             check_text(system)
         self.system, self.messages = system, []
 
     def prompt(self, words: str) -> list[int]:
-        """The ids of all that was said and of these words, ready for the model's answer."""
-        messages = [*self.said(), {"role": "user", "content": words}]
+        """The ids of the conversation so far and this user message, up to where the answer begins.
+
+        Raises ``Error`` if they do not fit in the model's context, and as ``encode_chat`` does.
+        """
+        messages = [*self.history(), {"role": "user", "content": words}]
         ids = encode_chat(self.tokenizer, self.tokenizer.chat_template, messages)
         if len(ids) >= self.model.context:
             raise Error(
-                f"the conversation has {len(ids):,} tokens, and the model's context {self.model.context:,}: "
-                "reset it, or say less"
+                f"the conversation has {len(ids):,} tokens, but the model's context is "
+                f"{self.model.context:,}: reset it, or write a shorter message"
             )
         return ids
 
     def answer(self, words: str, write: Callable[[str], None]) -> Answer:
-        """Stream the answer through ``write``.
+        """Generate the answer to a user message, pass its text to ``write`` in pieces, and record both.
 
-        Ctrl-C ends the answer and keeps what came. Before the first word there is nothing to keep: the
-        conversation stays as it was, and KeyboardInterrupt is raised.
+        Ctrl-C ends the answer and keeps the text so far. If there is none yet, the conversation stays as it
+        was and KeyboardInterrupt is raised. Raises ``Error`` as ``prompt`` and ``generate`` do.
         """
         stop_ids, ids = self.tokenizer.eos_ids, self.prompt(words)
         steps = generate(self.model, [ids], self.max_new_tokens, *self.sampling, self.rng, stop_ids)
         tokens, times, pieces = [], [time.perf_counter()], []
 
-        def watched() -> Iterator[np.ndarray]:
+        def timed() -> Iterator[np.ndarray]:
             for step in steps:
                 times.append(time.perf_counter())
                 tokens.append(int(step[0]))
                 yield step
 
         try:
-            for piece in text_stream(self.tokenizer, watched(), stop_ids):
+            for piece in text_stream(self.tokenizer, timed(), stop_ids):
                 pieces.append(piece)
                 write(piece)
-            full = "length" if len(tokens) == self.max_new_tokens else "context"
-            end = "stop" if tokens[-1] in stop_ids else full
+            limit = "length" if len(tokens) == self.max_new_tokens else "context"
+            end = "stop" if tokens[-1] in stop_ids else limit
         except KeyboardInterrupt:
             if not any(pieces):
                 raise

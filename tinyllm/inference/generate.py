@@ -1,7 +1,8 @@
-"""How does a model that scores the next token write a text?
+"""How does a model that predicts one token generate a text?
 
-It reads the prompt, draws a token from the scores at its end, reads that token, and so on. What it has read
-it keeps in a cache (``cache.py``), so that a step reads one token and not the whole text again.
+The prefill runs the model on the prompt. Then every decoding step samples a token from the logits at the last
+position and runs the model on that token. The keys and values of earlier tokens are kept in a cache
+(``models/cache.py``), so that a step processes one token instead of the whole text.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import numpy as np
 from tinyllm.backend.device import to_device
 from tinyllm.backend.dtypes import accumulation_dtype
 from tinyllm.backend.threads import step_of_few_rows
-from tinyllm.checks import check_ids, is_integer
+from tinyllm.checks import check_at_least, check_ids
 from tinyllm.errors import Error
 from tinyllm.inference.sampling import check_sampling, choose_tokens
 from tinyllm.nn import evaluating
@@ -32,36 +33,38 @@ def generate(
     use_cache: bool = True,
     slide: bool = False,
 ) -> Iterator[np.ndarray]:
-    """Continue the prompts ``ids``: yields an array (B,) of token ids at every step.
+    """Continue the prompts ``ids``: yields the sampled token ids (B,) of each step.
 
-    ``ids`` is (B, T), or B lists of any length each. A token is drawn as ``choose_tokens`` says, with one
-    uniform number per row and step from ``rng`` (a fresh one if None), so a row's text does not depend on
-    its neighbours. A row that drew one of ``stop_ids`` repeats it; when all rows have, generation ends.
-    ``use_cache=False`` reads the whole text again at every step: the same tokens, later.
+    ``ids`` is (B, T), one prompt (T,), or B lists of different lengths. Tokens are sampled by
+    ``choose_tokens`` with ``temperature``, ``top_k`` and ``top_p``, from one uniform number per row and step
+    of ``rng`` (a newly seeded generator if None), so a row's text does not depend on the other rows. A row
+    that has sampled one of ``stop_ids`` repeats it; generation ends when all rows have, or after
+    ``max_new_tokens``. ``use_cache=False`` processes the whole text again at every step: the same tokens,
+    more slowly.
 
     When the longest row has filled the model's context:
 
-    - GPT-2 goes on. Its window slides: the oldest token is dropped and the rest, whose positions have all
-      changed, read afresh. From here on there is no cache.
-    - Llama ends. Its last token is drawn from a full context.
-    - Llama with ``slide`` goes on. Whenever the cache is full, its oldest quarter is dropped. What is kept
-      was computed in sight of what is dropped, so this is not what the model would say to the window alone
-      (which is what ``slide`` without a cache does). Keys keep the turns they had, and a new token's
-      position goes on counting from the beginning of the text: RoPE sees distances only, and none is
-      longer than the context. Rows of different length drop by the longest.
+    - GPT-2 continues with a sliding window. The oldest token is dropped, and the others are processed again,
+      because their learned positions have changed. From then on there is no cache.
+    - Llama stops. Its last token is sampled from a full context.
+    - Llama with ``slide`` continues. Whenever the cache is full, its oldest quarter is dropped. The keys and
+      values that remain were computed with the dropped tokens in context, so the result differs from running
+      the model on the remaining window alone (``slide`` with ``use_cache=False``). Keys keep their rotation
+      and positions keep counting from the beginning of the text: RoPE depends only on distances, and none
+      exceeds the context. With rows of different lengths the longest decides when to drop.
 
-    The arguments are checked at the call. The model is in eval mode, without gradients, during each
-    step only; between steps it is as it was. The cache lives as long as the iterator.
+    The arguments are checked at the call, not at the first step; invalid ones raise ``Error``. The model is
+    in eval mode and without gradients only during a step; between steps its mode is restored. The cache is
+    freed with the iterator.
     """
     ids, padding = _check_prompts(ids, model)
     if not isinstance(stop_ids, Sequence | np.ndarray):
         raise Error(f"stop_ids is {stop_ids!r}: give a list of token ids")
     stop_ids = check_ids(stop_ids, model.config.vocab_size, name="stop_ids") if len(stop_ids) else ()
-    if not is_integer(max_new_tokens) or max_new_tokens < 0:
-        raise Error(f"max_new_tokens is {max_new_tokens!r}: choose a whole number of at least 0")
+    max_new_tokens = check_at_least(max_new_tokens, 0, "max_new_tokens")
     check_sampling(temperature, top_k, top_p)
     if rng is not None and not hasattr(rng, "random"):
-        raise Error(f"rng is {rng!r}: give np.random.default_rng(seed)")
+        raise Error(f"rng is {rng!r}: pass np.random.default_rng(seed)")
     rng = np.random.default_rng() if rng is None else rng
     if not (slide or model.learned_positions):
         max_new_tokens = min(max_new_tokens, model.context - ids.shape[1] + 1)
@@ -70,7 +73,7 @@ def generate(
 
 
 def _check_prompts(ids, model) -> tuple[np.ndarray, np.ndarray]:
-    """The prompts (B, T), filled up on the left to the same length, and with how much of that: (B,)."""
+    """The prompts padded on the left to the same length (B, T), and the padding of each row (B,)."""
     vocab_size, context = model.config.vocab_size, model.context
     if _is_ragged(ids):
         rows = [check_ids(row, vocab_size, name=f"prompt ids[{i}]") for i, row in enumerate(ids)]
@@ -81,15 +84,15 @@ def _check_prompts(ids, model) -> tuple[np.ndarray, np.ndarray]:
     if any(row.ndim != 1 for row in rows) or longest > context:
         shape = rows.shape if isinstance(rows, np.ndarray) else (len(rows), longest)
         raise Error(
-            f"prompts of shape {shape} do not fit: give (batch, time) with at most {context} "
-            f"tokens, the model's context"
+            f"the prompt ids have shape {shape}: give (batch, time) with at most {context} tokens, the "
+            "model's context"
         )
     padding = np.array([longest - row.size for row in rows])
     return np.stack([np.pad(row, (fill, 0)) for row, fill in zip(rows, padding)]), padding
 
 
 def _is_ragged(ids) -> bool:
-    """Whether the ids are lists, or arrays, of different length."""
+    """Whether the ids are lists or arrays of different lengths."""
     if not isinstance(ids, (list, tuple)):
         return False
     lists = [row for row in ids if isinstance(row, (list, tuple)) or np.ndim(row) == 1]
@@ -100,44 +103,44 @@ def _steps(model, ids, padding, max_new_tokens, sampling, rng, stop_ids, use_cac
     B, T = ids.shape
     cache = model.new_cache(B, T + max_new_tokens, padding) if use_cache else None
     modules = [module for _, module in model.named_modules()]
-    unread, finished = ids, np.zeros(B, bool)
+    new, finished = ids, np.zeros(B, bool)
     for _ in range(max_new_tokens):
-        if cache is not None and cache.length + unread.shape[1] > cache.room:  # the context is full
+        if cache is not None and cache.length + new.shape[1] > cache.room:  # the context is full
             if model.learned_positions:
                 cache = None
             else:
                 cache.drop_oldest(max(1, cache.room // 4))
-        if (unread >= model.config.vocab_size).any():
+        if (new >= model.config.vocab_size).any():
             raise Error(
-                f"the model's head chose class {unread.max()}, and the model takes ids below "
-                f"{model.config.vocab_size}: give it a head of one class for each id"
+                f"the model's head sampled class {new.max()}, but the model's ids are below "
+                f"{model.config.vocab_size}: give it a head with one class per id"
             )
         with evaluating(model, modules):
-            logits = _read_window(model, ids, padding) if cache is None else _read(model, unread, cache)
+            logits = _window_logits(model, ids, padding) if cache is None else _logits(model, new, cache)
         tokens = choose_tokens(logits, rng.random(B), *sampling)
         tokens = np.where(finished, ids[:, -1], tokens)  # (B,)
         ids = np.concatenate([ids, tokens[:, None]], axis=1)
-        unread, finished = ids[:, -1:], finished | np.isin(tokens, stop_ids)
+        new, finished = ids[:, -1:], finished | np.isin(tokens, stop_ids)
         yield tokens
         if finished.all():
             return
 
 
-def _read(model, ids, cache=None) -> np.ndarray:
-    """The logits (B, V), on the host, of what follows the ids (B, T), which follow what the cache holds."""
+def _logits(model, ids, cache=None) -> np.ndarray:
+    """The next-token logits (B, V), on the host, after the ids (B, T), which continue those in the cache."""
     with no_grad(), step_of_few_rows():
         logits = model(ids, last_only=True, cache=cache)
         if not isinstance(logits, Tensor) or logits.ndim != 3:
-            what = f"a Tensor {logits.shape}" if isinstance(logits, Tensor) else f"a {type(logits).__name__}"
-            raise Error(f"the model's head returned {what}: generate needs a Tensor (batch, 1, classes)")
+            found = f"a Tensor {logits.shape}" if isinstance(logits, Tensor) else f"a {type(logits).__name__}"
+            raise Error(f"the model's head returned {found}: generate needs a Tensor (batch, 1, classes)")
         logits = to_device(logits.data[:, 0], "cpu")
     return logits.astype(accumulation_dtype(logits.dtype), copy=False)
 
 
-def _read_window(model, ids, padding) -> np.ndarray:
-    """As ``_read``, of the last tokens that fit the context, without a cache; rows of any length."""
+def _window_logits(model, ids, padding) -> np.ndarray:
+    """The next-token logits (B, V) after the last tokens that fit the context, without a cache."""
     window = ids[:, -model.context :]
     padding = np.maximum(padding - (ids.shape[1] - window.shape[1]), 0)
     if not padding.any():
-        return _read(model, window)
-    return np.concatenate([_read(model, row[None, fill:]) for row, fill in zip(window, padding)])
+        return _logits(model, window)
+    return np.concatenate([_logits(model, row[None, fill:]) for row, fill in zip(window, padding)])

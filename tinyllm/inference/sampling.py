@@ -11,7 +11,7 @@ from tinyllm.errors import Error
 
 
 def check_sampling(temperature: float, top_k: int | None, top_p: float | None) -> None:
-    """Raise ``Error`` unless the three are in their ranges (see ``probabilities``)."""
+    """Raise ``Error`` unless 0 ≤ temperature < ∞, top_k is None or ≥ 1, and top_p None or 0 < top_p ≤ 1."""
     numbers = int | float | np.number
     if not isinstance(temperature, numbers) or not 0 <= temperature < math.inf:
         raise Error(f"temperature is {temperature!r}: choose a number of at least 0")
@@ -28,28 +28,33 @@ def choose_tokens(
     top_k: int | None = None,
     top_p: float | None = None,
 ) -> np.ndarray:
-    """One token per row of ``logits`` (B, V), decided by ``uniforms`` (B,) in [0, 1): ids (B,).
+    """Sample one token per row of ``logits`` (B, V) by inverting the CDF at ``uniforms`` (B,): ids (B,).
 
-    The token drawn is the first, in falling order of probability (see ``probabilities``), equal ones by
-    id, at which the running sum of the probabilities exceeds the uniform number.
+    The tokens are sorted by decreasing probability (see ``probabilities``), ties by increasing id. The
+    sampled token is the first at which the cumulative sum exceeds the row's uniform number in [0, 1). Raises
+    ``Error`` as ``probabilities`` does.
     """
     order, weights = _candidates(logits, temperature, top_k, top_p)
-    running = np.cumsum(weights, axis=-1)
-    running /= running[:, -1:]  # the last is exactly 1, above every uniform number
-    drawn = (running <= uniforms[:, None]).sum(axis=-1)
-    return np.take_along_axis(order, drawn[:, None], axis=-1)[:, 0]
+    cdf = np.cumsum(weights, axis=-1)
+    cdf /= cdf[:, -1:]  # the last is exactly 1, above every uniform number
+    rank = (cdf <= uniforms[:, None]).sum(axis=-1)
+    return np.take_along_axis(order, rank[:, None], axis=-1)[:, 0]
 
 
 def probabilities(
     logits: np.ndarray, temperature: float = 1.0, top_k: int | None = None, top_p: float | None = None
 ) -> np.ndarray:
-    """What ``choose_tokens`` draws from: every token's probability, (B, V) in float64, of logits (B, V).
+    """The distribution that ``choose_tokens`` samples from: (B, V) in float64, from logits (B, V).
 
-    ``temperature`` 0 takes the largest logit, of equal ones the first. Otherwise
-    p = softmax(logits / temperature), and tokens in falling order of p, equal ones by id, are kept up to
-    the first ``top_k`` (exactly that many, if there are as many) and, of those, up to the first at which
-    their renormalised sum reaches ``top_p`` (Holtzman et al., arXiv 1904.09751, 3.1). What is kept is
-    scaled to sum to 1; the rest is exactly 0. Raises ``Error`` if a row has no softmax.
+    ``temperature`` 0 is greedy: probability 1 for the largest logit, the first of equal ones. Otherwise
+
+        p = softmax(logits / temperature)
+
+    and the tokens are sorted by decreasing p, ties by increasing id. ``top_k`` keeps the first k of them
+    (Fan et al., arXiv 1805.04833, 5.4). Of these, renormalised, ``top_p`` keeps the shortest prefix whose sum
+    is at least p (nucleus sampling: Holtzman et al., arXiv 1904.09751, 3.1). The probabilities kept are
+    scaled to sum to 1; all others are exactly 0. Raises ``Error`` if the largest logit of a row is not
+    finite.
     """
     order, weights = _candidates(logits, temperature, top_k, top_p)
     p = np.zeros(logits.shape)
@@ -60,18 +65,21 @@ def probabilities(
 def _candidates(
     logits: np.ndarray, temperature: float, top_k: int | None, top_p: float | None
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The ids that may be drawn, the most likely first, and their weights in float64: both (B, ≤ V)."""
-    if not np.isfinite(logits.max(axis=-1)).all():  # a single -inf is a token that cannot come
-        raise Error("the model's logits are not finite: its weights are damaged, or diverged in training")
+    """The ids of nonzero probability, the most likely first, and their weights in float64: both (B, ≤ V)."""
+    if not np.isfinite(logits.max(axis=-1)).all():  # a single -inf only excludes a token
+        raise Error(
+            "the model's logits are not finite, so the weights are damaged or training diverged: load them "
+            "again, or go back to an earlier checkpoint"
+        )
     if temperature == 0:
         largest = logits.argmax(axis=-1)[:, None]
         return largest, np.ones(largest.shape)
-    order = np.argsort(-logits, axis=-1, kind="stable")[:, :top_k]  # stable: equal logits stay in order of id
+    order = np.argsort(-logits, axis=-1, kind="stable")[:, :top_k]  # stable: ties stay in order of id
     kept = np.take_along_axis(logits, order, axis=-1).astype(np.float64)
-    with np.errstate(over="ignore"):  # at a tiny temperature, -inf for all but the largest: weight 0
+    with np.errstate(over="ignore"):  # a tiny temperature gives -inf for all but the largest: weight 0
         weights = np.exp((kept - kept[:, :1]) / temperature)
     weights /= weights.sum(axis=-1, keepdims=True)
     if top_p is not None:
-        before = np.cumsum(weights, axis=-1) - weights  # the sum of all that rank higher
+        before = np.cumsum(weights, axis=-1) - weights  # the sum over all tokens of higher rank
         weights[before >= top_p] = 0
     return order, weights

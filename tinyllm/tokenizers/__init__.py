@@ -1,17 +1,17 @@
-"""Text to token ids and back: tokenizers of our own and those of published models.
+"""Tokenizers: text to token ids and back, with tinyllm's own tokenizers and those of published models.
 
-Ours are GPT-2's (``tiktoken.py``), a byte-pair encoding trained on a text (``bpe.py``) and one id per
-character (``char.py``). They travel with a run as ``tinyllm_tokenizer.json``.
+tinyllm's own are GPT-2's (``tiktoken.py``), a byte-pair encoding trained on a text (``bpe.py``) and one id
+per character (``char.py``). A run saves its tokenizer as ``tinyllm_tokenizer.json``.
 
-A published model brings its vocabulary in one of five shapes, told apart by what is inside the file:
+A published model stores its vocabulary in one of these formats, recognised by the content of the file:
 
-- ``tokenizer.json``, Hugging Face's own description, or GPT-2's older ``vocab.json`` with ``merges.txt``;
-- ``tokenizer.model`` as Llama 3 has it: one line per token, its bytes in base64 and its rank;
-- ``tokenizer.model`` as Llama 2 has it: a SentencePiece model, with a score for every piece;
-- a GGUF file, which holds either kind of vocabulary among its keys.
+- ``tokenizer.json``, Hugging Face's format, or GPT-2's older ``vocab.json`` with ``merges.txt``;
+- ``tokenizer.model`` in Llama 3's format: one line per token, its bytes in base64 and its rank;
+- ``tokenizer.model`` in Llama 2's format: a SentencePiece model, with a score for every piece;
+- a GGUF file, which contains either kind of vocabulary among its keys.
 
-Each goes to the library that it was made with, so that the ids are the ones the model was trained on.
-Nothing is added to a text: a model's first token, ``bos_id``, is for the caller to put in front.
+Each is run by the library it was created with, so that the ids are those the model was trained on. ``encode``
+adds nothing to a text: if a model needs its first token, ``bos_id``, the caller prepends it.
 """
 
 from __future__ import annotations
@@ -50,27 +50,29 @@ TOKENIZER_MODEL = "tokenizer.model"
 
 
 def load_tokenizer(spec: str | Path) -> Tokenizer:
-    """A tokenizer by name (``"gpt2"``), or the one in a run's folder, a model's folder or a file.
+    """Load a tokenizer: ``"gpt2"``, or the one in a run's folder, a model's folder or a file.
 
-    The name wins over a folder of that name; write ``./gpt2`` for the folder.
+    The name takes precedence over a folder of that name; write ``./gpt2`` for the folder.
 
-    Besides what every ``Tokenizer`` has, a published one knows from the files beside it
-    (``tokenizer_config.json``, ``generation_config.json``, ``config.json``, ``chat_template.jinja``; or from
-    the GGUF's keys) ``bos_id`` (the id that begins a text, or None), ``eos_ids`` (a tuple of the ids that
-    end one, maybe empty) and ``chat_template`` (or None, see ``chat_template.py``). Where
-    ``tokenizer_config.json`` names a bos token or says there is none, that counts; ids that end a text are
-    gathered from all of them.
+    For a published model, the files next to the vocabulary (``tokenizer_config.json``,
+    ``generation_config.json``, ``config.json``, ``chat_template.jinja``; in GGUF, the file's keys) set
+    ``bos_id`` (the id that begins a text, or None), ``eos_ids`` (a tuple of the ids that end one, possibly
+    empty) and ``chat_template`` (or None; see ``chat_template.py``). The bos token in
+    ``tokenizer_config.json``, even if null, takes precedence over the other files; ``eos_ids`` combines
+    the ids of all files.
 
-    Raises ``Error`` if there is no tokenizer, it is damaged or of a kind that is unknown or would be read
-    wrongly, or a package is not installed.
+    Raises ``Error`` if there is no tokenizer, if it is damaged or of an unsupported kind, or if a package is
+    not installed.
     """
     if spec == "gpt2":
         return gpt2()
+    if not isinstance(spec, str | Path):
+        raise Error(f"the tokenizer is {spec!r}: give 'gpt2' or the path of a folder or file")
     path = Path(spec)
-    if not path.exists():
+    if spec == "" or not path.exists():
         raise Error(
-            f"no tokenizer in {str(path)!r}: give 'gpt2', a run's or a model's folder, or a tokenizer file "
-            "('char' and 'bpe:VOCAB' are made from a text, by tinyllm train)"
+            f"no tokenizer {str(spec)!r}: give 'gpt2', a run's or a model's folder, or a tokenizer file "
+            "('char' and 'bpe:VOCAB' are trained on a text by tinyllm train)"
         )
     file = _find_file(path) if path.is_dir() else path
     if file.name == FILE_NAME:
@@ -88,11 +90,11 @@ def _find_file(folder: Path) -> Path:
             return folder / name
     ggufs = sorted(folder.glob("*.gguf"))
     if len(ggufs) > 1:
-        raise Error(f"{folder} holds {len(ggufs)} GGUF files: name the one to take, {ggufs[0].name}, say")
+        raise Error(f"{folder} has {len(ggufs)} GGUF files: give the path of one, such as {ggufs[0]}")
     if not ggufs:
         raise Error(
-            f"{folder} holds no tokenizer ({TOKENIZER_JSON}, {TOKENIZER_MODEL}, {VOCAB} with {MERGES}, or a "
-            ".gguf file): copy the model's one into it"
+            f"{folder} has no tokenizer ({FILE_NAME}, {TOKENIZER_JSON}, {TOKENIZER_MODEL}, {VOCAB} with "
+            f"{MERGES}, or a .gguf file): copy the model's tokenizer into it"
         )
     return ggufs[0]
 
@@ -108,15 +110,17 @@ def _read_ours(file: Path) -> Tokenizer:
             case {"kind": "bpe", "pattern": str(pattern), "merges": list(merges)}:
                 tokenizer = BPETokenizer(merges, pattern)
             case _:
-                raise Error("it must be 'bpe' with a pattern and merges, 'gpt2' or 'char' with characters")
-        added = definition.get("added_tokens", [])  # files from before there were any have none
+                raise Error(
+                    "its kind must be 'bpe' with pattern and merges, 'gpt2', or 'char' with characters"
+                )
+        added = definition.get("added_tokens", [])  # absent in files of older versions
         return tokenizer if added == [] else tokenizer.with_special_tokens(added)
     except Error as error:
         raise Error(f"{str(file)!r} cannot be loaded: {error}") from None
 
 
 def _reader(file: Path):
-    """The function that reads a published file, by its first line; only GPT-2's pair goes by its names."""
+    """The function that reads a published file, chosen by its first line, or by name for GPT-2's pair."""
     if file.name in (VOCAB, MERGES):
         return read_vocab_and_merges
     line = read_file(file, 4096).partition(b"\n")
@@ -127,6 +131,9 @@ def _reader(file: Path):
         return read_tokenizer_json
     if BASE64_LINE.fullmatch(start):
         return read_llama3
-    if start.startswith(b"\n"):  # the tag of ModelProto's first field, the pieces
+    if start.startswith(b"\n"):  # the tag of ModelProto's first field, pieces
         return read_sentencepiece
-    raise Error(f"{file} is not a known tokenizer: give a {TOKENIZER_JSON}, {TOKENIZER_MODEL} or GGUF file")
+    raise Error(
+        f"{file} is not a tokenizer of a known format: give a {TOKENIZER_JSON}, {TOKENIZER_MODEL} or GGUF "
+        "file"
+    )

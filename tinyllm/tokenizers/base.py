@@ -1,7 +1,7 @@
-"""What every tokenizer has: text to token ids and back, and special tokens.
+"""The base class of tokenizers: text to token ids and back, and special tokens.
 
-A special token, such as ``<|endoftext|>`` between documents or ``<|user|>`` in a chat, stands for
-something that no text says: it has one id, and no merge makes it.
+A special token, such as ``<|endoftext|>`` between documents or ``<|user|>`` in a chat, marks the structure of
+a text. It has one id, and ordinary text is never encoded as it.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from tinyllm.checks import check_ids
+from tinyllm.checks import check_ids, pip_install
 from tinyllm.errors import Error
 
 FILE_NAME = "tinyllm_tokenizer.json"
@@ -23,17 +23,17 @@ END_OF_TEXT = "<|endoftext|>"
 
 
 class Tokenizer:
-    """What every tokenizer has: text to ids and back, and special tokens.
+    """The interface of all tokenizers: text to ids and back, and special tokens.
 
-    ``special_tokens`` holds their ids by name; ``added_tokens`` names those that came with
-    ``with_special_tokens``.
+    ``vocab_size`` is the largest id + 1. ``special_tokens`` maps the names of special tokens to their ids;
+    ``added_tokens`` names those added by ``with_special_tokens``.
     """
 
     name: str
     vocab_size: int
     special_tokens: dict[str, int]
     added_tokens: tuple[str, ...] = ()
-    # What a model's files say of its tokenizer, see ``load_tokenizer``
+    # From the files of a published model, see ``load_tokenizer``.
     bos_id: int | None = None
     eos_ids: tuple[int, ...] = ()
     chat_template: str | None = None
@@ -42,16 +42,17 @@ class Tokenizer:
         return f"<{type(self).__name__} {self.name}: {self.vocab_size:,} ids>"
 
     def encode(self, text: str, special: str = "refuse") -> list[int]:
-        """The token ids of a text.
+        """The token ids of a text, a list of n ints.
 
-        ``special`` says what happens to a special token such as ``<|endoftext|>`` inside the text:
-        ``"refuse"`` raises ``Error``, ``"allow"`` makes it its id, ``"text"`` encodes it as ordinary text.
-        Where two special tokens begin at the same place, the longer one counts.
+        ``special`` determines the treatment of a special token such as ``<|endoftext|>`` inside the text:
+        ``"refuse"`` raises ``Error``, ``"allow"`` encodes it as its id, ``"text"`` encodes it as ordinary
+        text. If two special tokens begin at the same position, the longer one is used. Raises ``Error`` if
+        the text is not a valid str, or contains something that the tokenizer cannot encode.
         """
         return self.encode_array(text, special).tolist()
 
     def encode_array(self, text: str, special: str = "refuse") -> np.ndarray:
-        """The ids of ``encode`` as an array (n,) of uint32: four bytes each, where a list takes 36."""
+        """The ids of ``encode`` as an array (n,) of uint32: 4 bytes per id instead of a list's 36."""
         check_text(text, special)
         found = [] if special == "text" else self.find_special(text)
         if special == "refuse" and found:
@@ -62,14 +63,14 @@ class Tokenizer:
         return self.encode_around(text, found)
 
     def find_special(self, text: str) -> list[re.Match]:
-        """Where special tokens stand in a text; where two begin at the same place, the longer one."""
+        """The matches of special tokens in a text, in order; of two at the same position, the longer one."""
         if not self.special_tokens:
             return []
         longest_first = sorted(self.special_tokens, key=len, reverse=True)
         return list(re.finditer("|".join(map(re.escape, longest_first)), text))
 
     def encode_around(self, text: str, found: list[re.Match]) -> np.ndarray:
-        """The special tokens at these places as their ids, and all between them as ordinary text."""
+        """Encode the special tokens ``found`` as their ids, and the text between them as ordinary text."""
         arrays, end = [], 0
         for match in found:
             arrays.append(self._encode_ordinary(text[end : match.start()], end))
@@ -78,14 +79,14 @@ class Tokenizer:
         return np.concatenate([*arrays, self._encode_ordinary(text[end:], end)])
 
     def _encode_ordinary(self, text: str, start: int) -> np.ndarray:
-        """The ids (n,), uint32, of a text without special tokens, which stands at ``start`` in the whole."""
+        """The ids (n,), uint32, of a part of a text, at position ``start``, without special tokens."""
         raise NotImplementedError
 
     def with_special_tokens(self, names: Sequence[str]) -> Tokenizer:
-        """A tokenizer of the same kind with these special tokens as well, at new ids after the last one.
+        """A copy of the tokenizer with additional special tokens, at new ids after the last one.
 
-        Raises ``Error`` naming a name that is empty, given twice, or a token already. A model has to
-        grow with it: ``extend_vocabulary`` does both.
+        Raises ``Error`` for a name that is empty, repeated or already a token. A model's embeddings must
+        grow with the vocabulary: ``extend_vocabulary`` does both.
         """
         if isinstance(names, str) or not isinstance(names, Sequence):
             raise Error(f"the names of special tokens are {names!r}: give a list of str")
@@ -93,43 +94,48 @@ class Tokenizer:
         extended.special_tokens = dict(self.special_tokens)
         for name in names:
             if not isinstance(name, str) or name == "":
-                raise Error(f"special token {name!r} has no name: give a str of at least one character")
+                raise Error(f"special token {name!r} is not a name: give a str of at least one character")
             check_text(name)
             if name in extended.special_tokens or self._is_token(name):
-                raise Error(f"special token {name!r} is a token already: omit it, or take another name")
+                raise Error(f"special token {name!r} is already a token: omit it, or choose another name")
             extended.special_tokens[name] = extended.vocab_size
             extended.vocab_size += 1
         extended.added_tokens = (*self.added_tokens, *names)
         return extended
 
     def _is_token(self, name: str) -> bool:
-        """Whether one of the ordinary ids is this text."""
+        """Whether an ordinary token has exactly this text."""
         raise NotImplementedError
 
     def decode_bytes(self, ids) -> bytes:
-        """The UTF-8 bytes of the ids (list or 1-D integer array); a token may be half a character.
+        """The UTF-8 bytes of the ids (list or integer array (n,)); a token may end inside a character.
 
         Raises ``Error`` naming an id outside 0..vocab_size-1.
         """
         raise NotImplementedError
 
     def decode(self, ids) -> str:
-        """The text of the ids (list or 1-D integer array); incomplete UTF-8 becomes U+FFFD, ``�``.
+        """The text of the ids (list or integer array (n,)); incomplete UTF-8 becomes U+FFFD, ``�``.
 
-        A token may be half a character, so decode all ids of a text at once, or feed ``decode_bytes``
-        to an incremental decoder. Raises ``Error`` naming an id outside 0..vocab_size-1.
+        A token may end inside a character, so decode all ids of a text at once, or pass the result of
+        ``decode_bytes`` to an incremental decoder. Raises ``Error`` naming an id outside 0..vocab_size-1.
         """
         return self.decode_bytes(ids).decode("utf-8", errors="replace")
 
     def to_json(self) -> dict:
-        """What ``load_tokenizer`` needs to build this tokenizer again; ``kind`` says which class.
+        """The tokenizer's definition, from which ``load_tokenizer`` rebuilds it; ``kind`` selects the class.
 
-        Raises ``Error`` for a published model's tokenizer.
+        Raises ``Error`` for the tokenizer of a published model.
         """
-        raise Error(f"tokenizer {self.name!r} is not tinyllm's own: copy its file instead of saving it")
+        raise Error(
+            f"tokenizer {self.name!r} is not one of tinyllm's own: copy its file instead of saving it"
+        )
 
     def save(self, folder: str | Path) -> None:
-        """Write ``tinyllm_tokenizer.json`` into the folder, which is made if it is not there."""
+        """Write ``tinyllm_tokenizer.json`` into the folder, which is created if necessary.
+
+        Raises ``Error`` as ``to_json`` does, and OSError if the file cannot be written.
+        """
         definition = json.dumps(self.to_json())
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
@@ -139,11 +145,11 @@ class Tokenizer:
 def extend_vocabulary(
     model, tokenizer: Tokenizer, names: Sequence[str], rng: np.random.Generator
 ) -> Tokenizer:
-    """New special tokens for both: the tokenizer with these names, and the model grown in place to match.
+    """Add special tokens: return the extended tokenizer, and resize the model's embeddings in place.
 
-    The model's new rows are drawn from ``rng``, see ``LanguageModel.resize_token_embeddings``; what it
-    computed for the old ids stays. Raises ``Error``, before anything changes, if the two do not belong
-    together or as ``with_special_tokens`` does.
+    The model's new rows are sampled with ``rng`` (see ``LanguageModel.resize_token_embeddings``); its rows
+    for the old ids are unchanged. Raises ``Error``, before any change, if tokenizer and model have different
+    numbers of ids, or as ``with_special_tokens`` does.
     """
     check_fits(tokenizer, model)
     extended = tokenizer.with_special_tokens(names)
@@ -152,36 +158,36 @@ def extend_vocabulary(
 
 
 def check_fits(tokenizer: Tokenizer, model, padded: bool = False) -> None:
-    """``Error`` unless the tokenizer has as many ids as the model.
+    """Raise ``Error`` unless the model has as many ids as the tokenizer.
 
-    With ``padded`` the model may have more: some are padded with rows that no id uses, to a multiple of
-    64, say. Never may it have fewer.
+    With ``padded`` the model may have more, because the vocabularies of some published models are padded to a
+    multiple of 64, for example, with ids that are never used.
     """
     rows = model.config.vocab_size
     if tokenizer.vocab_size > rows or (tokenizer.vocab_size < rows and not padded):
         raise Error(
-            f"the tokenizer {tokenizer.name} has {tokenizer.vocab_size} ids and the model {rows}: use the "
-            "tokenizer that the model was trained with"
+            f"the tokenizer {tokenizer.name} has {tokenizer.vocab_size} ids, but the model has {rows}: use "
+            "the tokenizer that the model was trained with"
         )
 
 
 def check_text(text: str, special: str = "refuse") -> None:
-    """``Error`` if the text is not a str or has a lone surrogate, or if ``special`` is an unknown word."""
+    """Raise ``Error`` if the text is not a str or has a lone surrogate, or if ``special`` is unknown."""
     if not isinstance(text, str):
         raise Error(f"the text is a {type(text).__name__}: give a str")
     if special not in ("refuse", "allow", "text"):
         raise Error(f"special is {special!r}: choose 'refuse', 'allow' or 'text'")
     try:
         text.encode("utf-8")
-    except UnicodeEncodeError as error:  # tiktoken would put U+FFFD there without a word
+    except UnicodeEncodeError as error:  # tiktoken would silently replace it by U+FFFD
         raise Error(
-            f"the text has half a character, the lone surrogate {text[error.start]!r}, at {error.start}: "
-            "remove it"
+            f"the text has a lone surrogate (half a character), {text[error.start]!r}, at position "
+            f"{error.start}: remove it"
         ) from None
 
 
 def check_sequence(ids, vocab_size: int) -> list[int]:
-    """The ids of one sequence as a list of int, checked as ``check_ids`` does; there may be none."""
+    """The ids of one sequence as a list of int, checked as by ``check_ids``, except that it may be empty."""
     if np.asarray(ids, dtype=object).size == 0:
         return []
     checked = check_ids(ids, vocab_size)
@@ -191,22 +197,22 @@ def check_sequence(ids, vocab_size: int) -> list[int]:
 
 
 def require(name: str):
-    """The library that runs a published tokenizer, imported. Raises ``Error`` if it is not installed."""
+    """Import the library that runs a published tokenizer. Raises ``Error`` if it is not installed."""
     try:
         return __import__(name)
     except ImportError as error:
-        raise Error(f"this tokenizer needs {name}: pip install 'tinyllm-numpy[models]'") from error
+        raise Error(f"this tokenizer needs the package {name}: {pip_install('models')}") from error
 
 
 @contextmanager
-def refusals(said: str) -> Iterator[None]:
-    """A library's exceptions about a file become an ``Error`` that begins with what is ``said``."""
+def library_errors(problem: str) -> Iterator[None]:
+    """Convert a library's exceptions about a file to an ``Error`` that begins with ``problem``."""
     try:
         yield
     except MemoryError:
         raise
-    except BaseException as error:  # the libraries raise Exception itself, and Rust's panic is not one
+    except BaseException as error:  # a Rust panic is not an Exception
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
         reason = str(error).partition("\n")[0]
-        raise Error(f"{said} ({reason}): copy it again") from error
+        raise Error(f"{problem} ({reason}): copy it again") from error

@@ -1,22 +1,23 @@
 """How is a byte-pair vocabulary trained?
 
-Every byte is a token at first. Then, until there are enough tokens:
+Initially every byte is a token. Then, until the vocabulary is large enough:
 
-    count each pair of neighbouring tokens
-    make one new token of the most frequent pair, and put it wherever that pair stands
+    count the pairs of adjacent tokens
+    make the most frequent pair a new token, and replace every occurrence of the pair by it
 
 Sennrich, Haddow, Birch, "Neural Machine Translation of Rare Words with Subword Units", arXiv 1508.07909,
-section 3.2. On bytes, so that every text can be written, and only inside the pieces a pattern cuts (words
-with the space before them, numbers, punctuation), so that no token joins a word to the next: Radford et
-al., "Language Models are Unsupervised Multitask Learners", 2019, section 2.2.
+section 3.2. Tokens are made of bytes, so that any text can be encoded, and pairs are merged only inside the
+pieces into which a pattern splits the text (words with the preceding space, numbers, punctuation), so that no
+token spans two words: Radford et al., "Language Models are Unsupervised Multitask Learners", 2019, section
+2.2.
 
-Counting anew for each merge would read the whole text thousands of times. Three things make it quick,
-and the merges stay the same:
+Recounting all pairs after each merge would process the whole text thousands of times. Three optimisations
+give the same merges much faster:
 
-1. A text repeats its pieces. Each distinct piece is kept once, with how often it occurs.
-2. A merge changes the counts only in the pieces that hold its pair; we remember which these are.
-3. The most frequent pair is on top of a heap. When a count changes, a new entry goes in and the old one
-   stays; an entry whose count is no longer true is thrown away when it comes to the top.
+1. Most pieces of a text are repeated. Each distinct piece is stored once, with its number of occurrences.
+2. A merge changes counts only in the pieces that contain its pair; an index from pairs to pieces finds them.
+3. A heap has the most frequent pair on top. When a count changes, a new entry is pushed and the old one
+   stays; outdated entries are discarded when they reach the top.
 """
 
 from __future__ import annotations
@@ -33,40 +34,38 @@ from tinyllm.errors import Error
 from tinyllm.tokenizers.base import END_OF_TEXT, check_text
 from tinyllm.tokenizers.tiktoken import BYTE_ORDER, GPT2_PATTERN, TiktokenTokenizer, check_pattern
 
-MAX_BYTES = 8 * 2**20  # of all tokens together; 50,000 merges of English make 0.3 MB
+MAX_BYTES = 8 * 2**20  # total length of all tokens; 50,000 merges of English text have 0.3 MB
 
 
 def train_bpe(
     text: str | Iterable[str], vocab_size: int, pattern: str = GPT2_PATTERN
 ) -> list[tuple[int, int]]:
-    """The merges a text teaches, in the order learned: ``merges[i]`` are the two ids that id 256 + i joins.
+    """Learn the merges of a text, in order: id 256 + i is the concatenation of the two ids ``merges[i]``.
 
-    ``text`` is one str, or an iterable of documents, which is gone through once; no piece reaches from
-    one document into the next. An ``<|endoftext|>`` in a text stands between documents too, and is not
-    counted.
+    ``text`` is one str or an iterable of documents, which is consumed once. No piece spans two documents. An
+    ``<|endoftext|>`` in a text also separates documents, and is not counted.
 
-    The ids of the vocabulary: 0 to 255 are the bytes in GPT-2's order (``BYTE_ORDER``), then one per
-    merge, then ``<|endoftext|>``; so there are ``vocab_size`` - 257 merges. ``BPETokenizer(merges)``
-    is the tokenizer.
+    Ids 0 to 255 are the bytes in GPT-2's order (``BYTE_ORDER``), followed by one id per merge and
+    ``<|endoftext|>``. So there are ``vocab_size`` - 257 merges. ``BPETokenizer(merges)`` is the tokenizer.
 
-    Of pairs that are equally frequent the one with the smaller ids comes first (the first ids compared
-    first): the rule of the ``tokenizers`` package, so these are its merges with ``min_frequency=2``. In
-    a run ``aaa`` the pair ``aa`` counts twice, though only the first two become a token.
+    Of equally frequent pairs, the one with the smaller ids (compared as tuples) is merged first. This is the
+    rule of the ``tokenizers`` package, so the merges equal its merges with ``min_frequency=2``. In a run
+    ``aaa`` the pair ``aa`` is counted twice, although only one of the two can be merged.
 
-    Raises ``Error`` if ``vocab_size`` is below 257, if the pattern does not work or leaves a part of the
-    text out, or if so many merges cannot be learned: a pair must occur at least twice.
+    Raises ``Error`` if ``vocab_size`` is below 257, if the pattern is invalid or does not cover the text, or
+    if the text has too few merges: a pair must occur at least twice.
     """
     from tqdm import tqdm
 
     if type(vocab_size) is not int or vocab_size < 257:
-        raise Error(f"vocab_size is {vocab_size!r}: the least is 257, the 256 bytes and {END_OF_TEXT}")
+        raise Error(f"vocab_size is {vocab_size!r}: choose at least 257, the 256 bytes and {END_OF_TEXT}")
     one_text = isinstance(text, str | bytes) or not isinstance(text, Iterable)
     piece_counts = _count_pieces([text] if one_text else text, pattern)
     pieces = [[BYTE_ORDER.index(byte) for byte in piece.encode("utf-8")] for piece in piece_counts]
     counts = list(piece_counts.values())
 
     pair_counts = Counter()
-    pieces_with = defaultdict(set)  # pair -> indices of the pieces that hold it, or did once
+    pieces_with = defaultdict(set)  # pair -> indices of the pieces that contain it, or once did
     for i, piece in enumerate(pieces):
         for pair in pairwise(piece):
             pair_counts[pair] += counts[i]
@@ -79,12 +78,12 @@ def train_bpe(
         best = _pop_most_frequent(heap, pair_counts)
         if pair_counts[best] < 2:
             raise Error(
-                f"vocab_size is {vocab_size}, but the text teaches only {len(merges)} merges (a pair must "
-                f"occur at least twice): ask for at most {257 + len(merges)}, or give a longer text"
+                f"vocab_size is {vocab_size}, but the text has only {len(merges)} merges (a pair must occur "
+                f"at least twice): choose a vocab_size of at most {257 + len(merges)}, or give a longer text"
             )
         merges.append(best)
 
-        change = Counter()  # of the pair counts, in the few pieces that hold the pair
+        change = Counter()  # the change of the pair counts, in the few pieces that contain the pair
         for i in pieces_with.pop(best):
             for pair in pairwise(pieces[i]):
                 change[pair] -= counts[i]
@@ -100,13 +99,13 @@ def train_bpe(
 
 
 class BPETokenizer(TiktokenTokenizer):
-    """A byte-level byte-pair encoding of our own, from the merges that ``train_bpe`` learned.
+    """A byte-level byte-pair encoding, from the merges that ``train_bpe`` learned.
 
-    Ids 0 to 255 are the bytes in ``BYTE_ORDER``, id 256 + i joins the two ids of ``merges[i]``,
-    ``<|endoftext|>`` comes next, and special tokens added later come after it. Merges apply inside the
-    pieces that ``pattern`` cuts. Raises ``Error`` naming a merge that is not a pair of earlier ids or makes
-    a token that is there already, or a pattern that does not work; ``encode`` does for a text of which
-    the pattern leaves a part out.
+    Ids 0 to 255 are the bytes in ``BYTE_ORDER``, id 256 + i is the concatenation of the two ids
+    ``merges[i]``, then come ``<|endoftext|>`` and any special tokens added later. Merges are applied inside
+    the pieces into which ``pattern`` splits a text. Raises ``Error`` naming a merge that is not a pair of
+    earlier ids or gives an existing token, or an invalid pattern; ``encode`` raises ``Error`` if the pattern
+    does not cover the text.
     """
 
     def __init__(self, merges: list[tuple[int, int]], pattern: str = GPT2_PATTERN):
@@ -120,7 +119,7 @@ class BPETokenizer(TiktokenTokenizer):
                 name, pat_str=pattern, mergeable_ranks=ranks, special_tokens={END_OF_TEXT: len(ranks)}
             )
         except ValueError as error:
-            raise Error(f"pattern {pattern!r} means nothing to tiktoken: {error}") from None
+            raise Error(f"pattern {pattern!r} is not valid in tiktoken ({error}): correct it") from None
         super().__init__(name, encoding)
         self.merges = [tuple(pair) for pair in merges]
         self.pattern = pattern
@@ -128,7 +127,7 @@ class BPETokenizer(TiktokenTokenizer):
     def _encode_ordinary(self, text: str, start: int) -> np.ndarray:
         ids = super()._encode_ordinary(text, start)
         if self.encoding.decode_bytes(ids) != text.encode("utf-8"):  # tiktoken skips what does not match
-            raise Error(f"pattern {self.pattern!r} leaves out a part of the text: train with another one")
+            raise Error(f"pattern {self.pattern!r} skips a part of the text: train with another pattern")
         return ids
 
     def to_json(self) -> dict:
@@ -137,7 +136,7 @@ class BPETokenizer(TiktokenTokenizer):
 
 
 def merge_pair(ids: list[int], pair: tuple[int, int], new_id: int) -> list[int]:
-    """The ids with ``new_id`` wherever the pair stands, from left to right."""
+    """The ids with every occurrence of the pair, from left to right, replaced by ``new_id``."""
     merged = []
     i = 0
     while i < len(ids):
@@ -151,15 +150,17 @@ def merge_pair(ids: list[int], pair: tuple[int, int], new_id: int) -> list[int]:
 
 
 def parse_bpe(spec: str) -> int:
-    """The vocabulary size in ``"bpe:VOCAB"``, as on the command line; ``Error`` if it is not that."""
+    """The vocabulary size in ``"bpe:VOCAB"``, as on the command line. Raises ``Error`` for anything else."""
     match = re.fullmatch("bpe:([0-9]{1,9})", spec)
     if match is None:
-        raise Error(f"tokenizer {spec!r} is not bpe:VOCAB: write the number of ids, such as bpe:2048")
+        raise Error(
+            f"tokenizer {spec!r} is not of the form bpe:VOCAB: give the vocabulary size, as in bpe:2048"
+        )
     return int(match[1])
 
 
 def _count_pieces(texts: Iterable[str], pattern: str) -> Counter[str]:
-    """How often each piece occurs, over all documents; no merge crosses a piece's end."""
+    """The number of occurrences of each piece in all documents. Merges never cross a piece boundary."""
     compiled = check_pattern(pattern)
     pieces = Counter()
     for text in texts:
@@ -173,14 +174,14 @@ def _count_pieces(texts: Iterable[str], pattern: str) -> Counter[str]:
                 end = match.end()
             if end != len(document):
                 raise Error(
-                    f"pattern {pattern!r} leaves out {document[end : end + 20]!r}: it must cut every text "
-                    "into pieces and lose nothing"
+                    f"pattern {pattern!r} skips {document[end : end + 20]!r}: correct it so that its matches "
+                    "cover any text"
                 )
     return pieces
 
 
 def _pop_most_frequent(heap: list, pair_counts: Counter) -> tuple[int, int] | None:
-    """The most frequent pair, its entry taken off the heap; ``None`` (which counts 0) if there is none."""
+    """Remove and return the most frequent pair; ``None`` (whose count is 0) if there is none."""
     while heap:
         negative_count, pair = heapq.heappop(heap)
         if -negative_count == pair_counts[pair]:
@@ -193,13 +194,13 @@ def _bpe_ranks(merges: list[tuple[int, int]]) -> dict[bytes, int]:
     ranks = {token: i for i, token in enumerate(tokens)}
     for i, pair in enumerate(merges):
         if not _is_pair(pair, len(tokens)):
-            raise Error(f"merges[{i}] is {pair!r}: it must be two ids from 0 to {len(tokens) - 1}")
+            raise Error(f"merges[{i}] is {pair!r}: give two ids from 0 to {len(tokens) - 1}")
         token = tokens[pair[0]] + tokens[pair[1]]
         if token in ranks:
-            raise Error(f"merges[{i}] makes {token!r}, which is id {ranks[token]} already: remove it")
+            raise Error(f"merges[{i}] gives {token!r}, which is already id {ranks[token]}: remove it")
         num_bytes += len(token)
         if num_bytes > MAX_BYTES:  # each merge can double the longest token
-            raise Error(f"merges[{i}] makes more than {MAX_BYTES:,} bytes of tokens: omit it")
+            raise Error(f"the tokens up to merges[{i}] have more than {MAX_BYTES:,} bytes: give fewer merges")
         ranks[token] = len(tokens)
         tokens.append(token)
     return ranks

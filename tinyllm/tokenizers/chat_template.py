@@ -1,18 +1,17 @@
-"""A conversation as one prompt, by the chat template that a model brings.
+"""Rendering a conversation as one prompt with a model's chat template.
 
-A chat model has been trained on texts of one shape, such as SmolLM2's
+A chat model has been trained on texts in one format, such as SmolLM2's
 
     <|im_start|>user
     What is the capital of France?<|im_end|>
     <|im_start|>assistant
 
-and brings that shape along as a template in the language Jinja: ``chat_template`` of a tokenizer that
-``load_tokenizer`` read from a model's files. Rendering it gives a text, and the text's special tokens become
-ids.
+The model's files define that format by a template in the language Jinja, the ``chat_template`` of a tokenizer
+loaded by ``load_tokenizer``. The template is rendered to a text, which is encoded with its special tokens.
 
-Neither source of that text is trusted. The template comes from the internet and is a program: it runs in
-Jinja's sandbox, in a process of its own with bounded time, memory and output. The messages come from
-whoever types: a message that says ``<|im_end|>`` must stay a message that says so, and not end itself.
+Neither the template nor the messages are trusted. The template is a program from the internet: it runs in
+Jinja's sandbox, in a separate process with bounded time, memory and output. The messages are user input: a
+``<|im_end|>`` in a message must be encoded as ordinary text, and must not end the turn.
 """
 
 from __future__ import annotations
@@ -25,11 +24,12 @@ import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 
+from tinyllm.checks import pip_install
 from tinyllm.errors import Error
 from tinyllm.tokenizers.base import Tokenizer, check_text
 
-TIME_LIMIT = 20.0  # seconds; a template of a page takes 0.1, most of it Python's own start
-MAX_CHARACTERS = 1_000_000  # of all messages together, and of the prompt
+TIME_LIMIT = 20.0  # seconds; a template of one page takes 0.1, mostly the start of Python
+MAX_CHARACTERS = 1_000_000  # of all messages in total, and of the prompt
 ROLE = re.compile(r"[\w-]+", re.ASCII)
 
 
@@ -40,18 +40,17 @@ def render_chat(
     bos_token: str | None = None,
     eos_token: str | None = None,
 ) -> str:
-    """The prompt of a conversation, as transformers' ``apply_chat_template(tokenize=False)`` renders it.
+    """The prompt of a conversation, identical to transformers' ``apply_chat_template(tokenize=False)``.
 
-    Each message has a ``role`` (``system``, ``user``, ``assistant`` or what else the template knows) and
-    a ``content``, both str. With ``add_generation_prompt`` the text ends where the assistant's answer
-    begins. The names of the model's first and last token are there for templates that write them; None
-    leaves one undefined.
+    Each message has a ``role`` (``system``, ``user``, ``assistant`` or another that the template supports)
+    and a ``content``, both str. With ``add_generation_prompt`` the text ends where the assistant's answer
+    begins. ``bos_token`` and ``eos_token`` are variables for templates that use them; None leaves them
+    undefined.
 
-    The template runs in another process, in Jinja's sandbox, and gets the messages and nothing else. It
-    is ended after 20 seconds; more than a million characters are refused, and so is more than 1 GiB of
-    memory where the system can bound that (Linux). Raises ``Error`` for any of these, for a template that
-    is not Jinja, fails, or leaves the sandbox, for messages that it refuses itself or that are not as
-    above, and if jinja2 is not installed.
+    The template runs in another process, in Jinja's sandbox, and its only input are these arguments. It is
+    killed after 20 seconds, limited to a million characters of output and, where the system supports it
+    (Linux), to 1 GiB of memory. Raises ``Error`` if it exceeds a limit, is not valid Jinja, fails, tries to
+    leave the sandbox or rejects the messages, if the messages are malformed, and if jinja2 is not installed.
     """
     _check_template(template)
     variables = _variables(add_generation_prompt, bos_token, eos_token)
@@ -64,54 +63,54 @@ def encode_chat(
     messages: Sequence[Mapping[str, str]],
     add_generation_prompt: bool = True,
 ) -> list[int]:
-    """The ids of a conversation's prompt, in which only the template makes special tokens.
+    """The ids of a conversation's prompt; only the template, not a message, can produce special tokens.
 
-    Which characters come from a message is found by rendering twice: once as it is, and once with the
-    characters of which special tokens consist replaced, in the messages, by placeholders that occur nowhere
-    else. A special token that is still there was made by the template alone. So:
+    To find out which characters come from a message, the template is rendered twice: with the messages as
+    they are, and with all characters that occur in special tokens replaced, in the messages, by placeholders
+    that occur nowhere else. The special tokens of the second rendering come from the template alone. So:
 
-    - Where no message says a special token, the ids are those of the rendered text, ``render_chat``'s.
-    - Where one does, or would complete one together with the template, its characters are encoded as
-      ordinary text, between the special tokens of the template.
-    - A template may treat a message by what it says (cut out ``<think>``, change the case). Where the two
-      renderings differ for that reason and also in their special tokens, ``Error`` says so.
+    - If no message contains a special token, the ids are those of the text from ``render_chat``.
+    - If a message contains one, or completes one together with the template, its characters are encoded as
+      ordinary text between the special tokens of the template.
+    - A template may transform messages depending on their content (remove ``<think>``, change the case). If
+      the two renderings differ for that reason, and their special tokens differ too, ``Error`` is raised.
 
-    It holds for special tokens as ``tokenizer.special_tokens`` has them, unless one is made of whitespace.
-    Raises ``Error`` as ``render_chat`` and ``tokenizer.encode`` do.
+    This applies to all ``tokenizer.special_tokens`` that do not consist of whitespace only. Raises ``Error``
+    as ``render_chat`` and ``tokenizer.encode`` do.
     """
     _check_template(template)
     messages = _check_messages(messages)
-    bos_token, eos_token = _first_and_last(tokenizer)
+    bos_token, eos_token = _bos_and_eos(tokenizer)
     placeholders = _placeholders(tokenizer, [template, *(message["content"] for message in messages)])
     marked_messages = [
         message | {"content": message["content"].translate(placeholders)} for message in messages
     ]
     variables = _variables(add_generation_prompt, bos_token, eos_token)
     text, marked = _render(template, [messages, marked_messages], variables)
-    said, made = tokenizer.find_special(text), tokenizer.find_special(marked)
+    every, own = tokenizer.find_special(text), tokenizer.find_special(marked)
     back = {ord(placeholder): character for character, placeholder in placeholders.items()}
     if marked.translate(back) == text:
-        if [found.span() for found in said] != [found.span() for found in made]:
-            return tokenizer.encode_around(text, made).tolist()
-    elif [found[0] for found in said] != [found[0] for found in made]:
+        if [found.span() for found in every] != [found.span() for found in own]:
+            return tokenizer.encode_around(text, own).tolist()
+    elif [found[0] for found in every] != [found[0] for found in own]:
         raise Error(
-            "a message says a special token, and the chat template treats messages by what they say, so the "
-            "two cannot be told apart: remove the token from the message"
+            "a message contains a special token, which cannot be told apart from the template's own because "
+            "the template transforms the messages: remove the token from the message"
         )
     return tokenizer.encode(text, special="allow")
 
 
-def _first_and_last(tokenizer: Tokenizer) -> tuple[str | None, str | None]:
+def _bos_and_eos(tokenizer: Tokenizer) -> tuple[str | None, str | None]:
     """The names of the tokenizer's ``bos_id`` and of the first of its ``eos_ids``."""
     names = {i: name for name, i in tokenizer.special_tokens.items()}
     return names.get(tokenizer.bos_id), names.get(tokenizer.eos_ids[0]) if tokenizer.eos_ids else None
 
 
 def _placeholders(tokenizer: Tokenizer, texts: list[str]) -> dict[int, str]:
-    """For each character of the special tokens, except whitespace, one that occurs in none of the texts."""
+    """A character that occurs in none of the texts for each character of special tokens except whitespace."""
     characters = {ord(c) for name in tokenizer.special_tokens for c in name if not c.isspace()}
     used = set("".join(texts))
-    # From the last private-use character downwards; messages are too short to use all of them up.
+    # From the last private-use character downwards; the messages are too short to contain them all.
     free = (chr(n) for n in range(0x10FFFD, 0xFFFF, -1) if chr(n) not in used)
     return dict(zip(sorted(characters), free))
 
@@ -127,34 +126,35 @@ def _variables(add_generation_prompt: bool, bos_token: str | None, eos_token: st
 
 def _check_template(template: str) -> None:
     if template is None:
-        raise Error("the model brings no chat template: give it a text to continue, or take a chat model")
+        raise Error("the model has no chat template: use `tinyllm generate`, or choose a chat model")
     check_text(template)
 
 
 def _check_messages(messages: Sequence[Mapping[str, str]]) -> list[dict[str, str]]:
     if isinstance(messages, str | Mapping) or not isinstance(messages, Sequence) or not messages:
-        raise Error(f"the messages are {messages!r}: give a list of at least one, with role and content each")
+        raise Error(f"the messages are {messages!r}: give a list of dicts with role and content")
     for i, message in enumerate(messages):
         if not isinstance(message, Mapping) or set(message) != {"role", "content"}:
-            raise Error(f"message {i} is {message!r}: give it a role and a content, and nothing else")
+            raise Error(f"message {i} is {message!r}: give a dict with role and content, and no other keys")
         role, content = message["role"], message["content"]
-        # A role is a program's word, not a user's: it is written into the prompt as it is.
+        # Roles are chosen by the program, not by its user, and written into the prompt unchanged.
         if not isinstance(role, str) or not ROLE.fullmatch(role):
             raise Error(f"message {i} has the role {role!r}: use letters, digits, _ and -, as in 'user'")
         try:
             check_text(content)
         except Error as error:
-            raise Error(f"message {i} has no proper content: {error}") from None
+            raise Error(f"message {i} has invalid content: {error}") from None
     characters = sum(len(message["content"]) for message in messages)
     if characters > MAX_CHARACTERS:
-        raise Error(f"the messages have {characters:,} characters, more than {MAX_CHARACTERS:,}: omit some")
+        raise Error(f"the messages have {characters:,} characters: use at most {MAX_CHARACTERS:,}")
     return [dict(message) for message in messages]
 
 
 def _render(template: str, conversations: list[list[dict[str, str]]], variables: dict) -> list[str]:
-    """The template's text for each conversation, at one moment: a template may write the date."""
+    """The rendered text of each conversation, in one process, so that dates in the template are the same."""
     job = dict(template=template, conversations=conversations, variables=variables, limit=MAX_CHARACTERS)
-    # Sent as source, so that the process need not import tinyllm and NumPy: 0.1 s instead of 0.3.
+    job["missing"] = f"a chat template needs jinja2: {pip_install('models')}"
+    # Passed as source code, so that the process does not import tinyllm and NumPy: 0.1 s instead of 0.3.
     program = "".join(inspect.getsource(part) for part in (_child, _render_all, _environment)) + "_child()\n"
     path = os.pathsep.join(folder for folder in sys.path if folder)
     try:
@@ -170,19 +170,21 @@ def _render(template: str, conversations: list[list[dict[str, str]]], variables:
     except subprocess.TimeoutExpired:
         raise Error(f"the chat template ran for {TIME_LIMIT:g} seconds: use another template") from None
     except OSError as error:
-        raise Error(f"no process could be started for the chat template ({error}): try again") from error
+        raise Error(f"cannot start a process for the chat template ({error}): try again") from error
     except ValueError:
-        raise Error("the chat template ended its process, or had no memory: use another template") from None
+        raise Error(
+            "the chat template crashed its process or ran out of memory: use another template"
+        ) from None
     if "error" in answer:
         raise Error(answer["error"])
     return answer["texts"]
 
 
-# The other process: these three functions are its whole program.
+# The child process: its program consists of these three functions.
 
 
 def _child() -> None:
-    """Render the job on stdin and print the texts, or an error's sentence, as JSON."""
+    """Render the job on stdin and print the texts, or an error message, as JSON."""
     import json
     import sys
 
@@ -190,24 +192,24 @@ def _child() -> None:
     try:
         import jinja2
     except ImportError:
-        answer = {"error": "a chat template needs jinja2: pip install 'tinyllm-numpy[models]'"}
+        answer = {"error": job["missing"]}
     else:
         try:
             answer = {"texts": _render_all(job)}
         except jinja2.exceptions.SecurityError as error:
-            answer = {"error": f"the chat template tried to leave its sandbox ({error}): do not trust it"}
+            answer = {"error": f"the chat template tried to leave its sandbox ({error}): do not use it"}
         except MemoryError:
             answer = {"error": "the chat template needed more than 1 GiB of memory: use another template"}
-        except Exception as error:  # a template is a program: it can raise anything
+        except Exception as error:  # a template is a program and can raise anything
             reason = f"{type(error).__name__}: {error}"
             remedy = "change the messages or use another template"
-            answer = {"error": f"the chat template gave no prompt ({reason}): {remedy}"}
+            answer = {"error": f"the chat template failed ({reason}): {remedy}"}
     print(json.dumps(answer))
 
 
 def _render_all(job: dict) -> list[str]:
     try:
-        import resource  # not on Windows; and macOS does not keep this limit
+        import resource  # not on Windows; macOS does not enforce this limit
 
         resource.setrlimit(resource.RLIMIT_AS, (2**30, 2**30))
     except (ImportError, OSError, ValueError):
@@ -219,16 +221,16 @@ def _render_all(job: dict) -> list[str]:
         for piece in template.generate(messages=messages, **job["variables"]):
             text += piece
             if len(text) > job["limit"]:
-                raise ValueError(f"it wrote more than {job['limit']:,} characters")
+                raise ValueError(f"its output has more than {job['limit']:,} characters")
         texts.append(text)
     return texts
 
 
 def _environment():
-    """Jinja as transformers sets it up (``utils/chat_template_utils.py``), so that prompts are the same.
+    """The Jinja environment of transformers (``utils/chat_template_utils.py``), for identical prompts.
 
-    Blocks leave no lines behind; there are ``break`` and ``continue``, ``raise_exception``,
-    ``strftime_now``, ``tojson`` without HTML, and ``{% generation %}``, which marks the assistant's part.
+    Blocks leave no blank lines. It adds ``break`` and ``continue``, ``raise_exception``, ``strftime_now``,
+    ``tojson`` without HTML escapes, and ``{% generation %}``, which marks the assistant's part.
     """
     import datetime
     import json
@@ -237,7 +239,7 @@ def _environment():
     from jinja2.exceptions import SecurityError, TemplateRuntimeError
 
     class Generation(ext.Extension):
-        tags = {"generation"}  # noqa: RUF012  (Jinja's way)
+        tags = {"generation"}  # noqa: RUF012  (required by Jinja)
 
         def parse(self, parser):
             line = next(parser.stream).lineno
@@ -245,7 +247,7 @@ def _environment():
                 parser.parse_statements(("name:endgeneration",), drop_needle=True), lineno=line
             )
 
-    # Jinja's own takes the name __class__ and then passes for what it is not.
+    # Jinja's Namespace allows the name __class__, and could then pose as another class.
     class Namespace(utils.Namespace):
         def __init__(*args, **kwargs):
             for name in dict(*args[1:], **kwargs):
@@ -258,7 +260,7 @@ def _environment():
 
     def check_name(name):
         if name.startswith("_"):
-            raise SecurityError(f"a namespace must not have the name {name!r}")
+            raise SecurityError(f"a namespace must not contain the name {name!r}")
 
     def raise_exception(message):
         raise TemplateRuntimeError(message)

@@ -1,4 +1,4 @@
-"""The tokenizer in a GGUF file: a byte-level BPE or a SentencePiece vocabulary among the file's keys."""
+"""The tokenizer of a GGUF file: a byte-level BPE or SentencePiece vocabulary, stored in the file's keys."""
 
 from __future__ import annotations
 
@@ -17,11 +17,16 @@ PRE_TOKENIZERS = ("gpt-2", "smollm", "llama-bpe")
 
 
 def read_gguf(path: Path) -> Tokenizer:
-    """The tokenizer in a model's file, with the ids and the chat template that the file names."""
+    """The tokenizer of a GGUF file, with the ``bos_id``, ``eos_ids`` and chat template in the file.
+
+    Raises ``Error`` if the file is damaged, or has an unsupported vocabulary or a missing library.
+    """
     file = GGUFFile(path)
     tokens = file.value("tokenizer.ggml.tokens", list)
     if len(set(tokens)) < len(tokens):
-        raise Error(f"{path} has {len(tokens)} tokens, {len(set(tokens))} of them different: copy it again")
+        raise Error(
+            f"{path} has {len(tokens)} tokens, but only {len(set(tokens))} of them differ: copy it again"
+        )
     types = _numbers(file, "token_type", len(tokens), np.ones(len(tokens), np.int32))
     if not set(types) <= set(range(1, 7)):
         raise Error(f"{path} has a token of an unknown type: copy it again")
@@ -31,33 +36,40 @@ def read_gguf(path: Path) -> Tokenizer:
     elif model == "llama":
         tokenizer = read_sentencepiece(path, _sentencepiece_model(file, tokens, types))
     else:
-        raise Error(f"{path} has a vocabulary of the kind {model!r}: only 'gpt2' and 'llama' are read")
+        raise Error(
+            f"{path} has a vocabulary of kind {model!r}, but only 'gpt2' and 'llama' are supported: use the "
+            "tokenizer.json of the model's Hugging Face folder"
+        )
     names = ("bos_token_id", "eos_token_id", "eot_token_id", "eom_token_id")
     ids = [file.value(f"tokenizer.ggml.{name}", int | None) for name in names]
     for name, i in zip(names, ids):
         if i is not None and not 0 <= i < len(tokens):
-            raise Error(f"{path} has {i} as tokenizer.ggml.{name}, not an id: copy it again")
+            raise Error(
+                f"{path} has tokenizer.ggml.{name} = {i}, not an id below {len(tokens)}: copy it again"
+            )
     tokenizer.bos_id, tokenizer.eos_ids = ids[0], distinct(ids[1:])
     tokenizer.chat_template = file.value("tokenizer.chat_template", str | None)
     return tokenizer
 
 
 def _numbers(file: GGUFFile, key: str, count: int, default: np.ndarray | None = None) -> list:
-    """One number per token."""
+    """The value of a key that has one number per token."""
     value = file.value(f"tokenizer.ggml.{key}", np.ndarray, default)
     if len(value) != count:
         raise Error(
-            f"{file.path} has {len(value)} numbers in tokenizer.ggml.{key}, not {count}: copy it again"
+            f"{file.path} has {len(value)} numbers in tokenizer.ggml.{key} instead of {count}: copy it again"
         )
     return value.tolist()
 
 
 def _read_byte_level(file: GGUFFile, tokens: list[str], types: list[int]) -> TokenizersTokenizer:
     pre = file.value("tokenizer.ggml.pre", str | None)
-    pre = "llama-bpe" if pre in ("llama3", "llama-v3") else pre  # llama.cpp's other names for it
+    pre = "llama-bpe" if pre in ("llama3", "llama-v3") else pre  # synonyms in llama.cpp
     if pre not in PRE_TOKENIZERS:
-        known = ", ".join(PRE_TOKENIZERS)
-        raise Error(f"{file.path} cuts a text in pieces as {pre!r} does: only {known} are read")
+        raise Error(
+            f"{file.path} has the pre-tokenizer {pre!r}, but only {', '.join(PRE_TOKENIZERS)} are supported: "
+            "use the tokenizer.json of the model's Hugging Face folder"
+        )
     vocabulary = {token: i for i, token in enumerate(tokens)}
     merges = file.value("tokenizer.ggml.merges", list)
     tokenizer = build_byte_level(file.path, vocabulary, merges, pre)
@@ -71,7 +83,7 @@ def _read_byte_level(file: GGUFFile, tokens: list[str], types: list[int]) -> Tok
 
 
 def _sentencepiece_model(file: GGUFFile, tokens: list[str], types: list[int]) -> bytes:
-    """The SentencePiece model that a GGUF's vocabulary was, in its file format again: a protocol buffer.
+    """A GGUF file's vocabulary, converted back to a SentencePiece model, which is a protocol buffer.
 
     Field numbers from sentencepiece_model.proto: pieces 1 (text 1, score 2, type 3), trainer_spec 2
     (model_type 3 = BPE, vocab_size 4, byte_fallback 35, the ids and names of unk, bos and eos 40 … 47),
@@ -94,14 +106,14 @@ def _sentencepiece_model(file: GGUFFile, tokens: list[str], types: list[int]) ->
 
 
 def _field(number: int, value: int | bytes) -> bytes:
-    """One field of a protocol buffer: a whole number, or bytes with their length in front."""
+    """One field of a protocol buffer: a varint, or bytes preceded by their length."""
     if isinstance(value, int):
         return _varint(number << 3) + _varint(value)
     return _varint(number << 3 | 2) + _varint(len(value)) + value
 
 
 def _varint(value: int) -> bytes:
-    """Seven bits a byte, the lowest first; the eighth says that more follow."""
+    """A protocol buffer's integer: seven bits per byte, lowest first; the eighth bit means more follow."""
     low = []
     while value >= 128:
         low.append(value % 128 | 128)

@@ -1,10 +1,10 @@
-"""Published byte-pair encodings in Hugging Face's formats, run by their library tokenizers.
+"""Published byte-pair encodings in Hugging Face's formats, run by the library tokenizers.
 
-The formats: ``tokenizer.json``, a description of everything, and GPT-2's older ``vocab.json`` with
-``merges.txt``. Two families hide behind them, and they treat a space differently. Byte-level BPE (GPT-2,
-Llama 3, SmolLM2) merges the bytes of the UTF-8 text: a space is a byte like the others. SentencePiece (Llama
-2) merges characters, writes a space as ``▁``, puts one in front of every text, and falls back to the bytes
-``<0x00>`` … ``<0xFF>`` for a character that it has no piece for.
+The formats are ``tokenizer.json``, which defines the whole tokenizer, and GPT-2's older ``vocab.json`` with
+``merges.txt``. They are used by two families that treat a space differently. Byte-level BPE (GPT-2, Llama 3,
+SmolLM2) merges the bytes of the UTF-8 text: a space is a byte like any other. SentencePiece (Llama 2) merges
+characters, writes a space as ``▁``, adds one at the beginning of every text, and falls back to the bytes
+``<0x00>`` … ``<0xFF>`` for a character without a piece.
 """
 
 from __future__ import annotations
@@ -20,7 +20,14 @@ import numpy as np
 from tinyllm.checks import is_integer
 from tinyllm.errors import Error
 from tinyllm.files import read_json, read_text
-from tinyllm.tokenizers.base import END_OF_TEXT, Tokenizer, check_sequence, check_text, refusals, require
+from tinyllm.tokenizers.base import (
+    END_OF_TEXT,
+    Tokenizer,
+    check_sequence,
+    check_text,
+    library_errors,
+    require,
+)
 from tinyllm.tokenizers.sentencepiece import piece_bytes
 from tinyllm.tokenizers.tiktoken import BYTE_OF, LLAMA3_PATTERN
 
@@ -29,8 +36,7 @@ if TYPE_CHECKING:
 
 TOKENIZER_JSON, VOCAB, MERGES = "tokenizer.json", "vocab.json", "merges.txt"
 
-# How SentencePiece's pieces become text, in the library's words. Without the last step for a vocabulary that
-# puts no space in front of a text.
+# How the library decodes SentencePiece's pieces. A vocabulary that adds no leading space omits the last step.
 _STEPS = [
     {"type": "Replace", "pattern": {"String": "▁"}, "content": " "},
     {"type": "ByteFallback"},
@@ -40,21 +46,21 @@ _STEPS = [
 
 SENTENCEPIECE_DECODERS = [{"type": "Sequence", "decoders": steps} for steps in (_STEPS, _STEPS[:3])]
 
-SPARE_IDS = 2**20  # that a vocabulary may leave out; the library takes memory for each
+SPARE_IDS = 2**20  # the most unused ids of a vocabulary; the library allocates memory for each
 
 
 class TokenizersTokenizer(Tokenizer):
-    """A byte-pair encoding that Hugging Face's library runs, byte-level or SentencePiece-like.
+    """A byte-pair encoding run by Hugging Face's library, byte-level or SentencePiece-like.
 
-    ``tokenizer`` is the library's own object. Added tokens that it does not mark special (a run of
-    spaces, ``<think>``) are part of the vocabulary: a text that says them gets their ids, here as there.
-    The special ones are the library's, too, for ``special="allow"``; for ``"text"`` a second copy of it
-    has ``encode_special_tokens`` set, which makes it read them as any other text.
+    ``tokenizer`` is the library's object. Added tokens that it does not mark as special (a run of spaces,
+    ``<think>``) are part of the vocabulary: wherever they occur in a text, they are encoded as their ids. For
+    ``special="allow"`` the library encodes special tokens itself; for ``"text"`` a copy of it with
+    ``encode_special_tokens`` set encodes them as ordinary text.
 
-    Raises ``Error`` if its model is not a BPE, if its decoder is neither of the two named, or if it would
-    drop characters that it does not know. Some byte-level vocabularies lack single bytes (SmolLM2's 21
-    of them, U+0004 and the first byte of U+50000 among them): the library would leave these out without
-    a word, and ``encode`` raises ``Error`` naming the character.
+    Raises ``Error`` if the model is not BPE, if the decoder is neither byte-level nor SentencePiece-like, or
+    if the tokenizer would drop unknown characters. Some byte-level vocabularies lack single bytes (SmolLM2's
+    lacks 21, including U+0004 and the first byte of U+50000). The library silently drops them; ``encode``
+    raises ``Error`` naming the character.
     """
 
     def __init__(self, name: str, tokenizer: tokenizers.Tokenizer):
@@ -75,10 +81,12 @@ class TokenizersTokenizer(Tokenizer):
     def _check_model(self) -> None:
         kind = type(self.tokenizer.model).__name__
         if kind != "BPE":
-            raise Error(f"{self.name} describes a tokenizer of type {kind}: only BPE (GPT, Llama) is read")
+            raise Error(
+                f"{self.name} is a tokenizer of type {kind}: choose a model with BPE, such as GPT-2 or Llama"
+            )
 
     def _check_decoder(self) -> bool:
-        """Whether tokens are bytes in GPT-2's symbols; ``Error`` if they are not SentencePiece's either."""
+        """Whether the decoder is byte-level. Raises ``Error`` if it is not SentencePiece's either."""
         decoder = self.tokenizer.decoder
         definition = None if decoder is None else json.loads(decoder.__getstate__())
         if definition is not None and definition["type"] == "ByteLevel":
@@ -86,11 +94,11 @@ class TokenizersTokenizer(Tokenizer):
         if definition in SENTENCEPIECE_DECODERS:
             model = self.tokenizer.model
             if not model.byte_fallback and model.unk_token is None:
-                raise Error(f"{self.name} has neither bytes nor a token for an unknown character: correct it")
+                raise Error(f"{self.name} has neither byte fallback nor an unknown token: add one of them")
             return False
         raise Error(
-            f"{self.name} turns ids into text in a way not known here ({definition}): only byte-level and "
-            "SentencePiece-like decoders are read"
+            f"{self.name} has an unsupported decoder ({definition}): choose a model with a byte-level or "
+            "SentencePiece-like tokenizer"
         )
 
     @cached_property
@@ -102,7 +110,7 @@ class TokenizersTokenizer(Tokenizer):
     def encode_array(self, text: str, special: str = "refuse") -> np.ndarray:
         if special != "allow":
             return super().encode_array(text, special)
-        # The base class would cut the text at special tokens; some take the spaces around them along.
+        # Not split at special tokens, as in the base class: some of them absorb adjacent spaces.
         check_text(text, special)
         return self._encode(self.tokenizer, text)
 
@@ -131,7 +139,9 @@ class TokenizersTokenizer(Tokenizer):
         extended.tokenizer.add_special_tokens(list(names))
         for name in names:
             if extended.tokenizer.token_to_id(name) != extended.special_tokens[name]:
-                raise Error(f"{self.name} leaves ids out, and {name!r} would get one of them: add it there")
+                raise Error(
+                    f"{self.name} has unused ids, and {name!r} would get one of them: add it to the file"
+                )
             extended._added = {**extended._added, extended.special_tokens[name]: name}
         return extended
 
@@ -144,39 +154,42 @@ class TokenizersTokenizer(Tokenizer):
     def _bytes_of(self, i: int) -> bytes:
         token = self.tokenizer.id_to_token(i)
         if token is None:
-            raise Error(f"{i} is not an id of {self.name}, which leaves it out")
+            raise Error(f"{self.name} has no token with id {i}: decode ids of this tokenizer only")
         if not self._byte_level:
             return piece_bytes(token)
-        if i in self._added or not BYTE_OF.keys() >= set(token):  # a token that is written as it reads
+        if i in self._added or not BYTE_OF.keys() >= set(token):  # plain text, not byte symbols
             return token.encode("utf-8")
         return bytes(BYTE_OF[symbol] for symbol in token)
 
     def decode(self, ids) -> str:
-        """The text of the ids as the library makes it.
+        """The text of the ids as decoded by the library.
 
-        It is ``decode_bytes`` read as UTF-8, with one difference: SentencePiece puts a space in front of
-        a text, and ``decode`` takes one off again at the start. Ids that continue a text therefore go
-        through ``decode_bytes``, which keeps it: `` is`` after ``It``.
+        It is the result of ``decode_bytes`` as UTF-8, with one difference: SentencePiece adds a space at the
+        beginning of a text, and ``decode`` removes it. ``decode_bytes`` keeps it, so use that for ids that
+        continue a text: `` is`` after ``It``.
         """
         checked = check_sequence(ids, self.vocab_size)
-        self.decode_bytes(checked)  # the library would skip an id that it has no token for
+        self.decode_bytes(checked)  # raises an error for an id without a token, which the library skips
         return self.tokenizer.decode(checked, skip_special_tokens=False)
 
 
 def read_tokenizer_json(file: Path) -> TokenizersTokenizer:
-    """The tokenizer that a ``tokenizer.json`` describes."""
+    """The tokenizer in a ``tokenizer.json``. Raises ``Error`` if it is damaged or unsupported."""
     library = require("tokenizers")
     definition = read_json(file)
     match definition:
         case {"model": {"vocab": dict(vocabulary)}}:
             _check_vocabulary(file, vocabulary)
-    with refusals(f"{file} is not a complete tokenizer"):
+    with library_errors(f"{file} is not a complete tokenizer"):
         tokenizer = library.Tokenizer.from_str(json.dumps(definition))
     return TokenizersTokenizer(str(file), tokenizer)
 
 
 def read_vocab_and_merges(file: Path) -> TokenizersTokenizer:
-    """GPT-2's pair: the ids of the tokens in the byte symbols, and the merges in their order."""
+    """The tokenizer in GPT-2's pair of files: the ids of tokens in byte symbols, and the merges in order.
+
+    Raises ``Error`` if one of them is missing or damaged.
+    """
     vocabulary = read_json(file.with_name(VOCAB))
     lines = read_text(file.with_name(MERGES)).split("\n")
     merges = [line for line in lines[lines[0].startswith("#version") :] if line]
@@ -187,9 +200,9 @@ def read_vocab_and_merges(file: Path) -> TokenizersTokenizer:
 
 
 def build_byte_level(source: Path, vocabulary: dict[str, int], merges: list[str], pre: str):
-    """A byte-level BPE in the library, from tokens in byte symbols and merges (``"Ġ t"``).
+    """The library's byte-level BPE for a vocabulary in byte symbols and merges such as ``"Ġ t"``.
 
-    ``pre`` says into which pieces a text is cut first, under llama.cpp's name for it.
+    ``pre`` is llama.cpp's name of the pre-tokenizer, which splits a text into pieces.
     """
     library = require("tokenizers")
     split = library.pre_tokenizers
@@ -197,8 +210,8 @@ def build_byte_level(source: Path, vocabulary: dict[str, int], merges: list[str]
     for merge, pair in zip(merges, pairs):
         if len(pair) != 2:
             raise Error(f"{source} has a merge that is not a pair of tokens, {merge!r}: copy it again")
-    with refusals(f"{source} does not hold a complete BPE vocabulary"):
-        # Llama 3 takes a piece that is a token as a whole, before any merge.
+    with library_errors(f"{source} is not a complete BPE vocabulary"):
+        # Llama 3 encodes a piece that is a token as that token, without applying merges.
         model = library.models.BPE(vocab=vocabulary, merges=pairs, ignore_merges=pre == "llama-bpe")
     tokenizer = library.Tokenizer(model)
     gpt2_pieces = split.ByteLevel(add_prefix_space=False)
@@ -214,16 +227,16 @@ def build_byte_level(source: Path, vocabulary: dict[str, int], merges: list[str]
 
 
 def read_configs(tokenizer: Tokenizer, folder: Path) -> None:
-    """Set ``bos_id``, ``eos_ids`` and ``chat_template`` as the configs in a model's folder say.
+    """Set ``bos_id``, ``eos_ids`` and ``chat_template`` from the configs in a model's folder.
 
-    What the vocabulary itself said stays where they say nothing.
+    Where the configs have no value, the ids from the vocabulary itself are kept.
     """
-    said = {
+    configs = {
         name: read_json(folder / name) if (folder / name).exists() else {}
         for name in ("tokenizer_config.json", "generation_config.json", "config.json")
     }
-    own = said["tokenizer_config.json"]
-    model = said["generation_config.json"] or said["config.json"]
+    own = configs["tokenizer_config.json"]
+    model = configs["generation_config.json"] or configs["config.json"]
     bos = _ids_of(tokenizer, [own.get("bos_token", model.get("bos_token_id"))], folder)
     eos = _ids_of(tokenizer, [own.get("eos_token"), *_as_list(model.get("eos_token_id"))], folder)
     if bos or "bos_token" in own:
@@ -233,14 +246,14 @@ def read_configs(tokenizer: Tokenizer, folder: Path) -> None:
 
 
 def distinct(ids: list[int | None]) -> tuple[int, ...]:
-    """The ids that are given, each once, in their order."""
+    """The ids that are not None, in order, without repetitions."""
     return tuple(dict.fromkeys(i for i in ids if i is not None))
 
 
 def _check_vocabulary(source: Path, vocabulary: dict) -> None:
-    """``Error`` unless every token has an id of its own, none far beyond their number.
+    """Raise ``Error`` unless ids are distinct and not much larger than the number of tokens.
 
-    The library counts up to the largest, and two tokens of one id would share it in one direction only.
+    The library allocates memory up to the largest id, and of two tokens with one id it would decode only one.
     """
     for token, i in vocabulary.items():
         if not is_integer(i) or not 0 <= i < len(vocabulary) + SPARE_IDS:
@@ -254,22 +267,22 @@ def _as_list(value) -> list:
 
 
 def _ids_of(tokenizer: Tokenizer, found: list, folder: Path) -> tuple[int, ...]:
-    """The ids of tokens given as ids, as names, or as Hugging Face's dict with the name as ``content``."""
+    """The ids of tokens given as ids, names, or Hugging Face's dicts with the name as ``content``."""
     ids = []
     for token in found:
         name = token.get("content") if isinstance(token, dict) else token
         i = tokenizer.special_tokens.get(name) if isinstance(name, str) else name
         if token is not None and not (is_integer(i) and 0 <= i < tokenizer.vocab_size):
             raise Error(
-                f"a config in {folder} names the special token {token!r}, which {tokenizer.name} lacks: "
-                "correct it or remove it"
+                f"a config in {folder} has the special token {token!r}, which is not in {tokenizer.name}: "
+                "correct or remove it"
             )
         ids.append(i)
     return distinct(ids)
 
 
 def _chat_template(folder: Path, tokenizer_config: dict) -> str | None:
-    """``chat_template.jinja`` counts before ``tokenizer_config.json``, and of several the default."""
+    """The template in ``chat_template.jinja`` or else ``tokenizer_config.json``, where it may be a list."""
     file = folder / "chat_template.jinja"
     if file.exists():
         return read_text(file)

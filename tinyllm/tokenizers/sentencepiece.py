@@ -1,4 +1,4 @@
-"""SentencePiece models, as Llama 2 has them, run by the library sentencepiece."""
+"""SentencePiece models, such as Llama 2's, run by the library sentencepiece."""
 
 from __future__ import annotations
 
@@ -10,24 +10,24 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from tinyllm.files import read_file
-from tinyllm.tokenizers.base import Tokenizer, check_sequence, refusals, require
+from tinyllm.tokenizers.base import Tokenizer, check_sequence, library_errors, require
 
 if TYPE_CHECKING:
     import sentencepiece
 
-# What a piece is, under the same numbers in SentencePiece's models and in a GGUF's tokenizer.ggml.token_type.
+# Types of pieces, numbered alike in SentencePiece's models and in GGUF's tokenizer.ggml.token_type.
 UNKNOWN, CONTROL, USER_DEFINED, BYTE = 2, 3, 4, 6
 
 BYTE_PIECE = re.compile(r"<0x([0-9A-F]{2})>")
 
 
 class SentencePieceTokenizer(Tokenizer):
-    """A vocabulary that the library sentencepiece runs; ``processor`` is its own object.
+    """A vocabulary run by the library sentencepiece; ``processor`` is the library's object.
 
-    Special tokens are its control and unknown pieces, ``<s>`` and ``</s>`` among them, which the library
-    itself never makes of a text. With ``special="allow"`` every stretch of text between two of them is a
-    text of its own and gets the leading space, as in Meta's code for Llama 2, which encodes each turn of
-    a chat by itself.
+    Special tokens are the control and unknown pieces, including ``<s>`` and ``</s>``; the library never
+    encodes text as control pieces. With ``special="allow"`` each stretch of text between two special tokens
+    is encoded as a separate text, with a leading space, as in Meta's code for Llama 2, which encodes the
+    turns of a chat one by one.
     """
 
     def __init__(self, name: str, processor: sentencepiece.SentencePieceProcessor):
@@ -55,14 +55,14 @@ class SentencePieceTokenizer(Tokenizer):
 
     def _bytes_of(self, i: int) -> bytes:
         piece = self.processor.id_to_piece(i)
-        # A piece that is spelled <0x41> need not be a byte: the model says.
+        # A piece spelled <0x41> is a byte only if the model says so.
         return piece_bytes(piece) if self.processor.is_byte(i) else piece.replace("▁", " ").encode("utf-8")
 
     def decode(self, ids) -> str:
-        """The text of the ids as the library makes it, special tokens under their names between.
+        """The text of the ids as decoded by the library, with special tokens as their names.
 
-        It takes off the one space that ``encode`` put in front of each stretch of text; ``decode_bytes``
-        keeps it, so ids that continue a text go through that: `` is`` after ``It``.
+        The library removes the leading space that ``encode`` adds to each stretch of text. ``decode_bytes``
+        keeps it, so use that for ids that continue a text: `` is`` after ``It``.
         """
         names = {i: name for name, i in self.special_tokens.items()}
         checked = check_sequence(ids, self.vocab_size)
@@ -74,10 +74,13 @@ class SentencePieceTokenizer(Tokenizer):
 
 
 def read_sentencepiece(file: Path, model: bytes | None = None) -> SentencePieceTokenizer:
-    """The tokenizer of a SentencePiece model: what a file holds, or what was made of it."""
+    """The tokenizer of a SentencePiece model: the bytes ``model``, by default the content of the file.
+
+    Raises ``Error`` if the model is damaged or the library is not installed.
+    """
     library = require("sentencepiece")
     model = read_file(file) if model is None else model
-    with refusals(f"{file} does not hold a complete SentencePiece model"):
+    with library_errors(f"{file} is not a complete SentencePiece model"):
         processor = library.SentencePieceProcessor(model_proto=model)
     tokenizer = SentencePieceTokenizer(str(file), processor)
     tokenizer.bos_id = processor.bos_id() if processor.bos_id() >= 0 else None
@@ -86,6 +89,6 @@ def read_sentencepiece(file: Path, model: bytes | None = None) -> SentencePieceT
 
 
 def piece_bytes(piece: str) -> bytes:
-    """A piece as text: a space is written ``▁``, and a byte that is not a whole character ``<0xE2>``."""
+    """The UTF-8 bytes of a piece: ``▁`` is a space, and ``<0xE2>`` a byte."""
     byte = BYTE_PIECE.fullmatch(piece)
     return bytes.fromhex(byte[1]) if byte else piece.replace("▁", " ").encode("utf-8")

@@ -1,4 +1,4 @@
-"""Byte-level BPE through tiktoken: GPT-2's vocabulary and Llama 3's."""
+"""Byte-level BPE with tiktoken: the vocabularies of GPT-2 and Llama 3."""
 
 from __future__ import annotations
 
@@ -21,27 +21,27 @@ if TYPE_CHECKING:
 GPT2_VOCABULARY = Path(__file__).parents[1] / "assets" / "vocab.bpe"
 GPT2_SHA256 = "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5"
 
-# GPT-2 splits a text into these pieces first (contractions, words with the space before them, numbers,
+# GPT-2 first splits a text into these pieces (contractions, words with the preceding space, numbers,
 # punctuation, whitespace) and merges only inside a piece. The original ends in ` ?\p{L}+ … \s+(?!\S)|\s+`;
-# this makes the same pieces with less backtracking, as in tiktoken_ext/openai_public.py.
+# this equivalent, from tiktoken_ext/openai_public.py, backtracks less.
 GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
 
-# GPT-2's vocabulary file is text, so a byte stands there as a visible symbol: itself if it is printable,
-# otherwise the next character from U+0100 on (a space is Ġ). Bytes have their ids in this order too.
+# GPT-2's vocabulary file is text, so it writes each byte as a visible symbol: as itself if it is printable,
+# otherwise as the next character from U+0100 on (a space is Ġ). The ids of the bytes are in this order too.
 PRINTABLE = b"".join(bytes(range(ord(a), ord(z) + 1)) for a, z in ("!~", "¡¬", "®ÿ"))
 BYTE_ORDER = PRINTABLE + bytes(byte for byte in range(256) if byte not in PRINTABLE)
 SYMBOLS = [chr(byte) for byte in PRINTABLE] + [chr(256 + n) for n in range(256 - len(PRINTABLE))]
 BYTE_OF = dict(zip(SYMBOLS, BYTE_ORDER))
 
-# Llama 3's pieces: contractions, words with the character before them, up to three digits, punctuation with
-# the line ends after it, line ends, whitespace (github.com/meta-llama/llama3, llama/tokenizer.py).
+# Llama 3's pieces: contractions, words with the preceding character, up to three digits, punctuation with
+# the following line breaks, line breaks, whitespace (github.com/meta-llama/llama3, llama/tokenizer.py).
 LLAMA3_PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 
-# Llama 3's file holds no special tokens: they are the 256 ids after it, under the names that Llama 3.1 to 3.3
-# have on the hub. (Llama 3.0 called 128004, 128008 and 128010 reserved, and used none of them.)
+# Llama 3's file has no special tokens: they are the next 256 ids, with the names used on the hub by Llama 3.1
+# to 3.3. (In Llama 3.0, 128004, 128008 and 128010 are reserved and unused.)
 LLAMA3_SPECIAL_TOKENS = [
     "<|begin_of_text|>",
     "<|end_of_text|>",
@@ -60,9 +60,9 @@ BASE64_LINE = re.compile(rb"[A-Za-z0-9+/]+={0,2} \d+\r?\n")  # a token and its r
 
 
 class TiktokenTokenizer(Tokenizer):
-    """A byte-pair encoding that tiktoken runs: ids of merged byte sequences, any text can be encoded.
+    """A byte-level byte-pair encoding run by tiktoken. Any text can be encoded.
 
-    ``encoding`` is tiktoken's own object, for everything else it can do.
+    ``encoding`` is tiktoken's own object, for its other methods.
     """
 
     def __init__(self, name: str, encoding: tiktoken.Encoding):
@@ -74,11 +74,12 @@ class TiktokenTokenizer(Tokenizer):
 
     def _encode_ordinary(self, text: str, start: int) -> np.ndarray:
         try:
-            # Not encode_ordinary: what is a ValueError here is a panic there.
+            # Not encode_ordinary, which panics instead of raising ValueError.
             return self.encoding.encode_to_numpy(text, disallowed_special=())
         except ValueError as error:
-            problem = f"the text cannot be tokenized ({error})"
-            raise Error(f"{problem}: shorten its longest run of whitespace") from None
+            raise Error(
+                f"the text cannot be tokenized ({error}): shorten its longest run of whitespace"
+            ) from None
 
     def with_special_tokens(self, names: Sequence[str]) -> TiktokenTokenizer:
         import tiktoken
@@ -103,8 +104,8 @@ class TiktokenTokenizer(Tokenizer):
         checked = check_sequence(ids, self.vocab_size)
         try:
             return self.encoding.decode_bytes(checked)
-        except KeyError as error:  # some vocabularies of tiktoken's leave ids out
-            raise Error(f"{error.args[0]}: tokenizer {self.name!r} leaves that id out") from None
+        except KeyError as error:  # some of tiktoken's vocabularies have unused ids
+            raise Error(f"{error.args[0]}: tokenizer {self.name!r} has no token with that id") from None
 
     def to_json(self) -> dict:
         if self.name != "gpt2":
@@ -113,10 +114,11 @@ class TiktokenTokenizer(Tokenizer):
 
 
 def gpt2() -> TiktokenTokenizer:
-    """GPT-2's tokenizer, 50,257 ids, from the vocabulary inside this package; nothing is downloaded.
+    """GPT-2's tokenizer, 50,257 ids, from the vocabulary file in this package; nothing is downloaded.
 
-    The ids: 256 single bytes, then one per merge in the order they were learned (a lower id merges
-    first), then ``<|endoftext|>``. Radford et al. 2019; the file is OpenAI's.
+    The ids are 256 single bytes, one id per merge in the order they were learned (lower ids are merged
+    first), and ``<|endoftext|>``. Radford et al. 2019; the file is OpenAI's. Raises ``Error`` if it is
+    damaged.
     """
     import tiktoken
 
@@ -134,16 +136,19 @@ def gpt2() -> TiktokenTokenizer:
 def _gpt2_ranks() -> dict[bytes, int]:
     data = GPT2_VOCABULARY.read_bytes()
     if hashlib.sha256(data).hexdigest() != GPT2_SHA256:
-        raise Error(f"{str(GPT2_VOCABULARY)!r} is damaged (its SHA-256 is not GPT-2's): reinstall tinyllm")
+        raise Error(f"{str(GPT2_VOCABULARY)!r} is damaged (wrong SHA-256): reinstall tinyllm-numpy")
     ranks = {bytes([byte]): rank for rank, byte in enumerate(BYTE_ORDER)}
-    for line in data.decode("utf-8").split("\n")[1:-1]:  # after "#version", to the last line's end
+    for line in data.decode("utf-8").split("\n")[1:-1]:  # without "#version" and the empty last line
         left, right = line.split(" ")
         ranks[bytes(BYTE_OF[symbol] for symbol in left + right)] = len(ranks)
     return ranks
 
 
 def read_llama3(file: Path) -> TiktokenTokenizer:
-    """Llama 3's tokenizer, from a ``tokenizer.model`` of tokens in base64 and their ranks."""
+    """Llama 3's tokenizer, from a ``tokenizer.model`` with a token in base64 and its rank on each line.
+
+    Raises ``Error`` if the file is damaged.
+    """
     import tiktoken
 
     ranks = _read_ranks(file)
@@ -159,7 +164,7 @@ def read_llama3(file: Path) -> TiktokenTokenizer:
 
 
 def _read_ranks(file: Path) -> dict[bytes, int]:
-    """The rank of every token, 0 upwards; all 256 single bytes are there, or tiktoken would panic."""
+    """The rank of every token, from 0 on. Checks for all 256 single bytes: tiktoken panics without them."""
     ranks: dict[bytes, int] = {}
     for number, line in enumerate(file.read_bytes().splitlines(), start=1):
         try:
@@ -177,13 +182,13 @@ def _read_ranks(file: Path) -> dict[bytes, int]:
 
 
 def check_pattern(pattern: str) -> regex.Pattern:
-    """The pattern, compiled; ``Error`` if it is not a regular expression or matches the empty text."""
-    import regex  # unlike re, it knows \p{L} and \p{N}; tiktoken imports it too
+    """Compile the pattern. Raises ``Error`` if it is not a regular expression or matches the empty string."""
+    import regex  # unlike re, it supports \p{L} and \p{N}; tiktoken depends on it
 
     try:
         compiled = regex.compile(pattern)
     except regex.error as error:
         raise Error(f"pattern {pattern!r} is not a regular expression ({error}): correct it") from None
     if compiled.match(""):  # tiktoken would panic
-        raise Error(f"pattern {pattern!r} matches the empty text: make it match at least one character")
+        raise Error(f"pattern {pattern!r} matches the empty string: make it match at least one character")
     return compiled

@@ -1,4 +1,4 @@
-"""Weight files: models that others trained, and our own, as named NumPy arrays."""
+"""Weight files: published models, and models saved by tinyllm, as named NumPy arrays."""
 
 from collections.abc import Iterator, Mapping
 
@@ -6,16 +6,16 @@ import numpy as np
 
 
 class StoredTensors(Mapping[str, np.ndarray]):
-    """Tensors on disk by name, read-only; each is read when it is asked for.
+    """A read-only mapping from names to the tensors of a file; ``weights[name]`` reads one from disk.
 
-    ``shapes`` (name to tuple) and ``dtypes`` (name to the format's own code) are known from the start.
+    ``shapes`` (name to tuple) and ``dtypes`` (name to the format's own code) come from the header.
     """
 
     shapes: dict[str, tuple[int, ...]]
     dtypes: dict[str, str]
 
     def __contains__(self, name: object) -> bool:
-        return name in self.shapes  # Mapping's own would read the tensor to find out
+        return name in self.shapes  # Mapping's default would read the tensor
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.shapes)

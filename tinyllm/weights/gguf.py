@@ -1,8 +1,8 @@
-"""A Llama in a GGUF file, llama.cpp's format, under the names and in the order of a Hugging Face folder.
+"""A Llama in a GGUF file, llama.cpp's format, converted to the names and layout of a Hugging Face folder.
 
-Between the file (``gguf_format.py``) and a folder stand three translations: the keys of the config, the names
-of the tensors, and the order of the rows in Q and K, because llama.cpp rotates channels 2i and 2i+1 together
-and Hugging Face's Llama channels i and i + D/2.
+A GGUF file (``gguf_format.py``) differs from such a folder in three ways: the keys of the config, the names
+of the tensors, and the order of the rows in Q and K, because llama.cpp's RoPE rotates channels 2i and 2i+1
+together, and Hugging Face's Llama rotates channels i and i + D/2.
 """
 
 import dataclasses
@@ -33,8 +33,9 @@ IN_BLOCK = {
 }
 TENSOR_NAME = re.compile(r"(?:blk\.(0|[1-9]\d*)\.)?(\w+)\.(weight|bias)", re.ASCII)
 ROPE_FACTORS = "rope_freqs.weight"
+INSTEAD = "use the model's Hugging Face folder"
 
-# Keys that the config is made of; a key in FIXED must have that value, any other llama.* key is refused.
+# Keys that _make_config reads. A key in FIXED must have that value; any other llama.* key is an error.
 UNDERSTOOD = set(
     "vocab_size context_length embedding_length block_count feed_forward_length attention.head_count "
     "attention.head_count_kv attention.key_length attention.value_length attention.layer_norm_rms_epsilon "
@@ -51,17 +52,17 @@ FIXED = {
 
 
 class GGUFFile(StoredTensors):
-    """A Llama in a GGUF file, read-only, under Hugging Face's names; a tensor is read when asked for.
+    """The tensors of a Llama in a GGUF file, read-only, under Hugging Face's names.
 
-    Making one reads the header only: ``config`` (as a ``config.json`` of Hugging Face's Llama),
-    ``shapes`` (name to tuple), ``dtypes`` (name to GGUF's type, such as "Q4_1") and ``metadata``, the
-    file's own keys: numbers, strings, lists of strings, NumPy arrays of numbers. Every
-    ``weights[name]`` is a new float32 array, dequantised a few rows at a time, with Q and K in
-    Hugging Face's order, and leaves no file open.
+    The constructor reads only the header: ``config`` (the content of a ``config.json`` of Hugging Face's
+    Llama), ``shapes`` (name to tuple), ``dtypes`` (name to GGUF's type, such as "Q4_1") and ``metadata``, the
+    file's own keys: numbers, strings, lists of strings, NumPy arrays of numbers. ``weights[name]`` reads the
+    tensor as a new float32 array, dequantised a few rows at a time, with the rows of Q and K in Hugging
+    Face's order. No file stays open.
 
-    Raises Error if the file is missing, damaged, changed since its header was read or not a Llama; for a
-    key that might change what the model computes and is not understood; and, when a tensor is asked
-    for, if gguf is not installed or cannot dequantise its type.
+    Raises ``Error`` if the package gguf is not installed, if the file is missing, damaged or not a Llama, or
+    has an unknown key that might change what the model computes. Reading a tensor raises ``Error`` if the
+    file has changed since its header was read or gguf cannot dequantise the tensor's type.
     """
 
     def __init__(self, path: str | Path):
@@ -76,13 +77,13 @@ class GGUFFile(StoredTensors):
         self._check_heads()
 
     def value(self, key: str, kind, default=None):
-        """The file's value of a key. Raises Error if it is of another type, or there is none."""
+        """The value of a key, or the default. Raises ``Error`` if it is missing or not of this type."""
         value = self.metadata.get(key, default)
         if value is None and not isinstance(value, kind):
             raise Error(f"{self.path} has no key {key}: convert the model again")
         if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
             found = type(value).__name__
-            raise Error(f"{self.path}: {key} must not be of type {found}: convert the model again")
+            raise Error(f"{self.path}: {key} has the wrong type, {found}: convert the model again")
         return value
 
     def __getitem__(self, name: str) -> np.ndarray:
@@ -90,12 +91,12 @@ class GGUFFile(StoredTensors):
         heads = self._heads(name)
         if heads is None:
             return array
-        # GGUF's rows of a head come in pairs that are rotated together: (D/2, 2) becomes (2, D/2).
+        # GGUF stores the rows of a head in pairs that are rotated together: (D/2, 2) becomes (2, D/2).
         pairs = array.reshape(heads, -1, 2, *array.shape[1:])
         return pairs.swapaxes(1, 2).reshape(array.shape)
 
     def _heads(self, name: str) -> int | None:
-        """The number of heads whose rows are permuted in this tensor."""
+        """The number of heads in a tensor whose rows are permuted, or None if they are not."""
         if ".q_proj." in name:
             return self.config["num_attention_heads"]
         if ".k_proj." in name:
@@ -107,34 +108,34 @@ class GGUFFile(StoredTensors):
         for name, shape in self.shapes.items():
             heads = self._heads(name)
             if heads is not None and shape[0] != heads * head_dim:
-                wrong = f"{name} has {shape[0]} rows, not {heads} heads of {head_dim}"
-                raise Error(f"{self.path}: {wrong}: copy or convert the file again")
+                problem = f"{name} has {shape[0]} rows, not {heads} heads of {head_dim}"
+                raise Error(f"{self.path}: {problem}: copy or convert the file again")
 
     def _check_metadata(self) -> None:
         architecture = self.value("general.architecture", str)
         if architecture not in ARCHITECTURES:
             raise Error(
-                f"{self.path}: the architecture {architecture!r} is not supported in a GGUF file; supported: "
-                f"{', '.join(ARCHITECTURES)}"
+                f"{self.path}: architecture {architecture!r} is not supported in a GGUF file: give one of "
+                f"{', '.join(ARCHITECTURES)}, or the model's Hugging Face folder"
             )
         if not _same(self.metadata.get("split.count", 1), 1):
             raise Error(f"{self.path} is one part of a model: join the parts with `llama-gguf-split --merge`")
         for key, value in self.metadata.items():
-            # llama.cpp takes what it computes from these two name spaces; the others describe the file.
+            # Only keys in these two namespaces change what llama.cpp computes; others describe the file.
             space, _, name = key.partition(".")
             if space not in ("llama", "adapter") or name in UNDERSTOOD:
                 continue
             if space == "adapter" or name not in FIXED:
-                raise Error(f"{self.path} has the key {key!r}, which may change the model and is not known")
+                raise Error(f"{self.path} has the unknown key {key!r}, which may change the model: {INSTEAD}")
             if not _same(value, FIXED[name]):
-                raise Error(f"{self.path} has {key} = {value!r}, and only {FIXED[name]!r} is supported")
+                raise Error(f"{self.path} has {key} = {value!r}, but only {FIXED[name]!r} works: {INSTEAD}")
 
     def _rename(self, entries: list[Entry]) -> dict[str, Entry]:
         """The tensors under Hugging Face's names."""
         names = {entry.name: hugging_face_name(entry.name) for entry in entries if entry.name != ROPE_FACTORS}
         unknown = [repr(name) for name in names if names[name] is None]
         if unknown:
-            raise Error(f"{self.path} holds tensors that a Llama does not have: {', '.join(unknown)}")
+            raise Error(f"{self.path} has tensors that are not a Llama's, {', '.join(unknown)}: {INSTEAD}")
         return {
             names[entry.name]: dataclasses.replace(entry, name=names[entry.name])
             for entry in entries
@@ -148,8 +149,8 @@ class GGUFFile(StoredTensors):
         for key in ("attention.value_length", "rope.dimension_count"):
             if self._whole(key, head_dim) != head_dim:
                 raise Error(
-                    f"{self.path} has llama.{key} = {self._whole(key)}, and only the size of a head, "
-                    f"{head_dim}, is supported"
+                    f"{self.path} has llama.{key} = {self._whole(key)}, but only the size of a head, "
+                    f"{head_dim}, is supported: {INSTEAD}"
                 )
         config = {
             "architectures": ["LlamaForCausalLM"],
@@ -180,23 +181,27 @@ class GGUFFile(StoredTensors):
     def _whole(self, key: str, default: int | None = None) -> int:
         value = self._number(key, default)
         if not isinstance(value, int) or value < 1:
-            raise Error(f"{self.path}: llama.{key} must be a whole number of at least 1, not {value!r}")
+            raise Error(
+                f"{self.path}: llama.{key} is {value!r}, not a whole number ≥ 1: convert the model again"
+            )
         return value
 
     def _rope_parameters(self, head_dim: int) -> dict:
         theta = self._number("rope.freq_base", 10000.0)
-        # Where no type is written, llama.cpp reads "linear"; where no factor is, or 0, nothing is scaled.
+        # As in llama.cpp: the default type is "linear", and without a factor, or with 0, nothing is scaled.
         kind = self.value("llama.rope.scaling.type", str, "linear")
         if kind not in ("none", "linear"):
             raise Error(
-                f"{self.path} scales RoPE by {kind!r}; supported in a GGUF file: none, linear, and "
-                "Llama 3's factors"
+                f"{self.path} has RoPE scaling {kind!r}, but only none, linear and Llama 3's factors are "
+                f"supported in a GGUF file: {INSTEAD}"
             )
         factor = self._number("rope.scaling.factor", self._number("rope.scale_linear", 0.0))
         linear = kind == "linear" and factor not in (0, 1)
         factors = next((entry for entry in self._header.entries if entry.name == ROPE_FACTORS), None)
         if factors is not None and linear:
-            raise Error(f"{self.path} scales RoPE twice, by a factor and by {ROPE_FACTORS}: convert it again")
+            raise Error(
+                f"{self.path} has two RoPE scalings, linear and {ROPE_FACTORS}: convert the model again"
+            )
         if factors is not None:
             return self._llama3_parameters(factors, theta, head_dim)
         if linear:
@@ -204,10 +209,10 @@ class GGUFFile(StoredTensors):
         return {"rope_type": "default", "rope_theta": theta}
 
     def _llama3_parameters(self, entry: Entry, theta: float, head_dim: int) -> dict:
-        """What Llama 3.1's formula was given, from what came out: the file keeps only that.
+        """The parameters of Llama 3.1's RoPE scaling, recovered from its D/2 factors, which the file stores.
 
-        The largest of the D/2 factors is the slowest channel's, ``factor`` itself; the other three
-        parameters are the same in every published model (arXiv 2407.21783 and their configs).
+        The largest factor, that of the lowest frequency, is ``factor`` itself. The other three parameters are
+        the same in every published model (arXiv 2407.21783 and their configs).
         """
         factors = read_tensor(self.path, self._header, entry)
         parameters = {
@@ -218,19 +223,19 @@ class GGUFFile(StoredTensors):
             "high_freq_factor": 4.0,
             "original_max_position_embeddings": 8192,
         }
-        with np.errstate(all="ignore"):  # a damaged file's factors may be 0, infinite or not a number
+        with np.errstate(all="ignore"):  # a damaged file's factors may be 0, infinite or NaN
             expected = llama3_factors(parameters, head_dim)
-        # Not closer: they were computed in float32, and near `factor` a division magnifies the rounding.
+        # The factors were computed in float32, and near `factor` a division magnifies the rounding error.
         if factors.shape != expected.shape or not np.allclose(factors, expected, rtol=1e-4, atol=0):
-            raise Error(
-                f"{self.path} scales RoPE by a {ROPE_FACTORS} that is not Llama 3.1's: use the model's "
-                "Hugging Face folder"
-            )
+            raise Error(f"{self.path} has a {ROPE_FACTORS} other than Llama 3.1's: {INSTEAD}")
         return parameters
 
 
 def hugging_face_name(name: str) -> str | None:
-    """``blk.0.ffn_up.weight`` is ``model.layers.0.mlp.up_proj.weight``; None for another model's."""
+    """Hugging Face's name of a tensor of GGUF's Llama, or None if it has no such tensor.
+
+    For example, ``blk.0.ffn_up.weight`` is ``model.layers.0.mlp.up_proj.weight``.
+    """
     found = TENSOR_NAME.fullmatch(name)
     if found is None:
         return None
@@ -241,11 +246,12 @@ def hugging_face_name(name: str) -> str | None:
 
 
 def llama3_factors(parameters: Mapping, head_dim: int) -> np.ndarray:
-    """What Llama 3.1 divides each of the D/2 RoPE frequencies by: (D/2,).
+    """The divisors (D/2,) of the RoPE frequencies in Llama 3.1.
 
-    With L = original_max_position_embeddings and n = L / wavelength, the turns a channel makes within
-    the original context: 1 for n ≥ high_freq_factor, ``factor`` for n ≤ low_freq_factor, and between
-    them 1 / ((1 - s) / factor + s), s = (n - low) / (high - low).
+    A channel with frequency f makes n = L f / 2π turns within the original context of
+    L = ``original_max_position_embeddings`` tokens. Its divisor is 1 for n ≥ ``high_freq_factor``,
+    ``factor`` for n ≤ ``low_freq_factor``, and 1 / ((1 - s) / factor + s) between them, with
+    s = (n - low) / (high - low). Source: ``rope_scaling`` in Meta's llama-models, arXiv 2407.21783.
     """
     low, high = parameters["low_freq_factor"], parameters["high_freq_factor"]
     frequencies = parameters["rope_theta"] ** -(np.arange(0, head_dim, 2) / head_dim)

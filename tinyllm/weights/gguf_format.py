@@ -1,11 +1,11 @@
-"""The file format GGUF: its header, and the numbers of one tensor.
+"""The file format GGUF: reading the header and the data of a tensor.
 
-A header (keys with values, then every tensor's name, shape, type and offset) is followed by the numbers,
-most of them quantised: blocks of 32 or 256 weights with 2 to 8 bits each and a scale in common.
+The header (keys with values, then the name, shape, type and offset of every tensor) is followed by the data.
+Most tensors are quantised: blocks of 32 or 256 weights with 2 to 8 bits each share a scale.
 
-Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md. The blocks are dequantised by llama.cpp's
-own package, gguf. The header is read here: gguf.GGUFReader takes 3 seconds for a vocabulary of 49,152
-tokens, and a damaged count can keep it busy until the memory is full.
+Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md. Blocks are dequantised by llama.cpp's own
+package, gguf. The header is parsed here, because gguf.GGUFReader takes 3 seconds for a vocabulary of 49,152
+tokens and, given a damaged count, may loop until memory is exhausted.
 """
 
 import math
@@ -17,22 +17,23 @@ from typing import BinaryIO
 
 import numpy as np
 
+from tinyllm.checks import pip_install
 from tinyllm.errors import Error
 from tinyllm.files import check_is_file
 
 MAGIC, VERSIONS = b"GGUF", (2, 3)
 MAX_DIMS, ALIGNMENT = 4, 32
 
-# The codes of a value's type, with struct's letters for numbers.
+# The type codes of values; those of numbers with struct's format character.
 SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 STRING, ARRAY = 8, 9
 
-BLOCK = 2**17  # numbers dequantised at once; gguf's working arrays for them stay in the cache: twice as fast
+BLOCK = 2**17  # weights dequantised at once; gguf's temporary arrays then fit in the CPU cache: twice as fast
 
 
 @dataclass(frozen=True)
 class Entry:
-    """Where a tensor's bytes lie. ``shape`` as in NumPy: GGUF writes it the other way round."""
+    """Where a tensor's bytes are. ``shape`` is in NumPy's order; GGUF stores it reversed."""
 
     name: str
     shape: tuple[int, ...]
@@ -47,9 +48,9 @@ class Entry:
 
 @dataclass(frozen=True)
 class Header:
-    """What the header of a file says, and when the file was last written (``mtime_ns``).
+    """The content of a file's header, and the time when the file was last written (``mtime_ns``).
 
-    ``metadata`` has the file's keys: numbers, strings, lists of strings, NumPy arrays of numbers.
+    ``metadata`` maps the file's keys to numbers, strings, lists of strings or NumPy arrays of numbers.
     """
 
     metadata: dict
@@ -58,7 +59,7 @@ class Header:
 
 
 def read_header(path: Path) -> Header:
-    """Raises Error, naming the file, if it cannot be read, is not a GGUF file or is not complete."""
+    """The header of a GGUF file. Raises ``Error`` if it cannot be read, is not GGUF or is incomplete."""
     try:
         check_is_file(path)
         with open(path, "rb") as file:
@@ -73,7 +74,7 @@ def read_header(path: Path) -> Header:
 def read_tensor(path: Path, header: Header, entry: Entry) -> np.ndarray:
     """A tensor as a new float32 array, dequantised a few rows at a time; no file stays open.
 
-    Raises Error if the package gguf is missing or does not know the type, or if the file was replaced
+    Raises ``Error`` if the package gguf is missing or does not support the type, or if the file was replaced
     since its header was read.
     """
     gguf = _import_gguf()
@@ -91,8 +92,10 @@ def read_tensor(path: Path, header: Header, entry: Entry) -> np.ndarray:
                 raw = raw.reshape(len(block), entry.row_bytes)
                 block[:] = gguf.dequantize(raw, gguf.GGMLQuantizationType[entry.type])
     except NotImplementedError as error:
-        what = f"{path} stores {entry.name} as {entry.type}, which gguf cannot dequantise"
-        raise Error(f"{what}: convert it to F16 or to Q8_0") from error
+        raise Error(
+            f"{path} stores {entry.name} as {entry.type}, which gguf cannot dequantise: convert it to F16 or "
+            "Q8_0"
+        ) from error
     except (OSError, ValueError) as error:
         raise Error(f"{path}: {entry.name} cannot be read ({error}): copy the file again") from error
     return array
@@ -102,12 +105,12 @@ def _import_gguf():
     try:
         import gguf
     except ImportError as error:
-        raise Error("reading GGUF files needs gguf: pip install 'tinyllm-numpy[models]'") from error
+        raise Error(f"reading a GGUF file needs the package gguf: {pip_install('models')}") from error
     return gguf
 
 
 class _Fields:
-    """A file read field by field, never past its end: a damaged length is noticed before memory is taken."""
+    """Reads the fields of a file; a damaged length beyond its end is an error before memory is allocated."""
 
     def __init__(self, file: BinaryIO):
         self.file, self.size, self.position = file, os.fstat(file.fileno()).st_size, 0
@@ -154,7 +157,7 @@ def _read(fields: _Fields) -> tuple[dict, list[Entry]]:
     for _ in range(key_count):
         key = fields.text()
         if key in metadata:
-            raise ValueError(f"{key!r} is there twice")
+            raise ValueError(f"it has the key {key!r} twice")
         metadata[key] = fields.value(fields.number("I"))
     infos = [_read_tensor_info(fields) for _ in range(tensor_count)]
     alignment = metadata.get("general.alignment", ALIGNMENT)
@@ -180,8 +183,8 @@ def _locate(fields: _Fields, start: int, name: str, shape: tuple[int, ...], code
     gguf = _import_gguf()
     if code not in gguf.GGMLQuantizationType.__members__.values():
         raise Error(
-            f"{fields.file.name} stores {name!r} in the type number {code}, unknown to the installed gguf: "
-            "update gguf, or convert the file to F16 or to Q8_0"
+            f"{fields.file.name} stores {name!r} as type {code}, which the installed gguf does not support: "
+            "update gguf, or convert the file to F16 or Q8_0"
         )
     type_ = gguf.GGMLQuantizationType(code)
     block_length, block_bytes = gguf.GGML_QUANT_SIZES[type_]
@@ -189,14 +192,14 @@ def _locate(fields: _Fields, start: int, name: str, shape: tuple[int, ...], code
         raise ValueError(f"{name!r} has the shape {shape}, not whole blocks of {block_length} ({type_.name})")
     entry = Entry(name, shape, type_.name, shape[-1] // block_length * block_bytes, start + offset)
     if entry.offset + entry.num_bytes > fields.size:
-        raise ValueError(f"{name!r} lies beyond its end")
+        raise ValueError(f"{name!r} extends beyond its end")
     return entry
 
 
 def _check_places(entries: list[Entry], start: int, alignment: int) -> None:
-    """``ValueError`` unless the tensors follow each other in the header's order, as llama.cpp requires.
+    """Raise ``ValueError`` unless the tensors are contiguous and in header order, as llama.cpp requires.
 
-    A thousand tensors of the same bytes would make a small file a large model.
+    Otherwise a thousand overlapping tensors could turn a small file into a large model.
     """
     for entry in entries:
         if entry.offset != start:

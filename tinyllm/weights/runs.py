@@ -13,22 +13,22 @@ def checkpoint_folder(run: str | Path, step: int) -> Path:
 
 
 def step_of(folder: Path) -> int:
-    """The number in a checkpoint folder's name."""
+    """The step number in a checkpoint folder's name."""
     return int(STEP.fullmatch(folder.name)[1])
 
 
 def checkpoints(run: str | Path) -> list[Path]:
-    """The checkpoint folders of a run, oldest first. Each of them was complete when it got its name."""
+    """The checkpoint folders of a run, oldest first. They are renamed to these names when complete."""
     found = [path for path in Path(run).glob("step-*") if STEP.fullmatch(path.name) and path.is_dir()]
     return sorted(found, key=step_of)
 
 
 def last_checkpoint(run: str | Path) -> Path:
-    """The newest checkpoint of a run that holds a model. Its hashes are not checked here.
+    """The newest checkpoint folder of a run that contains a model. Its hashes are not checked.
 
     Raises ``Error`` if there is none.
     """
     with_weights = [folder for folder in checkpoints(run) if any(folder.glob("model.safetensors*"))]
     if not with_weights:
-        raise Error(f"{run} holds no checkpoint (step-…/model.safetensors): give a run that saved one")
+        raise Error(f"{run} has no checkpoint (step-…/model.safetensors): give a run that saved one")
     return with_weights[-1]

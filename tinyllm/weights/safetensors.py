@@ -1,9 +1,9 @@
-"""Folders in Hugging Face's layout: ``config.json`` and the weights in safetensors files, read and written.
+"""Reading and writing folders in Hugging Face's layout: ``config.json`` and weights in safetensors files.
 
-The weights are one ``model.safetensors``, or several shards of it and ``model.safetensors.index.json``,
-whose ``weight_map`` says which tensor lies in which shard. A safetensors file is a JSON header (each tensor's
-name, dtype, shape, place) and then the numbers. We write it ourselves and leave reading to the safetensors
-library.
+The weights are in one file, ``model.safetensors``, or in several shards with a
+``model.safetensors.index.json``, whose ``weight_map`` maps each tensor to its shard. A safetensors file is a
+JSON header (name, dtype, shape and offsets of each tensor) followed by the data. Files are read by the
+safetensors library and written here.
 """
 
 import json
@@ -22,42 +22,42 @@ from tinyllm.weights import StoredTensors
 CONFIG, SINGLE_FILE, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 MODEL_FILES = (CONFIG, SINGLE_FILE, INDEX, "model-*-of-*.safetensors")
 
-DTYPES = {"F64": "float64", "F32": "float32", "BF16": "bfloat16", "F16": "float16"}  # in the order of a file
+DTYPES = {"F64": "float64", "F32": "float32", "BF16": "bfloat16", "F16": "float16"}  # in a file's order
 CODES = {name: code for code, name in DTYPES.items()}
 
 
 def read_config(folder: str | Path) -> dict:
-    """What ``config.json`` in a model's folder says, as it stands. Raises Error as `read_json` does."""
+    """The content of ``config.json`` in a model's folder. Raises ``Error`` as ``read_json`` does."""
     return read_json(Path(folder) / CONFIG)
 
 
 class Weights(StoredTensors):
-    """The tensors of a model's folder.
+    """The tensors of a model's folder, read-only.
 
-    Making one reads headers only; ``dtypes`` has safetensors' codes, such as "F32". Every
-    ``weights[name]`` is a new array in the dtype it is stored in and leaves no file open, so loading
-    tensor by tensor never holds a second copy of a model. One file counts before an index, as in
-    transformers. Raises Error if a file is missing, broken, at odds with the index or changed since its
-    header was read, and if a tensor that is not float64/32/16 or bfloat16 (old GPT-2 files keep masks as
-    bytes) is asked for.
+    The constructor reads only headers; ``dtypes`` has safetensors' codes, such as "F32". ``weights[name]``
+    reads a tensor as a new array in its stored dtype. No file stays open and none is memory-mapped, so a
+    model can be loaded tensor by tensor without a second copy in memory. A single file takes precedence over
+    an index, as in transformers. Raises ``Error`` if a file is missing, damaged or inconsistent with the
+    index. Reading a tensor raises ``Error`` if its file has changed since the header was read, or if it is
+    not float64/32/16 or bfloat16 (old GPT-2 files contain masks of bytes).
     """
 
     def __init__(self, folder: str | Path):
         folder = Path(folder)
         self.shapes, self.dtypes = {}, {}
-        self._sources: dict[str, tuple[Path, int]] = {}  # file, and when it was last written
+        self._sources: dict[str, tuple[Path, int]] = {}  # the file, and its modification time
         if (folder / SINGLE_FILE).exists():
             self._read_header(folder / SINGLE_FILE)
         elif (folder / INDEX).exists():
             for shard, listed in _read_index(folder / INDEX).items():
-                disputed = ", ".join(sorted(listed.symmetric_difference(self._read_header(shard))))
-                if disputed:
-                    raise Error(f"{shard} and {INDEX} disagree about {disputed}: copy both again")
+                different = ", ".join(sorted(listed.symmetric_difference(self._read_header(shard))))
+                if different:
+                    raise Error(f"{shard} and {INDEX} differ in {different}: copy both again")
         else:
             raise Error(
-                f"{folder} holds neither {SINGLE_FILE} nor {INDEX} (a .bin or .pth file is a pickle, which "
-                "can run code: if you trust its author, convert it with transformers' from_pretrained and "
-                "save_pretrained)"
+                f"{folder} has neither {SINGLE_FILE} nor {INDEX}: give a folder with one of them (a .bin or "
+                ".pth file is a pickle, which can run code: if you trust its author, convert it with "
+                "transformers' from_pretrained and save_pretrained)"
             )
 
     def _read_header(self, path: Path) -> list[str]:
@@ -71,18 +71,18 @@ class Weights(StoredTensors):
         return names
 
     def __getitem__(self, name: str) -> np.ndarray:
-        import ml_dtypes  # noqa: F401  (teaches NumPy the name "bfloat16", which safetensors asks it for)
+        import ml_dtypes  # noqa: F401  (registers the dtype "bfloat16" with NumPy, for safetensors)
 
         path, written = self._sources[name]
         if self.dtypes[name] not in DTYPES:
             raise Error(f"{path} stores {name} as {self.dtypes[name]}: convert it to {' or '.join(DTYPES)}")
         with _open_safetensors(path) as file:
-            # Half of one model and half of the next would load without a complaint.
+            # Otherwise half of the old model and half of the new one would load without an error.
             if path.stat().st_mtime_ns != written:
                 raise Error(f"{path} was replaced while it was being read: load the model again")
             try:
                 return file.get_tensor(name)
-            except ValueError as error:  # more dimensions or a larger one than NumPy has
+            except ValueError as error:  # too many or too large dimensions for NumPy
                 raise Error(f"{path}: {name!r} is not an array ({error}): copy the file again") from error
 
 
@@ -92,23 +92,23 @@ def _open_safetensors(path: Path):
     try:
         check_is_file(path)
         return safe_open(path, framework="np")
-    except (SafetensorError, OSError, ValueError) as error:  # ValueError: no system has such a name
+    except (SafetensorError, OSError, ValueError) as error:  # ValueError: a zero byte in the path
         raise Error(f"{path} is not a complete safetensors file ({error}): copy it again") from error
 
 
 def _read_index(path: Path) -> dict[Path, set[str]]:
-    """Each shard, inside the folder, with the names of its tensors.
+    """The paths of the shards, each with the names of its tensors.
 
-    A shard there may be a link to anywhere, as in the hub's cache; its name leads nowhere else.
+    A shard must be in the index's own folder. It may be a symbolic link, as in the hub's cache.
     """
     weight_map = read_json(path).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise Error(f"{path} has no 'weight_map' from tensor names to shards: copy it again")
     shards: dict[Path, set[str]] = {}
     for name, shard in weight_map.items():
-        # Windows' rules know every separator and drive letter, so no system is led out of the folder.
+        # Windows' rules include every separator and drive letters: no name leads out of the folder.
         if not isinstance(shard, str) or PureWindowsPath(shard).name != shard:
-            raise Error(f"{path} puts {name!r} into {shard!r}, which is not a plain file name: correct it")
+            raise Error(f"{path} maps {name!r} to {shard!r}, which is not a plain file name: correct it")
         shards.setdefault(path.parent / shard, set()).add(name)
     return shards
 
@@ -120,16 +120,17 @@ def save_folder(
     max_shard_bytes: int = 5 * 10**9,
     overwrite: bool = False,
 ) -> None:
-    """Write a model as transformers does: ``config.json`` and safetensors, sharded if large.
+    """Write a model as transformers does: ``config.json`` and safetensors, in shards if large.
 
-    All is written and flushed to disk inside ``folder`` first, then renamed: a full disk or a crash
-    while writing leaves an older model untouched. Raises Error if a model is there and ``overwrite``
-    is False, for dtypes other than float64/32/16 and bfloat16, and if the folder cannot be written.
+    Files are written and flushed to disk under temporary names in ``folder``, then renamed: a full disk or a
+    crash while writing leaves an older model untouched. A new shard begins when the next tensor would exceed
+    ``max_shard_bytes``. Raises ``Error`` if the folder already contains a model and ``overwrite`` is False,
+    for dtypes other than float64/32/16 and bfloat16, and if the folder cannot be written.
     """
     folder = Path(folder)
     old = {path.name for pattern in MODEL_FILES for path in folder.glob(pattern)}
     if old and not overwrite:
-        raise Error(f"{folder} already holds a model: choose another folder or pass overwrite=True")
+        raise Error(f"{folder} already contains a model: choose another folder or pass overwrite=True")
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=SAVING, dir=folder) as temporary:
@@ -138,7 +139,7 @@ def save_folder(
             _write_weights(new, tensors, max_shard_bytes)
             _replace_model(folder, old, new)
     except OSError as error:
-        raise Error(f"cannot write a model to {folder} ({error}): check the path and the disk") from error
+        raise Error(f"cannot write a model to {folder} ({error}): check the path and disk space") from error
 
 
 def _as_json(value: dict) -> bytes:
@@ -158,13 +159,13 @@ def _write_weights(folder: Path, tensors: Mapping[str, np.ndarray], max_shard_by
 
 
 def write_safetensors(path: Path, tensors: Mapping[str, np.ndarray]) -> None:
-    """Write float64/32/16 or bfloat16 arrays into a safetensors file, and flush it to the disk.
+    """Write float64/32/16 or bfloat16 arrays to a safetensors file, and flush it to disk.
 
-    The file: the length of the header (8 bytes, little-endian), the header (JSON, filled up with spaces to
-    a multiple of 8 bytes) with the dtype, shape, begin and end of each tensor, then the numbers, row by row,
-    little-endian. Longer numbers come first, so that all are aligned, then names decide: byte for byte what
-    the safetensors library writes. But tensor by tensor: never a second copy of a model in memory. Raises
-    OSError.
+    Format: the length of the header (8 bytes, little-endian); the header, JSON padded with spaces to a
+    multiple of 8 bytes, with the dtype, shape, begin and end of each tensor; the data, row-major and
+    little-endian. Tensors are sorted by element size, largest first, so that all are aligned, then by name.
+    The file is identical to the safetensors library's, but it is written tensor by tensor, without a second
+    copy of the model in memory. Raises OSError.
     """
     order = sorted(tensors, key=lambda name: (list(CODES).index(tensors[name].dtype.name), name))
     header, end = {"__metadata__": {"format": "pt"}}, 0
@@ -182,7 +183,7 @@ def write_safetensors(path: Path, tensors: Mapping[str, np.ndarray]) -> None:
 
 
 def _stored(array) -> np.ndarray:
-    """The bytes of an array as a file holds them; a copy only if they do not lie like that already."""
+    """The bytes of an array in row-major, little-endian order; a copy only if it has another layout."""
     array = np.asarray(array if isinstance(array, np.generic) else to_device(array, "cpu"))
     little_endian = array.astype(array.dtype.newbyteorder("<"), order="C", copy=False)
     return little_endian.reshape(-1).view(np.uint8)
@@ -193,7 +194,7 @@ def _split_into_shards(tensors: Mapping[str, np.ndarray], max_shard_bytes: int) 
     shards, size = [[]], 0
     for name, tensor in tensors.items():
         if tensor.dtype.name not in DTYPES.values():
-            raise Error(f"{name} is {tensor.dtype}: convert it to one of {', '.join(DTYPES.values())}")
+            raise Error(f"{name} has dtype {tensor.dtype}: convert it to {' or '.join(DTYPES.values())}")
         if shards[-1] and size + tensor.nbytes > max_shard_bytes:
             shards, size = [*shards, []], 0
         shards[-1].append(name)
@@ -202,10 +203,10 @@ def _split_into_shards(tensors: Mapping[str, np.ndarray], max_shard_bytes: int) 
 
 
 def _replace_model(folder: Path, old: set[str], new: Path) -> None:
-    """Put a new model in an old one's place.
+    """Replace the files of an old model.
 
-    The config goes first and comes back last: a crash in between leaves a folder that is refused, never
-    the config of one model beside the weights of another.
+    The config is removed first and written last: a crash in between leaves a folder that cannot be loaded,
+    never the config of one model with the weights of another.
     """
     (folder / CONFIG).unlink(missing_ok=True)
     weights = {path.name for path in new.glob("model*")}
