@@ -89,7 +89,7 @@ def test_system_sets_and_resets_the_instructions(chat, answers):
     answers += ["ok"] * 3
     code, _, err = chat("hello\n/system  Speak Latin. \nhello\n/system\nhello\n/system \udcff\n")
     assert code == 0
-    plain, instructed, again = answers.asked
+    plain, instructed, again = answers.prompts
     assert plain == again and len(instructed) > len(plain)
     _, given, _, default, _, refused = err.splitlines()
     assert "these instructions" in given and "the default" in default and "lone surrogate" in refused
@@ -100,7 +100,7 @@ def test_an_unknown_command_prints_help_and_changes_nothing(chat, answers, line)
     answers += ["ok"] * 2
     code, _, err = chat(f"hello\n{line}\nhello\n")
     assert code == 0 and err.splitlines()[1] == f"({HELP})"
-    assert answers.asked[1].count(START) == 4  # the first message is still in the prompt
+    assert answers.prompts[1].count(START) == 4  # the first message is still in the prompt
 
 
 def test_ctrl_c_in_a_terminal_keeps_the_conversation(chat, answers):
@@ -109,13 +109,13 @@ def test_ctrl_c_in_a_terminal_keeps_the_conversation(chat, answers):
     code, out, err = chat("", stdin=keys)
     assert code == 0 and out.endswith("third\n> ") and "a …\n" in out
     assert err.count("(interrupted; /quit or Ctrl-D ends)") == 2 and err.count("; interrupted)") == 1
-    assert len(answers.asked) == 3 and keys.typed == []
+    assert len(answers.prompts) == 3 and keys.typed == []
 
 
 def test_ctrl_c_in_a_pipe_exits_with_130(chat, answers):
     answers += [[KeyboardInterrupt()], "never"]
     code, out, err = chat("one\ntwo\n")
-    assert (code, out) == (130, "") and err == "tinyllm: interrupted\n" and len(answers.asked) == 1
+    assert (code, out) == (130, "") and err == "tinyllm: interrupted\n" and len(answers.prompts) == 1
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="Ctrl-C reaches another process only through a console")
@@ -144,7 +144,7 @@ def test_a_full_context_is_reported_and_the_chat_continues(tmp_path, chat):
         assert line.startswith("(prefill 20 tokens in ")
         assert line.endswith("the context of 64 tokens is full: /reset starts a new conversation)")
     for line in (past, much):
-        assert line.startswith("(the conversation has ") and "tokens, and the model's context 64: " in line
+        assert line.startswith("(the conversation has ") and "tokens, but the model's context is 64: " in line
         assert line.endswith("reset it, or write a shorter message)")
     assert reset == "(new conversation)"
 
@@ -156,13 +156,13 @@ def test_stdout_has_only_the_answers(chat, answers):
     first, reset, again = err.splitlines()
     assert first.startswith("(") and first.endswith(" tokens/s)") and reset == "(new conversation)"
     assert again.startswith("(")
-    assert len(answers.asked) == 2
+    assert len(answers.prompts) == 2
 
 
 def test_no_lines_or_quit_end_without_output(chat, answers):
     assert chat("") == (0, "", "")
     assert chat("/quit\nnever\n") == (0, "", "")
-    assert answers.asked == ()
+    assert answers.prompts == ()
 
 
 def test_a_terminal_shows_the_model_and_the_commands(chat, answers, folder):
@@ -178,7 +178,7 @@ def test_a_line_that_is_not_utf8_is_refused_and_the_next_answered(chat, answers)
     stdin = io.TextIOWrapper(io.BytesIO(b"caf\xe9\nhi\n"), encoding="utf-8")
     code, out, err = chat("", stdin=stdin)
     assert (code, out) == (0, "ok\n")
-    assert "lone surrogate" in err.splitlines()[0] and len(answers.asked) == 1
+    assert "lone surrogate" in err.splitlines()[0] and len(answers.prompts) == 1
 
 
 def test_answers_of_a_process_depend_on_the_seed(folder):

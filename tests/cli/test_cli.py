@@ -430,7 +430,7 @@ def matches(sentence, said):
         ("--dropout -0.5", "--dropout is -0.5"),
         ("--seed -1", "--seed is -1"),
         (f"--seed {2**64}", f"--seed is {2**64}"),
-        ("--context 200", "96 tokens .*window of 200"),
+        ("--context 200", "96 tokens, .*context 200"),
         ("--prompt ", "--prompt is 0 tokens long"),
         (f"--prompt {'t' * 17}", "--prompt is 17 tokens long: .* 16"),
         ("--prompt X", "--prompt.*'X'"),
@@ -545,7 +545,7 @@ def test_sampling_options_out_of_range_are_refused(refused, run, options, said, 
     ("prompt", "said"),
     [
         ("", "--prompt is empty"),
-        ("thé", r"'é' \(U\+00E9, at 2\)"),
+        ("thé", r"'é' \(U\+00E9, at position 2\)"),
         ("t" * 17, "17.*16"),
     ],
 )

@@ -184,7 +184,7 @@ def test_wrong_models_are_refused_in_one_line(rhyme, tmp_path, capsys):
     assert "ids, but the model has 99" in refused("--run", other)
 
 
-@pytest.mark.parametrize("content, said", [("a", "a text of 1 tokens"), ("", "empty"), (" \n", "empty")])
+@pytest.mark.parametrize("content, said", [("a", "only 1 token,"), ("", "empty"), (" \n", "empty")])
 def test_texts_that_are_too_short_are_refused(run, tmp_path, capsys, content, said):
     (tmp_path / "short.txt").write_text(content, encoding="utf-8")
     assert main(["eval", "--run", run, "--text", str(tmp_path / "short.txt")]) == 2

@@ -1,4 +1,4 @@
-"""Token ids, windows, batches: against plain loops, and bad input."""
+"""Windows and batches: comparison with plain loops, and bad arguments."""
 
 import tracemalloc
 
@@ -14,8 +14,8 @@ from tinyllm.errors import Error
 
 
 @given(st.integers(2, 60), st.integers(1, 12), st.none() | st.integers(1, 20))
-def test_windows_against_plain_loops(length, context, stride):
-    tokens = [100 + i for i in range(length)]  # all different, so that a token names its place
+def test_windows_equal_plain_loops(length, context, stride):
+    tokens = [100 + i for i in range(length)]  # all different, so that a token identifies its position
     if length < context + 1:
         with pytest.raises(Error, match=f"{length} tokens, .* context {context} .* need {context + 1}"):
             Windows(tokens, context, stride)
@@ -46,14 +46,14 @@ def test_windows_index_as_numpy_does():
         windows[[3]]
 
 
-def test_windows_do_not_follow_later_changes_of_the_tokens():
+def test_windows_copy_the_tokens():
     tokens = np.arange(5)
     windows = Windows(tokens, context=4)
     tokens[:] = 0
     assert windows[0][0].tolist() == [0, 1, 2, 3]
 
 
-def test_windows_of_a_memory_map_read_only_what_is_asked_for(tmp_path):
+def test_windows_of_a_memory_map_stay_on_disk(tmp_path):
     length = 4_000_000
     np.arange(length).astype("<u2").tofile(tmp_path / "tokens.bin")
     tokens = np.memmap(tmp_path / "tokens.bin", dtype="<u2", mode="r")
@@ -63,24 +63,24 @@ def test_windows_of_a_memory_map_read_only_what_is_asked_for(tmp_path):
     assert len(windows) == length - 8
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    assert peak < 100_000  # an array over all tokens or windows would take millions
+    assert peak < 100_000  # an array of all tokens or windows would need millions
     assert np.shares_memory(windows.tokens, tokens)
     assert inputs.dtype == targets.dtype == np.int64
     assert inputs.tolist() == [[(length - 9 + i) % 2**16 for i in range(8)], list(range(4464, 4472))]
     assert np.array_equal(targets[:, :-1], inputs[:, 1:])
-    part = Windows(tokens[10:60], context=5)  # as a split of a token file gives it
+    part = Windows(tokens[10:60], context=5)  # a slice, such as the split of a token file
     assert np.shares_memory(part.tokens, tokens)
     assert part[0][0].tolist() == [10, 11, 12, 13, 14]
 
 
-def test_windows_of_a_memory_map_of_floats_are_refused(tmp_path):
+def test_windows_reject_a_memory_map_of_floats(tmp_path):
     np.zeros(9).tofile(tmp_path / "floats.bin")
     floats = np.memmap(tmp_path / "floats.bin", dtype=np.float64, mode="r")
     with pytest.raises(Error, match=r"tokens\[0\] is 0.0, not an integer"):
         Windows(floats, context=2)
 
 
-def test_windows_give_arrays_of_their_own():
+def test_windows_return_new_arrays():
     windows = Windows(range(10), context=3)
     for chosen in (0, slice(0, 2), [0, 1]):
         inputs, targets = windows[chosen]
@@ -97,23 +97,30 @@ def test_windows_give_arrays_of_their_own():
         (range(9), -1, None, "context is -1"),
         (range(9), 2.0, None, "context is 2.0"),
         (range(9), 2, 0, "stride is 0"),
-        ([], 4, None, "0 tokens .* context 4 .*need 5"),
-        (range(4), 4, None, "4 tokens .* context 4 .*need 5"),
+        ([], 4, None, "0 tokens, .* context 4 .*need 5"),
+        (range(4), 4, None, "4 tokens, .* context 4 .*need 5"),
         (np.zeros((3, 3), int), 1, None, r"shape \(3, 3\)"),
         (np.zeros(9), 2, None, r"tokens\[0\] is 0.0, not an integer"),
         ("some text", 2, None, "tokens is 'some text', not an integer"),
     ],
 )
-def test_windows_bad_arguments(tokens, context, stride, said):
+def test_windows_reject_bad_arguments(tokens, context, stride, said):
     with pytest.raises(Error, match=said):
         Windows(tokens, context, stride)
+
+
+def test_windows_error_names_the_text_that_is_too_short():
+    with pytest.raises(
+        Error, match=r"the validation part has only 3 tokens, .* need 5: .* longer .* smaller"
+    ):
+        Windows(range(3), context=4, name="the validation part")
 
 
 # Batches
 
 
 @given(st.integers(1, 40), st.integers(1, 50), st.integers(0, 2**64 - 1), st.integers(0, 10**6))
-def test_every_window_once_per_epoch(count, batch_size, seed, epoch):
+def test_epoch_contains_every_window_once(count, batch_size, seed, epoch):
     batches = Batches(Windows(range(count + 1), context=1), batch_size, seed)
     assert batches.steps_per_epoch == len(range(0, count, batch_size))
     first = epoch * batches.steps_per_epoch
@@ -129,7 +136,7 @@ def test_every_window_once_per_epoch(count, batch_size, seed, epoch):
 
 
 @given(st.integers(0, 2**64 - 1), st.lists(st.integers(0, 100), min_size=1, max_size=20))
-def test_any_step_without_the_ones_before(seed, steps):
+def test_any_step_can_be_reached_directly(seed, steps):
     windows = Windows(range(24), context=2)  # 11 windows, 4 steps an epoch
     visited = Batches(windows, 3, seed)
     for step in steps:
@@ -164,11 +171,11 @@ def test_order_is_the_documented_one():
         (2, 2**64, "seed is 18446744073709551616"),
     ],
 )
-def test_batches_bad_arguments(batch_size, seed, said):
+def test_batches_reject_bad_arguments(batch_size, seed, said):
     with pytest.raises(Error, match=said):
         Batches(Windows(range(9), context=2), batch_size, seed)
 
 
-def test_batches_negative_step():
+def test_batches_reject_a_negative_step():
     with pytest.raises(Error, match="step is -1"):
         Batches(Windows(range(9), context=2), 2, 0).at(-1)

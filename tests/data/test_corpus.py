@@ -1,4 +1,4 @@
-"""Texts: their hash, pieces, samples, splits and ids."""
+"""Training texts: hashes, pieces, samples, splits and ids."""
 
 import gzip
 import hashlib
@@ -50,7 +50,7 @@ def test_hash_of_one_document_and_of_several(tmp_path):
     assert open_corpus(tmp_path).sha256 == sha256(digests)
 
 
-def test_hash_knows_where_documents_end(tmp_path):
+def test_hash_depends_on_document_boundaries(tmp_path):
     seen = set()
     for documents in (
         ["ab", "c"],
@@ -66,7 +66,7 @@ def test_hash_knows_where_documents_end(tmp_path):
     assert len(seen) == 7
 
 
-def test_a_text_that_changed_is_noticed(tmp_path):
+def test_changed_text_is_detected(tmp_path):
     (tmp_path / "a.txt").write_bytes(b"before")
     corpus = open_corpus(tmp_path / "a.txt")
     (tmp_path / "a.txt").write_bytes(b"behind")
@@ -77,8 +77,8 @@ def test_a_text_that_changed_is_noticed(tmp_path):
 
 # Pieces
 
-# What GPT-2's pattern treats in its own ways: contractions, spaces before things, runs of whitespace, digits,
-# and characters that Python takes for whitespace where the pattern does not (U+001C) or the other way round.
+# Special cases of GPT-2's pattern: contractions, leading spaces, runs of whitespace, digits, and characters
+# that are whitespace only in Python (U+001C) or only in the pattern.
 NASTY = st.text(
     st.sampled_from(
         " \n\t\r\x1c\x1f\x85\xa0\u2028\u3000\u200b'sdmtlvreLA19é漢字²٣.,!-_🙂\U0001f1e6\u0301\ud7ff"
@@ -95,7 +95,7 @@ NASTY = st.text(
 @example("a\u3000\u3000b\x85c\xa0 d\u2028", 1, 1)
 @example("'s 's\n'll   ", 1, 2)
 @example("", 1, 1)
-def test_tokens_of_the_pieces_are_those_of_the_whole(tmp_path_factory, content, size, block_bytes):
+def test_pieces_have_the_tokens_of_the_whole_text(tmp_path_factory, content, size, block_bytes):
     path = tmp_path_factory.getbasetemp() / "pieces.txt"
     path.write_bytes(b"." + content.encode("utf-8"))
     with pytest.MonkeyPatch.context() as patched:
@@ -131,7 +131,7 @@ def test_pieces_of_many_documents(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("character", [" ", "a", "\x1c"])
-def test_no_place_to_cut(tmp_path, monkeypatch, character):
+def test_text_without_a_place_to_cut_is_rejected(tmp_path, monkeypatch, character):
     monkeypatch.setattr(corpus_module, "PIECE_CHARACTERS", 10)
     monkeypatch.setattr(corpus_module, "LONGEST_PIECE", 100)
     (tmp_path / "a.txt").write_text("words " + character * 100, encoding="utf-8")
@@ -141,8 +141,8 @@ def test_no_place_to_cut(tmp_path, monkeypatch, character):
         list(open_corpus(tmp_path / "a.txt").pieces())
 
 
-def test_memory_stays_flat(tmp_path):
-    """60 MB on one line of text, compressed, in the memory of a few pieces."""
+def test_memory_use_does_not_grow_with_the_text(tmp_path):
+    """60 MB in one line of compressed text are read with the memory of a few pieces."""
     with gzip.open(tmp_path / "large.txt.gz", "wb", compresslevel=1) as file:
         for i in range(60):
             file.write(f"the {i} quick brown foxes ".encode() * 40_000)
@@ -166,7 +166,7 @@ print(len(corpus.sample(1)), tracemalloc.get_traced_memory()[1])
 
 
 def numbered(tmp_path, count: int) -> str:
-    """A file whose words, five characters each, are their own positions."""
+    """A file whose words, of five characters each, are their own indices."""
     path = tmp_path / "numbers.txt"
     path.write_text("".join(f" {i:04}" for i in range(count)), encoding="utf-8")
     return str(path)
@@ -179,18 +179,18 @@ def test_sample_is_spread_over_the_training_part(tmp_path, monkeypatch):
     assert 2000 <= sum(map(len, chosen)) <= 2050
     starts = [int(piece.split()[0]) for piece in chosen]
     assert starts == sorted(set(starts))
-    assert starts[0] == 0 and 4300 < starts[-1] < 4500  # nothing of the last tenth
+    assert starts[0] == 0 and 4300 < starts[-1] < 4500  # nothing from the last tenth
     assert all(90 < b - a < 130 for a, b in pairwise(starts))
     assert all(int(piece.split()[-1]) < 2500 for piece in corpus.sample(2000, validation_fraction=0.5))
 
 
-def test_sample_of_more_than_there_is_is_the_training_part(tmp_path, monkeypatch):
+def test_sample_larger_than_the_text_is_the_training_part(tmp_path, monkeypatch):
     monkeypatch.setattr(corpus_module, "PIECE_CHARACTERS", 50)
     corpus = open_corpus(numbered(tmp_path, 1000))
     assert "".join(corpus.sample(10**9)) == next(corpus.documents())[:4500]
 
 
-def test_sample_of_too_little(tmp_path):
+def test_sample_of_a_short_text_is_rejected(tmp_path):
     (tmp_path / "a.txt").write_bytes(b"some words")
     with pytest.raises(Error, match="has only 10 bytes, too few"):
         open_corpus(tmp_path / "a.txt").sample(5)
@@ -202,7 +202,7 @@ def test_sample_of_too_little(tmp_path):
 
 
 @given(st.text(min_size=2), st.floats(0.01, 0.99))
-def test_split_loses_nothing(content, fraction):
+def test_split_parts_add_up_to_the_text(content, fraction):
     try:
         train, validation = train_validation_split(content, fraction)
     except Error:
@@ -213,13 +213,13 @@ def test_split_loses_nothing(content, fraction):
         assert len(train) == int(len(content) * (1 - fraction))
 
 
-def test_split_is_nine_to_one_unless_told_otherwise():
+def test_split_default_is_nine_to_one():
     assert train_validation_split("abcdefghij") == ("abcdefghi", "j")
     assert train_validation_split("abcd", validation_fraction=0.5) == ("ab", "cd")
 
 
 @pytest.mark.parametrize("fraction", [0, 1, -0.1, 1.5, float("nan")])
-def test_split_fraction_outside_0_1(fraction):
+def test_split_rejects_a_fraction_outside_0_1(fraction):
     with pytest.raises(Error, match="validation_fraction"):
         train_validation_split("some text", fraction)
 
@@ -233,7 +233,7 @@ def test_split_of_too_little(content):
 @given(st.lists(st.text(max_size=9), min_size=1), st.floats(0.01, 0.99))
 @example(["ab", "", "cd"], 0.5)
 @example(["", "abcd", ""], 0.5)
-def test_split_of_documents_is_the_split_of_their_text(documents, fraction):
+def test_split_of_documents_equals_the_split_of_their_text(documents, fraction):
     joined = "".join(documents)
     try:
         expected = train_validation_split(joined, fraction)
@@ -265,7 +265,7 @@ def test_documents_are_joined_by_end_of_text():
     assert encode_documents(GPT2, []).tolist() == []
 
 
-def test_special_is_about_the_documents_not_the_joining():
+def test_special_applies_to_documents_not_separators():
     documents = ["one", f"two{END_OF_TEXT}three"]
     with pytest.raises(Error, match="contains the special token"):
         encode_documents(GPT2, documents)
@@ -275,7 +275,7 @@ def test_special_is_about_the_documents_not_the_joining():
     assert GPT2.decode(as_text) == f"one{END_OF_TEXT}two{END_OF_TEXT}three"
 
 
-def test_documents_need_an_end_of_text():
+def test_documents_without_an_end_of_text_token_are_rejected():
     characters = CharTokenizer("abc")
     assert encode_documents(characters, ["abc"]).tolist() == [0, 1, 2]
     with pytest.raises(Error, match=r"'char' has no <\|endoftext\|> .*with_special_tokens"):

@@ -1,4 +1,4 @@
-"""Documents from known names, files and folders, and every way in which they can be wrong."""
+"""Documents from known names, files and folders, and malformed ones of each kind."""
 
 import gzip
 import hashlib
@@ -35,7 +35,7 @@ def jsonl(records) -> bytes:
 # Known names, and single files
 
 
-def test_python_docs_is_always_at_hand():
+def test_python_docs_is_always_available():
     from pydoc_data.topics import topics
 
     docs = load_text("python-docs")
@@ -51,14 +51,14 @@ def test_python_docs_is_always_at_hand():
 def verdict():
     folder = os.environ.get("TINYLLM_DATA")
     if folder and (Path(folder) / "the-verdict.txt").exists():
-        return load_text("the-verdict")  # outside the try: here an error is a failure, not a skip
+        return load_text("the-verdict")  # outside the try: an error here must fail, not skip
     try:
         return load_text("the-verdict")
     except Error as error:
         pytest.skip(f"neither TINYLLM_DATA nor the network has it: {error}")
 
 
-def test_the_verdict_and_the_classic_run(verdict):
+def test_the_verdict_gives_the_known_counts(verdict):
     assert verdict.name == "the-verdict"
     assert verdict.sha256 == documents_module.VERDICT_SHA256
     assert len(verdict.text) == 20_479
@@ -74,7 +74,7 @@ def test_the_verdict_and_the_classic_run(verdict):
 
 @pytest.fixture
 def small_verdict(tmp_path, monkeypatch):
-    """The pinned text becomes a small one, the cache and the current folder empty ones."""
+    """Replace the pinned text by a small one, and use an empty cache folder."""
     content = b"I HAD always thought Jack Gisburn rather a cheap genius\r\n"
     monkeypatch.setattr(documents_module, "VERDICT_SHA256", hashlib.sha256(content).hexdigest())
     monkeypatch.setattr(documents_module, "VERDICT_URL", "http://127.0.0.1:1/the-verdict.txt")
@@ -86,11 +86,11 @@ def small_verdict(tmp_path, monkeypatch):
 
 @pytest.fixture
 def server(monkeypatch):
-    """A web server for one file; ``server.content`` is what it serves, ``server.asked`` counts."""
+    """A web server for one file, ``server.content``; ``server.requests`` counts the requests."""
 
     class Handler(http.server.BaseHTTPRequestHandler):
         def do_GET(self):
-            self.server.asked += 1
+            self.server.requests += 1
             self.send_response(200)
             self.send_header("Content-Length", str(len(self.server.content)))
             self.end_headers()
@@ -100,7 +100,7 @@ def server(monkeypatch):
             pass
 
     with http.server.HTTPServer(("127.0.0.1", 0), Handler) as httpd:
-        httpd.asked = 0
+        httpd.requests = 0
         thread = threading.Thread(target=httpd.serve_forever)
         thread.start()
         yield httpd
@@ -108,7 +108,7 @@ def server(monkeypatch):
         thread.join()
 
 
-def test_the_verdict_is_fetched_once_and_cached(small_verdict, server, monkeypatch):
+def test_the_verdict_is_downloaded_once_and_cached(small_verdict, server, monkeypatch):
     server.content = small_verdict
     monkeypatch.setattr(
         documents_module, "VERDICT_URL", f"http://127.0.0.1:{server.server_port}/the-verdict.txt"
@@ -116,10 +116,10 @@ def test_the_verdict_is_fetched_once_and_cached(small_verdict, server, monkeypat
     first = load_text("the-verdict")
     assert first.text.encode("utf-8") == small_verdict
     assert load_text("the-verdict") == first
-    assert server.asked == 1
+    assert server.requests == 1
 
 
-def test_the_verdict_with_another_hash_is_refused(small_verdict, server, monkeypatch):
+def test_the_verdict_with_another_hash_is_rejected(small_verdict, server, monkeypatch):
     server.content = small_verdict.replace(b"cheap", b"great")
     monkeypatch.setattr(
         documents_module, "VERDICT_URL", f"http://127.0.0.1:{server.server_port}/the-verdict.txt"
@@ -128,15 +128,15 @@ def test_the_verdict_with_another_hash_is_refused(small_verdict, server, monkeyp
         load_text("the-verdict")
 
 
-def test_the_verdict_without_network_says_what_to_do(small_verdict):
+def test_the_verdict_without_network_states_the_remedy(small_verdict):
     with pytest.raises(Error, match=r"put http://127.0.0.1:1/the-verdict.txt .* TINYLLM_DATA") as raised:
         load_text("the-verdict")
     assert "\n" not in str(raised.value)
 
 
-def test_the_verdict_comes_from_tinyllm_data_first(small_verdict, tmp_path, monkeypatch):
+def test_the_verdict_is_read_from_tinyllm_data_first(small_verdict, tmp_path, monkeypatch):
     monkeypatch.setenv("TINYLLM_DATA", str(tmp_path))
-    with pytest.raises(Error, match="could not be downloaded"):  # not there: the network is next
+    with pytest.raises(Error, match="could not be downloaded"):  # not in the folder: tries the network
         load_text("the-verdict")
     (tmp_path / "the-verdict.txt").write_bytes(small_verdict)
     assert load_text("the-verdict").text.encode("utf-8") == small_verdict
@@ -146,7 +146,7 @@ def test_the_verdict_comes_from_tinyllm_data_first(small_verdict, tmp_path, monk
 
 
 @given(content=st.text().filter(lambda text: text.strip()))
-def test_file_is_taken_byte_for_byte(tmp_path_factory, content):
+def test_file_is_read_byte_for_byte(tmp_path_factory, content):
     path = tmp_path_factory.getbasetemp() / "any.txt"
     path.write_bytes(content.encode("utf-8"))
     loaded = load_text(path)
@@ -159,7 +159,7 @@ def test_file_keeps_its_newlines_and_spaces(tmp_path):
     assert load_text(str(path)).text == "  one\r\ntwo\rthree\n "
 
 
-def test_known_name_wins_unless_given_as_a_path(tmp_path, monkeypatch):
+def test_known_name_takes_precedence_unless_given_as_a_path(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("python-docs").write_text("mine")
     assert load_text("python-docs").text != "mine"
@@ -167,7 +167,7 @@ def test_known_name_wins_unless_given_as_a_path(tmp_path, monkeypatch):
     assert load_text(Path("python-docs")).text == "mine"
 
 
-def test_a_file_that_does_not_fit_the_description(tmp_path):
+def test_bad_files_are_rejected(tmp_path):
     (tmp_path / "latin").write_bytes(b"caf\xe9 noir")
     (tmp_path / "cut").write_bytes("abc é".encode()[:-1])
     (tmp_path / "empty").write_bytes(b"")
@@ -179,7 +179,7 @@ def test_a_file_that_does_not_fit_the_description(tmp_path):
         ("empty", "empty"),
         ("blank", "whitespace"),
         ("zero\0byte", "cannot be read"),
-        ("n" * 5000, "cannot be read|no text"),  # which of the two depends on the system
+        ("n" * 5000, "cannot be read|no text"),  # depends on the system
     ]:
         with pytest.raises(Error, match=said):
             load_text(tmp_path / name)
@@ -188,13 +188,13 @@ def test_a_file_that_does_not_fit_the_description(tmp_path):
 
 
 @pytest.mark.parametrize("block_bytes", [1, 2, 3, 7])
-def test_where_utf8_ends_does_not_depend_on_the_blocks(tmp_path, monkeypatch, block_bytes):
+def test_utf8_errors_do_not_depend_on_the_blocks(tmp_path, monkeypatch, block_bytes):
     monkeypatch.setattr(documents_module, "BLOCK_BYTES", block_bytes)
     content = "aé漢🙂\r\n" * 3
     (tmp_path / "good").write_bytes(content.encode())
     assert load_text(tmp_path / "good").text == content
     for number, byte in enumerate(content.encode()):
-        if byte >= 0xC0:  # the first byte of a character, with an a in place of the second
+        if byte >= 0xC0:  # the first byte of a character; replace the second by an a
             damaged = bytearray(content.encode())
             damaged[number + 1] = ord("a")
             (tmp_path / "bad").write_bytes(damaged)
@@ -203,7 +203,7 @@ def test_where_utf8_ends_does_not_depend_on_the_blocks(tmp_path, monkeypatch, bl
 
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="this system has no named pipes")
-def test_a_pipe_is_refused(tmp_path):
+def test_pipe_is_rejected(tmp_path):
     os.mkfifo(tmp_path / "pipe.txt")
     with pytest.raises(Error, match="neither a file nor a folder"):
         open_corpus(tmp_path / "pipe.txt")
@@ -241,20 +241,20 @@ def test_documents_of_a_jsonl_file(tmp_path):
         (b'{"text": "\xe9"}', r"line 2 .* not UTF-8 at byte offset 10 of the line \(0xe9\)"),
     ],
 )
-def test_bad_lines(tmp_path, line, said):
+def test_bad_lines_are_rejected(tmp_path, line, said):
     (tmp_path / "some.jsonl").write_bytes(b'{"text": "good"}\n' + line + b'\n{"text": "good"}\n')
     with pytest.raises(Error, match=said) as raised:
         open_corpus(tmp_path / "some.jsonl", field="text")
     assert "\n" not in str(raised.value)
 
 
-def test_blank_jsonl(tmp_path):
+def test_blank_jsonl_is_rejected(tmp_path):
     (tmp_path / "some.jsonl").write_bytes(b'{"text": " "}\n{"text": ""}\n')
     with pytest.raises(Error, match="empty or only whitespace"):
         open_corpus(tmp_path / "some.jsonl", field="text")
 
 
-def test_field_where_it_belongs_and_only_there(tmp_path):
+def test_field_is_required_for_jsonl_only(tmp_path):
     (tmp_path / "some.jsonl").write_bytes(b'{"text": "good"}\n')
     (tmp_path / "some.txt").write_bytes(b"good")
     with pytest.raises(Error, match=r"some.jsonl' contains JSON objects: .* field"):
@@ -267,14 +267,14 @@ def test_field_where_it_belongs_and_only_there(tmp_path):
     assert list(open_corpus(tmp_path, field="text").documents()) == ["good", "good"]
 
 
-def test_gzip_is_the_same_text(tmp_path):
+def test_gzip_gives_the_same_text(tmp_path):
     lines = jsonl({"text": f"document {i}"} for i in range(100))
     for name, content, field in [
         ("a.txt", "caf\u00e9\r\n".encode() * 1000, None),
         ("b.jsonl", lines, "text"),
     ]:
         (tmp_path / name).write_bytes(content)
-        half = len(content) // 2  # gzip files may be put one after another
+        half = len(content) // 2  # gzip files may be concatenated
         compressed = gzip.compress(content[:half]) + gzip.compress(content[half:])
         (tmp_path / (name + ".GZ")).write_bytes(compressed)
         plain, packed = (open_corpus(tmp_path / n, field) for n in (name, name + ".GZ"))
@@ -282,7 +282,7 @@ def test_gzip_is_the_same_text(tmp_path):
         assert (plain.num_bytes, plain.sha256) == (packed.num_bytes, packed.sha256)
 
 
-def test_damaged_gzip(tmp_path):
+def test_damaged_gzip_is_rejected(tmp_path):
     whole = gzip.compress(os.urandom(5000).hex().encode())
     flipped = bytearray(whole)
     flipped[len(whole) // 2] ^= 0xFF
@@ -304,7 +304,7 @@ def test_damaged_gzip(tmp_path):
 # Folders
 
 
-def test_folder_in_the_order_of_paths(tmp_path):
+def test_folder_is_read_in_the_order_of_paths(tmp_path):
     files = {
         "b.txt": "b",
         "a/z.txt": "z",
@@ -402,7 +402,7 @@ def test_jsonl_files_selected_by_a_pattern_are_read_as_jsonl(tmp_path):
     assert load_text(tmp_path, field="text", pattern="*").documents == ("one", "two")
 
 
-def test_links(tmp_path):
+def test_links_to_files_are_followed_but_not_links_to_folders(tmp_path):
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "elsewhere" / "away.txt").write_bytes(b"away")
     folder = tmp_path / "folder"
@@ -411,7 +411,7 @@ def test_links(tmp_path):
     try:
         (folder / "b.txt").symlink_to(tmp_path / "elsewhere" / "away.txt")
     except OSError as error:
-        pytest.skip(f"this system makes no links: {error}")
+        pytest.skip(f"this system cannot create links: {error}")
     (folder / "broken.txt").symlink_to(folder / "nowhere.txt")
     (folder / "circle.txt").symlink_to(folder / "circle.txt")
     (folder / "self").symlink_to(folder, target_is_directory=True)
@@ -419,11 +419,11 @@ def test_links(tmp_path):
     corpus = open_corpus(folder)
     assert list(corpus.documents()) == ["a", "away"]
     assert [path.name for path in corpus.left_out] == ["away", "broken.txt", "circle.txt", "self"]
-    (tmp_path / "link").symlink_to(folder, target_is_directory=True)  # asked for by name, it is followed
+    (tmp_path / "link").symlink_to(folder, target_is_directory=True)  # a link given as the path is followed
     assert list(open_corpus(tmp_path / "link").documents()) == ["a", "away"]
 
 
-def test_what_cannot_be_read_is_not_passed_over(tmp_path, monkeypatch):
+def test_unreadable_files_and_folders_are_reported(tmp_path, monkeypatch):
     (tmp_path / "a.txt").write_bytes(b"a")
     (tmp_path / "b.txt").write_bytes(b"b\xff")
     with pytest.raises(Error, match=r"b.txt' is not UTF-8 at byte offset 1"):

@@ -1,4 +1,4 @@
-"""Token files: the ids are those in memory, whatever interrupts the work; and what can be wrong with them."""
+"""Token files: ids equal those encoded in memory, also after interruptions; and damaged files."""
 
 import errno
 import json
@@ -30,7 +30,7 @@ BYTES = BPETokenizer([])
 
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch):
-    """Chunks of 100 characters, of which every 3 are recorded, instead of a million and 16."""
+    """Use chunks of 100 characters and record every 3 chunks, instead of a million and 16."""
     monkeypatch.setattr(corpus_module, "PIECE_CHARACTERS", 100)
     monkeypatch.setattr(token_file, "PIECE_CHARACTERS", 100)
     monkeypatch.setattr(token_file, "CHUNKS_PER_FLUSH", 3)
@@ -44,7 +44,7 @@ def write_jsonl(path, documents):
 
 @pytest.fixture
 def corpus(tmp_path):
-    """Documents of 0 to 600 characters, of which some end exactly where a chunk does."""
+    """Documents of 0 to 600 characters, some of which end exactly at the end of a chunk."""
     documents = [("word é漢 " * n)[: 7 * n] for n in (1, 0, 90, 0, 0, 3, 50, 14)] + ["ten chars." * 10]
     return write_jsonl(tmp_path / "corpus.jsonl", [*documents * 6, "", "the end"])
 
@@ -57,7 +57,7 @@ def expected(corpus, tokenizer=GPT2, special="refuse"):
 
 
 @given(st.lists(st.text("ab \n'é漢", max_size=40), min_size=1, max_size=12), st.integers(1, 30))
-def test_ids_are_those_in_memory(tmp_path_factory, documents, size):
+def test_ids_equal_those_encoded_in_memory(tmp_path_factory, documents, size):
     folder = tmp_path_factory.mktemp("any")
     corpus = write_jsonl(folder / "some.jsonl", ["x", *documents])
     with pytest.MonkeyPatch.context() as patched:
@@ -72,7 +72,7 @@ def test_ids_are_those_in_memory(tmp_path_factory, documents, size):
         assert num_bytes == len(GPT2.decode_bytes(np.array(plain, dtype=int)))
 
 
-def test_what_the_folder_holds(tmp_path, corpus):
+def test_files_in_the_folder(tmp_path, corpus):
     file = tokenize_corpus(corpus, GPT2, "refuse", tmp_path / "new" / "tokens")
     assert file.tokens.tolist() == expected(corpus)
     assert isinstance(file.tokens, np.memmap) and file.tokens.dtype == np.dtype("<u2")
@@ -88,7 +88,7 @@ def test_what_the_folder_holds(tmp_path, corpus):
 
 
 @pytest.mark.parametrize(("vocab_size", "dtype"), [(2**16, "<u2"), (2**16 + 1, "<u4")])
-def test_two_bytes_an_id_where_that_is_enough(tmp_path, vocab_size, dtype):
+def test_ids_have_two_bytes_if_they_fit(tmp_path, vocab_size, dtype):
     characters = [chr(i) for i in range(32, 2**17) if not 0xD800 <= i < 0xE000][:vocab_size]
     tokenizer = CharTokenizer("".join(characters))
     (tmp_path / "a.txt").write_text(characters[0] + characters[-1], encoding="utf-8")
@@ -108,9 +108,9 @@ def test_special_tokens_in_the_text(tmp_path):
 
 
 @pytest.mark.parametrize("threads", ["1", "2", "5"])
-def test_order_does_not_depend_on_who_is_done_first(tmp_path, corpus, monkeypatch, threads):
+def test_order_does_not_depend_on_thread_timing(tmp_path, corpus, monkeypatch, threads):
     def slow_start(tokenizer, documents, special):
-        time.sleep(0.002 * (len(calls) % 5))  # a chunk begun later is often done earlier
+        time.sleep(0.002 * (len(calls) % 5))  # later chunks often finish first
         calls.append(threading.current_thread().name)
         return encode_documents(tokenizer, documents, special)
 
@@ -121,7 +121,7 @@ def test_order_does_not_depend_on_who_is_done_first(tmp_path, corpus, monkeypatc
     assert len(set(calls)) == int(threads)
 
 
-def test_a_complete_file_is_opened_not_made_again(tmp_path, corpus, monkeypatch):
+def test_complete_file_is_opened_not_rewritten(tmp_path, corpus, monkeypatch):
     tokenize_corpus(corpus, GPT2, "refuse", tmp_path / "t")
     monkeypatch.delattr(token_file, "encode_documents")
     assert tokenize_corpus(corpus, GPT2, "refuse", tmp_path / "t").tokens.tolist() == expected(corpus)
@@ -149,11 +149,11 @@ def test_progress_counts_bytes(tmp_path, corpus, monkeypatch):
         tokenize_corpus(corpus, GPT2, "refuse", tmp_path / "t")
     monkeypatch.setattr(token_file, "_record", RECORD)
     tokenize_corpus(corpus, GPT2, "refuse", tmp_path / "t", progress=False)
-    assert [bar.disable for bar in bars] == [None, True]  # None: where there is a terminal
+    assert [bar.disable for bar in bars] == [None, True]  # None: only on a terminal
     assert 0 < bars[0].done < bars[1].done == bars[0].total == corpus.num_bytes
 
 
-# Interrupted
+# Interruptions
 
 RECORD = token_file._record
 
@@ -168,14 +168,16 @@ def interrupt_after(monkeypatch, records):
     monkeypatch.setattr(token_file, "_record", record)
 
 
-def test_ctrl_c_leaves_no_thread_behind_and_goes_on(tmp_path, corpus, monkeypatch):
+def test_resumes_after_ctrl_c_without_leftover_threads(tmp_path, corpus, monkeypatch):
     def counting(tokenizer, documents, special):
         encoded.append(documents)
         return encode_documents(tokenizer, documents, special)
 
     encoded = []
     interrupt_after(monkeypatch, 4)
-    with pytest.raises(KeyboardInterrupt) as stopped:  # it holds every frame of the call, as a debugger does
+    with pytest.raises(
+        KeyboardInterrupt
+    ) as stopped:  # keeps every frame of the call alive, as a debugger does
         tokenize_corpus(corpus, GPT2, "refuse", tmp_path / "t")
     assert stopped and not [thread.name for thread in threading.enumerate() if "Executor" in thread.name]
     with pytest.raises(Error, match="not contain a complete token file"):
@@ -185,7 +187,7 @@ def test_ctrl_c_leaves_no_thread_behind_and_goes_on(tmp_path, corpus, monkeypatc
     monkeypatch.setattr(token_file, "encode_documents", counting)
     file = tokenize_corpus(corpus, GPT2, "refuse", tmp_path / "t")
     assert file.tokens.tolist() == expected(corpus)
-    assert len(encoded) == len(file.index["chunks"]) - 4 * 3  # what was recorded is not done again
+    assert len(encoded) == len(file.index["chunks"]) - 4 * 3  # recorded chunks are not encoded again
 
 
 KILLED = """
@@ -231,8 +233,8 @@ print(number, len(whole.index["chunks"]))
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="the test program forks")
-def test_kill_minus_9_before_every_step_that_counts(tmp_path, corpus):
-    """A process that kills itself before its n-th fsync, rename or removal; then another that goes on."""
+def test_resumes_after_kill_at_every_disk_operation(tmp_path, corpus):
+    """A process kills itself before its n-th fsync, rename or removal; another one resumes."""
     command = [sys.executable, "-c", KILLED, corpus.name, str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
@@ -241,8 +243,8 @@ def test_kill_minus_9_before_every_step_that_counts(tmp_path, corpus):
     assert steps >= 2 * (chunks // 7 + 1) + 5
 
 
-def test_progress_cut_anywhere(tmp_path, corpus, monkeypatch):
-    """What a crash leaves of the last lines, and of ids that no line speaks of yet."""
+def test_resumes_from_a_progress_file_cut_anywhere(tmp_path, corpus, monkeypatch):
+    """A crash may leave an incomplete last line, and ids that are not yet recorded."""
     folder = tmp_path / "t"
     interrupt_after(monkeypatch, 2)
     with pytest.raises(KeyboardInterrupt):
@@ -258,7 +260,7 @@ def test_progress_cut_anywhere(tmp_path, corpus, monkeypatch):
         (folder / TOKENS).unlink()
 
 
-def test_interrupted_again_after_a_cut_line(tmp_path, corpus, monkeypatch):
+def test_resumes_after_repeated_interrupts(tmp_path, corpus, monkeypatch):
     for _ in range(3):
         interrupt_after(monkeypatch, 1)
         with pytest.raises(KeyboardInterrupt):
@@ -270,7 +272,7 @@ def test_interrupted_again_after_a_cut_line(tmp_path, corpus, monkeypatch):
 
 
 class FullDisk:
-    """``open`` on a disk with so many bytes left; a write that does not fit is done in part."""
+    """``open`` on a disk with ``left`` free bytes; a write that does not fit is truncated."""
 
     def __init__(self, left):
         self.left = left
@@ -298,7 +300,7 @@ class FullDisk:
         return File()
 
 
-def test_no_space_left(tmp_path, corpus, monkeypatch):
+def test_full_disk_is_reported_and_resumed(tmp_path, corpus, monkeypatch):
     needed = 2 * len(expected(corpus, BYTES))
     said = set()
     for left in [0, 1, 300, *range(500, needed + 3000, 1999)]:
@@ -307,7 +309,7 @@ def test_no_space_left(tmp_path, corpus, monkeypatch):
             patched.setattr(token_file, "open", FullDisk(left).open, raising=False)
             try:
                 tokenize_corpus(corpus, BYTES, "refuse", folder)
-                continue  # there was enough after all
+                continue  # there was enough space
             except Error as error:
                 said.add(str(error))
                 assert f"cannot be written ({os.strerror(errno.ENOSPC)}) after 0.0 of 0.0 MB" in str(error)
@@ -316,14 +318,16 @@ def test_no_space_left(tmp_path, corpus, monkeypatch):
     assert len(said) > 5
 
 
-def test_how_much_space_is_missing(tmp_path):
+def test_full_disk_error_states_the_space_needed(tmp_path):
     full = OSError(errno.ENOSPC, "No space left on device")
     about = {"corpus": {"bytes": 40_000_000}, "dtype": "<u2"}
     error = token_file._cannot_write(
         full, tmp_path, about, [[2_000_000, 8_000_000]] * 2, [[500_000, 2_000_000]]
     )
     assert "after 16.0 of 40.0 MB of text: free about 12.0 MB more and run it again" in str(error)
-    error = token_file._cannot_write(full, tmp_path, about, [], [])  # nothing known: one id a byte at most
+    error = token_file._cannot_write(
+        full, tmp_path, about, [], []
+    )  # nothing encoded yet: at most one id per byte
     assert "free about 80.0 MB more" in str(error)
     error = token_file._cannot_write(OSError(errno.EIO, "Input/output error"), tmp_path, about, [], [])
     assert "(Input/output error) after 0.0 of 40.0 MB of text: fix this and run it again" in str(error)
@@ -336,11 +340,11 @@ def test_one_writer_at_a_time(tmp_path, corpus):
     assert tokenize_corpus(corpus, GPT2, "refuse", tmp_path / "t").tokens.tolist() == expected(corpus)
 
 
-def test_a_file_that_another_process_finished_meanwhile_is_not_made_again(tmp_path, corpus, monkeypatch):
+def test_file_finished_by_another_process_is_opened(tmp_path, corpus, monkeypatch):
     finished = tokenize_corpus(corpus, GPT2, "refuse", tmp_path / "t")
     seen = []
 
-    def exists(path):  # the first time, the other process is not done yet
+    def exists(path):  # at the first call, the other process has not finished
         seen.append(path)
         return len(seen) > 1
 
@@ -350,12 +354,12 @@ def test_a_file_that_another_process_finished_meanwhile_is_not_made_again(tmp_pa
     assert len(seen) == 2
 
 
-# What does not fit
+# Mismatches and damage
 
 
 @pytest.fixture(params=["complete", "interrupted"])
 def begun(request, tmp_path, corpus, monkeypatch):
-    """A folder with the tokens of the corpus, all or half of them, by BYTES and with special="refuse"."""
+    """A folder with all or half of the corpus's tokens, encoded by BYTES with special="refuse"."""
     folder = tmp_path / "t"
     if request.param == "interrupted":
         interrupt_after(monkeypatch, 2)
@@ -367,7 +371,7 @@ def begun(request, tmp_path, corpus, monkeypatch):
     return folder
 
 
-def test_another_text_tokenizer_or_special(tmp_path, corpus, begun):
+def test_other_text_tokenizer_or_special_is_rejected(tmp_path, corpus, begun):
     changed = write_jsonl(tmp_path / "changed.jsonl", [*list(corpus.documents())[:-1], "the End"])
     other = BPETokenizer([(64, 65)])
     remedy = "delete that folder to tokenize again, or choose another folder"
@@ -378,12 +382,12 @@ def test_another_text_tokenizer_or_special(tmp_path, corpus, begun):
     ]:
         with pytest.raises(Error, match=f"{said}.*: {remedy}"):
             tokenize_corpus(*arguments, begun)
-    # None of them did harm, and a text of another name is the same text.
+    # These errors changed nothing, and the name of a text does not matter.
     renamed = write_jsonl(tmp_path / "renamed.jsonl", corpus.documents())
     assert tokenize_corpus(renamed, BYTES, "refuse", begun).tokens.tolist() == expected(corpus, BYTES)
 
 
-def test_opening_checks_what_it_is_given(tmp_path, corpus):
+def test_open_checks_the_given_arguments_only(tmp_path, corpus):
     folder = tmp_path / "t"
     tokenize_corpus(corpus, GPT2, "refuse", folder)
     for arguments in [(), (corpus,), (None, GPT2), (corpus, GPT2, "refuse")]:
@@ -394,9 +398,9 @@ def test_opening_checks_what_it_is_given(tmp_path, corpus):
             TokenFile.open(folder, *arguments)
 
 
-def test_a_text_that_changes_on_the_way(tmp_path, corpus, monkeypatch):
+def test_text_changed_while_tokenizing_is_detected(tmp_path, corpus, monkeypatch):
     documents = list(corpus.documents())
-    write_jsonl(tmp_path / "corpus.jsonl", [*documents[:-1], "the End"])  # the corpus was opened before that
+    write_jsonl(tmp_path / "corpus.jsonl", [*documents[:-1], "the End"])  # after the corpus was opened
     with pytest.raises(Error, match="changed while it was in use"):
         tokenize_corpus(corpus, GPT2, "refuse", tmp_path / "t")
     with pytest.raises(Error, match="not contain a complete token file"):
@@ -405,7 +409,7 @@ def test_a_text_that_changes_on_the_way(tmp_path, corpus, monkeypatch):
         tokenize_corpus(open_corpus(corpus.name, field="t"), GPT2, "refuse", tmp_path / "t")
 
 
-def test_documents_without_an_end_of_text_are_refused_first(tmp_path, corpus):
+def test_documents_without_an_end_of_text_token_fail_early(tmp_path, corpus):
     tokenizer = CharTokenizer.from_text("".join(corpus.documents()))
     with pytest.raises(Error, match=r"'char' has no <\|endoftext\|>"):
         tokenize_corpus(corpus, tokenizer, "refuse", tmp_path / "t")
@@ -415,14 +419,14 @@ def test_documents_without_an_end_of_text_are_refused_first(tmp_path, corpus):
     assert ids == expected(corpus, extended)
 
 
-def test_a_special_token_that_a_cut_could_divide_is_refused(tmp_path, corpus):
+def test_special_token_with_a_space_is_rejected(tmp_path, corpus):
     tokenizer = BYTES.with_special_tokens(["<|two words|>"])
     with pytest.raises(Error, match=r"special token '<\|two words\|>' contains a space"):
         tokenize_corpus(corpus, tokenizer, "allow", tmp_path / "t")
     assert not (tmp_path / "t").exists()
 
 
-def test_folders_that_are_none_of_ours(tmp_path, corpus):
+def test_other_folders_are_rejected(tmp_path, corpus):
     for content, said in [
         ("[]", "no token file of format 1"),
         ('{"format": 2}', "no token file of format 1"),
@@ -441,11 +445,11 @@ def test_folders_that_are_none_of_ours(tmp_path, corpus):
         TokenFile.open(tmp_path / "nowhere")
 
 
-def test_damage(tmp_path, corpus, monkeypatch):
+def test_damaged_files_are_rejected(tmp_path, corpus, monkeypatch):
     folder = tmp_path / "t"
     file = tokenize_corpus(corpus, GPT2, "refuse", folder)
     size = 2 * len(file.tokens)
-    del file  # Windows writes over no file that is mapped
+    del file  # Windows cannot write to a mapped file
     for content in (b"", (folder / TOKENS).read_bytes()[:-1], (folder / TOKENS).read_bytes() + b"12"):
         (folder / TOKENS).write_bytes(content)
         with pytest.raises(Error, match=f"has {len(content):,} bytes, not the {size:,} of its index"):
@@ -463,7 +467,7 @@ def test_damage(tmp_path, corpus, monkeypatch):
         tokenize_corpus(corpus, GPT2, "refuse", tmp_path / "u")
 
 
-def test_an_index_that_says_something_else(tmp_path, corpus):
+def test_inconsistent_index_is_rejected(tmp_path, corpus):
     folder = tmp_path / "t"
     index = tokenize_corpus(corpus, BYTES, "refuse", folder).index
     for change in [
@@ -492,7 +496,7 @@ def test_an_index_that_says_something_else(tmp_path, corpus):
         TokenFile.open(folder)
 
 
-def test_an_id_out_of_range(tmp_path, corpus, monkeypatch):
+def test_id_out_of_range_is_rejected(tmp_path, corpus, monkeypatch):
     monkeypatch.setattr(token_file, "CHECKED_AT_ONCE", 100)
     folder = tmp_path / "t"
     assert len(tokenize_corpus(corpus, BYTES, "refuse", folder).tokens) > 1000
@@ -505,7 +509,7 @@ def test_an_id_out_of_range(tmp_path, corpus, monkeypatch):
     assert TokenFile.open(folder, corpus, BYTES).tokens.tobytes() == data
 
 
-def test_progress_that_is_none(tmp_path, corpus, monkeypatch):
+def test_malformed_progress_is_rejected(tmp_path, corpus, monkeypatch):
     interrupt_after(monkeypatch, 4)
     with pytest.raises(KeyboardInterrupt):
         tokenize_corpus(corpus, BYTES, "refuse", tmp_path / "t")
@@ -529,9 +533,9 @@ def test_progress_that_is_none(tmp_path, corpus, monkeypatch):
         tokenize_corpus(corpus, BYTES, "refuse", tmp_path / "t")
 
 
-@pytest.mark.skipif(os.name != "posix", reason="Windows has no pipes with names")
+@pytest.mark.skipif(os.name != "posix", reason="Windows has no named pipes")
 @pytest.mark.parametrize("name", [INDEX, TOKENS, PART, PROGRESS])
-def test_a_pipe_is_no_file(tmp_path, corpus, name):
+def test_pipe_is_rejected(tmp_path, corpus, name):
     folder = tmp_path / "t"
     if name in (INDEX, TOKENS):
         tokenize_corpus(corpus, BYTES, "refuse", folder)
@@ -547,7 +551,7 @@ def test_a_pipe_is_no_file(tmp_path, corpus, name):
 # Splits
 
 
-def test_split_is_at_the_first_end_of_a_chunk_after_the_fraction(tmp_path, corpus):
+def test_split_is_at_the_end_of_a_chunk(tmp_path, corpus):
     file = tokenize_corpus(corpus, GPT2, "refuse", tmp_path / "t")
     content = "".join(corpus.documents()).encode("utf-8")
     for fraction in (0.02, 0.1, 0.35, 0.5, 0.9, 0.999):
@@ -556,7 +560,7 @@ def test_split_is_at_the_first_end_of_a_chunk_after_the_fraction(tmp_path, corpu
         assert np.array_equal(np.concatenate([train, validation]), file.tokens)
         plain = validation[validation != GPT2.special_tokens[END_OF_TEXT]]
         assert GPT2.decode_bytes(plain.astype(int)) == content[len(content) - num_bytes :]
-        # The last chunk of the training part is the one in which its share of the bytes ends.
+        # The last chunk of the training part contains the byte at the given fraction.
         ends = np.cumsum([num_bytes for _, num_bytes in file.index["chunks"]])
         before = [end for end in ends if end < len(content) - num_bytes]
         assert max(before, default=0) < (1 - fraction) * len(content) <= len(content) - num_bytes
@@ -593,7 +597,7 @@ print(peak_memory(), len(file.tokens))
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows does not say how much memory a process had")
-def test_memory_does_not_grow_with_the_text(tmp_path):
+def test_memory_use_does_not_grow_with_the_text(tmp_path):
     peaks = []
     for megabytes in (4, 24):
         with open(tmp_path / f"{megabytes}.txt", "w", encoding="utf-8") as file:

@@ -1,4 +1,4 @@
-"""Choosing the next token, and writing with it: against plain torch, by counting, and by hand."""
+"""Sampling and generation: comparison with plain torch, with expected frequencies and with plain loops."""
 
 import math
 from types import SimpleNamespace
@@ -17,21 +17,21 @@ ALMOST_ONE = 1 - 2.0**-53  # the largest number that a generator's random() retu
 
 
 def grid(count):
-    """The middles of ``count`` equal parts of [0, 1)."""
+    """The midpoints of ``count`` equal parts of [0, 1)."""
     return (np.arange(count) + 0.5) / count
 
 
-def draws(logits, uniforms, **options):
-    """The token each uniform number draws from one row of logits."""
+def sampled(logits, uniforms, **options):
+    """The token sampled by each uniform number from one row of logits."""
     rows = np.repeat(np.atleast_2d(logits), len(uniforms), axis=0)
     return choose_tokens(rows, np.asarray(uniforms), **options)
 
 
-# Choosing a token
+# Sampling
 
 
 def reference_candidates(row, temperature, top_k, top_p):
-    """The tokens that may be drawn and their probabilities, in plain torch, in the order of the papers."""
+    """The tokens kept and their probabilities, in plain torch, following the papers step by step."""
     torch = pytest.importorskip("torch")
     row = torch.from_numpy(row)
     ranked = sorted(range(len(row)), key=lambda i: (-row[i].item(), i))
@@ -56,7 +56,7 @@ def reference_probabilities(row, temperature, top_k, top_p):
 
 
 def reference(row, uniform, temperature, top_k, top_p):
-    """The one token that a uniform number draws from one row of logits."""
+    """The token sampled by a uniform number from one row of logits."""
     ranked, p = reference_candidates(row, temperature, top_k, top_p)
     below = 0.0
     for token, probability in zip(ranked, p):
@@ -70,7 +70,7 @@ tied = st.lists(st.sampled_from([-4.0, -1.0, 0.0, 0.0, 0.25, 2.0, 2.0]), min_siz
 untied = st.lists(st.floats(-8, 8), min_size=1, max_size=12)
 
 
-# Twelve equal logits of which two may be drawn: always tried, whatever Hypothesis thinks of.
+# Twelve equal logits of which two are kept: always tested, in addition to Hypothesis's examples.
 @example(row=[0.0] * 12, temperature=1.0, top_k=2, nucleus=False, seed=0)
 @given(
     row=tied | untied,
@@ -79,9 +79,9 @@ untied = st.lists(st.floats(-8, 8), min_size=1, max_size=12)
     nucleus=st.booleans(),
     seed=st.integers(0, 2**32 - 1),
 )
-def test_chosen_tokens_are_those_of_plain_torch(row, temperature, top_k, nucleus, seed):
+def test_sampled_tokens_equal_those_of_plain_torch(row, temperature, top_k, nucleus, seed):
     rng = np.random.default_rng(seed)
-    # Drawn at random, so that no uniform number and no top_p falls on the edge between two tokens.
+    # Random numbers, so that no uniform number or top_p falls on the boundary between two tokens.
     top_p = rng.random() if nucleus else None
     logits = np.stack([rng.permutation(row) for _ in range(5)])
     uniforms = rng.random(5)
@@ -90,24 +90,24 @@ def test_chosen_tokens_are_those_of_plain_torch(row, temperature, top_k, nucleus
 
 
 @given(st.lists(st.integers(-2, 2), min_size=1, max_size=10))
-def test_temperature_zero_takes_the_largest_and_of_equals_the_first(row):
-    tokens = draws(np.array(row, float), [0.0, 0.5, ALMOST_ONE], temperature=0)
+def test_temperature_zero_is_greedy_and_breaks_ties_by_id(row):
+    tokens = sampled(np.array(row, float), [0.0, 0.5, ALMOST_ONE], temperature=0)
     assert tokens.tolist() == [row.index(max(row))] * 3
-    assert draws(np.array(row, float), [0.0, ALMOST_ONE], top_k=1).tolist() == [row.index(max(row))] * 2
+    assert sampled(np.array(row, float), [0.0, ALMOST_ONE], top_k=1).tolist() == [row.index(max(row))] * 2
 
 
 @pytest.mark.parametrize(
     ("top_k", "expected"),
     [(1, {1}), (2, {1, 3}), (3, {1, 3, 0}), (4, {1, 3, 0, 2}), (6, {0, 1, 2, 3, 4, 5}), (99, set(range(6)))],
 )
-def test_exactly_k_candidates_and_of_equals_those_with_the_lowest_ids(top_k, expected):
+def test_top_k_keeps_exactly_k_and_breaks_ties_by_id(top_k, expected):
     logits = np.array([1.0, 2.0, 1.0, 2.0, 1.0, 1.0])
-    assert set(draws(logits, grid(1000), top_k=top_k).tolist()) == expected
+    assert set(sampled(logits, grid(1000), top_k=top_k).tolist()) == expected
 
 
 @pytest.mark.parametrize("top_k", [1, 7, 40, 200])
-def test_exactly_k_candidates_when_all_are_equal(top_k):
-    assert set(draws(np.zeros(200), grid(4000), top_k=top_k).tolist()) == set(range(top_k))
+def test_top_k_keeps_exactly_k_of_equal_logits(top_k):
+    assert set(sampled(np.zeros(200), grid(4000), top_k=top_k).tolist()) == set(range(top_k))
 
 
 @pytest.mark.parametrize(
@@ -115,7 +115,7 @@ def test_exactly_k_candidates_when_all_are_equal(top_k):
     [
         (1e-300, {2}),
         (0.25, {2}),
-        (0.5, {2}),  # reached exactly: no more than that
+        (0.5, {2}),  # reached exactly
         (0.5 + 1e-12, {2, 0}),
         (0.75, {2, 0}),
         (0.75 + 1e-12, {2, 0, 1}),
@@ -124,21 +124,21 @@ def test_exactly_k_candidates_when_all_are_equal(top_k):
         (1.0, {2, 0, 1, 3}),
     ],
 )
-def test_top_p_keeps_the_fewest_tokens_that_reach_it(top_p, expected):
+def test_top_p_keeps_the_shortest_prefix_that_reaches_it(top_p, expected):
     logits = np.log2(
         [0.25, 0.125, 0.5, 0.125]
     )  # at temperature 1/log(2) these are the probabilities, exactly
-    tokens = draws(logits, grid(1000), temperature=1 / math.log(2), top_p=top_p)
+    tokens = sampled(logits, grid(1000), temperature=1 / math.log(2), top_p=top_p)
     assert set(tokens.tolist()) == expected
 
 
-def test_top_p_counts_what_top_k_left():
+def test_top_p_is_applied_after_top_k():
     probabilities = np.array([0.4, 0.3, 0.2, 0.1])
-    # Of the first two, renormalised, 4/7 = 0.571 belongs to the first.
-    assert set(draws(np.log(probabilities), grid(1000), top_k=2, top_p=0.57).tolist()) == {0}
-    assert set(draws(np.log(probabilities), grid(1000), top_k=2, top_p=0.58).tolist()) == {0, 1}
-    assert set(draws(np.log(probabilities), grid(1000), top_p=0.57).tolist()) == {0, 1}
-    assert set(draws(np.log(probabilities), grid(1000), top_k=3, top_p=1.0).tolist()) == {0, 1, 2}
+    # Of the first two, renormalised, the first has probability 4/7 = 0.571.
+    assert set(sampled(np.log(probabilities), grid(1000), top_k=2, top_p=0.57).tolist()) == {0}
+    assert set(sampled(np.log(probabilities), grid(1000), top_k=2, top_p=0.58).tolist()) == {0, 1}
+    assert set(sampled(np.log(probabilities), grid(1000), top_p=0.57).tolist()) == {0, 1}
+    assert set(sampled(np.log(probabilities), grid(1000), top_k=3, top_p=1.0).tolist()) == {0, 1, 2}
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
@@ -146,14 +146,14 @@ def test_top_p_counts_what_top_k_left():
 def test_extreme_logits_and_temperatures(temperature, dtype):
     logits = np.array([-1e4, 1e4, 0.0, 1e4 - 8, -np.inf], dtype)
     exact = [math.exp((float(logit) - 1e4) / temperature) for logit in logits]
-    tokens = draws(logits, grid(10_000), temperature=temperature, top_p=1.0)
+    tokens = sampled(logits, grid(10_000), temperature=temperature, top_p=1.0)
     counts = np.bincount(tokens, minlength=5)
     assert np.abs(counts / 10_000 - np.array(exact) / sum(exact)).max() <= 1e-4
 
 
 @pytest.mark.parametrize("temperature", [5e-324, 1e-300])
-def test_the_smallest_temperatures_are_greedy(temperature):
-    assert draws(np.array([1.0, 3.0, 2.0]), [0.0, ALMOST_ONE], temperature=temperature).tolist() == [1, 1]
+def test_smallest_temperatures_are_greedy(temperature):
+    assert sampled(np.array([1.0, 3.0, 2.0]), [0.0, ALMOST_ONE], temperature=temperature).tolist() == [1, 1]
 
 
 @given(
@@ -163,27 +163,27 @@ def test_the_smallest_temperatures_are_greedy(temperature):
     temperature=st.floats(1e-8, 1e4),
 )
 @example(row=[0.1] * 10, top_k=None, top_p=0.3, temperature=1.0)
-def test_the_ends_of_the_unit_interval(row, top_k, top_p, temperature):
+def test_uniform_numbers_at_the_ends_of_the_interval(row, top_k, top_p, temperature):
     options = dict(temperature=temperature, top_k=top_k, top_p=top_p)
     ranked = sorted(range(len(row)), key=lambda i: (-row[i], i))[:top_k]
-    first, last = draws(np.array(row), [0.0, ALMOST_ONE], **options)
+    first, last = sampled(np.array(row), [0.0, ALMOST_ONE], **options)
     assert first == ranked[0]
     assert last in ranked
-    assert ranked.index(last) >= ranked.index(draws(np.array(row), [0.999], **options)[0])
+    assert ranked.index(last) >= ranked.index(sampled(np.array(row), [0.999], **options)[0])
 
 
-def test_a_token_that_cannot_be_is_never_drawn():
+def test_token_of_probability_zero_is_never_sampled():
     logits = np.array([-np.inf, 0.0, -np.inf, 0.0, -np.inf])
-    tokens = draws(logits, [0.0, 0.25, 0.5, 0.75, ALMOST_ONE])
+    tokens = sampled(logits, [0.0, 0.25, 0.5, 0.75, ALMOST_ONE])
     assert tokens.tolist() == [1, 1, 3, 3, 3]
 
 
-def test_equally_spaced_uniforms_draw_in_proportion():
+def test_equally_spaced_uniforms_sample_in_proportion():
     logits = np.random.default_rng(0).standard_normal(30) * 2
     count = 20_000
     expected = np.exp(logits / 0.8) / np.exp(logits / 0.8).sum()
-    counts = np.bincount(draws(logits, grid(count), temperature=0.8), minlength=30)
-    assert np.abs(counts - count * expected).max() <= 1  # as a token owns one interval of its probability
+    counts = np.bincount(sampled(logits, grid(count), temperature=0.8), minlength=30)
+    assert np.abs(counts - count * expected).max() <= 1  # a token corresponds to one interval of [0, 1)
 
 
 @given(
@@ -195,9 +195,7 @@ def test_equally_spaced_uniforms_draw_in_proportion():
 )
 @example(row=[2.0, 2.0, 0.0], temperature=0, top_k=None, nucleus=False, seed=0)
 @example(row=[0.0] * 12, temperature=1.0, top_k=5, nucleus=True, seed=0)
-def test_probabilities_are_those_of_plain_torch_and_what_is_drawn_from(
-    row, temperature, top_k, nucleus, seed
-):
+def test_probabilities_equal_plain_torch_and_the_sampled_frequencies(row, temperature, top_k, nucleus, seed):
     rng = np.random.default_rng(seed)
     top_p = rng.random() if nucleus else None
     logits = np.stack([rng.permutation(row) for _ in range(3)]).astype(np.float32)
@@ -209,11 +207,11 @@ def test_probabilities_are_those_of_plain_torch_and_what_is_drawn_from(
         expected = reference_probabilities(one.astype(np.float64), temperature, top_k, top_p)
         assert np.abs(p[i] - expected).max() <= 1e-14
         assert np.array_equal(p[i] > 0, expected > 0)
-        drawn = np.bincount(draws(one, grid(count), temperature=temperature, top_k=top_k, top_p=top_p))
-        assert np.abs(np.pad(drawn, (0, len(row) - len(drawn))) - count * p[i]).max() <= 1 + 1e-9
+        counts = np.bincount(sampled(one, grid(count), temperature=temperature, top_k=top_k, top_p=top_p))
+        assert np.abs(np.pad(counts, (0, len(row) - len(counts))) - count * p[i]).max() <= 1 + 1e-9
 
 
-def test_probabilities_of_temperature_zero_are_all_with_the_largest():
+def test_probabilities_at_temperature_zero_are_one_hot():
     assert probabilities(np.array([[1.0, 3.0, 3.0], [5.0, -np.inf, 2.0]]), 0).tolist() == [
         [0, 1, 0],
         [1, 0, 0],
@@ -221,7 +219,7 @@ def test_probabilities_of_temperature_zero_are_all_with_the_largest():
 
 
 @pytest.mark.parametrize(("bad", "temperature"), [(np.nan, 0), (np.nan, 1.0), (np.inf, 1.0)])
-def test_logits_without_a_softmax(bad, temperature):
+def test_logits_that_are_not_finite_are_rejected(bad, temperature):
     logits = np.zeros((2, 4), np.float32)
     logits[1, 2] = bad
     with pytest.raises(Error, match=r"logits .*weights are damaged or training diverged"):
@@ -230,16 +228,16 @@ def test_logits_without_a_softmax(bad, temperature):
         probabilities(logits, temperature)
 
 
-def test_no_token_possible():
+def test_logits_that_are_all_minus_infinity_are_rejected():
     with pytest.raises(Error, match=r"logits .*weights are damaged or training diverged"):
         choose_tokens(np.full((1, 4), -np.inf), np.array([0.5]))
 
 
-# Writing
+# Generation
 
 
 class Uniforms:
-    """A generator whose numbers we know: row t of the table is what the t-th step draws."""
+    """A generator with known numbers: step t gets row t of the table."""
 
     def __init__(self, table):
         self.rows = iter(table)
@@ -251,7 +249,7 @@ class Uniforms:
 
 
 class Counting(nn.Module):
-    """After token i comes i + 1, with near certainty; after the last one, 0. It needs no cache."""
+    """Predicts i + 1 after token i, and 0 after the last one, with near certainty; has no cache."""
 
     context = 4
     learned_positions = True
@@ -264,7 +262,7 @@ class Counting(nn.Module):
 
 
 def small_gpt2(**changes):
-    """Without dropout; with weights large enough that the next token is far from equally likely."""
+    """Without dropout; its weights are large enough for a clearly non-uniform distribution."""
     sizes = dict(vocab_size=13, n_positions=8, n_embd=16, n_layer=2, n_head=2, initializer_range=0.3)
     dropouts = dict(embd_pdrop=0.0, attn_pdrop=0.0, resid_pdrop=0.0)
     return GPT2(GPT2Config(**sizes | dropouts | changes), rng=np.random.default_rng(3))
@@ -275,12 +273,12 @@ def model():
     return small_gpt2().astype(np.float64)
 
 
-def written(steps):
-    """(B, steps) ids."""
+def generated(steps):
+    """The ids of all steps, (B, steps)."""
     return np.stack(list(steps), axis=1)
 
 
-def test_a_step_is_one_token_per_row(model):
+def test_step_yields_one_token_per_row(model):
     steps = list(generate(model, [[1, 2], [3, 4], [5, 6]], 4, rng=np.random.default_rng(0)))
     assert len(steps) == 4
     for tokens in steps:
@@ -290,18 +288,18 @@ def test_a_step_is_one_token_per_row(model):
 
 
 def test_one_prompt_needs_no_batch_axis(model):
-    one = written(generate(model, [1, 2, 3], 5, rng=np.random.default_rng(0)))
-    assert np.array_equal(one, written(generate(model, [[1, 2, 3]], 5, rng=np.random.default_rng(0))))
+    one = generated(generate(model, [1, 2, 3], 5, rng=np.random.default_rng(0)))
+    assert np.array_equal(one, generated(generate(model, [[1, 2, 3]], 5, rng=np.random.default_rng(0))))
 
 
-def test_no_new_tokens(model):
+def test_zero_new_tokens_yield_nothing(model):
     assert list(generate(model, [[1]], max_new_tokens=0)) == []
 
 
 @pytest.mark.parametrize("options", [{}, dict(temperature=0.7, top_k=5, top_p=0.9), dict(temperature=0)])
 @pytest.mark.parametrize("length", [1, 6, 8])
-def test_written_by_hand_and_the_window_slides(model, length, options):
-    """With prompts shorter than the context and as long; 12 tokens run past it in any case."""
+def test_tokens_equal_a_plain_loop_with_a_sliding_window(model, length, options):
+    """Prompts shorter than the context or as long; 12 new tokens always exceed it."""
     rng = np.random.default_rng(length)
     ids = rng.integers(13, size=(3, length))
     table = rng.random((12, 3))
@@ -309,46 +307,46 @@ def test_written_by_hand_and_the_window_slides(model, length, options):
     for uniforms in table:
         logits = model(expected[:, -8:]).data[:, -1]
         expected = np.column_stack([expected, choose_tokens(logits, uniforms, **options)])
-    tokens = written(generate(model, ids, 12, rng=Uniforms(table), **options))
+    tokens = generated(generate(model, ids, 12, rng=Uniforms(table), **options))
     assert np.array_equal(tokens, expected[:, length:])
 
 
 @pytest.mark.parametrize("options", [{}, dict(temperature=1.5, top_k=4), dict(top_p=0.8)])
-def test_a_row_does_not_depend_on_its_neighbours(model, options):
+def test_rows_are_independent(model, options):
     rng = np.random.default_rng(1)
     ids, table = rng.integers(13, size=(5, 4)), rng.random((10, 5))
-    together = written(generate(model, ids, 10, rng=Uniforms(table), **options))
+    together = generated(generate(model, ids, 10, rng=Uniforms(table), **options))
     for i in range(5):
-        alone = written(generate(model, ids[[i]], 10, rng=Uniforms(table[:, [i]]), **options))
+        alone = generated(generate(model, ids[[i]], 10, rng=Uniforms(table[:, [i]]), **options))
         assert np.array_equal(alone, together[[i]])
 
 
-def test_a_row_goes_on_as_it_would_when_its_neighbour_is_finished(model):
+def test_row_is_unaffected_by_a_finished_row(model):
     rng = np.random.default_rng(2)
     ids, table = rng.integers(13, size=(2, 3)), rng.random((12, 2))
-    free = written(generate(model, ids, 12, rng=Uniforms(table)))
+    free = generated(generate(model, ids, 12, rng=Uniforms(table)))
     stop = next(token for token in free[0, :6] if token not in free[1])
-    stopped = written(generate(model, ids, 12, rng=Uniforms(table), stop_ids=[stop]))
+    stopped = generated(generate(model, ids, 12, rng=Uniforms(table), stop_ids=[stop]))
     assert np.array_equal(stopped[1], free[1])
     cut = free[0].tolist().index(stop)
     assert stopped[0].tolist() == free[0, :cut].tolist() + [stop] * (12 - cut)
 
 
-def test_stop_ids():
+def test_generation_ends_at_stop_ids():
     counting = Counting(10)
 
     def tokens(prompts, stop_ids):
-        return written(generate(counting, prompts, 8, stop_ids=stop_ids, use_cache=False)).tolist()
+        return generated(generate(counting, prompts, 8, stop_ids=stop_ids, use_cache=False)).tolist()
 
     assert tokens([[0], [3]], []) == [[1, 2, 3, 4, 5, 6, 7, 8], [4, 5, 6, 7, 8, 9, 0, 1]]
     assert tokens([[0], [3]], [5]) == [[1, 2, 3, 4, 5], [4, 5, 5, 5, 5]]
     assert tokens([[0], [3], [7]], (5, 9)) == [[1, 2, 3, 4, 5], [4, 5, 5, 5, 5], [8, 9, 9, 9, 9]]
     assert tokens([[4]], np.array([5])) == [[5]]
-    assert tokens([[5]], [5]) == [[6, 7, 8, 9, 0, 1, 2, 3]]  # in the prompt it stops nothing
+    assert tokens([[5]], [5]) == [[6, 7, 8, 9, 0, 1, 2, 3]]  # a stop id in the prompt is ignored
     assert tokens([[1], [2]], [5, 1]) == [[2, 3, 4, 5], [3, 4, 5, 5]]
 
 
-def test_arrays_that_were_yielded_and_the_prompt_stay_as_they_are(model):
+def test_prompt_and_yielded_arrays_are_not_modified(model):
     ids = np.array([[1, 2, 3]])
     steps = generate(model, ids, 6, rng=np.random.default_rng(0))
     first = next(steps)
@@ -358,7 +356,7 @@ def test_arrays_that_were_yielded_and_the_prompt_stay_as_they_are(model):
     assert ids.tolist() == [[1, 2, 3]]
 
 
-def test_what_the_caller_does_to_a_yielded_array_changes_nothing(model):
+def test_modifying_a_yielded_array_has_no_effect(model):
     def tokens(spoil):
         out = []
         for step in generate(model, [[1, 2]], 8, rng=np.random.default_rng(0)):
@@ -370,16 +368,16 @@ def test_what_the_caller_does_to_a_yielded_array_changes_nothing(model):
     assert tokens(spoil=True) == tokens(spoil=False)
 
 
-def test_same_seed_same_text(model):
+def test_same_seed_gives_the_same_text(model):
     def text(seed):
-        return written(generate(model, [[1], [2]], 20, rng=np.random.default_rng(seed))).tolist()
+        return generated(generate(model, [[1], [2]], 20, rng=np.random.default_rng(seed))).tolist()
 
     assert text(0) == text(0)
     assert text(0) != text(1)
 
 
-def test_frequencies_are_the_models_probabilities(model):
-    """One step of 20,000 equal rows: chi-square within six standard deviations of its mean."""
+def test_frequencies_match_the_models_probabilities(model):
+    """One step of 20,000 identical rows: chi-square within six standard deviations of its mean."""
     rows = 20_000
     logits = model([[1, 2]]).data[0, -1] / 0.9
     probabilities = np.exp(logits) / np.exp(logits).sum()
@@ -391,11 +389,11 @@ def test_frequencies_are_the_models_probabilities(model):
     assert chi_square < 12 + 6 * math.sqrt(2 * 12)
 
 
-def test_dropout_is_off_while_writing_and_on_again_between_steps():
+def test_dropout_is_off_only_during_steps():
     model = small_gpt2(embd_pdrop=0.5, attn_pdrop=0.5, resid_pdrop=0.5)
 
     def tokens():
-        return written(generate(model, [[1, 2]], 10, rng=np.random.default_rng(0))).tolist()
+        return generated(generate(model, [[1, 2]], 10, rng=np.random.default_rng(0))).tolist()
 
     model.eval()
     in_eval_mode = tokens()
@@ -406,7 +404,7 @@ def test_dropout_is_off_while_writing_and_on_again_between_steps():
         assert all(module.training for _, module in model.named_modules())
 
 
-def test_a_part_that_is_in_eval_mode_stays_there():
+def test_submodule_in_eval_mode_keeps_its_mode():
     model = small_gpt2().train()
     model.h[0].eval()
     list(generate(model, [[1]], 2))
@@ -415,7 +413,7 @@ def test_a_part_that_is_in_eval_mode_stays_there():
     assert not model.h[0].attn.resid_dropout.training
 
 
-def test_gradients_record_between_steps(model):
+def test_gradients_are_recorded_between_steps(model):
     x = Tensor(np.array([3.0]), requires_grad=True)
     for _ in generate(model, [[1]], 3):
         y = (x * x).sum()
@@ -424,7 +422,7 @@ def test_gradients_record_between_steps(model):
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
-def test_an_error_in_the_model_leaves_its_mode_and_the_recording_alone():
+def test_error_in_the_model_restores_modes():
     class Broken(Counting):
         def forward(self, ids, last_only=False, cache=None):
             raise ZeroDivisionError
@@ -441,8 +439,8 @@ def test_an_error_in_the_model_leaves_its_mode_and_the_recording_alone():
 @pytest.mark.parametrize(
     ("ids", "options", "said"),
     [
-        ([[1] * 9], {}, r"\(1, 9\) : .*at most 8 tokens"),
-        ([[[1]]], {}, r"\(1, 1, 1\) : .*batch, time"),
+        ([[1] * 9], {}, r"\(1, 9\): .*at most 8 tokens"),
+        ([[[1]]], {}, r"\(1, 1, 1\): .*batch, time"),
         ([[]], {}, "prompt ids is empty"),
         ([], {}, "prompt ids is empty"),
         ([[1, 13]], {}, r"prompt ids\[0, 1\] is 13, .* 0 to 12"),
@@ -450,11 +448,11 @@ def test_an_error_in_the_model_leaves_its_mode_and_the_recording_alone():
         ([[1.0]], {}, r"prompt ids\[0, 0\] is 1.0, not an integer"),
         ([[1, True]], {}, r"prompt ids\[0, 1\] is True, not an integer"),
         ([[1], [2, 13]], {}, r"prompt ids\[1\]\[1\] is 13, .* 0 to 12"),
-        ([[1, 2], [1] * 9], {}, r"\(2, 9\) : .*at most 8 tokens"),
+        ([[1, 2], [1] * 9], {}, r"\(2, 9\): .*at most 8 tokens"),
         ([[1], []], {}, r"prompt ids\[1\] is empty"),
         ([[1], 2], {}, "prompt ids"),
-        ([[1], [2, 3], 4], {}, r"\(3, 2\) : .*batch, time"),
-        ([[1], [[2], [3]]], {}, r"\(2, 2\) : .*batch, time"),
+        ([[1], [2, 3], 4], {}, r"\(3, 2\): .*batch, time"),
+        ([[1], [[2], [3]]], {}, r"\(2, 2\): .*batch, time"),
         ((np.array([1]), [2, 2.5]), {}, r"prompt ids\[1\]\[1\] is 2.5, not an integer"),
         ([[1]], dict(stop_ids=[13]), r"stop_ids\[0\] is 13, .* 0 to 12"),
         ([[1]], dict(stop_ids=[0, -1]), r"stop_ids\[1\] is -1"),
@@ -476,11 +474,11 @@ def test_an_error_in_the_model_leaves_its_mode_and_the_recording_alone():
 )
 def test_arguments_are_checked_at_the_call(model, ids, options, said):
     with pytest.raises(Error, match=said) as raised:
-        generate(model, ids, **options)  # not a step is taken
+        generate(model, ids, **options)  # no step is executed
     assert "\n" not in str(raised.value)
 
 
-def test_damaged_weights_are_named_instead_of_sampled(model):
+def test_damaged_weights_are_reported(model):
     damaged = small_gpt2()
     damaged.ln_f.bias.data[0] = np.nan
     with pytest.raises(Error, match="not finite"):

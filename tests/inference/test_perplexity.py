@@ -1,4 +1,4 @@
-"""A text's loss is that of ``transformers``, and every token is predicted once."""
+"""The loss of a text: comparison with ``transformers``; every token is predicted once."""
 
 import json
 import math
@@ -21,7 +21,7 @@ torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
 CONTEXT, V = 16, 60
-IDS = np.random.default_rng(0).integers(0, V, 103)  # no multiple of any window here
+IDS = np.random.default_rng(0).integers(0, V, 103)  # not a multiple of any window below
 SHAPES = [(16, 16), (16, 7), (16, 1), (9, 4), (1, 1)]  # context, stride
 RHYME = "The cat sat on the mat, thé cat sat. " * 4
 DOCUMENTS = ["one two", "three", "", "four é"]
@@ -48,7 +48,7 @@ def llama() -> LlamaConfig:
 
 @pytest.fixture(scope="module", params=[(GPT2, gpt2), (Llama, llama)], ids=["gpt2", "llama"])
 def folder(request, tmp_path_factory):
-    """A random model's folder, which both libraries read; nobody writes into it."""
+    """The folder of a random model, which both libraries read; read-only."""
     model, config = request.param
     path = tmp_path_factory.mktemp("models") / "tiny"
     model(config(), rng=np.random.default_rng(0)).save_pretrained(path)
@@ -66,7 +66,7 @@ def ours(folder):
 
 
 def by_hand(model, ids, context, stride) -> list[float]:
-    """-log p of every token but the first, a window and a token at a time, each when it first appears."""
+    """-log p of every token but the first, window by window, each in the first window that has it."""
     losses = []
     for start in range(0, len(ids), stride):
         window = ids[start : start + context]
@@ -80,7 +80,7 @@ def by_hand(model, ids, context, stride) -> list[float]:
 
 
 def guide(model, ids, max_length, stride) -> float:
-    """The loop of Hugging Face's guide; their mean loss of a window is counted with its number of targets."""
+    """The loop of Hugging Face's guide; the mean loss of a window is weighted by its number of targets."""
     ids, end, nats, tokens = torch.tensor(ids)[None], 0, 0.0, 0
     for begin in range(0, ids.shape[1], stride):
         new_end = min(begin + max_length, ids.shape[1])
@@ -97,11 +97,11 @@ def guide(model, ids, max_length, stride) -> float:
     return nats / tokens
 
 
-# ------------------------------------------------------------------------------ the loss itself
+# ------------------------------------------------------------------------------ the loss
 
 
 @pytest.mark.parametrize("context, stride", SHAPES)
-def test_the_loss_is_that_of_transformers(folder, theirs, context, stride):
+def test_loss_equals_that_of_transformers(folder, theirs, context, stride):
     found = evaluate_text(load_model(folder), IDS, context, stride)
     nats, end = 0.0, 0
     for start in range(0, len(IDS) - 1, stride):
@@ -114,18 +114,18 @@ def test_the_loss_is_that_of_transformers(folder, theirs, context, stride):
         nats, end = nats + each[max(end - start, 0) :].sum().item(), stop
     assert found.tokens == len(IDS) - 1
     assert abs(found.loss - nats / found.tokens) < 1e-4
-    assert abs(found.loss - math.log(V)) > 0.1  # it is no guess: the bound above says something
+    assert abs(found.loss - math.log(V)) > 0.1  # not a uniform guess, so the bound above is meaningful
 
 
 @pytest.mark.parametrize("max_length, stride", [(16, 15), (16, 5), (7, 3)])
-def test_the_windows_are_those_of_hugging_faces_guide(folder, theirs, max_length, stride):
+def test_loss_equals_that_of_hugging_faces_guide(folder, theirs, max_length, stride):
     found = evaluate_text(load_model(folder), IDS, max_length - 1, stride)
     assert abs(found.loss - guide(theirs, IDS, max_length, stride)) < 1e-4
 
 
 @pytest.mark.parametrize("batch", [None, 1, 3, 1000])
 @pytest.mark.parametrize("context, stride", SHAPES)
-def test_in_float64_it_is_that_of_a_plain_loop(ours, context, stride, batch):
+def test_loss_in_float64_equals_a_plain_loop(ours, context, stride, batch):
     expected = by_hand(ours, IDS.tolist(), context, stride)
     found = evaluate_text(ours, IDS, context, stride, batch)
     assert found.tokens == len(expected) == len(IDS) - 1
@@ -134,8 +134,8 @@ def test_in_float64_it_is_that_of_a_plain_loop(ours, context, stride, batch):
 
 @given(st.integers(2, 40), st.integers(1, CONTEXT), st.integers(0, 99), st.integers(1, 5))
 @example(length=2, context=1, overlap=0, batch=1)
-@example(length=17, context=16, overlap=0, batch=2)  # one window, to its last token
-@example(length=18, context=16, overlap=0, batch=2)  # and one token more
+@example(length=17, context=16, overlap=0, batch=2)  # exactly one window
+@example(length=18, context=16, overlap=0, batch=2)  # one token more
 @example(length=40, context=16, overlap=15, batch=5)
 def test_any_length_context_stride_and_batch(length, context, overlap, batch):
     stride = context - overlap % context
@@ -151,29 +151,29 @@ def test_any_length_context_stride_and_batch(length, context, overlap, batch):
 @example(length=51, context=50, overlap=0)
 @example(length=52, context=50, overlap=0)
 @example(length=52, context=50, overlap=49)
-def test_every_token_but_the_first_is_predicted_once(length, context, overlap):
+def test_windows_score_every_token_but_the_first_once(length, context, overlap):
     stride = context - overlap % context
     predicted = []
     for number, (start, scored, stop) in enumerate(windows(length, context, stride)):
         assert start == number * stride and 1 <= stop - start <= context
         new = range(max(scored, start) + 1, stop + 1)
-        assert start == 0 or new[0] - start > context - stride  # so many tokens stand before it
+        assert start == 0 or new[0] - start > context - stride  # the least context of a target
         predicted += new
     assert predicted == list(range(1, length))
 
 
-def test_the_defaults_are_the_models_context_without_overlap(ours):
+def test_defaults_are_the_models_context_without_overlap(ours):
     assert evaluate_text(ours, IDS) == evaluate_text(ours, IDS, CONTEXT, CONTEXT, 256)
     assert evaluate_text(ours, IDS, 8) == evaluate_text(ours, IDS, 8, 8)
 
 
-def test_without_overlap_it_is_what_training_reports(ours):
+def test_loss_without_overlap_equals_the_training_evaluation(ours):
     whole = IDS[: 6 * CONTEXT + 1]
     reported = evaluate_windows(ours, Windows(whole, CONTEXT), most=100, batch=4)
     assert evaluate_text(ours, whole).loss == pytest.approx(reported, rel=1e-12)
 
 
-def test_dropout_is_off_and_the_model_is_left_as_it_was():
+def test_dropout_is_off_and_the_model_is_unchanged():
     model = GPT2(gpt2(embd_pdrop=0.5), rng=np.random.default_rng(0)).train()
     before = {name: parameter.data.copy() for name, parameter in model.named_parameters()}
     first = evaluate_text(model, IDS)
@@ -183,7 +183,7 @@ def test_dropout_is_off_and_the_model_is_left_as_it_was():
         assert np.array_equal(parameter.data, before[name]) and parameter.grad is None
 
 
-def test_nothing_is_kept_for_gradients(folder, monkeypatch):
+def test_no_graph_is_recorded(folder, monkeypatch):
     model, losses = load_model(folder), []
     loss_of = type(model).loss
 
@@ -193,19 +193,19 @@ def test_nothing_is_kept_for_gradients(folder, monkeypatch):
 
     monkeypatch.setattr(type(model), "loss", loss)
     evaluate_text(model, IDS, batch=2)
-    assert len(losses) == 4  # 103 tokens: six whole windows two by two, and a short one
+    assert len(losses) == 4  # 103 tokens: six full windows in pairs, and a short one
     assert all(each.node is None for each in losses)
-    assert loss_of(model, IDS[None, :5], IDS[None, :5]).node is not None  # outside, it would be
+    assert loss_of(model, IDS[None, :5], IDS[None, :5]).node is not None  # as it is outside evaluate_text
 
 
-def test_ids_as_a_list_and_from_disk(ours, tmp_path):
+def test_ids_may_be_a_list_or_a_memory_map(ours, tmp_path):
     IDS.astype(np.uint16).tofile(tmp_path / "ids")
     expected = evaluate_text(ours, IDS)
     assert evaluate_text(ours, IDS.tolist()) == expected
     assert evaluate_text(ours, np.memmap(tmp_path / "ids", np.uint16, mode="r")) == expected
 
 
-def test_what_a_loss_says():
+def test_text_loss_properties():
     found = TextLoss(nats=20 * math.log(2), tokens=10)
     assert found.loss == pytest.approx(2 * math.log(2)) and found.perplexity == pytest.approx(4)
     assert found.bits_per_byte(40) == pytest.approx(0.5)
@@ -233,13 +233,13 @@ def test_what_a_loss_says():
         (dict(ids=np.array([1.0, 2.0])), "not an integer"),
     ],
 )
-def test_requests_that_are_refused(ours, options, said):
+def test_bad_arguments_are_rejected(ours, options, said):
     with pytest.raises(Error, match=said) as raised:
         evaluate_text(ours, **{"ids": IDS, **options})
     assert not str(raised.value).endswith(".")
 
 
-def test_a_model_of_nans_has_no_loss(folder):
+def test_loss_that_is_not_finite_is_an_error(folder):
     model = load_model(folder)
     next(iter(model.parameters())).data[:] = np.nan
     with pytest.raises(FloatingPointError, match="the loss of the text is nan"):
@@ -257,7 +257,7 @@ def corpus(tmp_path):
 
 
 @pytest.mark.parametrize("special", ["refuse", "allow", "text"])
-def test_the_ids_are_those_of_training(corpus, special):
+def test_ids_on_disk_equal_encode_documents(corpus, special):
     tokenizer = load_tokenizer("gpt2")
     with ids_on_disk(corpus, tokenizer, special) as ids:
         assert isinstance(ids, np.memmap) and ids.dtype == np.uint32
@@ -265,7 +265,7 @@ def test_the_ids_are_those_of_training(corpus, special):
         assert (ids == 50256).sum() == len(DOCUMENTS) - 1
 
 
-def test_documents_need_something_between_them(corpus):
+def test_documents_without_an_end_of_text_token_are_rejected(corpus):
     tokenizer = CharTokenizer.from_text("".join(DOCUMENTS))
     with (
         pytest.raises(Error, match="to separate documents"),

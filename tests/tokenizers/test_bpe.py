@@ -1,4 +1,4 @@
-"""The BPE trainer: by hand, against a trainer that counts anew, and against the tokenizers package."""
+"""The BPE trainer: worked examples, and comparison with naive recounting and the tokenizers package."""
 
 import json
 import re
@@ -20,10 +20,10 @@ from tinyllm.tokenizers.bpe import BPETokenizer, merge_pair, parse_bpe, train_bp
 from tinyllm.tokenizers.tiktoken import BYTE_ORDER, GPT2_PATTERN, GPT2_VOCABULARY
 
 PYTHON_DOCS = load_text("python-docs").text
-BYTE_OF_SYMBOL = dict(zip(sorted(ByteLevel.alphabet()), BYTE_ORDER))  # the symbols sort like our ids
+BYTE_OF_SYMBOL = dict(zip(sorted(ByteLevel.alphabet()), BYTE_ORDER))  # the symbols sort like the ids
 
-# Few characters repeat their pairs and tie often; the others have two to four bytes. Which characters are
-# letters depends on a library's Unicode version, so all of these are old.
+# Strings of few characters repeat pairs and have many ties; the other characters have two to four bytes.
+# Which characters are letters depends on a library's Unicode version, so only old characters are used.
 few = st.text("ab", max_size=40)
 mixed = st.text("aab b.\n\t'1é字👍s", max_size=60)
 words = st.lists(
@@ -39,7 +39,7 @@ def ids_of(text):
 def plain_merge(ids, pair, new_id):
     merged = []
     for token in ids:
-        # A token that was just made is never half of the pair: new_id is above both.
+        # The new token is never half of the pair: new_id is above both.
         if merged and (merged[-1], token) == pair:
             merged[-1] = new_id
         else:
@@ -48,7 +48,7 @@ def plain_merge(ids, pair, new_id):
 
 
 def train_plainly(text, pattern):
-    """Every merge the text teaches, all pairs counted anew each time."""
+    """All merges of a text, recounting all pairs each time."""
     pieces = [ids_of(piece) for piece in regex.findall(pattern, text)]
     merges = []
     while True:
@@ -61,7 +61,7 @@ def train_plainly(text, pattern):
 
 
 def encode_plainly(text, merges, pattern):
-    """The merges one after the other, each over the whole text's pieces."""
+    """Apply the merges one after the other, each to all pieces of the text."""
     pieces = [ids_of(piece) for piece in regex.findall(pattern, text)]
     for i, pair in enumerate(merges):
         pieces = [plain_merge(piece, tuple(pair), 256 + i) for piece in pieces]
@@ -69,7 +69,7 @@ def encode_plainly(text, merges, pattern):
 
 
 def train_with_tokenizers(text, merges):
-    """What Hugging Face's trainer learns: at most so many pairs of symbols, and the id of each symbol."""
+    """Hugging Face's trainer: at most ``merges`` pairs of symbols, and the id of each symbol."""
     reference = tokenizers.Tokenizer(tokenizers.models.BPE())
     reference.pre_tokenizer = ByteLevel(add_prefix_space=False, use_regex=True)
     trainer = tokenizers.trainers.BpeTrainer(
@@ -85,7 +85,7 @@ def train_with_tokenizers(text, merges):
 
 
 def as_bytes(symbols):
-    """The bytes of a token as the tokenizers package and GPT-2's file write it, one symbol for each."""
+    """The bytes of a token in byte symbols, as in the tokenizers package and GPT-2's file."""
     return bytes(BYTE_OF_SYMBOL[symbol] for symbol in symbols)
 
 
@@ -102,7 +102,7 @@ def docs():
 # The merges
 
 
-def test_the_example_of_the_paper():
+def test_merges_of_the_papers_example():
     text = "low " * 5 + "lower " * 2 + "newest " * 6 + "widest " * 3
     merges = train_bpe(text, 257 + 7, pattern=r"\S+|\s")
     token = BPETokenizer(merges).decode
@@ -121,14 +121,14 @@ def test_ids_are_bytes_then_merges_then_end_of_text():
     assert [tokenizer.decode([i]) for i in (256, 257, 258)] == ["ab", "abab", END_OF_TEXT]
 
 
-def test_a_tie_goes_to_the_smaller_ids():
-    # In the order of the bytes \n is 10 and ! is 33; in GPT-2's order ! is the first id and \n comes late.
+def test_tie_is_broken_by_smaller_ids():
+    # As bytes, \n is 10 and ! is 33; in GPT-2's order ! is the first id and \n comes late.
     assert train_bpe("\nx\nx!x!x", 258, pattern=r"\nx|!x") == [tuple(ids_of("!x"))]
     assert train_bpe("ba ba ab ab", 258, pattern=r"\S+|\s") == [tuple(ids_of("ab"))]
 
 
-def test_a_run_counts_its_overlapping_pairs():
-    # aa counts 4 (twice in each aaa), bc 3; though merging makes only 2 tokens of aa.
+def test_overlapping_pairs_in_a_run_are_counted():
+    # aa counts 4 (twice in each aaa) and bc 3, although merging gives only 2 tokens aa.
     assert train_bpe("aaa bc aaa bc bc", 258, pattern=r"\S+|\s") == [tuple(ids_of("aa"))]
 
 
@@ -139,7 +139,7 @@ def test_merges_stay_inside_pieces():
     assert train_bpe("a.a.a.a.", 258, pattern=r"a\.") == [tuple(ids_of("a."))]
 
 
-def test_end_of_text_separates_documents_and_is_not_counted():
+def test_end_of_text_separates_documents():
     text = END_OF_TEXT.join(["xy", "xy", "", "x"])
     assert train_bpe(text, 258) == [tuple(ids_of("xy"))]
     with pytest.raises(Error, match="at most 258"):
@@ -147,13 +147,13 @@ def test_end_of_text_separates_documents_and_is_not_counted():
 
 
 @given(text=texts, pattern=st.sampled_from([GPT2_PATTERN, r"[\s\S]+", r"\S+|\s", r"[ab]+|[^ab]"]))
-def test_same_merges_as_counting_anew(text, pattern):
+def test_merges_equal_those_of_naive_recounting(text, pattern):
     expected = train_plainly(text, pattern)
     assert train_bpe(text, 257 + len(expected), pattern) == expected
 
 
 @given(text=texts)
-def test_same_merges_as_tokenizers(text):
+def test_merges_equal_those_of_tokenizers(text):
     pairs, _ = train_with_tokenizers(text, merges=1000)
     merges = train_bpe(text, 257 + len(pairs))
     assert bytes_of_merges(merges) == [(as_bytes(left), as_bytes(right)) for left, right in pairs]
@@ -163,7 +163,7 @@ def test_same_merges_as_tokenizers(text):
         train_bpe(text, 257 + len(pairs) + 1)
 
 
-def test_same_merges_and_ids_as_tokenizers_on_python_docs(docs):
+def test_merges_and_ids_equal_those_of_tokenizers_on_python_docs(docs):
     pairs, ids = train_with_tokenizers(PYTHON_DOCS, merges=1791)
     assert len(docs.merges) == 1791
     assert bytes_of_merges(docs.merges) == [(as_bytes(left), as_bytes(right)) for left, right in pairs]
@@ -172,12 +172,12 @@ def test_same_merges_and_ids_as_tokenizers_on_python_docs(docs):
     assert docs.decode([2047]) == END_OF_TEXT
 
 
-def test_fewer_merges_are_the_first_of_more(docs):
+def test_fewer_merges_are_a_prefix_of_more_merges(docs):
     assert train_bpe(PYTHON_DOCS, 400) == docs.merges[: 400 - 257]
 
 
 @given(ids=st.lists(st.integers(0, 2)), pair=st.tuples(st.integers(0, 2), st.integers(0, 2)))
-def test_merge_pair_from_left_to_right(ids, pair):
+def test_merge_pair_merges_from_left_to_right(ids, pair):
     assert merge_pair(ids, pair, 9) == plain_merge(ids, pair, 9)
     assert merge_pair([1, 1, 1], (1, 1), 9) == [9, 1]
 
@@ -199,12 +199,12 @@ def test_tiktoken_applies_merges_of_any_text_in_order(text, other, pattern):
         assert tokenizer.encode(each) == encode_plainly(each, merges, pattern)
 
 
-def test_python_docs_encoded_plainly(docs):
+def test_python_docs_encoding_equals_naive_encoding(docs):
     text = PYTHON_DOCS[100_000:103_000]
     assert docs.encode(text) == encode_plainly(text, docs.merges, GPT2_PATTERN)
 
 
-def test_gpt2_is_such_a_tokenizer():
+def test_gpt2_equals_a_bpe_tokenizer_of_its_merges():
     lines = GPT2_VOCABULARY.read_text(encoding="utf-8").split("\n")[1:-1]
     gpt2 = load_tokenizer("gpt2")
     ranks = gpt2.encoding._mergeable_ranks
@@ -217,18 +217,18 @@ def test_gpt2_is_such_a_tokenizer():
 @given(documents=st.lists(texts, max_size=6))
 @example(documents=["ab", "ab", "a", "b"])
 @example(documents=["a" + "b" * 3, " b", "", "b"])
-def test_documents_are_never_joined(documents):
+def test_merges_of_documents_equal_those_of_tokenizers(documents):
     pairs, _ = train_with_tokenizers(documents, merges=1000)
     size = 257 + len(pairs)
     merges = train_bpe(documents, size)
     assert bytes_of_merges(merges) == [(as_bytes(left), as_bytes(right)) for left, right in pairs]
-    assert train_bpe((document for document in documents), size) == merges  # an iterator is gone through once
+    assert train_bpe((document for document in documents), size) == merges  # an iterator can be consumed once
     assert train_bpe(END_OF_TEXT.join(documents), size) == merges
     with pytest.raises(Error, match=f"vocab_size of at most {size},"):
         train_bpe(documents, size + 1)
 
 
-def test_no_piece_reaches_from_one_document_into_the_next():
+def test_no_piece_spans_two_documents():
     assert train_bpe(["x", "y"] * 9, 257) == []
     with pytest.raises(Error, match="at most 257"):
         train_bpe(["x", "y"] * 9, 258)
@@ -249,7 +249,7 @@ def test_python_docs_round_trip_in_fewer_ids(docs):
     assert len(ids) < len(PYTHON_DOCS.encode("utf-8")) / 3
 
 
-def test_special_token_is_refused_unless_told_otherwise(docs):
+def test_special_token_in_text_is_refused_by_default(docs):
     text = f"the{END_OF_TEXT}the"
     with pytest.raises(Error, match=r"<\|endoftext\|>.*'allow'.*'text'"):
         docs.encode(text)
@@ -259,7 +259,7 @@ def test_special_token_is_refused_unless_told_otherwise(docs):
     assert docs.decode(as_text) == docs.decode(docs.encode(text, special="allow")) == text
 
 
-def test_decode_refuses_ids_outside_the_vocabulary(docs):
+def test_decode_rejects_ids_outside_the_vocabulary(docs):
     with pytest.raises(Error, match=r"ids\[1\] is 2048\b.* 0 to 2047"):
         docs.decode([0, 2048])
 
@@ -279,7 +279,7 @@ def test_save_and_load_give_the_same_tokenizer(docs, tmp_path):
     assert loaded.encode(PYTHON_DOCS) == docs.encode(PYTHON_DOCS)
 
 
-def test_the_pattern_travels_with_the_merges(tmp_path):
+def test_pattern_is_saved_with_the_merges(tmp_path):
     text = "a.a. a.a."
     BPETokenizer(train_bpe(text, 259, r"\S+|\s"), r"\S+|\s").save(tmp_path)
     loaded = load_tokenizer(tmp_path)
@@ -314,7 +314,7 @@ def test_the_pattern_travels_with_the_merges(tmp_path):
         ({"pattern": r"(?<n>a)(?&n)"}, "is not valid in tiktoken"),
     ],
 )
-def test_load_names_the_file_and_what_is_wrong(tmp_path, change, said):
+def test_load_error_names_the_file_and_the_problem(tmp_path, change, said):
     definition = {"kind": "bpe", "pattern": GPT2_PATTERN, "merges": [[64, 65]]}
     (tmp_path / FILE_NAME).write_text(json.dumps(definition), encoding="utf-8")
     assert load_tokenizer(tmp_path).encode("ab") == [256]
@@ -324,7 +324,7 @@ def test_load_names_the_file_and_what_is_wrong(tmp_path, change, said):
     assert repr(str(tmp_path / FILE_NAME)) in str(raised.value)
 
 
-def test_no_merges_is_a_tokenizer_of_bytes(tmp_path):
+def test_tokenizer_without_merges_encodes_bytes(tmp_path):
     tokenizer = BPETokenizer(train_bpe("", 257))
     assert tokenizer.vocab_size == 257
     assert tokenizer.encode("aé") == ids_of("aé")
@@ -336,7 +336,7 @@ def test_no_merges_is_a_tokenizer_of_bytes(tmp_path):
 
 
 @pytest.mark.parametrize("vocab_size", [256, 0, -1, True, 2048.0, "2048", None])
-def test_vocab_size_below_257_or_no_integer(vocab_size):
+def test_bad_vocab_size_is_rejected(vocab_size):
     with pytest.raises(Error, match=rf"vocab_size is {vocab_size!r}: choose at least 257"):
         train_bpe("some text, some text", vocab_size)
 
@@ -351,7 +351,7 @@ def test_vocab_size_below_257_or_no_integer(vocab_size):
         (["abc", "a\ud800"], "surrogate"),
     ],
 )
-def test_text_that_is_none(text, said):
+def test_text_of_the_wrong_type_is_rejected(text, said):
     with pytest.raises(Error, match=said):
         train_bpe(text, 300)
 
@@ -364,15 +364,15 @@ def test_text_that_is_none(text, said):
         (r"\w+", "skips '! ab'"),
         (r"\w+|!", "skips ' ab'"),
         (r"[ab]+! ", "skips 'ab'"),
-        (r"(?=a)|[\s\S]", "skips 'ab! ab'"),  # it matches nothing, before an a
+        (r"(?=a)|[\s\S]", "skips 'ab! ab'"),  # an empty match before an a
     ],
 )
-def test_pattern_that_does_not_work(pattern, said):
+def test_bad_pattern_is_rejected(pattern, said):
     with pytest.raises(Error, match=re.escape(said)):
         train_bpe("ab! ab", 257, pattern)
 
 
-def test_encode_refuses_to_lose_what_the_pattern_leaves_out():
+def test_encode_rejects_text_that_the_pattern_skips():
     tokenizer = BPETokenizer(train_bpe("abab abab", 259, r"\w+|\s+"), r"\w+|\s+")
     assert tokenizer.decode(tokenizer.encode("ab abab")) == "ab abab"
     with pytest.raises(Error, match="skips a part of the text"):
@@ -391,11 +391,11 @@ def test_parse_bpe():
     "spec",
     ["bpe:abc", "bpe:", "bpe", "bpe:-5", "bpe: 300", "bpe:2_048", "bpe:300\n", "bpe:٣٠٠", "BPE:300", ""],
 )
-def test_parse_bpe_of_something_else(spec):
+def test_parse_bpe_rejects_other_specs(spec):
     with pytest.raises(Error, match=re.escape(f"{spec!r} is not of the form bpe:VOCAB")):
         parse_bpe(spec)
 
 
-def test_load_says_that_bpe_is_made_from_a_text():
+def test_load_error_explains_how_bpe_is_trained():
     with pytest.raises(Error, match=r"no tokenizer 'bpe:2048'.*'bpe:VOCAB' are trained on a text"):
         load_tokenizer("bpe:2048")

@@ -1,4 +1,4 @@
-"""One id per character."""
+"""The character tokenizer."""
 
 import json
 
@@ -38,18 +38,18 @@ def test_char_has_no_special_tokens(special):
     assert len(tokenizer.encode(END, special=special)) == len(END)
 
 
-def test_char_unseen_character():
+def test_char_encode_rejects_unseen_character():
     with pytest.raises(Error, match=r"'é' \(U\+00E9, at position 3\).* 5 .*create the tokenizer from a text"):
         CharTokenizer.from_text("a cafe").encode("cafés"[:4])
 
 
 @pytest.mark.parametrize(("characters", "said"), [("", "at least"), ("abca", "'a' is repeated")])
-def test_char_bad_characters(characters, said):
+def test_char_rejects_bad_characters(characters, said):
     with pytest.raises(Error, match=said):
         CharTokenizer(characters)
 
 
 @given(text=st.text(min_size=1))
-def test_char_json_holds_any_characters(text):
+def test_char_json_round_trip(text):
     tokenizer = CharTokenizer.from_text(text)
     assert json.loads(json.dumps(tokenizer.to_json()))["characters"] == tokenizer.characters

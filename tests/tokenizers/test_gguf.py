@@ -1,4 +1,4 @@
-"""The tokenizer in a GGUF file, against the files and libraries that it was made from."""
+"""Tokenizers in GGUF files: comparison with the original files and libraries."""
 
 import pytest
 from hypothesis import example, given
@@ -25,7 +25,7 @@ tokenizers = pytest.importorskip("tokenizers")
 transformers = pytest.importorskip("transformers")
 
 
-def test_gguf_gpt2_same_as_tokenizer_json(byte_level, tmp_path):
+def test_gguf_gpt2_equals_tokenizer_json(byte_level, tmp_path):
     ours = load_tokenizer(gguf_of_byte_level(byte_level, tmp_path / "a.gguf"))
     reference = load_tokenizer(byte_level)
     assert ours.special_tokens == reference.special_tokens
@@ -36,11 +36,11 @@ def test_gguf_gpt2_same_as_tokenizer_json(byte_level, tmp_path):
             assert ours.encode(text, special) == reference.encode(text, special)
 
 
-def test_gguf_same_as_transformers(byte_level, tmp_path, monkeypatch):
-    """Transformers reads the vocabulary and Llama 3's way to cut a text from a GGUF file, too."""
+def test_gguf_equals_transformers(byte_level, tmp_path, monkeypatch):
+    """Transformers also reads the vocabulary and Llama 3's pre-tokenizer from a GGUF file."""
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     for pre in ("gpt-2", "llama-bpe"):
-        # Theirs has no ignore_merges, so the vocabulary is one in which every token is reached by merges.
+        # Transformers does not set ignore_merges, so every token of this vocabulary is reached by merges.
         gguf_of_byte_level(byte_level, tmp_path / f"{pre}.gguf", pre=pre)
         reference = transformers.AutoTokenizer.from_pretrained(tmp_path, gguf_file=f"{pre}.gguf")
         ours = load_tokenizer(tmp_path / f"{pre}.gguf")
@@ -48,8 +48,8 @@ def test_gguf_same_as_transformers(byte_level, tmp_path, monkeypatch):
             assert ours.encode(text, "allow") == reference.encode(text, add_special_tokens=False)
 
 
-def test_gguf_smollm_cuts_digits_one_by_one(byte_level, tmp_path):
-    """As SmolLM2's tokenizer.json: first every digit by itself, then GPT-2's pieces."""
+def test_gguf_smollm_splits_digits(byte_level, tmp_path):
+    """As in SmolLM2's tokenizer.json: digits are split first, then GPT-2's pieces."""
     ours = load_tokenizer(gguf_of_byte_level(byte_level, tmp_path / "a.gguf", pre="smollm"))
     reference = tokenizers.Tokenizer.from_file(str(byte_level / "tokenizer.json"))
     reference.no_truncation()
@@ -65,8 +65,8 @@ def test_gguf_smollm_cuts_digits_one_by_one(byte_level, tmp_path):
     assert load_tokenizer(write_gguf(tmp_path / "b.gguf", **keys, pre="smollm")).encode("12") == [0, 1]
 
 
-def test_gguf_llama3_takes_a_piece_that_is_a_token_whole(tmp_path):
-    """As Llama 3 does: a token need not be reachable by merges."""
+def test_gguf_llama3_does_not_merge_a_piece_that_is_a_token(tmp_path):
+    """As in Llama 3, whose tokens need not be reachable by merges."""
     ranks = {"a": 0, "b": 1, "c": 2, "abc": 3}
     path = tmp_path / "whole.gguf"
     merges = ["b c"]
@@ -77,7 +77,7 @@ def test_gguf_llama3_takes_a_piece_that_is_a_token_whole(tmp_path):
     assert load_tokenizer(path).encode("abc") == [0, 4]
 
 
-def test_gguf_sentencepiece_same_as_its_model(llama2, tmp_path):
+def test_gguf_sentencepiece_equals_its_model(llama2, tmp_path):
     reference = load_tokenizer(llama2)
     processor = reference.processor
     n = len(processor)
@@ -106,11 +106,11 @@ def check_smollm2(ours, reference, text):
     if reference.decode(ids, skip_special_tokens=False) == text:
         check_same(ours, reference, text)
         assert ours.decode(ids) == text
-    else:  # it dropped a character without a word
+    else:  # the library silently dropped a character
         assert "has no token for character" in message_of(ours.encode, text, "text")
 
 
-def test_smollm2_same_as_transformers(smollm2):
+def test_smollm2_equals_transformers(smollm2):
     for text in nasty_strings(COUNT):
         check_smollm2(*smollm2, text)
 
@@ -119,11 +119,11 @@ def test_smollm2_same_as_transformers(smollm2):
 @example("\x04")
 @example("\U00050000")
 @example("10 000")
-def test_smollm2_same_as_transformers_property(smollm2, text):
+def test_smollm2_equals_transformers_property(smollm2, text):
     check_smollm2(*smollm2, text)
 
 
-def test_smollm2_facts(smollm2):
+def test_smollm2_vocabulary(smollm2):
     ours, _ = smollm2
     assert ours.vocab_size == 49152
     assert (ours.bos_id, ours.eos_ids) == (1, (2,))
@@ -133,8 +133,8 @@ def test_smollm2_facts(smollm2):
     assert ours.encode("12") == [ours.encode("1")[0], ours.encode("2")[0]]
 
 
-def test_smollm2_every_byte_or_an_error(smollm2):
-    """Of the 21 bytes that have no token, 8 occur in UTF-8: 6 control characters, and two that begin one."""
+def test_smollm2_encodes_every_character_or_raises(smollm2):
+    """Of the 21 bytes without a token, 8 occur in UTF-8: 6 control characters, and two first bytes."""
     ours, _ = smollm2
     refused = []
     for character in [*map(chr, range(0xD800)), *(chr(n) for n in range(0x10000, 0x110000, 4096))]:
@@ -161,7 +161,7 @@ def test_smollm2_every_byte_or_an_error(smollm2):
         ("bos_token_id", True),
     ],
 )
-def test_gguf_keys_of_another_type_are_refused(tmp_path, key, value):
+def test_gguf_keys_of_wrong_type_are_rejected(tmp_path, key, value):
     tokens = SYMBOLS if key == "pre" else ["<unk>", *(f"<0x{byte:02X}>" for byte in range(256)), "a"]
     keys = {
         "model": "gpt2" if key == "pre" else "llama",
@@ -173,7 +173,7 @@ def test_gguf_keys_of_another_type_are_refused(tmp_path, key, value):
     assert "m.gguf" in said and key in said
 
 
-def test_damaged_gguf_vocabularies(byte_level, tmp_path):
+def test_damaged_gguf_vocabularies_are_rejected(byte_level, tmp_path):
     path = tmp_path / "a.gguf"
 
     def refusal(**keys):

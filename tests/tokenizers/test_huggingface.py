@@ -1,4 +1,4 @@
-"""tokenizer.json and GPT-2's pair: the same ids and texts as the library, bad files, the configs beside."""
+"""tokenizer.json, vocab.json with merges.txt: comparison with the library, bad files, config files."""
 
 import json
 
@@ -29,7 +29,7 @@ tokenizers = pytest.importorskip("tokenizers")
 transformers = pytest.importorskip("transformers")
 
 
-def test_tokenizer_json_same_as_tokenizers(byte_level_pair):
+def test_tokenizer_json_equals_tokenizers(byte_level_pair):
     for text in nasty_strings(COUNT):
         check_same(*byte_level_pair, text)
 
@@ -39,11 +39,11 @@ def test_tokenizer_json_same_as_tokenizers(byte_level_pair):
 @example("a<think>b")
 @example(" ")
 @example("\ufeff")
-def test_tokenizer_json_same_as_tokenizers_property(byte_level_pair, text):
+def test_tokenizer_json_equals_tokenizers_property(byte_level_pair, text):
     check_same(*byte_level_pair, text)
 
 
-def test_tokenizer_json_same_as_transformers(byte_level):
+def test_tokenizer_json_equals_transformers(byte_level):
     reference = transformers.PreTrainedTokenizerFast(tokenizer_file=str(byte_level / "tokenizer.json"))
     ours = load_tokenizer(byte_level)
     for text in nasty_strings(COUNT // 3, seed=1):
@@ -61,7 +61,7 @@ def test_tokenizer_json_is_never_truncated_or_padded(byte_level):
     assert len(tokenizer.encode("a")) == 1
 
 
-def test_gpt2_pair_same_as_gpt2(tmp_path):
+def test_gpt2_vocab_and_merges_equal_gpt2(tmp_path):
     gpt2 = load_tokenizer("gpt2")
     symbols = dict(zip(BYTE_ORDER, SYMBOLS))
     ranks = gpt2.encoding._mergeable_ranks
@@ -78,7 +78,7 @@ def test_gpt2_pair_same_as_gpt2(tmp_path):
             assert ours.encode(text, mode) == gpt2.encode(text, mode)
 
 
-def test_llama2_json_same_as_tokenizers(llama2_json):
+def test_llama2_json_equals_tokenizers(llama2_json):
     ours = load_tokenizer(llama2_json)
     reference = tokenizers.Tokenizer.from_file(str(llama2_json / "tokenizer.json"))
     for text in nasty_strings(COUNT, seed=2):
@@ -86,8 +86,8 @@ def test_llama2_json_same_as_tokenizers(llama2_json):
 
 
 @given(seeds=st.integers(0, 2**32 - 1))
-def test_any_ids_decode_as_in_the_library(byte_level_pair, llama3_pair, llama2, llama2_json, seeds):
-    """Ids that no text gives, too, with halves of characters: each becomes U+FFFD as there."""
+def test_arbitrary_ids_decode_as_in_the_library(byte_level_pair, llama3_pair, llama2, llama2_json, seeds):
+    """Also ids that no text gives: incomplete characters become U+FFFD, as in the library."""
     rng = np.random.default_rng(seeds)
     json_pair = (
         load_tokenizer(llama2_json),
@@ -101,15 +101,15 @@ def test_any_ids_decode_as_in_the_library(byte_level_pair, llama3_pair, llama2, 
     assert ours.decode(ids) == ours.processor.decode(ids)
 
 
-def test_special_tokens_take_the_spaces_that_their_file_says(tmp_path):
+def test_special_tokens_absorb_adjacent_spaces_as_configured(tmp_path):
     ours = load_tokenizer(write_json(tmp_path, a_tokenizer(added_tokens=[special(256, "<e>", rstrip=True)])))
     reference = tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
     check_same(ours, reference, "a<e>  b")
     assert len(ours.encode("a<e>  b", "allow")) < len(ours.encode("a<e>", "allow")) + 3
 
 
-def test_ordinary_text_never_makes_a_special_token(tmp_path):
-    """Not even where merges would."""
+def test_ordinary_text_is_never_encoded_as_a_special_token(tmp_path):
+    """Not even if merges would produce it."""
     definition = a_tokenizer(added_tokens=[special(256, "eos")], model={"merges": [["e", "o"], ["eo", "s"]]})
     definition["model"]["vocab"] |= {"eos": 256, "eo": 257}
     tokenizer = load_tokenizer(write_json(tmp_path, definition))
@@ -117,7 +117,7 @@ def test_ordinary_text_never_makes_a_special_token(tmp_path):
     assert "'eos'" in message_of(tokenizer.encode, "an eos, eos", "text")
 
 
-def test_tokenizers_that_would_lose_text_or_decode_wrongly_are_refused(tmp_path):
+def test_unsupported_tokenizers_are_rejected(tmp_path):
     def refusal(**changes):
         return message_of(load_tokenizer, write_json(tmp_path, a_tokenizer(**changes)))
 
@@ -134,7 +134,7 @@ def test_tokenizers_that_would_lose_text_or_decode_wrongly_are_refused(tmp_path)
 
 
 @pytest.mark.parametrize("i", [2**31, 2**63, -1, 1.0, True, "1", None])
-def test_ids_that_are_none_are_refused_before_the_library_counts_to_them(tmp_path, i):
+def test_invalid_ids_are_rejected_before_the_library_allocates_memory(tmp_path, i):
     definition = a_tokenizer()
     definition["model"]["vocab"][SYMBOLS[5]] = i
     said = message_of(load_tokenizer, write_json(tmp_path, definition))
@@ -145,7 +145,7 @@ def test_ids_that_are_none_are_refused_before_the_library_counts_to_them(tmp_pat
     assert f"vocab.json gives the token {SYMBOLS[5]!r} the id {i!r}" in message_of(load_tokenizer, tmp_path)
 
 
-def test_two_tokens_of_one_id_and_merges_of_one_token_are_refused(tmp_path):
+def test_repeated_ids_and_malformed_merges_are_rejected(tmp_path):
     vocabulary = {symbol: i for i, symbol in enumerate(SYMBOLS)}
     (tmp_path / "merges.txt").write_text("a\n", encoding="utf-8")
     for vocab, problem in (
@@ -157,8 +157,8 @@ def test_two_tokens_of_one_id_and_merges_of_one_token_are_refused(tmp_path):
         assert problem in said and "vocab.json" in said and "\n" not in said
 
 
-def test_a_panic_of_the_library_is_an_error_of_ours(tmp_path):
-    """A prefix that is longer than the tokens: the library slices beyond their end."""
+def test_library_panic_becomes_an_error(tmp_path):
+    """With a prefix longer than the tokens, the library slices beyond their end and panics."""
     model = {"continuing_subword_prefix": "a long prefix", "merges": [["a", "b"]]}
     definition = a_tokenizer(model=model)
     definition["model"]["vocab"] |= {"ab": 256}
@@ -167,24 +167,24 @@ def test_a_panic_of_the_library_is_an_error_of_ours(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["tokenizer_config.json", "generation_config.json"])
-def test_true_is_no_id(byte_level, tmp_path, name):
+def test_true_is_not_accepted_as_an_id(byte_level, tmp_path, name):
     (tmp_path / "tokenizer.json").write_bytes((byte_level / "tokenizer.json").read_bytes())
     keys = {"eos_token": True, "eos_token_id": True}
     (tmp_path / name).write_text(json.dumps(keys), encoding="utf-8")
     assert "has the special token True" in message_of(load_tokenizer, tmp_path)
 
 
-def test_a_missing_byte_is_an_error_not_a_gap(tmp_path):
+def test_missing_byte_is_an_error(tmp_path):
     definition = a_tokenizer()
     definition["model"]["vocab"] = {s: i for i, s in enumerate(sorted(set(SYMBOLS) - {SYMBOLS[-1]}))}
     gone = bytes([BYTE_OF[SYMBOLS[-1]]]).decode("latin-1")  # U+00AD, the soft hyphen, is C2 AD in UTF-8
     tokenizer = load_tokenizer(write_json(tmp_path, definition))
     assert tokenizer.decode(tokenizer.encode("abc")) == "abc"
     assert repr(gone) in message_of(tokenizer.encode, f"abc{gone}")
-    assert tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json")).encode(f"a{gone}").ids  # no word
+    assert tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json")).encode(f"a{gone}").ids  # silently
 
 
-def test_ids_and_template_from_the_files_beside(byte_level, tmp_path):
+def test_ids_and_template_from_the_config_files(byte_level, tmp_path):
     def read(**files):
         for path in tmp_path.iterdir():
             path.unlink()
@@ -215,7 +215,7 @@ def test_ids_and_template_from_the_files_beside(byte_level, tmp_path):
     assert "5000" in message_of(read, config={"eos_token_id": 5000})
 
 
-def test_the_files_beside_count_before_the_vocabulary(llama2, tmp_path):
+def test_config_files_take_precedence_over_the_vocabulary(llama2, tmp_path):
     (tmp_path / "tokenizer.model").write_bytes((llama2 / "tokenizer.model").read_bytes())
     tokenizer = load_tokenizer(tmp_path)
     assert (tokenizer.bos_id, tokenizer.eos_ids) == (1, (2,))

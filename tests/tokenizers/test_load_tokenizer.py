@@ -1,4 +1,4 @@
-"""Finding a tokenizer, and telling the kinds of files apart."""
+"""Finding a tokenizer, and recognising the format of its files."""
 
 import json
 import os
@@ -17,7 +17,7 @@ from tinyllm.tokenizers.base import FILE_NAME
 from tinyllm.tokenizers.char import CharTokenizer
 
 
-def test_load_unknown_lists_what_is_known(tmp_path):
+def test_load_error_lists_the_alternatives(tmp_path):
     for spec in ("gpt3", tmp_path, tmp_path / FILE_NAME, ""):
         known = "'gpt2', a run's or a model's folder, or a tokenizer file"
         with pytest.raises(
@@ -37,14 +37,14 @@ def test_load_file_that_is_not_json(tmp_path, content):
     "definition",
     [{}, {"kind": "word"}, {"kind": []}, {"kind": "char"}, {"kind": "char", "characters": ["a"]}],
 )
-def test_load_json_that_is_no_tokenizer_of_ours(tmp_path, definition):
+def test_load_json_of_unknown_kind_is_rejected(tmp_path, definition):
     (tmp_path / FILE_NAME).write_text(json.dumps(definition), encoding="utf-8")
     with pytest.raises(Error, match="'gpt2', or 'char'"):
         load_tokenizer(tmp_path)
 
 
-def test_load_merges_that_would_fill_the_memory(tmp_path):
-    """Each doubles the token of the one before: fifty of them would make one of 2**50 bytes."""
+def test_load_merges_that_would_exhaust_memory_are_rejected(tmp_path):
+    """Each merge doubles the previous token: fifty of them would give one of 2**50 bytes."""
     merges = [[0, 0], *([i, i] for i in range(256, 305))]
     definition = {"kind": "bpe", "pattern": r"\w+", "merges": merges}
     (tmp_path / FILE_NAME).write_text(json.dumps(definition), encoding="utf-8")
@@ -52,7 +52,7 @@ def test_load_merges_that_would_fill_the_memory(tmp_path):
         load_tokenizer(tmp_path)
 
 
-def test_load_name_wins_over_a_folder_of_that_name(tmp_path, monkeypatch):
+def test_name_takes_precedence_over_a_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     CharTokenizer("ab").save("gpt2")
     assert load_tokenizer("gpt2").vocab_size == 50257
@@ -60,15 +60,15 @@ def test_load_name_wins_over_a_folder_of_that_name(tmp_path, monkeypatch):
     assert load_tokenizer(Path("gpt2")).vocab_size == 2
 
 
-def test_a_file_by_its_own_path(byte_level, llama2, llama3, tmp_path):
+def test_load_file_by_path_and_content(byte_level, llama2, llama3, tmp_path):
     for path in (byte_level / "tokenizer.json", llama2 / "tokenizer.model", llama3 / "tokenizer.model"):
         assert load_tokenizer(str(path)).encode("abc") == load_tokenizer(path.parent).encode("abc")
     renamed = tmp_path / "anything"
-    renamed.write_bytes((llama2 / "tokenizer.model").read_bytes())  # what counts is the content
+    renamed.write_bytes((llama2 / "tokenizer.model").read_bytes())  # recognised by its content
     assert load_tokenizer(renamed).encode("abc") == load_tokenizer(llama2).encode("abc")
 
 
-def test_nothing_there(tmp_path):
+def test_load_folder_without_a_tokenizer(tmp_path):
     assert "no tokenizer" in message_of(load_tokenizer, tmp_path)
     assert "missing" in message_of(load_tokenizer, tmp_path / "missing")
     for name in "ab":
@@ -83,7 +83,7 @@ def test_nothing_there(tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["byte_level", "llama2", "llama3"])
-def test_damaged_files(kind, request, tmp_path):
+def test_damaged_files_are_rejected(kind, request, tmp_path):
     source = next(path for path in request.getfixturevalue(kind).iterdir())
     data = source.read_bytes()
     for damaged in (data[: len(data) // 2 - 1], data[:100], data[:-9] + b"\xff" * 9):
@@ -91,13 +91,13 @@ def test_damaged_files(kind, request, tmp_path):
         assert "copy it again" in message_of(load_tokenizer, tmp_path)
 
 
-def test_missing_packages_are_named(byte_level, llama2, monkeypatch):
+def test_missing_package_is_reported(byte_level, llama2, monkeypatch):
     for name, folder in (("tokenizers", byte_level), ("sentencepiece", llama2)):
         monkeypatch.setitem(sys.modules, name, None)
         assert "pip install 'tinyllm-numpy[models]'" in message_of(load_tokenizer, folder)
 
 
-def test_importing_needs_no_package():
+def test_import_does_not_load_optional_packages():
     program = (
         "import sys, tinyllm.tokenizers.huggingface, tinyllm.tokenizers.chat_template; "
         "print(sorted({'tokenizers', 'sentencepiece', 'gguf', 'jinja2', 'tiktoken'} & set(sys.modules)))"
@@ -106,11 +106,11 @@ def test_importing_needs_no_package():
     assert done.stdout.strip() == "[]"
 
 
-@pytest.mark.skipif(os.name != "posix", reason="Windows has no pipes with names")
+@pytest.mark.skipif(os.name != "posix", reason="Windows has no named pipes")
 @pytest.mark.parametrize(
     "name", ["tokenizer.json", "tokenizer.model", "tokenizer_config.json", "chat_template.jinja"]
 )
-def test_a_pipe_is_no_file(byte_level, tmp_path, name):
+def test_pipe_is_rejected(byte_level, tmp_path, name):
     if name not in ("tokenizer.json", "tokenizer.model"):
         (tmp_path / "tokenizer.json").write_bytes((byte_level / "tokenizer.json").read_bytes())
     os.mkfifo(tmp_path / name)

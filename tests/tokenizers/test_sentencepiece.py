@@ -1,4 +1,4 @@
-"""Llama 2's kind: the same ids and texts as the library."""
+"""Llama 2's tokenizer: comparison with the library sentencepiece."""
 
 import pytest
 from hypothesis import example, given
@@ -15,14 +15,14 @@ tokenizers = pytest.importorskip("tokenizers")
 
 
 def check_llama2(ours, reference, text):
-    """Ids as from the hub's tokenizer.json; without special tokens, ids and text as from sentencepiece."""
+    """Ids equal those of the hub's tokenizer.json and, without special tokens, those of sentencepiece."""
     assert ours.encode(text, "allow") == reference.encode(text, add_special_tokens=False).ids
     ids = ours.encode(text, "text")
     assert ids == ours.processor.encode(text)
     assert ours.decode(ids) == ours.processor.decode(ids)
 
 
-def test_llama2_same_as_sentencepiece_and_tokenizers(llama2_pair):
+def test_llama2_equals_sentencepiece_and_tokenizers(llama2_pair):
     for text in nasty_strings(COUNT):
         check_llama2(*llama2_pair, text)
 
@@ -33,11 +33,11 @@ def test_llama2_same_as_sentencepiece_and_tokenizers(llama2_pair):
 @example("<s>a <s> a")
 @example("<0x41>")
 @example("\x00")
-def test_llama2_same_as_sentencepiece_and_tokenizers_property(llama2_pair, text):
+def test_llama2_equals_sentencepiece_and_tokenizers_property(llama2_pair, text):
     check_llama2(*llama2_pair, text)
 
 
-def test_leading_space(llama2, llama2_json):
+def test_decode_removes_the_leading_space(llama2, llama2_json):
     for folder in (llama2, llama2_json):
         tokenizer = load_tokenizer(folder)
         ids = tokenizer.encode("the the")

@@ -1,4 +1,4 @@
-"""Special tokens: what text makes them, new ones for a tokenizer of each kind, and a model that grows too."""
+"""Special tokens: encoding, adding them to tokenizers of each kind, and resizing the model."""
 
 import json
 
@@ -22,11 +22,11 @@ BASES = {
     "bpe": BPETokenizer(train_bpe(TEXT * 2, 262)),
     "char": CharTokenizer.from_text(TEXT),
 }
-# Some begin alike, some end alike, some stand inside another, one is not ASCII, one has regex signs.
+# Some share a beginning or an end, some contain another, one is not ASCII, one has regex metacharacters.
 NAMES = ["<a>", "<a>b", "<a", "a>b <|end|>", "<|end|>", "日本|", "(a|b)*", "|>\n"]
 EXTENDED = {kind: base.with_special_tokens(NAMES) for kind, base in BASES.items()}
 
-# Characters that every base has, in pieces that make, or nearly make, a special token.
+# Pieces of characters in every base vocabulary that form, or almost form, a special token.
 pieces = st.sampled_from([*"<a>b|é \n", *NAMES[:3], "a>b ", "|>"])
 texts = st.lists(pieces, max_size=12).map("".join)
 
@@ -44,7 +44,7 @@ def extended(request):
 # New ids
 
 
-def test_new_tokens_have_the_ids_after_the_last_one(base):
+def test_added_tokens_get_the_next_ids(base):
     before = dict(base.special_tokens)
     extended = base.with_special_tokens(["<|user|>", "<|bot|>"])
     assert type(extended) is type(base)
@@ -53,18 +53,18 @@ def test_new_tokens_have_the_ids_after_the_last_one(base):
     assert extended.added_tokens == ("<|user|>", "<|bot|>")
     for name, i in extended.special_tokens.items():
         assert extended.decode([i]) == name
-    assert (base.special_tokens, base.added_tokens) == (before, ())  # the one it was made from is as it was
+    assert (base.special_tokens, base.added_tokens) == (before, ())  # the original is unchanged
     with pytest.raises(Error, match=f"ids.0. is {base.vocab_size}"):
         base.decode([base.vocab_size])
 
 
-def test_special_tokens_of_the_bases():
+def test_special_tokens_before_extension():
     assert BASES["gpt2"].special_tokens == {END_OF_TEXT: 50256}
     assert BASES["bpe"].special_tokens == {END_OF_TEXT: 261}
     assert BASES["char"].special_tokens == {}
 
 
-def test_extending_twice_is_extending_once(base):
+def test_extending_twice_equals_extending_once(base):
     twice = base.with_special_tokens(["<x>"]).with_special_tokens(["<y>", "<z>"])
     once = base.with_special_tokens(["<x>", "<y>", "<z>"])
     assert twice.to_json() == once.to_json()
@@ -81,7 +81,7 @@ def test_ordinary_text_keeps_its_ids(base):
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "bpe"])
-def test_the_tokens_of_tiktokens_own_object(kind):
+def test_tiktoken_encoding_has_the_added_tokens(kind):
     base = BASES[kind]
     extended = base.with_special_tokens(["<|user|>"])
     assert isinstance(extended.encoding, tiktoken.Encoding)
@@ -130,7 +130,7 @@ def test_decoding_inverts_encoding_of_any_text(text, kind):
 
 
 def cut(text, names):
-    """(part, whether it is a special token) from left to right, the longest name that fits each time."""
+    """(part, whether it is a special token) from left to right, matching the longest name each time."""
     parts, i, ordinary = [], 0, ""
     while i < len(text):
         fitting = [name for name in names if text.startswith(name, i)]
@@ -147,7 +147,7 @@ def cut(text, names):
 @given(text=texts)
 @example(text="<a>b")
 @example(text="<a>b <|end|>")
-def test_allow_takes_the_longest_special_token_and_the_rest_is_ordinary(text):
+def test_allow_matches_the_longest_special_token(text):
     for kind, extended in EXTENDED.items():
         expected = []
         for part, is_special in cut(text, extended.special_tokens):
@@ -156,26 +156,26 @@ def test_allow_takes_the_longest_special_token_and_the_rest_is_ordinary(text):
 
 
 @given(text=texts)
-def test_text_makes_no_special_token(text):
+def test_text_mode_produces_no_special_tokens(text):
     for kind, extended in EXTENDED.items():
         assert extended.encode(text, "text") == BASES[kind].encode(text, "text")
 
 
-def test_refuse_names_the_token_that_is_there(extended):
+def test_refuse_names_the_special_token(extended):
     with pytest.raises(Error, match=r"special token '<a>b': set special to 'allow' .*'text'"):
         extended.encode("ab <a>b")
     with pytest.raises(Error, match=r"special token '\(a\|b\)\*'"):
         extended.encode_array("(a|b)*", special="refuse")
 
 
-def test_encode_array_checks_as_encode_does(extended):
+def test_encode_array_rejects_bad_arguments(extended):
     for arguments, said in [((b"ab",), "bytes"), (("ab", "ignore"), "'ignore'"), (("a\ud800",), "surrogate")]:
         with pytest.raises(Error, match=said):
             extended.encode_array(*arguments)
     assert extended.encode_array("").shape == (0,)
 
 
-def test_unseen_character_is_counted_from_the_beginning_of_the_text():
+def test_unseen_character_position_is_relative_to_the_whole_text():
     tokenizer = BASES["char"].with_special_tokens(["<Ω>"])
     with pytest.raises(Error, match=r"'Ω' \(U\+03A9, at position 5\) is not one of the tokenizer's 14 "):
         tokenizer.encode("<Ω>abΩ", "allow")
@@ -183,7 +183,7 @@ def test_unseen_character_is_counted_from_the_beginning_of_the_text():
         tokenizer.encode("<Ω>", "text")
 
 
-def test_pattern_that_leaves_something_out_is_noticed_beside_special_tokens():
+def test_skipped_text_between_special_tokens_is_rejected():
     tokenizer = BPETokenizer([], r"\w+|\s+").with_special_tokens(["<x>"])
     assert tokenizer.decode(tokenizer.encode("ab<x> ab", "allow")) == "ab<x> ab"
     with pytest.raises(Error, match="skips a part of the text"):
@@ -205,13 +205,13 @@ def test_pattern_that_leaves_something_out_is_noticed_beside_special_tokens():
         (None, "are None: give a list of str"),
     ],
 )
-def test_names_that_cannot_be(base, names, said):
+def test_invalid_names_are_rejected(base, names, said):
     with pytest.raises(Error, match=said) as raised:
         base.with_special_tokens(names)
     assert "\n" not in str(raised.value)
 
 
-def test_names_that_are_there_already():
+def test_existing_names_are_rejected():
     for kind in ("gpt2", "bpe"):
         with pytest.raises(Error, match=r"'<\|endoftext\|>' is already a token"):
             BASES[kind].with_special_tokens([END_OF_TEXT])
@@ -235,7 +235,7 @@ def test_save_and_load_keep_the_special_tokens(extended, tmp_path):
     assert loaded.decode(range(loaded.vocab_size)) == extended.decode(range(loaded.vocab_size))
 
 
-def test_a_file_from_before_there_were_any_is_still_read(base, tmp_path):
+def test_file_without_added_tokens_is_read(base, tmp_path):
     definition = base.to_json()
     assert definition.pop("added_tokens") == []
     (tmp_path / FILE_NAME).write_text(json.dumps(definition), encoding="utf-8")
@@ -252,7 +252,7 @@ def test_a_file_from_before_there_were_any_is_still_read(base, tmp_path):
         (["<x>", "<x>"], "already"),
     ],
 )
-def test_load_names_the_file_and_what_is_wrong(base, tmp_path, added, said):
+def test_load_error_names_the_file_and_the_problem(base, tmp_path, added, said):
     (tmp_path / FILE_NAME).write_text(json.dumps(base.to_json() | {"added_tokens": added}), encoding="utf-8")
     with pytest.raises(Error, match=said) as raised:
         load_tokenizer(tmp_path)
@@ -283,8 +283,8 @@ def head_input_and_logits(model, ids):
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 @pytest.mark.parametrize("head", HEADS)
-def test_old_ids_stay_as_they_were(head, dtype):
-    """A BLAS may sum a larger matrix in another order, so the head's product is made of the old rows."""
+def test_resizing_keeps_the_rows_of_old_ids(head, dtype):
+    """A BLAS may sum a larger matrix in another order, so the product is compared for the old rows only."""
     model = small_gpt2(13, dtype, **head)
     before = {name: array.copy() for name, array in model.state_dict().items()}
     ids = np.random.default_rng(0).integers(13, size=(3, 8))
@@ -306,7 +306,7 @@ def test_old_ids_stay_as_they_were(head, dtype):
 
 
 @pytest.mark.parametrize("head", HEADS)
-def test_new_rows_are_drawn_as_the_config_says(head):
+def test_new_rows_are_initialized_as_in_the_config(head):
     model = small_gpt2(13, **head)
     tied = model.lm_head.weight is model.wte.weight
     config = model.config
@@ -323,13 +323,13 @@ def test_new_rows_are_drawn_as_the_config_says(head):
     assert config.vocab_size == 13
 
 
-def test_new_rows_have_the_dtype_of_the_old_ones():
+def test_new_rows_have_the_dtype_of_the_old_rows():
     model = small_gpt2(13, np.float16, tie_word_embeddings=False, lm_head_bias=True)
     model.resize_token_embeddings(15, np.random.default_rng(0))
     assert {parameter.dtype for parameter in model.parameters()} == {np.dtype(np.float16)}
 
 
-def test_the_same_size_changes_nothing_and_draws_nothing():
+def test_same_size_changes_nothing_and_samples_nothing():
     model, rng = small_gpt2(13), np.random.default_rng(0)
     before = model.wte.weight.data.copy()
     model.resize_token_embeddings(np.int64(13), rng)
@@ -339,7 +339,7 @@ def test_the_same_size_changes_nothing_and_draws_nothing():
 
 
 @pytest.mark.parametrize("vocab_size", [12, 0, -1, 20.0, True, "20", None])
-def test_a_size_that_does_not_hold_the_old_ids(vocab_size):
+def test_size_below_the_old_one_is_rejected(vocab_size):
     model = small_gpt2(13)
     with pytest.raises(Error, match=f"vocab_size {vocab_size!r} does not hold the model's 13 ids"):
         model.resize_token_embeddings(vocab_size, np.random.default_rng(0))
@@ -347,7 +347,7 @@ def test_a_size_that_does_not_hold_the_old_ids(vocab_size):
 
 
 @pytest.mark.parametrize("head", HEADS)
-def test_a_step_of_training_moves_the_new_rows(head):
+def test_training_step_updates_the_new_rows(head):
     model = small_gpt2(13, **head)
     ids = np.array([[0, 13, 2, 14]])
     model.loss(ids % 13, ids % 13).backward()
@@ -367,7 +367,7 @@ def test_a_step_of_training_moves_the_new_rows(head):
 
 @pytest.mark.parametrize("head", HEADS)
 @pytest.mark.parametrize("kind", ["bpe", "char"])
-def test_both_grow_together_and_come_back_from_disk(kind, head, tmp_path):
+def test_extended_model_and_tokenizer_round_trip(kind, head, tmp_path):
     tokenizer = BASES[kind]
     model = small_gpt2(tokenizer.vocab_size, np.float32, **head)
     extended = extend_vocabulary(model, tokenizer, ["<|user|>", "<|bot|>"], np.random.default_rng(0))
@@ -394,7 +394,7 @@ def test_both_grow_together_and_come_back_from_disk(kind, head, tmp_path):
         (0, [""], "not a name"),
     ],
 )
-def test_a_refusal_leaves_the_model_as_it_was(extra, names, said):
+def test_error_leaves_the_model_unchanged(extra, names, said):
     tokenizer = BASES["char"]
     model = small_gpt2(tokenizer.vocab_size + extra)
     config, weight = model.config, model.wte.weight.data.copy()

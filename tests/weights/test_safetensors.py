@@ -1,4 +1,4 @@
-"""Hugging Face folders, both ways, against transformers and safetensors themselves."""
+"""Reading and writing Hugging Face folders: comparison with transformers and safetensors."""
 
 import json
 import os
@@ -36,7 +36,7 @@ def model():
 
 
 def tensors_of(model):
-    """The tensors a checkpoint holds: the tied head is stored once, as wte."""
+    """The tensors of a checkpoint: the tied head is stored once, as wte."""
     return {name: t for name, t in model.state_dict().items() if name != "lm_head.weight"}
 
 
@@ -64,7 +64,7 @@ def message_of(call, *args, **kwargs):
 
 @pytest.mark.parametrize("shard_size", ["1GB", "50KB", "8KB"])
 @pytest.mark.parametrize("dtype", ["float64", "float32", "float16", "bfloat16"])
-def test_reads_what_transformers_wrote_bit_for_bit(model, tmp_path, dtype, shard_size):
+def test_weights_written_by_transformers_are_read_bit_exactly(model, tmp_path, dtype, shard_size):
     stored = type(model)(model.config).to(getattr(torch, dtype))
     stored.load_state_dict(model.state_dict())
     stored.save_pretrained(tmp_path, max_shard_size=shard_size)
@@ -84,7 +84,7 @@ def test_reads_what_transformers_wrote_bit_for_bit(model, tmp_path, dtype, shard
     assert read_config(tmp_path)["n_embd"] == 32
 
 
-def test_bfloat16_is_read_without_anyone_having_imported_ml_dtypes(tmp_path):
+def test_bfloat16_is_read_before_ml_dtypes_is_imported(tmp_path):
     save_file({"w": torch.tensor([1.5, -2.0], dtype=torch.bfloat16)}, tmp_path / "model.safetensors")
     program = (
         "import sys; from tinyllm.weights.safetensors import Weights; assert 'ml_dtypes' not in sys.modules;"
@@ -94,7 +94,7 @@ def test_bfloat16_is_read_without_anyone_having_imported_ml_dtypes(tmp_path):
     assert result.stdout.strip() == "[1.5, -2.0]", result.stderr
 
 
-def test_the_module_imports_no_slow_library():
+def test_module_imports_no_slow_library():
     program = (
         "import sys, tinyllm.weights.safetensors as _;"
         "slow = {'torch', 'transformers', 'huggingface_hub', 'safetensors', 'ml_dtypes'};"
@@ -104,7 +104,7 @@ def test_the_module_imports_no_slow_library():
     assert result.stdout.strip() == "[]", result.stdout + result.stderr
 
 
-def test_weights_are_a_read_only_mapping_with_shapes_for_free(tmp_path, monkeypatch):
+def test_weights_are_a_read_only_mapping(tmp_path, monkeypatch):
     save_folder(tmp_path, {}, {**simple_arrays(), "scalar": np.float64(2.5).reshape(())})
     weights = Weights(tmp_path)
     monkeypatch.setattr(Weights, "__getitem__", lambda *_: pytest.fail("a tensor was read"))
@@ -118,11 +118,11 @@ def test_weights_are_a_read_only_mapping_with_shapes_for_free(tmp_path, monkeypa
         weights["a"] = np.zeros((5, 4))
 
 
-def test_each_read_is_a_new_array_of_its_own(tmp_path):
+def test_each_read_returns_a_new_array(tmp_path):
     arrays = simple_arrays()
     save_folder(tmp_path, {}, arrays)
     weights = Weights(tmp_path)
-    weights["a"][:] = 0  # a reader may scribble on what it got
+    weights["a"][:] = 0  # the array may be modified
     np.testing.assert_array_equal(weights["a"], arrays["a"])
 
 
@@ -137,8 +137,8 @@ def test_no_file_stays_open_or_mapped(tmp_path):
     assert first.shape == (5, 4)
 
 
-def test_masks_of_another_dtype_do_not_stand_in_the_way(tmp_path):
-    """Old GPT-2 files keep causal masks as bool or uint8: they are seen, and refused only when read."""
+def test_masks_of_unsupported_dtype_can_be_ignored(tmp_path):
+    """Old GPT-2 files contain causal masks as bool or uint8: they are listed, and an error only if read."""
     tensors = {"w": torch.ones(2, 3), "mask": torch.ones(2, dtype=torch.bool)}
     save_file({**tensors, "small": torch.ones(2).to(torch.float8_e4m3fn)}, tmp_path / "model.safetensors")
     weights = Weights(tmp_path)
@@ -149,7 +149,7 @@ def test_masks_of_another_dtype_do_not_stand_in_the_way(tmp_path):
     assert "small as F8_E4M3" in message_of(weights.__getitem__, "small")
 
 
-def test_one_file_counts_before_an_index_as_in_transformers(model, tmp_path):
+def test_single_file_takes_precedence_over_an_index(model, tmp_path):
     model.save_pretrained(tmp_path, max_shard_size="50KB")
     changed = {name: tensor + 1 for name, tensor in tensors_of(model).items()}
     save_file(changed, tmp_path / "model.safetensors", metadata={"format": "pt"})
@@ -159,15 +159,15 @@ def test_one_file_counts_before_an_index_as_in_transformers(model, tmp_path):
     np.testing.assert_array_equal(theirs, changed[name].numpy())
 
 
-# ---------------------------------------------------------------------------- refusals
+# ---------------------------------------------------------------------------- bad files
 
 
-def test_a_folder_without_weights_is_refused(tmp_path):
+def test_folder_without_weights_is_rejected(tmp_path):
     assert "model.safetensors" in message_of(Weights, tmp_path)
     assert "model.safetensors" in message_of(Weights, tmp_path / "missing")
 
 
-def test_a_pickle_is_never_opened_and_the_way_out_is_told(tmp_path):
+def test_pickle_is_never_opened_and_the_remedy_is_stated(tmp_path):
     (tmp_path / "pytorch_model.bin").write_bytes(b"anything")
     text = message_of(Weights, tmp_path)
     assert "pickle" in text and "run code" in text and "save_pretrained" in text
@@ -175,7 +175,7 @@ def test_a_pickle_is_never_opened_and_the_way_out_is_told(tmp_path):
 
 @pytest.mark.parametrize("cut", [0, 5, 30, -1])
 @pytest.mark.parametrize("shard_bytes", [10**9, 100])
-def test_a_truncated_file_is_refused(tmp_path, cut, shard_bytes):
+def test_truncated_file_is_rejected(tmp_path, cut, shard_bytes):
     save_folder(tmp_path, {}, simple_arrays(), max_shard_bytes=shard_bytes)
     path = sorted(tmp_path.glob("*.safetensors"))[-1]
     path.write_bytes(path.read_bytes()[:cut])
@@ -186,17 +186,17 @@ def test_a_truncated_file_is_refused(tmp_path, cut, shard_bytes):
 @pytest.mark.parametrize(
     "content", [b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n", b"PK\x03\x04" * 50]
 )
-def test_another_format_under_the_name_is_refused(tmp_path, content):
+def test_other_format_is_rejected(tmp_path, content):
     (tmp_path / "model.safetensors").write_bytes(content)
     assert str(tmp_path / "model.safetensors") in message_of(Weights, tmp_path)
 
 
-def test_a_folder_under_the_name_is_refused(tmp_path):
+def test_folder_instead_of_a_file_is_rejected(tmp_path):
     (tmp_path / "model.safetensors").mkdir()
     assert str(tmp_path / "model.safetensors") in message_of(Weights, tmp_path)
 
 
-def test_a_missing_shard_is_refused(tmp_path):
+def test_missing_shard_is_rejected(tmp_path):
     save_folder(tmp_path, {}, simple_arrays(), max_shard_bytes=100)
     (tmp_path / "model-00003-of-00004.safetensors").unlink()
     assert "model-00003-of-00004.safetensors" in message_of(Weights, tmp_path)
@@ -213,10 +213,10 @@ OUTSIDE = ["../x.safetensors", "/x.safetensors", "sub/x.safetensors", "sub\\x.sa
 
 
 @pytest.mark.parametrize("shard", [*OUTSIDE, "..", ".", "", 7, None, ["a"]])
-def test_a_shard_outside_the_folder_is_refused(tmp_path, shard):
+def test_shard_outside_the_folder_is_rejected(tmp_path, shard):
     inside = tmp_path / "inside"
     save_folder(inside, {}, simple_arrays(), max_shard_bytes=100)
-    # Whatever the name leads to exists, and would load.
+    # The target of each name exists and could be loaded.
     for target in ("x.safetensors", "inside/sub/x.safetensors", "inside/sub\\x.safetensors"):
         (tmp_path / target).parent.mkdir(exist_ok=True)
         save_file({"a": torch.zeros(5, 4)}, tmp_path / target)
@@ -224,11 +224,11 @@ def test_a_shard_outside_the_folder_is_refused(tmp_path, shard):
     change_index(inside, lambda index: index["weight_map"].update(a=shard))
     text = message_of(Weights, inside)
     assert str(inside) in text
-    if shard not in ("", ".."):  # these two are folders, refused as such
+    if shard not in ("", ".."):  # these two are folders
         assert repr(shard) in text and "plain file name" in text
 
 
-def test_an_index_and_a_shard_that_disagree_are_refused(tmp_path):
+def test_index_that_differs_from_a_shard_is_rejected(tmp_path):
     save_folder(tmp_path, {}, simple_arrays(), max_shard_bytes=200)
     first = "model-00001-of-00002.safetensors"
 
@@ -242,8 +242,8 @@ def test_an_index_and_a_shard_that_disagree_are_refused(tmp_path):
 
 
 @pytest.mark.skipif(os.name != "posix", reason="links are for administrators on Windows")
-def test_links_lead_anywhere_and_names_do_not(tmp_path):
-    """The hub's cache is made of links to ../../blobs; what an index says comes from a stranger."""
+def test_shards_may_be_links(tmp_path):
+    """The hub's cache consists of links to ../../blobs; the names in an index are not trusted."""
     folder = tmp_path / "snapshot"
     save_folder(folder, {}, simple_arrays(), max_shard_bytes=100)
     (tmp_path / "blobs").mkdir()
@@ -255,7 +255,7 @@ def test_links_lead_anywhere_and_names_do_not(tmp_path):
 
 @pytest.mark.skipif(os.name != "posix", reason="Windows has no pipes with names")
 @pytest.mark.parametrize("shard_bytes", [10**9, 100])
-def test_a_pipe_is_no_file(tmp_path, shard_bytes):
+def test_pipe_is_rejected(tmp_path, shard_bytes):
     save_folder(tmp_path, {}, simple_arrays(), max_shard_bytes=shard_bytes)
     path = next(path for path in tmp_path.iterdir() if path.suffix == ".safetensors")
     path.unlink()
@@ -264,7 +264,7 @@ def test_a_pipe_is_no_file(tmp_path, shard_bytes):
 
 
 @pytest.mark.parametrize("shape", [[1] * 1000 + [2], [0] * 100, [0, 2**62]])
-def test_an_array_that_numpy_does_not_have_is_refused(tmp_path, shape):
+def test_array_that_numpy_cannot_represent_is_rejected(tmp_path, shape):
     size = 8 if 0 not in shape else 0
     header = {"w": {"dtype": "F32", "shape": shape, "data_offsets": [0, size]}}
     text = json.dumps(header).encode()
@@ -277,7 +277,7 @@ def test_an_array_that_numpy_does_not_have_is_refused(tmp_path, shape):
         assert array.shape == tuple(shape)
 
 
-def test_half_a_character_in_a_shards_name(tmp_path):
+def test_lone_surrogate_in_a_shards_name_is_rejected(tmp_path):
     (tmp_path / "model.safetensors.index.json").write_text(
         r'{"weight_map": {"a": "\ud800"}}', encoding="utf-8"
     )
@@ -285,26 +285,26 @@ def test_half_a_character_in_a_shards_name(tmp_path):
 
 
 @pytest.mark.parametrize("content", [{}, {"weight_map": {}}, {"weight_map": ["a"]}, {"weight_map": None}])
-def test_an_index_without_a_map_is_refused(tmp_path, content):
+def test_index_without_a_map_is_rejected(tmp_path, content):
     path = tmp_path / "model.safetensors.index.json"
     path.write_text(json.dumps(content))
     text = message_of(Weights, tmp_path)
     assert str(path) in text and "weight_map" in text
 
 
-def test_an_index_that_is_not_json_is_refused(tmp_path):
+def test_index_that_is_not_json_is_rejected(tmp_path):
     path = tmp_path / "model.safetensors.index.json"
     path.write_text('{"weight_map": {')
     assert str(path) in message_of(Weights, tmp_path)
 
 
-def test_a_model_replaced_while_it_is_read_is_refused(tmp_path):
+def test_model_replaced_while_it_is_read_is_rejected(tmp_path):
     save_folder(tmp_path, {}, simple_arrays())
     weights = Weights(tmp_path)
     assert weights["a"].shape == (5, 4)
     save_folder(tmp_path, {}, simple_arrays(), overwrite=True)
     path = tmp_path / "model.safetensors"
-    os.utime(path, ns=(0, 123_456_789_000_000_000))  # a clock too coarse to tell must not decide this test
+    os.utime(path, ns=(0, 123_456_789_000_000_000))  # do not depend on the resolution of the clock
     assert "replaced" in message_of(weights.__getitem__, "b")
     path.unlink()
     assert str(path) in message_of(weights.__getitem__, "b")
@@ -322,7 +322,7 @@ def test_a_model_replaced_while_it_is_read_is_refused(tmp_path):
         (b"null", "NoneType"),
     ],
 )
-def test_read_json_refuses(tmp_path, content, problem):
+def test_read_json_rejects_malformed_files(tmp_path, content, problem):
     path = tmp_path / "config.json"
     path.write_bytes(content)
     text = message_of(read_json, path)
@@ -330,13 +330,13 @@ def test_read_json_refuses(tmp_path, content, problem):
     assert text == message_of(read_config, tmp_path)
 
 
-def test_read_json_refuses_what_is_not_there(tmp_path):
+def test_read_json_rejects_a_missing_file(tmp_path):
     text = message_of(read_config, tmp_path)
     assert str(tmp_path / "config.json") in text and "No such file" in text
     assert str(tmp_path) in message_of(read_json, tmp_path)
 
 
-def test_read_json_reads(tmp_path):
+def test_read_json_returns_the_object(tmp_path):
     (tmp_path / "config.json").write_bytes('{"name": "é", "n": 3}'.encode())
     assert read_config(str(tmp_path)) == {"name": "é", "n": 3}
 
@@ -345,7 +345,7 @@ def test_read_json_reads(tmp_path):
 
 
 @pytest.mark.parametrize("shard_bytes", [5 * 10**9, 50_000, 8_000])
-def test_transformers_loads_what_we_wrote(model, tmp_path, shard_bytes):
+def test_transformers_loads_saved_folders(model, tmp_path, shard_bytes):
     save_folder(tmp_path, model.config.to_dict(), arrays_of(model), max_shard_bytes=shard_bytes)
     loaded, info = transformers.GPT2LMHeadModel.from_pretrained(tmp_path, output_loading_info=True)
     assert not info["missing_keys"] and not info["unexpected_keys"]
@@ -355,8 +355,8 @@ def test_transformers_loads_what_we_wrote(model, tmp_path, shard_bytes):
     assert torch.equal(loaded.eval()(ids).logits, model(ids).logits)
 
 
-def test_shards_are_cut_and_named_as_transformers_does(model, tmp_path):
-    """The same cuts, given the tensors in the order transformers stores them."""
+def test_shards_are_split_and_named_as_in_transformers(model, tmp_path):
+    """The same shards, for tensors in the order of transformers."""
     model.save_pretrained(tmp_path / "theirs", max_shard_size="50KB")
     theirs = read_json(tmp_path / "theirs" / "model.safetensors.index.json")
     arrays = arrays_of(model)
@@ -368,7 +368,7 @@ def test_shards_are_cut_and_named_as_transformers_does(model, tmp_path):
         assert sum(tensor.nbytes for tensor in load_file(path).values()) <= 50_000
 
 
-def test_a_tensor_larger_than_a_shard_has_one_alone(tmp_path):
+def test_tensor_larger_than_a_shard_gets_its_own(tmp_path):
     sizes = {"first": 90, "a": 2, "big": 100, "c": 2, "d": 2}
     arrays = {name: np.full(size, float(size)) for name, size in sizes.items()}
     save_folder(tmp_path, {}, arrays, max_shard_bytes=64)
@@ -380,7 +380,7 @@ def test_a_tensor_larger_than_a_shard_has_one_alone(tmp_path):
 
 
 @pytest.mark.parametrize("shard_bytes", [10**9, 100])
-def test_every_file_carries_the_format_that_transformers_asks_for(tmp_path, shard_bytes):
+def test_every_file_has_the_format_metadata(tmp_path, shard_bytes):
     save_folder(tmp_path, {}, simple_arrays(), max_shard_bytes=shard_bytes)
     for path in tmp_path.glob("*.safetensors"):
         with safe_open(path, framework="np") as file:
@@ -402,7 +402,7 @@ LAYOUTS = {
 
 @pytest.mark.parametrize("dtype", [np.float64, np.float32, np.float16, ml_dtypes.bfloat16])
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_every_memory_layout_is_written_right(tmp_path, layout, dtype):
+def test_every_memory_layout_is_written_correctly(tmp_path, layout, dtype):
     base = np.random.default_rng(1).standard_normal((6, 4)).astype(dtype)
     array = LAYOUTS[layout](base)
     before = array.tolist()
@@ -417,7 +417,7 @@ def test_every_memory_layout_is_written_right(tmp_path, layout, dtype):
 
 
 @pytest.mark.parametrize("dtype", [">f8", ">f4", ">f2"])
-def test_big_endian_numbers_are_written_right(tmp_path, dtype):
+def test_big_endian_arrays_are_written_correctly(tmp_path, dtype):
     array = np.random.default_rng(1).standard_normal((6, 4)).astype(dtype)
     save_folder(tmp_path, {}, {"w": array.T})
     np.testing.assert_array_equal(load_file(tmp_path / "model.safetensors")["w"].numpy(), array.T)
@@ -434,14 +434,16 @@ def test_big_endian_numbers_are_written_right(tmp_path, dtype):
         max_size=7,
     )
 )
-@example({})  # the state of an optimizer that has not made a step
+@example({})  # the state of an optimizer before its first step
 @example(
     {"b": (np.float16, [3]), "a": (ml_dtypes.bfloat16, [1]), "c": (np.float64, []), 'é\n"': (np.float32, [2])}
 )
-def test_a_file_has_the_bytes_that_the_library_writes(tensors):
+def test_files_are_identical_to_the_librarys(tensors):
     rng = np.random.default_rng(0)
     arrays = {name: rng.standard_normal(shape).astype(dtype) for name, (dtype, shape) in tensors.items()}
-    arrays = {name: np.asarray(array) for name, array in arrays.items()}  # NumPy makes scalars of 0-d arrays
+    arrays = {
+        name: np.asarray(array) for name, array in arrays.items()
+    }  # NumPy turns 0-d arrays into scalars
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "x.safetensors"
         write_safetensors(path, arrays)
@@ -449,7 +451,7 @@ def test_a_file_has_the_bytes_that_the_library_writes(tensors):
     assert found == numpy_save(arrays, metadata={"format": "pt"})
 
 
-def test_the_config_is_written_as_given(tmp_path):
+def test_config_is_written_unchanged(tmp_path):
     config = {"z": 1, "a": [1.5, None, True], "name": "é"}
     save_folder(tmp_path / "new" / "deep", config, simple_arrays())
     text = (tmp_path / "new" / "deep" / "config.json").read_bytes().decode("utf-8")
@@ -457,13 +459,13 @@ def test_the_config_is_written_as_given(tmp_path):
     assert list(read_config(tmp_path / "new" / "deep")) == ["z", "a", "name"]
 
 
-def test_nothing_but_the_model_is_left_behind(tmp_path):
+def test_no_temporary_files_are_left(tmp_path):
     save_folder(tmp_path, {}, simple_arrays())
     assert sorted(os.listdir(tmp_path)) == ["config.json", "model.safetensors"]
 
 
 @pytest.mark.skipif(os.name == "nt", reason="file modes are POSIX")
-def test_weights_may_be_read_by_whoever_may_read_the_config(tmp_path):
+def test_weights_have_the_permissions_of_the_config(tmp_path):
     old = os.umask(0o027)
     try:
         save_folder(tmp_path, {}, simple_arrays(), max_shard_bytes=100)
@@ -474,7 +476,7 @@ def test_weights_may_be_read_by_whoever_may_read_the_config(tmp_path):
 
 
 @pytest.mark.parametrize("present", ["config.json", "model.safetensors", "model-00001-of-00002.safetensors"])
-def test_a_folder_that_holds_a_model_is_refused_and_left_alone(tmp_path, present):
+def test_existing_model_is_not_overwritten(tmp_path, present):
     (tmp_path / present).write_bytes(b"precious")
     text = message_of(save_folder, tmp_path, {}, simple_arrays())
     assert str(tmp_path) in text and "overwrite" in text
@@ -483,7 +485,7 @@ def test_a_folder_that_holds_a_model_is_refused_and_left_alone(tmp_path, present
 
 @pytest.mark.parametrize("old_bytes", [10**9, 100, 200])
 @pytest.mark.parametrize("new_bytes", [10**9, 100, 200])
-def test_overwriting_leaves_nothing_of_the_older_model(tmp_path, old_bytes, new_bytes):
+def test_overwriting_removes_the_older_model(tmp_path, old_bytes, new_bytes):
     (tmp_path / "notes.txt").write_text("mine")
     save_folder(tmp_path, {"age": "old"}, simple_arrays(), max_shard_bytes=old_bytes)
     new = {name: array + 1 for name, array in simple_arrays().items() if name != "d"}
@@ -497,7 +499,7 @@ def test_overwriting_leaves_nothing_of_the_older_model(tmp_path, old_bytes, new_
     assert set(Weights(tmp_path)) == {"a", "b", "c"}
 
 
-def test_a_folder_can_be_rewritten_from_itself(tmp_path):
+def test_folder_can_be_overwritten_with_its_own_weights(tmp_path):
     arrays = simple_arrays()
     save_folder(tmp_path, {"n": 1}, arrays)
     save_folder(tmp_path, {"n": 1}, Weights(tmp_path), max_shard_bytes=100, overwrite=True)
@@ -510,7 +512,7 @@ def folder_bytes(folder):
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
-def test_a_full_disk_leaves_the_older_model_untouched(tmp_path, monkeypatch):
+def test_full_disk_leaves_the_older_model_unchanged(tmp_path, monkeypatch):
     save_folder(tmp_path, {"age": "old"}, simple_arrays(), max_shard_bytes=100)
     before = folder_bytes(tmp_path)
 
@@ -523,7 +525,7 @@ def test_a_full_disk_leaves_the_older_model_untouched(tmp_path, monkeypatch):
     assert folder_bytes(tmp_path) == before
 
 
-def test_everything_is_flushed_before_anything_is_renamed(tmp_path, monkeypatch):
+def test_files_are_flushed_before_they_are_renamed(tmp_path, monkeypatch):
     save_folder(tmp_path, {"age": "old"}, simple_arrays())
     calls = []
     fsync, replace = os.fsync, os.replace
@@ -534,7 +536,7 @@ def test_everything_is_flushed_before_anything_is_renamed(tmp_path, monkeypatch)
     assert len(calls) == 8 and calls[-1] == "config.json"
 
 
-def test_a_crash_between_two_renames_never_mixes_two_models(tmp_path, monkeypatch):
+def test_crash_between_renames_never_mixes_two_models(tmp_path, monkeypatch):
     save_folder(tmp_path, {"age": "old"}, simple_arrays(), max_shard_bytes=100)
     replace = os.replace
     for survived in range(4):
@@ -554,7 +556,7 @@ def test_a_crash_between_two_renames_never_mixes_two_models(tmp_path, monkeypatc
 
 
 @pytest.mark.parametrize("dtype", [np.int64, np.bool_, np.complex64, object])
-def test_other_dtypes_are_refused_before_anything_changes(tmp_path, dtype):
+def test_unsupported_dtypes_are_rejected_before_any_change(tmp_path, dtype):
     save_folder(tmp_path, {"age": "old"}, simple_arrays())
     before = folder_bytes(tmp_path)
     arrays = {**simple_arrays(), "odd": np.ones(3, dtype)}
@@ -563,7 +565,7 @@ def test_other_dtypes_are_refused_before_anything_changes(tmp_path, dtype):
     assert folder_bytes(tmp_path) == before
 
 
-def test_a_config_that_is_no_json_changes_nothing(tmp_path):
+def test_config_that_is_not_json_changes_nothing(tmp_path):
     save_folder(tmp_path, {"age": "old"}, simple_arrays())
     before = folder_bytes(tmp_path)
     with pytest.raises(TypeError):
@@ -571,7 +573,7 @@ def test_a_config_that_is_no_json_changes_nothing(tmp_path):
     assert folder_bytes(tmp_path) == before
 
 
-def test_a_folder_that_cannot_be_made_is_refused(tmp_path):
+def test_folder_that_cannot_be_created_is_reported(tmp_path):
     (tmp_path / "file").write_text("in the way")
     for folder in (tmp_path / "file", tmp_path / "file" / "deeper"):
         assert str(folder) in message_of(save_folder, folder, {}, simple_arrays())
@@ -589,8 +591,8 @@ def kilobytes(field):
     lines = Path("/proc/self/status").read_text().splitlines()
     return int(next(line for line in lines if line.startswith(field)).split()[1])
 
-GPT2.from_pretrained(sys.argv[2])  # imports, and whatever else is paid once
-Path("/proc/self/clear_refs").write_text("5")  # VmHWM, the peak, starts again from here
+GPT2.from_pretrained(sys.argv[2])  # imports and other one-time costs
+Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM, the peak
 before = kilobytes("VmHWM")
 model = GPT2.from_pretrained(sys.argv[1])
 size = sum(parameter.data.nbytes for _, parameter in model.named_parameters())
@@ -601,7 +603,7 @@ print(size, (kilobytes("VmHWM") - before) * 1024 / size)
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the peak is read from /proc")
 @pytest.mark.parametrize("shard_bytes", [10**9, 9 * 10**6])
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
-def test_the_peak_while_loading_is_the_weights_and_little_more(tmp_path, dtype, shard_bytes):
+def test_loading_needs_little_more_memory_than_the_weights(tmp_path, dtype, shard_bytes):
     large = dict(n_layer=6, n_embd=512, vocab_size=2000)
     for folder, sizes in {"large": large, "tiny": dict(n_layer=1, n_embd=16, vocab_size=20)}.items():
         model = GPT2(GPT2Config(n_head=4, n_positions=64, tie_word_embeddings=False, **sizes), rng=None)
