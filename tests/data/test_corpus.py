@@ -263,6 +263,8 @@ def test_documents_are_joined_by_end_of_text():
     assert ids.tolist() == GPT2.encode(END_OF_TEXT.join(documents), special="allow")
     assert encode_documents(GPT2, ["one two"]).tolist() == expected[0]
     assert encode_documents(GPT2, []).tolist() == []
+    with pytest.raises(Error, match=r"are a str: .*tokenizer\.encode"):
+        encode_documents(GPT2, "one two")
 
 
 def test_special_applies_to_documents_not_separators():

@@ -5,6 +5,7 @@ import hashlib
 import http.server
 import json
 import os
+import re
 import threading
 from pathlib import Path
 
@@ -185,6 +186,9 @@ def test_bad_files_are_rejected(tmp_path):
             load_text(tmp_path / name)
     with pytest.raises(Error, match="no text ''"):
         load_text("")
+    for name in (None, 3):
+        with pytest.raises(Error, match=f"the text is {name}"):
+            load_text(name)
 
 
 @pytest.mark.parametrize("block_bytes", [1, 2, 3, 7])
@@ -383,8 +387,9 @@ def test_pattern_that_matches_no_file(tmp_path):
     (tmp_path / "a.txt").write_bytes(b"a")
     with pytest.raises(Error, match=r"no file that matches '\*.py'; it holds 1 .txt"):
         open_corpus(tmp_path, pattern="*.py")
-    with pytest.raises(Error, match="pattern ''"):
-        open_corpus(tmp_path, pattern="")
+    for pattern in ("", ".", 3, ["*.txt"]):
+        with pytest.raises(Error, match=re.escape(f"pattern {pattern!r}")):
+            open_corpus(tmp_path, pattern=pattern)
 
 
 def test_pattern_is_refused_without_a_folder(tmp_path, monkeypatch):

@@ -169,6 +169,11 @@ def test_truncated_answer_is_reported(conversation, answers):
     assert conversation.answer("a", str).end == "length"  # the stop id would be the 21st
 
 
+def test_max_new_tokens_must_be_positive(parts):
+    with pytest.raises(Error, match=r"max_new_tokens is 0: .* at least 1"):
+        Conversation(*parts, max_new_tokens=0)
+
+
 def test_empty_answer(conversation, answers):
     answers.append("")
     written = []

@@ -441,6 +441,8 @@ def test_error_in_the_model_restores_modes():
     [
         ([[1] * 9], {}, r"\(1, 9\): .*at most 8 tokens"),
         ([[[1]]], {}, r"\(1, 1, 1\): .*batch, time"),
+        (3, {}, r"shape \(1,\): .*batch, time"),
+        ("Hello", {}, "prompt ids is 'Hello', not an integer"),
         ([[]], {}, "prompt ids is empty"),
         ([], {}, "prompt ids is empty"),
         ([[1, 13]], {}, r"prompt ids\[0, 1\] is 13, .* 0 to 12"),

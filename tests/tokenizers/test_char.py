@@ -49,6 +49,12 @@ def test_char_rejects_bad_characters(characters, said):
         CharTokenizer(characters)
 
 
+@pytest.mark.parametrize("text", [None, b"abc", ""])
+def test_char_from_text_rejects_anything_but_a_text(text):
+    with pytest.raises(Error, match="the text is"):
+        CharTokenizer.from_text(text)
+
+
 @given(text=st.text(min_size=1))
 def test_char_json_round_trip(text):
     tokenizer = CharTokenizer.from_text(text)

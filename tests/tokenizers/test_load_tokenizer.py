@@ -15,6 +15,7 @@ from tinyllm.errors import Error
 from tinyllm.tokenizers import load_tokenizer
 from tinyllm.tokenizers.base import FILE_NAME
 from tinyllm.tokenizers.char import CharTokenizer
+from tinyllm.weights.pull import KNOWN_MODELS
 
 
 def test_load_error_lists_the_alternatives(tmp_path):
@@ -24,6 +25,24 @@ def test_load_error_lists_the_alternatives(tmp_path):
             Error, match=rf"no tokenizer .*{known}|has no tokenizer \(tinyllm_tokenizer.json, tokenizer\.json"
         ):
             load_tokenizer(spec)
+
+
+@pytest.mark.parametrize("spec", [None, 3, b"gpt2", ["gpt2"], "n" * 5000, "\0"])
+def test_load_rejects_other_types_and_impossible_paths(spec):
+    with pytest.raises(Error, match="'gpt2'"):
+        load_tokenizer(spec)
+
+
+def test_load_pulled_model_by_name(monkeypatch, tmp_path):
+    monkeypatch.setenv("TINYLLM_CACHE", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(Error, match="tinyllm pull smollm2"):
+        load_tokenizer("smollm2")
+    folder = tmp_path / "models" / "smollm2" / "hub"
+    CharTokenizer("ab").save(folder)
+    for name in KNOWN_MODELS["smollm2"].hub_files:
+        (folder / name).write_bytes(b"")
+    assert load_tokenizer("smollm2").encode("ba") == [1, 0]
 
 
 @pytest.mark.parametrize("content", [b"{not json", b"\xff\xfe", b"", b"[" * 100_000, b'{"kind": NaN}'])

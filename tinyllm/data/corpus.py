@@ -192,6 +192,8 @@ def open_corpus(name_or_path: str | Path, field: str | None = None, pattern: str
     text is blank; if ``field`` is missing for a .jsonl file or given without one; or if ``pattern`` is
     given without a folder.
     """
+    if not isinstance(name_or_path, str | Path):
+        raise Error(f"the text is {name_or_path!r}: give the path of a file or folder, or a known name")
     files, left_out = (), ()
     if name_or_path == "the-verdict":
         files = (the_verdict(),)
@@ -247,6 +249,8 @@ def encode_documents(tokenizer: Tokenizer, documents: Iterable[str], special: st
     Raises ``Error`` as ``encode`` does, or if there are several documents and the tokenizer has no
     ``<|endoftext|>``.
     """
+    if isinstance(documents, str):
+        raise Error("the documents are a str: give a list of texts, or encode one text with tokenizer.encode")
     parts = []
     for i, document in enumerate(documents):
         if i > 0:

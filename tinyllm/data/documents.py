@@ -59,7 +59,7 @@ def find_files(name: str | Path, pattern: str | None = None) -> tuple[tuple[Path
     ``docs/*.md``, is matched against the end of the path, as in ``PurePath.match``. Raises ``Error`` if there
     are none, or if a path cannot be read or is neither a file nor a folder.
     """
-    if pattern is not None and not PurePosixPath(pattern).parts:
+    if pattern is not None and not (isinstance(pattern, str) and PurePosixPath(pattern).parts):
         raise Error(f"pattern {pattern!r} matches nothing: give a glob pattern such as '*.py'")
     try:
         mode = os.stat(name).st_mode

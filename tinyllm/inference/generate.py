@@ -79,7 +79,7 @@ def _check_prompts(ids, model) -> tuple[np.ndarray, np.ndarray]:
         rows = [check_ids(row, vocab_size, name=f"prompt ids[{i}]") for i, row in enumerate(ids)]
     else:
         rows = check_ids(ids, vocab_size, name="prompt ids")
-        rows = rows[None] if rows.ndim == 1 else rows  # one prompt is a batch of one
+        rows = rows[None] if rows.ndim < 2 else rows  # one prompt is a batch of one
     longest = max(row.size for row in rows)
     if any(row.ndim != 1 for row in rows) or longest > context:
         shape = rows.shape if isinstance(rows, np.ndarray) else (len(rows), longest)

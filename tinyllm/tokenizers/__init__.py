@@ -16,6 +16,7 @@ adds nothing to a text: if a model needs its first token, ``bos_id``, the caller
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 from tinyllm.errors import Error
@@ -35,6 +36,8 @@ from tinyllm.tokenizers.huggingface import (
 from tinyllm.tokenizers.sentencepiece import read_sentencepiece
 from tinyllm.tokenizers.tiktoken import BASE64_LINE, gpt2, read_llama3
 from tinyllm.weights.gguf_format import MAGIC
+from tinyllm.weights.hub import find_model
+from tinyllm.weights.pull import KNOWN_MODELS
 
 __all__ = [
     "END_OF_TEXT",
@@ -52,7 +55,8 @@ TOKENIZER_MODEL = "tokenizer.model"
 def load_tokenizer(spec: str | Path) -> Tokenizer:
     """Load a tokenizer: ``"gpt2"``, or the one in a run's folder, a model's folder or a file.
 
-    The name takes precedence over a folder of that name; write ``./gpt2`` for the folder.
+    The name takes precedence over a folder of that name; write ``./gpt2`` for the folder. The name of a model
+    that was pulled, such as ``smollm2``, gives that model's tokenizer.
 
     For a published model, the files next to the vocabulary (``tokenizer_config.json``,
     ``generation_config.json``, ``config.json``, ``chat_template.jinja``; in GGUF, the file's keys) set
@@ -68,12 +72,14 @@ def load_tokenizer(spec: str | Path) -> Tokenizer:
         return gpt2()
     if not isinstance(spec, str | Path):
         raise Error(f"the tokenizer is {spec!r}: give 'gpt2' or the path of a folder or file")
-    path = Path(spec)
-    if spec == "" or not path.exists():
+    if spec in KNOWN_MODELS and not os.path.lexists(spec):
+        spec = find_model(spec)
+    if not os.path.exists(spec):
         raise Error(
             f"no tokenizer {str(spec)!r}: give 'gpt2', a run's or a model's folder, or a tokenizer file "
             "('char' and 'bpe:VOCAB' are trained on a text by tinyllm train)"
         )
+    path = Path(spec)
     file = _find_file(path) if path.is_dir() else path
     if file.name == FILE_NAME:
         return _read_ours(file)

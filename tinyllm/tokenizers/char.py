@@ -32,6 +32,7 @@ class CharTokenizer(Tokenizer):
     @classmethod
     def from_text(cls, text: str) -> CharTokenizer:
         """The tokenizer of the characters that occur in a text, sorted by code point."""
+        check_text(text)
         return cls("".join(sorted(set(text))))
 
     def _encode_ordinary(self, text: str, start: int) -> np.ndarray:
