@@ -392,7 +392,7 @@ def test_pattern_that_matches_no_file(tmp_path):
             open_corpus(tmp_path, pattern=pattern)
 
 
-def test_pattern_is_refused_without_a_folder(tmp_path, monkeypatch):
+def test_pattern_is_rejected_without_a_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "a.txt").write_bytes(b"a")
     (tmp_path / "python-docs").mkdir()

@@ -136,9 +136,9 @@ def test_ctrl_c_inside_a_character_keeps_complete_characters(conversation, answe
     assert conversation.messages[1]["content"] == "é" and "".join(written) == "é"
 
 
-@pytest.mark.parametrize("came", [[], [0xC3]], ids=["nothing", "half a character"])
-def test_ctrl_c_before_any_text_keeps_nothing(conversation, answers, came):
-    answers.append([*came, KeyboardInterrupt()])
+@pytest.mark.parametrize("tokens", [[], [0xC3]], ids=["nothing", "incomplete character"])
+def test_ctrl_c_before_any_text_keeps_nothing(conversation, answers, tokens):
+    answers.append([*tokens, KeyboardInterrupt()])
     with pytest.raises(KeyboardInterrupt):
         conversation.answer("tell", lambda piece: None)
     assert conversation.messages == []

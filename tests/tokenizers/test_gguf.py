@@ -136,14 +136,14 @@ def test_smollm2_vocabulary(smollm2):
 def test_smollm2_encodes_every_character_or_raises(smollm2):
     """Of the 21 bytes without a token, 8 occur in UTF-8: 6 control characters, and two first bytes."""
     ours, _ = smollm2
-    refused = []
+    rejected = []
     for character in [*map(chr, range(0xD800)), *(chr(n) for n in range(0x10000, 0x110000, 4096))]:
         try:
             assert ours.decode(ours.encode(character)) == character
         except Error:
-            refused.append(character)
-    assert [c for c in refused if c < "\U00010000"] == list("\x04\x06\x13\x14\x16\x1d")
-    assert {c.encode()[0] for c in refused if c >= "\U00010000"} == {0xF1, 0xF2}
+            rejected.append(character)
+    assert [c for c in rejected if c < "\U00010000"] == list("\x04\x06\x13\x14\x16\x1d")
+    assert {c.encode()[0] for c in rejected if c >= "\U00010000"} == {0xF1, 0xF2}
     assert {byte for symbol, byte in BYTE_OF.items() if ours.tokenizer.token_to_id(symbol) is None} >= {
         0xF1,
         0x04,
@@ -176,22 +176,22 @@ def test_gguf_keys_of_wrong_type_are_rejected(tmp_path, key, value):
 def test_damaged_gguf_vocabularies_are_rejected(byte_level, tmp_path):
     path = tmp_path / "a.gguf"
 
-    def refusal(**keys):
+    def error_of(**keys):
         return message_of(load_tokenizer, gguf_of_byte_level(byte_level, path, **keys))
 
-    assert "'qwen2'" in refusal(pre="qwen2")
-    assert "'bert'" in refusal(model="bert")
-    assert "token_type" in refusal(token_type=[1, 1])
-    assert "unknown type" in refusal(tokens=["a", "b"], token_type=[1, -1])
-    assert "merges" in refusal(merges="a b")
-    assert "copy it again" in refusal(merges=["a", "b"])
-    assert "copy it again" in refusal(merges=["a notthere"])
-    assert "eos_token_id" in refusal(eos_token_id=99999)
-    assert "scores" in refusal(model="llama")
+    assert "'qwen2'" in error_of(pre="qwen2")
+    assert "'bert'" in error_of(model="bert")
+    assert "token_type" in error_of(token_type=[1, 1])
+    assert "unknown type" in error_of(tokens=["a", "b"], token_type=[1, -1])
+    assert "merges" in error_of(merges="a b")
+    assert "copy it again" in error_of(merges=["a", "b"])
+    assert "copy it again" in error_of(merges=["a notthere"])
+    assert "eos_token_id" in error_of(eos_token_id=99999)
+    assert "scores" in error_of(model="llama")
     two = {"model": "llama", "tokens": ["a", "b"], "scores": [0.0, 1.0]}
-    assert "unknown" in refusal(**two, token_type=[1, 1])
-    assert "scores" in refusal(**(two | {"scores": ["0", "1"]}), token_type=[2, 1])
-    assert "only 1 of them differ" in refusal(tokens=["a", "a"], token_type=[1, 1])
+    assert "unknown" in error_of(**two, token_type=[1, 1])
+    assert "scores" in error_of(**(two | {"scores": ["0", "1"]}), token_type=[2, 1])
+    assert "only 1 of them differ" in error_of(tokens=["a", "a"], token_type=[1, 1])
     data = path.read_bytes()
     path.write_bytes(data[:1000])
     assert "copy it again" in message_of(load_tokenizer, path)

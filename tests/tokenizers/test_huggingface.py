@@ -118,19 +118,19 @@ def test_ordinary_text_is_never_encoded_as_a_special_token(tmp_path):
 
 
 def test_unsupported_tokenizers_are_rejected(tmp_path):
-    def refusal(**changes):
+    def error_of(**changes):
         return message_of(load_tokenizer, write_json(tmp_path, a_tokenizer(**changes)))
 
-    assert "WordPiece" in refusal(decoder={"type": "WordPiece", "prefix": "##", "cleanup": True})
-    assert "None" in refusal(decoder=None)
+    assert "WordPiece" in error_of(decoder={"type": "WordPiece", "prefix": "##", "cleanup": True})
+    assert "None" in error_of(decoder=None)
     unigram = {"type": "Unigram", "vocab": [["a", 0.0]], "unk_id": 0, "merges": None}
-    assert "Unigram" in refusal(model=unigram)
+    assert "Unigram" in error_of(model=unigram)
     steps = [
         {"type": "Replace", "pattern": {"String": "▁"}, "content": " "},
         {"type": "ByteFallback"},
         {"type": "Fuse"},
     ]
-    assert "unknown token" in refusal(decoder={"type": "Sequence", "decoders": steps})
+    assert "unknown token" in error_of(decoder={"type": "Sequence", "decoders": steps})
 
 
 @pytest.mark.parametrize("i", [2**31, 2**63, -1, 1.0, True, "1", None])

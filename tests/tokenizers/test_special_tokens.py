@@ -312,11 +312,11 @@ def test_new_rows_are_initialized_as_in_the_config(head):
     config = model.config
     rng = np.random.default_rng(5)
     model.resize_token_embeddings(2013, np.random.default_rng(5))
-    drawn = [0.3 * rng.standard_normal((2000, 16), dtype=np.float32) for _ in range(2)]
-    assert np.array_equal(model.wte.weight.data[13:], drawn[0])
+    samples = [0.3 * rng.standard_normal((2000, 16), dtype=np.float32) for _ in range(2)]
+    assert np.array_equal(model.wte.weight.data[13:], samples[0])
     assert (model.lm_head.weight is model.wte.weight) == tied == config.tie_word_embeddings
     if not tied:
-        assert np.array_equal(model.lm_head.weight.data[13:], drawn[1])
+        assert np.array_equal(model.lm_head.weight.data[13:], samples[1])
     if model.lm_head.bias is not None:
         assert not model.lm_head.bias.data[13:].any()
     assert model.config == GPT2Config(**config.__dict__ | {"vocab_size": 2013})

@@ -251,7 +251,7 @@ def llama3_factors(parameters: Mapping, head_dim: int) -> np.ndarray:
     A channel with frequency f makes n = L f / 2π turns within the original context of
     L = ``original_max_position_embeddings`` tokens. Its divisor is 1 for n ≥ ``high_freq_factor``,
     ``factor`` for n ≤ ``low_freq_factor``, and 1 / ((1 - s) / factor + s) between them, with
-    s = (n - low) / (high - low). Source: ``rope_scaling`` in Meta's llama-models, arXiv 2407.21783.
+    s = (n - low) / (high - low). Source: ``apply_scaling`` in Meta's llama-models, arXiv 2407.21783.
     """
     low, high = parameters["low_freq_factor"], parameters["high_freq_factor"]
     frequencies = parameters["rope_theta"] ** -(np.arange(0, head_dim, 2) / head_dim)
