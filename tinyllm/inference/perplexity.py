@@ -8,8 +8,7 @@ between all models.
 A text is usually longer than a model's context, so a window slides over it. The first target of a window is
 predicted from one token, the last from ``context`` tokens. If windows overlap and each scores only the
 targets that no earlier window has scored, every token is predicted from more context, at a cost that grows
-with the overlap (Baevski and Auli, arXiv 1809.10853; Press et al., "Shortformer", arXiv 2012.15832, section
-2).
+with the overlap (Baevski and Auli, arXiv 1809.10853; Press et al., "Shortformer", arXiv 2012.15832, 2).
 """
 
 from __future__ import annotations

@@ -52,9 +52,8 @@ def probabilities(
 
     and the tokens are sorted by decreasing p, ties by increasing id. ``top_k`` keeps the first k of them
     (Fan et al., arXiv 1805.04833, 5.4). Of these, renormalised, ``top_p`` keeps the shortest prefix whose sum
-    is at least p (nucleus sampling: Holtzman et al., arXiv 1904.09751, 3.1). The probabilities kept are
-    scaled to sum to 1; all others are exactly 0. Raises ``Error`` if the largest logit of a row is not
-    finite.
+    reaches ``top_p`` (nucleus sampling: Holtzman et al., arXiv 1904.09751, 3.1). The probabilities kept are
+    scaled to sum to 1; all others are exactly 0. Raises ``Error`` if a row's largest logit is not finite.
     """
     order, weights = _candidates(logits, temperature, top_k, top_p)
     p = np.zeros(logits.shape)

@@ -6,10 +6,9 @@ Initially every byte is a token. Then, until the vocabulary is large enough:
     make the most frequent pair a new token, and replace every occurrence of the pair by it
 
 Sennrich, Haddow, Birch, "Neural Machine Translation of Rare Words with Subword Units", arXiv 1508.07909,
-section 3.2. Tokens are made of bytes, so that any text can be encoded, and pairs are merged only inside the
+section 3.2. Tokens consist of bytes, so that any text can be encoded, and pairs are merged only inside the
 pieces into which a pattern splits the text (words with the preceding space, numbers, punctuation), so that no
-token spans two words: Radford et al., "Language Models are Unsupervised Multitask Learners", 2019, section
-2.2.
+token spans two words (Radford et al., "Language Models are Unsupervised Multitask Learners", 2019, 2.2).
 
 Recounting all pairs after each merge would process the whole text thousands of times. Three optimisations
 give the same merges much faster:

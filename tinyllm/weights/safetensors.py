@@ -35,11 +35,11 @@ class Weights(StoredTensors):
     """The tensors of a model's folder, read-only.
 
     The constructor reads only headers; ``dtypes`` has safetensors' codes, such as "F32". ``weights[name]``
-    reads a tensor as a new array in its stored dtype. No file stays open or memory-mapped, so a
-    model can be loaded tensor by tensor without a second copy in memory. A single file takes precedence over
-    an index, as in transformers. Raises ``Error`` if a file is missing, damaged or inconsistent with the
-    index. Reading a tensor raises ``Error`` if its file has changed since the header was read, or if it is
-    not float64/32/16 or bfloat16 (old GPT-2 files contain masks of bytes).
+    reads a tensor as a new array in its stored dtype. No file stays open or memory-mapped, so a model can be
+    loaded tensor by tensor without a second copy in memory. A single file takes precedence over an index, as
+    in transformers. Raises ``Error`` if a file is missing, damaged or inconsistent with the index. Reading a
+    tensor raises ``Error`` if its file has changed since the header was read, or if it is not float64/32/16
+    or bfloat16 (old GPT-2 files contain masks of bytes).
     """
 
     def __init__(self, folder: str | Path):
