@@ -225,7 +225,7 @@ def test_runs_and_models_are_told_apart(refused, run, tmp_path, command):
     young = tmp_path / "young"  # a run before its first checkpoint
     young.mkdir()
     shutil.copy(Path(run) / "config.json", young)
-    assert "holds no checkpoint" in message("--model", young)
+    assert "has no checkpoint" in message("--model", young)
     assert f"such as --run {run}" in message("--run", Path(run).parent)
     checkpoint = last_checkpoint(run)
     assert f"use --model {checkpoint}" in message("--run", checkpoint)
