@@ -301,7 +301,7 @@ for name, each in sizes.items():
 # Llama 3.2 1B     64 KiB a token   8.00 GiB for 131,072 tokens
 assert cache_bytes(llama2, 4) == 4 * cache_bytes(llama3, 4)
 
-cache = Llama(LlamaConfig.preset("Llama-3.2-1B"), rng=None).new_cache(batch=1, room=10)
+cache = Llama(LlamaConfig.preset("Llama-3.2-1B"), rng=None).new_cache(batch=1, capacity=10)
 assert sum(array.nbytes for array in cache.keys + cache.values) == 10 * cache_bytes(small, 4)  # a real one
 
 # %% [markdown]

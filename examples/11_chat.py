@@ -153,7 +153,7 @@ assert generated[True] == generated[False]
 # The weights, the keys and values of all tokens so far, and little more.
 
 # %%
-cache = model.new_cache(1, len(prompt))
+cache = model.new_cache(batch=1, capacity=len(prompt))
 per_token = sum(array.nbytes for array in cache.keys + cache.values) / len(prompt)
 weights = sum(parameter.data.nbytes for parameter in model.parameters())
 print(f"weights {weights / 1e6:.0f} MB, cache {per_token / 1e3:.0f} kB per token")

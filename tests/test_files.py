@@ -58,7 +58,7 @@ def test_links_are_followed(tmp_path):
         (b'{"a": NaN}', "NaN is not"),
         (b"[-Infinity]", "-Infinity is not"),
         (b"[1e999]", "1e999 is too large"),
-        (b'{"a": {"b": 1, "c": 2, "b": 1}}', "'b' is there twice"),
+        (b'{"a": {"b": 1, "c": 2, "b": 1}}', "'b' occurs twice"),
         (rb'{"a": "x\ud800"}', "surrogates not allowed"),
         (rb'{"\uDFFF": 1}', "surrogates not allowed"),
         (b"[" * 100_000, "nested too deeply"),

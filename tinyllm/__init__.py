@@ -1,4 +1,4 @@
-"""tinyllm: language models you can read, in NumPy, every number proven against PyTorch."""
+"""tinyllm: readable language models in NumPy, with every result checked against PyTorch."""
 
 from tinyllm import backend, functional, nn, optim, training
 from tinyllm.backend.random import manual_seed

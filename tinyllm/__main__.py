@@ -1,4 +1,4 @@
-"""``python -m tinyllm`` is the command ``tinyllm``."""
+"""Run the ``tinyllm`` command as ``python -m tinyllm``."""
 
 import sys
 

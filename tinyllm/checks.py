@@ -1,4 +1,4 @@
-"""Validators of token ids, numbers, the fields of a config and the names and shapes of tensors."""
+"""Validators of token ids, numbers, random generators, config fields, and tensor names and shapes."""
 
 from collections.abc import Mapping
 from dataclasses import fields
@@ -9,10 +9,11 @@ from tinyllm.errors import Error
 
 
 def check_ids(ids, vocab_size: int, name: str = "ids") -> np.ndarray:
-    """Token ids of any shape as an int64 array, checked, on the host (a GPU wraps a wrong index silently).
+    """Validate token ids of any shape and return them as an int64 array.
 
-    Raises ``Error`` naming the first value that is not an integer (a float or a bool) or lies outside
-    0..vocab_size-1, with its position; also if there are no ids at all.
+    Raises ``Error`` if ``ids`` is empty, or naming the position and value of the first entry that is not an
+    integer (a float or a bool) or not in 0..vocab_size-1. Ids are checked on the host because a GPU wraps an
+    out-of-range index silently.
     """
     array = check_integers(ids, name)
     if array.size == 0:
@@ -29,7 +30,7 @@ def check_ids(ids, vocab_size: int, name: str = "ids") -> np.ndarray:
 
 def check_integers(values, name: str) -> np.ndarray:
     """Values of any shape as an array. Raises ``Error`` naming the first that is not an integer."""
-    # As objects, what is not an array keeps its values as they were: [1, True, 2.0] would become floats.
+    # dtype=object preserves each value's type: NumPy would convert [1, True, 2.0] to floats.
     array = values if isinstance(values, np.ndarray) else np.asarray(values, dtype=object)
     if array.dtype.kind in "iu":
         return array
@@ -44,12 +45,12 @@ def check_integers(values, name: str) -> np.ndarray:
 
 
 def is_integer(value) -> bool:
-    """Whether a value is a whole number, Python's or NumPy's; True and 2.0 are not."""
+    """Whether a value is a Python or NumPy integer. True and 2.0 are not."""
     return isinstance(value, int | np.integer) and not isinstance(value, bool)
 
 
 def check_at_least(value: int, minimum: int, name: str) -> int:
-    """The value as Python's int. Raises ``Error`` unless it is a whole number, and not too small."""
+    """The value as a Python int. Raises ``Error`` unless it is an integer of at least ``minimum``."""
     if not is_integer(value) or value < minimum:
         raise Error(f"{name} is {value!r}: choose a whole number of at least {minimum}")
     return int(value)
@@ -60,20 +61,30 @@ def pip_install(extra: str) -> str:
     return f"pip install 'tinyllm-numpy[{extra}]'"
 
 
+def as_generator(rng) -> np.random.Generator | None:
+    """The generator for an integer seed; a generator or None is returned unchanged. Else raises ``Error``."""
+    if rng is None or isinstance(rng, np.random.Generator):
+        return rng
+    if is_integer(rng) and rng >= 0:
+        return np.random.default_rng(int(rng))
+    found = repr(rng) if isinstance(rng, int | float | str | np.generic) else f"a {type(rng).__name__}"
+    raise Error(f"rng is {found}: pass a non-negative integer seed or np.random.default_rng(seed)")
+
+
 def check_fraction(validation_fraction: float) -> None:
     if not 0 < validation_fraction < 1:
         raise Error(f"validation_fraction is {validation_fraction}: choose one between 0 and 1, such as 0.1")
 
 
 def _first(array: np.ndarray, wrong: np.ndarray, name: str) -> tuple[str, object]:
-    """The first wrong value, and where it is."""
+    """The position (as ``name[i, j]``) and value of the first entry where ``wrong`` is true."""
     position = tuple(int(i) for i in np.unravel_index(wrong.argmax(), wrong.shape))
     value = array[position]
     where = f"{name}[{', '.join(str(i) for i in position)}]" if position else name
     return where, value.item() if isinstance(value, np.generic) else value
 
 
-# Far above any model's. Layers and widths take memory even in a model without weights.
+# Far above the sizes of any real model. Layers and widths take memory even in a model without weights.
 MAX_LAYERS, MAX_WIDTH, MAX_SIZE = 2**12, 2**20, 2**31 - 1
 
 FIELD_TYPES = {
@@ -87,10 +98,10 @@ FIELD_TYPES = {
 
 
 def check_fields(config, layers: tuple[str, ...], widths: tuple[str, ...]) -> None:
-    """Raise Error unless a config's fields have their types, its numbers are finite and its sizes sane.
+    """Raise ``Error`` unless every field of a config has its declared type and a finite, plausible value.
 
-    A bool does not count as a number, as it does in Python. ``layers`` and ``widths`` name the sizes for
-    which building a model takes time and memory, before its weights are looked at.
+    Unlike in Python, a bool is not a number. ``layers`` and ``widths`` name the sizes that cost time and
+    memory as soon as the model is built, before any weights are loaded.
     """
     limits = dict.fromkeys(layers, MAX_LAYERS) | dict.fromkeys(widths, MAX_WIDTH)
     for field in fields(config):
@@ -104,9 +115,9 @@ def check_fields(config, layers: tuple[str, ...], widths: tuple[str, ...]) -> No
 
 
 def check_names_and_shapes(expected: dict[str, tuple], found: dict[str, tuple], source: str) -> None:
-    """Raise one Error that lists every missing, unexpected and misshaped tensor; else do nothing.
+    """Raise one ``Error`` that lists every missing, unexpected and misshaped tensor, if there are any.
 
-    ``expected`` is what the model has and ``found`` what ``source`` (a folder, say) offers: name to shape.
+    ``expected`` maps the model's tensor names to shapes, ``found`` those of ``source`` (such as a folder).
     """
     both = [name for name in expected if name in found]
     kinds = {
@@ -117,4 +128,4 @@ def check_names_and_shapes(expected: dict[str, tuple], found: dict[str, tuple], 
     problems = [f"{kind} ({len(names)}): {', '.join(names)}" for kind, names in kinds.items() if names]
     if problems:
         listed = "; ".join(problems)
-        raise Error(f"{source} does not fit the model: use the config it was made with ({listed})")
+        raise Error(f"{source} does not fit the model: use the config it was saved with ({listed})")

@@ -1,14 +1,14 @@
-"""The one error class for everything a user can cause."""
+"""The error class for every problem that a user can cause."""
 
 LONGEST = 10_000  # characters
 
 
 class Error(Exception):
-    """Bad input: the message is one sentence that says what was wrong and what to do about it.
+    """Invalid input. The message is one sentence: what was wrong and how to fix it.
 
-    Library callers catch ``tinyllm.Error``; the command line prints its sentence, without a
-    traceback, and leaves with exit code 2. Sentences quote what stands in files, so control characters,
-    which could rewrite a terminal, are written as escapes, and more than 10,000 characters are shortened.
+    Library callers catch ``tinyllm.Error``; the command line prints the message without a traceback and
+    exits with code 2. Messages may quote the contents of files, so control characters, which could
+    manipulate a terminal, are escaped, and messages longer than 10,000 characters are truncated.
     """
 
     def __init__(self, sentence: str):

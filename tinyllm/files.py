@@ -1,10 +1,10 @@
-"""Writing and reading files safely.
+"""Crash-safe writing and defensive reading of files.
 
-A process can be killed, a disk fill up, the power fail, at any moment. What must never be half there is
-written under another name, flushed to the disk, and renamed: the rename happens or it does not. What may be
-damaged later carries its own SHA-256. Two processes that would write the same files are kept apart by a lock
-that the system takes back from a process that dies. And what is read may come from anywhere: a path may lead
-to a pipe or a device, and a JSON file may hold what Python's parser lets pass.
+A process may be killed, a disk may fill up and the power may fail at any moment. A file that must never be
+incomplete is therefore written under a temporary name, flushed to disk and renamed, because a rename is
+atomic. A file that might be corrupted later contains its own SHA-256. A lock, which the operating system
+releases when its holder dies, keeps two processes from writing the same files. Input is untrusted: a path may
+name a pipe or a device, and a JSON file may contain values that Python's parser accepts but JSON forbids.
 """
 
 from __future__ import annotations
@@ -25,17 +25,17 @@ from tinyllm.errors import Error
 if TYPE_CHECKING:
     from filelock import BaseFileLock
 
-SAVING = ".saving-"  # begins the name of what is not complete yet
+SAVING = ".saving-"  # prefix of the names of incomplete files
 
 
 def sync(file: BinaryIO) -> None:
-    """Bring what was written to an open file onto the disk."""
+    """Flush an open file to disk."""
     file.flush()
     os.fsync(file.fileno())
 
 
 def sync_folder(folder: Path) -> None:
-    """Bring the names in a folder onto the disk: what was renamed there stays renamed."""
+    """Flush a folder's entries to disk, so that a rename in it survives a crash."""
     if os.name == "nt":  # Windows cannot open a folder
         return
     descriptor = os.open(folder, os.O_RDONLY)
@@ -46,14 +46,14 @@ def sync_folder(folder: Path) -> None:
 
 
 def write_synced(path: Path, data: bytes) -> None:
-    """Write a file and bring it onto the disk."""
+    """Write a file and flush it to disk."""
     with open(path, "wb") as file:
         file.write(data)
         sync(file)
 
 
 def write_whole(path: Path, data: bytes) -> None:
-    """Write a file, or replace one: whoever looks sees the old file or the new one, never a part."""
+    """Write or replace a file atomically: a reader sees the old contents or the new, never a mixture."""
     new = path.with_name(SAVING + path.name)
     write_synced(new, data)
     os.replace(new, path)
@@ -61,9 +61,9 @@ def write_whole(path: Path, data: bytes) -> None:
 
 
 def lock(path: Path, busy: str) -> BaseFileLock:
-    """Become the one holder of the lock in a file, until ``release()`` or the end of the process.
+    """Acquire an exclusive lock file, held until ``release()`` or the end of the process.
 
-    Raises ``Error(busy)`` at once if there is another one, and OSError if the file cannot be made.
+    Raises ``Error(busy)`` immediately if it is held already, and OSError if the file cannot be created.
     """
     from filelock import FileLock, Timeout
 
@@ -76,18 +76,18 @@ def lock(path: Path, busy: str) -> BaseFileLock:
 
 
 def sealed(content: dict) -> bytes:
-    """A JSON object as a file in which one changed bit is noticed.
+    """Serialize a JSON object so that any later change can be detected.
 
-    Its last member, ``sha256``, is the hash of the file as it would be without it.
+    Its last member, ``sha256``, is the hash of the serialization without that member.
     """
     digest = hashlib.sha256(_as_json(content)).hexdigest()
     return _as_json(content | {"sha256": digest})
 
 
 def read_sealed(path: Path) -> dict:
-    """What ``sealed`` wrote into a file, ``sha256`` included.
+    """Read a file written by ``sealed``; the result includes ``sha256``.
 
-    Raises ``Error``, naming the file, if it is not there, or not as it was written, down to the last space.
+    Raises ``Error``, naming the file, if it cannot be read or differs by a single byte.
     """
     data = read_file(path)
     try:
@@ -106,13 +106,13 @@ def _as_json(content: dict) -> bytes:
 
 
 def check_is_file(path: str | Path) -> None:
-    """Raise OSError if the path leads to nothing, or to something other than a file."""
+    """Raise OSError unless the path names a regular file."""
     if not stat.S_ISREG(os.stat(path).st_mode):
-        raise OSError(errno.EINVAL, "it is a folder, a pipe or a device, not a file", os.fspath(path))
+        raise OSError(errno.EINVAL, "it is a folder, a pipe or a device, not a regular file", os.fspath(path))
 
 
 def read_file(path: str | Path, size: int = -1) -> bytes:
-    """All bytes of a file, or the first ``size``. Raises Error, naming it, if it cannot be read."""
+    """Read a file, or its first ``size`` bytes. Raises ``Error``, naming it, if it cannot be read."""
     try:
         check_is_file(path)
         with open(path, "rb") as file:
@@ -122,7 +122,7 @@ def read_file(path: str | Path, size: int = -1) -> bytes:
 
 
 def read_text(path: str | Path) -> str:
-    """The text of a UTF-8 file, line ends as Python's. Raises Error, naming the file, if there is none."""
+    """Read a UTF-8 file with line ends converted to \\n. Raises ``Error``, naming it, if that fails."""
     data = read_file(path)
     try:
         return io.TextIOWrapper(io.BytesIO(data), encoding="utf-8").read()
@@ -131,25 +131,25 @@ def read_text(path: str | Path) -> str:
 
 
 def read_json(path: str | Path) -> dict:
-    """The JSON object in a UTF-8 file. Raises Error, naming the file, if there is none."""
+    """Read a JSON object from a UTF-8 file. Raises ``Error``, naming it, if that fails."""
     data = read_file(path)
     try:
         value = parse_json(data)
     except ValueError as error:
         raise Error(f"{path} is not JSON in UTF-8 ({error}): correct it or copy it again") from error
     if not isinstance(value, dict):
-        raise Error(f"{path} holds a JSON {type(value).__name__}, not an object {{...}}: correct it")
+        raise Error(f"{path} contains a JSON {type(value).__name__}, not an object {{...}}: correct it")
     return value
 
 
-HALF_CHARACTER = re.compile(rb"\\u[dD][89a-fA-F]")  # or a whole one, of two halves
+SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")  # alone, or one of a pair
 
 
 def parse_json(data: bytes):
-    """The value of a JSON text in UTF-8 (RFC 8259); ValueError if it is anything else.
+    """Parse UTF-8 JSON (RFC 8259). Raises ValueError if it is anything else.
 
-    Python's own parser also accepts NaN, 1e999 (as infinity), a key that is there twice (the last one
-    counts) and half a character (which cannot be written again).
+    Stricter than Python's parser, which also accepts NaN, 1e999 (as infinity), duplicate keys (the last one
+    wins) and unpaired surrogates (which cannot be encoded again).
     """
     try:
         value = json.loads(
@@ -160,7 +160,7 @@ def parse_json(data: bytes):
         )
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
-    if HALF_CHARACTER.search(data):
+    if SURROGATE.search(data):  # encoding fails on an unpaired one
         json.dumps(value, ensure_ascii=False).encode("utf-8")
     return value
 
@@ -169,7 +169,7 @@ def _object(pairs: list[tuple[str, object]]) -> dict:
     found = dict(pairs)
     if len(found) < len(pairs):
         keys = [key for key, _ in pairs]
-        raise ValueError(f"the key {next(key for key in keys if keys.count(key) > 1)!r} is there twice")
+        raise ValueError(f"the key {next(key for key in keys if keys.count(key) > 1)!r} occurs twice")
     return found
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 import numpy as np
 
@@ -11,60 +11,76 @@ from tinyllm.backend.cuda import launch
 from tinyllm.backend.device import to_device, to_device_of
 from tinyllm.backend.threads import each_block, one_blas_thread
 from tinyllm.errors import Error
-from tinyllm.nn import Module
+from tinyllm.nn import Module, loaded
 from tinyllm.tensor import Tensor
 
-Parameters = Module | Iterable[Tensor] | Iterable[tuple[str, Tensor]]  # what optimizers and clipping take
+Parameters = Module | Iterable[Tensor] | Iterable[tuple[str, Tensor]]  # accepted by optimizers and clipping
 
 
 def _named(parameters: Parameters) -> list[tuple[str, Tensor]]:
-    """(name, parameter) of each; tensors without a name are called by their number."""
+    """(name, parameter) pairs; Tensors without a name are named by their index."""
     if isinstance(parameters, Module):
         return list(parameters.named_parameters())
-    if isinstance(parameters, Tensor):
-        raise Error("parameters are given as a model or a list: put the tensor into a list")
+    if isinstance(parameters, Tensor) or not isinstance(parameters, Iterable):
+        raise Error(
+            f"parameters must be a model or a list of Tensors, not a {type(parameters).__name__}: "
+            "pass the model, model.parameters() or [tensor]"
+        )
     entries = [
         (str(number), entry) if isinstance(entry, Tensor) else entry
         for number, entry in enumerate(parameters)
     ]
+    if not entries and isinstance(parameters, Iterator):
+        raise Error(
+            "the iterator of parameters is empty, perhaps because it was consumed before: "
+            "call model.parameters() again, or pass the model"
+        )
     for entry in entries:
         match entry:
             case (str(), Tensor()):
                 continue
-        raise Error(f"parameters are Tensors or pairs (name, Tensor), and one is a {type(entry).__name__}")
+        raise Error(f"parameters must be Tensors or (name, Tensor) pairs; one is a {type(entry).__name__}")
     return entries
 
 
 class AdamW:
     """Adam with decoupled weight decay. Loshchilov and Hutter, arXiv 1711.05101, algorithm 2.
 
-    At step t, for every parameter θ with gradient g:
+    At step t = 1, 2, … every parameter θ with gradient g, starting from m = v = 0, is updated by
 
         m = β₁ m + (1 - β₁) g          v = β₂ v + (1 - β₂) g²
         θ = θ - lr λ θ - lr (m / (1 - β₁ᵗ)) / (sqrt(v / (1 - β₂ᵗ)) + ε)
 
-    ``parameters`` is a model, a list of Tensors or of pairs (name, Tensor), or a list of groups: dicts of
-    "params" (any of those) and, if they differ from the optimizer's, "lr" and "weight_decay". Those that
-    require no gradient are left out, and take no memory. ``lr`` may be changed between steps; a group whose
-    rate is k times the optimizer's at first keeps that factor, so that one schedule serves all.
+    Bias correction: unrolled, m = (1 - β₁) Σᵢ β₁^(t-i) gᵢ over i = 1..t. The weights sum to the geometric
+    series (1 - β₁)(1 + β₁ + … + β₁^(t-1)) = 1 - β₁ᵗ, not to 1, because m started at 0. If every gᵢ has the
+    expectation E[g], then E[m] = (1 - β₁ᵗ) E[g], so m / (1 - β₁ᵗ) is unbiased; likewise v and E[g²].
 
-    λ is ``weight_decay`` for parameters of two or more axes and 0 for biases and norms; a group's own
-    weight_decay is that of all its parameters.
+    Decoupled decay: an L2 penalty ½ λ θ² would add λ θ to g, and Adam would divide it by sqrt(v) like the
+    rest, so parameters with large gradients would hardly decay. Subtracted from θ directly, lr λ θ shrinks
+    every parameter by the same factor 1 - lr λ.
+
+    ``parameters`` is a model, an iterable of Tensors or (name, Tensor) pairs, or a list of groups: dicts with
+    "params" (any of these) and optionally "lr" and "weight_decay". Parameters that do not require a gradient
+    are skipped and take no memory. ``lr`` may be changed between steps; a group's rate keeps its initial
+    ratio to ``lr``, so that one schedule serves all groups.
+
+    λ is ``weight_decay`` for parameters of two or more axes and 0 for biases and norms, unless the
+    parameter's group has a weight_decay of its own.
     """
 
     def __init__(
         self,
         parameters: Parameters | Iterable[dict],
-        lr: float,
+        lr: float = 1e-3,
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
         weight_decay: float = 0.01,
     ):
-        numbers = (lr, eps, weight_decay)
-        if not all(_is_rate(x) for x in numbers) or len(betas) != 2 or not all(0 <= b < 1 for b in betas):
+        pair = isinstance(betas, Sequence) and len(betas) == 2 and all(_is_rate(b) and b < 1 for b in betas)
+        if not (pair and all(_is_rate(x) for x in (lr, eps, weight_decay))):
             raise Error(
                 f"AdamW needs lr, eps and weight_decay of at least 0 and two betas in [0, 1); got lr={lr!r}, "
-                f"eps={eps!r}, weight_decay={weight_decay!r}, betas={betas}"
+                f"eps={eps!r}, weight_decay={weight_decay!r}, betas={betas!r}"
             )
         self.lr, self.betas, self.eps, self.weight_decay = lr, betas, eps, weight_decay
         self.parameters: list[tuple[str, Tensor]] = []
@@ -73,17 +89,20 @@ class AdamW:
         for number, group in enumerate(groups):
             self._add(group, prefix=f"{number}." if len(groups) > 1 else "")
         if not self.parameters:
-            raise Error("no parameter requires a gradient: set requires_grad = True where you want to train")
-        # name -> [t, m, v], made at a parameter's first step: m and v together are twice as large as the
-        # model, and until then it may still be converted. They follow their parameter to another device.
+            raise Error(
+                "there is no parameter to train: pass a model or its parameters, and set requires_grad = "
+                "True on those to train"
+            )
+        # name -> [t, m, v], created at a parameter's first step: together m and v take twice the memory of
+        # the model, and until then its dtype may still change. They follow their parameter to another device.
         self.state: dict[str, list] = {}
 
     def _add(self, group: dict, prefix: str) -> None:
-        """The parameters of a group; of several, names begin with the group's number, to tell them apart."""
+        """Add a group's parameters. ``prefix``, the group's number, distinguishes names of several groups."""
         unknown = group.keys() - {"params", "lr", "weight_decay"}
         if unknown or "params" not in group:
             raise Error(
-                f"a group of parameters has params, lr and weight_decay, and this one has {set(group)}"
+                f"a parameter group needs params and may have lr and weight_decay; this one has {list(group)}"
             )
         lr, decay = group.get("lr", self.lr), group.get("weight_decay")
         if not (_is_rate(lr) and (decay is None or _is_rate(decay)) and (lr == self.lr or self.lr > 0)):
@@ -94,26 +113,26 @@ class AdamW:
             if not parameter.requires_grad:
                 continue
             if any(parameter is other for _, other in self.parameters):
-                raise Error(f"the parameter {name} is given twice: give each once, tied ones in one group")
+                raise Error(f"parameter {name} is given twice: list each once, a tied one in one group only")
             name = prefix + name
             if name in self._options:
-                raise Error(f"two parameters are called {name}: give pairs (name, Tensor) with other names")
+                raise Error(f"two parameters are named {name}: give (name, Tensor) pairs with distinct names")
             self.parameters.append((name, parameter))
             own = (self.weight_decay if parameter.ndim >= 2 else 0.0) if decay is None else decay
             self._options[name] = (1.0 if lr == self.lr else lr / self.lr, own)
 
     def reserve(self) -> None:
-        """Make m and v now. From here on the parameters must stay in their dtype.
+        """Allocate m and v now. The parameters' dtypes must not change afterwards.
 
-        They outlive all arrays of a step. Made at the end of the first one, they would take places between
-        those, and the next step would need others: 2.18 GB instead of 2.24 for a Llama of 124M parameters.
+        m and v outlive a step's other arrays. Allocated during the first step they would fragment the memory
+        which later steps reuse: the peak for a 124M Llama is 2.18 GB with ``reserve()`` and 2.24 GB without.
         """
         for name, parameter in self.parameters:
             if name not in self.state:
-                self.state[name] = _no_step_yet(parameter)
+                self.state[name] = _initial_state(name, parameter)
 
     def to(self, device: str) -> AdamW:
-        """Move m and v to "cpu", "cuda", "cuda:1" …; without it they follow at the next step."""
+        """Move m and v to "cpu", "cuda", "cuda:1" … now, instead of at the next step."""
         for state in self.state.values():
             state[1:] = (to_device(average, device) for average in state[1:])
         return self
@@ -123,7 +142,7 @@ class AdamW:
             parameter.grad = None
 
     def step(self) -> None:
-        """Update every parameter that has a gradient, in place; the others keep their t, too."""
+        """Update every parameter that has a gradient, in place. The others keep their value and their t."""
         beta1, beta2 = self.betas
         if launch.fit_for_many(
             [a for _, p in self.parameters if p.grad is not None for a in (p.data, p.grad)]
@@ -156,13 +175,13 @@ class AdamW:
             _each_block_of(arrays[0], update)
 
     def _begin(self, name: str, parameter: Tensor) -> tuple[list, tuple[float, float, float]]:
-        """One more step of a parameter: its (θ, g, m, v), and (step size, ε, decay)."""
+        """Increment a parameter's t; returns its arrays (θ, g, m, v) and numbers (step size, ε, decay)."""
         if name not in self.state:
-            self.state[name] = _no_step_yet(parameter)
+            self.state[name] = _initial_state(name, parameter)
         state, (beta1, beta2) = self.state[name], self.betas
         state[0] += 1
         state[1:] = (to_device_of(average, parameter.data) for average in state[1:])
-        # Both bias corrections, folded into the step size and ε: one pass over memory.
+        # Both bias corrections are folded into the step size and ε, which saves passes over memory.
         root = math.sqrt(1 - beta2 ** state[0])
         factor, weight_decay = self._options[name]
         lr = self.lr * factor
@@ -171,9 +190,9 @@ class AdamW:
         return arrays, (step_size, eps, decay)
 
     def state_dict(self) -> dict[str, dict]:
-        """What later steps need of earlier ones: "t", "m" and "v", each by the parameters' names.
+        """The state to resume from: "t", "m" and "v", each a dict by parameter name.
 
-        Parameters that had no step yet have none. The arrays are those in use, not copies.
+        Parameters that were never updated are absent. The arrays are those in use, not copies.
         """
         return {
             key: {name: state[i] for name, state in self.state.items() if state[0] > 0}
@@ -181,21 +200,21 @@ class AdamW:
         }
 
     def load_state_dict(self, state: Mapping[str, Mapping]) -> None:
-        """Go on from what ``state_dict`` gave. The arrays are taken as they are, on their parameters' device.
+        """Resume from the result of ``state_dict``. Arrays are not copied unless their device must change.
 
-        Raises ``Error``, and changes nothing, if a name is unknown or in one of the three only, or if an
-        array has not its parameter's shape and dtype.
+        Raises ``Error``, and changes nothing, if a name is unknown or missing from one of the three dicts, or
+        if the shape or dtype of an array differs from its parameter's.
         """
         parameters = dict(self.parameters)
         if not parameters.keys() >= state["t"].keys() == state["m"].keys() == state["v"].keys():
-            raise Error("the optimizer's state is not of these parameters: use the model it was saved with")
+            raise Error("the optimizer state belongs to other parameters: use the model it was saved with")
         restored = {}
         for name, t in state["t"].items():
             like = parameters[name].data
             for array in (state["m"][name], state["v"][name]):
                 if array.shape != like.shape or array.dtype != like.dtype:
                     raise Error(
-                        f"the optimizer's state of {name} is {array.dtype} {array.shape}, the parameter "
+                        f"the optimizer state of {name} is {array.dtype} {array.shape}, but the parameter is "
                         f"{like.dtype} {like.shape}: use the model it was saved with"
                     )
             restored[name] = [t, *(np.asarray(state[key][name], like=like) for key in ("m", "v"))]
@@ -207,21 +226,22 @@ def _is_rate(x) -> bool:
 
 
 def _groups(parameters) -> list[dict]:
-    """The groups given, or one of all parameters."""
-    if isinstance(parameters, (Module, Tensor)):
+    """The given groups, or a single group of all parameters."""
+    if isinstance(parameters, Module | Tensor) or not isinstance(parameters, Iterable):
         return [{"params": parameters}]
-    parameters = list(parameters)
-    if parameters and all(isinstance(entry, dict) for entry in parameters):
-        return parameters
-    return [{"params": parameters}]
+    entries = list(parameters)
+    if entries and all(isinstance(entry, dict) for entry in entries):
+        return entries
+    return [{"params": entries or parameters}]
 
 
-def _no_step_yet(parameter: Tensor) -> list:
+def _initial_state(name: str, parameter: Tensor) -> list:
+    loaded(parameter, f"parameter {name}")
     return [0, np.zeros_like(parameter.data), np.zeros_like(parameter.data)]
 
 
 def _rows(array):
-    """The array itself, or a view of its one element: something whose first axis can be cut into blocks."""
+    """The array with at least one axis, to be split into blocks along the first."""
     return array if array.ndim else array.reshape(1)
 
 
@@ -232,11 +252,16 @@ def _each_block_of(array, function) -> None:
 def clip_grad_norm(parameters: Parameters, max_norm: float) -> float:
     """Scale all gradients, in place, so that their joint L2 norm is at most ``max_norm``.
 
-    Returns the norm before. Pascanu, Mikolov and Bengio, arXiv 1211.5063, algorithm 1. As in torch,
-    the factor is max_norm / (norm + 1e-6), and nothing changes where that is 1 or more.
+    With the gradients g₁, g₂, … of all parameters concatenated into one vector g, the norm is
+    ‖g‖ = sqrt(Σ ‖gᵢ‖²) and every gᵢ is multiplied by the same factor c = max_norm / (‖g‖ + 1e-6), if c < 1.
+    Then ‖c g‖ = c ‖g‖ < max_norm, and c g has the direction of g: the step becomes shorter but still goes
+    along the negative gradient. A separate factor per parameter would change the direction.
+
+    Returns the norm before scaling. Pascanu, Mikolov and Bengio, arXiv 1211.5063, algorithm 1; the 1e-6 is
+    torch's.
     """
-    if not max_norm > 0:
-        raise Error(f"max_norm must be positive, not {max_norm}")
+    if not (isinstance(max_norm, int | float | np.number) and max_norm > 0):
+        raise Error(f"max_norm must be a positive number, not {max_norm!r}")
     grads = _grads(parameters)
     if launch.fit_for_many(grads):
         norm = math.sqrt(launch.sum_of_squares(grads))
@@ -253,7 +278,7 @@ def _grads(parameters) -> list:
 
 
 def scale(arrays: Sequence, factor: float) -> None:
-    """Every array times ``factor``, in place."""
+    """Multiply every array by ``factor``, in place."""
     if launch.fit_for_many(arrays):
         launch.scale(arrays, factor)
         return
@@ -266,7 +291,7 @@ def scale(arrays: Sequence, factor: float) -> None:
 
 
 def _sum_of_squares(g) -> float:
-    """Block by block in g's dtype, and the blocks in float64: millions of float32 squares would drown."""
+    """Sum blocks in g's dtype and their sums in float64: float32 would lose small squares in a large sum."""
     parts = {}
 
     def add(block):
@@ -274,37 +299,37 @@ def _sum_of_squares(g) -> float:
 
     with one_blas_thread():
         _each_block_of(g, add)
-    return math.fsum(parts.values())  # exact, so it does not depend on which block was first
+    return math.fsum(parts.values())  # exactly rounded, so the order of the blocks does not matter
 
 
 class NoLossScale:
-    """The loss scale of types that need none: the methods of ``LossScale``, and nothing changes."""
+    """A loss scale that does nothing, with the methods of ``LossScale``, for dtypes that need none."""
 
     scale = 1.0
 
     def seed(self, loss: Tensor) -> None:
-        """What ``loss.backward`` takes."""
+        """The argument for ``loss.backward``: None, its default."""
 
     def unscale(self, parameters: Parameters) -> None:
-        """The gradients are what they should be."""
+        """Do nothing."""
 
     def update(self, finite: bool) -> None:
-        """The next step's scale is 1, too."""
+        """Do nothing."""
 
     def state_dict(self) -> dict:
         return {}
 
     def load_state_dict(self, state: Mapping) -> None:
-        """There is nothing to restore."""
+        """Do nothing."""
 
 
 class LossScale(NoLossScale):
-    """Keeps small gradients from becoming zero in float16. Micikevicius et al., arXiv 1710.03740, 3.2.
+    """Dynamic loss scaling for float16. Micikevicius et al., arXiv 1710.03740, section 3.2.
 
-    float16 has nothing between 0 and 6e-8, where many gradients lie. The loss is multiplied by S, and by the
-    chain rule so is every gradient; before the update they are divided by S. As large an S as possible is
-    found by trying, like torch's GradScaler: a step with a gradient that is not finite is left out and S
-    halved; after 2,000 steps in a row without one S is doubled.
+    The smallest positive float16 is 6e-8, and many gradients are smaller. The loss is multiplied by S, and by
+    the chain rule so is every gradient; before the update the gradients are divided by S. As in torch's
+    GradScaler, S is adjusted by trial: a step with a non-finite gradient is skipped and S halved, and after
+    2,000 consecutive finite steps S is doubled.
     """
 
     GROWTH_STEPS = 2000
@@ -313,15 +338,15 @@ class LossScale(NoLossScale):
         self.load_state_dict({"scale": scale, "good_steps": 0})
 
     def seed(self, loss: Tensor):
-        """S, as the array that ``loss.backward`` takes: every gradient is S times what it is."""
+        """S as an array of the loss's shape, for ``loss.backward``: it multiplies every gradient by S."""
         return np.full_like(loss.data, self.scale)
 
     def unscale(self, parameters: Parameters) -> None:
-        """Divide all gradients, in place, by S."""
+        """Divide all gradients by S, in place."""
         scale(_grads(parameters), 1 / self.scale)  # a power of two, like S: exact
 
     def update(self, finite: bool) -> None:
-        """Choose the next step's S, by whether this one's gradients were all finite."""
+        """Choose the next step's S from whether all of this step's gradients were finite."""
         self.good_steps = self.good_steps + 1 if finite else 0
         if not finite:
             self.scale /= 2
@@ -329,11 +354,11 @@ class LossScale(NoLossScale):
             self.scale, self.good_steps = 2 * self.scale, 0
 
     def state_dict(self) -> dict[str, float | int]:
-        """S and the number of good steps since it changed, as plain numbers."""
+        """S and the number of finite steps since it last changed, as plain numbers."""
         return {"scale": self.scale, "good_steps": self.good_steps}
 
     def load_state_dict(self, state: Mapping[str, float | int]) -> None:
-        """Go on from what ``state_dict`` gave. Raises ``Error`` if S is not above 0 and finite."""
+        """Resume from the result of ``state_dict``. Raises ``Error`` unless S is positive and finite."""
         if not 0 < state["scale"] < math.inf:
             raise Error(f"a loss scale must be above 0 and finite, not {state['scale']}")
         self.scale, self.good_steps = float(state["scale"]), state["good_steps"]
@@ -344,9 +369,9 @@ def warmup_cosine(
 ) -> Callable[[int], float]:
     """step (from 0) -> learning rate: linear from ``initial_lr`` to ``peak_lr``, then a cosine to ``min_lr``.
 
-    The rate rises by (peak - initial)/warmup a step and stands at the peak at step ``warmup``; then it is
-    min + (peak - min) ½ (1 + cos(π x)) with x from 0 there to 1 at step ``steps``. Loshchilov and
-    Hutter, "SGDR", arXiv 1608.03983, equation 5, without restarts.
+    The rate rises by (peak - initial)/warmup per step and reaches the peak at step ``warmup``. Then it is
+    min + (peak - min) ½ (1 + cos(π x)), where x goes linearly from 0 at step ``warmup`` to 1 at step
+    ``steps``. Loshchilov and Hutter, "SGDR", arXiv 1608.03983, equation 5, without restarts.
     """
     if not 0 <= warmup < max(steps, 1):
         raise Error(f"warmup ({warmup} steps) must be shorter than the run ({steps} steps)")

@@ -58,7 +58,7 @@ def test_blas_is_told_once_to_keep_to_one_thread_and_is_free_again_afterwards():
     [("import tinyllm, numpy", True), ("import numpy, tinyllm", False)],
 )
 def test_the_timeout_of_blas_is_set_where_that_is_still_of_use(imports, falls_asleep):
-    said = "print(tinyllm.backend.threads._BLAS_FALLS_ASLEEP, os.environ.get('OPENBLAS_THREAD_TIMEOUT'))"
+    said = "print(tinyllm.backend.threads._BLAS_THREADS_SLEEP, os.environ.get('OPENBLAS_THREAD_TIMEOUT'))"
     environment = {k: v for k, v in os.environ.items() if k != "OPENBLAS_THREAD_TIMEOUT"}
 
     def run(**more):

@@ -40,10 +40,10 @@ def test_auto_takes_a_gpu_if_there_is_one(cupy):
 
 
 def test_a_gpu_that_is_not_there(cupy):
-    with pytest.raises(Error, match="no device 'cuda:2': CuPy sees 2 GPUs, numbered from 0"):
+    with pytest.raises(Error, match="no device 'cuda:2': CuPy finds 2 GPUs, numbered from 0"):
         pick_device("cuda:2")
     cupy.count = 0
-    with pytest.raises(Error, match="no device 'cuda': CuPy sees 0 GPUs"):
+    with pytest.raises(Error, match="no device 'cuda': CuPy finds 0 GPUs"):
         to_device(np.zeros(1), "cuda")
 
 
@@ -56,8 +56,14 @@ def test_a_driver_that_is_missing_or_too_old(cupy):
 @pytest.mark.parametrize(
     "error, said",
     [
-        (ModuleNotFoundError("No module named 'cupy'"), r"GPU and CuPy: pip install 'tinyllm-numpy\[gpu12"),
-        (ImportError("=====\nCuPy is not\ncorrectly installed"), r"does not load \(===== CuPy is not corr"),
+        (
+            ModuleNotFoundError("No module named 'cupy'"),
+            r"needs a GPU and CuPy: pip install 'tinyllm-numpy\[gpu12",
+        ),
+        (
+            ImportError("=====\nCuPy is not\ncorrectly installed"),
+            r"cannot be imported \(===== CuPy is not corr",
+        ),
     ],
 )
 def test_a_cupy_that_does_not_load(monkeypatch, error, said):
@@ -122,7 +128,7 @@ def test_what_a_gpu_multiplies_in(cupy, dtype, capability, said):
     with pytest.raises(Error) as refused:
         open_device("cuda:1", dtype)
     assert str(refused.value) == (
-        f"--dtype {dtype} needs a GPU of compute capability 8.0 or more, and Paper GPU has {said}: "
+        f"--dtype {dtype} needs a GPU of compute capability 8.0 or higher, but Paper GPU has {said}: "
         "choose float16"
     )
     assert cupy.current == 0
@@ -150,7 +156,7 @@ def test_the_pools_limit(cupy, gigabytes, size):
 
 @pytest.mark.parametrize("gigabytes", [0, -1, float("nan"), float("inf")])
 def test_a_limit_that_is_none(cupy, gigabytes):
-    with pytest.raises(Error, match=f"--gpu-memory is {gigabytes}: it must be a number of gigabytes above 0"):
+    with pytest.raises(Error, match=f"--gpu-memory is {gigabytes}: give a positive number"):
         open_device("cuda", gpu_memory=gigabytes)
     assert cupy.limit == 0
 

@@ -236,10 +236,11 @@ def test_logits_that_are_all_minus_infinity_are_rejected():
 # Generation
 
 
-class Uniforms:
+class Uniforms(np.random.Generator):
     """A generator with known numbers: step t gets row t of the table."""
 
     def __init__(self, table):
+        super().__init__(np.random.PCG64(0))
         self.rows = iter(table)
 
     def random(self, size):
@@ -471,7 +472,8 @@ def test_error_in_the_model_restores_modes():
         ([[1]], dict(top_p=math.nan), "top_p is nan: .* above 0"),
         ([[1]], dict(temperature="a"), "temperature is 'a'"),
         ([[1]], dict(stop_ids=3), "stop_ids is 3"),
-        ([[1]], dict(rng=0), "rng is 0"),
+        ([[1]], dict(rng=-1), "rng is -1"),
+        ([[1]], dict(rng=np.random), "rng is a module"),
     ],
 )
 def test_arguments_are_checked_at_the_call(model, ids, options, said):

@@ -64,7 +64,7 @@ def test_a_gguf_file_by_either_class(tmp_path):
         model = load(path, np.float64)
         assert isinstance(model, Llama) and model.config.hidden_size == 12 and not model.training
         assert {p.dtype for p in model.parameters()} == {np.dtype(np.float64)}
-    with pytest.raises(Error, match=r"x\.gguf holds .*'llama', not 'gpt2'.*load_model"):
+    with pytest.raises(Error, match=r"x\.gguf contains .*'llama', not 'gpt2'.*load_model"):
         GPT2.from_pretrained(path)
 
 

@@ -89,10 +89,11 @@ def prompts_for(config, rows, seed):
     return [rng.integers(0, config.vocab_size, length).tolist() for length in lengths]
 
 
-class Uniforms:
-    """A generator whose numbers we know: row t of the table is what the t-th step draws."""
+class Uniforms(np.random.Generator):
+    """A generator with known numbers: step t gets row t of the table."""
 
     def __init__(self, table):
+        super().__init__(np.random.PCG64(0))
         self.rows = iter(table)
 
     def random(self, size):
@@ -288,8 +289,8 @@ def test_it_holds_what_it_must_and_no_more(config):
     for entries in cache.keys + cache.values:
         assert (entries.shape, entries.dtype) == ((3, heads, 5, 4), np.float32)
     assert len(cache.keys) == len(cache.values) == 2  # layers
-    assert (cache.length, cache.room) == (0, 5)
-    assert model.new_cache(1).room == model.new_cache(1, 10**9).room == 8  # the context
+    assert (cache.length, cache.capacity) == (0, 5)
+    assert model.new_cache(1).capacity == model.new_cache(1, 10**9).capacity == 8  # the context
 
 
 @both_models
@@ -303,12 +304,12 @@ def test_on_a_cpu_autocast_changes_nothing(config):
 
 
 def watched_caches(model):
-    """A list that gets (room, weak reference) of every cache the model will make."""
+    """A list that gets (capacity, weak reference) of every cache the model will make."""
     caches = []
 
     def new_cache(*args):
         cache = type(model).new_cache(model, *args)
-        caches.append((cache.room, weakref.ref(cache)))
+        caches.append((cache.capacity, weakref.ref(cache)))
         return cache
 
     model.new_cache = new_cache
@@ -321,7 +322,7 @@ def test_prompt_and_new_tokens_fit_and_nothing_is_set_aside_for_more(config):
     caches = watched_caches(model)
     for tokens in (3, 1000):
         next(generate(model, [[1, 2], [3]], tokens))
-    assert [room for room, _ in caches] == [5, 8]
+    assert [capacity for capacity, _ in caches] == [5, 8]
 
 
 def test_attention_reads_the_cache_itself():
@@ -354,7 +355,7 @@ def test_what_does_not_fit_the_cache_is_refused(config):
     cache = model.new_cache(2, 5)
     logits_of(model, [[1, 2, 3], [4, 5, 6]], cache=cache)
     for ids in ([[1, 2, 3], [4, 5, 6]], [[1]]):
-        with pytest.raises(Error, match="cache of 2 rows with 3 of 5 places taken: make a larger one"):
+        with pytest.raises(Error, match="cache of 2 rows that holds 3 of at most 5 tokens"):
             logits_of(model, ids, cache=cache)
     with pytest.raises(Error, match=r"under no_grad\(\)"):
         model(np.array([[1], [2]]), cache=cache)
@@ -436,7 +437,7 @@ def test_a_step_holds_blas_to_one_thread_only_if_its_others_would_stay_awake(
         told.append(limits)
         return contextlib.nullcontext()
 
-    monkeypatch.setattr(threads, "_BLAS_FALLS_ASLEEP", falls_asleep)
+    monkeypatch.setattr(threads, "_BLAS_THREADS_SLEEP", falls_asleep)
     monkeypatch.setattr(threads._Workers, "blas", SimpleNamespace(limit=limit))
     list(generate(build(config), [[1]], 3))
     assert told == ([] if falls_asleep else [dict(limits=1, user_api="blas")] * 3)

@@ -163,7 +163,7 @@ def test_presets():
     config = GPT2Config.preset("355M", n_positions=256, qkv_bias=False)
     assert (config.n_layer, config.n_head, config.n_embd) == (24, 16, 1024)
     assert config.n_positions == 256 and not config.qkv_bias and config.vocab_size == 50257
-    with pytest.raises(Error, match="'125M'; there are 124M, 355M, 774M, 1558M"):
+    with pytest.raises(Error, match=r"'125M'.* 124M, 355M, 774M, 1558M"):
         GPT2Config.preset("125M")
 
 
@@ -578,11 +578,11 @@ BAD_CONFIGS = {
     "unknown": (dict(n_heads=4, rotary=True), "n_heads, rotary"),
     "scaling": (
         dict(scale_attn_by_inverse_layer_idx=True),
-        "scale_attn_by_inverse_layer_idx=False .* True",
+        "scale_attn_by_inverse_layer_idx=False, .* True",
     ),
-    "unscaled": (dict(scale_attn_weights=False), "scale_attn_weights=True .* False"),
+    "unscaled": (dict(scale_attn_weights=False), "scale_attn_weights=True, .* False"),
     "cross": (dict(add_cross_attention=True), "add_cross_attention=False"),
-    "another model": (dict(model_type="llama"), "model_type='gpt2' .* 'llama'"),
+    "another model": (dict(model_type="llama"), "model_type='gpt2', .* 'llama'"),
 }
 
 
@@ -677,7 +677,7 @@ def test_bad_tensors_in_a_folder_are_all_listed(tmp_path):
 def test_a_tied_head_that_differs_is_refused(tmp_path):
     their_model().save_pretrained(tmp_path)
     rewrite(tmp_path, lambda tensors: tensors | {"lm_head.weight": tensors["transformer.wte.weight"] + 1})
-    with pytest.raises(Error, match=r"lm_head.weight differs.*tie_word_embeddings is true"):
+    with pytest.raises(Error, match=r"lm_head.weight differs.*tie_word_embeddings"):
         GPT2.from_pretrained(tmp_path)
 
 

@@ -223,7 +223,7 @@ def test_presets():
     assert (config.num_hidden_layers, config.hidden_size, config.head_dim) == (16, 2048, 64)
     assert (config.num_attention_heads, config.num_key_value_heads) == (32, 8)
     assert config.max_position_embeddings == 256 and config.tie_word_embeddings
-    with pytest.raises(Error, match=r"'Llama-3\.2-2B'; there are toy, .*Llama-3\.2-3B"):
+    with pytest.raises(Error, match=r"'Llama-3\.2-2B'.* toy, .*Llama-3\.2-3B"):
         LlamaConfig.preset("Llama-3.2-2B")
 
 
@@ -429,7 +429,10 @@ def test_bad_tensors_in_a_folder_are_refused(tmp_path):
         (lambda t: {n: x for n, x in t.items() if n != key}, r"Missing \(1\): layers.1.self_attn.k_proj"),
         (lambda t: t | {key: t[key].T}, r"k_proj.weight is \(12, 8\), not \(8, 12\)"),
         (lambda t: t | {"lm_head.weight": t["model.embed_tokens.weight"] + 1}, "lm_head.weight differs"),
-        (lambda t: t | {"norm.weight": t["model.norm.weight"] + 1}, "are both given: keep one of them"),
+        (
+            lambda t: t | {"norm.weight": t["model.norm.weight"] + 1},
+            "are the same parameter: keep one of them",
+        ),
     ]:
         file.write_bytes(good)
         rewrite(tmp_path, change)
@@ -560,15 +563,15 @@ BAD_CONFIGS = {
     "dropout": (dict(attention_dropout=1.0), "attention_dropout .* not 1.0"),
     "eps": (dict(rms_norm_eps=0.0), "rms_norm_eps .* not 0.0"),
     "unknown": (dict(n_head=4, sliding=True), "n_head, sliding"),
-    "another model": (dict(model_type="gpt2"), "model_type='llama' .* 'gpt2'"),
-    "interleaved": (dict(rope_interleaved=True), "rope_interleaved=False .* True"),
+    "another model": (dict(model_type="gpt2"), "model_type='llama', .* 'gpt2'"),
+    "interleaved": (dict(rope_interleaved=True), "rope_interleaved=False, .* True"),
     "quantised": (dict(quantization_config={}), "quantization_config"),
     "yarn": (dict(rope_scaling=dict(type="yarn", factor=2.0)),
              "rope_type 'yarn' is not supported; supported: default, linear, llama3"),
     "no factor": (dict(rope_scaling=dict(type="linear")),
-                  "of rope_type 'linear' are factor, rope_theta, rope_type, not rope_theta, rope_type"),
+                  "of rope_type 'linear' must be factor, rope_theta, rope_type, not rope_theta, rope_type"),
     "a part of llama3": (dict(rope_parameters=dict(rope_type="llama3", factor=8.0)), "low_freq_factor"),
-    "too much": (dict(rope_parameters=dict(factor=8.0)), "of rope_type 'default' are rope_theta, rope_type"),
+    "too much": (dict(rope_parameters=dict(factor=8.0)), "'default' must be rope_theta, rope_type, not"),
     "bad factor": (dict(rope_scaling=dict(type="linear", factor=-1)),
                    "factor in rope_parameters must be a positive number, not -1"),
     "text theta": (dict(rope_theta="big"), "rope_theta in rope_parameters must be a positive number"),

@@ -1,10 +1,10 @@
-"""The only code that knows about CuPy, threads and 16-bit types.
+"""Everything that depends on CuPy, threads or 16-bit types.
 
-Importing it sets OPENBLAS_THREAD_TIMEOUT, unless NumPy is loaded already or the variable is set: OpenBLAS
-reads it once, when NumPy loads it, and its threads then fall asleep between two tokens. Without it decoding
-must keep to one of them (``threads.step_of_few_rows`` says why). Measured on two AVX-512 cores,
-SmolLM2-135M in float32, in turn: a token took 1.31 times as long where a program had imported NumPy first.
-Such a program says ``os.environ["OPENBLAS_THREAD_TIMEOUT"] = "20"`` before ``import numpy``.
+Importing it sets OPENBLAS_THREAD_TIMEOUT, unless the variable is set or NumPy was imported before. OpenBLAS
+reads it once, when NumPy loads OpenBLAS; its idle threads then sleep between two tokens. Without it decoding
+uses a single BLAS thread (see ``threads.step_of_few_rows``): for SmolLM2-135M in float32 on two AVX-512 cores
+a token takes 1.31 times as long. A program that imports NumPy first should set
+``os.environ["OPENBLAS_THREAD_TIMEOUT"] = "20"`` before ``import numpy``.
 """
 
 import os

@@ -1,6 +1,6 @@
-"""Where arrays live: devices by name, moving arrays between them, and adding into them by index.
+"""Devices: selecting one by name, moving arrays between them, and scatter-add on any of them.
 
-The ops call NumPy; a CuPy array takes the call over by NumPy's own dispatch (NEP 13, 18, 35).
+Ops call NumPy's functions; for CuPy arrays NumPy dispatches the call to CuPy (NEP 13, 18, 35).
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ from tinyllm.backend.cuda import launch
 from tinyllm.backend.dtypes import Precision
 from tinyllm.errors import Error
 
-FOR_A_GPU = ("tf32", "bfloat16", "float16")  # a CPU multiplies float32 faster
-AMPERE = 80  # compute capability 8.0, the first with products of bfloat16 and TF32
+FOR_A_GPU = ("tf32", "bfloat16", "float16")  # slower than float32 on a CPU
+AMPERE = 80  # compute capability 8.0, the first to support bfloat16 and TF32 products
 
 
 def pick_device(name: str) -> str:
-    """The device a name means: "auto" is "cuda" if CuPy sees a GPU, else "cpu"; others stand as they are.
+    """Resolve a device name. "auto" is "cuda" if CuPy finds a GPU, else "cpu"; others are returned unchanged.
 
-    Raises ``Error`` for another name, and for a GPU that is not there, or that CuPy cannot use.
+    Raises ``Error`` for an unknown name, and for a GPU that does not exist or that CuPy cannot use.
     """
     if name == "auto":
         try:
@@ -33,36 +33,36 @@ def pick_device(name: str) -> str:
     if kind not in ("cpu", "cuda") or (colon and (kind == "cpu" or not numbered)):
         raise Error(f"unknown device {name!r}; use auto, cpu, cuda, or cuda:1 and so on")
     if kind == "cuda":
-        gpus = _gpus_seen(name)
+        gpus = _count_gpus(name)
         if int(number or 0) >= gpus:
-            raise Error(f"there is no device {name!r}: CuPy sees {gpus} GPUs, numbered from 0")
+            raise Error(f"there is no device {name!r}: CuPy finds {gpus} GPUs, numbered from 0")
     return name
 
 
-def _gpus_seen(name: str) -> int:
+def _count_gpus(name: str) -> int:
     try:
         import cupy
     except ModuleNotFoundError:
         raise Error(
-            f"device {name!r} needs a GPU and CuPy: pip install 'tinyllm-numpy[gpu12]' for CUDA 12, "
-            "gpu13 for CUDA 13, or choose cpu"
+            f"device {name!r} needs a GPU and CuPy: pip install 'tinyllm-numpy[gpu12]' for CUDA 12 or gpu13 "
+            "for CUDA 13, or choose cpu"
         ) from None
-    except ImportError as error:  # its message is a page: what it is about stands first
+    except ImportError as error:  # the message is long; its beginning names the cause
         reason = " ".join(str(error).split())[:200]
-        raise Error(f"device {name!r}: CuPy does not load ({reason}): install it again") from None
+        raise Error(f"device {name!r}: CuPy cannot be imported ({reason}): reinstall it") from None
     try:
         return cupy.cuda.runtime.getDeviceCount()
-    except Exception as error:  # CuPy's own: no driver, or one older than the CUDA it is built for
+    except Exception as error:  # CuPy's exception for a missing or outdated driver
         raise Error(
-            f"device {name!r}: CuPy {cupy.__version__} finds no GPU ({error}): see to the driver "
-            "(nvidia-smi), and that this CuPy is the one for its CUDA (gpu12 or gpu13)"
+            f"device {name!r}: CuPy {cupy.__version__} finds no GPU ({error}): check the driver with "
+            "nvidia-smi, and that CuPy matches its CUDA version (gpu12 or gpu13)"
         ) from None
 
 
 def to_device(array, device: str):
-    """The array on "cpu" or "cuda[:N]": itself if it is there, else a copy. Raises Error as `pick_device`.
+    """Move an array to "cpu" or "cuda[:N]"; no copy if it is there already. Raises as ``pick_device``.
 
-    CuPy computes on one GPU at a time, the thread's current one: that is, from here on, the one named.
+    The named GPU becomes the thread's current one, on which CuPy computes.
     """
     device = pick_device(device)
     if device == "cpu":
@@ -74,7 +74,7 @@ def to_device(array, device: str):
 
 
 def to_device_of(array, like):
-    """The array on the device of ``like``: itself if it is there, else a copy."""
+    """Move an array to the device of ``like``; no copy if it is there already."""
     if isinstance(like, np.ndarray):
         return array if isinstance(array, np.ndarray) else array.get()
     if type(array) is type(like) and array.device == like.device:
@@ -84,7 +84,7 @@ def to_device_of(array, like):
 
 
 def number_of(device: str) -> int:
-    """Which GPU "cuda:1" is: the first unless it says so."""
+    """The index of a GPU: 1 for "cuda:1", 0 for "cuda"."""
     return int(device.partition(":")[2] or 0)
 
 
@@ -92,13 +92,13 @@ def number_of(device: str) -> int:
 
 
 def scatter_add(buffer, index, values) -> None:
-    """``buffer[index] += values`` where an element named twice receives both; ``buffer`` is contiguous."""
-    # np.add.at is fast on one dimension only: address every element by its flat position.
-    rows = hasattr(index, "dtype") and index.dtype.kind in "iu"  # of an embedding
+    """``buffer[index] += values``, accumulating repeated indices. ``buffer`` must be contiguous."""
+    # np.add.at is fast in one dimension only, so every element is addressed by its flat position.
+    rows = hasattr(index, "dtype") and index.dtype.kind in "iu"  # rows of an embedding
     if rows and launch.library_of(buffer) is not None:
         launch.add_rows_at(buffer, index, values)
         return
-    if rows:  # no table needed
+    if rows:  # flat positions by arithmetic
         size = math.prod(buffer.shape[1:])
         places = index.reshape(-1, 1).astype(np.int64) * size + np.arange(size, like=buffer)
     else:
@@ -107,7 +107,7 @@ def scatter_add(buffer, index, values) -> None:
 
 
 def describe_device(device: str) -> str:
-    """A device that ``pick_device`` returned; if it is a GPU, with its name and CuPy's version."""
+    """The name of a device returned by ``pick_device``; for a GPU also its model and CuPy's version."""
     if device == "cpu":
         return device
     import cupy
@@ -122,13 +122,13 @@ def _gpu_name(device: str) -> str:
 
 
 def open_device(name: str, dtype: Precision = "float32", gpu_memory: float | None = None) -> str:
-    """Make the device that a program asks for ready; returns its name, as ``pick_device``.
+    """Prepare a program's device; returns its name, as ``pick_device``.
 
-    A GPU becomes the one that this thread computes on, and CuPy takes at most ``gpu_memory`` GB (10⁹ bytes)
-    of its memory. What "auto" took is said on stderr. Run the model under ``autocast(dtype)``.
+    A GPU becomes this thread's current one, and CuPy's memory pool is limited to ``gpu_memory`` GB (10⁹
+    bytes). The choice of "auto" is printed to stderr. Run the model under ``autocast(dtype)``.
 
-    Raises ``Error`` as ``pick_device``, for a dtype that the device multiplies slower than float32 or not at
-    all, and for a ``gpu_memory`` that is not above 0, or asked of a CPU.
+    Raises ``Error`` as ``pick_device``, for a dtype that the device does not support or that is slower there
+    than float32, and for a ``gpu_memory`` that is not positive or given for a CPU.
     """
     device = pick_device(name)
     if device == "cpu":
@@ -142,7 +142,7 @@ def open_device(name: str, dtype: Precision = "float32", gpu_memory: float | Non
 
 def _check_cpu(dtype: str, gpu_memory: float | None) -> None:
     if dtype in FOR_A_GPU:
-        raise Error(f"--dtype {dtype} needs a GPU: a CPU multiplies float32 faster, so choose that")
+        raise Error(f"--dtype {dtype} needs a GPU: a CPU multiplies float32 faster, so use float32")
     if gpu_memory is not None:
         raise Error(f"--gpu-memory {gpu_memory} bounds a GPU's memory: omit it on a CPU")
 
@@ -151,12 +151,12 @@ def _open_gpu(device: str, dtype: str, gpu_memory: float | None) -> None:
     import cupy
 
     if gpu_memory is not None and not 0 < gpu_memory < math.inf:
-        raise Error(f"--gpu-memory is {gpu_memory}: it must be a number of gigabytes above 0")
+        raise Error(f"--gpu-memory is {gpu_memory}: give a positive number of gigabytes")
     gpu = cupy.cuda.Device(number_of(device))
     if dtype in ("tf32", "bfloat16") and not is_ampere(gpu):
         *major, minor = gpu.compute_capability  # "75"
         raise Error(
-            f"--dtype {dtype} needs a GPU of compute capability 8.0 or more, and {_gpu_name(device)} has "
+            f"--dtype {dtype} needs a GPU of compute capability 8.0 or higher, but {_gpu_name(device)} has "
             f"{''.join(major)}.{minor}: choose float16"
         )
     gpu.use()

@@ -1,8 +1,8 @@
-"""Data types by name, half precision, and the types in which products and sums are computed.
+"""Data types by name, and the dtypes in which products and sums are computed.
 
-A half-precision type (bfloat16, float16) has 16 bits. It is for matrix products on a GPU, where it doubles
-the speed and halves the memory; sums of half-precision values are always computed in float32. Micikevicius
-et al., "Mixed Precision Training", arXiv 1710.03740, section 3.
+A half-precision type (bfloat16, float16) has 16 bits. It is used for matrix products on a GPU, where it
+doubles the speed and halves the memory. Sums of half-precision values are always computed in float32.
+Micikevicius et al., "Mixed Precision Training", arXiv 1710.03740, section 3.
 """
 
 from __future__ import annotations
@@ -15,41 +15,43 @@ import numpy as np
 
 from tinyllm.errors import Error
 
-Precision = Literal["float32", "tf32", "bfloat16", "float16", "float64"]  # what --dtype names
+Precision = Literal["float32", "tf32", "bfloat16", "float16", "float64"]  # the values of --dtype
 
 PRECISIONS = get_args(Precision)
 
 
 def dtype_of(name) -> np.dtype:
-    """The dtype of that name (float32, float64, bfloat16, float16); a dtype stands for itself."""
+    """The dtype of a name (float32, float64, bfloat16, float16) or of anything that NumPy takes as one."""
     if isinstance(name, str) and name == "bfloat16":
         import ml_dtypes
 
         return np.dtype(ml_dtypes.bfloat16)
-    return np.dtype(name)
+    try:
+        return np.dtype(name)
+    except TypeError:
+        raise Error(f"unknown dtype {name!r}: choose float32, float64, bfloat16 or float16") from None
 
 
 def is_floating(dtype: np.dtype) -> bool:
-    """Whether it can have a gradient."""
+    """Whether arrays of this dtype can have a gradient."""
     return dtype.kind == "f" or is_half(dtype)
 
 
 def is_half(dtype: np.dtype) -> bool:
-    """Whether it is bfloat16 or float16."""
+    """Whether the dtype is bfloat16 or float16."""
     return dtype.itemsize == 2 and dtype.kind not in "iu"
 
 
 def accumulation_dtype(dtype: np.dtype) -> np.dtype:
-    """The type in which sums, norms, softmax and losses of ``dtype`` are computed: float32 for half
-    precision.
+    """The dtype in which sums, norms, softmax and losses are computed: float32 for half precision.
 
-    Ten thousand ones add up to 256 in bfloat16, which has no 257.
+    In bfloat16, which cannot represent 257, adding up ten thousand ones gives 256.
     """
     return np.dtype(np.float32) if is_half(dtype) else dtype
 
 
 def weights_dtype(dtype: Precision) -> np.dtype:
-    """The type in which a program that only reads a model keeps its weights for products in ``dtype``."""
+    """The dtype of the weights in inference when products are computed in ``dtype``."""
     return dtype_of("float32" if dtype == "tf32" else dtype)
 
 
@@ -58,12 +60,11 @@ _products: ContextVar[str] = ContextVar("dtype of products", default="float32")
 
 @contextlib.contextmanager
 def autocast(dtype: Precision | None):
-    """Within this block products on a GPU are computed in ``dtype``, whatever the parameters' type.
+    """Context manager: within the block, compute matrix products on a GPU in ``dtype``.
 
-    "bfloat16" and "float16": operands are converted, sums are float32. "tf32": float32 operands are rounded
-    to 10 bits after the point. "float32", "float64" and None: in the type of the operands. It holds in this
-    thread; an op's backward pass uses what its forward pass used. A CPU computes in the operands' type
-    always.
+    "bfloat16" and "float16": operands are converted and sums are accumulated in float32. "tf32": float32
+    operands are rounded to a mantissa of 10 bits. "float32", "float64" and None: the dtype of the operands,
+    as always on a CPU. The setting is per thread. An op's backward pass uses the dtype of its forward pass.
     """
     if dtype is not None and dtype not in PRECISIONS:
         raise Error(f"autocast dtype is {dtype!r}: choose one of {', '.join(PRECISIONS)}, or None")
@@ -75,9 +76,9 @@ def autocast(dtype: Precision | None):
 
 
 def compute_dtype(like=None) -> np.dtype | None:
-    """The half-precision type of products that ``autocast`` asks for; None: the operands' own, as on a CPU.
+    """The half-precision dtype of products set by ``autocast``, or None for the dtype of the operands.
 
-    ``like`` is an array, to ask about the device that it is on.
+    If ``like`` is an array on a CPU, the result is None.
     """
     name = "float32" if isinstance(like, np.ndarray) else _products.get()
     return dtype_of(name) if name in ("bfloat16", "float16") else None

@@ -1,4 +1,4 @@
-"""Memory: keep what was freed, measure the peak, and say what to try when it runs out."""
+"""Memory: reuse freed memory, measure the peak, and explain out-of-memory errors."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from tinyllm.backend.dtypes import Precision
 
 
 def keep_memory() -> None:
-    """Ask the C library to keep freed memory for the next step instead of returning it to the system.
+    """Make the C library keep freed memory for the next step instead of returning it to the system.
 
-    A training step frees and allocates gigabytes, and the system clears every page it hands out:
-    measured for GPT-2 124M, 20,000 page faults and a fifth of the time of a step, against 5 faults.
-    It concerns the whole process, so programs call it (``tinyllm train`` does), the library does
-    not. Only glibc has the settings; elsewhere this does nothing.
+    A training step frees and allocates gigabytes, and the system must clear every page it provides: for
+    GPT-2 124M 20,000 page faults per step, a fifth of its time, instead of 5. The setting affects the whole
+    process, so only programs such as ``tinyllm train`` call this, never the library. It does nothing unless
+    the C library is glibc.
     """
     if sys.platform != "linux" or not hasattr(libc := ctypes.CDLL(None), "mallopt"):
         return
@@ -27,9 +27,9 @@ def keep_memory() -> None:
 
 
 def peak_memory(device: str = "cpu") -> int | None:
-    """The peak resident memory of this process in bytes; None where the system does not say (Windows).
+    """The peak resident memory of this process in bytes; None on Windows, which does not report it.
 
-    Of a GPU, the current one: what CuPy's pool has taken of its memory, and keeps for the arrays to come.
+    For a GPU, the memory that CuPy's pool has allocated on the current one and keeps for reuse.
     """
     if device != "cpu":
         import cupy
@@ -46,10 +46,10 @@ def peak_memory(device: str = "cpu") -> int | None:
 
 
 def out_of_memory(error: MemoryError, dtype: Precision, remedies: list[str]) -> str:
-    """The sentence about memory that ran out: what was asked, what is free, and what to try.
+    """The message for an out-of-memory error: the requested and the free memory, and remedies.
 
-    ``remedies`` are the program's own; a GPU's are added: a shorter type than ``dtype``, and more of its
-    memory where CuPy was allowed a part only.
+    ``remedies`` are those of the program. For a GPU, half precision instead of ``dtype`` is added, and a
+    larger memory limit if there is one.
     """
     asked = str(error).rstrip(".") or "the memory is full"
     cupy = sys.modules.get("cupy")

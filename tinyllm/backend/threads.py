@@ -1,4 +1,4 @@
-"""Blocks of work and matrix products on all cores."""
+"""Blockwise work and matrix products on all cores."""
 
 from __future__ import annotations
 
@@ -12,43 +12,42 @@ from concurrent.futures import ThreadPoolExecutor, wait
 import numpy as np
 from threadpoolctl import ThreadpoolController
 
-SMALL_PRODUCT = 2**20  # multiplications: below, starting a second thread costs more than it saves
-FEW_ROWS = 16  # below, a product takes the time of reading its matrix
-BLOCK = 128 * 1024  # elements: small enough for the cache, large enough that the GIL is no bottleneck
+SMALL_PRODUCT = 2**20  # multiplications; below, a second thread costs more than it saves
+FEW_ROWS = 16  # below, a product is limited by reading its matrix
+BLOCK = (
+    128 * 1024
+)  # elements: small enough for the cache, large enough to keep the GIL from being a bottleneck
 
 
 def num_threads() -> int:
-    """Threads for our own pool: as many as the user allows BLAS, else the cores we may run on.
-
-    The user says so in OMP_NUM_THREADS, or in OPENBLAS_NUM_THREADS where that is not set.
-    """
+    """The size of the thread pool: OMP_NUM_THREADS, else OPENBLAS_NUM_THREADS, else the available cores."""
     for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
-        asked = os.environ.get(name, "")
-        if asked.isdecimal() and int(asked) > 0:
-            return int(asked)
+        value = os.environ.get(name, "")
+        if value.isdecimal() and int(value) > 0:
+            return int(value)
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 class _Workers:
-    """The pool and the handle on BLAS's own threads, made when first needed."""
+    """The thread pool and the controller of BLAS's threads, created when first used."""
 
     pool = blas = None
     busy = threading.local()
 
 
-def _forget_workers():
+def _reset_workers():
     _Workers.pool = _Workers.blas = None
 
 
-if hasattr(os, "register_at_fork"):  # a forked child inherits the object, but not its threads
-    os.register_at_fork(after_in_child=_forget_workers)
+if hasattr(os, "register_at_fork"):  # a forked child inherits the pool object but not its threads
+    os.register_at_fork(after_in_child=_reset_workers)
 
 
 def run_tasks(function, tasks: list) -> None:
-    """``function(task)`` for every task, on all cores. Tasks write to places of their own.
+    """Call ``function(task)`` for every task, on all cores. Tasks must not write to the same memory.
 
-    Every thread, this one too, takes the next task when it is done with one: to hand over each by itself
-    would take longer than a small one. What a task raises ends its thread's share, and is raised here.
+    Each thread, including this one, takes the next task from a shared queue, because submitting tasks one by
+    one takes longer than a small task. An exception ends the thread's work and is raised here.
     """
     if getattr(_Workers.busy, "first_task_only", False):
         tasks = tasks[:1]
@@ -62,25 +61,25 @@ def run_tasks(function, tasks: list) -> None:
     left = collections.deque(tasks)
 
     def work():
-        _Workers.busy.flag = True  # work inside a task stays in its thread
+        _Workers.busy.flag = True  # nested work stays in this thread
         try:
             while (task := _next(left)) is not None:
                 function(task)
         finally:
             _Workers.busy.flag = False
 
-    # A copy of our context each: np.errstate holds in the helpers, too.
+    # Each helper runs in a copy of this context, so that np.errstate applies there too.
     running = [_Workers.pool.submit(contextvars.copy_context().run, work) for _ in range(helpers)]
     try:
         work()
     finally:
-        wait(running)  # they write into our arrays
+        wait(running)  # helpers may still be writing to the arrays
     for helper in running:
         helper.result()
 
 
 def _next(tasks: collections.deque):
-    """The next task, for one thread only; None if there is none left."""
+    """The next task, or None if none is left. Thread-safe."""
     try:
         return tasks.popleft()
     except IndexError:
@@ -89,7 +88,7 @@ def _next(tasks: collections.deque):
 
 @contextlib.contextmanager
 def first_task_only():
-    """Within this block ``run_tasks`` runs the first of its tasks: they are alike, and only shapes matter."""
+    """Within this block ``run_tasks`` runs only the first task, to measure what depends on shapes only."""
     _Workers.busy.first_task_only = True
     try:
         yield
@@ -98,16 +97,16 @@ def first_task_only():
 
 
 def in_task() -> bool:
-    """Whether this thread is at work for ``run_tasks``, beside others."""
+    """Whether this thread is running a task of ``run_tasks`` in parallel with others."""
     return getattr(_Workers.busy, "flag", False)
 
 
 @contextlib.contextmanager
 def one_blas_thread():
-    """While our pool runs matrix products, BLAS does not start threads of its own.
+    """Within this block BLAS uses one thread, because the pool runs matrix products in parallel.
 
-    Telling it takes as long as a small product; inside another such block there is nothing to tell, so
-    that whoever runs many small ones puts one block around them all.
+    Changing the setting takes as long as a small product. In a nested block it is not changed again, so many
+    small products should be surrounded by one block.
     """
     if getattr(_Workers.busy, "one_blas_thread", False):
         yield
@@ -123,28 +122,28 @@ def one_blas_thread():
 
 
 def step_of_few_rows():
-    """What to put around a pass of the model over few rows, as when a text is written token by token.
+    """Context manager for a forward pass over few rows, such as a decoding step.
 
-    Its products take the time of reading every weight once, and BLAS's own threads, still awake from the
-    product before, share that in two microseconds where our pool would take fifty: measured on two cores,
-    18 ms a token of SmolLM2-135M instead of 27. But OpenBLAS's threads stay awake for 2**26 ticks of the
-    clock, offering their core to others all that time, and where another program takes it each product
-    waits for it to come back: 600 ms a token. With OPENBLAS_THREAD_TIMEOUT=20, 2**20 ticks, it is 40 to 70.
-    OpenBLAS reads that when it is loaded: ``import tinyllm`` sets it if NumPy is not there yet. Without it
-    BLAS has one thread in this block.
+    The time of its products is that of reading every weight once. BLAS's threads, still spinning after the
+    previous product, start in two microseconds, the pool's threads in fifty: a token of SmolLM2-135M takes
+    18 ms instead of 27 on two cores. But OpenBLAS's threads spin for 2**26 clock ticks and yield their core
+    meanwhile. If another program takes it, each product waits until it is returned: 600 ms per token. With
+    OPENBLAS_THREAD_TIMEOUT=20 (2**20 ticks) it is 40 to 70 ms. OpenBLAS reads the variable when it is loaded,
+    and ``import tinyllm`` sets it unless NumPy was imported before. Without it BLAS uses one thread in this
+    block.
     """
-    return contextlib.nullcontext() if _BLAS_FALLS_ASLEEP else one_blas_thread()
+    return contextlib.nullcontext() if _BLAS_THREADS_SLEEP else one_blas_thread()
 
 
-_BLAS_FALLS_ASLEEP = "OPENBLAS_THREAD_TIMEOUT" in os.environ
+_BLAS_THREADS_SLEEP = "OPENBLAS_THREAD_TIMEOUT" in os.environ
 
 
 def matmul(a, b, out=None, bias=None):
-    """a @ b (+ bias, a row, if given) for matrices, the rows of the result shared out among our threads.
+    """a @ b for matrices (+ the row ``bias`` if given), with the result's rows split among threads.
 
-    BLAS could use all cores by itself, but its threads go on spinning for a while after each product, and
-    take the cores from the elementwise work that follows. After a product of few rows there is hardly any:
-    it is left to BLAS (see ``step_of_few_rows``).
+    BLAS's own threads keep spinning after each product and compete for the cores with the elementwise work
+    that follows. After a product of few rows there is little such work, so BLAS runs it with its own threads
+    (see ``step_of_few_rows``).
     """
     if not isinstance(a, np.ndarray) or len(a) < FEW_ROWS:
         out = np.matmul(a, b, out=out)
@@ -156,7 +155,7 @@ def matmul(a, b, out=None, bias=None):
 
     def multiply(part):
         np.matmul(a[part], b, out=out[part])
-        if bias is not None:  # while the part is in the cache
+        if bias is not None:  # while the rows are in the cache
             out[part] += bias
 
     small = a.size * b.shape[1] <= SMALL_PRODUCT
@@ -166,16 +165,16 @@ def matmul(a, b, out=None, bias=None):
 
 
 def _shares(length: int) -> list[slice]:
-    """``range(length)`` in parts of nearly the same size, one for each of our threads."""
+    """Split ``range(length)`` into slices of nearly equal size, one for each thread of the pool."""
     step = -(-length // num_threads())
     return [slice(start, start + step) for start in range(0, length, step)]
 
 
 def each_block(function, rows: int, row_size: int, like) -> None:
-    """``function(slice)`` over ``range(rows)`` in blocks of about BLOCK elements, on all cores.
+    """Call ``function(slice)`` for blocks of ``range(rows)`` of about BLOCK elements each, on all cores.
 
-    The blocks depend on the shape only, so a result does not depend on the number of threads. On a
-    device array there is one call: a GPU wants one large kernel, not many small ones.
+    The blocks depend on the shape only, so results do not depend on the number of threads. For a GPU array
+    there is one call, because one large kernel is faster than many small ones.
     """
     step = max(1, BLOCK // max(1, row_size))
     if not isinstance(like, np.ndarray) or rows <= step:

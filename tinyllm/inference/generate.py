@@ -14,7 +14,7 @@ import numpy as np
 from tinyllm.backend.device import to_device
 from tinyllm.backend.dtypes import accumulation_dtype
 from tinyllm.backend.threads import step_of_few_rows
-from tinyllm.checks import check_at_least, check_ids
+from tinyllm.checks import as_generator, check_at_least, check_ids
 from tinyllm.errors import Error
 from tinyllm.inference.sampling import check_sampling, choose_tokens
 from tinyllm.nn import evaluating
@@ -28,7 +28,7 @@ def generate(
     temperature: float = 1.0,
     top_k: int | None = None,
     top_p: float | None = None,
-    rng: np.random.Generator | None = None,
+    rng: np.random.Generator | int | None = None,
     stop_ids: Sequence[int] = (),
     use_cache: bool = True,
     slide: bool = False,
@@ -63,9 +63,7 @@ def generate(
     stop_ids = check_ids(stop_ids, model.config.vocab_size, name="stop_ids") if len(stop_ids) else ()
     max_new_tokens = check_at_least(max_new_tokens, 0, "max_new_tokens")
     check_sampling(temperature, top_k, top_p)
-    if rng is not None and not hasattr(rng, "random"):
-        raise Error(f"rng is {rng!r}: pass np.random.default_rng(seed)")
-    rng = np.random.default_rng() if rng is None else rng
+    rng = np.random.default_rng() if rng is None else as_generator(rng)
     if not (slide or model.learned_positions):
         max_new_tokens = min(max_new_tokens, model.context - ids.shape[1] + 1)
     sampling = (temperature, top_k, top_p)
@@ -105,11 +103,11 @@ def _steps(model, ids, padding, max_new_tokens, sampling, rng, stop_ids, use_cac
     modules = [module for _, module in model.named_modules()]
     new, finished = ids, np.zeros(B, bool)
     for _ in range(max_new_tokens):
-        if cache is not None and cache.length + new.shape[1] > cache.room:  # the context is full
+        if cache is not None and cache.length + new.shape[1] > cache.capacity:  # the context is full
             if model.learned_positions:
                 cache = None
             else:
-                cache.drop_oldest(max(1, cache.room // 4))
+                cache.drop_oldest(max(1, cache.capacity // 4))
         if (new >= model.config.vocab_size).any():
             raise Error(
                 f"the model's head sampled class {new.max()}, but the model's ids are below "

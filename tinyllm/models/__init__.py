@@ -1,4 +1,4 @@
-"""The models, and the choice between them."""
+"""The models, and ``load_model``, which picks the class that a config names."""
 
 from pathlib import Path
 
@@ -25,18 +25,18 @@ __all__ = [
 
 
 def load_model(name: str | Path, dtype=np.float32) -> LanguageModel:
-    """A trained model, in ``dtype``, in eval mode; its config says which class.
+    """Load a trained model in ``dtype`` and eval mode, of the class that its config names.
 
-    ``name`` is a folder in Hugging Face's layout, a .gguf file, the folder of a run, a name that
-    ``tinyllm pull`` knows, or a hub id. Weights are read one at a time, so memory never holds much more than
-    the model.
+    ``name`` is a folder in Hugging Face's layout, a .gguf file, the folder of a run, a model of
+    ``tinyllm pull``, or a hub id. Weights are read one at a time, so that little more memory than the model's
+    own is needed.
     """
     path = hub.find_model(name)
     return _architecture(path).from_pretrained(path, dtype)
 
 
 def empty_model(name: str | Path) -> LanguageModel:
-    """The same model without its weights: meta parameters that take no memory, whatever its size.
+    """The model that ``load_model`` would load, with meta parameters, which take no memory.
 
     ``name`` may also be a published size, such as "124M" or "Llama-3.2-1B".
     """

@@ -1,8 +1,8 @@
 """What does a language model have besides its architecture?
 
-A config that is read from a ``config.json`` and written to one; logits and loss from its hidden states; a
-cache; its weights from a folder, a file or the hub, and into a folder; a vocabulary that can grow. An
-architecture (``gpt2.py``, ``llama.py``) is a config, the layers, and ``hidden_states``.
+A config, which is read from and written to ``config.json``; logits and a loss computed from its hidden
+states; a key-value cache; weights loaded from a folder, a file or the hub and saved to a folder; a vocabulary
+that can be extended. An architecture (``gpt2.py``, ``llama.py``) adds a config, layers and ``hidden_states``.
 
 Shapes: B batch, T time, S keys, C channels, V vocabulary.
 """
@@ -23,17 +23,17 @@ from tinyllm.models.cache import Cache, LayerCache
 from tinyllm.tensor import Tensor
 from tinyllm.weights import hub, safetensors
 
-ARCHITECTURES: dict[str, type[LanguageModel]] = {}  # model_type of a config.json -> the model's class
+ARCHITECTURES: dict[str, type[LanguageModel]] = {}  # model_type in config.json -> model class
 
 
 def register(model_class):
-    """Make an architecture known to ``load_model``, to ``tinyllm train`` and whoever asks ARCHITECTURES."""
+    """Class decorator that adds an architecture to ``load_model`` and ``tinyllm train``."""
     ARCHITECTURES[model_class.config_class.model_type] = model_class
     return model_class
 
 
-# Keys of a config.json that would change the computation, with the one value that is implemented. An
-# architecture that has such a field implements more.
+# Keys of a config.json that change the computation, with the only value that is implemented, unless the
+# architecture's config has a field of that name.
 FIXED = {
     "add_cross_attention": False,
     "is_encoder_decoder": False,
@@ -45,7 +45,7 @@ FIXED = {
     "scale_attn_weights": True,
 }
 
-# Keys of a config.json that say nothing about the computation of the logits
+# Keys of a config.json that do not affect the logits
 BOOKKEEPING = set(
     "_name_or_path _num_labels architectures bos_token_id chunk_size_feed_forward dtype eos_token_id "
     "gradient_checkpointing id2label is_llama_config label2id max_sequence_length n_ctx n_special "
@@ -57,48 +57,49 @@ BOOKKEEPING = set(
 
 
 class ModelConfig:
-    """What the config of every architecture, a frozen dataclass of Hugging Face's names, can do.
+    """Base class of every architecture's config, a frozen dataclass with Hugging Face's field names.
 
-    Each also defines ``context``, the longest sequence; ``kv_shape``, (key-value heads, head size); and
-    ``of_size``, what the options of ``tinyllm train`` mean here, with an Error for one that it does not have.
+    A subclass also defines ``context``, the maximum sequence length; ``kv_shape``, (key-value heads, head
+    size); and ``of_size``, which maps the options of ``tinyllm train`` to fields and raises ``Error`` for
+    one that the architecture does not have.
     """
 
     model_type = ""
     hub_class = ""  # the class in ``transformers``
-    sizes: Mapping[str, dict] = {}  # published ones: name -> fields
+    sizes: Mapping[str, dict] = {}  # published sizes: name -> fields
 
     @classmethod
     def preset(cls, size: str, **changes):
-        """A published size with ``changes`` to single fields."""
+        """The config of a published size, with the fields in ``changes`` overridden."""
         if size not in cls.sizes:
-            raise Error(f"unknown {cls.model_type} size {size!r}; there are {', '.join(cls.sizes)}")
+            raise Error(f"unknown {cls.model_type} size {size!r}; choose one of {', '.join(cls.sizes)}")
         return cls(**cls.sizes[size] | changes)
 
     @classmethod
     def from_dict(cls, config: Mapping):
-        """From a ``config.json`` as it stands. A key that might change the model is never ignored."""
+        """From the contents of a ``config.json``. A key that might affect the result is never ignored."""
         ours, fixed = {field.name for field in fields(cls)}, FIXED | {"model_type": cls.model_type}
         for key, value in fixed.items():
             if key not in ours and config.get(key, value) != value:
                 raise Error(
-                    f"{cls.__name__} computes with {key}={value!r} only, and the config has {config[key]!r}"
+                    f"{cls.__name__} supports only {key}={value!r}, but the config has {config[key]!r}"
                 )
         unknown = config.keys() - ours - fixed.keys() - BOOKKEEPING
         if unknown:
             raise Error(
-                f"unknown config keys: {', '.join(sorted(unknown))}; remove them if they do not change "
+                f"unknown config keys: {', '.join(sorted(unknown))}; remove them if they do not affect "
                 f"what the model computes"
             )
         return cls(**{key: value for key, value in config.items() if key in ours})
 
     def to_dict(self) -> dict:
-        """A ``config.json`` that ``transformers`` reads too."""
+        """The contents of a ``config.json`` that ``transformers`` can read too."""
         return {"architectures": [self.hub_class], "model_type": self.model_type, **asdict(self)}
 
     def check(self, layers: tuple, widths: tuple, probabilities: tuple, positive: tuple, choices: dict):
-        """Raise Error unless the named fields, and all that are whole numbers, have values that make sense.
+        """Raise ``Error`` unless the named fields, and all integer fields, have valid values.
 
-        ``layers`` and ``widths`` are the sizes that have a limit, see ``checks.check_fields``.
+        ``layers`` and ``widths`` name the sizes with an upper limit, see ``checks.check_fields``.
         """
         checks.check_fields(self, layers=layers, widths=widths)
         for field in fields(self):
@@ -117,39 +118,47 @@ class ModelConfig:
 
 
 class LanguageModel(nn.Module):
-    """Base of every architecture. It is made with ``(config, rng)``; the rng draws the initial weights.
+    """Base class of every architecture. A model is created by ``Class(config, rng)``.
 
-    With ``rng=None`` they are meta parameters, which take no memory until ``load_state_dict``. An
-    architecture sets ``config``, its layers (``lm_head`` among them) and what is below, and defines
-    ``hidden_states``.
+    ``rng``, a generator or an integer seed, samples the initial weights. With ``rng=None`` they are meta
+    parameters, which take no memory until ``load_state_dict``. A subclass sets its layers, among them
+    ``lm_head``, and the class attributes below, and defines ``hidden_states``.
 
-    Any layer may be replaced, by assignment or with ``nn.replace``: a model calls its layers and does not
-    look inside. ``lm_head`` may be any module, and have another number of classes.
+    Any layer may be replaced, by assignment or with ``nn.replace``: a model calls its layers and never reads
+    their parameters. ``lm_head`` may be any module, and its number of classes may differ from the vocabulary.
     """
 
     config_class = ModelConfig
-    token_embedding = ""  # the name of the layer that ids go to
+    token_embedding = ""  # the name of the layer that embeds the ids
     blocks = ""  # the name of the list of blocks
-    prefix = ""  # what published files write before all names but the head's
-    not_parameters: tuple[str, ...] = ()  # endings of keys in published files that no parameter has
-    learned_positions = False  # then a cache whose oldest entries are dropped would be wrong
+    prefix = ""  # what published files prepend to every name but the head's
+    not_parameters: tuple[str, ...] = ()  # suffixes of keys in published files that are not parameters
+    learned_positions = False  # if true, a cache cannot drop its oldest entries: it would change positions
+
+    def configure(self, config, rng) -> np.random.Generator | None:
+        """Set ``config``, check its type, and return the generator that ``rng`` gives."""
+        if not isinstance(config, self.config_class):
+            found = config.__name__ if isinstance(config, type) else f"a {type(config).__name__}"
+            raise Error(f"config is {found}: pass a {self.config_class.__name__}(...)")
+        self.config = config
+        return checks.as_generator(rng)
 
     def hidden_states(self, ids, cache: Cache | None = None) -> Tensor:
-        """What the head reads: (B, T, C) of ids (B, T), after the final norm.
+        """The head's input: (B, T, C) for ids (B, T), after the final norm.
 
-        With a ``cache`` the ids continue the text it holds, and are added to it.
+        With a ``cache`` the ids continue the cached text and are added to the cache.
         """
         raise TypeError(f"{type(self).__name__} defines no hidden_states()")
 
     def forward(self, ids, *, last_only: bool = False, cache: Cache | None = None) -> Tensor:
-        """Logits (B, T, V) of ids (B, T), or with ``last_only`` (B, 1, V); see ``hidden_states``."""
+        """Logits (B, T, V) for ids (B, T), with ``last_only`` (B, 1, V); see ``hidden_states``."""
         h = self.hidden_states(ids, cache)  # (B, T, C)
         return self.lm_head(h[:, -1:] if last_only else h)
 
     def loss(self, ids, targets, num_targets=None, weights=None) -> Tensor:
-        """Σ cross-entropy over targets that are not -100, divided by ``num_targets`` (default: their number).
+        """Σ cross-entropy over all targets but -100, divided by ``num_targets`` (default: their number).
 
-        ``weights``, an array of the targets' shape, multiply each target's loss.
+        ``weights``, an array of the targets' shape, multiplies each target's loss.
         """
         return nn.call(self, self._loss, ids, targets, num_targets, weights)
 
@@ -158,37 +167,37 @@ class LanguageModel(nn.Module):
         plain_head = _is(head.forward, nn.Linear.forward) and _is(head.__call__, nn.Module.__call__)
         if not (plain_head and _is(self.forward, LanguageModel.forward)):
             return F.cross_entropy(self.forward(ids), targets, **options)
-        h = self.hidden_states(ids)  # (B, T, C); all logits are never in memory together
-        return F.linear_cross_entropy(h, head.weight, targets, linear_bias=head.bias, **options)
+        h, weight = self.hidden_states(ids), nn.loaded(head.weight)  # (B, T, C), (V, C)
+        # Fused with the head: the full logits (B, T, V) are never in memory.
+        return F.linear_cross_entropy(h, weight, targets, linear_bias=head.bias, **options)
 
     @property
     def context(self) -> int:
-        """The longest sequence the model takes."""
+        """The maximum sequence length."""
         return self.config.context
 
-    def new_cache(self, batch: int, room: int | None = None, padding=None) -> Cache:
-        """An empty ``Cache`` for ``batch`` rows of at most ``room`` tokens (None: the context)."""
+    def new_cache(self, batch: int, capacity: int | None = None, padding=None) -> Cache:
+        """An empty ``Cache`` for ``batch`` rows of at most ``capacity`` tokens (default: the context)."""
         layers, (heads, head_size) = len(getattr(self, self.blocks)), self.config.kv_shape
-        room = self.context if room is None else min(room, self.context)
+        capacity = self.context if capacity is None else min(capacity, self.context)
         like = next(self.parameters()).data
-        return Cache(layers, batch, heads, room, head_size, like, padding, compute_dtype(like))
+        return Cache(layers, batch, heads, capacity, head_size, like, padding, compute_dtype(like))
 
     def start(self, ids, cache: Cache | None) -> tuple[np.ndarray, np.ndarray, list[LayerCache | None]]:
-        """What ``hidden_states`` begins with: ids (B, T), checked; their positions; each layer's cache."""
-        if nn.is_meta(next(self.parameters()).data):
-            raise Error("the model has no weights yet (rng=None): give an rng, or load_state_dict()")
+        """The inputs of ``hidden_states``: validated ids (B, T), their positions, and every layer's cache."""
+        nn.loaded(next(self.parameters()), "this model")
         ids = checks.check_ids(ids, self.config.vocab_size)
         if ids.ndim != 2 or ids.shape[1] > self.context:
             raise Error(
-                f"token ids must have shape (batch, time) with at most {self.context} positions, "
-                f"not {ids.shape}"
+                f"token ids must have shape (batch, time) with at most {self.context} positions, not "
+                f"{ids.shape}: pass one sequence as [ids], and shorten a longer one"
             )
         layers = len(getattr(self, self.blocks))
         if cache is None:
             return ids, np.arange(ids.shape[1]), [None] * layers
         if len(cache.keys) != layers:
             raise Error(
-                f"the cache is for {len(cache.keys)} layers, and the model has {layers}: make a new one"
+                f"the cache has {len(cache.keys)} layers and the model {layers}: create one with new_cache()"
             )
         return ids, cache.positions(ids.shape[1]), cache.layers(*ids.shape)
 
@@ -196,7 +205,7 @@ class LanguageModel(nn.Module):
 
     @classmethod
     def from_pretrained(cls, name: str | Path, dtype=np.float32):
-        """From what ``load_model`` takes, in ``dtype``, in eval mode."""
+        """``load_model`` for this class: the model in ``dtype`` and eval mode."""
         path = hub.find_model(name)
         model = cls.without_weights(path).astype(dtype)
         model.load_state_dict(hub.open_weights(path), source=str(path))
@@ -204,29 +213,28 @@ class LanguageModel(nn.Module):
 
     @classmethod
     def without_weights(cls, path: Path):
-        """The model at a path that ``hub.find_model`` gave, with meta parameters (see ``nn.normal``)."""
+        """The model at a path returned by ``hub.find_model``, with meta parameters (see ``nn.normal``)."""
         config = hub.model_config(path)
         ours = cls.config_class.model_type
         kind = config.get("model_type", ours)
         if kind != ours:
-            raise Error(f"{path} holds a model of type {kind!r}, not {ours!r}: use tinyllm.load_model")
+            raise Error(f"{path} contains a model of type {kind!r}, not {ours!r}: use tinyllm.load_model")
         try:
             return cls(cls.config_class.from_dict(config), rng=None)
         except Error as error:
-            raise Error(f"the config of {path} is refused: {error}") from None
+            raise Error(f"the config of {path} is not supported: {error}") from None
 
     def save_pretrained(self, folder: str | Path, overwrite: bool = False) -> None:
         """Write ``config.json`` and ``model.safetensors`` as ``transformers`` does.
 
-        Every parameter is written, those of replaced layers under their own names: rebuild such a model and
-        give it the file with ``load_state_dict``. Raises Error, naming the layers, if the folder would load
-        as the plain architecture without a word: layers of another class, but with the same parameters.
+        Parameters of replaced layers are saved under their own names; to load such a model, rebuild it and
+        call ``load_state_dict``. Raises ``Error``, naming the layers, if replaced layers have the names and
+        shapes of the original ones, because the folder would silently load as the plain architecture.
         """
         config = replace(self.config, tie_word_embeddings=self._is_tied())
         self._check_replaced_layers(config)
-        empty = [name for name, parameter in self.named_parameters() if nn.is_meta(parameter.data)]
-        if empty:
-            raise Error(f"{', '.join(empty)} have no values yet (rng=None): load them before saving")
+        for name, parameter in self.named_parameters():
+            nn.loaded(parameter, name)
         tensors = {
             name if name.startswith("lm_head.") else self.prefix + name: array
             for name, array in self.state_dict().items()
@@ -237,69 +245,71 @@ class LanguageModel(nn.Module):
         models = self, type(self)(config, rng=None)
         shapes, plain_shapes = ({n: a.shape for n, a in model.state_dict().items()} for model in models)
         if shapes != plain_shapes:
-            return  # whoever loads it is told the names
+            return  # loading it reports the names
         kinds, plain_kinds = ({n: type(m) for n, m in model.named_modules()} for model in models)
         replaced = [name for name in kinds | plain_kinds if kinds.get(name) is not plain_kinds.get(name)]
         if replaced:
             raise Error(
-                f"a folder would not tell the replaced layers {', '.join(replaced)} from plain ones: their "
-                "parameters have the same names; save model.state_dict() instead"
+                f"the replaced layers {', '.join(replaced)} have the same parameter names and shapes as the "
+                "original ones and would be loaded as those: save model.state_dict() instead"
             )
 
     def _is_tied(self) -> bool:
-        """Whether the head has a parameter of the embedding's now, whatever the config says."""
+        """Whether the head currently shares a parameter with the embedding, whatever the config says."""
         embedding = {id(tensor) for tensor in getattr(self, self.token_embedding).parameters()}
         return any(id(tensor) in embedding for tensor in self.lm_head.parameters())
 
     def checkpoint_keys(self, arrays: Mapping) -> dict[str, str]:
-        """Parameter name -> key, for any of the layouts the architecture is published in.
+        """Parameter name -> key, for every layout in which the architecture is published.
 
-        Names may begin with ``prefix``; ``not_parameters`` are omitted; a tied head may be stored a second
-        time, if it equals the embedding.
+        Keys may begin with ``prefix``; keys that end in one of ``not_parameters`` are skipped; a tied head
+        may be stored again if it equals the embedding.
         """
         keys, own = {}, {name for name, _ in self.named_parameters()}
         for key in arrays:
             name = key.removeprefix(self.prefix)
             if name in keys:
-                raise Error(f"{key} and {keys[name]} are both given: keep one of them")
+                raise Error(f"{key} and {keys[name]} are the same parameter: keep one of them")
             if name in own or not name.endswith(self.not_parameters):
                 keys[name] = key
         embedding = f"{self.token_embedding}.weight"
         if self._is_tied() and {"lm_head.weight", embedding} <= keys.keys():
             head = keys.pop("lm_head.weight")
             if not np.array_equal(arrays[head], arrays[keys[embedding]]):
-                raise Error(f"{head} differs from the embedding, and tie_word_embeddings is true")
+                raise Error(f"{head} differs from the embedding: set tie_word_embeddings to false")
         return keys
 
     # ------------------------------------------------------------------------------- vocabulary
 
-    def resize_token_embeddings(self, vocab_size: int, rng: np.random.Generator) -> None:
-        """Make room for ids up to ``vocab_size`` - 1, in place; the old ids keep their weights bit for bit.
+    def resize_token_embeddings(self, vocab_size: int, rng: np.random.Generator | int) -> None:
+        """Extend the vocabulary to ``vocab_size`` ids, in place. Existing rows are bitwise unchanged.
 
-        The new rows of the embedding, and of a head that is not tied to it, are drawn from
-        N(0, initializer_range²); the new biases of the head are 0. Gradients are dropped. Make the
-        optimiser afterwards: its averages have the shape of the parameters it was made for. The old
-        ids' logits are the same sums of products, though a BLAS may add up a matrix of another size in
-        another order, and then the last bits differ. Raises ``Error``, and changes nothing, if the model has
-        more ids already, or an embedding or a head without ``weight`` (and ``bias``) of a row for each.
+        New rows of the embedding, and of a head not tied to it, are sampled from N(0, initializer_range²);
+        new biases are 0. Gradients are dropped. Create the optimizer afterwards, because its averages have
+        the parameters' shapes. The existing ids' logits are the same sums of products, but BLAS may sum a
+        matrix of another size in another order, which changes the rounding. Raises ``Error``, and changes
+        nothing, if the model has more ids, or if the embedding or the head has no ``weight`` (and ``bias``)
+        with one row per id.
         """
         old, std = self.config.vocab_size, self.config.initializer_range
         if not checks.is_integer(vocab_size) or vocab_size < old:
             raise Error(
-                f"vocab_size {vocab_size!r} does not hold the model's {old} ids: choose a "
-                "whole number of at least as many"
+                f"vocab_size {vocab_size!r} is too small for the model's {old} ids: choose an integer of at "
+                "least that"
             )
-        if not isinstance(rng, np.random.Generator):
-            raise Error(f"rng is {rng!r}: give np.random.default_rng(seed), which draws the new rows")
-        new, tensors = int(vocab_size) - old, {}  # by id: a tied weight grows once
+        rng = checks.as_generator(rng)
+        if rng is None:
+            raise Error("rng is None: pass a seed such as rng=0, to sample the new rows")
+        new, tensors = int(vocab_size) - old, {}  # keyed by id(), so that a tied weight is extended once
         for name in (self.token_embedding, "lm_head"):
             layer = getattr(self, name)
             weight, bias = getattr(layer, "weight", None), getattr(layer, "bias", None)
             if not (_has_rows(weight, old, ndim=2) and (bias is None or _has_rows(bias, old, ndim=1))):
                 raise Error(
-                    f"{name}, a {type(layer).__name__}, cannot grow: it needs a weight, and a bias or None, "
-                    f"with a row for each of the model's {old} ids"
+                    f"{name}, a {type(layer).__name__}, cannot be extended: its weight, and its bias unless "
+                    f"None, must have a row for each of the model's {old} ids"
                 )
+            nn.loaded(weight, name)
             tensors |= {id(tensor): tensor for tensor in (weight, bias) if tensor is not None}
         self.zero_grad()
         for tensor in tensors.values():
@@ -311,7 +321,7 @@ class LanguageModel(nn.Module):
 
 
 def _is(method, function) -> bool:
-    """Whether a bound method is this function, neither overridden in a class nor replaced in an object."""
+    """Whether a bound method is this function, overridden neither in a subclass nor on the instance."""
     return getattr(method, "__func__", None) is function
 
 
@@ -320,14 +330,14 @@ def _has_rows(tensor, rows: int, ndim: int) -> bool:
 
 
 def look_back(query: Tensor, key: Tensor, value: Tensor, cache: LayerCache | None, score_bias=None):
-    """What the queries (B, H, T, D) attend to: keys and values (B, G, S, D), and a mask or None.
+    """The keys and values (B, G, S, D) for the queries (B, H, T, D), and a mask or None.
 
-    With a cache the keys and values of the text so far come before the new ones, and the mask hides those
-    of padding.
+    With a cache, the cached keys and values precede the new ones, and the mask hides padding.
 
-    ``score_bias``, a module, is called with the distances (T, S) of each key behind each query, below 0 for
-    the future. It returns what is to be added to the scores: an array that broadcasts to (B, H, T, S), or a
-    Tensor without gradient. ALiBi (arXiv 2108.12409) returns -slopes * distances with slopes (H, 1, 1).
+    ``score_bias``, a module, is called with the distances (T, S), query position minus key position (negative
+    for future keys). It returns the term to add to the attention scores: an array that broadcasts to
+    (B, H, T, S), or a Tensor without gradient. ALiBi (arXiv 2108.12409) returns -slopes * distances with
+    slopes (H, 1, 1).
     """
     visible = None
     if cache is not None:
@@ -335,15 +345,15 @@ def look_back(query: Tensor, key: Tensor, value: Tensor, cache: LayerCache | Non
     if score_bias is None:
         return key, value, visible
     T, S = query.shape[2], key.shape[2]
-    if not isinstance(score_bias, nn.Module):  # a function would be lost when the model is saved
-        raise Error(f"score_bias is a {type(score_bias).__name__}: give a tinyllm.nn.Module")
-    added = score_bias(np.arange(S - T, S)[:, None] - np.arange(S))  # the last query stands at the last key
+    if not isinstance(score_bias, nn.Module):  # a function would not be saved with the model
+        raise Error(f"score_bias is a {type(score_bias).__name__}: use a tinyllm.nn.Module")
+    added = score_bias(np.arange(S - T, S)[:, None] - np.arange(S))  # the last query is at the last key
     if isinstance(added, Tensor):
         if added.needs_grad:
-            raise Error(f"score_bias, a {type(score_bias).__name__}, would get no gradient: return .detach()")
+            raise Error(f"score_bias, a {type(score_bias).__name__}, cannot be trained: return .detach()")
         added = added.data
     added = np.asarray(added, like=query.data)
     if added.dtype.kind not in "fiu":
-        raise Error(f"score_bias returned {added.dtype}: return numbers, which are added to the scores")
+        raise Error(f"score_bias returned {added.dtype}: return numbers to add to the scores")
     mask = added if visible is None else np.where(visible, added, -np.inf)
     return key, value, mask.astype(query.dtype, copy=False)

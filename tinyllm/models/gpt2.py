@@ -1,8 +1,19 @@
 """What is GPT-2, from its config to its hidden states?
 
-Radford et al., "Language Models are Unsupervised Multitask Learners" (2019), section 2.3: a decoder of
-``n_layer`` blocks, each ``x + attention(norm(x))`` then ``x + mlp(norm(x))``, on the sum of token and
-position embeddings, with a final norm and the token embedding as the output layer.
+Radford et al., "Language Models are Unsupervised Multitask Learners" (2019), section 2.3: the sum of token
+and position embeddings passes through ``n_layer`` blocks, each ``x + attention(norm(x))`` then
+``x + mlp(norm(x))``, and a final norm. The output layer is the token embedding.
+
+Why the projections into the residual stream start with std/sqrt(2 n_layer): the final x is the embedding plus
+one term from every attention and every MLP, N = 2 n_layer terms. If at initialization the terms are
+independent with mean 0 and variance σ² each, the variance of their sum is the sum of their variances, N σ². A
+term is linear in the projection's weight, so dividing the weight by sqrt(N) divides σ² by N: the sum has
+variance σ² whatever the depth.
+
+Why one matrix W (V, C) can be embedding and head: row W_i represents token i in both. The embedding looks it
+up, x = W_id, and the head scores token i by the dot product z_i = W_i · h, which is large where h points
+along W_i (Press and Wolf, arXiv 1608.05859). By the chain rule dL/dW is the sum over both uses: the head
+contributes Σ_t (dL/dz_t) h_tᵀ, a matrix product, and the embedding adds each dL/dx_t to row id_t, a scatter.
 
 Shapes: B batch, T time, C = n_embd channels, H = n_head heads of size D = C/H, V vocabulary.
 """
@@ -18,7 +29,7 @@ from tinyllm.errors import Error
 from tinyllm.models.base import LanguageModel, ModelConfig, look_back, register
 from tinyllm.tensor_ops import split
 
-# Hugging Face's names for activations -> F.gelu's ``approximate``
+# Hugging Face's name of an activation -> ``approximate`` of F.gelu
 GELU_FORMS = {"gelu_new": "tanh", "gelu_pytorch_tanh": "tanh", "gelu": "none"}
 
 SIZES = {
@@ -31,7 +42,7 @@ SIZES = {
 
 @dataclass(frozen=True)
 class GPT2Config(ModelConfig):
-    """Hugging Face's names. Only tinyllm knows ``qkv_bias=False`` and ``lm_head_bias=True``."""
+    """Hugging Face's field names, and two of tinyllm's own: ``qkv_bias`` and ``lm_head_bias``."""
 
     vocab_size: int = 50257
     n_positions: int = 1024
@@ -63,45 +74,46 @@ class GPT2Config(ModelConfig):
     def of_size(cls, vocab_size, *, context, n_layer, n_head, n_embd, n_kv_head=None, dropout=0.0,
                 tie_head=True, qkv_bias=True, head_bias=False) -> GPT2Config:  # fmt: skip
         if n_kv_head is not None:
-            raise Error(f"n_kv_head is {n_kv_head}, and GPT-2 has a key-value head for every head: omit it")
+            raise Error(f"n_kv_head is {n_kv_head}, but GPT-2 has a key-value head for every head: omit it")
         return cls(vocab_size, context, n_embd, n_layer, n_head, None, "gelu_new", dropout, dropout, dropout,
                    tie_word_embeddings=tie_head, qkv_bias=qkv_bias, lm_head_bias=head_bias)  # fmt: skip
 
 
 class Conv1D(nn.Linear):
-    """A Linear whose checkpoint stores the weight as (in, out): GPT-2 was written with 1 x 1 convolutions."""
+    """A Linear whose checkpoints store the weight as (in, out), from OpenAI's 1 x 1 convolutions."""
 
     def layout(self, name, array):
         return array.T if name == "weight" else array
 
 
 class CausalSelfAttention(nn.Module):
-    """Each position gathers information from itself and from those before it."""
+    """Each position gathers information from itself and from the positions before it."""
 
     def __init__(self, config: GPT2Config, rng):
-        C, std = config.n_embd, config.initializer_range
+        C, std, rng = config.n_embd, config.initializer_range, nn.as_generator(rng)
         self.n_head, self.attn_pdrop = config.n_head, config.attn_pdrop
         self.c_attn = Conv1D(C, 3 * C, bias=config.qkv_bias, rng=rng, std=std)
         self.c_proj = Conv1D(C, C, rng=rng, std=std / math.sqrt(2 * config.n_layer))
         self.resid_dropout = nn.Dropout(config.resid_pdrop)
-        self.score_bias = None  # or a module, as ``look_back`` says
+        self.score_bias = None  # or a module, see ``look_back``
 
     def forward(self, x, cache=None):  # (B, T, C)
         q, k, v = (
             part.rearrange("b t (h d) -> b h t d", h=self.n_head)  # (B, H, T, D)
             for part in split(self.c_attn(x), 3, axis=-1)
         )
-        k, v, mask = look_back(q, k, v, cache, self.score_bias)  # (B, H, S, D): those of the text so far, too
+        k, v, mask = look_back(q, k, v, cache, self.score_bias)  # (B, H, S, D), cached ones included
         dropout_p = self.attn_pdrop if self.training else 0.0
         y = F.scaled_dot_product_attention(q, k, v, mask, dropout_p, is_causal=True)  # (B, H, T, D)
         return self.resid_dropout(self.c_proj(y.rearrange("b h t d -> b t (h d)")))  # (B, T, C)
 
 
 class MLP(nn.Module):
-    """The position-wise feed-forward network: out to a wider layer, GELU, and back."""
+    """The position-wise feed-forward network: expand to ``inner`` channels, GELU, project back."""
 
     def __init__(self, config: GPT2Config, rng):
-        C, inner, std = config.n_embd, config.n_inner or 4 * config.n_embd, config.initializer_range
+        C, std, rng = config.n_embd, config.initializer_range, nn.as_generator(rng)
+        inner = config.n_inner or 4 * C
         self.c_fc = Conv1D(C, inner, rng=rng, std=std)
         self.c_proj = Conv1D(inner, C, rng=rng, std=std / math.sqrt(2 * config.n_layer))
         self.dropout = nn.Dropout(config.resid_pdrop)
@@ -112,9 +124,10 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention, then the MLP; each adds to the residual stream what it computed from its norm."""
+    """Attention, then the MLP. Each reads the normalized residual stream and adds its output to it."""
 
     def __init__(self, config: GPT2Config, rng):
+        rng = nn.as_generator(rng)
         self.ln_1 = nn.LayerNorm(config.n_embd, config.layer_norm_epsilon)
         self.attn = CausalSelfAttention(config, rng)
         self.ln_2 = nn.LayerNorm(config.n_embd, config.layer_norm_epsilon)
@@ -129,8 +142,8 @@ class Block(nn.Module):
 class GPT2(LanguageModel):
     """GPT-2 with its language-model head. Attribute names are the checkpoint's keys.
 
-    Initial weights are from N(0, 0.02²), the two projections into the residual stream of each block
-    divided by sqrt(2 n_layer) so that the stream does not grow with depth.
+    Initial weights are from N(0, initializer_range²), those of the two projections into the residual stream
+    of each block from N(0, initializer_range² / (2 n_layer)).
     """
 
     config_class, token_embedding, blocks = GPT2Config, "wte", "h"
@@ -138,7 +151,7 @@ class GPT2(LanguageModel):
     not_parameters = (".attn.bias", ".attn.masked_bias")  # causal masks
 
     def __init__(self, config: GPT2Config, rng):
-        self.config = config
+        rng = self.configure(config, rng)
         C, std = config.n_embd, config.initializer_range
         self.wte = nn.Embedding(config.vocab_size, C, rng=rng, std=std)
         self.wpe = nn.Embedding(config.n_positions, C, rng=rng, std=std)
@@ -148,10 +161,10 @@ class GPT2(LanguageModel):
         head_rng = None if config.tie_word_embeddings else rng
         self.lm_head = nn.Linear(C, config.vocab_size, bias=config.lm_head_bias, rng=head_rng, std=std)
         if config.tie_word_embeddings:
-            self.lm_head.weight = self.wte.weight  # one matrix, read both ways
+            self.lm_head.weight = self.wte.weight  # one matrix, two uses
 
     def hidden_states(self, ids, cache=None):
-        ids, positions, caches = self.start(ids, cache)  # (B, T); (T,) or (B, T); each layer's
+        ids, positions, caches = self.start(ids, cache)  # (B, T); (T,) or (B, T); one per block
         x = self.drop(self.wte(ids) + self.wpe(positions))  # (B, T, C)
         for block, layer_cache in zip(self.h, caches):
             x = block(x, layer_cache)

@@ -1,15 +1,14 @@
 """What is Llama? GPT-2 with four changes.
 
-Beside ``gpt2.py``, which it follows line by line, there are only these:
+1. RMSNorm replaces LayerNorm: divide by the root mean square, do not subtract the mean (arXiv 1910.07467).
+2. Rotary position embeddings replace learned ones: queries and keys are rotated by angles proportional to
+   their positions, so that their dot product depends on the distance only (arXiv 2104.09864, ``rope.py``).
+3. SwiGLU replaces GELU: of two projections, one gates the other (arXiv 2002.05202).
+4. Grouped-query attention: several query heads share one key and one value head, which makes the key-value
+   cache smaller by that factor (arXiv 2305.13245).
 
-1. RMSNorm for LayerNorm: divide by the size, leave the mean alone (arXiv 1910.07467).
-2. Rotary position embeddings for learned ones: no ``wpe``; queries and keys are turned by angles that
-   grow with the position, so their product sees distances (RoFormer, arXiv 2104.09864).
-3. SwiGLU for GELU: two matrices out, one of which opens or shuts the other (arXiv 2002.05202).
-4. Grouped-query attention: several query heads share a key and a value head, and the cache of keys and
-   values is that much smaller (arXiv 2305.13245).
-
-There are no biases, no dropout but on attention weights, and a head of its own unless it is tied.
+Otherwise this file follows ``gpt2.py``. There are no biases by default, no dropout except on attention
+weights, and the head is tied only on request.
 Touvron et al., "Llama 2" (arXiv 2307.09288), section 2.2; Llama team, "The Llama 3 Herd of Models"
 (arXiv 2407.21783), section 3.2.
 
@@ -55,10 +54,10 @@ SIZES = {
 
 @dataclass(frozen=True)
 class LlamaConfig(ModelConfig):
-    """Hugging Face's names, and its defaults: the size of Llama 2 7B.
+    """Hugging Face's field names and defaults: the size of Llama 2 7B.
 
-    ``rope_parameters`` holds ``rope_theta`` (10,000 unless given), ``rope_type`` ("default" unless given)
-    and what that type needs (see ``rope.py``).
+    ``rope_parameters`` contains ``rope_theta`` (default 10,000), ``rope_type`` (default "default") and the
+    parameters of that type (see ``rope.py``).
     """
 
     vocab_size: int = 32000
@@ -66,7 +65,7 @@ class LlamaConfig(ModelConfig):
     intermediate_size: int = 11008
     num_hidden_layers: int = 32
     num_attention_heads: int = 32
-    num_key_value_heads: int | None = None  # None: as many as query heads
+    num_key_value_heads: int | None = None  # None: num_attention_heads
     head_dim: int | None = None  # None: hidden_size / num_attention_heads
     hidden_act: str = "silu"
     max_position_embeddings: int = 2048
@@ -86,16 +85,16 @@ class LlamaConfig(ModelConfig):
         widths, choices = ("hidden_size", "intermediate_size", "head_dim"), {"hidden_act": ("silu",)}
         self.check(("num_hidden_layers",), widths, ("attention_dropout",), ("rms_norm_eps",), choices)
         C, H = self.hidden_size, self.num_attention_heads
-        if C % H:  # as transformers has it, whatever head_dim is
+        if C % H:  # transformers requires it even if head_dim is given
             raise Error(f"hidden_size ({C}) must be divisible by num_attention_heads ({H})")
         G = H if self.num_key_value_heads is None else self.num_key_value_heads
         D = C // H if self.head_dim is None else self.head_dim
         if H % G:
             raise Error(f"num_attention_heads ({H}) must be divisible by num_key_value_heads ({G})")
         if D % 2:
-            raise Error(f"head_dim must be even, not {D}: RoPE turns pairs of channels")
+            raise Error(f"head_dim must be even, not {D}: RoPE rotates pairs of channels")
         values = dict(num_key_value_heads=G, head_dim=D, rope_parameters=checked_rope(self.rope_parameters))
-        vars(self).update(values)  # frozen for everybody else: here open fields get their values
+        vars(self).update(values)  # the dataclass is frozen: fill in the defaults this way
 
     @classmethod
     def from_dict(cls, config: Mapping) -> LlamaConfig:
@@ -106,45 +105,45 @@ class LlamaConfig(ModelConfig):
     def of_size(cls, vocab_size, *, context, n_layer, n_head, n_embd, n_kv_head=None, dropout=0.0,
                 tie_head=True, qkv_bias=True, head_bias=False) -> LlamaConfig:  # fmt: skip
         if head_bias:
-            raise Error("head_bias is True, and the head of a Llama has no bias: omit it")
-        # Two thirds of GPT-2's 4 n_embd, as there are three matrices for two (arXiv 2002.05202)
+            raise Error("head_bias is True, but the head of a Llama has no bias: omit it")
+        # Three matrices of width 8/3 n_embd have the size of GPT-2's two of 4 n_embd (arXiv 2002.05202).
         inner = 64 * math.ceil(8 * n_embd / 3 / 64)
         return cls(vocab_size, n_embd, inner, n_layer, n_head, n_kv_head, max_position_embeddings=context,
                    rms_norm_eps=1e-5, attention_dropout=dropout, tie_word_embeddings=tie_head)  # fmt: skip
 
 
 class GroupedQueryAttention(nn.Module):
-    """Each position gathers from itself and from those before it; H query heads share G keys and values."""
+    """Causal self-attention in which H query heads share G key and value heads."""
 
     def __init__(self, config: LlamaConfig, rng):
         C, D, std = config.hidden_size, config.head_dim, config.initializer_range
         H, G, bias = config.num_attention_heads, config.num_key_value_heads, config.attention_bias
-        self.head_dim, self.attention_dropout = D, config.attention_dropout
+        self.head_dim, self.attention_dropout, rng = D, config.attention_dropout, nn.as_generator(rng)
         self.q_proj = nn.Linear(C, H * D, bias, rng=rng, std=std)
         self.k_proj = nn.Linear(C, G * D, bias, rng=rng, std=std)
         self.v_proj = nn.Linear(C, G * D, bias, rng=rng, std=std)
         self.o_proj = nn.Linear(H * D, C, bias, rng=rng, std=std)
-        self.score_bias = None  # or a module, as ``look_back`` says
+        self.score_bias = None  # or a module, see ``look_back``
 
     def forward(self, x, rotation, cache=None):
-        """x (B, T, C), and cos and sin (T, D/2), or (B, 1, T, D/2), of its positions -> (B, T, C)."""
+        """x (B, T, C), rotation: cos and sin (T, D/2) or (B, 1, T, D/2) of its positions -> (B, T, C)."""
         q, k, v = (
             projection(x).rearrange("b t (h d) -> b h t d", d=self.head_dim)  # (B, H or G, T, D)
             for projection in (self.q_proj, self.k_proj, self.v_proj)
         )
-        q, k = F.rope(q, *rotation), F.rope(k, *rotation)  # keys are kept as they were turned
-        k, v, mask = look_back(q, k, v, cache, self.score_bias)  # (B, G, S, D): those of the text so far, too
+        q, k = F.rope(q, *rotation), F.rope(k, *rotation)  # keys are cached rotated
+        k, v, mask = look_back(q, k, v, cache, self.score_bias)  # (B, G, S, D), cached ones included
         dropout_p = self.attention_dropout if self.training else 0.0
         y = F.scaled_dot_product_attention(q, k, v, mask, dropout_p, is_causal=True, enable_gqa=True)
         return self.o_proj(y.rearrange("b h t d -> b t (h d)"))  # (B, T, C)
 
 
 class SwiGLU(nn.Module):
-    """The position-wise feed-forward network: out to a wider layer, gated, and back."""
+    """The position-wise feed-forward network: expand, gate, project back."""
 
     def __init__(self, config: LlamaConfig, rng):
         C, inner, bias = config.hidden_size, config.intermediate_size, config.mlp_bias
-        std = config.initializer_range
+        std, rng = config.initializer_range, nn.as_generator(rng)
         self.gate_proj = nn.Linear(C, inner, bias, rng=rng, std=std)
         self.up_proj = nn.Linear(C, inner, bias, rng=rng, std=std)
         self.down_proj = nn.Linear(inner, C, bias, rng=rng, std=std)
@@ -154,9 +153,10 @@ class SwiGLU(nn.Module):
 
 
 class LlamaBlock(nn.Module):
-    """Attention, then the MLP; each adds to the residual stream what it computed from its norm."""
+    """Attention, then the MLP. Each reads the normalized residual stream and adds its output to it."""
 
     def __init__(self, config: LlamaConfig, rng):
+        rng = nn.as_generator(rng)
         self.input_layernorm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.self_attn = GroupedQueryAttention(config, rng)
         self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
@@ -169,16 +169,16 @@ class LlamaBlock(nn.Module):
 
 @register
 class Llama(LanguageModel):
-    """Llama with its language-model head. Attribute names are the checkpoint's keys, less ``model.``.
+    """Llama with its language-model head. Attribute names are the checkpoint's keys without ``model.``.
 
     Initial weights are from N(0, initializer_range²), as in ``transformers``.
     """
 
     config_class, token_embedding, blocks = LlamaConfig, "embed_tokens", "layers"
-    prefix, not_parameters = "model.", ("rotary_emb.inv_freq",)  # old files hold the frequencies
+    prefix, not_parameters = "model.", ("rotary_emb.inv_freq",)  # frequencies, in old files
 
     def __init__(self, config: LlamaConfig, rng):
-        self.config = config
+        rng = self.configure(config, rng)
         C, std = config.hidden_size, config.initializer_range
         self.frequencies = rope_frequencies(config)
         self.embed_tokens = nn.Embedding(config.vocab_size, C, rng=rng, std=std)
@@ -187,10 +187,10 @@ class Llama(LanguageModel):
         head_rng = None if config.tie_word_embeddings else rng
         self.lm_head = nn.Linear(C, config.vocab_size, bias=False, rng=head_rng, std=std)
         if config.tie_word_embeddings:
-            self.lm_head.weight = self.embed_tokens.weight  # one matrix, read both ways
+            self.lm_head.weight = self.embed_tokens.weight  # one matrix, two uses
 
     def hidden_states(self, ids, cache=None):
-        ids, positions, caches = self.start(ids, cache)  # (B, T); (T,) or (B, T); each layer's
+        ids, positions, caches = self.start(ids, cache)  # (B, T); (T,) or (B, T); one per layer
         x = self.embed_tokens(ids)  # (B, T, C)
         angles = rotation(self.frequencies, positions, like=x.data)
         for layer, layer_cache in zip(self.layers, caches):

@@ -1,7 +1,16 @@
-"""By what angles does RoPE turn queries and keys? The frequencies of every ``rope_type``.
+"""By what angles does RoPE rotate queries and keys?
 
-Su et al., "RoFormer" (arXiv 2104.09864), section 3.4.2; how contexts grow: Chen et al., "Extending Context
-Window of Large Language Models via Positional Interpolation" (arXiv 2306.15595), and Llama 3.1.
+Why the attention score then depends on distances only: write a pair of channels as a vector of the plane, and
+let R_a = [[cos a, -sin a], [sin a, cos a]] be the rotation by the angle a. Rotations compose, R_a R_b =
+R_(a+b), because angles add, and R_aᵀ = R_(-a), because cos is even and sin is odd. With a query q at position
+m rotated by m ω and a key k at position n by n ω,
+
+    (R_mω q)ᵀ (R_nω k) = qᵀ R_(-mω) R_nω k = qᵀ R_((n-m)ω) k,
+
+which contains m and n only in n - m. Summed over the D/2 pairs, each with its own ω, this is the score q · k.
+
+Su et al., "RoFormer" (arXiv 2104.09864), section 3.4.2. Extending the context: Chen et al., "Extending
+Context Window of Large Language Models via Positional Interpolation" (arXiv 2306.15595), and Llama 3.1.
 """
 
 from __future__ import annotations
@@ -14,7 +23,7 @@ import numpy as np
 
 from tinyllm.errors import Error
 
-# What a rope_type needs besides rope_theta. "default" is RoFormer's; "linear" divides every frequency;
+# The parameters of a rope_type besides rope_theta. "default" is RoFormer's; "linear" divides every frequency,
 # "llama3" only the low ones (Llama 3.1 and later).
 ROPE_TYPES = {
     "default": (),
@@ -24,20 +33,21 @@ ROPE_TYPES = {
 
 
 def rope_frequencies(config) -> np.ndarray:
-    """By how much the angle of each pair of channels grows from position to position: (D/2,) in float64.
+    """The angle per position, in radians, of each pair of channels: (D/2,) in float64.
 
-    Pair i turns by θ^(-2i/D): the first by 1 radian per position, the last by hardly more than 1/θ, so
-    that one sees neighbours and the other the whole context. To read contexts longer than it was
-    trained on, "linear" divides every frequency by ``factor``. "llama3" divides those whose wave
-    is longer than the trained context / ``low_freq_factor``, leaves those whose wave is
-    shorter than the trained context / ``high_freq_factor``, and goes over from one to the other between.
+    Pair i has the frequency θ^(-2i/D): 1 for the first pair, which resolves neighbouring positions, and
+    little more than 1/θ for the last, which varies slowly over the whole context. For contexts longer than
+    those in training, "linear" divides every frequency by ``factor``. "llama3" divides those whose wavelength
+    exceeds the trained context / ``low_freq_factor``, keeps those whose wavelength is below the trained
+    context / ``high_freq_factor``, and interpolates in between.
     """
     rope, D = config.rope_parameters, config.head_dim
     frequencies = rope["rope_theta"] ** (-np.arange(0, D, 2) / D)
     if rope["rope_type"] == "linear":
         return frequencies / rope["factor"]
     if rope["rope_type"] == "llama3":
-        waves = rope["original_max_position_embeddings"] * frequencies / (2 * math.pi)  # in that context
+        # The number of wavelengths in the trained context
+        waves = rope["original_max_position_embeddings"] * frequencies / (2 * math.pi)
         low, high = rope["low_freq_factor"], rope["high_freq_factor"]
         kept = np.clip((waves - low) / (high - low), 0, 1)
         return kept * frequencies + (1 - kept) * frequencies / rope["factor"]
@@ -45,12 +55,12 @@ def rope_frequencies(config) -> np.ndarray:
 
 
 def rotation(frequencies: np.ndarray, positions: np.ndarray, like) -> tuple:
-    """cos and sin of every angle, position · frequency, for ``F.rope``: (T, D/2) of positions (T,).
+    """cos and sin of position · frequency for ``F.rope``: (T, D/2) for positions (T,).
 
-    Where rows differ, positions are (B, T) and the result (B, 1, T, D/2). Both are computed in float64 and
-    then given the dtype of the array ``like``, and its place: in float32 the angles near position 100,000
-    would be off by up to 0.005. Only the positions at hand are: a table of Llama 3.1's 131,072 would take
-    longer to make, and 67 MB.
+    For positions (B, T), which differ by row, the shape is (B, 1, T, D/2). Angles are computed in float64,
+    because in float32 those near position 100,000 have errors of up to 0.005; cos and sin are then converted
+    to the dtype and array type of ``like``. There is no table of all positions: for the 131,072 of Llama 3.1
+    it would take 67 MB and longer to compute.
     """
     positions = positions if positions.ndim == 1 else positions[:, None]
     angles = positions[..., None] * frequencies
@@ -58,9 +68,9 @@ def rotation(frequencies: np.ndarray, positions: np.ndarray, like) -> tuple:
 
 
 def rope_of(config: Mapping) -> dict:
-    """``rope_parameters`` of a ``config.json``, from either spelling, or both where they agree.
+    """``rope_parameters`` of a ``config.json``, in its current or older form, or both if they agree.
 
-    Files from before transformers 5 have ``rope_theta`` and ``rope_scaling`` instead, the oldest of them
+    Files written before transformers 5 have ``rope_theta`` and ``rope_scaling`` instead, and the oldest have
     ``type`` for ``rope_type``.
     """
     given = []
@@ -80,7 +90,7 @@ def rope_of(config: Mapping) -> dict:
 
 
 def checked_rope(given: Mapping) -> dict:
-    """``rope_parameters``, complete. Raises Error if one is missing, unknown, or not a positive number."""
+    """``rope_parameters`` with defaults. Raises ``Error`` if one is missing, unknown or not positive."""
     rope = {"rope_type": "default", "rope_theta": 10000.0, **given}
     kind = rope["rope_type"]
     if not isinstance(kind, str) or kind not in ROPE_TYPES:
@@ -88,7 +98,7 @@ def checked_rope(given: Mapping) -> dict:
     needed = {"rope_type", "rope_theta", *ROPE_TYPES[kind]}
     if rope.keys() != needed:
         raise Error(
-            f"rope_parameters of rope_type {kind!r} are {', '.join(sorted(needed))}, "
+            f"rope_parameters of rope_type {kind!r} must be {', '.join(sorted(needed))}, "
             f"not {', '.join(sorted(rope))}"
         )
     for name in ("rope_theta", *ROPE_TYPES[kind]):

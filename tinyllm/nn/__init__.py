@@ -1,7 +1,7 @@
-"""Layers with named parameters, and what can be done to a model made of them."""
+"""Layers with named parameters, and operations on the models built from them."""
 
 from tinyllm.nn.hooks import Observation, call, observe
-from tinyllm.nn.init import initialize_as_torch, is_meta, normal
+from tinyllm.nn.init import as_generator, initialize_as_torch, is_meta, loaded, normal
 from tinyllm.nn.layers import Dropout, Embedding, LayerNorm, Linear, RMSNorm
 from tinyllm.nn.module import Module, evaluating
 from tinyllm.nn.surgery import replace
@@ -14,10 +14,12 @@ __all__ = [
     "Module",
     "Observation",
     "RMSNorm",
+    "as_generator",
     "call",
     "evaluating",
     "initialize_as_torch",
     "is_meta",
+    "loaded",
     "normal",
     "observe",
     "replace",

@@ -13,13 +13,13 @@ from tinyllm.tensor import Tensor
 
 @dataclass(frozen=True)
 class Observation:
-    """What ``observe`` reports: a module's output as it was computed, then its gradient as it comes back."""
+    """What ``observe`` reports: a module's output (forward pass), then the gradient of it (backward pass)."""
 
-    name: str  # relative to the outermost module that was called, which is "", or to ``observe``'s model
+    name: str  # relative to the module that was called (itself ""), or to the ``model`` of ``observe``
     module: Any
     inputs: tuple
     output: Any
-    grad: Any = None  # None on the way forward; dL/d(output), an array to read only, on the way back
+    grad: Any = None  # None in the forward pass; in the backward pass dL/d(output), not to be modified
 
 
 class _Watch(threading.local):
@@ -31,11 +31,11 @@ _watch = _Watch()
 
 @contextlib.contextmanager
 def observe(callback: Callable[[Observation], None], model=None):
-    """Within this block, in this thread, ``callback(observation)`` sees every module's work.
+    """Within this block, in this thread, call ``callback(observation)`` for every module that runs.
 
-    In the order of computation: forward when a module has finished, backward when the gradient of
-    its output is complete. What it sees must not be changed. Names are relative to ``model`` if it is given:
-    a method such as ``hidden_states`` calls the parts of a model, and not the model.
+    Observations are in the order of computation: a module's output when it returns, its gradient when it
+    is complete. The callback must not modify them. Pass ``model`` for names relative to it if you call a
+    method such as ``hidden_states``, which calls the model's layers but not the model.
     """
     before = _watch.callback, _watch.names
     _watch.callback, _watch.names = callback, None if model is None else _names(model)
@@ -50,9 +50,9 @@ def _names(model) -> dict[int, str]:
 
 
 def call(module, method: Callable, *args, **kwargs):
-    """``method(*args, **kwargs)``, which ``observe`` shows as the work of ``module``.
+    """Return ``method(*args, **kwargs)``, reported to ``observe`` as the output of ``module``.
 
-    That is how a module is called, with its ``forward``. A model's ``loss`` is seen in the same way.
+    ``Module.__call__`` runs ``forward`` through it, and a language model its ``loss``.
     """
     callback, outermost = _watch.callback, _watch.names is None
     if callback is None:
@@ -70,7 +70,7 @@ def call(module, method: Callable, *args, **kwargs):
         return output
     data = output.data
 
-    def vjp(grad):  # an op that does nothing but see the gradient pass
+    def vjp(grad):  # the identity: it only reports the gradient
         callback(Observation(name, module, args, data, grad))
         return (grad,)
 

@@ -1,4 +1,4 @@
-"""How is a layer of a finished model exchanged for another?"""
+"""How is a layer of an existing model replaced?"""
 
 from __future__ import annotations
 
@@ -10,25 +10,25 @@ from tinyllm.nn.module import Module
 
 
 def replace(model: Module, pattern: str, make: Callable[[str, Module], Module]) -> list[str]:
-    """Put ``make(name, layer)`` in the place of every layer whose name matches; returns the names.
+    """Replace every layer whose name matches ``pattern`` by ``make(name, layer)``; returns the names.
 
-    ``pattern`` is a glob: ``*`` stands for any characters, ``?`` for one, ``[ab]`` for one of them. So
-    ``"h.*.attn.c_attn"`` names one layer of every block of GPT-2. A new layer gets the mode (train or eval)
-    of the old one, and may hold it. All are made before the first is put in place: if one cannot be made,
-    the model stays as it was.
+    ``pattern`` is a glob: ``*`` matches any characters, ``?`` one character, ``[ab]`` either a or b. So
+    ``"h.*.attn.c_attn"`` matches one layer in every block of GPT-2. A new layer may contain the old one and
+    is put into the same mode, train or eval. All new layers are made before any is inserted: if ``make``
+    fails, the model is unchanged.
 
-    Raises ``Error`` if no name matches, if the model itself would (it has no name), and if ``make`` returns
-    something else than a Module.
+    Raises ``Error`` if no layer matches, if the model itself does (its name is empty), and if ``make`` does
+    not return a Module.
     """
     if not callable(make):
-        raise Error(f"make is a {type(make).__name__}: give a function of a name and a layer")
+        raise Error(f"make is a {type(make).__name__}: pass a function of a name and a layer")
     modules = dict(model.named_modules())
     names = [name for name in modules if fnmatchcase(name, pattern)]
     if "" in names:
-        raise Error(f"the pattern {pattern!r} matches the model itself: name the layers inside it")
+        raise Error(f"the pattern {pattern!r} matches the model itself: use one that matches its layers only")
     if not names:
-        raise Error(f"no module matches {pattern!r}; there are {', '.join(filter(None, modules))}")
-    made = {}  # by the old layer: one that stands in two places is replaced by one that does
+        raise Error(f"no layer matches {pattern!r}; the layers are {', '.join(filter(None, modules))}")
+    made = {}  # keyed by the old layer: a layer shared by two places has one shared replacement
     for name in names:
         layer = modules[name]
         if id(layer) not in made:
@@ -36,7 +36,7 @@ def replace(model: Module, pattern: str, make: Callable[[str, Module], Module]) 
             if not isinstance(new, Module):
                 raise Error(f"make() returned a {type(new).__name__} for {name}: return a tinyllm.nn.Module")
             new.train(layer.training)
-    for name in reversed(names):  # the inner ones first, while their owners are in place
+    for name in reversed(names):  # inner layers first, while their owners are still in place
         _put(model, name, made[id(modules[name])])
     return names
 

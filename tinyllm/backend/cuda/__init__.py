@@ -1,1 +1,1 @@
-"""CUDA kernels of our own, and how they are compiled and launched."""
+"""The CUDA kernels of this package, and the code that compiles and launches them."""

@@ -1,13 +1,13 @@
-// What does a GPU do better in one pass than NumPy's calls do in five?
+// CUDA kernels for the ops of tinyllm.functional that are limited by memory bandwidth.
 //
-// The ops of tinyllm.functional whose time is that of reading and writing their arrays, each with the formula
-// that stands in the docstring of the NumPy op it is tested against. launch.py compiles and launches them,
-// functional/cuda.py calls them. Matrix products are cuBLAS's.
+// Each reads and writes its arrays in one pass instead of one per NumPy call. Its formula is that in the docstring
+// of the NumPy op it is tested against. launch.py compiles and launches the kernels, functional/cuda.py calls
+// them. Matrix products are computed by cuBLAS.
 //
-// A template parameter is the type of an array: X of the residual stream, W of a weight, T of what products
-// read and write (float, double, __half or __nv_bfloat16). Whatever the types, A is what is computed in: float,
-// or double where the array is double. A row is taken by one block of threads, a multiple of 32. Nothing here
-// depends on which thread is first: the same input gives the same bits.
+// Template parameters are types of arrays: X of the residual stream, W of a weight, T of the operands and results
+// of products (float, double, __half or __nv_bfloat16). Everything is computed in A: double if the array is double,
+// else float. One block of threads, a multiple of 32, processes one row. No result depends on the order in which
+// threads run: equal inputs give bitwise identical outputs.
 
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
@@ -29,8 +29,8 @@ struct Maximum {
     template <class A> __device__ static A of(A a, A b) { return a > b ? a : b; }
 };
 
-// The sum (or maximum) of x over all threads of a block, the same bits in each of them: first over the 32 of
-// a warp, who see each other's registers, then over the warps. `neutral` stands in for warps that are not there.
+// The sum (or maximum) of x over all threads of a block, bitwise identical in each thread: first over the 32 of a
+// warp, which can read each other's registers, then over the warps. `neutral` is the value of missing warps.
 template <class Op, class A> __device__ A over_block(A x, A neutral) {
     __shared__ A of_warp[32];
     int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
@@ -39,7 +39,7 @@ template <class Op, class A> __device__ A over_block(A x, A neutral) {
     __syncthreads();
     x = lane < warps ? of_warp[lane] : neutral;
     for (int step = 16; step > 0; step /= 2) x = Op::of(x, __shfl_xor_sync(0xffffffff, x, step));
-    __syncthreads();  // everybody has read of_warp: the next call may write it
+    __syncthreads();  // all threads have read of_warp: the next call may overwrite it
     return x;
 }
 
@@ -48,7 +48,7 @@ template <class A> __device__ A sum_over_block(A x) { return over_block<Sum>(x, 
 // ---------------------------------------------------------------------------------------------------- norms
 
 // y = x^ w + b with x^ = (x - mean) inv, of every row of x (N, C). CENTRED: layer_norm, inv = 1 / sqrt(var + eps);
-// otherwise rms_norm, mean = 0 and inv = 1 / sqrt(mean(x^2) + eps). w and b may be null. Keeps mean and inv (N).
+// otherwise rms_norm, mean = 0 and inv = 1 / sqrt(mean(x^2) + eps). w and b may be null. Stores mean and inv (N).
 template <bool CENTRED, class X, class W, class T, class A = typename Computed<X>::In>
 __global__ void norm(const X* x, const W* w, const W* b, T* y, A* mean, A* inv, Int C, double eps) {
     Int row = blockIdx.x;
@@ -70,7 +70,7 @@ __global__ void norm(const X* x, const W* w, const W* b, T* y, A* mean, A* inv, 
     }
 }
 
-// dx = (d - mean(d) - x^ mean(d x^)) inv with d = g w; an rms_norm has no mean(d).
+// dx = (d - mean(d) - x^ mean(d x^)) inv with d = g w; for rms_norm the term mean(d) is 0.
 template <bool CENTRED, class X, class W, class T, class A = typename Computed<X>::In>
 __global__ void norm_back(const X* x, const W* w, const A* mean, const A* inv, const T* g, X* dx, Int C) {
     Int row = blockIdx.x;
@@ -89,8 +89,8 @@ __global__ void norm_back(const X* x, const W* w, const A* mean, const A* inv, c
 }
 
 // Sums over rows of g (N, C), the gradients of a bias and of a norm's scale: db = sum g, dw = sum g x^.
-// A block of 32 x 8 threads takes 32 columns of `rows` rows; the sum of each such part is a row of db and dw
-// (parts, C). Without x there is no dw; mean may be null, and db.
+// A block of 32 x 8 threads sums 32 columns over `rows` rows; each such partial sum is a row of db and dw
+// (parts, C). If x is null, dw is not computed. mean and db may be null.
 template <class X, class T, class A = typename Computed<X>::In>
 __global__ void over_rows(const X* x, const A* mean, const A* inv, const T* g, A* dw, A* db, Int N, Int C,
                           Int rows) {
@@ -175,12 +175,12 @@ __global__ void swiglu_back(const T* a, const T* u, const T* g, T* da, T* du, In
 }
 
 // y = (a cos - b sin, b cos + a sin) for the halves a, b of x (B, H, T, 2 half), read with strides sb, sh, st and
-// written without gaps; cos and sin are (T, half), or (B, T, half) with cb = T half. sign -1 turns back.
+// written contiguously; cos and sin are (T, half), or (B, T, half) with cb = T half. sign = -1 rotates back.
 template <class T, class A = typename Computed<T>::In>
 __global__ void rope(const T* x, Int sb, Int sh, Int st, const A* cos, const A* sin, Int cb, T* y, Int n, Int H,
                      Int times, Int half, double sign) {
     Int i = this_thread();
-    if (i >= n) return;  // n = B H T half: a thread to each pair
+    if (i >= n) return;  // n = B H T half: one thread per pair
     Int c = i % half, t = i / half % times, h = i / (half * times) % H, b = i / (half * times * H);
     x += b * sb + h * sh + t * st + c;
     y += ((b * H + h) * times + t) * 2 * half + c;
@@ -192,9 +192,9 @@ __global__ void rope(const T* x, Int sb, Int sh, Int st, const A* cos, const A* 
 
 // -------------------------------------------------------------------------------------- dropout, attention
 
-// 1 where an element is kept. Philox4x64-10, bit for bit as numpy.random.Philox (Salmon et al., SC 2011, section
-// 3): a block of 256 random bits, number 1 + start + e / 16 of its counter, decides 16 elements e, with 16 bits
-// each. `kept` holds `parts` parts of `size` elements; part i has the counter word numbers[i].
+// 1 where an element is kept, else 0. Philox4x64-10, bit-exact with numpy.random.Philox (Salmon et al., SC 2011,
+// section 3): counter value 1 + start + e / 16 gives 256 random bits for 16 elements e, 16 bits each. `kept` has
+// `parts` parts of `size` elements; part i has the counter word numbers[i].
 __global__ void dropout_mask(unsigned char* kept, const Int* numbers, Int parts, Int size, Int threshold, Bits seed,
                              Bits step, Bits op, Int start) {
     Int groups = (size + 15) / 16, i = this_thread();
@@ -211,8 +211,8 @@ __global__ void dropout_mask(unsigned char* kept, const Int* numbers, Int parts,
         kept[part * size + first + e] = Int(c[e / 4] >> (16 * (e % 4)) & 0xffff) >= threshold;
 }
 
-// Which rows of scores these are, and which keys they may see: queries first, first + 1, ... of (B, H, times)
-// against `seen` of the S keys. `allowed` (boolean) or `added` is the mask, with strides mb, mh, mt, ms.
+// The position of a block of scores: queries first, first + 1, ... of (B, H, times) against the first `seen` of S
+// keys. The mask is `allowed` (boolean) or `added`, with strides mb, mh, mt, ms.
 struct Scores {
     Int H, times, S, first, rows, seen, causal;
 };
@@ -223,7 +223,7 @@ template <class A> struct Mask {
     Int b, h, t, s;
 };
 
-// The score of one row and key with its mask, -inf where it may not be seen.
+// The masked score of one row and key: -inf where the mask excludes the key.
 template <class A>
 __device__ A masked(A score, const Scores& of, const Mask<A>& mask, Int row, Int key) {
     Int t = of.first + row % of.rows, h = row / of.rows % of.H, b = row / of.rows / of.H;
@@ -233,8 +233,8 @@ __device__ A masked(A score, const Scores& of, const Mask<A>& mask, Int row, Int
     return mask.added ? score + mask.added[at] : score;
 }
 
-// p = softmax(scores) of every row, times what dropout keeps; a row that sees nothing gets zeros. Keeps the log
-// of each sum, at its place in log_sum (B, H, times).
+// p = softmax(scores) of every row, times the dropout mask. A row whose keys are all masked is zero. Stores
+// log(sum exp(scores)) of each row in log_sum (B, H, times).
 template <class T, class A = typename Computed<T>::In>
 __global__ void attention(const A* scores, T* p, A* log_sum, const unsigned char* kept, double keep_scale,
                           const unsigned char* allowed, const A* added, Int mb, Int mh, Int mt, Int ms, Int H,
@@ -247,7 +247,7 @@ __global__ void attention(const A* scores, T* p, A* log_sum, const unsigned char
     for (Int s = threadIdx.x; s < seen; s += blockDim.x)
         largest = Maximum::of(largest, masked(scores[s], of, mask, row, s));
     A peak = over_block<Maximum>(largest, A(-INFINITY));
-    peak = peak == -INFINITY ? A(0) : peak;  // all weights are exp(-inf) = 0 then
+    peak = peak == -INFINITY ? A(0) : peak;  // then all weights are exp(-inf) = 0
     A total = 0;
     for (Int s = threadIdx.x; s < seen; s += blockDim.x) total += exp(masked(scores[s], of, mask, row, s) - peak);
     total = sum_over_block(total);
@@ -259,8 +259,8 @@ __global__ void attention(const A* scores, T* p, A* log_sum, const unsigned char
     if (threadIdx.x == 0) log_sum[row / rows * times + first + row % rows] = peak + log(total);
 }
 
-// With dp = dL/d(p as multiplied with V): ds = p (dp - delta); kept elements count keep_scale times, others not.
-// p, as multiplied with V, is written too, for dV.
+// ds = p (kept keep_scale dp - delta), where dp is the gradient of the weights that multiply V, kept keep_scale p.
+// Those weights are written too, for dV.
 template <class T, class A = typename Computed<T>::In>
 __global__ void attention_back(const A* scores, const A* dp, T* p, T* ds, const A* log_sum, const A* delta,
                                const unsigned char* kept, double keep_scale, const unsigned char* allowed,
@@ -278,7 +278,7 @@ __global__ void attention_back(const A* scores, const A* dp, T* p, T* ds, const 
     }
 }
 
-// out = sum over e of a b, for every row of a and b (N, E): delta of attention
+// out = sum over e of a b for every row of a and b (N, E): delta of the attention gradient
 template <class T, class A = typename Computed<T>::In>
 __global__ void row_dot(const T* a, const T* b, A* out, Int E) {
     Int row = blockIdx.x;
@@ -290,9 +290,9 @@ __global__ void row_dot(const T* a, const T* b, A* out, Int E) {
 
 // ------------------------------------------------------------------------------------- loss, embedding
 
-// Of every row of logits (N, V): the loss log(sum exp z) - z[target], times the row's weight (1 if weights is
-// null), and the gradient (p - onehot) weight factor; both zero where the target is `ignored`. The gradient may be written over the logits. Both have `stride` elements
-// from row to row.
+// For every row of logits (N, V): the loss log(sum exp z) - z[target], times the row's weight (1 if weights is
+// null), and the gradient (p - onehot) weight factor; both are 0 if the target is `ignored`. The gradient may
+// overwrite the logits. The rows of both are `stride` elements apart.
 template <class Z, class T, class A = typename Computed<Z>::In>
 __global__ void cross_entropy(const Z* logits, const Int* targets, const A* weights, A* losses, T* gradient, Int V,
                               Int stride, Int ignored, double factor) {
@@ -306,15 +306,15 @@ __global__ void cross_entropy(const Z* logits, const Int* targets, const A* weig
     bool counts = target != ignored;
     A weight = weights ? weights[row] : A(1);
     if (threadIdx.x == 0) losses[row] = counts ? (log(total) + peak - A(z[target])) * weight : A(0);
-    __syncthreads();  // before z[target] may be written over
+    __syncthreads();  // z[target] must be read before it may be overwritten
     for (Int v = threadIdx.x; v < V; v += blockDim.x) {
         A p = exp(A(z[v]) - peak) / total;
         gradient[row * stride + v] = T(counts ? (p - (v == target)) * (weight * A(factor)) : A(0));
     }
 }
 
-// dW[ids[order[i]]] += g[order[i]] (n, C), where the ids are given in rising order: the block of the first of
-// equal ids adds up the rows of all of them, one after the other, so that no two blocks write to one place.
+// dW[ids[order[i]]] += g[order[i]] (n, C) for ids in ascending order. The block of the first of several equal ids
+// sums the rows of all of them in order, so that no two blocks write to the same row.
 template <class T, class W, class A = typename Computed<W>::In>
 __global__ void embedding_back(const Int* sorted_ids, const Int* order, const T* g, W* dw, Int n, Int C) {
     Int first = blockIdx.x, id = sorted_ids[first];
@@ -328,8 +328,9 @@ __global__ void embedding_back(const Int* sorted_ids, const Int* order, const T*
 
 // ------------------------------------------------------------------------------------- many arrays at once
 
-// A model has hundreds of parameters, most of them small: one launch works on all. Block i takes `chunk` elements,
-// from blocks[2 i + 1] on, of array number blocks[2 i]; `pointers` and `sizes` say where the arrays are.
+// A model has hundreds of parameters, most of them small, and one launch processes all of them. Block i processes
+// `chunk` elements of array number blocks[2 i], starting at blocks[2 i + 1]. `pointers` and `sizes` are the arrays'
+// addresses and sizes.
 
 template <class T>
 __device__ T* part_of(const Int* pointers, const Int* blocks) {
@@ -341,7 +342,7 @@ __device__ Int length_of_part(const Int* sizes, const Int* blocks, Int chunk) {
     return left < chunk ? left : chunk;
 }
 
-// sums[i] = sum of squares of part i, in double: millions of float squares would drown
+// sums[i] = sum of squares of part i, in double, as a float would lose small squares in a large sum
 template <class T>
 __global__ void sum_of_squares(const Int* pointers, const Int* sizes, const Int* blocks, Int chunk, double* sums) {
     const T* x = part_of<const T>(pointers, blocks);
@@ -361,7 +362,7 @@ __global__ void scale(const Int* pointers, const Int* sizes, const Int* blocks, 
 }
 
 // One step of AdamW. Both bias corrections are folded into step_size and eps; (step_size, eps, decay) of array j
-// are numbers[3 j], ... The four lists of pointers lie one after the other: parameters, gradients, m, v.
+// are numbers[3 j], ... `pointers` has four lists in a row: parameters, gradients, m, v.
 template <class T>
 __global__ void adamw(const Int* pointers, const Int* sizes, const Int* blocks, Int chunk, Int arrays,
                       const double* numbers, double beta1, double beta2) {

@@ -1,11 +1,11 @@
-"""Run kernels of our own on a GPU, and cuBLAS's products.
+"""Launch this package's CUDA kernels and cuBLAS's matrix products.
 
-The kernels are in ``kernels.cu``, the ops that use them in ``functional/cuda.py``. They are compiled when
-first asked for, for the types at hand, by CuPy, which keeps them on disk for the next time. Everything else
-on a GPU is CuPy's: arrays, memory, and what NumPy's functions do there.
+The kernels are in ``kernels.cu``, the ops that use them in ``functional/cuda.py``. CuPy compiles each kernel
+for the required dtypes when it is first used, and caches it on disk. Everything else on a GPU is CuPy's: the
+arrays, their memory, and NumPy's functions.
 
-Half precision (bfloat16, float16) is what products read and write here; sums are computed in float32, and
-so is everything that is not a product.
+Half precision (bfloat16, float16) is the input and output of products only. Their sums, and all other ops,
+are computed in float32.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from tinyllm.errors import Error
 
 SOURCE = Path(__file__).with_name("kernels.cu")
 C_TYPES = {"float32": "float", "float64": "double", "float16": "__half", "bfloat16": "__nv_bfloat16"}
-MOST_THREADS = 512  # of a block: enough to hide the memory's delay, and two blocks fit a processor
-ROWS = 256  # rows to a partial sum of over_rows
-CHUNK = 2**16  # elements of a block that works on many arrays
+MOST_THREADS = 512  # per block: enough to hide memory latency, and two blocks fit on a multiprocessor
+ROWS = 256  # rows per partial sum of over_rows
+CHUNK = 2**16  # elements per block of the kernels that process many arrays
 
-# cuBLAS's numbers for types, and for what a product is computed in (library_types.h, cublas_api.h)
+# cuBLAS's codes for dtypes and for the dtype in which a product is computed (library_types.h, cublas_api.h)
 CUDA_TYPES = {"float32": 0, "float64": 1, "float16": 2, "bfloat16": 14}
 COMPUTE_32F, COMPUTE_64F, COMPUTE_32F_FAST_TF32 = 68, 70, 77
 ANY_ALGORITHM = -1
@@ -45,29 +45,29 @@ def _compiled(expression: str):
 
 
 class CuPyLibrary:
-    """Kernels and products of CuPy arrays."""
+    """Kernels and matrix products for CuPy arrays."""
 
     def kernel(self, expression: str):
-        """The kernel that ``expression`` names, such as ``gelu<true, float, float>``: (grid, block, args)."""
+        """The kernel ``expression``, such as ``gelu<true, float, float>``: call it with (grid, block, args)."""
         return _compiled(expression)
 
     def gemm(self, *arguments) -> None:
-        """cublasGemmStridedBatchedEx. Raises MemoryError if cuBLAS finds no memory for itself."""
+        """cublasGemmStridedBatchedEx. Raises MemoryError if cuBLAS cannot allocate its workspace."""
         from cupy.cuda import cublas, device
 
         try:
             cublas.gemmStridedBatchedEx(device.get_cublas_handle(), *arguments)
-        except cublas.CUBLASError as error:  # CuPy knows it for arrays only
+        except cublas.CUBLASError as error:  # CuPy raises OutOfMemoryError for arrays only
             if error.status not in (NOT_INITIALIZED, ALLOC_FAILED):
                 raise
-            raise MemoryError(f"cuBLAS finds no memory on the GPU for itself ({error})") from None
+            raise MemoryError(f"cuBLAS cannot allocate GPU memory for its workspace ({error})") from None
 
 
-LIBRARIES: dict[type, CuPyLibrary] = {}  # by the type of array
+LIBRARIES: dict[type, CuPyLibrary] = {}  # type of array -> library
 
 
 def library_of(array) -> CuPyLibrary | None:
-    """Who compiles and launches for this array; None where NumPy's calls are all there is."""
+    """The library that compiles and launches kernels for this array, or None if there are no kernels."""
     kind = type(array)
     if kind is np.ndarray:
         return None
@@ -77,9 +77,9 @@ def library_of(array) -> CuPyLibrary | None:
 
 
 def on_gpu(*tensors) -> bool:
-    """Whether kernels compute an op of these Tensors.
+    """Whether an op of these Tensors is computed by GPU kernels.
 
-    Raises ``Error`` if they are on different devices, or in half precision where there is no kernel for it.
+    Raises ``Error`` if they are on different devices, or in half precision but not on a GPU.
     """
     for tensor in tensors:
         if type(tensor.data) is not np.ndarray:
@@ -89,7 +89,7 @@ def on_gpu(*tensors) -> bool:
             break
     for tensor in tensors:
         if is_half(tensor.data.dtype):
-            raise Error(f"only a GPU computes in {tensor.data.dtype}: use float32, or to('cuda')")
+            raise Error(f"{tensor.data.dtype} needs a GPU: use float32, or to('cuda')")
     return False
 
 
@@ -97,7 +97,7 @@ def check_one_device(*tensors) -> None:
     """Raise ``Error`` naming both if two Tensors are on different devices."""
     names = dict.fromkeys(_device_name(tensor.data) for tensor in tensors)
     if len(names) > 1:
-        raise Error(f"an op got arrays on {' and '.join(names)}: move one with to(device)")
+        raise Error(f"an op got arrays on {' and '.join(names)}: move one of them with to(device)")
 
 
 def _device_name(array) -> str:
@@ -105,9 +105,9 @@ def _device_name(array) -> str:
 
 
 def launch(like, name: str, types: Sequence, grid, block, *arguments) -> None:
-    """Run ``name<types>`` with ``grid`` blocks of ``block`` threads; each a number or a tuple.
+    """Launch ``name<types>`` with ``grid`` blocks of ``block`` threads, each a number or a tuple.
 
-    ``types`` are dtypes and booleans. Arrays must have no gaps: a kernel sees where they begin.
+    ``types`` are dtypes and booleans. Arrays must be contiguous, because a kernel gets only their address.
     """
     grid, block = (n if isinstance(n, tuple) else (n,) for n in (grid, block))
     if 0 in grid:
@@ -118,12 +118,12 @@ def launch(like, name: str, types: Sequence, grid, block, *arguments) -> None:
 
 
 def elementwise(like, name: str, types: Sequence, size: int, *arguments) -> None:
-    """``launch`` with a thread for each of ``size`` elements."""
+    """``launch`` with one thread for each of ``size`` elements."""
     launch(like, name, types, -(-size // MOST_THREADS), MOST_THREADS, *arguments)
 
 
 def threads_for(row: int) -> int:
-    """A block for a row of this length: whole warps."""
+    """The block size for a row of this length, a multiple of 32, the size of a warp."""
     return min(MOST_THREADS, -(-row // 32) * 32)
 
 
@@ -131,32 +131,32 @@ def threads_for(row: int) -> int:
 
 
 def gemm(a, b, out=None, dtype=None, alpha: float = 1.0, beta: float = 0.0, tf32: bool = False):
-    """alpha A B + beta ``out``, for matrices A (M, K), B (K, N), or batches of them (n, M, K), (n, K, N).
+    """alpha A B + beta ``out`` for matrices A (M, K), B (K, N), or batches of them (n, M, K), (n, K, N).
 
-    The result is ``out``, or new in ``dtype``, the operands' unless given. Sums are in float32 for all but
-    float64. With ``tf32`` float32 operands are rounded to 10 bits after the point.
+    The result is ``out``, or a new array of ``dtype`` (default: the operands'). Sums are accumulated in
+    float32, or in float64 for float64. With ``tf32``, float32 operands are rounded to a mantissa of 10 bits.
     """
     shape = (*a.shape[:-1], b.shape[-1])
     if out is None:
         out = np.empty(shape, dtype or a.dtype, like=a)
-    if out.size == 0 or a.shape[-1] == 0:  # cuBLAS refuses empty matrices
+    if out.size == 0 or a.shape[-1] == 0:  # cuBLAS does not accept empty matrices
         if beta == 0:
             out[...] = 0
         return out
-    a, a_turned, a_lead = _for_cublas(a)
-    b, b_turned, b_lead = _for_cublas(b)
+    a, a_transposed, a_lead = _for_cublas(a)
+    b, b_transposed, b_lead = _for_cublas(b)
     if a.dtype == np.float64:
         compute = COMPUTE_64F
     else:
         compute = COMPUTE_32F_FAST_TF32 if a.dtype == np.float32 and tf32 else COMPUTE_32F
     factors = np.array([alpha, beta], np.float64 if compute == COMPUTE_64F else np.float32)
-    place = factors.ctypes.data
-    # cuBLAS counts down columns: what lies in memory row by row is the transposed matrix to it. So it is
-    # asked for Cᵀ = Bᵀ Aᵀ, and finds every matrix as it is.
+    address = factors.ctypes.data
+    # cuBLAS is column-major: it interprets a row-major matrix as its transpose. Cᵀ = Bᵀ Aᵀ in its terms is
+    # C = A B in ours, without copying a matrix.
     library_of(a).gemm(
-        *(b_turned, a_turned, shape[-1], shape[-2], a.shape[-1], place),
+        *(b_transposed, a_transposed, shape[-1], shape[-2], a.shape[-1], address),
         *(b.data.ptr, CUDA_TYPES[b.dtype.name], b_lead, _batch_stride(b)),
-        *(a.data.ptr, CUDA_TYPES[a.dtype.name], a_lead, _batch_stride(a), place + factors.itemsize),
+        *(a.data.ptr, CUDA_TYPES[a.dtype.name], a_lead, _batch_stride(a), address + factors.itemsize),
         *(out.data.ptr, CUDA_TYPES[out.dtype.name], _lead(out), _batch_stride(out)),
         *(shape[0] if len(shape) == 3 else 1, compute, ANY_ALGORITHM),
     )
@@ -164,7 +164,7 @@ def gemm(a, b, out=None, dtype=None, alpha: float = 1.0, beta: float = 0.0, tf32
 
 
 def _for_cublas(x):
-    """(x, or a copy; 1 if its columns lie in memory one after the other, 0 if its rows do; how far apart)."""
+    """(x, or a contiguous copy; 1 if it is column-major, 0 if row-major; its leading dimension)."""
     rows, columns = x.shape[-2:]
     down, across = (stride // x.itemsize for stride in x.strides[-2:])
     if (across == 1 or columns == 1) and (down >= columns or rows == 1):
@@ -175,7 +175,7 @@ def _for_cublas(x):
 
 
 def _lead(out) -> int:
-    """Elements from row to row of a matrix to be written, which has no gaps within a row."""
+    """The leading dimension of an output matrix, whose rows are contiguous."""
     return out.strides[-2] // out.itemsize if out.shape[-2] > 1 else out.shape[-1]
 
 
@@ -189,21 +189,21 @@ def _batch_stride(x) -> int:
 def sums_over_rows(g, dtype, x=None, mean=None, inv=None, centred: bool = False):
     """(Σ g x̂, Σ g) over the rows of g (N, C), in ``dtype``; without x the first is None.
 
-    x̂ = (x - mean) inv; an uncentred norm has no mean, and no use for the second, which is None.
+    x̂ = (x - mean) inv. For a norm that is not ``centred`` mean is None, and the second sum is None.
     """
     N, C = g.shape
-    parts, wanted = -(-N // ROWS), accumulation_dtype(g.dtype) if x is None else accumulation_dtype(x.dtype)
-    dw = None if x is None else np.empty((parts, C), wanted, like=g)
-    db = np.empty((parts, C), wanted, like=g) if x is None or centred else None
-    types = (wanted if x is None else x.dtype, g.dtype)
+    parts, sum_dtype = -(-N // ROWS), accumulation_dtype((g if x is None else x).dtype)
+    dw = None if x is None else np.empty((parts, C), sum_dtype, like=g)
+    db = np.empty((parts, C), sum_dtype, like=g) if x is None or centred else None
+    types = (sum_dtype if x is None else x.dtype, g.dtype)
     launch(g, "over_rows", types, (-(-C // 32), parts), (32, 8), x, mean, inv, g, dw, db, N, C, ROWS)
     return tuple(None if part is None else part.sum(axis=0).astype(dtype, copy=False) for part in (dw, db))
 
 
 def add_rows_at(buffer, index, values) -> None:
-    """``buffer[index] += values``, by rows; one named twice receives both, always in the same order."""
+    """``buffer[index] += values`` by rows, accumulating repeated indices in a fixed order."""
     C = buffer.size // len(buffer)
-    ids = index.reshape(-1).astype(np.int64) % len(buffer)  # -1 is the last, as everywhere
+    ids = index.reshape(-1).astype(np.int64) % len(buffer)  # -1 is the last row, as in NumPy
     order = np.argsort(ids, kind="stable")
     values = contiguous(values.reshape(-1, C))
     types = (values.dtype, buffer.dtype)
@@ -232,9 +232,9 @@ def contiguous(array):
 def dropout_kept(
     address: tuple[int, int, int, int], numbers: Sequence[int], size: int, p: float, like, start: int = 0
 ):
-    """1 where an element is kept, else 0, in bytes (len(numbers), size): ``random.dropout_mask``'s draws.
+    """1 where an element is kept, else 0, as bytes (len(numbers), size), from ``random.dropout_mask``'s bits.
 
-    ``start`` is the value of the counter at which each part begins.
+    ``start`` is the counter value at which each part starts.
     """
     seed, step, _, op = address
     kept = np.empty((len(numbers), size), np.uint8, like=like)
@@ -250,14 +250,14 @@ def dropout_kept(
 
 
 class Many:
-    """Lists of arrays, the n-th of each of one size, for kernels that work on all of them in one launch."""
+    """Lists of arrays, the n-th of each list of equal size, for a kernel that processes all in one launch."""
 
     def __init__(self, *lists: Sequence):
         sizes = [array.size for array in lists[0]]
         blocks = [(j, first) for j, size in enumerate(sizes) for first in range(0, size, CHUNK)]
         pointers = [array.data.ptr for array in itertools.chain(*lists)]
         self.like, self.count, self.blocks = lists[0][0], len(sizes), len(blocks)
-        # One copy to the device for all three.
+        # One copy to the device for all three tables.
         table = np.asarray(np.array([*pointers, *sizes, *itertools.chain(*blocks)], np.int64), like=self.like)
         ends = len(pointers), len(pointers) + len(sizes)
         self.table = table[: ends[0]], table[ends[0] : ends[1]], table[ends[1] :]
@@ -267,7 +267,7 @@ class Many:
 
 
 def fit_for_many(arrays: Sequence) -> bool:
-    """Whether all of them are on a GPU with kernels, in one dtype, and without gaps."""
+    """Whether all arrays are contiguous, of one dtype, and on a GPU with kernels."""
     return bool(arrays) and all(
         library_of(array) is not None and array.flags.c_contiguous and array.dtype == arrays[0].dtype
         for array in arrays
@@ -275,7 +275,7 @@ def fit_for_many(arrays: Sequence) -> bool:
 
 
 def sum_of_squares(arrays: Sequence) -> float:
-    """Σ x² over all of them, in float64: the device is waited for once."""
+    """Σ x² over all arrays, in float64, with a single synchronization."""
     many = Many(arrays)
     sums = np.empty(many.blocks, np.float64, like=many.like)
     many.launch("sum_of_squares", sums)
@@ -283,12 +283,12 @@ def sum_of_squares(arrays: Sequence) -> float:
 
 
 def scale(arrays: Sequence, factor: float) -> None:
-    """Every array times ``factor``, in place."""
+    """Multiply every array by ``factor``, in place."""
     Many(arrays).launch("scale", factor)
 
 
 def adamw(parameters: Sequence, grads: Sequence, m: Sequence, v: Sequence, numbers, betas) -> None:
-    """One step of AdamW for all parameters; ``numbers`` are (step size, ε, decay) of each."""
+    """One step of AdamW for all parameters. ``numbers`` has (step size, ε, decay) for each."""
     many = Many(parameters, grads, m, v)
     numbers = np.asarray(np.array(numbers, np.float64).reshape(-1), like=many.like)
     many.launch("adamw", many.count, numbers, *betas)
