@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from tinyllm.checks import (
+    as_generator,
     check_at_least,
     check_fields,
     check_fraction,
@@ -86,6 +87,33 @@ def test_what_is_not_a_whole_number(value):
 def test_a_number_that_is_too_small():
     with pytest.raises(Error, match=r"^steps is 0: .* at least 1"):
         check_at_least(0, 1, "steps")
+
+
+@pytest.mark.parametrize("seed", [0, 7, np.int64(7), np.uint8(7)])
+def test_an_integer_seed_gives_its_generator(seed):
+    assert as_generator(seed).random() == np.random.default_rng(int(seed)).random()
+
+
+def test_a_generator_and_none_are_returned_unchanged():
+    rng = np.random.default_rng(0)
+    assert as_generator(rng) is rng and as_generator(None) is None
+
+
+@pytest.mark.parametrize(
+    ("rng", "said"),
+    [
+        (-1, "rng is -1:"),
+        (True, "rng is True:"),
+        (1.5, r"rng is 1\.5:"),
+        ("x", "rng is 'x':"),
+        (np.random, "rng is a module:"),
+        (np.random.RandomState(0), "rng is a RandomState:"),
+        ([0], "rng is a list:"),
+    ],
+)
+def test_other_random_sources_are_refused(rng, said):
+    with pytest.raises(Error, match=said):
+        as_generator(rng)
 
 
 @pytest.mark.parametrize("fraction", [0, 1, -0.1, 1.5, float("nan")])

@@ -7,7 +7,8 @@ import pytest
 from support.models import EVERYTHING, NO_DROPOUT, SMALL, SMALL_LLAMA, Wrapped, batch, random_model
 
 from tinyllm import GPT2, Error, GPT2Config, Llama, LlamaConfig, generate, load_model, nn, optim
-from tinyllm.models import ARCHITECTURES, LanguageModel, ModelConfig, empty_model, register
+from tinyllm.models import ARCHITECTURES, LanguageModel, ModelConfig, empty_model, gpt2, llama, register
+from tinyllm.training import fit
 from tinyllm.weights import hub
 from tinyllm.weights.runs import checkpoint_folder
 
@@ -104,6 +105,82 @@ def test_a_published_size_without_its_weights(name):
     assert all(nn.is_meta(parameter.data) for parameter in model.parameters() if parameter.ndim == 2)
 
 
+# ------------------------------------------------------------------------ initial weights and rng
+
+
+@every_model
+def test_an_integer_seed_gives_the_weights_of_its_generator(config):
+    """One generator serves the whole model: layers of equal shape get different weights."""
+    architecture = type(random_model(config))
+    expected = architecture(config, np.random.default_rng(3)).state_dict()
+    for seed in (3, np.int64(3)):
+        found = architecture(config, rng=seed).state_dict()
+        assert found.keys() == expected.keys()
+        assert all(np.array_equal(found[name], expected[name]) for name in expected)
+
+
+PARTS = {
+    "gpt2": (gpt2.CausalSelfAttention, gpt2.MLP, gpt2.Block),
+    "llama": (llama.GroupedQueryAttention, llama.SwiGLU, llama.LlamaBlock),
+}
+
+
+@pytest.mark.parametrize(("name", "part"), [(name, part) for name in PARTS for part in PARTS[name]])
+def test_an_integer_seed_gives_every_layer_of_a_part_its_own_weights(name, part):
+    config = CONFIGS[name]
+    expected = part(config, np.random.default_rng(3)).state_dict()
+    found = part(config, 3).state_dict()
+    assert all(np.array_equal(found[key], expected[key]) for key in expected)
+
+
+@both_models
+@pytest.mark.parametrize("rng", [1.5, "x", np.random, np.random.RandomState(0), -1, True], ids=str)
+def test_other_random_sources_are_refused(config, rng):
+    with pytest.raises(Error, match=r"rng is .*seed"):
+        type(random_model(config))(config, rng=rng)
+
+
+@both_models
+def test_a_config_of_another_kind_is_refused(config):
+    architecture, other = type(random_model(config)), CONFIGS["llama" if "n_embd" in vars(config) else "gpt2"]
+    for wrong in (type(config), {"vocab_size": 13}, None, other):
+        with pytest.raises(Error, match=rf"pass a {type(config).__name__}\(\.\.\.\)"):
+            architecture(wrong, rng=0)
+
+
+@every_model
+def test_a_model_without_weights_can_be_counted_and_loaded_but_not_used(config, tmp_path):
+    filled = random_model(config, np.float32)
+    model, (ids, targets) = type(filled)(config, rng=None), batch(config, (2, 8))
+    assert model.num_parameters() == filled.num_parameters()
+    uses = {
+        "forward": lambda: model(ids),
+        "loss": lambda: model.loss(ids, targets),
+        "hidden_states": lambda: model.hidden_states(ids),
+        "generate": lambda: list(generate(model, ids, 1)),
+        "save": lambda: model.save_pretrained(tmp_path / "model"),
+        "grow": lambda: model.resize_token_embeddings(20, rng=0),
+        "train": lambda: fit(model, lambda step: (ids, targets), steps=1, lr=0.1),
+    }
+    for name, use in uses.items():
+        with pytest.raises(Error, match=r"no weights yet \(rng=None\)"):
+            use()
+            pytest.fail(f"{name} used a model without weights")
+    assert not (tmp_path / "model").exists()
+    model.load_state_dict(filled.state_dict())
+    assert np.array_equal(model.eval()(ids).data, filled(ids).data)
+
+
+@both_models
+def test_a_new_head_without_weights_cannot_be_used(config):
+    """The loss reads the head's weight without calling the head."""
+    model, (ids, targets) = random_model(config, np.float32), batch(config, (2, 8))
+    model.lm_head = nn.Linear(12, config.vocab_size, rng=None)
+    for use in (lambda: model(ids), lambda: model.loss(ids, targets)):
+        with pytest.raises(Error, match="no weights yet"):
+            use()
+
+
 # ----------------------------------------------------------------------------------- the options
 
 SIZE = dict(context=32, n_layer=2, n_head=4, n_embd=24)
@@ -168,6 +245,8 @@ def test_frozen_and_trained_parameters_grow(config):
     model = random_model(config).requires_grad_(False)
     model.resize_token_embeddings(15, np.random.default_rng(0))
     assert not any(parameter.requires_grad for parameter in model.parameters())
+    with pytest.raises(Error, match="rng is None"):
+        model.resize_token_embeddings(40, None)
     model.requires_grad_()
     optimizer = optim.AdamW(model, lr=0.1)
     ids = np.array([[13, 14, 2]])

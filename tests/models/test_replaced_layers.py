@@ -520,21 +520,6 @@ def test_a_head_that_cannot_generate_says_why(answer, said):
         text(model, [[1, 2]], temperature=0)
 
 
-@both_models
-def test_a_model_without_weights_neither_computes_nor_is_saved(config, tmp_path):
-    model = type(random_model(config))(config, rng=None)
-    for use in (
-        lambda: model(np.array([[1]])),
-        lambda: model.loss(np.array([[1]]), np.array([[2]])),
-        lambda: model.save_pretrained(tmp_path / "model"),
-    ):
-        with pytest.raises(Error, match="rng=None"):
-            use()
-    assert not (tmp_path / "model").exists()
-    with pytest.raises(Error, match="rng is None"):
-        random_model(config).resize_token_embeddings(40, None)
-
-
 def test_an_adapter_around_a_tied_head_keeps_the_tie(tmp_path):
     """The weight is stored once; the config says so, and the rebuilt model takes it."""
     config = CONFIGS["gpt2"]

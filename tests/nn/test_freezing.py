@@ -21,7 +21,7 @@ def test_frozen_parameters_get_no_gradient_and_the_others_the_same(config):
         assert not any(parameter.requires_grad for parameter in model.parameters())
         parameter = dict(model.named_parameters())[kept]
         parameter.requires_grad = True
-        model.zero_grad()  # nobody minds that most have none
+        model.zero_grad()  # frozen parameters, which have no gradient, included
         model.loss(ids, targets).backward()
         assert np.array_equal(parameter.grad, expected[kept]), kept
         assert [name for name, p in model.named_parameters() if p.grad is not None] == [kept]

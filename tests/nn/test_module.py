@@ -6,6 +6,7 @@ import tracemalloc
 
 import numpy as np
 import pytest
+import torch
 
 from tinyllm import GPT2, Error, GPT2Config, Tensor, manual_seed, nn, no_grad
 
@@ -175,12 +176,75 @@ def test_a_model_without_rng_takes_no_memory_until_it_is_filled():
     assert peak < 100_000
     assert linear.num_parameters() == 900_000_000 and embedding.num_parameters() == 1_000_000_000
     assert linear.weight.dtype == np.float32 and linear.weight.requires_grad
-    assert not linear.weight.data.flags.writeable  # nobody can mistake it for weights to train
+    assert not linear.weight.data.flags.writeable
 
     filled = nn.Linear(2, 3, rng=None)
     filled.load_state_dict({"weight": np.ones((3, 2)), "bias": np.zeros(3)})
     assert filled.weight.data.flags.writeable
     assert np.array_equal(filled(Tensor(np.ones((1, 2), np.float32))).data, [[2, 2, 2]])
+
+
+def test_layers_without_weights_cannot_be_used():
+    x = Tensor(np.ones((1, 2), np.float32))
+    layers = {"Linear": nn.Linear(2, 3, rng=None), "Embedding": nn.Embedding(2, 3, rng=None)}
+    for layer, input in ((layers["Linear"], x), (layers["Embedding"], np.array([1]))):
+        with pytest.raises(Error, match=r"no weights yet \(rng=None\): load them .*rng=0"):
+            layer(input)
+        nn.initialize_as_torch(layer, rng=0)
+        assert layer(input).data.any() and layer.weight.requires_grad
+
+
+def test_meta_parameters_are_converted_without_memory():
+    layer = nn.Linear(30_000, 30_000, bias=False, rng=None)
+    tracemalloc.start()
+    try:
+        layer.astype(np.float64).to("cpu")
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak < 100_000 and nn.is_meta(layer.weight.data) and layer.weight.dtype == np.float64
+
+
+@pytest.mark.parametrize(
+    "make", [lambda rng: nn.Linear(3, 4, rng=rng), lambda rng: nn.Embedding(3, 4, rng=rng)]
+)
+def test_layers_accept_an_integer_seed(make):
+    for seed in (0, np.int64(3)):
+        expected = make(np.random.default_rng(int(seed)))
+        assert np.array_equal(make(seed).weight.data, expected.weight.data)
+        again, expected = make(0), make(0)
+        again.reset_parameters(seed)
+        expected.reset_parameters(np.random.default_rng(int(seed)))
+        assert np.array_equal(again.weight.data, expected.weight.data)
+    with pytest.raises(Error, match="rng is 'x'"):
+        make("x")
+
+
+@pytest.mark.parametrize("dtype", ["float33", np.int64, object, torch.float32], ids=str)
+def test_parameters_cannot_be_of_a_dtype_without_gradients(dtype):
+    layer = nn.Linear(2, 2, rng=0)
+    with pytest.raises(Error, match="choose float32, float64"):
+        layer.astype(dtype)
+    assert layer.weight.dtype == np.float32
+
+
+@pytest.mark.parametrize(
+    ("arrays", "said"),
+    [
+        ("model.safetensors", "not a str"),
+        ([np.ones(2)], "not a list"),
+        (None, "not a NoneType"),
+        ({"weight": Tensor(np.ones((2, 2))), "bias": Tensor(np.ones(2))}, "weight is a Tensor"),
+        (torch.nn.Linear(2, 2).state_dict(), "weight is a Tensor"),
+    ],
+    ids=["a path", "a list", "nothing", "Tensors", "PyTorch's"],
+)
+def test_weights_must_be_arrays_by_name(arrays, said):
+    layer = nn.Linear(2, 2, rng=0)
+    before = layer.weight.data.copy()
+    with pytest.raises(Error, match=said):
+        layer.load_state_dict(arrays)
+    assert np.array_equal(layer.weight.data, before)
 
 
 # ------------------------------------------------------------------------------------- layers
@@ -246,9 +310,9 @@ def test_dropout_follows_from_its_address():
         assert not any(np.array_equal(mask, other) for other in others[:i])
 
 
-@pytest.mark.parametrize("p", [-0.1, 1.0, 1.5, math.nan])
+@pytest.mark.parametrize("p", [-0.1, 1.0, 1.5, math.nan, "a"])
 def test_dropout_refuses_what_is_no_probability(p):
-    with pytest.raises(Error, match=f"at least 0 and below 1, not {p}"):
+    with pytest.raises(Error, match=f"at least 0 and below 1, not {p!r}"):
         nn.Dropout(p)
 
 

@@ -48,7 +48,7 @@ class CuPyLibrary:
     """Kernels and matrix products for CuPy arrays."""
 
     def kernel(self, expression: str):
-        """The kernel ``expression``, such as ``gelu<true, float, float>``: call it with (grid, block, args)."""
+        """The kernel ``expression``, such as ``gelu<true, float>``; call it with (grid, block, args)."""
         return _compiled(expression)
 
     def gemm(self, *arguments) -> None:
