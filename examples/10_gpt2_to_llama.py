@@ -1,11 +1,12 @@
 # %% [markdown]
 # # From GPT-2 to Llama 2 to Llama 3
 #
-# Llama is GPT-2 with four changes: RMSNorm, rotary positions, SwiGLU, grouped-query attention. Here they are
-# made one at a time, each with what it does and what it costs; the last model is compared with tinyllm's
-# Llama, and the sizes with the published ones. Nothing large is allocated: it takes a few seconds.
+# How does GPT-2 become Llama? With four changes: RMSNorm, rotary position embeddings, SwiGLU and
+# grouped-query attention. Here they are made one at a time, with the effect and the cost of each. The final
+# model is compared with tinyllm's Llama, and the sizes with the published ones. Nothing large is allocated;
+# it runs in seconds.
 #
-# Read beside this: `tinyllm/models/gpt2.py`, then `tinyllm/models/llama.py`.
+# Read along with `tinyllm/models/gpt2.py` and then `tinyllm/models/llama.py`.
 
 # %%
 import importlib.util
@@ -22,8 +23,8 @@ from tinyllm.models.llama import GroupedQueryAttention, rope_frequencies
 rng = np.random.default_rng(0)
 
 # %% [markdown]
-# ## One model that can be either
-# A plan says which changes are made. With none of them the model below is GPT-2.
+# ## One model for both
+# A plan determines which changes are made. Without any, the model below is GPT-2.
 
 
 # %%
@@ -39,8 +40,8 @@ class Plan:
     rms_norm: bool = False  # change 1
     rope_theta: float | None = None  # change 2
     swiglu: bool = False  # change 3
-    kv_heads: int | None = None  # change 4: None means as many as heads
-    biases: bool = True  # and these go
+    kv_heads: int | None = None  # change 4; None: one per query head
+    biases: bool = True  # Llama has none
 
 
 class Attention(nn.Module):
@@ -91,7 +92,7 @@ class Block(nn.Module):
 
 
 class Model(nn.Module):
-    """With ``rng=None`` its weights are meta parameters, which take no memory: any size can be counted."""
+    """With ``rng=None`` the weights are meta parameters, which take no memory, so any size can be counted."""
 
     def __init__(self, plan, rng=None):
         self.plan = plan
@@ -122,7 +123,7 @@ def angles(places, head_size, theta):
 
 
 # %% [markdown]
-# With GPT-2's own sizes and no change, it has GPT-2's number of parameters.
+# With GPT-2's sizes and no changes it has GPT-2's number of parameters.
 
 # %%
 gpt2_plan = Plan(50257, 1024, layers=12, channels=768, heads=12, inner=4 * 768, tied=True)
@@ -132,9 +133,9 @@ assert gpt2.num_parameters() == GPT2(GPT2Config.preset("124M"), rng=None).num_pa
 
 # %% [markdown]
 # ## 1. RMSNorm for LayerNorm
-# LayerNorm takes the mean away and divides by the standard deviation. RMSNorm only divides, by the root of
-# the mean square: one pass less over the numbers, and no bias. The size of the input is gone in both; its
-# mean is still there after RMSNorm.
+# LayerNorm subtracts the mean and divides by the standard deviation. RMSNorm only divides, by the root mean
+# square: one pass fewer over the data, and no bias. Both remove the scale of the input, but RMSNorm does not
+# remove the mean.
 
 # %%
 x = Tensor(3 + 2 * rng.standard_normal((1, 4096)))
@@ -146,10 +147,11 @@ for name, y in (("LayerNorm", F.layer_norm(x, (4096,))), ("RMSNorm", F.rms_norm(
 # RMSNorm    mean  0.830  root mean square 1.000
 
 # %% [markdown]
-# ## 2. Rotary positions for learned ones
-# GPT-2 adds a learned vector to every position: 1,024 of them, and there is no 1,025th. RoPE has none. It
-# turns queries and keys, pair by pair of channels, by angles that grow with the position. Turned by m and n,
-# a query and a key meet at the angle m - n: their product sees the distance and not the place.
+# ## 2. Rotary position embeddings for learned ones
+# GPT-2 adds a learned vector at every position. It has 1,024 of them, so there can be no 1,025th position.
+# RoPE learns nothing: it rotates each pair of channels of queries and keys by an angle proportional to the
+# position. With a query rotated by mω and a key by nω, their dot product contains only the angle (m - n)ω:
+# the attention score depends on the distance, not on the positions. `tinyllm/models/rope.py` has the proof.
 
 # %%
 head_size = 64
@@ -157,25 +159,25 @@ q, k = (Tensor(rng.standard_normal((1, 1, 1, head_size))) for _ in range(2))
 
 
 def score(m, n):
-    """q · k when q stands at position m and k at n."""
-    turned_q, turned_k = (
+    """q · k with q at position m and k at position n."""
+    rotated_q, rotated_k = (
         F.rope(t, *angles(np.array([at]), head_size, 10000.0)) for t, at in ((q, m), (k, n))
     )
-    return (turned_q * turned_k).sum().item()
+    return (rotated_q * rotated_k).sum().item()
 
 
 for distance in (0, 3, 100):
     scores = [score(n + distance, n) for n in (0, 7, 500, 4000)]
     print(f"distance {distance:3}: " + "  ".join(f"{s:.9f}" for s in scores))
     assert max(scores) - min(scores) < 1e-9
-assert abs(score(0, 0) - (q * k).sum().item()) < 1e-12  # no distance: as if nothing had been turned
-assert abs(score(3, 0) - score(0, 3)) > 0.1  # but before is not after
+assert abs(score(0, 0) - (q * k).sum().item()) < 1e-12  # at distance 0 as without RoPE
+assert abs(score(3, 0) - score(0, 3)) > 0.1  # but the sign of the distance matters
 
 # %% [markdown]
 # ## 3. SwiGLU for GELU
-# GPT-2's MLP goes out to 4 C channels, through GELU, and back: two matrices. SwiGLU has three. One more goes
-# out beside the first, and SiLU of its output opens or shuts the other's, channel by channel. To cost the
-# same, the inner width is 2/3 of 4 C, rounded up to a multiple of 256.
+# GPT-2's MLP expands to 4 C channels, applies GELU and projects back: two matrices. SwiGLU has three: SiLU of
+# a second expansion gates the first, channel by channel. For the same number of weights the inner width is
+# 2/3 of 4 C, rounded up to a multiple of 256.
 
 # %%
 a, b = (Tensor(rng.standard_normal((2, 8))) for _ in range(2))
@@ -191,28 +193,28 @@ assert inner == LlamaConfig.preset("Llama-2-7B").intermediate_size
 
 # %% [markdown]
 # ## Llama 2
-# GPT-2 drawn out to 32 layers of 4,096 channels, and then changed, step by step, with a count after each.
-# The last step takes the biases away. (Llama 2 7B has as many key-value heads as query heads.)
+# GPT-2 enlarged to 32 layers of 4,096 channels and then changed step by step, with the number of parameters
+# after each step. The last step removes the biases. (Llama 2 7B has as many key-value heads as query heads.)
 
 
 # %%
 def step(before, what, **changes):
-    """Make a change to the plan, and say what it does to the number of parameters."""
+    """Change the plan and print the effect on the number of parameters."""
     after = replace(before, **changes)
-    count, was = Model(after).num_parameters(), Model(before).num_parameters()
-    print(f"{what:45}{count:>15,}{count - was:>+16,}")
+    count, previous = Model(after).num_parameters(), Model(before).num_parameters()
+    print(f"{what:45}{count:>15,}{count - previous:>+16,}")
     return after
 
 
 large = Plan(32000, 4096, layers=32, channels=4096, heads=32, inner=4 * 4096)
 plan = step(large, "GPT-2, this large, with a head of its own")
 plan = step(plan, "1. RMSNorm", rms_norm=True)
-plan = step(plan, "2. rotary positions", rope_theta=10000.0)
+plan = step(plan, "2. rotary position embeddings", rope_theta=10000.0)
 plan = step(plan, "3. SwiGLU, inner width 11,008", swiglu=True, inner=inner)
 llama2 = step(plan, "no biases: Llama 2 7B", biases=False)
 # GPT-2, this large, with a head of its own      6,723,084,288              +0
 # 1. RMSNorm                                     6,722,818,048        -266,240
-# 2. rotary positions                            6,706,040,832     -16,777,216
+# 2. rotary position embeddings                  6,706,040,832     -16,777,216
 # 3. SwiGLU, inner width 11,008                  6,739,775,488     +33,734,656
 # no biases: Llama 2 7B                          6,738,415,616      -1,359,872
 assert Model(llama2).num_parameters() == 6_738_415_616  # as published
@@ -226,8 +228,8 @@ assert Model(llama2).num_parameters() == tinyllm_counts("Llama-2-7B")
 
 # %% [markdown]
 # ## 4. Grouped-query attention
-# Every query head looks for something of its own, but several can look through the same keys and values.
-# With 8 key-value heads for 32 query heads, two of the four matrices shrink to a quarter.
+# Every head has its own queries, but several heads can share keys and values. With 8 key-value heads for 32
+# query heads, two of the four matrices shrink to a quarter.
 
 # %%
 for name, kv_heads in (("MHA", 32), ("GQA", 8)):
@@ -239,23 +241,24 @@ for name, kv_heads in (("MHA", 32), ("GQA", 8)):
 # GQA,  8 key-value heads: 41,943,040 weights
 
 # %% [markdown]
-# It is the attention we had, with each key and value head written out once for every query head of its
-# group. They need not be written out, neither in memory nor in the cache.
+# This equals ordinary attention in which each key and value head is repeated for every query head of its
+# group. The repeated heads are never stored, neither in memory nor in the cache.
 
 # %%
 q = Tensor(rng.standard_normal((1, 8, 5, 16)))  # (B, H, T, D)
 k, v = (Tensor(rng.standard_normal((1, 2, 5, 16))) for _ in range(2))  # (B, G, T, D)
 shared = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
-k_out, v_out = (Tensor(np.repeat(t.data, 4, axis=1)) for t in (k, v))  # (B, H, T, D)
-written_out = F.scaled_dot_product_attention(q, k_out, v_out, is_causal=True)
-print("largest difference:", np.abs(shared.data - written_out.data).max())  # 0.0, or nearly
-assert np.abs(shared.data - written_out.data).max() < 1e-14
+k_repeated, v_repeated = (Tensor(np.repeat(t.data, 4, axis=1)) for t in (k, v))  # (B, H, T, D)
+repeated = F.scaled_dot_product_attention(q, k_repeated, v_repeated, is_causal=True)
+print("largest difference:", np.abs(shared.data - repeated.data).max())  # 0.0, or nearly
+assert np.abs(shared.data - repeated.data).max() < 1e-14
 
 # %% [markdown]
 # ## Llama 3
-# Four times the vocabulary, grouped queries, and a wider MLP: 1.3 times Llama 2's rule, rounded up to a
-# multiple of 1,024. θ grows from 10,000 to 500,000: pairs turn more slowly, for a longer context. That costs
-# no parameters. Llama 3.2 1B is smaller, and its head is the embedding again, as in GPT-2.
+# Four times the vocabulary, grouped-query attention, and a wider MLP: 1.3 times Llama 2's width, rounded up
+# to a multiple of 1,024. θ increases from 10,000 to 500,000, so the rotations are slower, for a longer
+# context; that costs no parameters. Llama 3.2 1B is smaller, and its head is tied to the embedding again, as
+# in GPT-2.
 
 # %%
 wider = 1024 * math.ceil(1.3 * int(8 * C / 3) / 1024)  # 14,336
@@ -277,15 +280,15 @@ assert Model(llama3).num_parameters() == tinyllm_counts("Llama-3-8B") == 8_030_2
 assert Model(small).num_parameters() == tinyllm_counts("Llama-3.2-1B") == 1_235_814_400
 
 # %% [markdown]
-# ## What the cache costs
-# A model that writes keeps the keys and values of all positions: 2 · layers · key-value heads · head size
-# numbers for every token. That is what grouped queries are for: with as many layers and channels, Llama 3
-# keeps a quarter of what Llama 2 does. In its whole context, each in float32 (16 bits take half of it):
+# ## The cost of the cache
+# Decoding caches the keys and values of all positions: 2 · layers · key-value heads · head size numbers per
+# token. Grouped-query attention reduces this: with as many layers and channels, Llama 3 needs a quarter of
+# Llama 2's memory. In float32 (half precision needs half of it), per token and for the whole context:
 
 
 # %%
 def cache_bytes(plan, itemsize):
-    """Of one token's keys and values in all layers."""
+    """The size of one token's keys and values in all layers."""
     kv_heads = plan.heads if plan.kv_heads is None else plan.kv_heads
     return 2 * plan.layers * kv_heads * (plan.channels // plan.heads) * itemsize
 
@@ -294,20 +297,20 @@ sizes = {"GPT-2 124M": gpt2_plan, "Llama 2 7B": llama2, "Llama 3 8B": llama3, "L
 for name, each in sizes.items():
     per_token = cache_bytes(each, itemsize=4)
     whole = each.context * per_token / 2**30
-    print(f"{name:12}  {per_token / 1024:5.0f} KiB a token  {whole:5.2f} GiB for {each.context:7,} tokens")
-# GPT-2 124M       72 KiB a token   0.07 GiB for   1,024 tokens
-# Llama 2 7B     1024 KiB a token   4.00 GiB for   4,096 tokens
-# Llama 3 8B      256 KiB a token   2.00 GiB for   8,192 tokens
-# Llama 3.2 1B     64 KiB a token   8.00 GiB for 131,072 tokens
+    print(f"{name:12}  {per_token / 1024:5.0f} KiB per token  {whole:5.2f} GiB for {each.context:7,} tokens")
+# GPT-2 124M       72 KiB per token   0.07 GiB for   1,024 tokens
+# Llama 2 7B     1024 KiB per token   4.00 GiB for   4,096 tokens
+# Llama 3 8B      256 KiB per token   2.00 GiB for   8,192 tokens
+# Llama 3.2 1B     64 KiB per token   8.00 GiB for 131,072 tokens
 assert cache_bytes(llama2, 4) == 4 * cache_bytes(llama3, 4)
 
 cache = Llama(LlamaConfig.preset("Llama-3.2-1B"), rng=None).new_cache(batch=1, capacity=10)
-assert sum(array.nbytes for array in cache.keys + cache.values) == 10 * cache_bytes(small, 4)  # a real one
+assert sum(array.nbytes for array in cache.keys + cache.values) == 10 * cache_bytes(small, 4)  # allocated
 
 # %% [markdown]
 # ## Is it Llama?
-# A toy with all changes made, and tinyllm's Llama with the same weights, in float64. The names of our
-# parameters are the checkpoint's, so one strict loop takes them over.
+# A small model with all changes, and tinyllm's Llama with the same weights, in float64. The names of the
+# parameters equal the checkpoint's, so `load_state_dict` copies them all.
 
 # %%
 toy = replace(
@@ -333,26 +336,27 @@ print(f"largest difference of {mine(ids).size:,} logits: {difference:.0e}")
 assert difference < 1e-12
 
 # %% [markdown]
-# ## Llama 3.1 reads further
-# Llama 3 was trained on texts of 8,192 tokens, Llama 3.1 goes on to 131,072. Pairs of channels that turn
-# more than 4 times within 8,192 tokens see neighbours: they stay. Pairs that do not come round once would
-# soon meet angles they have never seen: they are slowed down 8 times, and 65,536 tokens take them no further
-# than 8,192 did. Between the two there is a slope. (Some training on long texts did the rest.)
+# ## The longer context of Llama 3.1
+# Llama 3 was trained on sequences of 8,192 tokens; Llama 3.1 extends the context to 131,072. Pairs of
+# channels that rotate more than 4 times within 8,192 tokens resolve small distances and are unchanged. Pairs
+# that do not complete one rotation would reach angles never seen in training. They are slowed down 8 times,
+# so that 65,536 tokens rotate them as far as 8,192 did. In between, the factor is interpolated. (Training on
+# long texts did the rest.)
 
 # %%
 before = rope_frequencies(LlamaConfig.preset("Llama-3-8B"))  # radians per position, one for each pair
 after = rope_frequencies(LlamaConfig.preset("Llama-3.1-8B"))
 turns = 8192 * before / (2 * math.pi)  # in the context it was trained on
-print("pair  tokens a turn  turns in 8,192  slowed down")
+print("pair  tokens per turn  turns in 8,192  slowed down")
 for i in range(0, len(before), 7):
-    print(f"{i:4}  {2 * math.pi / before[i]:13,.0f}  {turns[i]:14.2f}  {before[i] / after[i]:10.2f} times")
-# pair  tokens a turn  turns in 8,192  slowed down
-#    0              6         1303.80        1.00 times
+    print(f"{i:4}  {2 * math.pi / before[i]:15,.0f}  {turns[i]:14.2f}  {before[i] / after[i]:10.2f} times")
+# pair  tokens per turn  turns in 8,192  slowed down
+#    0                6         1303.80        1.00 times
 # …
-#   28          1,956            4.19        1.00 times
-#   35          8,219            1.00        8.00 times
+#   28            1,956            4.19        1.00 times
+#   35            8,219            1.00        8.00 times
 # …
-#   63      2,559,196            0.00        8.00 times
+#   63        2,559,196            0.00        8.00 times
 slower = before / after
 assert (slower[turns > 4] == 1).all() and np.allclose(slower[turns < 1], 8, rtol=1e-15)
 slope = slower[(turns > 1) & (turns < 4)]
@@ -367,7 +371,7 @@ if importlib.util.find_spec("matplotlib"):
     axes = figure.subplots()
     axes.semilogx(2 * math.pi / before, slower, "o-", markersize=3)
     axes.axvspan(8192 / 4, 8192, alpha=0.2, label="1 to 4 turns in 8,192 tokens")
-    axes.set(xlabel="tokens a turn", ylabel="slowed down (times)", title="RoPE in Llama 3.1 (factor 8)")
+    axes.set(xlabel="tokens per turn", ylabel="slowed down (times)", title="RoPE in Llama 3.1 (factor 8)")
     axes.legend()
     picture = Path("runs") / "rope-scaling.png"
     picture.parent.mkdir(exist_ok=True)

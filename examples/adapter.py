@@ -1,4 +1,4 @@
-"""An adapter of your own around frozen layers, trained on your own arrays: LoRA (arXiv 2106.09685)."""
+"""How is an adapter around frozen layers trained on your own arrays? With LoRA (arXiv 2106.09685)."""
 
 import numpy as np
 
@@ -9,13 +9,13 @@ class Adapter(nn.Module):  # y = layer(x) + B A x with A (rank, in) and B (out, 
     def __init__(self, layer, channels_in, channels_out, rank, rng):
         self.layer = layer
         self.A = nn.Linear(channels_in, rank, bias=False, rng=rng, std=0.1)
-        self.B = nn.Linear(rank, channels_out, bias=False, rng=rng, std=0.0)  # 0: nothing changes at first
+        self.B = nn.Linear(rank, channels_out, bias=False, rng=rng, std=0.0)  # initially B A x = 0
 
     def forward(self, x):
         return self.layer(x) + self.B(self.A(x))
 
 
-def batch_at(step):  # counting, from random digits on: ids and targets (8, 32)
+def batch_at(step):  # counting up from random digits: ids and targets (8, 32)
     digits = np.random.default_rng(step).integers(0, 10, (8, 1)) + np.arange(33)
     return digits[:, :-1] % 10, digits[:, 1:] % 10
 

@@ -1,4 +1,4 @@
-"""Validators: what they give back, and the value and place that they name."""
+"""Validators: their results, and the value and position in their errors."""
 
 from dataclasses import dataclass
 
@@ -30,13 +30,13 @@ from tinyllm.errors import Error
         np.array([[9]]),
     ],
 )
-def test_check_ids_gives_int64(ids):
+def test_check_ids_returns_int64(ids):
     checked = check_ids(ids, vocab_size=10)
     assert checked.dtype == np.int64
     assert np.array_equal(checked, np.asarray(ids))
 
 
-def test_check_ids_gives_an_array_of_its_own():
+def test_check_ids_returns_a_copy():
     ids = np.array([1, 2])
     check_ids(ids, 10)[0] = 5
     assert ids[0] == 1
@@ -66,35 +66,35 @@ def test_check_ids_names_value_position_and_range(ids, said):
         check_ids(ids, vocab_size=10)
 
 
-def test_check_ids_uses_the_name_it_is_given():
+def test_check_ids_uses_the_given_name():
     with pytest.raises(Error, match=r"^targets\[0\] is -100"):
         check_ids([-100], 10, name="targets")
 
 
 @pytest.mark.parametrize("value", [0, -1, 2**70, np.int8(3), np.uint64(2**63)])
-def test_whole_numbers(value):
+def test_integers_are_accepted(value):
     assert is_integer(value)
     assert check_at_least(value, -1, "n") == value and type(check_at_least(value, -1, "n")) is int
 
 
 @pytest.mark.parametrize("value", [True, np.True_, 2.0, np.float32(2), "2", None, [2], np.array([2])])
-def test_what_is_not_a_whole_number(value):
+def test_non_integers_are_refused(value):
     assert not is_integer(value)
     with pytest.raises(Error, match=r"^steps is "):
         check_at_least(value, 0, "steps")
 
 
-def test_a_number_that_is_too_small():
+def test_integer_below_the_minimum_is_refused():
     with pytest.raises(Error, match=r"^steps is 0: .* at least 1"):
         check_at_least(0, 1, "steps")
 
 
 @pytest.mark.parametrize("seed", [0, 7, np.int64(7), np.uint8(7)])
-def test_an_integer_seed_gives_its_generator(seed):
+def test_integer_seed_gives_its_generator(seed):
     assert as_generator(seed).random() == np.random.default_rng(int(seed)).random()
 
 
-def test_a_generator_and_none_are_returned_unchanged():
+def test_generator_and_none_are_returned_unchanged():
     rng = np.random.default_rng(0)
     assert as_generator(rng) is rng and as_generator(None) is None
 
@@ -111,13 +111,13 @@ def test_a_generator_and_none_are_returned_unchanged():
         ([0], "rng is a list:"),
     ],
 )
-def test_other_random_sources_are_refused(rng, said):
+def test_invalid_rng_is_refused(rng, said):
     with pytest.raises(Error, match=said):
         as_generator(rng)
 
 
 @pytest.mark.parametrize("fraction", [0, 1, -0.1, 1.5, float("nan")])
-def test_fractions(fraction):
+def test_check_fraction_refuses_values_outside_0_to_1(fraction):
     check_fraction(0.1)
     with pytest.raises(Error, match=f"validation_fraction is {fraction}"):
         check_fraction(fraction)
@@ -150,13 +150,13 @@ class Config:
         ({"rope": [1]}, r"rope must be a dict, not \[1\]"),
     ],
 )
-def test_a_field_of_a_config_is_named_with_its_value(changes, said):
+def test_check_fields_names_the_field_and_its_value(changes, said):
     check_fields(Config(rope={}), layers=("n_layer",), widths=("width",))
     with pytest.raises(Error, match=said):
         check_fields(Config(**{"rope": {}} | changes), layers=("n_layer",), widths=("width",))
 
 
-def test_every_name_and_shape_problem_is_in_one_error():
+def test_check_names_and_shapes_lists_every_problem_in_one_error():
     expected = {f"h.{i}": (i + 1, 4) for i in range(40)}
     assert check_names_and_shapes(expected, dict(reversed(expected.items())), "folder") is None
 

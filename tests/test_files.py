@@ -1,4 +1,4 @@
-"""Files of others: what is no file, what is no JSON, and what Python's parser would let pass."""
+"""Reading untrusted files: paths that are not files, and invalid JSON that Python's parser accepts."""
 
 import json
 import os
@@ -21,7 +21,7 @@ def message_of(call, *args):
 
 
 @pytest.mark.parametrize("read", [read_file, read_text, read_json])
-def test_what_is_no_file_is_refused_by_name(tmp_path, read):
+def test_reading_anything_but_a_file_is_refused(tmp_path, read):
     assert str(tmp_path) in message_of(read, tmp_path)
     assert "No such file" in message_of(read, tmp_path / "none.json")
     with pytest.raises(OSError):
@@ -29,7 +29,7 @@ def test_what_is_no_file_is_refused_by_name(tmp_path, read):
 
 
 @posix
-def test_nobody_waits_for_a_pipe_or_for_the_end_of_a_device(tmp_path):
+def test_reading_a_pipe_or_device_does_not_block(tmp_path):
     os.mkfifo(tmp_path / "pipe")
     (tmp_path / "link").symlink_to("/dev/zero")
     said = []
@@ -44,8 +44,8 @@ def test_nobody_waits_for_a_pipe_or_for_the_end_of_a_device(tmp_path):
 
 
 @posix
-def test_links_are_followed(tmp_path):
-    """As the hub's cache has them: snapshots/REVISION/config.json is a link to ../../blobs/HASH."""
+def test_symbolic_links_are_followed(tmp_path):
+    """As in the hub's cache: snapshots/REVISION/config.json is a link to ../../blobs/HASH."""
     (tmp_path / "blobs").mkdir()
     (tmp_path / "blobs" / "abc").write_bytes(b'{"a": 1}')
     (tmp_path / "config.json").symlink_to("blobs/abc")
@@ -68,7 +68,7 @@ def test_links_are_followed(tmp_path):
         (b"", "Expecting value"),
     ],
 )
-def test_what_is_not_json(tmp_path, text, problem):
+def test_invalid_json_is_refused(tmp_path, text, problem):
     with pytest.raises(ValueError, match=problem):
         parse_json(text)
     (tmp_path / "x.json").write_bytes(text)
@@ -87,13 +87,13 @@ values = st.recursive(
 @example("\U0001f44d", True)  # two escaped halves
 @example({"a": 1e308}, False)
 @example(10**400, False)
-def test_json_is_read_as_it_was_written(value, escaped):
+def test_json_round_trip(value, escaped):
     assert parse_json(json.dumps(value, ensure_ascii=escaped).encode("utf-8")) == value
 
 
 @given(st.binary(max_size=30))
 @example(b"-1e400")
-def test_any_bytes_are_json_or_a_value_error(data):
+def test_arbitrary_bytes_are_json_or_raise_value_error(data):
     try:
         value = parse_json(data)
     except ValueError:
@@ -101,7 +101,7 @@ def test_any_bytes_are_json_or_a_value_error(data):
     json.dumps(value, allow_nan=False, ensure_ascii=False).encode("utf-8")  # and can be written again
 
 
-def test_text_has_pythons_line_ends(tmp_path):
+def test_read_text_normalizes_line_ends(tmp_path):
     (tmp_path / "a.txt").write_bytes("é\r\nb\rc\n".encode())
     assert read_text(tmp_path / "a.txt") == "é\nb\nc\n"
     (tmp_path / "a.txt").write_bytes(b"\xff")

@@ -1,4 +1,4 @@
-"""AdamW, parameter groups, clipping and schedules against torch; frozen parameters; what is refused."""
+"""AdamW, parameter groups, clipping and schedules against torch; frozen parameters; errors."""
 
 import math
 
@@ -35,8 +35,8 @@ def set_gradients(ours, theirs, seed):
         theirs[name].grad = torch.tensor(grad)
 
 
-def test_groups_have_rates_and_decays_of_their_own_as_in_torch():
-    """One schedule serves all: a group keeps the ratio of its rate to the optimizer's."""
+def test_groups_with_their_own_lr_and_decay_equal_torch():
+    """One schedule serves all groups: a group's rate keeps its ratio to the optimizer's."""
     ours, theirs = parameters()
     optimizer = AdamW(
         [
@@ -49,7 +49,7 @@ def test_groups_have_rates_and_decays_of_their_own_as_in_torch():
     reference = torch.optim.AdamW(
         [
             {"params": [theirs["matrix"]], "weight_decay": 0.1},
-            {"params": [theirs["bias"]], "weight_decay": 0.0},  # one axis: no decay unless its group says so
+            {"params": [theirs["bias"]], "weight_decay": 0.0},  # one axis: no decay unless its group has one
             {"params": [theirs["head"]], "weight_decay": 0.5},
         ],
     )
@@ -64,7 +64,7 @@ def test_groups_have_rates_and_decays_of_their_own_as_in_torch():
         np.testing.assert_allclose(parameter.data, theirs[name].detach().numpy(), rtol=1e-12, err_msg=name)
 
 
-def test_a_groups_decay_is_that_of_all_its_parameters():
+def test_group_decay_applies_to_all_its_parameters():
     weight, bias = (Tensor(np.ones(shape), requires_grad=True) for shape in ((2, 2), (2,)))
     optimizer = AdamW([{"params": [weight, bias], "weight_decay": 0.5}], lr=0.1)
     for parameter in (weight, bias):
@@ -95,7 +95,7 @@ def test_parameters_are_accepted_in_any_form(form):
     assert (model.weight.data != before).all()
 
 
-def test_a_frozen_parameter_is_not_updated_and_takes_no_memory():
+def test_frozen_parameters_are_not_updated_and_take_no_memory():
     ours, theirs = parameters()
     ours["matrix"].requires_grad = False
     optimizer = AdamW(ours.items(), lr=0.1)
@@ -141,7 +141,7 @@ WRONG = {
     "a tied parameter in two groups": (lambda: AdamW([{"params": [ROW]}, {"params": [ROW]}], 0.1), "twice"),
     "a negative rate": (lambda: AdamW([{"params": [ROW], "lr": -1.0}], 0.1), "-1.0"),
     "a rate that is not a number": (lambda: AdamW([{"params": [ROW], "lr": float("nan")}], 0.1), "nan"),
-    "a group's rate beside 0": (lambda: AdamW([{"params": [ROW], "lr": 0.1}], 0.0), "above 0"),
+    "a group's rate with an lr of 0": (lambda: AdamW([{"params": [ROW], "lr": 0.1}], 0.0), "above 0"),
     "names alone": (lambda: AdamW(["weight"], 0.1), "str"),
     "arrays": (lambda: clip_grad_norm([np.ones(2)], 1.0), "ndarray"),
     "a tensor alone to clip": (lambda: clip_grad_norm(ROW, 1.0), "list"),
@@ -149,13 +149,13 @@ WRONG = {
 
 
 @pytest.mark.parametrize("case", WRONG)
-def test_parameters_that_are_refused(case):
+def test_invalid_parameters_are_refused(case):
     call, said = WRONG[case]
     with pytest.raises(Error, match=said):
         call()
 
 
-def test_without_a_loss_scale_nothing_changes():
+def test_no_loss_scale_changes_nothing():
     scale, parameter = NoLossScale(), Tensor(np.ones(2), requires_grad=True)
     loss = (parameter * 3.0).sum()
     loss.backward(scale.seed(loss))
@@ -185,7 +185,7 @@ def on_both_sides(dtype=np.float64):
 
 
 def torch_adamw(parameters, lr, betas, eps, weight_decay):
-    """torch decays whatever it is told to: two groups leave biases and norms alone."""
+    """torch's AdamW with a group without decay for biases and norms."""
     groups = [
         {"params": [p for p in parameters.values() if p.ndim >= 2], "weight_decay": weight_decay},
         {"params": [p for p in parameters.values() if p.ndim < 2], "weight_decay": 0.0},
@@ -197,7 +197,7 @@ def torch_adamw(parameters, lr, betas, eps, weight_decay):
     ("betas", "eps", "weight_decay"),
     [((0.9, 0.999), 1e-8, 0.01), ((0.9, 0.95), 1e-6, 0.1), ((0.0, 0.5), 1e-2, 0.0), ((0.8, 0.0), 1e-8, 1.0)],
 )
-def test_adamw_against_torch_for_20_steps(betas, eps, weight_decay):
+def test_adamw_equals_torch_for_20_steps(betas, eps, weight_decay):
     ours, theirs = on_both_sides()
     mine = optim.AdamW(ours.items(), 1e-2, betas, eps, weight_decay)
     reference = torch_adamw(theirs, 1e-2, betas, eps, weight_decay)
@@ -219,7 +219,7 @@ def test_adamw_against_torch_for_20_steps(betas, eps, weight_decay):
             assert worst < 1e-12, (step, name)
 
 
-def test_adamw_keeps_float32():
+def test_adamw_preserves_float32():
     ours, theirs = on_both_sides(np.float32)
     mine = optim.AdamW(ours.items(), 1e-2, weight_decay=0.1)
     reference = torch_adamw(theirs, 1e-2, (0.9, 0.999), 1e-8, 0.1)
@@ -237,7 +237,7 @@ def test_adamw_keeps_float32():
         assert np.allclose(ours[name].data, theirs[name].detach().numpy(), rtol=1e-5, atol=1e-6), name
 
 
-def test_a_parameter_without_a_gradient_sits_the_step_out_as_in_torch():
+def test_parameter_without_a_gradient_skips_the_step_as_in_torch():
     ours, theirs = on_both_sides()
     mine = optim.AdamW(ours.items(), 1e-2, weight_decay=0.1)
     reference = torch_adamw(theirs, 1e-2, (0.9, 0.999), 1e-8, 0.1)
@@ -246,7 +246,7 @@ def test_a_parameter_without_a_gradient_sits_the_step_out_as_in_torch():
         mine.zero_grad()
         reference.zero_grad()
         for name in SHAPES:
-            if name == "small" and step in (0, 3):  # an expert nobody asked, a layer still frozen
+            if name == "small" and step in (0, 3):  # such as an unused expert
                 continue
             grad = np.asarray(rng.standard_normal(SHAPES[name]))
             ours[name].grad = grad
@@ -302,16 +302,22 @@ def test_adamw_updates_in_place_and_drops_gradients():
     "wrong",
     [{"lr": -1.0}, {"lr": 1, "eps": -1e-8}, {"lr": 1, "weight_decay": -0.1}, {"lr": 1, "betas": (0.9, 1)}],
 )
-def test_adamw_refuses(wrong):
+def test_adamw_refuses_invalid_options(wrong):
     with pytest.raises(Error, match="AdamW needs lr"):
         optim.AdamW(small_gpt2(), **wrong)
+
+
+@pytest.mark.parametrize("state", [{}, None, {"t": {}, "m": {}}, "state"])
+def test_invalid_optimizer_state_is_refused(state):
+    with pytest.raises(Error, match="state_dict"):
+        AdamW(small_gpt2()).load_state_dict(state)
 
 
 # ----------------------------------------------------------------------- clipping and schedules
 
 
 @pytest.mark.parametrize("max_norm", [1e-3, 1.0, 1e4])
-def test_clip_grad_norm_against_torch(max_norm):
+def test_clip_grad_norm_equals_torch(max_norm):
     ours, theirs = on_both_sides()
     rng = np.random.default_rng(1)
     for name, shape in SHAPES.items():
@@ -329,7 +335,7 @@ def test_clip_grad_norm_against_torch(max_norm):
         assert np.allclose(ours[name].grad, theirs[name].grad.numpy(), rtol=1e-12, atol=0), name
 
 
-def test_clip_grad_norm_at_the_bound_itself_as_in_torch():
+def test_clip_grad_norm_at_the_bound_equals_torch():
     """torch's factor is max_norm / (norm + 1e-6), already below 1 there."""
     mine, theirs = Tensor(np.zeros(2), requires_grad=True), torch.nn.Parameter(torch.zeros(2).double())
     mine.grad, theirs.grad = np.array([3.0, 4.0]), torch.tensor([3.0, 4.0]).double()
@@ -338,7 +344,7 @@ def test_clip_grad_norm_at_the_bound_itself_as_in_torch():
     assert np.allclose(mine.grad, theirs.grad.numpy(), rtol=1e-12, atol=0)
 
 
-def test_clip_grad_norm_scales_in_place_whatever_the_layout():
+def test_clip_grad_norm_scales_any_layout_in_place():
     parameter = Tensor(np.zeros((2, 3)), requires_grad=True)
     parameter.grad = np.ones((3, 2)).T * 2
     grad = parameter.grad
@@ -348,12 +354,12 @@ def test_clip_grad_norm_scales_in_place_whatever_the_layout():
 
 
 @pytest.mark.parametrize("max_norm", [0.0, -1.0, math.nan, None, "a"])
-def test_clip_grad_norm_refuses(max_norm):
+def test_clip_grad_norm_refuses_invalid_max_norm(max_norm):
     with pytest.raises(Error, match=f"max_norm must be .*, not {max_norm!r}"):
         optim.clip_grad_norm([], max_norm)
 
 
-def test_warmup_cosine():
+def test_warmup_cosine_has_the_documented_rates():
     lr_at = optim.warmup_cosine(peak_lr=5e-4, initial_lr=3e-5, min_lr=1e-6, warmup=10, steps=130)
     assert lr_at(0) == 3e-5
     assert lr_at(1) == pytest.approx(3e-5 + 4.7e-5, rel=1e-14)
@@ -372,13 +378,13 @@ def test_warmup_cosine_without_warmup_starts_at_the_peak():
 
 
 @pytest.mark.parametrize(("warmup", "steps"), [(10, 10), (11, 10), (-1, 10), (1, 0)])
-def test_warmup_cosine_refuses(warmup, steps):
+def test_warmup_cosine_refuses_a_warmup_that_exceeds_the_run(warmup, steps):
     with pytest.raises(Error, match="must be shorter than the run"):
         optim.warmup_cosine(1.0, 0.0, 0.0, warmup, steps)
 
 
 @pytest.mark.parametrize("form", ["tensors", "modules"])
-def test_the_parameters_of_several_groups_have_names_of_their_own(form):
+def test_parameters_of_several_groups_have_distinct_names(form):
     model = small_gpt2()
     given = [block if form == "modules" else list(block.parameters()) for block in model.h]
     optimizer = AdamW([{"params": given[0]}, {"params": given[1], "lr": 1e-4}], lr=1e-2)
@@ -388,4 +394,6 @@ def test_the_parameters_of_several_groups_have_names_of_their_own(form):
     model.loss(IDS, TARGETS).backward()
     optimizer.step()
     moved = [np.abs(block.ln_1.weight.data - old).max() for block, old in zip(model.h, before)]
-    assert moved == pytest.approx([1e-2, 1e-4], rel=1e-3)  # AdamW's first step is its rate
+    assert moved == pytest.approx(
+        [1e-2, 1e-4], rel=1e-3
+    )  # the size of AdamW's first step is the learning rate

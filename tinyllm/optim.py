@@ -206,6 +206,8 @@ class AdamW:
         if the shape or dtype of an array differs from its parameter's.
         """
         parameters = dict(self.parameters)
+        if not (isinstance(state, Mapping) and state.keys() >= {"t", "m", "v"}):
+            raise Error('the optimizer state must be a dict with "t", "m" and "v": pass that of state_dict()')
         if not parameters.keys() >= state["t"].keys() == state["m"].keys() == state["v"].keys():
             raise Error("the optimizer state belongs to other parameters: use the model it was saved with")
         restored = {}

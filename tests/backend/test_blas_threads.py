@@ -1,4 +1,4 @@
-"""How products share the cores with the BLAS: large ones over our threads, few rows in BLAS's own."""
+"""Matrix products and BLAS threads: many rows use the pool, few rows BLAS's own threads."""
 
 import os
 import subprocess
@@ -13,7 +13,7 @@ from tinyllm.backend import threads
 
 @pytest.mark.parametrize("pool", ["1", "2", "3"])
 @pytest.mark.parametrize("rows", [0, 1, 2, 15, 16, 17])
-def test_products_of_many_rows_share_them_out_and_those_of_few_are_left_to_blas(monkeypatch, rows, pool):
+def test_products_of_many_rows_use_the_pool_and_of_few_rows_blas(monkeypatch, rows, pool):
     monkeypatch.setenv("OMP_NUM_THREADS", pool)
     monkeypatch.setattr(threads, "SMALL_PRODUCT", 0)
     shared_out, run_tasks = [], threads.run_tasks
@@ -35,9 +35,9 @@ def test_products_of_many_rows_share_them_out_and_those_of_few_are_left_to_blas(
     assert len(shared_out) == (4 if rows >= 16 else 0)
 
 
-def test_blas_is_told_once_to_keep_to_one_thread_and_is_free_again_afterwards():
+def test_one_blas_thread_sets_the_limit_once_and_restores_it():
     def counts():
-        pools = threadpoolctl.threadpool_info()  # scipy brings a BLAS of its own, maybe later than we looked
+        pools = threadpoolctl.threadpool_info()  # scipy may have loaded its own BLAS since
         return [pool["num_threads"] for pool in pools if "numpy" in pool["filepath"]]
 
     with threadpoolctl.threadpool_limits(limits=2, user_api="blas"):
@@ -57,7 +57,7 @@ def test_blas_is_told_once_to_keep_to_one_thread_and_is_free_again_afterwards():
     "imports, falls_asleep",
     [("import tinyllm, numpy", True), ("import numpy, tinyllm", False)],
 )
-def test_the_timeout_of_blas_is_set_where_that_is_still_of_use(imports, falls_asleep):
+def test_blas_timeout_is_set_only_before_numpy_is_imported(imports, falls_asleep):
     said = "print(tinyllm.backend.threads._BLAS_THREADS_SLEEP, os.environ.get('OPENBLAS_THREAD_TIMEOUT'))"
     environment = {k: v for k, v in os.environ.items() if k != "OPENBLAS_THREAD_TIMEOUT"}
 
@@ -66,4 +66,4 @@ def test_the_timeout_of_blas_is_set_where_that_is_still_of_use(imports, falls_as
         return subprocess.check_output(command, text=True, env=environment | more).split()
 
     assert run() == [str(falls_asleep), "20" if falls_asleep else "None"]
-    assert run(OPENBLAS_THREAD_TIMEOUT="7") == ["True", "7"]  # the user's own
+    assert run(OPENBLAS_THREAD_TIMEOUT="7") == ["True", "7"]  # the user's setting is kept

@@ -1,6 +1,6 @@
-"""The simulated GPU: right kernels give NumPy's numbers, and each kind of mistake is found.
+"""The simulated GPU: correct kernels equal NumPy, and every kind of mistake is detected.
 
-The kernels here are CUDA as nvcc takes it; those with a mistake in them say which.
+The kernels here are valid CUDA; those with a mistake name it.
 """
 
 import math
@@ -168,13 +168,13 @@ def zeros(*shape, dtype=np.float32):
 @pytest.mark.parametrize(
     "grid, block", [((3,), (64,)), ((2, 3), (8, 8)), ((2, 3, 2), (4, 4, 2)), ((1,), (1024,))]
 )
-def test_every_thread_runs_once_and_knows_its_place(simulator, grid, block):
+def test_every_thread_runs_once_with_its_index(simulator, grid, block):
     y = zeros(math.prod(grid) * math.prod(block), dtype=np.int64)
     simulator.kernel("numbers")(grid, block, (y,))
     np.testing.assert_array_equal(y.get(), np.arange(y.size))
 
 
-def test_two_seeds_run_the_threads_in_opposite_orders():
+def test_two_seeds_run_threads_in_opposite_orders():
     orders = []
     for simulator in (FIRST, SECOND, Simulator(2, SOURCE)):
         y = zeros(4 * 128, dtype=np.int64)
@@ -188,8 +188,8 @@ def test_two_seeds_run_the_threads_in_opposite_orders():
 @BOTH
 @pytest.mark.parametrize("dtype, name", [("float32", "float"), ("float64", "double"), ("int64", "long long")])
 @pytest.mark.parametrize("rows, n, threads", [(1, 32, 32), (3, 100, 64), (5, 7, 1024), (2, 2000, 96)])
-def test_a_sum_with_shuffles_and_shared_memory(simulator, dtype, name, rows, n, threads):
-    x = np.random.default_rng(n).integers(-99, 99, (rows, n)).astype(dtype)  # whole numbers: sums are exact
+def test_sum_with_shuffles_and_shared_memory(simulator, dtype, name, rows, n, threads):
+    x = np.random.default_rng(n).integers(-99, 99, (rows, n)).astype(dtype)  # integers, so sums are exact
     y = zeros(rows, dtype=dtype)
     simulator.kernel(f"row_sum<{name}>")((rows,), (threads,), (of(x), y, n))
     np.testing.assert_array_equal(y.get(), x.sum(axis=1))
@@ -205,7 +205,7 @@ def test_exchanges_within_a_warp(simulator, dtype, name):
     np.testing.assert_array_equal(y.get(), [x[i ^ 5], x[down], x[i // 32 * 32 + 7]])
 
 
-def test_a_missing_barrier_is_found():
+def test_missing_barrier_is_detected():
     x = np.arange(5 * 64, dtype=np.float32).reshape(5, 64)
 
     def results(expression):
@@ -233,7 +233,7 @@ def test_lanes_of_a_warp_do_not_run_in_step():
 
 
 def line(text):
-    """The number of the only line of SOURCE with this text."""
+    """The number of the line of SOURCE that has this text."""
     (number,) = [i for i, line in enumerate(SOURCE.splitlines(), 1) if text in line]
     return f"line {number}"
 
@@ -251,25 +251,25 @@ STUCK = {
 
 @BOTH
 @pytest.mark.parametrize("mistake", STUCK)
-def test_threads_that_wait_for_ever(simulator, mistake):
+def test_deadlocked_threads_are_detected(simulator, mistake):
     y = zeros(1, dtype=np.int64)
     with pytest.raises(RuntimeError, match=rf"stuck<{mistake}>: block \(0, 0, 0\): {STUCK[mistake]}"):
         simulator.kernel(f"stuck<{mistake}>")((1,), (64,), (y,))
     assert y.get() == 0
-    simulator.kernel("stuck<2>")((1,), (64,), (y,))  # one warp alone may exchange; and nothing is left behind
+    simulator.kernel("stuck<2>")((1,), (64,), (y,))  # one warp alone is valid, also after the failure
     assert y.get() == 1
 
 
 @BOTH
 @pytest.mark.parametrize("name", ["float", "double", "__half", "__nv_bfloat16"])
-def test_shared_memory_holds_nothing_at_first(simulator, name):
+def test_shared_memory_is_initially_nan(simulator, name):
     dtype = {"float": "float32", "double": "float64", "__half": "float16"}.get(name, ml_dtypes.bfloat16)
     y = zeros(4, dtype=dtype)
     simulator.kernel(f"untouched<{name}>")((4,), (32,), (y,))
-    assert np.isnan(y.get()).all()  # in the last block, too, for all that the blocks before it wrote
+    assert np.isnan(y.get()).all()  # also in the last block, after other blocks wrote
 
 
-def test_shared_memory_is_as_large_as_a_gpus():
+def test_shared_memory_is_limited_as_on_a_gpu():
     y = zeros(1)
     FIRST.kernel("large<12288>")((1,), (32,), (y,))
     assert y.get() == 1
@@ -291,7 +291,7 @@ def test_shared_memory_is_as_large_as_a_gpus():
         ((1,), (1, 1, 128), "block.z is 128"),
     ],
 )
-def test_sizes_that_cuda_refuses(grid, block, said):
+def test_invalid_grids_and_blocks_are_refused(grid, block, said):
     with pytest.raises(ValueError, match=said):
         FIRST.kernel("numbers")(grid, block, (zeros(1, dtype=np.int64),))
 
@@ -301,7 +301,7 @@ def test_sizes_that_cuda_refuses(grid, block, said):
 
 @BOTH
 @pytest.mark.parametrize("at", [0, 9])
-def test_writing_within_an_array(simulator, at):
+def test_writing_within_an_array_is_allowed(simulator, at):
     x, y = of(np.arange(10, dtype=np.float32)), zeros(10)
     simulator.kernel("copy_at<float>")((1,), (32,), (x, y, at))
     np.testing.assert_array_equal(y.get(), np.where(np.arange(10) == at, np.arange(10), 0))
@@ -316,14 +316,14 @@ def test_writing_within_an_array(simulator, at):
         (-RED_ZONE // 4, "65536 bytes before argument 1"),
     ],
 )
-def test_writing_outside_of_an_array(at, said):
+def test_writing_outside_of_an_array_is_detected(at, said):
     y = zeros(10)
     with pytest.raises(RuntimeError, match=f"write_at wrote {said}$"):
         FIRST.kernel("write_at")((1,), (32,), (None, y, at))
     assert not y.get().any()
 
 
-def test_writing_outside_of_a_view_into_the_array_around_it():
+def test_writing_outside_of_a_view_is_detected():
     buffer = zeros(4, 10)
     launch = FIRST.kernel("write_at")
     for view, at, said in [
@@ -340,7 +340,7 @@ def test_writing_outside_of_a_view_into_the_array_around_it():
     assert np.flatnonzero(buffer.get()).tolist() == [10, 33]
 
 
-def test_writing_into_const():
+def test_writing_to_const_is_detected():
     with pytest.raises(RuntimeError, match="write_const wrote into const argument 0"):
         FIRST.kernel("write_const")((1,), (32,), (zeros(2),))
 
@@ -352,14 +352,14 @@ def test_reading_outside_of_an_array_gives_nan(name, dtype):
     assert np.isnan(y.get()[10])
 
 
-def test_arguments_that_share_memory_go_on_sharing_it():
+def test_arguments_that_share_memory_share_it_in_the_kernel():
     buffer = of(np.arange(6, dtype=np.float32))
     FIRST.kernel("copy_at<float>")((1,), (32,), (buffer[2:], buffer[:4], 3))  # buffer[3] = buffer[5]
     FIRST.kernel("copy_at<float>")((1,), (32,), (buffer.reshape(2, 3), buffer, 5))
     np.testing.assert_array_equal(buffer.get(), [0, 1, 2, 5, 4, 5])
 
 
-def test_what_is_written_through_a_list_of_addresses_stays():
+def test_writes_through_a_list_of_addresses_persist():
     x, y = zeros(3), zeros(1)
     FIRST.kernel("write_through")((1,), (32,), (of(np.array([x.data.ptr])), x, y))
     assert x.get().tolist() == [2, 0, 0] and y.get() == 0  # the kernel saw a copy of x
@@ -380,11 +380,11 @@ RIGHT = (
 )
 
 
-def test_arguments_of_every_kind():
+def test_arguments_of_every_type_are_passed():
     c = zeros(1, dtype=np.uint8)
     FIRST.kernel("takes")((1,), (32,), (*RIGHT[:2], c, *RIGHT[3:]))
     assert c.get() == 16
-    c = zeros(1, dtype=bool)  # CUDA's bytes
+    c = zeros(1, dtype=bool)  # one byte per element in CUDA
     FIRST.kernel("takes")((1,), (32,), (*RIGHT[:2], c, -14, *RIGHT[4:]))
     assert c.get()
 
@@ -412,24 +412,24 @@ def test_arguments_of_every_kind():
         (7, 1, "int does not take a int, as CuPy passes it"),
     ],
 )
-def test_arguments_of_another_type(i, value, said):
+def test_arguments_of_the_wrong_type_are_refused(i, value, said):
     with pytest.raises(TypeError, match=rf"takes, argument {i}: {said}"):
         FIRST.kernel("takes")((1,), (32,), (*RIGHT[:i], value, *RIGHT[i + 1 :]))
 
 
 @pytest.mark.parametrize("i, value", [(3, 2**63), (8, -1), (8, 2**64)])
-def test_whole_numbers_that_do_not_fit(i, value):
+def test_integers_out_of_range_are_refused(i, value):
     with pytest.raises(ValueError, match=f"takes, argument {i}: {value} is no"):
         FIRST.kernel("takes")((1,), (32,), (*RIGHT[:i], value, *RIGHT[i + 1 :]))
 
 
-def test_an_argument_too_many_or_too_few():
+def test_wrong_number_of_arguments_is_refused():
     for args in (RIGHT[:-1], (*RIGHT, None)):
         with pytest.raises(TypeError, match=f"takes takes 9 arguments, not {len(args)}"):
             FIRST.kernel("takes")((1,), (32,), args)
 
 
-def test_arrays_that_no_gpu_would_take():
+def test_invalid_arrays_are_refused():
     odd = DeviceArray(np.zeros(9, np.uint8)[1:].view(np.float32))
     with pytest.raises(TypeError, match=r"write_at, argument 1: .* no multiple of 4"):
         FIRST.kernel("write_at")((1,), (32,), (None, odd, 0))
@@ -442,16 +442,16 @@ def test_arrays_that_no_gpu_would_take():
 
 
 @pytest.mark.parametrize("name, dtype", [("__half", np.float16), ("__nv_bfloat16", ml_dtypes.bfloat16)])
-def test_every_short_float_as_float(name, dtype):
+def test_every_half_precision_value_converts_to_float(name, dtype):
     x = np.arange(2**16, dtype=np.uint16).view(dtype)
     y = zeros(x.size)
     FIRST.kernel(f"widen<{name}>")((64,), (1024,), (of(x), y, x.size))
-    np.testing.assert_array_equal(y.get(), x.astype(np.float32))  # NaN where it is NaN
+    np.testing.assert_array_equal(y.get(), x.astype(np.float32))  # NaN included
     assert (np.signbit(y.get()) == np.signbit(x.astype(np.float32)))[~np.isnan(y.get())].all()
 
 
 @pytest.mark.parametrize("name, dtype", [("__half", np.float16), ("__nv_bfloat16", ml_dtypes.bfloat16)])
-def test_floats_are_rounded_to_the_nearest_short_one(name, dtype):
+def test_floats_round_to_the_nearest_half_precision_value(name, dtype):
     with np.errstate(over="ignore", invalid="ignore"):
         short = np.arange(2**16, dtype=np.uint16).view(dtype).astype(np.float32)
         middle = (short[:-1].astype(np.float64) / 2 + short[1:].astype(np.float64) / 2).astype(np.float32)
@@ -467,7 +467,7 @@ def test_floats_are_rounded_to_the_nearest_short_one(name, dtype):
 
 
 @pytest.mark.parametrize("name, dtype", [("float", np.float32), ("double", np.float64)])
-def test_functions_keep_the_type(name, dtype):
+def test_functions_preserve_the_type(name, dtype):
     x = np.array([-3, -0.5, 1e-3, 0.25, 2, 30], dtype)
     y = zeros(9, x.size, dtype=dtype)
     FIRST.kernel(f"functions<{name}>")((1,), (32,), (of(x), y, x.size))
@@ -478,14 +478,14 @@ def test_functions_keep_the_type(name, dtype):
     np.testing.assert_array_equal(y.get()[8], -np.inf)
 
 
-def test_the_upper_half_of_a_product():
+def test_umul64hi_is_the_upper_half_of_the_product():
     x = np.random.default_rng(0).integers(0, 2**64, 32, dtype=np.uint64)
     y = zeros(32, dtype=np.uint64)
     FIRST.kernel("high")((1,), (32,), (of(x), y))
     assert y.get().tolist() == [int(a) * int(b) >> 64 for a, b in zip(x, x[::-1])]
 
 
-# What CUDA refuses too, or what is refused here because it is not meant: `h` is a short float.
+# Refused by CUDA too, or here because it is never intended: `h` is a half-precision number.
 REFUSED = """
 h = d;
 h = H(d);
@@ -505,7 +505,7 @@ int never_used;
 
 
 @pytest.mark.parametrize("line", REFUSED)
-def test_what_does_not_compile(line):
+def test_invalid_code_does_not_compile(line):
     end = "y[0] = H(f + float(d));"
     kernel = f"template <class H> __global__ void k(H h, float f, double d, H* y) {{ {line} {end} }}"
     source = f"#include <cuda_fp16.h>\n#include <cuda_bf16.h>\n{kernel}"
@@ -514,12 +514,12 @@ def test_what_does_not_compile(line):
             Simulator(0, source).kernel(f"k<{name}>")
 
 
-def test_a_kernel_that_is_not_there():
+def test_missing_kernel_is_reported():
     with pytest.raises(RuntimeError, match="nothing does not compile"):
         FIRST.kernel("nothing")
 
 
-def test_a_kernel_is_compiled_once(monkeypatch, tmp_path):
+def test_kernel_is_compiled_once(monkeypatch, tmp_path):
     monkeypatch.setattr(cuda_on_cpu, "_folder", lambda: tmp_path)
     cuda_on_cpu._compiled.__wrapped__(SOURCE, "numbers")
     assert [path.suffix for path in tmp_path.iterdir()] == [".so"]
@@ -549,8 +549,8 @@ def gemm(A, B, C, *, m=1, n=1, k=1, trans=(0, 0), ld=(1, 1, 1), strides=(0, 0, 0
 
 @given(st.data())
 @example(None)
-def test_gemm_is_its_definition(data):
-    """Small whole numbers: every type holds the results exactly, so no order of adding up matters."""
+def test_gemm_equals_its_definition(data):
+    """Small integers are exact in every type, so the order of summation does not matter."""
 
     def draw(strategy, otherwise):
         return otherwise if data is None else data.draw(strategy)
@@ -587,16 +587,16 @@ def test_gemm_is_its_definition(data):
     np.testing.assert_array_equal(out.get().astype(np.float64), want.astype(np.float64))
 
 
-def test_heads_that_lie_side_by_side():
-    """Two products (2, 3) (3, 2), row by row; their results are halves of the columns of one (2, 4)."""
+def test_gemm_writes_into_columns_of_a_larger_matrix():
+    """Two products (2, 3) (3, 2), row-major, whose results are the column halves of one (2, 4) matrix."""
     x, y = np.arange(12.0).reshape(2, 2, 3), np.arange(12.0).reshape(2, 3, 2)
-    out = zeros(2, 4, dtype=np.float64)  # as cuBLAS sees it: the transposed product, column by column
+    out = zeros(2, 4, dtype=np.float64)  # for cuBLAS the transposed product, column-major
     gemm(of(y), of(x), out, m=2, n=2, k=3, ld=(2, 3, 4), strides=(6, 6, 2), batch=2, types=(F64, F64, 70))
     np.testing.assert_array_equal(out.get(), np.concatenate(list(x @ y), axis=1))
 
 
 @pytest.mark.parametrize("kind", [F16, BF16])
-def test_short_types_add_up_in_float32(kind):
+def test_half_precision_accumulates_in_float32(kind):
     ones, out = zeros(5000, dtype=TYPES[kind]) + 1, zeros(1)
     gemm(ones, ones, out, k=5000, ld=(1, 5000, 1), types=(kind, F32, 68))
     assert out.get() == 5000
@@ -644,12 +644,12 @@ def test_tf32_rounds_both_operands_to_ten_bits(x, rounded):
         (dict(types=(F16, F16, 64)), "no product"),
     ],
 )
-def test_what_cublas_refuses(wrong, said):
+def test_gemm_refuses_what_cublas_refuses(wrong, said):
     with pytest.raises(ValueError, match=said):
         gemm(zeros(4), zeros(4), zeros(4), **wrong)
 
 
-def test_an_address_between_two_elements():
+def test_misaligned_address_is_refused():
     odd = DeviceArray(np.zeros(9, np.uint8)[1:].view(np.float32))
     with pytest.raises(ValueError, match=r"address \d+ is no multiple of 4"):
         gemm(zeros(4), odd, zeros(4))
@@ -658,7 +658,7 @@ def test_an_address_between_two_elements():
 # --------------------------------------------------------------------------------------- CuPy
 
 
-def test_a_model_on_the_simulated_gpu(monkeypatch):
+def test_model_runs_on_the_simulated_gpu(monkeypatch):
     here = GPT2(
         GPT2Config(n_layer=1, n_head=2, n_embd=8, n_positions=4, vocab_size=5), rng=np.random.default_rng(0)
     )

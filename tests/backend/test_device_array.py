@@ -1,6 +1,6 @@
-"""The strict device array: each refusal refuses, what is permitted gives NumPy's numbers, CuPy agrees.
+"""The strict device array: forbidden calls are refused, permitted calls equal NumPy, CuPy agrees.
 
-The calls are written as text, one a line, so that a failing test is named by the call that failed.
+Calls are given as text, one per line, so that a failing test is named after its call.
 """
 
 import copy
@@ -58,7 +58,7 @@ einops.rearrange(x, "a b -> b a 1"), einops.rearrange([x, y], "n a b -> a (n b)"
 einops.repeat(x, "a b -> a n b", n=2), einops.einsum(x, y, "a c, b c -> a b"), einops.pack([x, y], "* c")[0]
 """.strip().splitlines()
 
-# What CuPy's interface refuses: test_cupy_refuses_the_same hands these to a real CuPy array.
+# Calls that CuPy's interface refuses: test_cupy_refuses_the_same_calls runs them on a real CuPy array.
 NOT_IN_CUPY = """
 np.block([x, x])
 np.einsum_path("ij,ij", x, x)
@@ -100,7 +100,7 @@ X[x]
 operator.setitem(X.copy(), 0, x)
 """.strip().splitlines()
 
-# What CuPy does with a copy between host and device that nobody asked for, and what only a GPU could show.
+# Calls for which CuPy copies between host and device implicitly, and calls that only a GPU could check.
 HIDDEN_COPIES = """
 bool(x)
 bool(x[0, 0])
@@ -168,7 +168,7 @@ def on_device():
 
 
 @pytest.mark.parametrize("calls", PERMITTED)
-def test_permitted_calls_give_numpys_numbers(calls):
+def test_permitted_calls_equal_numpy(calls):
     want, got = run(calls, x=X, y=Y, i=I), run(calls, **on_device())
     assert len(got) == len(want)
     for device, host in zip(got, want):
@@ -178,17 +178,17 @@ def test_permitted_calls_give_numpys_numbers(calls):
 
 
 @pytest.mark.parametrize("call", NOT_IN_CUPY + HIDDEN_COPIES)
-def test_refusals(call):
+def test_forbidden_calls_are_refused(call):
     with pytest.raises(TypeError):
         run(call, **on_device())
 
 
 @pytest.mark.parametrize("name", ["tolist", "tofile", "resize", "put", "ctypes", "__array_interface__"])
-def test_attributes_off_the_list_are_missing(name):
+def test_unlisted_attributes_are_missing(name):
     assert not hasattr(DeviceArray.of(X), name)
 
 
-def test_a_refusal_names_the_function_and_the_argument():
+def test_refusal_names_the_function_and_the_argument():
     x = DeviceArray.of(X)
     with pytest.raises(TypeError, match=r"numpy\.block is not on the list"):
         np.block([x, x])
@@ -208,7 +208,7 @@ def test_of_and_get_copy():
     assert not source.any()
 
 
-def test_plain_attributes_are_numpys():
+def test_plain_attributes_equal_numpy():
     x = DeviceArray.of(X).T
     for name in ("shape", "dtype", "ndim", "size", "nbytes", "itemsize", "strides"):
         assert getattr(x, name) == getattr(X.T, name)
@@ -223,7 +223,7 @@ def test_plain_attributes_are_numpys():
         x.shape = (6,)
 
 
-def test_views_know_their_base_and_write_through():
+def test_views_have_a_base_and_write_through():
     x = DeviceArray.of(X)
     assert x.base is None and (x * 2).base is None and x.copy().base is None and x.flags.owndata
     for view in (x[0], x[0, 1], x[:, 1:], x.T, x.reshape(-1), x.view(), np.split(x, 3, axis=1)[0]):
@@ -235,7 +235,7 @@ def test_views_know_their_base_and_write_through():
     np.testing.assert_array_equal(x.get(), [[-2, 7, X[0, 2] + 1], [8, 9, 3]])
 
 
-def test_assignment():
+def test_assignment_equals_numpy():
     x, mask = DeviceArray.of(X), DeviceArray.of(X > 0)
     x[mask] = 0
     x[:, DeviceArray.of([0, 2])] = np.float64(5)
@@ -246,7 +246,7 @@ def test_assignment():
     np.testing.assert_array_equal(x.get(), [[7, 5, 7], [2, 3, 4]])
 
 
-def test_in_place_operators_write_into_the_same_array():
+def test_in_place_operators_modify_the_array():
     x = same = DeviceArray.of(Y)
     x += 1
     x -= DeviceArray.of(X)
@@ -259,7 +259,7 @@ def test_in_place_operators_write_into_the_same_array():
         x += 1j
 
 
-def test_out_comes_back_as_itself():
+def test_out_is_returned():
     x, out = DeviceArray.of(X), DeviceArray.of(Y)
     assert np.exp(x, out=out) is out and np.multiply(x, 2, out) is out
     assert np.sum(x, axis=0, out=out[0]).base is not None
@@ -268,7 +268,7 @@ def test_out_comes_back_as_itself():
     np.testing.assert_array_equal(out.get(), X[[0, 0]])
 
 
-def test_an_array_type_that_opts_out_of_ufuncs_gets_the_operator():
+def test_operator_defers_to_types_without_ufunc_support():
     class Tensor:
         __array_ufunc__ = None
 
@@ -285,7 +285,7 @@ def test_copy_module_and_repr():
     assert repr(x) == "DeviceArray(array([2, 0, 1]))" and repr(twin) == "DeviceArray(array([9, 0, 1]))"
 
 
-def test_arrays_live_on_a_device():
+def test_arrays_are_on_a_device():
     x, there = DeviceArray.of(X), DeviceArray.of(X, Device(1))
     assert repr(x.device) == "<CUDA Device 0>" and there.device.id == 1
     with Device(2):
@@ -299,7 +299,7 @@ def test_arrays_live_on_a_device():
     ]
     made += [there.T.base, np.exp(there, out=there[:1].copy() + there), copy.deepcopy(there), 2 * there]
     assert [array.device.id for array in made] == [1] * len(made)
-    for source in (X, x, there):  # CuPy makes arrays on the current GPU, wherever ``like`` is
+    for source in (X, x, there):  # CuPy creates arrays on the current GPU, not that of ``like``
         assert np.asarray(source, like=there).device.id == 0
         with there.device:
             assert np.asarray(source, like=x).device.id == 1
@@ -320,14 +320,14 @@ operator.iadd(x, y)
 
 
 @pytest.mark.parametrize("call", MIXED)
-def test_devices_do_not_mix(call):
+def test_mixing_devices_is_refused(call):
     x, y = DeviceArray.of(X), DeviceArray.of(Y, Device(1))
     with pytest.raises(TypeError, match=r"<CUDA Device \d> and on <CUDA Device \d>"):
         run(call, x=x, y=y)
     np.testing.assert_array_equal(x.get(), X)
 
 
-def test_data_is_where_the_array_begins():
+def test_data_is_the_address_of_the_first_element():
     x = DeviceArray.of(X)
     assert (x[1].data.ptr - x.data.ptr, x[:, ::-1].data.ptr - x.data.ptr) == (12, 8)
     assert (
@@ -353,15 +353,15 @@ SHORT = np.arange(-4, 4).reshape(2, 4).astype(ml_dtypes.bfloat16)
         ("np.matmul(x, x.T, out=x[:, :2])", "bfloat16"), ("np.sum(x, axis=1, out=x[:, 0])", "bfloat16"),
     ],
 )  # fmt: skip
-def test_bfloat16_is_cupys(call, dtype):
-    """These numbers are small and whole, so bfloat16 holds them, exp aside: what is tested is the type."""
+def test_bfloat16_results_have_cupys_dtype(call, dtype):
+    """The dtype is tested: except for exp the numbers are small integers, exact in bfloat16."""
     result = run(call, x=DeviceArray.of(SHORT))
     assert type(result) is DeviceArray and result.dtype.name == dtype
     want = run(call, x=SHORT.astype(np.float64))
     np.testing.assert_allclose(result.get().astype(np.float64), want, rtol=2**-8 if "exp" in call else 0)
 
 
-def test_bfloat16_adds_up_in_float32():
+def test_bfloat16_accumulates_in_float32():
     ones = DeviceArray.of(np.ones(1024, ml_dtypes.bfloat16))
     sums = [ones.sum(), np.sum(ones), np.add.reduce(ones), ones @ ones, ones.sum(dtype=ones.dtype)]
     assert [s.item() for s in sums] == [1024] * 5
@@ -371,7 +371,7 @@ def test_bfloat16_adds_up_in_float32():
         ones.sum(None, np.float32)
 
 
-def test_scipys_erf():
+def test_erf_of_scipy_is_dispatched():
     special = pytest.importorskip("scipy.special")
     x = special.erf(DeviceArray.of(X))
     assert type(x) is DeviceArray
@@ -379,7 +379,7 @@ def test_scipys_erf():
 
 
 def parameters(signature):
-    """All but `blocking`, which NumPy cannot pass on, and `subok`, which CuPy takes only as None."""
+    """All but `blocking`, which NumPy cannot pass, and `subok`, which must be None in CuPy."""
     return [p for p in signature.parameters.values() if p.name not in ("subok", "blocking")]
 
 
@@ -389,13 +389,15 @@ def positional(signature):
 
 @pytest.mark.parametrize("name", sorted(FUNCTIONS))
 def test_positional_arguments_mean_the_same_in_numpy(name):
-    """A call is checked against CuPy's signature and run by NumPy: their third arguments must be the same."""
+    """Calls are checked with CuPy's signature and run by NumPy, so positional arguments must agree."""
     try:
         numpys = positional(inspect.signature(operator.attrgetter(name)(np)))
     except ValueError:
         pytest.skip("this NumPy does not tell the signature")
     for ours, theirs in zip(positional(FUNCTIONS[name]), numpys):
-        assert ours.name == theirs.name or ours.default is ours.empty  # the required ones may be named apart
+        assert (
+            ours.name == theirs.name or ours.default is ours.empty
+        )  # required parameters may have different names
 
 
 @pytest.fixture(scope="module")
@@ -419,7 +421,7 @@ def test_methods_have_cupys_signatures(cupy, name):
     method = getattr(cupy.ndarray, name)
     if name == "view":
         names = list(inspect.signature(method).parameters)
-    else:  # compiled: the first line of the text is its signature, "ndarray.sum(self, axis=None, ...) -> ..."
+    else:  # compiled: the docstring starts with the signature, "ndarray.sum(self, axis=None, ...) -> ..."
         text = re.search(r"\((.*)\)", method.__doc__.splitlines()[0])[1]
         names = [re.search(r"\w+(?==|$)", part.strip())[0] for part in text.split(",")]
     not_taken = {"astype": {"casting", "subok"}, "view": {"type"}}.get(name, set())
@@ -429,7 +431,7 @@ def test_methods_have_cupys_signatures(cupy, name):
     assert positionally == names[1 : len(positionally) + 1]
 
 
-@pytest.mark.parametrize("name", sorted(set(UFUNCS) - {"erf"}))  # cupyx.scipy.special wants a driver
+@pytest.mark.parametrize("name", sorted(set(UFUNCS) - {"erf"}))  # cupyx.scipy.special needs a driver
 def test_ufuncs_are_cupys(cupy, name):
     ufunc, _, method = name.partition(".")
     assert type(getattr(cupy, ufunc)).__name__ == ("_GUFunc" if name == "matmul" else "ufunc")
@@ -439,8 +441,8 @@ def test_ufuncs_are_cupys(cupy, name):
 
 
 @pytest.mark.parametrize("call", NOT_IN_CUPY)
-def test_cupy_refuses_the_same(cupy, call):
-    """A CuPy array around host memory does without a GPU: a refusal comes before its memory is touched."""
+def test_cupy_refuses_the_same_calls(cupy, call):
+    """A CuPy array over host memory needs no GPU: a call is refused before memory is accessed."""
     memory = X.copy()
     pointer = cupy.cuda.UnownedMemory(memory.ctypes.data, memory.nbytes, memory, device_id=0)
     x = cupy.ndarray(X.shape, X.dtype, cupy.cuda.MemoryPointer(pointer, 0))

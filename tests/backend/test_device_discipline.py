@@ -1,8 +1,8 @@
-"""The source reads as NumPy and runs on a GPU: every op and both models on arrays that are not NumPy's.
+"""The NumPy source runs on a GPU: every op and both models on arrays that are not NumPy's.
 
-``DeviceArray`` has CuPy's limits and NumPy's numbers underneath; on it everything runs twice, with NumPy's
-calls alone and with the CUDA kernels, which a simulated GPU runs (``cuda_on_cpu.py``). Where there is a GPU,
-it all runs on CuPy, too (``pytest -m gpu``). Each run is compared with the plain one.
+``DeviceArray`` has CuPy's limits and computes with NumPy. On it everything runs twice: with NumPy's functions
+only, and with the CUDA kernels on a simulated GPU (``cuda_on_cpu.py``). With a GPU, ``pytest -m gpu`` runs
+everything on CuPy as well. Each run is compared with the one on NumPy arrays.
 """
 
 import inspect
@@ -27,12 +27,12 @@ SOME = np.array([[[True, False, True, True, False]]])
 
 
 def stay(array):
-    """As ``put``: leaves an array on the host."""
+    """A ``put`` that leaves the array on the host."""
     return array
 
 
 def world(put, dtype):
-    """Leaves, constants and indices for the cases below; ``put`` moves an array to where it is to live."""
+    """Leaves, constants and indices for the cases below. ``put`` moves an array to the device under test."""
     rng = np.random.default_rng(0)
 
     def leaf(*shape):
@@ -55,7 +55,7 @@ def world(put, dtype):
     )  # fmt: skip
 
 
-# The first word names the op, and the last test checks that none is missing.
+# The first word is the op's name. test_every_op_has_a_case checks that none is missing.
 CASES = {
     "__add__": lambda t: t.x + t.row,
     "__add__ number": lambda t: t.x + 1,
@@ -206,7 +206,7 @@ for module, prefix in ((F, "F"), (composed, "composed")):
 
 
 def run(case, put, dtype):
-    """The op's result and the gradients of all leaves, on the host; forward and backward twice, to add up."""
+    """The op's result and the gradients of all leaves on the host, accumulated over two backward passes."""
     t = world(put, dtype)
     for repeat in range(2):
         manual_seed(4)
@@ -225,7 +225,7 @@ def run(case, put, dtype):
 
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 @pytest.mark.parametrize("dtype", [np.float64, np.float32])
-def test_an_op_on_the_device_forward_and_backward(case, dtype, put):
+def test_op_on_the_device_equals_numpy(case, dtype, put):
     expected, expected_grads = run(case, stay, dtype)
     result, grads = run(case, put, dtype)
     tolerance = 1e-12 if dtype == np.float64 else 1e-5
@@ -237,7 +237,7 @@ def test_an_op_on_the_device_forward_and_backward(case, dtype, put):
         assert np.allclose(grad, expected_grads[name], rtol=tolerance, atol=tolerance), name
 
 
-def test_no_op_is_missing_above():
+def test_every_op_has_a_case():
     no_ops = set("__init__ __repr__ __bool__ __array__ _operand from_op backward replace detach item".split())
     no_ops |= {"saved", "to"}
     members = vars(ArrayAlgebra) | vars(Tensor)
@@ -257,17 +257,17 @@ def test_no_op_is_missing_above():
     assert {name.partition(" ")[0] for name in CASES} == expected
 
 
-def test_a_tensor_on_the_device(put):
+def test_tensor_on_the_device(put):
     x = Tensor(put(np.array([1.0, 2.0])), requires_grad=True)
     loss = (x * x).sum()
-    loss.backward()  # its seed is made on the device
+    loss.backward()  # the initial gradient is created on the device
     assert loss.item() == 5.0 and isinstance(x.grad, type(x.data))
     assert np.array_equal(x.grad.get(), [2.0, 4.0])
     assert x.detach().data is x.data
     assert "Tensor(" in repr(x)
 
 
-def test_gradients_on_the_device_have_owners_too(put):
+def test_gradients_on_the_device_have_one_owner(put):
     a, b = (Tensor(put(np.ones((2, 3))), requires_grad=True) for _ in range(2))
     seed = put(np.ones((2, 3)))
     (a + b).backward(seed)
@@ -283,7 +283,7 @@ def test_gradients_on_the_device_have_owners_too(put):
 
 
 def build(name, put, dropout=0.0):
-    """The model in float64 with its parameters moved off their start, and to where they are to live."""
+    """The model in float64 with perturbed parameters on the device under test."""
     rng = np.random.default_rng(1)
     model = MODELS[name](dropout).astype(np.float64)
     for parameter in model.parameters():
@@ -293,7 +293,7 @@ def build(name, put, dropout=0.0):
 
 
 def train(name, put, dropout):
-    """Three steps of training: every loss, every gradient norm, and the parameters at the end."""
+    """The losses and gradient norms of three training steps, and the final parameters."""
     model = build(name, put, dropout)
     optimizer = optim.AdamW(model, lr=1e-2, weight_decay=0.1)
     rng = np.random.default_rng(1)
@@ -302,10 +302,10 @@ def train(name, put, dropout):
         tokens = rng.integers(0, 23, (2, 141))
         targets = np.where(rng.random((2, 140)) < 0.1, -100, tokens[:, 1:])
         manual_seed(0, step)
-        loss = model.loss(tokens[:, :-1], targets)  # ids come from the host, where they are checked
+        loss = model.loss(tokens[:, :-1], targets)  # ids are on the host, where they are checked
         loss.backward()
         norm = optim.clip_grad_norm(model, 0.1)
-        assert norm > 0.1  # it does clip
+        assert norm > 0.1  # above max_norm: clipping has an effect
         optimizer.step()
         optimizer.zero_grad()
         numbers += [loss.item(), norm]
@@ -318,11 +318,11 @@ every_model = pytest.mark.parametrize("name", MODELS)
 
 @pytest.mark.parametrize("dropout", [0.0, 0.2])
 @every_model
-def test_training_on_the_device(name, dropout, put):
+def test_training_on_the_device_equals_numpy(name, dropout, put):
     expected, expected_parameters = train(name, stay, dropout)
     numbers, parameters = train(name, put, dropout)
-    # With NumPy's calls the same numbers; kernels add up in another order, and AdamW divides the rounding
-    # errors of the key bias, whose true gradient is zero, by their own size.
+    # With NumPy's calls results are identical. Kernels sum in another order, and for the key bias, whose true
+    # gradient is zero, AdamW divides the rounding errors by their own size.
     tolerance = 1e-12 if put == DeviceArray.of and DeviceArray not in launch.LIBRARIES else 1e-9
     assert numbers == pytest.approx(expected, rel=1e-12)
     for name, array in parameters.items():
@@ -330,7 +330,7 @@ def test_training_on_the_device(name, dropout, put):
 
 
 @every_model
-def test_logits_and_observing_on_the_device(name, put):
+def test_logits_and_observations_on_the_device_equal_numpy(name, put):
     ids = np.random.default_rng(2).integers(0, 23, (2, 9))
     host, device = (build(name, where).eval() for where in (stay, put))
     names = []
@@ -342,7 +342,7 @@ def test_logits_and_observing_on_the_device(name, put):
 
 
 @every_model
-def test_a_model_on_the_device_is_converted_and_counted(name, put):
+def test_model_on_the_device_is_converted_and_counted(name, put):
     model, kind = build(name, put), type(put(np.zeros(1)))
     assert model.num_parameters() == build(name, stay).num_parameters()
     model.astype(np.float32)

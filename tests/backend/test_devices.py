@@ -1,4 +1,4 @@
-"""Which device a name means, what is said where it cannot be had, and its memory; CuPy is a stand-in."""
+"""Device selection, its errors, and device memory, with a fake CuPy."""
 
 import builtins
 import operator
@@ -6,7 +6,7 @@ import sys
 
 import numpy as np
 import pytest
-from support.fake_cupy import OutOfMemoryError, stand_in_cupy
+from support.fake_cupy import OutOfMemoryError, fake_cupy
 
 from tinyllm.backend.device import describe_device, open_device, pick_device, to_device
 from tinyllm.backend.dtypes import PRECISIONS, weights_dtype
@@ -16,11 +16,11 @@ from tinyllm.errors import Error
 
 @pytest.fixture
 def cupy(monkeypatch):
-    return stand_in_cupy(monkeypatch)
+    return fake_cupy(monkeypatch)
 
 
 @pytest.mark.parametrize("name, number", [("cuda", 0), ("cuda:0", 0), ("cuda:1", 1)])
-def test_an_array_goes_to_the_gpu_of_that_number(cupy, name, number):
+def test_array_is_moved_to_the_gpu_of_that_index(cupy, name, number):
     assert pick_device(name) == name
     array = np.arange(3)
     there = to_device(array, name)
@@ -31,7 +31,7 @@ def test_an_array_goes_to_the_gpu_of_that_number(cupy, name, number):
     assert to_device(array, "cpu") is array
 
 
-def test_auto_takes_a_gpu_if_there_is_one(cupy):
+def test_auto_selects_a_gpu_if_available(cupy):
     assert pick_device("auto") == "cuda"
     cupy.count = 0
     assert pick_device("auto") == "cpu"
@@ -39,7 +39,7 @@ def test_auto_takes_a_gpu_if_there_is_one(cupy):
     assert pick_device("auto") == "cpu"
 
 
-def test_a_gpu_that_is_not_there(cupy):
+def test_missing_gpu_is_refused(cupy):
     with pytest.raises(Error, match="no device 'cuda:2': CuPy finds 2 GPUs, numbered from 0"):
         pick_device("cuda:2")
     cupy.count = 0
@@ -47,7 +47,7 @@ def test_a_gpu_that_is_not_there(cupy):
         to_device(np.zeros(1), "cuda")
 
 
-def test_a_driver_that_is_missing_or_too_old(cupy):
+def test_missing_or_outdated_driver_is_reported(cupy):
     cupy.count = RuntimeError("cudaErrorInsufficientDriver: CUDA driver version is insufficient")
     with pytest.raises(Error, match=r"CuPy 14.2.0 finds no GPU \(cudaErrorInsufficientDriver.*nvidia-smi"):
         pick_device("cuda")
@@ -66,7 +66,7 @@ def test_a_driver_that_is_missing_or_too_old(cupy):
         ),
     ],
 )
-def test_a_cupy_that_does_not_load(monkeypatch, error, said):
+def test_cupy_import_error_is_reported(monkeypatch, error, said):
     real = builtins.__import__
 
     def failing(name, *args, **kwargs):
@@ -84,7 +84,7 @@ def test_a_cupy_that_does_not_load(monkeypatch, error, said):
 
 
 @pytest.mark.parametrize("name", ["gpu", "cuda:", "cuda:x", "cuda:-1", "cpu:0", "", "CUDA", "cuda:\u00b2"])
-def test_other_names(cupy, name):
+def test_unknown_device_names_are_refused(cupy, name):
     with pytest.raises(Error, match="unknown device"):
         pick_device(name)
 
@@ -92,7 +92,7 @@ def test_other_names(cupy, name):
 # A program's device
 
 
-def test_auto_says_what_it_took(cupy, capsys):
+def test_auto_prints_its_choice(cupy, capsys):
     assert open_device("auto") == "cuda"
     assert capsys.readouterr() == ("", "device: cuda (Paper GPU, CuPy 14.2.0)\n")
     cupy.count = 0
@@ -102,7 +102,7 @@ def test_auto_says_what_it_took(cupy, capsys):
     assert capsys.readouterr() == ("", "")
 
 
-def test_a_program_computes_on_the_gpu_that_it_names(cupy, capsys):
+def test_open_device_selects_the_named_gpu(cupy, capsys):
     assert open_device("cuda:1") == "cuda:1"
     assert cupy.current == 1
     assert describe_device("cuda:1") == "cuda:1 (Paper GPU, CuPy 14.2.0)"
@@ -110,7 +110,7 @@ def test_a_program_computes_on_the_gpu_that_it_names(cupy, capsys):
 
 
 @pytest.mark.parametrize("dtype", ["tf32", "bfloat16", "float16"])
-def test_short_types_need_a_gpu(cupy, capsys, dtype):
+def test_half_precision_and_tf32_need_a_gpu(cupy, capsys, dtype):
     cupy.count = 0
     for name in ("cpu", "auto"):
         with pytest.raises(Error, match=f"--dtype {dtype} needs a GPU: a CPU multiplies float32 faster"):
@@ -120,7 +120,7 @@ def test_short_types_need_a_gpu(cupy, capsys, dtype):
 
 @pytest.mark.parametrize("capability, said", [("75", "7.5"), ("61", "6.1"), ("80", None), ("120", None)])
 @pytest.mark.parametrize("dtype", PRECISIONS)
-def test_what_a_gpu_multiplies_in(cupy, dtype, capability, said):
+def test_dtypes_depend_on_compute_capability(cupy, dtype, capability, said):
     cupy.capability = capability
     if said is None or dtype not in ("tf32", "bfloat16"):
         assert open_device("cuda", dtype) == "cuda"
@@ -134,7 +134,7 @@ def test_what_a_gpu_multiplies_in(cupy, dtype, capability, said):
     assert cupy.current == 0
 
 
-def test_what_the_weights_are_kept_in():
+def test_weights_dtype_of_every_precision():
     assert [weights_dtype(name).name for name in PRECISIONS] == [
         "float32",
         "float32",
@@ -148,20 +148,20 @@ def test_what_the_weights_are_kept_in():
 
 
 @pytest.mark.parametrize("gigabytes, size", [(1.5, 1_500_000_000), (2, 2 * 10**9), (1e-10, 1), (None, 77)])
-def test_the_pools_limit(cupy, gigabytes, size):
-    cupy.limit = 77  # what CUPY_GPU_MEMORY_LIMIT says stands until somebody says otherwise; 0 is no limit
+def test_gpu_memory_limits_the_pool(cupy, gigabytes, size):
+    cupy.limit = 77  # the default is CUPY_GPU_MEMORY_LIMIT; 0 means no limit
     open_device("cuda", gpu_memory=gigabytes)
     assert cupy.limit == size
 
 
 @pytest.mark.parametrize("gigabytes", [0, -1, float("nan"), float("inf")])
-def test_a_limit_that_is_none(cupy, gigabytes):
+def test_invalid_gpu_memory_is_refused(cupy, gigabytes):
     with pytest.raises(Error, match=f"--gpu-memory is {gigabytes}: give a positive number"):
         open_device("cuda", gpu_memory=gigabytes)
     assert cupy.limit == 0
 
 
-def test_a_limit_on_a_cpu():
+def test_gpu_memory_is_refused_on_a_cpu():
     with pytest.raises(
         Error,
         match="--gpu-memory 2 bounds a GPU's memory: omit it on a CPU",
@@ -169,13 +169,13 @@ def test_a_limit_on_a_cpu():
         open_device("cpu", gpu_memory=2)
 
 
-def test_peak_memory_of_a_gpu_is_its_pools(cupy):
+def test_peak_memory_of_a_gpu_is_the_pools_size(cupy):
     cupy.taken = 123
     assert peak_memory("cuda") == 123
     assert peak_memory("cpu") > 10**7
 
 
-def test_out_of_a_gpus_memory(cupy):
+def test_out_of_gpu_memory_message(cupy):
     error = OutOfMemoryError(4_096, 2_000)
     begins = (
         "Out of memory allocating 4,096 bytes (allocated so far: 2,000 bytes), and 2.00 of the GPU's 8.00 GB "
@@ -187,14 +187,14 @@ def test_out_of_a_gpus_memory(cupy):
     assert out_of_memory(error, "float32", ["less"]) == begins + "are free: try less or --dtype float16"
 
 
-def test_out_of_what_a_gpu_may_take(cupy):
+def test_out_of_limited_gpu_memory_message(cupy):
     cupy.limit = 5_000
     said = out_of_memory(OutOfMemoryError(4_096, 2_000, 5_000), "float16", ["less"])
     assert "limit set to: 5,000 bytes), and 2.00 of" in said
     assert said.endswith(": try less or a larger --gpu-memory")
 
 
-def test_out_of_the_hosts_memory(cupy, monkeypatch):
+def test_out_of_host_memory_message(cupy, monkeypatch):
     with pytest.raises(MemoryError) as numpys:
         np.empty(2**60, np.float32)
     for there in (True, False):
@@ -206,7 +206,7 @@ def test_out_of_the_hosts_memory(cupy, monkeypatch):
             monkeypatch.delitem(sys.modules, "cupy")
 
 
-def test_cupy_is_like_the_stand_in():
+def test_fake_cupy_matches_cupy():
     real = pytest.importorskip("cupy")
     theirs = real.cuda.memory.OutOfMemoryError
     assert issubclass(theirs, MemoryError)

@@ -1,4 +1,4 @@
-"""On a GPU against PyTorch on the same GPU: both models' loss, gradients, steps of training and writing.
+"""Both models against PyTorch on the same GPU: loss, gradients, training steps and generation.
 
 ``pytest -m gpu`` runs this on CuPy and torch's CUDA. Everywhere else the same tests run with a simulated GPU
 (``cuda_on_cpu.py``) against torch on the CPU.
@@ -27,7 +27,7 @@ every_model = pytest.mark.parametrize("name", MODELS)
 
 
 def pair(name, put, dtype):
-    """The model on the device under test, and its twin on torch's device of the same kind."""
+    """The model on the device under test, and its twin on the corresponding device of torch."""
     model, rng = MODELS[name](0.0).astype(dtype), np.random.default_rng(1)
     for parameter in model.parameters():
         noise = 0.2 * rng.standard_normal(parameter.shape)
@@ -37,7 +37,7 @@ def pair(name, put, dtype):
 
 
 def loss_of_twin(twin, ids, autocast=None):
-    """Mean cross-entropy of the next token, and every parameter's gradient by name, on the host."""
+    """Mean cross-entropy of the next token and all gradients by name, on the host."""
     device = next(twin.parameters()).device
     ids = torch.tensor(ids, device=device)
     twin.zero_grad()
@@ -66,7 +66,7 @@ def distance(grads, others) -> float:
 @on_both
 @every_model
 @pytest.mark.parametrize("dtype, bound", [(np.float64, 1e-9), (np.float32, 1e-5)])
-def test_loss_and_gradients_are_torchs(name, put, dtype, bound):
+def test_loss_and_gradients_equal_torch(name, put, dtype, bound):
     model, twin = pair(name, put, dtype)
     loss, grads = loss_of_ours(model, IDS[0])
     expected, expected_grads = loss_of_twin(twin, IDS[0])
@@ -78,7 +78,7 @@ def test_loss_and_gradients_are_torchs(name, put, dtype, bound):
 
 @on_both
 @every_model
-def test_steps_of_training_are_torchs(name, put):
+def test_training_steps_equal_torch(name, put):
     model, twin = pair(name, put, np.float64)
     optimizer = optim.AdamW(model, lr=1e-3, eps=1e-6, weight_decay=0.1)
     groups = [
@@ -104,7 +104,7 @@ def test_steps_of_training_are_torchs(name, put):
 
 @on_both
 @every_model
-def test_bfloat16_is_as_near_to_float32_as_torchs_autocast(name, put):
+def test_bfloat16_is_as_accurate_as_torch_autocast(name, put):
     model, twin = pair(name, put, np.float32)
     expected, expected_grads = loss_of_twin(twin, IDS[0])
     _, their_grads = loss_of_twin(twin, IDS[0], torch.bfloat16)
@@ -116,7 +116,7 @@ def test_bfloat16_is_as_near_to_float32_as_torchs_autocast(name, put):
 
 @on_both
 @every_model
-def test_what_is_written_is_what_the_cpu_writes(name, put):
+def test_generated_tokens_equal_those_of_the_cpu(name, put):
     model, _ = pair(name, put, np.float64)
     at_home = bridge.from_torch(bridge.to_torch(model)).eval()
     prompts = [[1, 2, 3], [4, 5, 6, 7, 8]]
@@ -130,8 +130,8 @@ def test_what_is_written_is_what_the_cpu_writes(name, put):
 
 @on_both
 @every_model
-def test_weights_come_and_go(name, put, tmp_path):
-    """What is saved from a GPU is read on a CPU, and the other way round; a model stays where it is."""
+def test_weights_are_saved_and_loaded_across_devices(name, put, tmp_path):
+    """Weights saved from a GPU load on a CPU and vice versa; a model stays on its device."""
     model, _ = pair(name, put, np.float32)
     model.save_pretrained(tmp_path / "saved")
     at_home = type(model).from_pretrained(tmp_path / "saved")
@@ -152,7 +152,7 @@ def test_weights_come_and_go(name, put, tmp_path):
 
 @on_both
 @every_model
-def test_a_model_is_compared_layer_by_layer_where_it_is(name, put):
+def test_models_are_compared_on_their_device(name, put):
     model, twin = pair(name, put, np.float64)
     result = compare(model.eval(), twin.eval(), IDS[0, :, :9])
     assert result.first is None and len(result.rows) > 60, str(result)
@@ -161,8 +161,8 @@ def test_a_model_is_compared_layer_by_layer_where_it_is(name, put):
 
 @needs_compiler
 @every_model
-def test_a_run_moves_between_devices(name, monkeypatch):
-    """Model and optimiser go to a GPU, to another and back between steps: the numbers stay those of a CPU."""
+def test_run_moves_between_devices(name, monkeypatch):
+    """Moving model and optimizer between GPUs and CPU between steps does not change the results."""
     simulated_cupy(monkeypatch)
 
     def losses(devices):
@@ -171,7 +171,7 @@ def test_a_run_moves_between_devices(name, monkeypatch):
         for step, device in enumerate(devices):
             model.to(device)
             if step == 3:
-                optimizer.to(device)  # at the other steps the averages follow
+                optimizer.to(device)  # at the other steps the averages follow the parameters
             manual_seed(0, step)
             loss = model.loss(IDS[0, :, :-1], IDS[0, :, 1:])
             loss.backward()
@@ -186,7 +186,7 @@ def test_a_run_moves_between_devices(name, monkeypatch):
 
 
 @needs_compiler
-def test_a_tensor_moves_and_its_gradient_comes_back(monkeypatch):
+def test_gradient_of_a_moved_tensor_is_moved_back(monkeypatch):
     simulated_cupy(monkeypatch)
     x = Tensor(np.arange(3.0), requires_grad=True)
     there = x.to("cuda:1")
@@ -197,7 +197,7 @@ def test_a_tensor_moves_and_its_gradient_comes_back(monkeypatch):
 
 
 @needs_compiler
-def test_an_example_takes_the_gpu_that_is_there(monkeypatch, capsys):
+def test_example_uses_an_available_gpu(monkeypatch, capsys):
     simulated_cupy(monkeypatch)
     monkeypatch.setattr(sys, "argv", ["08"])
     for name, value in (("TINYLLM_EXAMPLES", "small"), ("HF_HUB_OFFLINE", "1")):

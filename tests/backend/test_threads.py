@@ -1,4 +1,4 @@
-"""Work shared out among threads is done once, by all of them, and what goes wrong in one is said here."""
+"""The thread pool: every task runs once, all threads take part, and exceptions propagate."""
 
 import os
 import threading
@@ -28,7 +28,7 @@ def three_threads(monkeypatch):
         (None, None, None),
     ],
 )
-def test_the_user_says_how_many(monkeypatch, omp, openblas, asked):
+def test_num_threads_follows_environment_variables(monkeypatch, omp, openblas, asked):
     for name, value in (("OMP_NUM_THREADS", omp), ("OPENBLAS_NUM_THREADS", openblas)):
         monkeypatch.delenv(name, raising=False)
         if value is not None:
@@ -38,13 +38,13 @@ def test_the_user_says_how_many(monkeypatch, omp, openblas, asked):
 
 
 @pytest.mark.parametrize("count", [0, 1, 2, 3, 100])
-def test_every_task_is_done_once(count):
+def test_every_task_runs_once(count):
     done = []
     threads.run_tasks(done.append, list(range(count)))
     assert sorted(done) == list(range(count))
 
 
-def test_all_threads_take_part_and_this_one_too():
+def test_all_threads_including_this_one_run_tasks():
     together = threading.Barrier(3, timeout=10)  # breaks unless three threads meet
     met = []
 
@@ -56,13 +56,13 @@ def test_all_threads_take_part_and_this_one_too():
     assert threading.get_ident() in met and len(set(met)) == 3
 
 
-def test_tasks_inside_a_task_stay_in_its_thread():
+def test_nested_tasks_stay_in_their_thread():
     found = {}
 
     def outer(task):
         assert threads.in_task()
         threads.run_tasks(lambda inner: found.setdefault((task, inner), threading.get_ident()), [0, 1, 2])
-        assert threads.in_task()  # still: the inner ones were not the end of it
+        assert threads.in_task()  # also after the nested tasks ended
         found[task] = threading.get_ident()
 
     threads.run_tasks(outer, [0, 1, 2, 3])
@@ -71,7 +71,7 @@ def test_tasks_inside_a_task_stay_in_its_thread():
 
 
 @pytest.mark.parametrize("number", range(6))
-def test_what_a_task_raises_is_raised_here_when_the_others_are_done(number):
+def test_exceptions_are_raised_after_the_other_tasks_end(number):
     at_work = []
 
     def work(task):
@@ -83,13 +83,13 @@ def test_what_a_task_raises_is_raised_here_when_the_others_are_done(number):
 
     with pytest.raises(ZeroDivisionError, match=str(number)):
         threads.run_tasks(work, list(range(6)))
-    assert at_work == []  # nobody writes any more
+    assert at_work == []  # no thread is still writing
     assert not threads.in_task()
-    threads.run_tasks(at_work.append, list(range(6)))  # and the threads are still there
+    threads.run_tasks(at_work.append, list(range(6)))  # the pool still works
     assert sorted(at_work) == list(range(6))
 
 
-def test_numpys_error_state_holds_in_every_thread():
+def test_numpy_error_state_applies_in_every_thread():
     together = threading.Barrier(3, timeout=10)
 
     def overflow(_):
@@ -103,7 +103,7 @@ def test_numpys_error_state_holds_in_every_thread():
 
 
 @pytest.mark.parametrize("rows, columns", [(40, 3), (5, 3), (0, 3), (2000, 700)])
-def test_the_bias_is_added_to_every_row(rows, columns):
+def test_matmul_adds_the_bias_to_every_row(rows, columns):
     rng = np.random.default_rng(0)
     a, b, bias = (rng.standard_normal(shape) for shape in ((rows, 8), (8, columns), (columns,)))
     out = np.empty((rows, columns))

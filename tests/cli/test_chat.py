@@ -10,7 +10,7 @@ import sys
 import pytest
 from support.chat_model import START, Script, write_model
 from support.device_array import DeviceArray
-from support.fake_cupy import OutOfMemoryError, stand_in_cupy
+from support.fake_cupy import OutOfMemoryError, fake_cupy
 
 from tinyllm.cli import main
 from tinyllm.cli.chat import HELP
@@ -231,7 +231,7 @@ def test_unsupported_device_options_are_refused_before_loading(chat, monkeypatch
 
 def test_a_gpu_gives_the_same_answers(chat, monkeypatch):
     expected = chat("Hello\nAnd you?\n")[1]
-    cupy, seen = stand_in_cupy(monkeypatch), []
+    cupy, seen = fake_cupy(monkeypatch), []
     generate = inference.generate
 
     def see(model, *args):
@@ -246,7 +246,7 @@ def test_a_gpu_gives_the_same_answers(chat, monkeypatch):
 
 
 def test_full_gpu_memory_exits_with_one_line(chat, answers, monkeypatch):
-    stand_in_cupy(monkeypatch)
+    fake_cupy(monkeypatch)
     answers[:] = ["Hi.", [OutOfMemoryError(4_096, 2_000)]]
     code, out, err = chat("Hello\nAnd you?\nStill there?\n", "--device", "cuda")
     assert code == 1 and out == "Hi.\n"

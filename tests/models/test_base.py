@@ -1,4 +1,4 @@
-"""What every architecture shares: sources of weights, a growing vocabulary, options; a new architecture."""
+"""Common to every architecture: sources of weights, initialization, options, resizing, registration."""
 
 from dataclasses import dataclass
 
@@ -26,7 +26,7 @@ both_models = pytest.mark.parametrize("config", [CONFIGS["gpt2"], EVERYTHING], i
 
 
 def write_gguf(path, config=EVERYTHING):
-    """The header of a Llama, and tensors of zeros."""
+    """Write a GGUF file of a Llama whose weights are all 1."""
     gguf = pytest.importorskip("gguf")
     writer = gguf.GGUFWriter(path, "llama")
     H, G, D, C = (getattr(config, name) for name in
@@ -59,7 +59,7 @@ def write_gguf(path, config=EVERYTHING):
     return path
 
 
-def test_a_gguf_file_by_either_class(tmp_path):
+def test_gguf_file_loads_through_every_entry_point(tmp_path):
     path = write_gguf(tmp_path / "x.gguf")
     for load in (Llama.from_pretrained, load_model):
         model = load(path, np.float64)
@@ -70,7 +70,7 @@ def test_a_gguf_file_by_either_class(tmp_path):
 
 
 @both_models
-def test_a_known_name_by_either_class(config, tmp_path, monkeypatch):
+def test_known_name_loads_through_every_entry_point(config, tmp_path, monkeypatch):
     ours = type(random_model(config))
     other = Llama if ours is GPT2 else GPT2
     random_model(config, np.float32).save_pretrained(tmp_path)
@@ -88,7 +88,7 @@ def test_a_known_name_by_either_class(config, tmp_path, monkeypatch):
 
 
 @both_models
-def test_the_newest_checkpoint_of_a_run_by_either_class(config, tmp_path):
+def test_newest_checkpoint_of_a_run_loads_through_every_entry_point(config, tmp_path):
     newest = random_model(config, np.float32)
     for step, seed in ((5, 1), (40, None)):
         model = newest if seed is None else type(newest)(config, rng=np.random.default_rng(seed))
@@ -99,7 +99,7 @@ def test_the_newest_checkpoint_of_a_run_by_either_class(config, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["124M", "Llama-3.2-1B"])
-def test_a_published_size_without_its_weights(name):
+def test_empty_model_of_a_published_size_has_meta_parameters(name):
     model = empty_model(name)
     assert model.num_parameters() == {"124M": 124_439_808, "Llama-3.2-1B": 1_235_814_400}[name]
     assert all(nn.is_meta(parameter.data) for parameter in model.parameters() if parameter.ndim == 2)
@@ -109,7 +109,7 @@ def test_a_published_size_without_its_weights(name):
 
 
 @every_model
-def test_an_integer_seed_gives_the_weights_of_its_generator(config):
+def test_integer_seed_gives_the_weights_of_its_generator(config):
     """One generator serves the whole model: layers of equal shape get different weights."""
     architecture = type(random_model(config))
     expected = architecture(config, np.random.default_rng(3)).state_dict()
@@ -126,7 +126,7 @@ PARTS = {
 
 
 @pytest.mark.parametrize(("name", "part"), [(name, part) for name in PARTS for part in PARTS[name]])
-def test_an_integer_seed_gives_every_layer_of_a_part_its_own_weights(name, part):
+def test_integer_seed_gives_every_layer_of_a_block_its_own_weights(name, part):
     config = CONFIGS[name]
     expected = part(config, np.random.default_rng(3)).state_dict()
     found = part(config, 3).state_dict()
@@ -135,13 +135,13 @@ def test_an_integer_seed_gives_every_layer_of_a_part_its_own_weights(name, part)
 
 @both_models
 @pytest.mark.parametrize("rng", [1.5, "x", np.random, np.random.RandomState(0), -1, True], ids=str)
-def test_other_random_sources_are_refused(config, rng):
+def test_invalid_rng_is_refused(config, rng):
     with pytest.raises(Error, match=r"rng is .*seed"):
         type(random_model(config))(config, rng=rng)
 
 
 @both_models
-def test_a_config_of_another_kind_is_refused(config):
+def test_config_of_another_type_is_refused(config):
     architecture, other = type(random_model(config)), CONFIGS["llama" if "n_embd" in vars(config) else "gpt2"]
     for wrong in (type(config), {"vocab_size": 13}, None, other):
         with pytest.raises(Error, match=rf"pass a {type(config).__name__}\(\.\.\.\)"):
@@ -149,7 +149,7 @@ def test_a_config_of_another_kind_is_refused(config):
 
 
 @every_model
-def test_a_model_without_weights_can_be_counted_and_loaded_but_not_used(config, tmp_path):
+def test_model_without_weights_can_be_counted_and_loaded_but_not_used(config, tmp_path):
     filled = random_model(config, np.float32)
     model, (ids, targets) = type(filled)(config, rng=None), batch(config, (2, 8))
     assert model.num_parameters() == filled.num_parameters()
@@ -172,7 +172,7 @@ def test_a_model_without_weights_can_be_counted_and_loaded_but_not_used(config, 
 
 
 @both_models
-def test_a_new_head_without_weights_cannot_be_used(config):
+def test_new_head_without_weights_cannot_be_used(config):
     """The loss reads the head's weight without calling the head."""
     model, (ids, targets) = random_model(config, np.float32), batch(config, (2, 8))
     model.lm_head = nn.Linear(12, config.vocab_size, rng=None)
@@ -186,7 +186,7 @@ def test_a_new_head_without_weights_cannot_be_used(config):
 SIZE = dict(context=32, n_layer=2, n_head=4, n_embd=24)
 
 
-def test_options_as_each_architecture_has_them():
+def test_of_size_maps_options_to_config_fields():
     gpt2 = GPT2Config.of_size(50, **SIZE, dropout=0.2, tie_head=False, qkv_bias=False, head_bias=True)
     assert gpt2 == GPT2Config(
         vocab_size=50, n_positions=32, n_embd=24, n_layer=2, n_head=4, embd_pdrop=0.2, attn_pdrop=0.2,
@@ -205,7 +205,7 @@ def test_options_as_each_architecture_has_them():
 
 
 @pytest.mark.parametrize(("config", "option"), [(GPT2Config, "n_kv_head"), (LlamaConfig, "head_bias")])
-def test_an_option_that_an_architecture_lacks(config, option):
+def test_of_size_refuses_unsupported_options(config, option):
     with pytest.raises(Error, match=option):
         config.of_size(50, **SIZE, **{option: 2 if option == "n_kv_head" else True})
 
@@ -215,7 +215,7 @@ def test_an_option_that_an_architecture_lacks(config, option):
 
 @every_model
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
-def test_every_model_grows_and_its_old_ids_stay(config, dtype, tmp_path):
+def test_resizing_the_vocabulary_preserves_existing_ids(config, dtype, tmp_path):
     model = random_model(config, dtype)
     tied = config.tie_word_embeddings
     before = {name: array.copy() for name, array in model.state_dict().items()}
@@ -241,7 +241,7 @@ def test_every_model_grows_and_its_old_ids_stay(config, dtype, tmp_path):
 
 
 @every_model
-def test_frozen_and_trained_parameters_grow(config):
+def test_frozen_and_trainable_parameters_can_be_resized(config):
     model = random_model(config).requires_grad_(False)
     model.resize_token_embeddings(15, np.random.default_rng(0))
     assert not any(parameter.requires_grad for parameter in model.parameters())
@@ -265,7 +265,7 @@ def linear(rows, **options):
 
 
 class Head(nn.Module):
-    """Not a Linear, but with a weight and a bias of the right rows."""
+    """A head that is not a Linear but has a weight and a bias with one row per id."""
 
     def __init__(self):
         self.inner = linear(13)
@@ -277,7 +277,7 @@ class Head(nn.Module):
 
 @every_model
 @pytest.mark.parametrize("head", [lambda: linear(13), lambda: linear(13, bias=False), Head])
-def test_a_replaced_head_grows_if_it_has_the_rows(config, head):
+def test_replaced_head_with_one_row_per_id_can_be_resized(config, head):
     model = random_model(config)
     model.lm_head = head()
     ids, _ = batch(config, (2, 8))
@@ -298,7 +298,7 @@ def test_a_replaced_head_grows_if_it_has_the_rows(config, head):
         ("embedding", lambda layer: nn.Embedding(14, 12, rng=None)),
     ],
 )
-def test_what_cannot_grow_is_named_and_nothing_changes(config, what, make):
+def test_resizing_names_an_unsuitable_layer_and_changes_nothing(config, what, make):
     model = random_model(config)
     name = model.token_embedding if what == "embedding" else what
     setattr(model, name, make(getattr(model, name)))
@@ -325,7 +325,7 @@ class BagConfig(ModelConfig):
 
 
 class Bag(LanguageModel):
-    """The mean of the tokens so far, and a linear layer."""
+    """The mean of the embeddings so far, and a linear layer."""
 
     config_class, token_embedding, blocks = BagConfig, "table", "parts"
 
@@ -340,7 +340,7 @@ class Bag(LanguageModel):
         return (sums / sums.sum(axis=1, keepdims=True)) @ self.table(ids)
 
 
-def test_a_new_architecture_is_one_class_and_one_line(tmp_path):
+def test_registered_architecture_trains_saves_loads_and_generates(tmp_path):
     register(Bag)
     try:
         model = Bag(BagConfig(), rng=np.random.default_rng(0))

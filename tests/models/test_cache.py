@@ -1,6 +1,6 @@
-"""Keys and values kept: the same texts with and without them, prompts of any length, the context's end.
+"""The key-value cache: equal tokens with and without it, prompts of any length, the end of the context.
 
-Texts are compared in float64, where rounding cannot flip a draw.
+Tokens are compared in float64, where rounding does not change a sampled token.
 """
 
 import contextlib
@@ -22,7 +22,7 @@ from tinyllm.errors import Error
 from tinyllm.inference.sampling import choose_tokens
 
 GPT2_SIZES = dict(vocab_size=13, n_positions=8, n_embd=12, n_layer=2, n_head=3)
-DROPOUTS = dict(embd_pdrop=0.2, attn_pdrop=0.2, resid_pdrop=0.2)  # off while writing
+DROPOUTS = dict(embd_pdrop=0.2, attn_pdrop=0.2, resid_pdrop=0.2)  # disabled in generation
 LLAMA_SIZES = dict(
     vocab_size=13, hidden_size=12, intermediate_size=20, num_hidden_layers=2, num_attention_heads=6,
     num_key_value_heads=2, head_dim=4, max_position_embeddings=8, attention_dropout=0.2,
@@ -34,7 +34,7 @@ LLAMA3_ROPE = dict(
 
 
 def build(config, dtype=np.float64, put=np.asarray):
-    """A model whose next token is far from equally likely, and depends on the whole text."""
+    """A model whose next-token distribution is far from uniform and depends on the whole text."""
     rng = np.random.default_rng(5)
     model = (GPT2 if isinstance(config, GPT2Config) else Llama)(config, rng=rng)
     for parameter in model.parameters():
@@ -124,14 +124,14 @@ def logits_of(model, ids, **options):
     stops=st.booleans(),
     seed=st.integers(0, 2**32 - 1),
 )
-def test_the_same_tokens_with_and_without_the_cache(config, rows, temperature, stops, seed):
+def test_tokens_are_equal_with_and_without_the_cache(config, rows, temperature, stops, seed):
     model, prompts = build(config), prompts_for(config, rows, seed)
     options = dict(temperature=temperature, stop_ids=[seed % config.vocab_size] if stops else ())
 
-    def written(**more):
+    def tokens(**more):
         return text(model, prompts, 14, rng=np.random.default_rng(seed), **options, **more).tolist()
 
-    assert written() == written(use_cache=False)
+    assert tokens() == tokens(use_cache=False)
 
 
 @settings(max_examples=60)
@@ -143,20 +143,20 @@ def test_the_same_tokens_with_and_without_the_cache(config, rows, temperature, s
     temperature=st.sampled_from([0, 1.0]),
     seed=st.integers(0, 2**32 - 1),
 )
-def test_a_row_beside_longer_and_shorter_ones_is_what_it_would_be_alone(config, rows, temperature, seed):
+def test_rows_of_a_padded_batch_are_independent(config, rows, temperature, seed):
     model, prompts = build(config), prompts_for(config, rows, seed)
     table = np.random.default_rng(seed).random((14, rows))
     together = text(model, prompts, 14, temperature, rng=Uniforms(table))
     for i, prompt in enumerate(prompts):
         alone = text(model, [prompt], 14, temperature, rng=Uniforms(table[:, [i]]))[:, 0]
-        # A batch of Llama's ends when its longest row does.
+        # A batch of Llama ends when its longest row fills the context.
         assert alone[: len(together)].tolist() == together[:, i].tolist()
 
 
 @both_models
 @pytest.mark.parametrize("chunks", [[8], [1] * 8, [5, 1, 1, 1], [3, 4, 1], [1, 7]])
 @pytest.mark.parametrize(("dtype", "bound"), [(np.float64, 1e-13), (np.float32, 1e-5)])
-def test_logits_are_the_same_however_the_text_is_cut(config, chunks, dtype, bound):
+def test_logits_do_not_depend_on_how_the_text_is_split(config, chunks, dtype, bound):
     """Within ``bound`` of the largest logit."""
     model = build(config, dtype)
     ids = np.random.default_rng(0).integers(0, 13, (2, 8))
@@ -169,7 +169,7 @@ def test_logits_are_the_same_however_the_text_is_cut(config, chunks, dtype, boun
 
 
 @both_models
-def test_padding_is_never_attended_to_whatever_it_holds(config):
+def test_padding_is_never_attended_to(config):
     model = build(config)
     padding = np.array([3, 0, 5])
     rng = np.random.default_rng(0)
@@ -187,7 +187,7 @@ def test_padding_is_never_attended_to_whatever_it_holds(config):
 
 
 @both_models
-def test_one_pass_over_the_prompt_and_then_one_token_a_step(config):
+def test_prompt_is_prefilled_once_and_decoding_computes_one_token(config):
     model = build(config)
     with mock.patch.object(type(model), "forward", autospec=True, side_effect=type(model).forward) as forward:
         text(model, [[1, 2, 3], [4]], 5)
@@ -200,16 +200,16 @@ def test_one_pass_over_the_prompt_and_then_one_token_a_step(config):
 
 @pytest.mark.parametrize("use_cache", [True, False])
 @pytest.mark.parametrize(("prompts", "tokens"), [([[1]], 8), ([[1] * 8], 1), ([[1], [2] * 5], 4)])
-def test_llama_ends_when_its_longest_row_has_filled_the_context(prompts, tokens, use_cache):
+def test_llama_stops_when_the_longest_row_fills_the_context(prompts, tokens, use_cache):
     model = build(LLAMA_CONFIG)
     assert len(text(model, prompts, 20, use_cache=use_cache)) == tokens
     assert len(text(model, prompts, tokens - 1, use_cache=use_cache)) == tokens - 1
 
 
-def forgetful_logits(model, ids):
-    """The logits after the last of ``ids`` (T,), in one pass without a cache, if the context is large enough.
+def sliding_logits(model, ids):
+    """Logits of the last of ``ids`` (T,), from one pass without a cache of a model with a larger context.
 
-    A mask does the forgetting: before a token is read that finds eight entries, the two oldest are dropped.
+    A mask excludes dropped tokens: when eight entries are cached, the two oldest are dropped before the next.
     """
     oldest, allowed = 0, np.zeros((len(ids), len(ids)), bool)
     for t in range(len(ids)):
@@ -217,15 +217,15 @@ def forgetful_logits(model, ids):
         allowed[t, oldest : t + 1] = True
     attention = F.scaled_dot_product_attention
 
-    def forgetful(q, k, v, mask, dropout_p, is_causal, enable_gqa):
+    def masked(q, k, v, mask, dropout_p, is_causal, enable_gqa):
         return attention(q, k, v, allowed, enable_gqa=enable_gqa)
 
-    with mock.patch.object(F, "scaled_dot_product_attention", forgetful):
+    with mock.patch.object(F, "scaled_dot_product_attention", masked):
         return logits_of(model, [ids], last_only=True)[:, 0]  # (1, V)
 
 
 @pytest.mark.parametrize("prompt", [[1, 2, 3], [5, 3, 8, 1, 2, 9, 4, 7]])
-def test_a_sliding_llama_drops_its_oldest_quarter_and_keeps_the_rest_as_it_was(prompt):
+def test_sliding_llama_drops_the_oldest_quarter_of_the_cache(prompt):
     model, table = build(LLAMA_CONFIG), np.random.default_rng(0).random((30, 1))
     larger = Llama(replace(LLAMA_CONFIG, max_position_embeddings=64), rng=None).astype(np.float64)
     larger.load_state_dict(model.state_dict())
@@ -239,29 +239,29 @@ def test_a_sliding_llama_drops_its_oldest_quarter_and_keeps_the_rest_as_it_was(p
         tokens = text(model, [prompt], 30, rng=Uniforms(table), slide=True)[:, 0].tolist()
     assert len(tokens) == len(logits) == 30
     for step, scores in enumerate(logits):
-        expected = forgetful_logits(larger, prompt + tokens[:step])
+        expected = sliding_logits(larger, prompt + tokens[:step])
         assert np.abs(scores - expected).max() <= 1e-12 * np.abs(expected).max(), step
 
 
-def test_a_sliding_llama_is_not_one_that_reads_its_window_again():
+def test_sliding_llama_differs_from_recomputing_the_window():
     model, prompt = build(LLAMA_CONFIG), [[1, 2, 3]]
     kept, again = (text(model, prompt, 30, 0, slide=True, use_cache=cached) for cached in (True, False))
     assert len(kept) == len(again) == 30
-    assert np.array_equal(kept[:6], again[:6])  # up to the end of the context there is nothing to forget
+    assert np.array_equal(kept[:6], again[:6])  # until the context is full nothing is dropped
     assert not np.array_equal(kept, again)
 
 
-def test_a_sliding_batch_goes_on_in_every_row():
+def test_sliding_batch_continues_every_row():
     model = build(LLAMA_CONFIG)
     tokens = text(model, [[1, 2, 3, 4, 5, 6, 7], [8]], 40, slide=True, rng=np.random.default_rng(0))
     assert tokens.shape == (40, 2)
-    # The row that began with padding has room to lose before it loses tokens: up to there it is itself.
+    # The padded row first loses its padding: until then its tokens are those it generates alone.
     table = np.random.default_rng(0).random((40, 2))
     alone = text(model, [[8]], 8, rng=Uniforms(table[:, [1]]))[:, 0]
     assert tokens[:8, 1].tolist() == alone.tolist()
 
 
-def test_sliding_says_nothing_to_gpt2():
+def test_slide_has_no_effect_on_gpt2():
     model = build(GPT2_CONFIG)
     slid, plain = (
         text(model, [[1, 2]], 20, slide=slide, rng=np.random.default_rng(0)) for slide in (True, False)
@@ -269,7 +269,7 @@ def test_sliding_says_nothing_to_gpt2():
     assert len(slid) == 20 and np.array_equal(slid, plain)
 
 
-def test_a_context_of_one_token_slides_too():
+def test_context_of_one_token_slides():
     model = build(replace(LLAMA_CONFIG, max_position_embeddings=1))
     tokens = text(model, [[3]], 5, temperature=0, slide=True)[:, 0].tolist()
     expected = [3]
@@ -282,10 +282,10 @@ def test_a_context_of_one_token_slides_too():
 
 
 @both_models
-def test_it_holds_what_it_must_and_no_more(config):
+def test_cache_size_is_that_of_keys_and_values(config):
     model = build(config, np.float32)
     cache = model.new_cache(3, 5)
-    heads = 3 if isinstance(config, GPT2Config) else 2  # Llama's six query heads share two
+    heads = 3 if isinstance(config, GPT2Config) else 2  # six query heads of Llama share two key-value heads
     for entries in cache.keys + cache.values:
         assert (entries.shape, entries.dtype) == ((3, heads, 5, 4), np.float32)
     assert len(cache.keys) == len(cache.values) == 2  # layers
@@ -294,7 +294,7 @@ def test_it_holds_what_it_must_and_no_more(config):
 
 
 @both_models
-def test_on_a_cpu_autocast_changes_nothing(config):
+def test_autocast_does_not_change_the_cache_on_a_cpu(config):
     model = build(config)
     with autocast("bfloat16"):
         cache = model.new_cache(1)
@@ -304,7 +304,7 @@ def test_on_a_cpu_autocast_changes_nothing(config):
 
 
 def watched_caches(model):
-    """A list that gets (capacity, weak reference) of every cache the model will make."""
+    """A list to which (capacity, weak reference) of every cache the model creates is appended."""
     caches = []
 
     def new_cache(*args):
@@ -317,7 +317,7 @@ def watched_caches(model):
 
 
 @both_models
-def test_prompt_and_new_tokens_fit_and_nothing_is_set_aside_for_more(config):
+def test_generate_allocates_capacity_for_prompt_and_new_tokens_only(config):
     model = build(config)
     caches = watched_caches(model)
     for tokens in (3, 1000):
@@ -325,17 +325,17 @@ def test_prompt_and_new_tokens_fit_and_nothing_is_set_aside_for_more(config):
     assert [capacity for capacity, _ in caches] == [5, 8]
 
 
-def test_attention_reads_the_cache_itself():
+def test_attention_reads_cached_keys_without_a_copy():
     cache = build(LLAMA_CONFIG).new_cache(2, 6)
     layer = cache.layers(2, 4)[1]
     new = [Tensor(np.random.default_rng(i).standard_normal((2, 2, 4, 4))) for i in range(2)]
     for kept, whole, given_now in zip((cache.keys[1], cache.values[1]), layer.extend(*new), new):
         assert np.shares_memory(whole.data, kept) and np.array_equal(whole.data, given_now.data)
-    assert cache.length == 0  # until the whole model has read
+    assert cache.length == 0  # until the forward pass is complete
 
 
 @both_models
-def test_a_pass_that_fails_leaves_the_cache_as_it_was(config):
+def test_failed_forward_pass_leaves_the_cache_unchanged(config):
     model = build(config)
     ids = np.array([[1, 2, 3]])
     cache = model.new_cache(1)
@@ -350,7 +350,7 @@ def test_a_pass_that_fails_leaves_the_cache_as_it_was(config):
 
 
 @both_models
-def test_what_does_not_fit_the_cache_is_refused(config):
+def test_ids_that_exceed_the_cache_are_refused(config):
     model = build(config)
     cache = model.new_cache(2, 5)
     logits_of(model, [[1, 2, 3], [4, 5, 6]], cache=cache)
@@ -362,7 +362,7 @@ def test_what_does_not_fit_the_cache_is_refused(config):
     assert cache.length == 3
 
 
-def test_dropping_keeps_positions():
+def test_drop_oldest_preserves_positions():
     cache = build(LLAMA_CONFIG).new_cache(2, 6, padding=[0, 3])
     for entries in cache.keys + cache.values:
         entries[...] = np.arange(6)[:, None]
@@ -379,11 +379,11 @@ def test_dropping_keeps_positions():
 
 
 @both_models
-def test_an_iterator_that_is_given_up_frees_its_cache(config):
+def test_abandoned_iterator_frees_its_cache(config):
     model = build(config)
     caches = watched_caches(model)
     gc.collect()
-    gc.disable()  # the count of references must do
+    gc.disable()  # reference counting must suffice
     try:
         steps = generate(model, [[1, 2]], 5)
         next(steps), next(steps)
@@ -400,11 +400,11 @@ def test_gpt2_frees_its_cache_when_the_window_slides():
     model = build(GPT2_CONFIG)
     caches = watched_caches(model)
     freed = [caches[0][1]() is None for _ in generate(model, [[1] * 6], 6)]
-    assert freed == [False] * 3 + [True] * 3  # 6, 7 and 8 tokens are read with it
+    assert freed == [False] * 3 + [True] * 3  # it is used for 6, 7 and 8 tokens
 
 
 @both_models
-def test_recording_and_dropout_are_as_they_were_between_steps(config):
+def test_recording_and_training_mode_are_restored_between_steps(config):
     model = build(config).train()
     x = Tensor(np.array([3.0]), requires_grad=True)
     for _ in generate(model, [[1]], 3):
@@ -415,8 +415,8 @@ def test_recording_and_dropout_are_as_they_were_between_steps(config):
 
 @both_models
 @pytest.mark.parametrize("slide", [False, True])
-def test_on_the_device(config, slide, put):
-    """The device array refuses whatever CuPy would: a step copies ids there, and logits back."""
+def test_generation_on_the_device(config, slide, put):
+    """Only ids are copied to the device and logits back: the device array refuses implicit copies."""
     host, there = build(config), build(config, put=put)
     prompts = [[1, 2, 3], [4], [5, 6, 7, 8, 9]]
     assert isinstance(there.new_cache(1).keys[0], type(put(np.zeros(1))))
@@ -427,17 +427,15 @@ def test_on_the_device(config, slide, put):
 
 
 @both_models
-@pytest.mark.parametrize("falls_asleep", [True, False])
-def test_a_step_holds_blas_to_one_thread_only_if_its_others_would_stay_awake(
-    monkeypatch, config, falls_asleep
-):
-    told = []
+@pytest.mark.parametrize("threads_sleep", [True, False])
+def test_decoding_step_uses_one_blas_thread_unless_idle_threads_sleep(monkeypatch, config, threads_sleep):
+    limits_set = []
 
     def limit(**limits):
-        told.append(limits)
+        limits_set.append(limits)
         return contextlib.nullcontext()
 
-    monkeypatch.setattr(threads, "_BLAS_THREADS_SLEEP", falls_asleep)
+    monkeypatch.setattr(threads, "_BLAS_THREADS_SLEEP", threads_sleep)
     monkeypatch.setattr(threads._Workers, "blas", SimpleNamespace(limit=limit))
     list(generate(build(config), [[1]], 3))
-    assert told == ([] if falls_asleep else [dict(limits=1, user_api="blas")] * 3)
+    assert limits_set == ([] if threads_sleep else [dict(limits=1, user_api="blas")] * 3)

@@ -1,4 +1,4 @@
-"""GPT-2 against Hugging Face's own class, its folders both ways, and what it promises by itself."""
+"""GPT-2 against transformers, folders exchanged in both directions, and properties of the model."""
 
 import json
 import math
@@ -30,10 +30,10 @@ transformers = pytest.importorskip("transformers")
 
 
 def huggingface_twin(model):
-    """``transformers.GPT2LMHeadModel`` with the weights of ``model``, and the head's bias, which it lacks.
+    """``transformers.GPT2LMHeadModel`` with the weights of ``model``.
 
-    Two of our options it does not have: without ``qkv_bias`` its bias for Q, K and V is held at zero;
-    ``lm_head_bias`` is added to its logits by ``huggingface_logits``.
+    It lacks two of our options. Without ``qkv_bias`` its bias for Q, K and V is zero; the bias of the head is
+    added to its logits by ``huggingface_logits``.
     """
     ours = model.config
     names = ("vocab_size n_positions n_embd n_layer n_head n_inner activation_function layer_norm_epsilon "
@@ -60,7 +60,7 @@ def huggingface_logits(twin, ids):
 
 
 def huggingface_gradients(model, twin):
-    """Name -> gradient, in the checkpoint's layout and under our names, of what both models have."""
+    """Name -> gradient of the parameters of both models, in the checkpoint layout, by our names."""
     gradients = {"lm_head.bias": twin.head_bias.grad} if twin.head_bias is not None else {}
     for name, parameter in twin.named_parameters():
         name = name.removeprefix("transformer.")
@@ -71,7 +71,7 @@ def huggingface_gradients(model, twin):
 
 
 @given(config=configs(), rows=st.integers(1, 3), seed=st.integers(0, 2**32 - 1), data=st.data())
-def test_logits_loss_and_all_gradients_against_transformers(config, rows, seed, data):
+def test_logits_loss_and_gradients_equal_transformers(config, rows, seed, data):
     time = data.draw(st.integers(1, config.n_positions), label="time")
     model = random_gpt2(config, seed)
     twin = huggingface_twin(model)
@@ -81,7 +81,7 @@ def test_logits_loss_and_all_gradients_against_transformers(config, rows, seed, 
     theirs = huggingface_logits(twin, ids)
     assert_close(model(ids).data, theirs, "logits")
 
-    # Their own loss computes in float32; this one is float64 all through.
+    # The loss of transformers is computed in float32; this one in float64.
     total = torch.nn.functional.cross_entropy(
         theirs.reshape(-1, config.vocab_size), torch.from_numpy(targets).reshape(-1), reduction="sum"
     )
@@ -98,7 +98,7 @@ def test_logits_loss_and_all_gradients_against_transformers(config, rows, seed, 
         assert_close(gradient, reference[name], name)
 
 
-def test_backward_through_the_logits_against_transformers():
+def test_backward_through_the_logits_equals_transformers():
     model = random_gpt2(GPT2Config(**SMALL))
     twin = huggingface_twin(model)
     ids, _ = batch(model.config, (2, 8))
@@ -111,8 +111,8 @@ def test_backward_through_the_logits_against_transformers():
 
 
 @pytest.mark.proof("GPT2")
-def test_longer_than_one_block_of_queries_and_one_chunk_of_rows():
-    """300 positions are three blocks in attention; 900 rows are two chunks in the loss."""
+def test_several_query_blocks_and_row_chunks_equal_transformers():
+    """300 positions are three query blocks in attention; 900 rows are two chunks in the loss."""
     config = GPT2Config(**SMALL | dict(n_positions=300, vocab_size=70), **NO_DROPOUT)
     model = random_gpt2(config)
     twin = huggingface_twin(model)
@@ -148,7 +148,7 @@ CLASSIC = GPT2Config(n_positions=256, qkv_bias=False, lm_head_bias=True, tie_wor
     ],
     ids=["default", *SIZES, "classic"],
 )
-def test_published_parameter_counts(config, count):
+def test_parameter_counts_are_as_published(config, count):
     tracemalloc.start()
     try:
         model = GPT2(config, rng=None)
@@ -159,7 +159,7 @@ def test_published_parameter_counts(config, count):
     assert peak < count * 4 / 100  # biases and norms only
 
 
-def test_presets():
+def test_preset_applies_changes_and_refuses_unknown_sizes():
     config = GPT2Config.preset("355M", n_positions=256, qkv_bias=False)
     assert (config.n_layer, config.n_head, config.n_embd) == (24, 16, 1024)
     assert config.n_positions == 256 and not config.qkv_bias and config.vocab_size == 50257
@@ -169,7 +169,7 @@ def test_presets():
 
 @pytest.mark.parametrize("initializer_range", [0.02, 0.05])
 @pytest.mark.parametrize("tied", [True, False])
-def test_initial_weights(initializer_range, tied):
+def test_initial_weights_have_the_documented_std(initializer_range, tied):
     config = GPT2Config(
         vocab_size=2000, n_positions=400, n_embd=96, n_layer=8, n_head=4, tie_word_embeddings=tied,
         lm_head_bias=True, initializer_range=initializer_range,
@@ -188,7 +188,7 @@ def test_initial_weights(initializer_range, tied):
             assert abs(data.mean()) < 5 * std / math.sqrt(data.size), name
 
 
-def test_weights_follow_from_the_seed():
+def test_initial_weights_are_a_function_of_the_seed():
     same, again, other = (GPT2(GPT2Config(**SMALL), rng=np.random.default_rng(seed)) for seed in (1, 1, 2))
     for (name, p), q, r in zip(same.named_parameters(), again.parameters(), other.parameters()):
         assert np.array_equal(p.data, q.data), name
@@ -196,7 +196,7 @@ def test_weights_follow_from_the_seed():
             assert not np.array_equal(p.data, r.data), name
 
 
-def test_an_untrained_model_knows_nothing():
+def test_untrained_model_has_a_loss_near_log_vocab_size():
     config = GPT2Config(vocab_size=1000, n_positions=64, n_embd=64, n_layer=4, n_head=4)
     model = GPT2(config, rng=np.random.default_rng(0)).eval()
     rng = np.random.default_rng(1)
@@ -208,7 +208,7 @@ def test_an_untrained_model_knows_nothing():
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
-def test_a_token_changes_no_logit_before_it(dtype):
+def test_logits_do_not_depend_on_later_tokens(dtype):
     config = GPT2Config(**SMALL | dict(n_positions=140))  # more than one block of queries
     model = random_gpt2(config, dtype=dtype)
     ids, _ = batch(config, (2, 140))
@@ -220,10 +220,10 @@ def test_a_token_changes_no_logit_before_it(dtype):
             after = model(changed).data
             assert np.array_equal(after[0, :t], before[0, :t])
             assert not np.array_equal(after[0, t], before[0, t])
-            assert np.array_equal(after[1], before[1])  # nor anything of another row
+            assert np.array_equal(after[1], before[1])  # nor any logit of another row
 
 
-def test_no_gradient_flows_to_later_positions():
+def test_gradients_do_not_flow_to_later_positions():
     model = random_gpt2(GPT2Config(**SMALL))
     ids, _ = batch(model.config, (1, 8))
     upstream = np.zeros((1, 8, 13))
@@ -233,7 +233,7 @@ def test_no_gradient_flows_to_later_positions():
     assert not model.wpe.weight.grad[5:].any()
 
 
-def test_rows_of_a_batch_do_not_depend_on_each_other():
+def test_rows_of_a_batch_are_independent():
     model = random_gpt2(GPT2Config(**SMALL))
     ids, _ = batch(model.config, (5, 8))
     together = model(ids).data
@@ -243,7 +243,7 @@ def test_rows_of_a_batch_do_not_depend_on_each_other():
         assert_close(model(ids[i : i + 1]).data, together[i : i + 1], f"row {i} alone", 1e-13)
 
 
-def test_a_prefix_gives_the_logits_of_the_whole():
+def test_prefix_has_the_logits_of_the_full_sequence():
     model = random_gpt2(GPT2Config(**SMALL))
     ids, _ = batch(model.config, (2, 8))
     whole = model(ids).data
@@ -251,10 +251,10 @@ def test_a_prefix_gives_the_logits_of_the_whole():
         assert_close(model(ids[:, :time]).data, whole[:, :time], f"{time} positions", 1e-13)
 
 
-def test_micro_batches_add_up_to_the_batch():
+def test_micro_batch_gradients_sum_to_the_batch_gradient():
     model = random_gpt2(GPT2Config(**SMALL))
     ids, targets = batch(model.config, (4, 8))
-    targets[:2, 1:] = -100  # the halves count very different numbers of targets
+    targets[:2, 1:] = -100  # the halves have very different numbers of targets
     targets[2:] = np.abs(targets[2:]) % 13
     counts = (targets != -100).sum(axis=1)
     assert counts[:2].sum() < counts[2:].sum() / 3
@@ -273,7 +273,7 @@ def test_micro_batches_add_up_to_the_batch():
         assert_close(p.grad, expected[name], name, 1e-12)
 
 
-def test_a_batch_in_which_nothing_counts_may_be_part_of_a_step():
+def test_batch_with_all_targets_ignored_has_zero_loss():
     model = random_gpt2(GPT2Config(**SMALL))
     ids, targets = batch(model.config, (2, 8))
     nothing = np.full_like(targets, -100)
@@ -286,7 +286,7 @@ def test_a_batch_in_which_nothing_counts_may_be_part_of_a_step():
 
 
 @pytest.mark.parametrize("changes", [{}, dict(activation_function="gelu"), dict(lm_head_bias=True)])
-def test_float32_stays_float32(changes):
+def test_float32_is_preserved(changes):
     model = random_gpt2(GPT2Config(**SMALL | changes), dtype=np.float32).train()
     ids, targets = batch(model.config, (2, 8))
     assert model(ids).dtype == np.float32
@@ -302,7 +302,7 @@ def test_float32_stays_float32(changes):
     assert_close(model.eval()(ids).data.astype(np.float64), exact(ids).data, "float32 against float64", 1e-5)
 
 
-def test_dropout_repeats_with_its_seed_and_is_off_in_eval():
+def test_dropout_is_reproducible_and_disabled_in_eval():
     config = GPT2Config(**SMALL | dict(embd_pdrop=0.1, attn_pdrop=0.2, resid_pdrop=0.3))
     model = random_gpt2(config).train()
     ids, targets = batch(config, (2, 8))
@@ -321,7 +321,7 @@ def test_dropout_repeats_with_its_seed_and_is_off_in_eval():
     assert run(6)[0] != loss
     manual_seed(5)
     model.loss(ids, targets)
-    assert model.loss(ids, targets).item() != loss  # the second in a row draws other masks
+    assert model.loss(ids, targets).item() != loss  # consecutive calls use different masks
 
     model.eval()
     plain = random_gpt2(GPT2Config(**SMALL, **NO_DROPOUT)).train()
@@ -330,8 +330,8 @@ def test_dropout_repeats_with_its_seed_and_is_off_in_eval():
 
 
 @pytest.mark.parametrize("place", ["embd_pdrop", "attn_pdrop", "resid_pdrop"])
-def test_each_dropout_does_something_and_has_the_right_gradient(place):
-    """With the masks held by the seed, the loss is a smooth function: its slope by central differences."""
+def test_every_dropout_has_an_effect_and_the_right_gradient(place):
+    """With fixed masks the loss is smooth: compare its gradient with central differences."""
     config = GPT2Config(**SMALL, **NO_DROPOUT | {place: 0.3})
     model = random_gpt2(config).train()
     ids, targets = batch(config, (2, 8))
@@ -389,7 +389,7 @@ def assert_same_logits(ours, theirs):
 
 @pytest.mark.parametrize("load", [GPT2.from_pretrained, load_model])
 @pytest.mark.parametrize("tied", [True, False])
-def test_a_folder_of_theirs_loads_here(tmp_path, load, tied):
+def test_folder_of_transformers_loads(tmp_path, load, tied):
     theirs = their_model(
         tie_word_embeddings=tied, n_inner=7, layer_norm_epsilon=1e-3, activation_function="gelu"
     )
@@ -428,7 +428,7 @@ def with_the_head_again(tensors):
                lambda tensors: with_the_head_again(with_masks(tensors))],
     ids=["without prefix", "masks", "float masks, without prefix", "tied head again", "masks and head"],
 )  # fmt: skip
-def test_every_published_layout_of_a_file_loads(tmp_path, change):
+def test_every_published_checkpoint_layout_loads(tmp_path, change):
     theirs = their_model()
     theirs.save_pretrained(tmp_path)
     rewrite(tmp_path, change)
@@ -436,17 +436,17 @@ def test_every_published_layout_of_a_file_loads(tmp_path, change):
 
 
 @pytest.mark.parametrize("kind", [torch.float16, torch.bfloat16, torch.float64])
-def test_other_dtypes_load(tmp_path, kind):
+def test_half_precision_checkpoints_load(tmp_path, kind):
     theirs = their_model().to(kind)
     theirs.save_pretrained(tmp_path)
     ours = GPT2.from_pretrained(tmp_path, dtype=np.float64)
     assert {p.dtype for p in ours.parameters()} == {np.dtype(np.float64)}
-    assert_same_logits(ours, theirs)  # the same short numbers, computed with in float64
+    assert_same_logits(ours, theirs)  # the same half-precision weights, computed in float64
     single = GPT2.from_pretrained(tmp_path)
     assert {p.dtype for p in single.parameters()} == {np.dtype(np.float32)}
 
 
-def test_shards_load(tmp_path):
+def test_sharded_checkpoints_load(tmp_path):
     theirs = their_model(tie_word_embeddings=False)
     theirs.save_pretrained(tmp_path, max_shard_size="5KB")
     assert len(list(tmp_path.glob("model-*-of-*.safetensors"))) > 2
@@ -458,7 +458,7 @@ def test_shards_load(tmp_path):
 
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("n_inner", [None, 7])
-def test_a_folder_of_ours_loads_there(tmp_path, tied, n_inner):
+def test_saved_folder_loads_in_transformers(tmp_path, tied, n_inner):
     config = GPT2Config(**SMALL, tie_word_embeddings=tied, n_inner=n_inner, layer_norm_epsilon=1e-3)
     ours = random_gpt2(config, dtype=np.float32)
     ours.save_pretrained(tmp_path)
@@ -478,7 +478,7 @@ def test_a_folder_of_ours_loads_there(tmp_path, tied, n_inner):
                 dict(tie_word_embeddings=False, qkv_bias=False, lm_head_bias=True)],
 )  # fmt: skip
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
-def test_a_folder_of_ours_loads_here(tmp_path, changes, dtype):
+def test_saved_folder_loads(tmp_path, changes, dtype):
     model = random_gpt2(GPT2Config(**SMALL, **changes), dtype=dtype)
     model.save_pretrained(tmp_path)
     for load in (GPT2.from_pretrained, load_model):
@@ -490,7 +490,7 @@ def test_a_folder_of_ours_loads_here(tmp_path, changes, dtype):
         assert (again.lm_head.weight is again.wte.weight) == model.config.tie_word_embeddings
 
 
-def test_a_model_is_not_overwritten_by_chance(tmp_path):
+def test_existing_model_is_not_overwritten_by_default(tmp_path):
     model, other = (random_gpt2(GPT2Config(**SMALL), seed) for seed in (0, 1))
     model.save_pretrained(tmp_path)
     with pytest.raises(Error, match="already contains a model"):
@@ -502,7 +502,7 @@ def test_a_model_is_not_overwritten_by_chance(tmp_path):
 
 # --------------------------------------------------------------------------------------- configs
 
-# As the config.json of the models on the hub stand. The first is gpt2's.
+# Contents of config.json of models on the hub. The first is gpt2's.
 HUB_GPT2 = {
     "activation_function": "gelu_new", "architectures": ["GPT2LMHeadModel"], "attn_pdrop": 0.1,
     "bos_token_id": 50256, "embd_pdrop": 0.1, "eos_token_id": 50256, "initializer_range": 0.02,
@@ -528,13 +528,13 @@ COUNTS = {
 
 
 @pytest.mark.parametrize("name", HUB)
-def test_the_hubs_own_configs_are_read_as_they_stand(name):
+def test_published_configs_can_be_read(name):
     config = GPT2Config.from_dict(HUB[name])
     assert GPT2(config, rng=None).num_parameters() == COUNTS[name]
     assert config.tie_word_embeddings and config.qkv_bias and not config.lm_head_bias
 
 
-def test_configs_of_transformers_are_read_as_they_stand(tmp_path):
+def test_configs_of_transformers_can_be_read(tmp_path):
     theirs = transformers.GPT2Config(
         vocab_size=17, n_positions=9, n_embd=20, n_layer=3, n_head=5, n_inner=11, activation_function="gelu",
         embd_pdrop=0.3, attn_pdrop=0.4, resid_pdrop=0.5, layer_norm_epsilon=1e-3, initializer_range=0.01,
@@ -551,7 +551,7 @@ def test_configs_of_transformers_are_read_as_they_stand(tmp_path):
     assert GPT2Config.from_dict(transformers.GPT2Config().to_dict()) == GPT2Config()
 
 
-def test_our_config_is_read_by_transformers_as_it_stands(tmp_path):
+def test_saved_config_can_be_read_by_transformers(tmp_path):
     config = GPT2Config(
         **SMALL, n_inner=5, embd_pdrop=0.3, layer_norm_epsilon=1e-3, tie_word_embeddings=False
     )
@@ -587,12 +587,12 @@ BAD_CONFIGS = {
 
 
 @pytest.mark.parametrize(("changes", "message"), BAD_CONFIGS.values(), ids=BAD_CONFIGS)
-def test_a_bad_config_is_refused(changes, message):
+def test_invalid_config_is_refused(changes, message):
     with pytest.raises(Error, match=message):
         GPT2Config.from_dict(SMALL | changes)
 
 
-def test_load_model_refuses_another_kind(tmp_path):
+def test_load_model_refuses_unsupported_model_types(tmp_path):
     (tmp_path / "config.json").write_text('{"model_type": "bert"}')
     with pytest.raises(Error, match=r"model_type 'bert' is not supported.*gpt2"):
         load_model(tmp_path)
@@ -614,7 +614,7 @@ BAD_IDS = {
 
 
 @pytest.mark.parametrize(("ids", "message"), BAD_IDS.values(), ids=BAD_IDS)
-def test_bad_token_ids_are_refused(ids, message):
+def test_invalid_token_ids_are_refused(ids, message):
     with pytest.raises(Error, match=message):
         GPT2(GPT2Config(**SMALL), rng=np.random.default_rng(0))(ids)
 
@@ -630,20 +630,20 @@ BAD_TARGETS = {
 
 
 @pytest.mark.parametrize(("targets", "message"), BAD_TARGETS.values(), ids=BAD_TARGETS)
-def test_bad_targets_are_refused(targets, message):
+def test_invalid_targets_are_refused(targets, message):
     model = GPT2(GPT2Config(**SMALL), rng=np.random.default_rng(0))
     with pytest.raises(Error, match=message):
         model.loss(np.array([[1, 2, 3, 4]]), targets)
 
 
 @pytest.mark.parametrize("num_targets", [0, -3, math.nan])
-def test_a_bad_divisor_is_refused(num_targets):
+def test_invalid_num_targets_is_refused(num_targets):
     model = GPT2(GPT2Config(**SMALL), rng=np.random.default_rng(0))
     with pytest.raises(Error, match=f"num_targets must be positive, not {num_targets}"):
         model.loss(np.array([[1, 2]]), np.array([[2, 3]]), num_targets=num_targets)
 
 
-def test_ids_of_any_integer_kind_and_lists():
+def test_ids_may_be_lists_or_arrays_of_any_integer_dtype():
     model = random_gpt2(GPT2Config(**SMALL))
     ids = [[1, 5, 12], [0, 0, 3]]
     expected, loss = model(np.array(ids)).data, model.loss(np.array(ids), np.array(ids)).item()
@@ -654,7 +654,7 @@ def test_ids_of_any_integer_kind_and_lists():
         assert model.loss(array, array).item() == loss
 
 
-def test_bad_tensors_in_a_folder_are_all_listed(tmp_path):
+def test_every_invalid_tensor_in_a_folder_is_listed(tmp_path):
     their_model().save_pretrained(tmp_path)
 
     def change(tensors):
@@ -674,14 +674,14 @@ def test_bad_tensors_in_a_folder_are_all_listed(tmp_path):
         assert part in message
 
 
-def test_a_tied_head_that_differs_is_refused(tmp_path):
+def test_tied_head_that_differs_from_the_embedding_is_refused(tmp_path):
     their_model().save_pretrained(tmp_path)
     rewrite(tmp_path, lambda tensors: tensors | {"lm_head.weight": tensors["transformer.wte.weight"] + 1})
     with pytest.raises(Error, match=r"lm_head.weight differs.*tie_word_embeddings"):
         GPT2.from_pretrained(tmp_path)
 
 
-def test_an_untied_head_that_is_missing_is_refused(tmp_path):
+def test_missing_untied_head_is_refused(tmp_path):
     their_model(tie_word_embeddings=False).save_pretrained(tmp_path)
 
     def without_head(tensors):
@@ -692,15 +692,15 @@ def test_an_untied_head_that_is_missing_is_refused(tmp_path):
         GPT2.from_pretrained(tmp_path)
 
 
-def test_a_parameter_stored_twice_is_refused(tmp_path):
-    """With and without ``transformer.``: taking either one in silence would be a guess."""
+def test_parameter_stored_twice_is_refused(tmp_path):
+    """Stored with and without ``transformer.``: choosing one silently would be a guess."""
     their_model().save_pretrained(tmp_path)
     rewrite(tmp_path, lambda tensors: tensors | {"wpe.weight": tensors["transformer.wpe.weight"] + 1})
     with pytest.raises(Error, match=r"transformer\.wpe\.weight"):
         GPT2.from_pretrained(tmp_path)
 
 
-def test_every_matrix_of_a_block_is_stored_as_conv1d():
+def test_every_matrix_of_a_block_is_stored_transposed():
     model = GPT2(GPT2Config(**SMALL), rng=None)
     conv = {name for name, module in model.named_modules() if isinstance(module, Conv1D)}
     parts = ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")

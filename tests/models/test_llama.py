@@ -1,4 +1,4 @@
-"""Llama against Hugging Face's class and our twin, its folders both ways, and what it promises by itself."""
+"""Llama against transformers and the twin, folders exchanged in both directions, and its properties."""
 
 import json
 import math
@@ -45,7 +45,7 @@ from parity.twins import bridge  # noqa: E402
 )
 @given(config=llama_configs(), rows=st.integers(1, 3), seed=st.integers(0, 2**32 - 1),
        num_targets=st.none() | st.integers(1, 50))  # fmt: skip
-def test_logits_loss_and_all_gradients_are_the_same_in_all_three(config, rows, seed, num_targets):
+def test_logits_loss_and_gradients_equal_transformers_and_the_twin(config, rows, seed, num_targets):
     model = random_llama(config, seed)
     ids, targets = batch(config, (rows, 1 + seed % config.max_position_embeddings), seed)
     tensors = torch.from_numpy(ids), torch.from_numpy(targets)
@@ -62,7 +62,7 @@ def test_logits_loss_and_all_gradients_are_the_same_in_all_three(config, rows, s
         assert loss.item() == pytest.approx(expected.item(), rel=1e-10)
         theirs = {name.removeprefix("model."): p.grad for name, p in other.named_parameters()}
         assert theirs.keys() == {name for name, _ in model.named_parameters()}
-        # Of a single position the gradients of q_proj and k_proj are 0, but for what rounding leaves.
+        # For a single position the gradients of q_proj and k_proj are 0 except for rounding errors.
         floor = FLOOR * max(gradient.abs().max() for gradient in theirs.values()).item()
         for name, parameter in model.named_parameters():
             reference = theirs[name].numpy()
@@ -73,7 +73,7 @@ def test_logits_loss_and_all_gradients_are_the_same_in_all_three(config, rows, s
 
 @pytest.mark.parametrize("rope", ROPES)
 @pytest.mark.parametrize("tied", [True, False])
-def test_transformers_as_it_stands_is_as_close_as_its_float32_inside_lets_it(rope, tied):
+def test_unmodified_transformers_differs_by_its_float32_rounding(rope, tied):
     config = LlamaConfig(
         **SMALL_LLAMA, rope_parameters=ROPES[rope], tie_word_embeddings=tied, rms_norm_eps=1e-3
     )
@@ -81,12 +81,12 @@ def test_transformers_as_it_stands_is_as_close_as_its_float32_inside_lets_it(rop
     theirs = as_it_stands(model)
     ids, _ = batch(config, (3, 8))
     assert_close(model(ids).data, theirs(torch.from_numpy(ids)).logits, "logits", 1e-6)
-    with pytest.raises(AssertionError):  # and no closer: else the test above would not need its changes
+    with pytest.raises(AssertionError):  # otherwise the test above would not need its changes
         assert_close(model(ids).data, theirs(torch.from_numpy(ids)).logits, "logits", 1e-10)
 
 
 def as_it_stands(model):
-    """``transformers.LlamaForCausalLM`` with eager attention and nothing put in."""
+    """``transformers.LlamaForCausalLM`` with eager attention, unmodified."""
     patched = bridge.to_transformers(model)
     config = transformers.LlamaConfig.from_dict(patched.config.to_dict())
     config._attn_implementation = "eager"
@@ -96,8 +96,8 @@ def as_it_stands(model):
 
 
 @pytest.mark.proof("Llama")
-def test_longer_than_one_block_of_queries_and_one_chunk_of_rows():
-    """300 positions are several blocks in attention; 900 rows are two chunks in the loss."""
+def test_several_query_blocks_and_row_chunks_equal_transformers():
+    """300 positions are several query blocks in attention; 900 rows are two chunks in the loss."""
     config = replace(EVERYTHING, max_position_embeddings=300, vocab_size=70)
     model = random_llama(config)
     theirs = bridge.to_transformers(model)
@@ -136,9 +136,7 @@ def their_frequencies(config):
 @example(kind="llama3", half=64, theta=5e5, factor=8, low=1, more=3, trained=8192)  # Llama 3.1 8B
 @example(kind="llama3", half=32, theta=5e5, factor=32, low=1, more=3, trained=8192)  # Llama 3.2 1B
 @example(kind="default", half=64, theta=1e4, factor=1, low=1, more=1, trained=16)  # Llama 2
-def test_frequencies_of_every_rope_type_are_those_of_transformers(
-    kind, half, theta, factor, low, more, trained
-):
+def test_frequencies_of_every_rope_type_equal_transformers(kind, half, theta, factor, low, more, trained):
     values = dict(
         factor=factor, low_freq_factor=low, high_freq_factor=low + more,
         original_max_position_embeddings=trained,
@@ -147,7 +145,7 @@ def test_frequencies_of_every_rope_type_are_those_of_transformers(
     config = LlamaConfig(**SMALL_LLAMA | dict(head_dim=2 * half), rope_parameters=rope)
     ours = rope_frequencies(config)
     assert ours.shape == (half,) and ours.dtype == np.float64
-    # In float32 the smooth factor of a short wave, (thousands - low) / more, is off by that many roundings.
+    # The interpolation factor of a short wave, (thousands - low) / more, has that relative error in float32.
     single, scaling = their_frequencies(config)
     np.testing.assert_allclose(ours, single.numpy(), rtol=1e-4)
     with mock.patch.object(torch, "float", torch.float64):
@@ -157,8 +155,8 @@ def test_frequencies_of_every_rope_type_are_those_of_transformers(
 
 
 @pytest.mark.parametrize("size", ["Llama-3.1-8B", "Llama-3.2-1B"])
-def test_the_published_scaling_takes_effect(size):
-    """Of Llama 3.1's 64 frequencies the high are kept, the low divided by the factor, some between."""
+def test_published_rope_scaling_has_an_effect(size):
+    """Llama 3.1 keeps high frequencies, divides low ones by the factor, and interpolates in between."""
     config = LlamaConfig.preset(size)
     plain = replace(config, rope_parameters=dict(rope_theta=500000.0))
     ratio = rope_frequencies(plain) / rope_frequencies(config)
@@ -172,8 +170,8 @@ def test_the_published_scaling_takes_effect(size):
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
-def test_the_angles_of_late_positions_are_exact(dtype):
-    """The angle itself in float32 would be off by up to 0.005 near position 100,000."""
+def test_angles_of_late_positions_are_accurate(dtype):
+    """Angles in float32 would have errors of up to 0.005 near position 100,000."""
     frequencies = rope_frequencies(LlamaConfig.preset("Llama-3.1-8B"))
     positions = np.array([0, 1, 99_999, 131_071])
     cos, sin = rotation(frequencies, positions, like=np.zeros(1, dtype))
@@ -183,8 +181,8 @@ def test_the_angles_of_late_positions_are_exact(dtype):
     np.testing.assert_allclose(cos**2 + sin**2, 1, rtol=0, atol=4 * np.finfo(dtype).eps)
 
 
-def test_only_distances_matter():
-    """Attention over tokens at positions 5 … 12 is that over positions 0 … 7."""
+def test_attention_depends_on_distances_only():
+    """Attention over positions 5 … 12 equals attention over positions 0 … 7."""
     model = random_llama(EVERYTHING)
     attention = model.layers[0].self_attn
     x = model.embed_tokens(np.arange(8)[None])
@@ -207,7 +205,7 @@ COUNTS = {
 
 
 @pytest.mark.parametrize("size", SIZES)
-def test_published_parameter_counts(size):
+def test_parameter_counts_are_as_published(size):
     tracemalloc.start()
     try:
         model = Llama(LlamaConfig.preset(size), rng=None)
@@ -218,7 +216,7 @@ def test_published_parameter_counts(size):
     assert peak < 2_000_000  # norms only
 
 
-def test_presets():
+def test_preset_applies_changes_and_refuses_unknown_sizes():
     config = LlamaConfig.preset("Llama-3.2-1B", max_position_embeddings=256)
     assert (config.num_hidden_layers, config.hidden_size, config.head_dim) == (16, 2048, 64)
     assert (config.num_attention_heads, config.num_key_value_heads) == (32, 8)
@@ -229,7 +227,7 @@ def test_presets():
 
 @pytest.mark.parametrize("initializer_range", [0.02, 0.05])
 @pytest.mark.parametrize("tied", [True, False])
-def test_initial_weights(initializer_range, tied):
+def test_initial_weights_have_the_documented_std(initializer_range, tied):
     config = LlamaConfig(
         vocab_size=2000, hidden_size=96, intermediate_size=200, num_hidden_layers=3, num_attention_heads=4,
         num_key_value_heads=2, head_dim=32, tie_word_embeddings=tied, attention_bias=True, mlp_bias=True,
@@ -250,7 +248,7 @@ def test_initial_weights(initializer_range, tied):
             assert abs(data.mean()) < 5 * initializer_range / math.sqrt(data.size), name
 
 
-def test_an_untrained_model_knows_nothing():
+def test_untrained_model_has_a_loss_near_log_vocab_size():
     model = Llama(LlamaConfig.preset("toy"), rng=np.random.default_rng(0)).eval()
     ids, targets = np.random.default_rng(1).integers(0, 1024, (2, 4, 64))
     assert model.loss(ids, targets).item() == pytest.approx(math.log(1024), abs=0.1)
@@ -260,7 +258,7 @@ def test_an_untrained_model_knows_nothing():
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
-def test_a_token_changes_no_logit_before_it(dtype):
+def test_logits_do_not_depend_on_later_tokens(dtype):
     config = replace(EVERYTHING, max_position_embeddings=140)  # more than one block of queries
     model = random_llama(config, dtype=dtype)
     ids, _ = batch(config, (2, 140))
@@ -272,10 +270,10 @@ def test_a_token_changes_no_logit_before_it(dtype):
             after = model(changed).data
             assert np.array_equal(after[0, :t], before[0, :t])
             assert not np.array_equal(after[0, t], before[0, t])
-            assert np.array_equal(after[1], before[1])  # nor anything of another row
+            assert np.array_equal(after[1], before[1])  # nor any logit of another row
 
 
-def test_a_prefix_gives_the_logits_of_the_whole_and_rows_do_not_depend_on_each_other():
+def test_prefixes_and_rows_have_the_logits_of_the_full_batch():
     model = random_llama(EVERYTHING)
     ids, _ = batch(EVERYTHING, (5, 8))
     whole = model(ids).data
@@ -285,14 +283,14 @@ def test_a_prefix_gives_the_logits_of_the_whole_and_rows_do_not_depend_on_each_o
         assert_close(model(ids[i : i + 1]).data, whole[i : i + 1], f"row {i} alone", 1e-13)
 
 
-def test_last_only():
+def test_last_only_returns_the_last_logits():
     model = random_llama(EVERYTHING)
     ids, _ = batch(EVERYTHING, (2, 8))
     assert_close(model(ids, last_only=True).data, model(ids).data[:, -1:], "the last position", 1e-13)
     assert model.context == 8
 
 
-def test_float32_stays_float32():
+def test_float32_is_preserved():
     model = random_llama(EVERYTHING, dtype=np.float32).train()
     ids, targets = batch(EVERYTHING, (2, 8))
     assert model(ids).dtype == np.float32
@@ -306,7 +304,7 @@ def test_float32_stays_float32():
     assert_close(model.eval()(ids).data.astype(np.float64), exact(ids).data, "float32 against float64", 1e-5)
 
 
-def test_attention_dropout_repeats_with_its_seed_and_is_off_in_eval():
+def test_attention_dropout_is_reproducible_and_disabled_in_eval():
     model = random_llama(replace(EVERYTHING, attention_dropout=0.3)).train()
     ids, targets = batch(EVERYTHING, (2, 8))
 
@@ -346,7 +344,7 @@ def assert_same_logits(ours, theirs):
 
 @pytest.mark.parametrize("load", [Llama.from_pretrained, load_model])
 @pytest.mark.parametrize("tied", [True, False])
-def test_a_folder_of_theirs_loads_here(tmp_path, load, tied):
+def test_folder_of_transformers_loads(tmp_path, load, tied):
     theirs = their_model(
         tie_word_embeddings=tied, attention_bias=True, mlp_bias=True, rms_norm_eps=1e-3,
         rope_parameters=dict(ROPES["llama3"]),
@@ -371,7 +369,7 @@ def old_spelling(config, type_key):
 
 @pytest.mark.parametrize("type_key", [["type"], ["rope_type"], ["type", "rope_type"]], ids=" and ".join)
 @pytest.mark.parametrize("rope", ROPES)
-def test_the_old_spelling_of_a_config_is_the_new_one(tmp_path, rope, type_key):
+def test_older_config_format_equals_the_current_one(tmp_path, rope, type_key):
     theirs = their_model(rope_parameters=dict(ROPES[rope]))
     theirs.save_pretrained(tmp_path)
     file = tmp_path / "config.json"
@@ -396,7 +394,7 @@ def with_the_head_again(tensors):
 
 
 @pytest.mark.parametrize("change", [without_prefix, with_frequencies, with_the_head_again])
-def test_every_published_layout_of_a_file_loads(tmp_path, change):
+def test_every_published_checkpoint_layout_loads(tmp_path, change):
     theirs = their_model(tie_word_embeddings=True)
     theirs.save_pretrained(tmp_path)
     rewrite(tmp_path, change)
@@ -404,23 +402,23 @@ def test_every_published_layout_of_a_file_loads(tmp_path, change):
 
 
 @pytest.mark.parametrize("kind", [torch.float16, torch.bfloat16, torch.float64])
-def test_other_dtypes_load(tmp_path, kind):
+def test_half_precision_checkpoints_load(tmp_path, kind):
     theirs = their_model().to(kind)
     theirs.save_pretrained(tmp_path)
     ours = Llama.from_pretrained(tmp_path, dtype=np.float64)
     assert {p.dtype for p in ours.parameters()} == {np.dtype(np.float64)}
-    assert_same_logits(ours, theirs)  # the same short numbers, computed with in float64
+    assert_same_logits(ours, theirs)  # the same half-precision weights, computed in float64
     assert {p.dtype for p in Llama.from_pretrained(tmp_path).parameters()} == {np.dtype(np.float32)}
 
 
-def test_shards_load(tmp_path):
+def test_sharded_checkpoints_load(tmp_path):
     theirs = their_model()
     theirs.save_pretrained(tmp_path, max_shard_size="5KB")
     assert len(list(tmp_path.glob("model-*-of-*.safetensors"))) > 2
     assert_same_logits(load_model(tmp_path), theirs)
 
 
-def test_bad_tensors_in_a_folder_are_refused(tmp_path):
+def test_invalid_tensors_in_a_folder_are_refused(tmp_path):
     their_model(tie_word_embeddings=True).save_pretrained(tmp_path)
     key = "model.layers.1.self_attn.k_proj.weight"
     file = tmp_path / "model.safetensors"
@@ -445,7 +443,7 @@ def test_bad_tensors_in_a_folder_are_refused(tmp_path):
 
 @pytest.mark.parametrize("rope", ROPES)
 @pytest.mark.parametrize("changes", [{}, dict(tie_word_embeddings=True, attention_bias=True, mlp_bias=True)])
-def test_a_folder_of_ours_loads_there_and_here(tmp_path, rope, changes):
+def test_saved_folder_loads_here_and_in_transformers(tmp_path, rope, changes):
     ours = random_llama(
         LlamaConfig(**SMALL_LLAMA | changes, rope_parameters=ROPES[rope], rms_norm_eps=1e-3), dtype=np.float32
     )
@@ -465,7 +463,7 @@ def test_a_folder_of_ours_loads_there_and_here(tmp_path, rope, changes):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
-def test_the_report_compares_a_folder_and_a_random_llama(tmp_path, capsys, dtype):
+def test_report_compares_a_folder_and_a_random_llama(tmp_path, capsys, dtype):
     random_llama(EVERYTHING, dtype=np.float32).save_pretrained(tmp_path / "model")
     names = {name for name, _ in random_llama(EVERYTHING).named_modules() if name}
     for what in ([str(tmp_path / "model"), "--tokens", "8"], ["--random", "--arch", "llama"]):
@@ -479,7 +477,7 @@ def test_the_report_compares_a_folder_and_a_random_llama(tmp_path, capsys, dtype
 
 # --------------------------------------------------------------------------------------- configs
 
-# As the config.json of the models on the hub stand, in the spellings of their years.
+# Contents of config.json of models on the hub, in the formats of their time.
 HUB_LLAMA_2 = {
     "_name_or_path": "meta-llama/Llama-2-7b-hf", "architectures": ["LlamaForCausalLM"], "bos_token_id": 1,
     "eos_token_id": 2, "hidden_act": "silu", "hidden_size": 4096, "initializer_range": 0.02,
@@ -508,7 +506,7 @@ HUB_SMOLLM2 = {
 }  # fmt: skip
 
 
-def test_the_hubs_own_configs_are_read_as_they_stand():
+def test_published_configs_can_be_read():
     assert LlamaConfig.from_dict(HUB_LLAMA_2) == LlamaConfig.preset("Llama-2-7B")
     assert LlamaConfig.from_dict(HUB_LLAMA_3_1) == LlamaConfig.preset("Llama-3.1-8B")
     smollm2 = LlamaConfig.from_dict(HUB_SMOLLM2)
@@ -516,7 +514,7 @@ def test_the_hubs_own_configs_are_read_as_they_stand():
     assert smollm2.head_dim == 64 and smollm2.rope_parameters["rope_theta"] == 100000
 
 
-def test_configs_of_transformers_are_read_as_they_stand(tmp_path):
+def test_configs_of_transformers_can_be_read(tmp_path):
     changes = SMALL_LLAMA | dict(
         rms_norm_eps=1e-3, initializer_range=0.01, attention_dropout=0.2, attention_bias=True, mlp_bias=True,
         tie_word_embeddings=True, rope_parameters=ROPES["linear"],
@@ -530,7 +528,7 @@ def test_configs_of_transformers_are_read_as_they_stand(tmp_path):
 
 @settings(max_examples=20)
 @given(config=llama_configs())
-def test_our_config_is_read_by_transformers_as_it_stands(config):
+def test_saved_config_can_be_read_by_transformers(config):
     theirs = transformers.LlamaConfig.from_dict(json.loads(json.dumps(config.to_dict())))
     assert theirs.architectures == ["LlamaForCausalLM"] and theirs.model_type == "llama"
     for name, value in vars(config).items():
@@ -538,7 +536,7 @@ def test_our_config_is_read_by_transformers_as_it_stands(config):
     assert LlamaConfig.from_dict(config.to_dict()) == config == LlamaConfig.from_dict(theirs.to_dict())
 
 
-def test_a_config_leaves_what_it_was_given_alone():
+def test_config_does_not_modify_its_arguments():
     given = dict(rope_theta=7.0)
     config = LlamaConfig(**SMALL_LLAMA, rope_parameters=given)
     assert given == dict(rope_theta=7.0)
@@ -585,7 +583,7 @@ BAD_CONFIGS = {
 
 
 @pytest.mark.parametrize(("changes", "message"), BAD_CONFIGS.values(), ids=BAD_CONFIGS)
-def test_a_bad_config_is_refused(changes, message):
+def test_invalid_config_is_refused(changes, message):
     with pytest.raises(Error, match=message):
         LlamaConfig.from_dict(SMALL_LLAMA | changes)
 
@@ -601,6 +599,6 @@ BAD_IDS = {
 
 
 @pytest.mark.parametrize(("ids", "message"), BAD_IDS.values(), ids=BAD_IDS)
-def test_bad_token_ids_are_refused(ids, message):
+def test_invalid_token_ids_are_refused(ids, message):
     with pytest.raises(Error, match=message):
         random_llama(EVERYTHING)(ids)

@@ -100,7 +100,7 @@ HEADS = {
 
 @every_model
 @pytest.mark.parametrize("head", HEADS.values(), ids=HEADS)
-def test_a_replaced_head_is_that_of_logits_loss_and_generate(config, head):
+def test_replaced_head_is_used_by_logits_loss_and_generate(config, head):
     model = random_model(config)
     model.lm_head = head(model.lm_head)
     ids, targets = batch(config, (2, 8))
@@ -126,7 +126,7 @@ def test_a_replaced_head_is_that_of_logits_loss_and_generate(config, head):
     assert text(model, prompt, 1, temperature=0)[0] == list(first)
 
 
-def test_a_head_of_zeros_knows_nothing():
+def test_head_of_zeros_has_a_loss_of_log_classes():
     model = random_model(CONFIGS["gpt2"])
     model.lm_head = Zeros(13)
     ids, targets = batch(model.config, (2, 8))
@@ -134,8 +134,8 @@ def test_a_head_of_zeros_knows_nothing():
 
 
 @every_model
-def test_a_plain_head_is_not_called_by_the_loss_and_any_other_is(config):
-    """Only then need all logits not be in memory together."""
+def test_loss_calls_every_head_but_a_plain_linear(config):
+    """Only for a plain Linear can the loss avoid computing the full logits."""
     model, seen = random_model(config), []
     ids, targets = batch(config, (2, 8))
     with nn.observe(lambda o: seen.append(o.name)):
@@ -148,7 +148,7 @@ def test_a_plain_head_is_not_called_by_the_loss_and_any_other_is(config):
 
 @every_model
 @pytest.mark.parametrize("where", ["class", "object"])
-def test_the_loss_is_that_of_the_logits_whatever_forward_was_made_of(config, where):
+def test_loss_uses_an_overridden_forward(config, where):
     model = random_model(config)
     plain = type(model)
 
@@ -169,7 +169,7 @@ def test_the_loss_is_that_of_the_logits_whatever_forward_was_made_of(config, whe
 @every_model
 @pytest.mark.parametrize("head", [None, Wrapped])
 def test_weights_multiply_the_loss_of_each_target(config, head):
-    """0 and 1 choose targets; in general they are torch's reduction="none", weighted and summed."""
+    """Weights of 0 and 1 select targets. In general: torch's reduction="none", weighted and summed."""
     model = random_model(config)
     if head:
         model.lm_head = head(model.lm_head)
@@ -193,7 +193,7 @@ def leaves(model):
 
 
 def check_all_uses(model, expected, config):
-    """Is everything that a model is for as it was in ``expected``, the same model unwrapped?"""
+    """Compare the outputs, gradients and files of a wrapped model with ``expected``, the unwrapped one."""
     ids, targets = batch(config, (2, 8))
     model.astype(np.float32).to("cpu").astype(np.float64)
     expected.astype(np.float32).astype(np.float64)
@@ -214,7 +214,7 @@ def check_all_uses(model, expected, config):
 
 
 @every_model
-def test_every_layer_may_be_wrapped_by_a_module_without_a_weight(config):
+def test_any_layer_can_be_wrapped_by_a_module_without_a_weight(config):
     for name in leaves(random_model(config)):
         model = random_model(config)
         assert nn.replace(model, name, lambda name, layer: Wrapped(layer)) == [name]
@@ -222,7 +222,7 @@ def test_every_layer_may_be_wrapped_by_a_module_without_a_weight(config):
 
 
 @every_model
-def test_all_layers_may_be_wrapped_at_once_and_blocks_too(config):
+def test_all_layers_and_blocks_can_be_wrapped_together(config):
     model = random_model(config)
     names = leaves(model)
     nn.replace(model, "*?", lambda name, layer: Wrapped(layer) if name in names else layer)
@@ -233,7 +233,7 @@ def test_all_layers_may_be_wrapped_at_once_and_blocks_too(config):
 
 
 @both_models
-def test_a_wrapped_model_is_evaluated(config):
+def test_wrapped_model_can_be_evaluated(config):
     model, expected = random_model(config), random_model(config)
     nn.replace(model, "*_[ap]*", lambda name, layer: Wrapped(layer))  # c_attn, c_proj, q_proj …
     ids = np.random.default_rng(0).integers(0, 13, 30)
@@ -241,7 +241,7 @@ def test_a_wrapped_model_is_evaluated(config):
 
 
 @both_models
-def test_blocks_may_be_dropped_and_added(config):
+def test_blocks_can_be_removed_and_added(config):
     model = random_model(config)
     blocks = getattr(model, model.blocks)
     ids, _ = batch(config, (1, 8))
@@ -260,7 +260,7 @@ def test_blocks_may_be_dropped_and_added(config):
 
 
 class ALiBi(nn.Module):
-    """Press et al., arXiv 2108.12409: a key loses with its distance, in each head at another rate."""
+    """Press et al., arXiv 2108.12409: a penalty proportional to distance, with a slope per head."""
 
     def __init__(self, heads):
         self.slopes = 2.0 ** (-8 / heads * np.arange(1, heads + 1))[:, None, None]  # (H, 1, 1)
@@ -286,7 +286,7 @@ def with_alibi(config):
 
 
 @both_models
-def test_alibi_is_the_same_with_a_cache_and_beside_padding(config):
+def test_alibi_is_equal_with_cache_and_padding(config):
     model = with_alibi(config)
     ids, _ = batch(config, (3, 8))
     with no_grad():
@@ -311,7 +311,7 @@ def test_alibi_is_the_same_with_a_cache_and_beside_padding(config):
 
 
 @both_models
-def test_alibi_is_what_attention_computes_with_the_bias_in_its_mask(config):
+def test_alibi_equals_attention_with_the_bias_as_mask(config):
     model, expected = with_alibi(config), random_model(config)
     if hasattr(expected, "wpe"):
         expected.wpe = Nothing()
@@ -336,7 +336,7 @@ def test_alibi_is_what_attention_computes_with_the_bias_in_its_mask(config):
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
-def test_a_bias_has_the_dtype_of_the_scores_and_may_be_a_tensor(dtype):
+def test_score_bias_is_converted_and_may_be_a_tensor(dtype):
     class AsTensor(ALiBi):
         def forward(self, distances):
             return Tensor(super().forward(distances))
@@ -350,7 +350,7 @@ def test_a_bias_has_the_dtype_of_the_scores_and_may_be_a_tensor(dtype):
     assert np.array_equal(model(ids).data, expected)
 
 
-def test_a_bias_that_would_not_learn_is_refused():
+def test_score_bias_that_requires_a_gradient_is_refused():
     class Learned(ALiBi):
         def __init__(self, heads):
             self.slopes = Tensor(np.ones((heads, 1, 1)), requires_grad=True)
@@ -366,7 +366,7 @@ def test_a_bias_that_would_not_learn_is_refused():
         model(np.array([[1, 2]]))
 
 
-def test_positions_are_those_of_any_module():
+def test_position_embedding_can_be_any_module():
     class Waves(nn.Module):
         def forward(self, positions):  # (T,) or (B, T)
             return Tensor(np.sin(np.asarray(positions)[..., None] / 10.0 ** np.arange(12)))
@@ -389,7 +389,7 @@ def tensors_in(folder):
 
 
 @every_model
-def test_another_head_is_kept_and_loads(config, tmp_path):
+def test_replaced_head_is_saved_and_loaded(config, tmp_path):
     model = random_model(config)
     bias = model.lm_head.bias is not None
     model.lm_head = nn.Linear(12, 13, bias, rng=RNG, std=0.5).astype(np.float64)
@@ -401,7 +401,7 @@ def test_another_head_is_kept_and_loads(config, tmp_path):
 
 
 @both_models
-def test_a_head_that_was_tied_later_is_tied_again(config, tmp_path):
+def test_head_tied_after_construction_is_saved_as_tied(config, tmp_path):
     model = random_model(config)
     model.lm_head.weight = getattr(model, model.token_embedding).weight
     model.save_pretrained(tmp_path)
@@ -411,7 +411,7 @@ def test_a_head_that_was_tied_later_is_tied_again(config, tmp_path):
     assert np.array_equal(again(ids).data, model(ids).data)
 
 
-KEPT = {  # what is replaced -> what a plain model says of the folder
+KEPT = {  # replaced layer -> error of a plain model that loads the folder
     "lm_head": (linear(13), r"Unexpected \(1\): lm_head.bias"),
     "lm_head 5": (linear(5), r"lm_head.weight is \(5, 12\)"),
     "lm_head wrapped": (lambda layer: Adapted(layer, RNG), r"lm_head\.down\.weight.*lm_head\.up\.weight"),
@@ -425,7 +425,7 @@ KEPT = {  # what is replaced -> what a plain model says of the folder
 
 
 @pytest.mark.parametrize("what", KEPT)
-def test_replaced_layers_are_kept_under_their_names_and_never_taken_for_plain_ones(what, tmp_path):
+def test_replaced_layers_are_saved_under_their_own_names(what, tmp_path):
     make, said = KEPT[what]
 
     def rebuilt(seed):
@@ -436,7 +436,7 @@ def test_replaced_layers_are_kept_under_their_names_and_never_taken_for_plain_on
         return model
 
     model, other = rebuilt(0), rebuilt(1)
-    if what == "h.0.attn":  # only to be saved
+    if what == "h.0.attn":  # saved only
         model.save_pretrained(tmp_path)
     else:
         ids, _ = batch(model.config, (2, 8))
@@ -451,7 +451,7 @@ def test_replaced_layers_are_kept_under_their_names_and_never_taken_for_plain_on
         load_model(tmp_path)
 
 
-SILENT = {  # what would come back as something else without a word
+SILENT = {  # replacements that would silently load as the original layer
     "lm_head": lambda layer: Louder(12, 13, bias=False, rng=RNG).astype(np.float64),
     "h.1.attn.c_proj": linear(12),  # stored as (out, in)
     "h.0.mlp.dropout": Wrapped,
@@ -460,7 +460,7 @@ SILENT = {  # what would come back as something else without a word
 
 
 @pytest.mark.parametrize("what", SILENT)
-def test_what_a_folder_cannot_tell_is_refused_by_name(what, tmp_path):
+def test_replaced_layers_indistinguishable_in_a_folder_are_refused(what, tmp_path):
     model = random_model(CONFIGS["gpt2"])
     nn.replace(model, what, lambda name, layer: SILENT[what](layer))
     with pytest.raises(Error, match=what):
@@ -468,7 +468,7 @@ def test_what_a_folder_cannot_tell_is_refused_by_name(what, tmp_path):
     assert not (tmp_path / "model").exists()
 
 
-def test_a_bias_of_the_scores_is_refused_by_name(tmp_path):
+def test_saving_a_score_bias_is_refused(tmp_path):
     with pytest.raises(Error, match=r"layers\.0\.self_attn\.score_bias, layers\.1\.self_attn\.score_bias"):
         with_alibi(EVERYTHING).save_pretrained(tmp_path)
 
@@ -484,17 +484,17 @@ class Answers(nn.Module):
 @pytest.mark.parametrize(
     "answer", [lambda d: d < 3, lambda d: d * 1j, lambda d: None], ids=["bool", "complex", "none"]
 )
-def test_a_bias_of_the_scores_is_numbers(answer):
+def test_score_bias_must_return_numbers(answer):
     model = random_model(CONFIGS["gpt2"])
     model.h[0].attn.score_bias = Answers(answer)
     with pytest.raises(Error, match="score_bias returned"):
         model(np.array([[1, 2]]))
-    model.h[0].attn.score_bias = answer  # a function, which a saved model would lose
+    model.h[0].attn.score_bias = answer  # a function would not be saved with the model
     with pytest.raises(Error, match="score_bias is a function"):
         model(np.array([[1, 2]]))
 
 
-def test_keys_of_another_shape_are_refused_by_the_cache_and_work_without():
+def test_keys_of_another_shape_are_refused_by_the_cache_only():
     model = random_model(EVERYTHING)
     for layer in model.layers:
         layer.self_attn.k_proj, layer.self_attn.v_proj = (
@@ -513,15 +513,15 @@ def test_keys_of_another_shape_are_refused_by_the_cache_and_work_without():
         (lambda h: Tensor(np.arange(14.0) + np.zeros((*h.shape[:2], 1))), "class 13.* below 13"),
     ],
 )
-def test_a_head_that_cannot_generate_says_why(answer, said):
+def test_generate_refuses_unsuitable_heads(answer, said):
     model = random_model(CONFIGS["gpt2"])
     model.lm_head = Answers(answer)
     with pytest.raises(Error, match=said):
         text(model, [[1, 2]], temperature=0)
 
 
-def test_an_adapter_around_a_tied_head_keeps_the_tie(tmp_path):
-    """The weight is stored once; the config says so, and the rebuilt model takes it."""
+def test_adapter_around_a_tied_head_preserves_the_tie(tmp_path):
+    """The tied weight is stored once, the config has the tie, and the rebuilt model loads it."""
     config = CONFIGS["gpt2"]
     model = random_model(config)
     model.lm_head = Adapted(model.lm_head, np.random.default_rng(0)).astype(np.float64)

@@ -1,4 +1,4 @@
-"""A real model: SmolLM2-135M-Instruct from its GGUF file, in tinyllm and in transformers, says the same."""
+"""SmolLM2-135M-Instruct from its GGUF file in tinyllm and in transformers."""
 
 import os
 from pathlib import Path
@@ -56,13 +56,13 @@ def tokenizer():
 
 @pytest.fixture(scope="module")
 def theirs(ours, tmp_path_factory):
-    """transformers' own Llama, from the folder that tinyllm writes: the same weights, in float32."""
+    """The Llama of transformers with the same weights in float32, from a folder saved by tinyllm."""
     folder = tmp_path_factory.mktemp("smollm2") / "hf"
     ours.save_pretrained(folder)
     model = transformers.LlamaForCausalLM.from_pretrained(
         folder, dtype=torch.float32, attn_implementation="eager"
     )
-    model.generation_config.eos_token_id = None  # 60 tokens are to be compared, whatever they are
+    model.generation_config.eos_token_id = None  # compare 60 tokens, also after the end of the answer
     return model.eval()
 
 
@@ -72,16 +72,16 @@ def prompt(tokenizer):
 
 
 @pytest.fixture(scope="module")
-def written(ours, prompt):
-    """60 tokens, always the likeliest, with the cache; the end of the answer does not end them."""
+def greedy(ours, prompt):
+    """60 greedy tokens with the cache, continued after the end of the answer."""
     return [int(step[0]) for step in generate(ours, [prompt], **GREEDY)]
 
 
-def test_it_is_as_published(ours, theirs):
+def test_parameter_count_is_as_published(ours, theirs):
     assert ours.num_parameters() == theirs.num_parameters() == 134_515_008
 
 
-def test_from_pretrained_takes_the_file_too(ours):
+def test_from_pretrained_loads_the_gguf_file(ours):
     again = Llama.from_pretrained(SMOLLM2)
     assert not again.training
     for (name, array), (its_name, its_array) in zip(ours.state_dict().items(), again.state_dict().items()):
@@ -100,55 +100,55 @@ def test_from_pretrained_takes_the_file_too(ours):
     )
 
 
-def test_the_logits_of_a_text_are_those_of_transformers(ours, theirs, tokenizer):
+def test_logits_equal_transformers(ours, theirs, tokenizer):
     ids = tokenizer.encode(TEXT)[:200]
     assert len(ids) == 200
     with no_grad(), torch.no_grad():
         logits = ours([ids]).data
         expected = theirs(torch.tensor([ids])).logits.numpy()
     assert logits.dtype == expected.dtype == np.float32
-    assert np.abs(expected).max() > 10  # what the bound below is to be compared with
+    assert np.abs(expected).max() > 10  # the scale of the bound below
     assert np.abs(logits - expected).max() < 1e-3
 
 
-def test_sixty_greedy_tokens_are_those_of_transformers(theirs, prompt, written):
+def test_sixty_greedy_tokens_equal_transformers(theirs, prompt, greedy):
     ids = torch.tensor([prompt])
     expected = theirs.generate(
         ids, attention_mask=torch.ones_like(ids), max_new_tokens=60, do_sample=False, pad_token_id=2
     )
-    assert len(written) == 60 and written == expected[0, len(prompt) :].tolist()
+    assert len(greedy) == 60 and greedy == expected[0, len(prompt) :].tolist()
 
 
-def test_it_says_paris(tokenizer, written):
-    end = min(written.index(i) for i in tokenizer.eos_ids if i in written)
-    assert tokenizer.decode(written[:end]) == "The capital of France is Paris."
+def test_answer_is_paris(tokenizer, greedy):
+    end = min(greedy.index(i) for i in tokenizer.eos_ids if i in greedy)
+    assert tokenizer.decode(greedy[:end]) == "The capital of France is Paris."
 
 
-def test_the_cache_changes_nothing(ours, prompt, written):
+def test_tokens_and_logits_are_equal_without_the_cache(ours, prompt, greedy):
     uncached = generate(ours, [prompt], max_new_tokens=8, temperature=0, use_cache=False)
-    assert [int(step[0]) for step in uncached] == written[:8]
-    with no_grad():  # the other 52 from one pass over everything: a token is the likeliest after those before
-        logits = ours([prompt + written[:-1]]).data[0, len(prompt) - 1 :]
+    assert [int(step[0]) for step in uncached] == greedy[:8]
+    with no_grad():  # the other 52 from a single pass over all tokens
+        logits = ours([prompt + greedy[:-1]]).data[0, len(prompt) - 1 :]
         cache = ours.new_cache(1, len(prompt) + 60)
         ours([prompt], cache=cache)
-        steps = [ours([[token]], cache=cache).data[0, 0] for token in written[:-1]]
-    assert logits.argmax(axis=-1).tolist() == written
+        steps = [ours([[token]], cache=cache).data[0, 0] for token in greedy[:-1]]
+    assert logits.argmax(axis=-1).tolist() == greedy
     assert np.abs(logits[1:] - steps).max() < 1e-3
 
 
-def test_a_batch_of_two_prompts_writes_what_each_would_alone(ours, tokenizer, prompt, written):
+def test_batched_prompts_generate_the_same_as_alone(ours, tokenizer, prompt, greedy):
     other = tokenizer.encode("Once upon a time")
     alone = [int(step[0]) for step in generate(ours, [other], max_new_tokens=12, temperature=0)]
     both = np.stack(list(generate(ours, [prompt, other], max_new_tokens=12, temperature=0)))
-    assert both.T.tolist() == [written[:12], alone]
+    assert both.T.tolist() == [greedy[:12], alone]
 
 
-def test_prompts_are_those_of_transformers(tokenizer, prompt):
-    """The tokenizer as transformers itself makes it of the GGUF file, but for one thing."""
+def test_prompts_equal_transformers(tokenizer, prompt):
+    """The tokenizer that transformers creates from the GGUF file, with one correction."""
     path = Path(SMOLLM2)
     reference = transformers.AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
-    # It cuts every GGUF's texts as GPT-2 does. SmolLM2's own tokenizer.json, and the file's key
-    # tokenizer.ggml.pre, have digits stand alone, so that the two line ends in "\n\n1." are one piece.
+    # It pre-tokenizes every GGUF model's text like GPT-2. SmolLM2's tokenizer.json, and the key
+    # tokenizer.ggml.pre of the file, isolate digits, so that the two line ends in "\n\n1." are one piece.
     digits = tokenizers.pre_tokenizers.Digits(individual_digits=True)
     backend = reference.backend_tokenizer
     backend.pre_tokenizer = tokenizers.pre_tokenizers.Sequence([digits, backend.pre_tokenizer])

@@ -1,4 +1,4 @@
-"""Frozen parameters: who gets a gradient, and that everything else about a model goes on as before."""
+"""Freezing parameters: which ones get gradients, and that other operations are not affected."""
 
 import numpy as np
 import pytest
@@ -11,7 +11,7 @@ both_models = pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
 
 
 @both_models
-def test_frozen_parameters_get_no_gradient_and_the_others_the_same(config):
+def test_frozen_parameters_get_no_gradient_and_others_are_unaffected(config):
     model = random_model(config)
     ids, targets = batch(config, (2, 8))
     model.loss(ids, targets).backward()
@@ -28,7 +28,7 @@ def test_frozen_parameters_get_no_gradient_and_the_others_the_same(config):
 
 
 @both_models
-def test_of_a_frozen_model_nothing_is_recorded(config):
+def test_frozen_model_records_no_graph(config):
     model = random_model(config).requires_grad_(False)
     ids, targets = batch(config, (2, 8))
     loss = model.loss(ids, targets)
@@ -39,7 +39,7 @@ def test_of_a_frozen_model_nothing_is_recorded(config):
 
 
 @both_models
-def test_a_frozen_model_is_converted_saved_and_loaded_like_any(config, tmp_path):
+def test_frozen_model_is_converted_saved_and_loaded(config, tmp_path):
     model = random_model(config).requires_grad_(False)
     before = {name: array.copy() for name, array in model.state_dict().items()}
     model.astype(np.float32).to("cpu").astype(np.float64)
@@ -51,17 +51,17 @@ def test_a_frozen_model_is_converted_saved_and_loaded_like_any(config, tmp_path)
     assert all(np.array_equal(array, before[name]) for name, array in again.state_dict().items())
 
 
-def test_part_of_a_model_is_frozen_with_its_tied_head():
+def test_freezing_the_embedding_freezes_its_tied_head():
     model = random_model(GPT2Config(**SMALL))
     model.wte.requires_grad_(False)
     model.h[0].requires_grad_(False)
-    assert not model.lm_head.weight.requires_grad  # it is the embedding's
+    assert not model.lm_head.weight.requires_grad  # it is tied to the embedding
     thawed = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     assert thawed == {n for n, _ in model.named_parameters() if not n.startswith(("wte", "h.0."))}
 
 
 @both_models
-def test_training_the_rest_leaves_frozen_parameters_alone(config):
+def test_training_does_not_change_frozen_parameters(config):
     model = random_model(config).train()
     ids, targets = batch(config, (2, 8))
     model.requires_grad_(False)
@@ -79,11 +79,11 @@ def test_training_the_rest_leaves_frozen_parameters_alone(config):
     assert model.loss(ids, targets).item() < loss.item()
 
 
-def test_requires_grad_is_set_on_leaves_only():
+def test_requires_grad_can_be_set_on_leaves_only():
     leaf = Tensor(np.ones(3))
     leaf.requires_grad = True
     (leaf * 2).sum().backward()
-    leaf.requires_grad = True  # nothing new: the gradient stays
+    leaf.requires_grad = True  # no change: the gradient is kept
     assert leaf.grad.tolist() == [2, 2, 2]
     computed = leaf * 2
     for wanted in (True, False):
@@ -93,7 +93,7 @@ def test_requires_grad_is_set_on_leaves_only():
     assert leaf.grad is None and not leaf.requires_grad and not (leaf * 2).requires_grad
     with no_grad():
         result = Tensor(np.ones(2), requires_grad=True) * 2
-    result.requires_grad = True  # nobody recorded how it was computed
+    result.requires_grad = True  # under no_grad it was recorded as a leaf
     assert result.requires_grad
     with pytest.raises(Error, match="int64"):
         Tensor(np.array([1])).requires_grad = True

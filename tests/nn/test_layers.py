@@ -1,7 +1,7 @@
 """Every layer and model against its twin in torch: outputs, and the gradients of inputs and parameters.
 
-``CASES`` holds one strategy per class. GPT-2's and Llama's are compared with those of their twins, in
-training mode too: torch is then handed the dropout masks that tinyllm draws.
+``CASES`` has one strategy per class. Layers of GPT-2 and Llama are compared with those of the twins, also in
+training mode, where torch uses the dropout masks that tinyllm generates.
 """
 
 import contextlib
@@ -34,7 +34,7 @@ from tinyllm.models.rope import rope_frequencies
 
 @dataclass(frozen=True)
 class LayerCase:
-    """A layer, the same in torch, and what both are called with.
+    """A layer, its twin in torch, and the inputs of both.
 
     Floating-point inputs get a gradient; those inside a tuple do not.
     """
@@ -47,9 +47,9 @@ class LayerCase:
 
 
 def check_layer(case: LayerCase) -> None:
-    """Are the output and all gradients torch's, in float64, from the same weights?"""
+    """Check output and all gradients against torch in float64, with the same weights."""
     layer, twin = case.ours.astype(np.float64), case.theirs.double().train(case.ours.training)
-    as_stored = isinstance(twin, TheirConv1D)  # (in, out), as checkpoints have it
+    as_stored = isinstance(twin, TheirConv1D)  # (in, out), the checkpoint layout
     arrays = layer.state_dict() if as_stored else {name: p.data for name, p in layer.named_parameters()}
     twin.zero_grad()
     parameters = dict(twin.named_parameters())
@@ -83,7 +83,7 @@ def check_layer(case: LayerCase) -> None:
 
 @contextlib.contextmanager
 def same_masks(address):
-    """Within: torch's dropout takes the masks of tinyllm, of which the first is drawn at ``address``."""
+    """Within this block, torch's dropout uses tinyllm's masks, starting at ``address``."""
     attention = torch.nn.functional.scaled_dot_product_attention
 
     def dropout(layer, x):
@@ -109,7 +109,7 @@ def same_masks(address):
 
 @st.composite
 def layers(draw, ours, theirs, *inputs):
-    """``ours`` with parameters away from where they start, as biases of zero hide mistakes; ``theirs``."""
+    """A case with ``ours``, its parameters perturbed because biases of 0 hide mistakes, and ``theirs``."""
     layer, rng = ours.train(draw(st.booleans())), np.random.default_rng(draw(some.SEEDS))
     for parameter in layer.parameters():
         parameter.replace(parameter.data + 0.5 * rng.standard_normal(parameter.shape))
@@ -122,7 +122,7 @@ def layers(draw, ours, theirs, *inputs):
 @st.composite
 def linear(draw, ours=nn.Linear):
     lead, c_in = draw(some.shapes(min_side=1)), draw(st.integers(1, 5))
-    c_out = draw(st.just(c_in) | st.integers(1, 5))  # a square matrix may be transposed unnoticed
+    c_out = draw(st.just(c_in) | st.integers(1, 5))  # in a square matrix a transposition would go unnoticed
     bias = draw(st.booleans()) if ours is nn.Linear else True
     layer = ours(c_in, c_out, bias=bias, rng=np.random.default_rng(0))
     twin = torch.nn.Linear(c_in, c_out, bias=bias) if ours is nn.Linear else TheirConv1D(c_out, c_in)
@@ -140,7 +140,7 @@ def embedding(draw):
 @st.composite
 def layer_norm(draw):
     channels = draw(st.integers(1, 6))
-    # One channel's norm is 0, where torch has a rounding error divided by sqrt(eps).
+    # Normalizing one channel gives 0, where torch has a rounding error divided by sqrt(eps).
     eps = draw(st.sampled_from([1e-5, 1e-6, 0.1] + [1e-12] * (channels > 1)))
     eps, bias = {"eps": eps} if draw(st.booleans()) else {}, draw(st.booleans())
     x = draw(some.arrays((*draw(some.shapes()), channels), some.spread))
@@ -166,14 +166,14 @@ def dropout(draw):
 
 @st.composite
 def gpt2_configs(draw):
-    """``configs`` with any of the dropouts."""
+    """``configs`` with random dropout probabilities."""
     drops = {name: draw(st.sampled_from([0.0, 0.3])) for name in ("embd_pdrop", "attn_pdrop", "resid_pdrop")}
     return GPT2Config(**vars(draw(configs())) | drops)
 
 
 @st.composite
 def gpt2_part(draw, ours, theirs, *more):
-    """A layer that is made from a config, and maps (B, T, C) to (B, T, C)."""
+    """A layer created from a config that maps (B, T, C) to (B, T, C)."""
     config = draw(gpt2_configs())
     shape = draw(st.integers(1, 2)), draw(st.integers(1, config.n_positions)), config.n_embd
     layer = ours(config, np.random.default_rng(0))
@@ -182,7 +182,7 @@ def gpt2_part(draw, ours, theirs, *more):
 
 @st.composite
 def gpt2_model(draw):
-    """Its logits, or its loss with and without a num_targets."""
+    """The logits, or the loss with or without ``num_targets``."""
     config, seed = draw(gpt2_configs()), draw(some.SEEDS)
     model = random_gpt2(config, seed).train(draw(st.booleans()))
     shape = draw(st.integers(1, 3)), draw(st.integers(1, config.n_positions))
@@ -200,19 +200,19 @@ def dropping_llama_configs(draw):
 
 
 @st.composite
-def llama_part(draw, ours, theirs, turns=True):
-    """A layer that is made from a config, and maps (B, T, C) to (B, T, C); ``turns``: and takes angles."""
+def llama_part(draw, ours, theirs, rotates=True):
+    """A layer created from a config that maps (B, T, C) and, with ``rotates``, a rotation to (B, T, C)."""
     config = draw(dropping_llama_configs())
     T = draw(st.integers(1, config.max_position_embeddings))
     angles = np.arange(T)[:, None] * rope_frequencies(config)
     x = draw(some.arrays((draw(st.integers(1, 2)), T, config.hidden_size), some.nonzero))
-    rotation = [(np.cos(angles), np.sin(angles))] * turns
+    rotation = [(np.cos(angles), np.sin(angles))] * rotates
     return draw(layers(ours(config, np.random.default_rng(0)), theirs(config), x, *rotation))
 
 
 @st.composite
 def llama_model(draw):
-    """Its logits, or its loss with and without a num_targets."""
+    """The logits, or the loss with or without ``num_targets``."""
     config, seed = draw(dropping_llama_configs()), draw(some.SEEDS)
     model = random_llama(config, seed).train(draw(st.booleans()))
     shape = draw(st.integers(1, 3)), draw(st.integers(1, config.max_position_embeddings))
@@ -233,7 +233,7 @@ CASES = {
     "Block": gpt2_part(gpt2.Block, torch_gpt2.Block),
     "GPT2": gpt2_model(),
     "GroupedQueryAttention": llama_part(llama.GroupedQueryAttention, torch_llama.GroupedQueryAttention),
-    "SwiGLU": llama_part(llama.SwiGLU, torch_llama.SwiGLU, turns=False),
+    "SwiGLU": llama_part(llama.SwiGLU, torch_llama.SwiGLU, rotates=False),
     "LlamaBlock": llama_part(llama.LlamaBlock, torch_llama.LlamaBlock),
     "Llama": llama_model(),
 }
@@ -241,7 +241,7 @@ CASES = {
 
 @proven("layer", CASES)
 @given(data=st.data())
-def test_outputs_and_gradients_are_torchs(layer, data):
+def test_outputs_and_gradients_equal_torch(layer, data):
     check_layer(data.draw(CASES[layer]))
 
 

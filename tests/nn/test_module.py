@@ -1,4 +1,4 @@
-"""Modules: names, strict loading, layers' initial values, and ``observe``."""
+"""Modules: names, strict loading, initial values of layers, and ``observe``."""
 
 import math
 import threading
@@ -50,7 +50,7 @@ TARGETS = np.array([[5, 2, 10, 4], [3, 3, 7, -100]])
 # ------------------------------------------------------------------------------------- names
 
 
-def test_names_are_paths_and_a_tied_parameter_is_listed_once():
+def test_names_are_paths_and_tied_parameters_are_listed_once():
     model = tied()
     assert [name for name, _ in model.named_parameters()] == NAMES
     assert model.last.weight is model.first.weight
@@ -58,7 +58,7 @@ def test_names_are_paths_and_a_tied_parameter_is_listed_once():
     assert model.num_parameters() == 3 + 12 + 3 + 9 + 3 + 3 + 3
 
 
-def test_named_modules_in_the_order_of_definition():
+def test_named_modules_are_in_order_of_definition():
     names = [name for name, _ in tied().named_modules()]
     assert names == ["", "first", "layers.0", "layers.1", "layers.2", "last"]
     model = small_gpt2()
@@ -67,7 +67,7 @@ def test_named_modules_in_the_order_of_definition():
     assert [name for name, _ in model.children()] == ["wte", "wpe", "drop", "h.0", "h.1", "ln_f", "lm_head"]
 
 
-def test_parameters_start_as_float32_leaves():
+def test_parameters_are_initially_float32_leaves():
     for name, parameter in tied().named_parameters():
         assert parameter.requires_grad and parameter.dtype == np.float32 and parameter.grad is None, name
 
@@ -95,7 +95,7 @@ def test_astype_converts_every_parameter_and_drops_gradients():
     assert np.array_equal(model.first.weight.data, weight.astype(np.float64))
 
 
-def test_zero_grad_and_to():
+def test_zero_grad_drops_gradients_and_to_checks_the_device():
     model = tied()
     model(Tensor(np.ones((2, 4), np.float32))).sum().backward()
     model.zero_grad()
@@ -105,7 +105,7 @@ def test_zero_grad_and_to():
         model.to("tpu")
 
 
-def test_a_module_without_forward_says_so():
+def test_module_without_forward_raises():
     with pytest.raises(TypeError, match=r"Module defines no forward\(\)"):
         nn.Module()(1)
 
@@ -113,7 +113,7 @@ def test_a_module_without_forward_says_so():
 # -------------------------------------------------------------------------------- state dicts
 
 
-def test_a_state_dict_goes_round():
+def test_state_dict_round_trip_copies_arrays():
     source, target = tied(0), tied(1)
     arrays = {name: array.copy() for name, array in source.state_dict().items()}
     assert list(arrays) == NAMES
@@ -124,13 +124,13 @@ def test_a_state_dict_goes_round():
     assert target.last.weight is target.first.weight
 
 
-def test_loading_keeps_the_dtype_of_the_parameters():
+def test_loading_preserves_parameter_dtypes():
     model = tied().astype(np.float64)
     model.load_state_dict({name: array.astype(np.float16) for name, array in tied(1).state_dict().items()})
     assert {p.dtype for p in model.parameters()} == {np.dtype(np.float64)}
 
 
-def test_a_loaded_parameter_is_contiguous_whatever_the_layout_of_the_file():
+def test_loaded_parameters_are_contiguous():
     model = small_gpt2()
     model.load_state_dict(
         {name: np.asfortranarray(array) for name, array in small_gpt2(1).state_dict().items()}
@@ -138,7 +138,7 @@ def test_a_loaded_parameter_is_contiguous_whatever_the_layout_of_the_file():
     assert all(p.data.flags.c_contiguous and p.data.flags.writeable for p in model.parameters())
 
 
-def test_conv1d_is_stored_transposed():
+def test_conv1d_weight_is_stored_transposed():
     model = small_gpt2()
     stored = model.state_dict()
     assert stored["h.0.attn.c_attn.weight"].shape == (8, 24)
@@ -146,7 +146,7 @@ def test_conv1d_is_stored_transposed():
     assert stored["wte.weight"].shape == (11, 8)
 
 
-def test_a_strict_load_lists_every_problem_and_changes_nothing():
+def test_failed_load_lists_every_problem_and_changes_nothing():
     model = tied()
     before = {name: array.copy() for name, array in model.state_dict().items()}
     arrays = {name: array + 1 for name, array in before.items()}
@@ -165,7 +165,7 @@ def test_a_strict_load_lists_every_problem_and_changes_nothing():
         assert np.array_equal(array, before[name]), name
 
 
-def test_a_model_without_rng_takes_no_memory_until_it_is_filled():
+def test_layers_without_rng_take_no_memory_until_loaded():
     tracemalloc.start()
     try:
         linear = nn.Linear(30_000, 30_000, bias=False, rng=None)
@@ -184,7 +184,7 @@ def test_a_model_without_rng_takes_no_memory_until_it_is_filled():
     assert np.array_equal(filled(Tensor(np.ones((1, 2), np.float32))).data, [[2, 2, 2]])
 
 
-def test_layers_without_weights_cannot_be_used():
+def test_layers_without_weights_cannot_be_called():
     x = Tensor(np.ones((1, 2), np.float32))
     layers = {"Linear": nn.Linear(2, 3, rng=None), "Embedding": nn.Embedding(2, 3, rng=None)}
     for layer, input in ((layers["Linear"], x), (layers["Embedding"], np.array([1]))):
@@ -192,6 +192,13 @@ def test_layers_without_weights_cannot_be_used():
             layer(input)
         nn.initialize_as_torch(layer, rng=0)
         assert layer(input).data.any() and layer.weight.requires_grad
+
+
+def test_an_array_as_weight_is_refused():
+    layer = nn.Linear(2, 3, rng=0)
+    layer.weight = np.ones((3, 2), np.float32)
+    with pytest.raises(Error, match="linear takes Tensors, not ndarray"):
+        layer(Tensor(np.ones((1, 2), np.float32)))
 
 
 def test_meta_parameters_are_converted_without_memory():
@@ -221,7 +228,7 @@ def test_layers_accept_an_integer_seed(make):
 
 
 @pytest.mark.parametrize("dtype", ["float33", np.int64, object, torch.float32], ids=str)
-def test_parameters_cannot_be_of_a_dtype_without_gradients(dtype):
+def test_astype_refuses_dtypes_without_gradients(dtype):
     layer = nn.Linear(2, 2, rng=0)
     with pytest.raises(Error, match="choose float32, float64"):
         layer.astype(dtype)
@@ -239,7 +246,7 @@ def test_parameters_cannot_be_of_a_dtype_without_gradients(dtype):
     ],
     ids=["a path", "a list", "nothing", "Tensors", "PyTorch's"],
 )
-def test_weights_must_be_arrays_by_name(arrays, said):
+def test_load_state_dict_refuses_anything_but_arrays_by_name(arrays, said):
     layer = nn.Linear(2, 2, rng=0)
     before = layer.weight.data.copy()
     with pytest.raises(Error, match=said):
@@ -250,7 +257,7 @@ def test_weights_must_be_arrays_by_name(arrays, said):
 # ------------------------------------------------------------------------------------- layers
 
 
-def test_linear_and_embedding_start_from_a_normal_of_the_given_width():
+def test_linear_and_embedding_weights_have_the_given_std():
     rng = np.random.default_rng(0)
     for module in (nn.Linear(400, 500, rng=rng, std=0.05), nn.Embedding(500, 400, rng=rng, std=0.05)):
         weight = module.weight.data.astype(np.float64)
@@ -260,7 +267,7 @@ def test_linear_and_embedding_start_from_a_normal_of_the_given_width():
     assert not nn.Linear(2, 3, rng=rng).bias.data.any()
 
 
-def test_layer_norm_starts_as_the_plain_norm():
+def test_layer_norm_initially_has_no_scale_or_shift():
     norm = nn.LayerNorm(4, eps=0.0)
     assert np.array_equal(norm.weight.data, np.ones(4)) and np.array_equal(norm.bias.data, np.zeros(4))
     assert nn.LayerNorm(4, bias=False).bias is None
@@ -269,18 +276,18 @@ def test_layer_norm_starts_as_the_plain_norm():
     assert np.allclose(norm(Tensor(x)).data, expected, rtol=1e-6)
 
 
-def test_rms_norm_starts_as_the_plain_norm():
+def test_rms_norm_initially_has_no_scale():
     norm = nn.RMSNorm(4, eps=0.0)
     assert [name for name, _ in norm.named_parameters()] == ["weight"]
     assert np.array_equal(norm.weight.data, np.ones(4)) and norm.weight.dtype == np.float32
     x = np.array([[1.0, -1.0, 5.0, 3.0]], np.float32)
     assert np.allclose(norm(Tensor(x)).data, x / 3, rtol=1e-6)
-    tiny = Tensor(np.full((1, 4), 1e-4, np.float32))  # eps: float32's own, unless it is given
+    tiny = Tensor(np.full((1, 4), 1e-4, np.float32))  # the default eps is the machine epsilon of float32
     expected = 1e-4 / math.sqrt(1e-8 + np.finfo(np.float32).eps)
     assert np.allclose(nn.RMSNorm(4)(tiny).data, expected, rtol=1e-6)
 
 
-def test_dropout_while_training_only():
+def test_dropout_applies_in_training_mode_only():
     layer, x = nn.Dropout(0.25), Tensor(np.ones((100, 200)), requires_grad=True)
     manual_seed(3)
     y = layer(x)
@@ -288,12 +295,12 @@ def test_dropout_while_training_only():
     assert np.array_equal(y.data[kept], np.full(kept.sum(), 1 / 0.75))
     assert abs(kept.mean() - 0.75) < 5 * math.sqrt(0.25 * 0.75 / kept.size)
     y.backward(np.ones((100, 200)))
-    assert np.array_equal(x.grad, y.data)  # the same mask on the way back
+    assert np.array_equal(x.grad, y.data)  # the same mask in the backward pass
     assert layer.eval()(x) is x
     assert nn.Dropout(0.0)(x) is x
 
 
-def test_dropout_follows_from_its_address():
+def test_dropout_masks_are_a_function_of_their_address():
     x = Tensor(np.ones((50, 50)))
     layer = nn.Dropout(0.5)
 
@@ -311,7 +318,7 @@ def test_dropout_follows_from_its_address():
 
 
 @pytest.mark.parametrize("p", [-0.1, 1.0, 1.5, math.nan, "a"])
-def test_dropout_refuses_what_is_no_probability(p):
+def test_dropout_refuses_invalid_probabilities(p):
     with pytest.raises(Error, match=f"at least 0 and below 1, not {p!r}"):
         nn.Dropout(p)
 
@@ -335,7 +342,7 @@ FORWARD_ORDER = [
 ]  # fmt: skip
 
 
-def test_observe_sees_every_module_forward_and_backward():
+def test_observe_reports_every_module_forward_and_backward():
     model = small_gpt2()
     logits, seen = run_observed(model, lambda model: model(IDS))
     assert [o.name for o in seen] == FORWARD_ORDER
@@ -350,18 +357,18 @@ def test_observe_sees_every_module_forward_and_backward():
 
     seen.clear()
     upstream = np.random.default_rng(0).standard_normal(logits.shape)
-    logits.backward(upstream)  # after the block: what was watched reports back all the same
+    logits.backward(upstream)  # after the block: observed modules still report
     assert [o.name for o in seen] == FORWARD_ORDER[::-1]
     assert all(o.grad.shape == by_name[o.name].output.shape for o in seen)
     assert np.array_equal(seen[0].grad, upstream)
 
 
-def test_observed_gradients_are_those_of_the_outputs():
-    """A zero that is added to an output, as a leaf, has the gradient of that output."""
+def test_observed_gradients_are_gradients_of_the_outputs():
+    """A zero leaf added to an output has the gradient of that output."""
     model = small_gpt2().eval()
     _, seen = run_observed(model, lambda model: model.loss(IDS, TARGETS).backward())
     backward = {o.name: o for o in seen if o.grad is not None}
-    assert set(backward) == {"", *FORWARD_ORDER} - {"lm_head"}  # the loss has the head within it
+    assert set(backward) == {"", *FORWARD_ORDER} - {"lm_head"}  # the loss includes the head
     for name, module in model.named_modules():
         if name in ("", "lm_head"):
             continue
@@ -375,7 +382,7 @@ def test_observed_gradients_are_those_of_the_outputs():
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.2])
-def test_watching_changes_nothing(dropout):
+def test_observe_does_not_change_results(dropout):
     def step(model):
         manual_seed(7)
         loss = model.loss(IDS, TARGETS)
@@ -392,21 +399,21 @@ def test_watching_changes_nothing(dropout):
         assert np.array_equal(p.grad, q.grad), name
 
 
-def test_observe_under_no_grad_reports_the_forward_pass_alone():
+def test_observe_under_no_grad_reports_the_forward_pass_only():
     with no_grad():
         logits, seen = run_observed(small_gpt2(), lambda model: model(IDS))
     assert [o.name for o in seen] == FORWARD_ORDER and not logits.requires_grad
 
 
-def test_observe_names_are_relative_to_what_was_called():
+def test_observe_names_are_relative_to_the_called_module():
     model = small_gpt2()
     x = Tensor(np.zeros((1, 2, 8)))
     _, seen = run_observed(model, lambda model: model.h[0].mlp(x))
     assert [o.name for o in seen] == ["c_fc", "c_proj", "dropout", ""]
 
 
-def test_observe_names_are_relative_to_a_model_that_is_given():
-    """A method that is not the model's forward calls its parts one by one."""
+def test_observe_names_are_relative_to_the_given_model():
+    """A method other than the model's forward calls its parts one by one."""
     model, seen = small_gpt2(), []
     with nn.observe(seen.append, model):
         hidden = model.hidden_states(IDS)
@@ -434,12 +441,12 @@ def test_observe_is_restored_after_exceptions():
             model(IDS + 100)  # not in the vocabulary
         assert [o.name for o in inner] == []
         model(IDS)
-        assert [o.name for o in outer] == FORWARD_ORDER  # names start afresh after the failure
+        assert [o.name for o in outer] == FORWARD_ORDER  # names are reset after the failure
     model(IDS)
     assert len(outer) == len(FORWARD_ORDER)
 
 
-def test_an_exception_in_the_callback_reaches_the_caller():
+def test_exceptions_in_the_callback_propagate():
     def callback(observation):
         if observation.name == "h.0.mlp.c_fc":
             raise RuntimeError("seen enough")
@@ -461,7 +468,7 @@ def test_observe_is_per_thread():
 
 
 @pytest.mark.parametrize("held", ["a tuple", "a list in a list", "tensors in a dict in a list"])
-def test_layers_that_nobody_would_find_are_refused(held):
+def test_layers_in_unsearched_containers_are_refused(held):
     layer, module = nn.Linear(2, 2, rng=np.random.default_rng(0)), nn.Module()
     module.parts = {
         "a tuple": (layer,),
@@ -472,7 +479,7 @@ def test_layers_that_nobody_would_find_are_refused(held):
         module.num_parameters()
 
 
-def test_a_table_of_integers_stays_one():
+def test_integer_tables_keep_their_dtype_and_have_no_gradient():
     module = nn.Linear(2, 2, rng=np.random.default_rng(0))
     module.table = Tensor(np.arange(3))
     module.astype(np.float64).requires_grad_(False).requires_grad_(True)

@@ -1,4 +1,4 @@
-"""``nn.replace``: which layers, in which order, and what is refused."""
+"""``nn.replace``: matching, order, and errors."""
 
 import numpy as np
 import pytest
@@ -19,7 +19,7 @@ MODEL = GPT2Config(**SMALL)
         ("lm_head", ["lm_head"]),
     ],
 )
-def test_a_glob_names_the_layers(pattern, names):
+def test_replace_matches_layers_by_glob(pattern, names):
     model = random_gpt2(MODEL)
     before, seen = dict(model.named_modules()), []
 
@@ -32,11 +32,11 @@ def test_a_glob_names_the_layers(pattern, names):
     after = dict(model.named_modules())
     for name in names:
         assert isinstance(after[name], Wrapped) and after[name].layer is before[name]
-        assert not after[name].training  # as the layer it replaces
+        assert not after[name].training  # like the layer it replaces
     assert sum(isinstance(module, Wrapped) for module in after.values()) == len(names)
 
 
-def test_layers_inside_replaced_ones_are_replaced_too():
+def test_layers_inside_replaced_layers_are_replaced():
     model = random_gpt2(MODEL)
     expected = model(np.array([[1, 2, 3]])).data
     names = nn.replace(model, "h.*", lambda name, layer: Wrapped(layer))
@@ -46,7 +46,7 @@ def test_layers_inside_replaced_ones_are_replaced_too():
     assert np.array_equal(model(np.array([[1, 2, 3]])).data, expected)
 
 
-def test_a_layer_in_two_places_stays_one():
+def test_shared_layer_gets_one_shared_replacement():
     class Twice(nn.Module):
         def __init__(self):
             self.parts = {"first": nn.Dropout(0.5), "other": nn.Dropout(0.1)}
@@ -69,7 +69,7 @@ def test_a_layer_in_two_places_stays_one():
         ("h.*.mlp", lambda name, layer: None, r"NoneType for h\.0\.mlp"),
     ],
 )
-def test_what_is_refused_leaves_the_model_as_it_was(pattern, made, said):
+def test_failed_replace_leaves_the_model_unchanged(pattern, made, said):
     model = random_gpt2(MODEL)
     before = dict(model.named_modules())
     with pytest.raises(Error, match=said):
@@ -77,7 +77,14 @@ def test_what_is_refused_leaves_the_model_as_it_was(pattern, made, said):
     assert dict(model.named_modules()) == before
 
 
-def test_parameters_in_lists_and_dicts_have_names():
+@pytest.mark.parametrize("make", [nn.Linear(12, 5, rng=0), None, "Linear"], ids=["a layer", "None", "a name"])
+def test_replace_needs_a_function(make):
+    model = random_gpt2(MODEL)
+    with pytest.raises(Error, match=f"make is a {type(make).__name__}"):
+        nn.replace(model, "lm_head", make)
+
+
+def test_parameters_in_lists_and_dicts_are_named():
     class Held(nn.Module):
         def __init__(self):
             self.scales = [Tensor(np.ones(1), requires_grad=True), "no parameter"]

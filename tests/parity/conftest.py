@@ -2,7 +2,7 @@
 
 import pytest
 from support.bench_cuda import TASKS
-from support.fake_cupy import stand_in_cupy
+from support.fake_cupy import fake_cupy
 
 from parity.bench.cuda.works import SMALL_WORKS, write_weights
 from tinyllm import backend
@@ -20,7 +20,7 @@ def weights(tmp_path_factory):
 @pytest.fixture
 def cupy(monkeypatch):
     """A stand-in for CuPy; ``done`` lists what the device was asked to do, ``precisions`` the autocasts."""
-    module = stand_in_cupy(monkeypatch)
+    module = fake_cupy(monkeypatch)
     module.done, module.taken, module.free = [], 3 * 10**9, 2 * 10**9
     module.pool.free_all_blocks = lambda: module.done.append("free_all_blocks")
     module.cuda.Device.synchronize = lambda self: module.done.append("synchronize")

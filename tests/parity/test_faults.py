@@ -26,11 +26,11 @@ ADAMW, TRAINING, SAMPLING = "AdamW beside torch", "50 training steps", "sampling
 
 # The proof of an op or a layer goes by its subject; the others by the name of their test
 TESTS = {
-    MODEL: "test_gpt2::test_longer_than_one_block_of_queries_and_one_chunk_of_rows",
-    LLAMA: "test_llama::test_longer_than_one_block_of_queries_and_one_chunk_of_rows",
-    FOLDER: "test_gpt2::test_a_folder_of_theirs_loads_here",
-    FREQUENCIES: "test_frequencies_of_every_rope_type_are_those_of_transformers",
-    ADAMW: "test_adamw_against_torch_for_20_steps",
+    MODEL: "test_gpt2::test_several_query_blocks_and_row_chunks_equal_transformers",
+    LLAMA: "test_llama::test_several_query_blocks_and_row_chunks_equal_transformers",
+    FOLDER: "test_gpt2::test_folder_of_transformers_loads",
+    FREQUENCIES: "test_frequencies_of_every_rope_type_equal_transformers",
+    ADAMW: "test_adamw_equals_torch_for_20_steps",
     TRAINING: "test_fifty_training_steps_are_torchs",
     SAMPLING: "test_sampled_tokens_equal_those_of_plain_torch",
 }

@@ -1,4 +1,4 @@
-"""cuBLAS without a GPU: one product for each of a batch, as strict as the library about what it is given."""
+"""A CPU version of cuBLAS's batched matrix product, as strict about its arguments as the library."""
 
 import ctypes
 
@@ -15,13 +15,12 @@ def gemm(
     transa, transb, m, n, k, alpha, A, Atype, lda, strideA, B, Btype, ldb, strideB,
     beta, C, Ctype, ldc, strideC, batch, compute_type, algo,
 ) -> None:  # fmt: skip
-    """cublasGemmStridedBatchedEx without its handle: C = alpha op(A) op(B) + beta C, for each of a batch.
+    """cublasGemmStridedBatchedEx without its handle: C = alpha op(A) op(B) + beta C for batches of matrices.
 
-    op(A) is (m, k), op(B) (k, n), C (m, n); all lie in memory column by column, ``ld`` elements from one
-    to the next, ``stride`` elements from one matrix of the batch to the next. ``A``, ``B``, ``C`` are
-    addresses, ``alpha`` and ``beta`` those of numbers on the host. Half-precision values are multiplied
-    exactly and added up in float32. Raises ``ValueError`` for what cuBLAS refuses, and for results that
-    overlap.
+    op(A) is (m, k), op(B) (k, n) and C (m, n), all column-major; ``ld`` is the distance of columns in
+    elements and ``stride`` that of the batch's matrices. ``A``, ``B`` and ``C`` are addresses, ``alpha`` and
+    ``beta`` addresses of numbers on the host. Half-precision values are multiplied exactly and accumulated in
+    float32. Raises ``ValueError`` for arguments that cuBLAS refuses, and for overlapping results.
     """
     compute = _checked_types(Atype, Btype, Ctype, compute_type)
     rows_a, columns_a = _stored(transa, m, k)
@@ -42,13 +41,13 @@ def gemm(
     number = ctypes.c_double if compute == np.float64 else ctypes.c_float
     alpha, beta = (compute.type(number.from_address(place).value) for place in (alpha, beta))
     product = alpha * np.matmul(a.astype(compute), b.astype(compute))
-    if beta != 0:  # otherwise C is not read: it may hold anything
+    if beta != 0:  # otherwise C may be uninitialized and is not read
         product += beta * c.astype(compute)
     c[...] = product
 
 
 def _checked_types(Atype: int, Btype: int, Ctype: int, compute_type: int) -> np.dtype:
-    """What the product is computed in, if cuBLAS has this combination."""
+    """The dtype in which the product is computed. Raises ``ValueError`` if cuBLAS lacks the combination."""
     takes = {FLOAT: (0, 2, 14), DOUBLE: (1,), FLOAT_FROM_TF32: (0,)}.get(compute_type, ())
     results = {Atype} if compute_type == DOUBLE else {Atype, 0}
     if Atype not in takes or Btype != Atype or Ctype not in results:
@@ -57,7 +56,7 @@ def _checked_types(Atype: int, Btype: int, Ctype: int, compute_type: int) -> np.
 
 
 def _stored(transposed: int, rows: int, columns: int) -> tuple[int, int]:
-    """The shape in memory of a matrix that is (rows, columns) after the transposition asked for."""
+    """The stored shape of a matrix that is (rows, columns) after the optional transposition."""
     if transposed not in (0, 1, 2):  # 2 conjugates, too: nothing to do for real numbers
         raise ValueError(f"there is no operation {transposed}: 0 is the matrix itself, 1 its transpose")
     return (columns, rows) if transposed else (rows, columns)
@@ -81,14 +80,14 @@ def _operand(matrices: np.ndarray, transposed: int, compute_type: int) -> np.nda
 
 
 def _to_tf32(x: np.ndarray) -> np.ndarray:
-    """float32 rounded to 10 bits after the point, ties away from zero, as cvt.rna.tf32.f32 does."""
+    """float32 rounded to a mantissa of 10 bits, ties away from zero, like cvt.rna.tf32.f32."""
     bits = x.copy().view(np.uint32)
     rounded = ((bits + np.uint32(0x1000)) & np.uint32(0xFFFFE000)).view(np.float32)
     return np.where(np.isfinite(x), rounded, x)
 
 
 def _check_apart(c: np.ndarray) -> None:
-    """That no element is written twice: which one would stay is undefined."""
+    """Check that no element is written twice, which would be undefined behaviour."""
     batch, rows, columns = (np.arange(n) * stride for n, stride in zip(c.shape, c.strides))
     places = (batch[:, None, None] + rows[:, None] + columns).ravel()
     if len(np.unique(places)) < c.size:

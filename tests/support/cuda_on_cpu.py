@@ -1,9 +1,9 @@
-"""What stands in for CuPy, its compiler, its GPU and cuBLAS where there is none?
+"""A simulation of CuPy, its compiler, a GPU and cuBLAS on a CPU.
 
-``Simulator`` compiles a CUDA kernel for the CPU with g++ and runs it one thread at a time (``cuda_headers/``
-says how). It is stricter than a GPU: what CUDA would compute garbage from, or would get away with today, is
-an error. ``simulated_cupy`` puts a CuPy whose arrays are ``DeviceArray`` where ``import cupy`` finds it, and
-the simulator where tinyllm looks for kernels.
+``Simulator`` compiles a CUDA kernel for the CPU with g++ and runs it one thread at a time (see
+``cuda_headers/``). It is stricter than a GPU: undefined behaviour is an error even where a GPU would happen
+to compute the right result. ``simulated_cupy`` makes ``import cupy`` import a fake whose arrays are
+``DeviceArray``, and registers the simulator as their kernel library.
 """
 
 import ctypes
@@ -26,13 +26,14 @@ from numpy.lib.array_utils import byte_bounds
 from numpy.lib.stride_tricks import as_strided
 from support.cublas_on_cpu import bytes_at, gemm
 from support.device_array import DeviceArray
-from support.fake_cupy import StandIn, stand_in_cupy
+from support.fake_cupy import FakeCupy, fake_cupy
 
 from tinyllm.backend.cuda import launch
 
 HEADERS = Path(__file__).with_name("cuda_headers")
-# Each kernel is a library of its own: the __shared__ arrays of two must not become one (hidden), and no other
-# kernel's count as this one's (gc-sections). Fortified longjmp refuses to go to another stack.
+# Each kernel is compiled to its own library: the __shared__ arrays of two kernels must not be merged
+# (hidden), nor those of other kernels be counted (gc-sections). Fortified longjmp refuses to jump to another
+# stack.
 FLAGS = """-std=c++17 -O1 -fPIC -shared -fvisibility=hidden -fno-strict-aliasing
 -ffunction-sections -fdata-sections -Wl,--gc-sections -U_FORTIFY_SOURCE
 -Wall -Werror -Wno-error=maybe-uninitialized -Wno-unknown-pragmas""".split()
@@ -42,12 +43,12 @@ needs_compiler = pytest.mark.skipif(
     reason="needs g++ on Linux: CUDA kernels are compiled for the CPU",
 )
 
-GPUS = [  # for ``put`` (conftest.py): a real one needs no compiler of ours
+GPUS = [  # for ``put`` (conftest.py); a real one does not need g++
     pytest.param("simulated GPU", marks=needs_compiler),
     pytest.param("GPU", marks=pytest.mark.gpu),
 ]
 
-# C type of an element -> the arrays that are made of it
+# C type of an element -> dtypes of the arrays
 ELEMENTS = {
     "float": ("float32",),
     "double": ("float64",),
@@ -63,7 +64,7 @@ ELEMENTS = {
     "long long": ("int64",),
     "unsigned long long": ("uint64",),
 }
-# C type of a number -> what CuPy passes as such, without a look at what the kernel takes
+# C type of a number -> the Python types that CuPy passes as it, whatever the kernel's parameter
 NUMBERS = {
     "bool": (ctypes.c_bool, (bool, np.bool_)),
     "int": (ctypes.c_int, (np.int32,)),
@@ -82,10 +83,11 @@ POISON = np.frombuffer(b"\xf5\x7f" * (RED_ZONE // 2), np.uint8)  # NaN in every 
 
 
 class Simulator:
-    """What launch.py's library of CuPy arrays does, for ``DeviceArray``.
+    """The counterpart of launch.py's ``CuPyLibrary`` for ``DeviceArray``.
 
-    ``seed`` is the order in which threads run: the seeds 2n and 2n + 1 run all of them in opposite orders, so
-    a result that depends on it differs between the two. ``source`` is CUDA C++, by default tinyllm's kernels.
+    ``seed`` determines the order in which threads run. The seeds 2n and 2n + 1 give opposite orders, so a
+    result that depends on the order differs between the two. ``source`` is CUDA C++, by default tinyllm's
+    kernels.
     """
 
     def __init__(self, seed: int = 0, source: str | None = None):
@@ -93,11 +95,11 @@ class Simulator:
         self.source = launch.SOURCE.read_text(encoding="utf-8") if source is None else source
 
     def kernel(self, expression: str) -> Callable[[tuple, tuple, tuple], None]:
-        """The kernel that ``expression`` names, such as ``swiglu<float>``: a function (grid, block, args).
+        """The kernel named by ``expression``, such as ``swiglu<float>``: a function (grid, block, args).
 
-        Raises ``RuntimeError`` if it does not compile. The function raises ``TypeError`` for arguments that
-        are not the kernel's, ``ValueError`` for a grid or a block that CUDA refuses, and ``RuntimeError`` for
-        a barrier that not all threads reach and for what is written outside of the arrays.
+        Raises ``RuntimeError`` if it does not compile. The function raises ``TypeError`` for arguments of the
+        wrong type, ``ValueError`` for a grid or block that CUDA refuses, and ``RuntimeError`` for a barrier
+        that not all threads reach and for writes outside of the arrays.
         """
         library, parameters = _compiled(self.source, expression)
 
@@ -134,7 +136,7 @@ def _compiled(source: str, expression: str) -> tuple[ctypes.PyDLL, list[str]]:
     path = _folder() / f"{hashlib.sha256(content).hexdigest()}.so"
     if not path.exists():
         _compile(text, expression, path)
-    library = ctypes.PyDLL(str(path))  # it has one state: the lock stays with whoever launches
+    library = ctypes.PyDLL(str(path))  # it has global state, so a launch keeps the GIL
     library.launch.restype = ctypes.c_bool
     names = ctypes.create_string_buffer(10_000)
     library.parameters(names, ctypes.c_size_t(len(names)))
@@ -142,7 +144,7 @@ def _compiled(source: str, expression: str) -> tuple[ctypes.PyDLL, list[str]]:
 
 
 def _compile(text: str, expression: str, path: Path) -> None:
-    """Other test processes may be at the same kernel: each writes a file of its own, the last one's stays."""
+    """Test processes may compile the same kernel concurrently: each writes its own file, then renames it."""
     mine = path.with_suffix(f".{os.getpid()}")
     command = ["g++", *FLAGS, f"-I{HEADERS}", "-x", "c++", "-", "-o", str(mine)]
     done = subprocess.run(
@@ -160,11 +162,11 @@ def _compiler_version() -> bytes:
 
 @functools.cache
 def _folder() -> Path:
-    """Where compiled kernels are kept, from one test run to the next; nobody else can write there."""
+    """The cache of compiled kernels, kept between test runs and writable by this user only."""
     folder = Path(tempfile.gettempdir()) / f"tinyllm-cuda-on-cpu-{os.getuid()}"
     folder.mkdir(mode=0o700, exist_ok=True)
     if folder.is_symlink() or folder.stat().st_uid != os.getuid():
-        raise RuntimeError(f"{folder} belongs to someone else: remove it")
+        raise RuntimeError(f"{folder} is owned by another user: remove it")
     return folder
 
 
@@ -178,15 +180,13 @@ def _checked_sizes(expression: str, grid: tuple, block: tuple) -> ctypes.Array:
             raise TypeError(f"{expression}: the {what} is a tuple of one to three numbers, not {given!r}")
         for (axis, limit), size in itertools.zip_longest(most.items(), given, fillvalue=1):
             if not 1 <= size <= limit:
-                raise ValueError(f"{expression}: {what}.{axis} is {size}, CUDA takes 1 to {limit}")
+                raise ValueError(f"{expression}: {what}.{axis} is {size}, but CUDA allows 1 to {limit}")
             sizes.append(size)
     if math.prod(sizes[:3]) >= 2**31:
-        raise ValueError(f"{expression}: a grid of {grid} is more than the simulator can count")
+        raise ValueError(f"{expression}: the grid {grid} is too large for the simulator")
     threads = math.prod(sizes[3:])
     if threads > 1024 or threads % 32:
-        raise ValueError(
-            f"{expression}: a block of {threads} threads: whole warps of 32, at most 1024 threads"
-        )
+        raise ValueError(f"{expression}: a block of {threads} threads is not a multiple of 32 up to 1024")
     return (ctypes.c_uint * 6)(*sizes)
 
 
@@ -202,19 +202,17 @@ def _check_argument(place: str, parameter: str, value) -> None:
         if value.dtype.name not in dtypes:
             raise TypeError(f"{place}: {parameter} takes an array of {dtypes[0]}, not of {value.dtype}")
         if _address(value._array) % value.itemsize:
-            raise TypeError(
-                f"{place}: the array begins at an address that is no multiple of {value.itemsize}"
-            )
+            raise TypeError(f"{place}: the array's address is not a multiple of {value.itemsize}")
         return
     c_type, types = NUMBERS.get(parameter, (None, ()))
     if type(value) not in types:
         raise TypeError(f"{place}: {parameter} does not take a {type(value).__name__}, as CuPy passes it")
     if c_type(value).value != value and value == value:
-        raise ValueError(f"{place}: {value} is no {parameter}")
+        raise ValueError(f"{place}: {value} does not fit {parameter}")
 
 
 def _c_value(parameter: str, value, memory: "_Memory"):
-    """The argument as ctypes has it; its address is what the kernel gets."""
+    """The argument as a ctypes object, whose address is passed to the kernel."""
     if parameter.endswith("*"):
         return ctypes.c_void_p(None if value is None else memory.address(value))
     return NUMBERS[parameter][0](value)
@@ -225,17 +223,17 @@ def _address(array: np.ndarray) -> int:
 
 
 def _owner(array: np.ndarray) -> np.ndarray:
-    """The array whose memory this is."""
+    """The array that owns the memory."""
     while isinstance(array.base, np.ndarray):
         array = array.base
     return array
 
 
 class _Memory:
-    """The memory of a kernel's arguments, copied to between red zones; views of one array stay views of one.
+    """Copies of the memory of a kernel's arguments between red zones. Views of one array share one copy.
 
-    After the launch it is compared: only what the given arrays consist of, element by element, may have
-    changed, and only where the kernel takes a pointer that is not const.
+    After the launch the copies are compared: only elements of the given arrays may have changed, and only
+    where the kernel's parameter is a non-const pointer.
     """
 
     def __init__(self, expression: str, parameters: list[str], args: tuple):
@@ -264,7 +262,7 @@ class _Memory:
 
 
 class _View(NamedTuple):
-    """What the kernel gets of a copy: which argument it is, its bytes from ``low`` to ``high``."""
+    """The part of a copy that an argument refers to: bytes ``low`` to ``high``."""
 
     argument: int
     low: int
@@ -302,7 +300,7 @@ class _Copy:
             as_strided(self.writable[start:], shape, strides)[...] = True
 
     def fault(self) -> str | None:
-        """What was written that must not be; None if all is well."""
+        """A description of the first forbidden write, or None."""
         strays = np.flatnonzero((self.all != self.before) & ~self.writable)
         if not strays.size:
             return None
@@ -326,8 +324,8 @@ class _Copy:
 # --------------------------------------------------------------------------------------- CuPy
 
 
-def simulated_cupy(monkeypatch, seed: int = 0) -> StandIn:
-    """``stand_in_cupy``, with kernels and products that a simulated GPU computes."""
-    module = stand_in_cupy(monkeypatch)
+def simulated_cupy(monkeypatch, seed: int = 0) -> FakeCupy:
+    """``fake_cupy`` with kernels and products computed by a simulated GPU."""
+    module = fake_cupy(monkeypatch)
     monkeypatch.setitem(launch.LIBRARIES, module.ndarray, Simulator(seed))
     return module

@@ -1,7 +1,7 @@
-"""What CuPy 14 takes: the functions, methods and ufuncs of NumPy that it has, with its own arguments.
+"""The NumPy functions, methods and ufuncs that CuPy 14 implements, with CuPy's signatures.
 
-``test_device_array.py`` compares the lists with the installed package. What is not on them is refused by
-``DeviceArray``: before adding a line, see that CuPy has it.
+``test_device_array.py`` compares the lists with the installed package. ``DeviceArray`` refuses everything
+that is not listed: before adding a line, check that CuPy has it.
 """
 
 import inspect
@@ -14,9 +14,10 @@ def _by_name(groups: dict[str, Callable]) -> dict[str, inspect.Signature]:
     return {name: inspect.signature(call) for names, call in groups.items() for name in names.split()}
 
 
-# NumPy function -> what CuPy's function of that name takes. Left out on purpose: `ones`, `full` and `eye`
-# (NumPy 2 hands their `like=` twins a `device` that CuPy lacks: use `ones_like(x, shape=...)`) and `subok`,
-# which CuPy takes only as None. `argmax`'s third argument is `out` here and `dtype` there: keywords only.
+# NumPy function -> signature of CuPy's function of that name. Omitted on purpose: `ones`, `full` and `eye`
+# (with `like=` NumPy 2 passes a `device` that CuPy does not accept: use `ones_like(x, shape=...)`) and
+# `subok`, which must be None in CuPy. The third argument of `argmax` is `out` in NumPy and `dtype` in CuPy:
+# keywords only.
 FUNCTIONS = _by_name(
     {
         "all any amax amin max min": lambda a, axis=None, out=None, keepdims=False: ...,
@@ -73,7 +74,7 @@ FUNCTIONS = _by_name(
     }
 )  # fmt: skip
 
-# Methods of an array take what the function of that name takes, apart from these.
+# Array methods have the signature of the function of the same name, except for these.
 METHODS = {name: FUNCTIONS[name] for name in FUNCTIONS if hasattr(np.ndarray, name)} | _by_name(
     {
         "astype": lambda self, dtype, order="K", *, copy=True: ...,
@@ -86,8 +87,8 @@ METHODS = {name: FUNCTIONS[name] for name in FUNCTIONS if hasattr(np.ndarray, na
     }
 )
 
-# Ufuncs take no `where=`, and reduce with add and multiply alone (`np.max` is there, `np.maximum.reduce` is
-# not). `erf` is scipy.special's, which CuPy answers with cupyx.scipy.special's.
+# Ufuncs do not accept `where=`, and only add and multiply have `reduce` (there is `np.max`, but no
+# `np.maximum.reduce`). `erf` is scipy.special's, for which CuPy uses cupyx.scipy.special's.
 UFUNCS = _by_name(
     {
         """absolute add arccos arcsin arctan arctan2 bitwise_and bitwise_or bitwise_xor cbrt ceil conjugate

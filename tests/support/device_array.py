@@ -1,13 +1,13 @@
-"""A strict stand-in for a CuPy array: what runs on it reads as NumPy and runs on CuPy, and needs no GPU.
+"""A strict fake of a CuPy array: code that runs on it is NumPy code that also runs on CuPy. It needs no GPU.
 
-`DeviceArray` hides a NumPy array behind the protocols through which NumPy hands its calls to other libraries
-(NEP 13 `__array_ufunc__`, NEP 18 `__array_function__`, NEP 35 `like=`) and has CuPy's limits: host arrays do
-not mix with it, nothing turns it into a Python value on the way, and a call that CuPy has no twin for is
-refused. It is stricter than CuPy where CuPy would silently copy: to the host (`bool(x)`, `for row in x`, an
-array as a shape) or to the device (a list or a host array as index). Every refusal is a `TypeError`.
+`DeviceArray` wraps a NumPy array in the protocols through which NumPy dispatches to other libraries (NEP 13
+`__array_ufunc__`, NEP 18 `__array_function__`, NEP 35 `like=`) and has CuPy's limits: it cannot be mixed with
+host arrays or converted implicitly to a Python value, and functions that CuPy does not have are refused. It
+is stricter than CuPy where CuPy would copy silently: to the host (`bool(x)`, `for row in x`, an array as a
+shape) or to the device (a list or a host array as index). Every refusal is a `TypeError`.
 
-The lists are CuPy 14's signatures; `test_device_array.py` compares them with the installed package. What is
-not on them is refused: before adding a line, see that CuPy has it.
+The lists have CuPy 14's signatures; `test_device_array.py` compares them with the installed package.
+Everything that is not listed is refused: before adding a line, check that CuPy has it.
 """
 
 import numbers
@@ -21,17 +21,17 @@ from support.cupy_signatures import FUNCTIONS, METHODS, UFUNCS
 
 ADD_AT_DTYPES = {"int32", "int64", "uint32", "uint64", "float16", "float32", "float64"}
 
-# These parameters are Python numbers, alone or in a sequence, never arrays. Everywhere else a number may
-# stand alone, but a sequence of numbers is a host array in disguise.
+# These parameters are Python numbers or sequences of them, never arrays. All others may be a single number,
+# but a sequence of numbers would be converted to a host array.
 PLAIN = {"shape", "newshape", "axis", "axes", "axis1", "axis2", "source", "destination", "shift", "ord", "k"}
 PLAIN |= {"reps", "repeats", "indices_or_sections", "kth", "decimals", "ddof", "start", "stop", "step"}
 NUMBERS = (numbers.Number, np.generic)
-CONVERSIONS = {"array", "asarray", "ascontiguousarray"}  # with like=x, the explicit way from host to device
+CONVERSIONS = {"array", "asarray", "ascontiguousarray"}  # with like=x, the explicit copy from host to device
 ZERO_D_RESULTS = {"allclose", "array_equal", "count_nonzero"}  # Python values in NumPy, 0-d arrays in CuPy
 
 
 class Flags(NamedTuple):
-    """CuPy's flags: there is no `writeable`."""
+    """CuPy's flags, which have no `writeable`."""
 
     c_contiguous: bool
     f_contiguous: bool
@@ -39,7 +39,7 @@ class Flags(NamedTuple):
 
 
 class Device:
-    """A GPU, by its number; without one, the current one: of the last `use()`, or of the `with` around."""
+    """A GPU by its index, by default the current one: of the last `use()` or the enclosing `with`."""
 
     current: ClassVar[int] = 0
 
@@ -68,20 +68,22 @@ class Device:
         return f"<CUDA Device {self.id}>"
 
     def synchronize(self) -> None:
-        """There is nothing to wait for."""
+        """Do nothing."""
 
 
 class Pointer(NamedTuple):
-    """Where an array begins: the address, as kernels and cuBLAS take it."""
+    """The address of an array, as passed to kernels and cuBLAS."""
 
     ptr: int
 
 
-_LIVING: "weakref.WeakValueDictionary[int, DeviceArray]" = weakref.WeakValueDictionary()  # by hidden array
+_LIVING: "weakref.WeakValueDictionary[int, DeviceArray]" = (
+    weakref.WeakValueDictionary()
+)  # by id of the wrapped array
 
 
 class DeviceArray(NDArrayOperatorsMixin):
-    """A CuPy array as far as the code under test can tell; `of` builds one, `get` brings it back."""
+    """A CuPy array as far as the code under test can tell. `of` creates one, `get` copies it to the host."""
 
     __slots__ = ("__weakref__", "_array", "device")
 
@@ -92,7 +94,7 @@ class DeviceArray(NDArrayOperatorsMixin):
 
     @classmethod
     def of(cls, array, device: Device | None = None) -> "DeviceArray":
-        """A copy of a NumPy array (or a number, or a nested list of numbers) on a device, the current one."""
+        """A copy of a NumPy array, a number or a nested list on ``device`` (default: the current one)."""
         return cls(np.array(array), device)
 
     def get(self) -> np.ndarray:
@@ -121,7 +123,7 @@ class DeviceArray(NDArrayOperatorsMixin):
 
     @property
     def base(self) -> "DeviceArray | None":
-        """The array that owns the memory, the very one while somebody holds it."""
+        """The array that owns the memory: the original object while it is alive."""
         owner = self._array.base
         if owner is None:
             return None
@@ -139,7 +141,7 @@ class DeviceArray(NDArrayOperatorsMixin):
             raise TypeError(f"numpy.{name} is not on the list of ufuncs that CuPy has")
         for value in inputs:
             if not isinstance(value, (DeviceArray, *NUMBERS)):
-                raise TypeError(f"numpy.{name} got a {type(value).__name__} beside a device array")
+                raise TypeError(f"numpy.{name} got a {type(value).__name__} together with a device array")
         if method == "at" and inputs[0].dtype.name not in ADD_AT_DTYPES:
             raise TypeError(f"numpy.{name} has no {inputs[0].dtype} in CuPy")
         return _call(name, UFUNCS[name], getattr(ufunc, method), inputs, kwargs, self.device)
@@ -149,7 +151,7 @@ class DeviceArray(NDArrayOperatorsMixin):
         if name not in FUNCTIONS:
             raise TypeError(f"numpy.{name} is not on the list of functions that CuPy has")
         device = self.device
-        if name in CONVERSIONS:  # to the current GPU, wherever what is converted, or ``like``, may be
+        if name in CONVERSIONS:  # to the current GPU, wherever the argument and ``like`` are
             device = Device()
             if not isinstance(args[0], DeviceArray):
                 args = (DeviceArray.of(args[0], device), *args[1:])
@@ -182,12 +184,12 @@ class DeviceArray(NDArrayOperatorsMixin):
     __array__ = __bool__ = __int__ = __float__ = __complex__ = __index__ = __iter__ = _refuse
 
     def __imatmul__(self, other):
-        # CuPy has no such method: there "a @= b" makes a new array, NumPy writes into the old one.
-        raise TypeError("a @= b means another thing in CuPy than in NumPy: use np.matmul(a, b, out=a)")
+        # CuPy has no such method: "a @= b" creates a new array there, whereas NumPy modifies a.
+        raise TypeError("a @= b does not work in place in CuPy: use np.matmul(a, b, out=a)")
 
 
 def _call(name, signature, function, args, kwargs, device):
-    """Run NumPy's function on the hidden arrays, if CuPy's twin would take these arguments."""
+    """Run NumPy's function on the wrapped arrays if CuPy's function would accept these arguments."""
     try:
         bound = signature.bind(*args, **kwargs)
     except TypeError as error:
@@ -213,16 +215,15 @@ def _check_devices(name, given, device) -> None:
             raise TypeError(f"{name}: arrays on {device} and on {array.device}")
 
 
-# NumPy leaves bfloat16 to ml_dtypes, which is CuPy's, too, and computes elements as CuPy does. Not so sums,
-# products of matrices and where.
+# Elementwise ops on bfloat16 are those of ml_dtypes, as in CuPy. Sums, matrix products and `where` differ.
 
 
 def _add_in_float32(function):
-    """A reduction of bfloat16 adds up in float32, and is rounded at its end."""
+    """Reduce bfloat16 in float32 and round the result."""
 
     def reduce(array, *axis, dtype=None, **kwargs):
         if len(axis) > 1:
-            raise TypeError("dtype and out of a sum of bfloat16: by name, please")
+            raise TypeError("pass dtype and out of a bfloat16 sum by name")
         if dtype is not None and np.dtype(dtype).itemsize > array.itemsize:
             return function(array, *axis, dtype=dtype, **kwargs)
         result = function(np.asarray(array, np.float32), *axis, **kwargs)
@@ -232,7 +233,7 @@ def _add_in_float32(function):
 
 
 def _multiply_in_float32(function):
-    """Matrices of bfloat16 are multiplied in float32, and the result rounded; batches of them not at all."""
+    """Multiply bfloat16 matrices in float32 and round the result. Batches are refused, as in CuPy."""
 
     def matmul(a, b, **kwargs):
         if a.dtype != b.dtype:
@@ -253,7 +254,7 @@ def _is_bfloat16(x) -> bool:
 
 
 def _choose_in_float32(function):
-    """`where` of bfloat16 is float32: CuPy has no other for it."""
+    """Return float32 from `where` of bfloat16, as CuPy does."""
 
     def where(condition, *choices):
         wider = [x.astype(np.float32) if _is_bfloat16(x) else x for x in choices]
@@ -274,19 +275,21 @@ def _holds(value, kinds) -> bool:
 
 
 def _to_host(value, given: dict[int, DeviceArray]):
-    """The hidden array of every device array in `value`; `given` remembers which array each was hidden in."""
+    """Replace every device array in `value` by its wrapped array, recording it in `given`."""
     if isinstance(value, DeviceArray):
         given[id(value._array)] = value
         return value._array
     if isinstance(value, np.ndarray):
-        raise TypeError("a NumPy array beside a device array: move it with np.asarray(array, like=...) first")
+        raise TypeError(
+            "a NumPy array together with a device array: move it with np.asarray(array, like=...)"
+        )
     if isinstance(value, (list, tuple)):
         return type(value)([_to_host(element, given) for element in value])
     return value
 
 
 def _to_device(result, given: dict[int, DeviceArray], device: Device):
-    """Arrays and NumPy scalars become device arrays; an argument that comes back (`out=`) is itself."""
+    """Wrap arrays and NumPy scalars. A returned argument (`out=`) is its original device array."""
     if isinstance(result, (list, tuple)) and _holds(result, np.ndarray):
         return type(result)([_to_device(element, given, device) for element in result])
     if isinstance(result, (np.ndarray, np.generic)):
@@ -308,7 +311,7 @@ def _to_index(index, device: Device) -> tuple:
 
 
 class DeviceArrayBackend(AbstractBackend):
-    """Lets einops take a DeviceArray: it asks each subclass whose `framework_name` is an imported module."""
+    """The einops backend of DeviceArray. einops tries each subclass whose `framework_name` is imported."""
 
     framework_name = __name__
 

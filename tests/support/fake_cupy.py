@@ -1,7 +1,7 @@
-"""A stand-in for the module ``cupy``: as much of it as tinyllm's programs ask for, with no GPU behind it.
+"""A fake ``cupy`` module with the parts that tinyllm's programs use. It needs no GPU.
 
-Its arrays are `device_array.DeviceArray`s; what the driver would say are attributes for a test to set.
-`test_devices.py` compares its names and messages with the installed package, where there is one.
+Its arrays are ``device_array.DeviceArray``. The driver's answers are attributes that a test can set.
+``test_devices.py`` compares its names and messages with the installed package, if there is one.
 """
 
 import sys
@@ -12,22 +12,22 @@ from support.device_array import DeviceArray
 
 
 class OutOfMemoryError(MemoryError):
-    """CuPy's, with its message."""
+    """CuPy's exception with CuPy's message."""
 
     def __init__(self, size, total, limit=0):
         so_far = f"allocated so far: {total:,} bytes" + (f", limit set to: {limit:,} bytes" if limit else "")
         super().__init__(f"Out of memory allocating {size:,} bytes ({so_far}).")
 
 
-class StandIn(SimpleNamespace):
-    """Sees ``count`` GPUs (or raises it, if it is an exception), all of one name and compute capability."""
+class FakeCupy(SimpleNamespace):
+    """Reports ``count`` GPUs of one compute capability, or raises ``count`` if it is an exception."""
 
     def __init__(self):
         super().__init__(count=2, capability="90", limit=0, taken=0, free=2 * 10**9)
-        stand_in = self
+        fake = self
 
         class Device(device_array.Device):
-            compute_capability = property(lambda self: stand_in.capability)
+            compute_capability = property(lambda self: fake.capability)
 
         def count():
             if isinstance(self.count, Exception):
@@ -56,19 +56,19 @@ class StandIn(SimpleNamespace):
 
     @property
     def current(self) -> int:
-        """The number of the thread's current GPU."""
+        """The index of the thread's current GPU."""
         return device_array.Device.current
 
     def asarray(self, array):
-        """Copied to the current GPU, unless it is there."""
+        """The array on the current GPU, copied unless it is there already."""
         if isinstance(array, DeviceArray):
             return array if array.device == device_array.Device() else DeviceArray.of(array.get())
         return DeviceArray.of(array)
 
 
-def stand_in_cupy(monkeypatch) -> StandIn:
-    """For the length of a test, ``import cupy`` finds a stand-in; returns it."""
-    module = StandIn()
+def fake_cupy(monkeypatch) -> FakeCupy:
+    """Make ``import cupy`` import the fake for the duration of a test; returns it."""
+    module = FakeCupy()
     monkeypatch.setattr(device_array.Device, "current", 0)
     monkeypatch.setitem(sys.modules, "cupy", module)
     return module

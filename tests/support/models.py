@@ -1,4 +1,4 @@
-"""Small models with random weights, and what several test files do with them."""
+"""Small models with random weights, and helpers shared by several test files."""
 
 import math
 
@@ -13,7 +13,7 @@ torch = pytest.importorskip("torch")
 
 
 class Wrapped(nn.Module):
-    """A layer in another: it has no ``weight``, and no attribute that a model could rely on."""
+    """A wrapper around a layer. It has no ``weight`` or other attribute that a model could rely on."""
 
     def __init__(self, layer):
         self.layer = layer
@@ -29,7 +29,7 @@ NO_DROPOUT = dict(embd_pdrop=0.0, attn_pdrop=0.0, resid_pdrop=0.0)
 
 
 def random_gpt2(config, seed=0, dtype=np.float64):
-    """Every parameter away from where it starts: a bias of zero or a norm of one hides mistakes."""
+    """A model with perturbed parameters, because biases of 0 and norm weights of 1 hide mistakes."""
     rng = np.random.default_rng(seed)
     model = GPT2(config, rng=rng).astype(dtype).eval()
     for name, parameter in model.named_parameters():
@@ -39,7 +39,7 @@ def random_gpt2(config, seed=0, dtype=np.float64):
 
 
 def batch(config, shape, seed=0):
-    """Token ids and targets, about every fifth of which does not count (but the first does)."""
+    """Token ids and targets, of which about a fifth is ignored (but never the first)."""
     rng = np.random.default_rng(seed)
     ids = rng.integers(0, config.vocab_size, shape)
     targets = np.where(rng.random(shape) < 0.2, -100, rng.integers(0, config.vocab_size, shape))
@@ -66,7 +66,7 @@ def our_gradients(model):
 
 @st.composite
 def configs(draw):
-    # The norm of one channel is 0 and of two ±1: the gradients through it are rounding errors.
+    # Normalizing one channel gives 0 and two give ±1: gradients through the norm would be rounding errors.
     heads = st.tuples(st.integers(1, 4), st.integers(1, 6)).filter(lambda pair: math.prod(pair) > 2)
     n_head, head_size = draw(heads)
     return GPT2Config(
@@ -86,7 +86,7 @@ def configs(draw):
 
 
 def rewrite(folder, change):
-    """Pass the tensors of a folder's file through ``change``."""
+    """Apply ``change`` to the tensors in a folder's model.safetensors."""
     from safetensors.torch import load_file, save_file
 
     file = folder / "model.safetensors"
@@ -103,7 +103,7 @@ SMALL_LLAMA = dict(
 ROPES = {
     "default": dict(rope_type="default", rope_theta=500.0),
     "linear": dict(rope_type="linear", rope_theta=1e4, factor=3.0),
-    # Of the frequencies 1, θ^-½ … some are kept, some divided, some between.
+    # Some of the frequencies 1, θ^-½ … are kept, some divided, some interpolated.
     "llama3": dict(rope_type="llama3", rope_theta=50.0, factor=8.0, low_freq_factor=1.0,
                    high_freq_factor=4.0, original_max_position_embeddings=12),
 }  # fmt: skip
@@ -113,7 +113,7 @@ EVERYTHING = LlamaConfig(**SMALL_LLAMA, rope_parameters=ROPES["llama3"], attenti
 
 
 def random_llama(config, seed=0, dtype=np.float64):
-    """Every parameter away from where it starts: a bias of zero or a norm of one hides mistakes."""
+    """A model with perturbed parameters, because biases of 0 and norm weights of 1 hide mistakes."""
     rng = np.random.default_rng(seed)
     model = Llama(config, rng=rng).astype(dtype).eval()
     for name, parameter in model.named_parameters():

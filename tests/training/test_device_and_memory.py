@@ -18,7 +18,7 @@ import pytest
 from safetensors.numpy import load_file
 from support.cuda_on_cpu import needs_compiler, simulated_cupy
 from support.device_array import DeviceArray
-from support.fake_cupy import OutOfMemoryError, stand_in_cupy
+from support.fake_cupy import OutOfMemoryError, fake_cupy
 from support.runs import no_pictures, records, rhyme, values
 
 import tinyllm.nn.module
@@ -44,7 +44,7 @@ TINY = (
 
 @pytest.fixture
 def cupy(monkeypatch):
-    return stand_in_cupy(monkeypatch)
+    return fake_cupy(monkeypatch)
 
 
 @pytest.fixture(scope="module", autouse=True)

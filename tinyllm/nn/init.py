@@ -31,7 +31,7 @@ def is_meta(data) -> bool:
 
 def loaded(parameter: Tensor, owner: str = "this layer") -> Tensor:
     """The parameter itself. Raises ``Error`` if it is a meta parameter, which has no values."""
-    if is_meta(parameter.data):
+    if isinstance(parameter, Tensor) and is_meta(parameter.data):
         raise Error(
             f"{owner} has no weights yet (rng=None): load them with load_state_dict() or from_pretrained(), "
             "or pass rng=, such as rng=0, to initialize them"

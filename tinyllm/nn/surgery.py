@@ -20,8 +20,10 @@ def replace(model: Module, pattern: str, make: Callable[[str, Module], Module]) 
     Raises ``Error`` if no layer matches, if the model itself does (its name is empty), and if ``make`` does
     not return a Module.
     """
-    if not callable(make):
-        raise Error(f"make is a {type(make).__name__}: pass a function of a name and a layer")
+    if isinstance(make, Module) or not callable(make):
+        raise Error(
+            f"make is a {type(make).__name__}: pass a function, such as lambda name, layer: MyLayer(layer)"
+        )
     modules = dict(model.named_modules())
     names = [name for name in modules if fnmatchcase(name, pattern)]
     if "" in names:
