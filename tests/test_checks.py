@@ -43,7 +43,7 @@ def test_check_ids_returns_a_copy():
 
 
 @pytest.mark.parametrize(
-    ("ids", "said"),
+    ("ids", "message"),
     [
         ([1, 10, 11], r"^ids\[1\] is 10, .* 0 to 9"),
         ([[1, 2], [3, -1]], r"^ids\[1, 1\] is -1, .* 0 to 9"),
@@ -61,8 +61,8 @@ def test_check_ids_returns_a_copy():
         (np.zeros((2, 0), int), "^ids is empty"),
     ],
 )
-def test_check_ids_names_value_position_and_range(ids, said):
-    with pytest.raises(Error, match=said):
+def test_check_ids_names_value_position_and_range(ids, message):
+    with pytest.raises(Error, match=message):
         check_ids(ids, vocab_size=10)
 
 
@@ -100,7 +100,7 @@ def test_generator_and_none_are_returned_unchanged():
 
 
 @pytest.mark.parametrize(
-    ("rng", "said"),
+    ("rng", "message"),
     [
         (-1, "rng is -1:"),
         (True, "rng is True:"),
@@ -111,8 +111,8 @@ def test_generator_and_none_are_returned_unchanged():
         ([0], "rng is a list:"),
     ],
 )
-def test_invalid_rng_is_refused(rng, said):
-    with pytest.raises(Error, match=said):
+def test_invalid_rng_is_refused(rng, message):
+    with pytest.raises(Error, match=message):
         as_generator(rng)
 
 
@@ -134,7 +134,7 @@ class Config:
 
 
 @pytest.mark.parametrize(
-    ("changes", "said"),
+    ("changes", "message"),
     [
         ({"n_layer": 1.0}, "n_layer must be .*, not 1.0"),
         ({"n_layer": True}, "n_layer must be .*, not True"),
@@ -150,9 +150,9 @@ class Config:
         ({"rope": [1]}, r"rope must be a dict, not \[1\]"),
     ],
 )
-def test_check_fields_names_the_field_and_its_value(changes, said):
+def test_check_fields_names_the_field_and_its_value(changes, message):
     check_fields(Config(rope={}), layers=("n_layer",), widths=("width",))
-    with pytest.raises(Error, match=said):
+    with pytest.raises(Error, match=message):
         check_fields(Config(**{"rope": {}} | changes), layers=("n_layer",), widths=("width",))
 
 

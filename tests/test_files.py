@@ -32,15 +32,15 @@ def test_reading_anything_but_a_file_is_refused(tmp_path, read):
 def test_reading_a_pipe_or_device_does_not_block(tmp_path):
     os.mkfifo(tmp_path / "pipe")
     (tmp_path / "link").symlink_to("/dev/zero")
-    said = []
+    messages = []
     for name in ("pipe", "link"):
         reader = threading.Thread(
-            target=lambda name=name: said.append(message_of(read_file, tmp_path / name))
+            target=lambda name=name: messages.append(message_of(read_file, tmp_path / name))
         )
         reader.daemon = True
         reader.start()
         reader.join(20)
-        assert said and str(tmp_path / name) in said.pop() and not reader.is_alive()
+        assert messages and str(tmp_path / name) in messages.pop() and not reader.is_alive()
 
 
 @posix
@@ -72,8 +72,8 @@ def test_invalid_json_is_refused(tmp_path, text, problem):
     with pytest.raises(ValueError, match=problem):
         parse_json(text)
     (tmp_path / "x.json").write_bytes(text)
-    said = message_of(read_json, tmp_path / "x.json")
-    assert str(tmp_path / "x.json") in said and problem in said and "copy it again" in said
+    message = message_of(read_json, tmp_path / "x.json")
+    assert str(tmp_path / "x.json") in message and problem in message and "copy it again" in message
 
 
 values = st.recursive(

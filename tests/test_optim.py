@@ -150,8 +150,8 @@ WRONG = {
 
 @pytest.mark.parametrize("case", WRONG)
 def test_invalid_parameters_are_refused(case):
-    call, said = WRONG[case]
-    with pytest.raises(Error, match=said):
+    call, message = WRONG[case]
+    with pytest.raises(Error, match=message):
         call()
 
 

@@ -58,11 +58,11 @@ def test_one_blas_thread_sets_the_limit_once_and_restores_it():
     [("import tinyllm, numpy", True), ("import numpy, tinyllm", False)],
 )
 def test_blas_timeout_is_set_only_before_numpy_is_imported(imports, falls_asleep):
-    said = "print(tinyllm.backend.threads._BLAS_THREADS_SLEEP, os.environ.get('OPENBLAS_THREAD_TIMEOUT'))"
+    code = "print(tinyllm.backend.threads._BLAS_THREADS_SLEEP, os.environ.get('OPENBLAS_THREAD_TIMEOUT'))"
     environment = {k: v for k, v in os.environ.items() if k != "OPENBLAS_THREAD_TIMEOUT"}
 
     def run(**more):
-        command = [sys.executable, "-c", f"import os; {imports}; {said}"]
+        command = [sys.executable, "-c", f"import os; {imports}; {code}"]
         return subprocess.check_output(command, text=True, env=environment | more).split()
 
     assert run() == [str(falls_asleep), "20" if falls_asleep else "None"]

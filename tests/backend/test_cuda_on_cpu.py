@@ -31,10 +31,10 @@ __device__ Int this_thread() {
     return block * blockDim.x * blockDim.y * blockDim.z + thread;
 }
 
-// A thread to each place, and its number there
+// One thread per element, which writes its index
 __global__ void numbers(Int* y) { y[this_thread()] = this_thread(); }
 
-// The order in which threads come
+// The order in which threads run
 __global__ void order(Int* y, unsigned long long* count) { y[atomicAdd(count, 1ull)] = this_thread(); }
 
 // The sum of each row of x (gridDim.x, n)
@@ -50,7 +50,7 @@ template <class T> __global__ void __launch_bounds__(1024) row_sum(const T* __re
     y[blockIdx.x] = total;
 }
 
-// 64 elements of x turned round, in turn; the mistake is not to wait for what others write, or still read
+// 64 elements of x reversed, repeatedly; the mistake is a missing barrier before or after a read
 template <bool WAIT_TO_READ, bool WAIT_TO_WRITE>
 __global__ void reverse(const float* x, float* y, Int rounds) {
     __shared__ float shared[64];
@@ -62,7 +62,7 @@ __global__ void reverse(const float* x, float* y, Int rounds) {
     }
 }
 
-// Neighbours by shared memory: within a warp it takes __syncwarp
+// Neighbours through shared memory: within a warp __syncwarp is needed
 template <bool WAIT> __global__ void swap(float* x) {
     __shared__ float shared[32];
     shared[threadIdx.x] = x[threadIdx.x];
@@ -87,7 +87,7 @@ template <int MISTAKE> __global__ void stuck(Int* y) {
     if (MISTAKE == 5 && threadIdx.x == 33) __syncwarp();
     if (MISTAKE == 6 && threadIdx.x % 2 == 0) __syncwarp();
     if (MISTAKE == 6 && threadIdx.x % 2 == 1) __syncwarp();
-    __syncthreads();  // all of them
+    __syncthreads();  // reached by all threads
     y[0] = 1;
 }
 
@@ -105,14 +105,14 @@ template <int SIZE> __global__ void large(float* y) {
     y[0] = shared[31];
 }
 
-__global__ void also_large(float* y) {  // its memory is no other kernel's
+__global__ void also_large(float* y) {  // its memory is not shared with other kernels
     __shared__ float shared[12288];
     shared[threadIdx.x] = 1;
     __syncthreads();
     y[0] = shared[31];
 }
 
-// What x is by an address in a list, beside x itself
+// x by an address in a list, and x as an argument
 __global__ void write_through(const Int* pointers, const float* x, float* y) {
     *(float*)pointers[0] = 2;
     y[0] = x[0];
@@ -238,7 +238,7 @@ def line(text):
     return f"line {number}"
 
 
-BARRIER = line("all of them")
+BARRIER = line("reached by all threads")
 STUCK = {
     0: rf"barrier not reached by all threads: .* {BARRIER}, thread \(33, 0, 0\) has ended",
     1: rf"barrier not reached by all threads: .* {BARRIER}, thread \(33, 0, 0\) .* {line('MISTAKE == 1')}",
@@ -278,21 +278,21 @@ def test_shared_memory_is_limited_as_on_a_gpu():
 
 
 @pytest.mark.parametrize(
-    "grid, block, said",
+    "grid, block, message",
     [
         ((0,), (32,), "grid.x is 0"),
         ((2**31,), (32,), "grid.x is 2147483648"),
         ((1, 65536), (32,), "grid.y is 65536"),
         ((1, 1, 65536), (32,), "grid.z is 65536"),
-        ((65535, 65535), (32,), "more than the simulator can count"),
-        ((1,), (33,), "a block of 33 threads: whole warps"),
+        ((65535, 65535), (32,), "too large for the simulator"),
+        ((1,), (33,), "a block of 33 threads is not a multiple of 32"),
         ((1,), (2048,), "block.x is 2048"),
-        ((1,), (64, 32), "a block of 2048 threads: whole warps of 32, at most 1024"),
+        ((1,), (64, 32), "a block of 2048 threads is not .* up to 1024"),
         ((1,), (1, 1, 128), "block.z is 128"),
     ],
 )
-def test_invalid_grids_and_blocks_are_refused(grid, block, said):
-    with pytest.raises(ValueError, match=said):
+def test_invalid_grids_and_blocks_are_refused(grid, block, message):
+    with pytest.raises(ValueError, match=message):
         FIRST.kernel("numbers")(grid, block, (zeros(1, dtype=np.int64),))
 
 
@@ -308,7 +308,7 @@ def test_writing_within_an_array_is_allowed(simulator, at):
 
 
 @pytest.mark.parametrize(
-    "at, said",
+    "at, message",
     [
         (10, "0 bytes after argument 1"),
         (RED_ZONE // 4 + 9, "65532 bytes after argument 1"),
@@ -316,9 +316,9 @@ def test_writing_within_an_array_is_allowed(simulator, at):
         (-RED_ZONE // 4, "65536 bytes before argument 1"),
     ],
 )
-def test_writing_outside_of_an_array_is_detected(at, said):
+def test_writing_outside_of_an_array_is_detected(at, message):
     y = zeros(10)
-    with pytest.raises(RuntimeError, match=f"write_at wrote {said}$"):
+    with pytest.raises(RuntimeError, match=f"write_at wrote {message}$"):
         FIRST.kernel("write_at")((1,), (32,), (None, y, at))
     assert not y.get().any()
 
@@ -326,13 +326,13 @@ def test_writing_outside_of_an_array_is_detected(at, said):
 def test_writing_outside_of_a_view_is_detected():
     buffer = zeros(4, 10)
     launch = FIRST.kernel("write_at")
-    for view, at, said in [
+    for view, at, message in [
         (buffer[1], 10, "0 bytes after argument 1"),
         (buffer[1], -1, "4 bytes before argument 1"),
         (buffer[:, :2], 2, "between the elements of argument 1"),
         (buffer[::-1], 10, "0 bytes after argument 1"),
     ]:
-        with pytest.raises(RuntimeError, match=f"write_at wrote {said}"):
+        with pytest.raises(RuntimeError, match=f"write_at wrote {message}"):
             launch((1,), (32,), (None, view, at))
     assert not buffer.get().any()
     launch((1,), (32,), (buffer[2], buffer[1], 10 - 10))
@@ -390,7 +390,7 @@ def test_arguments_of_every_type_are_passed():
 
 
 @pytest.mark.parametrize(
-    "i, value, said",
+    "i, value, message",
     [
         (0, zeros(1, dtype=np.float64), r"const float\* takes an array of float32, not of float64"),
         (0, zeros(1, dtype=np.float16), r"const float\* takes an array of float32, not of float16"),
@@ -412,14 +412,14 @@ def test_arguments_of_every_type_are_passed():
         (7, 1, "int does not take a int, as CuPy passes it"),
     ],
 )
-def test_arguments_of_the_wrong_type_are_refused(i, value, said):
-    with pytest.raises(TypeError, match=rf"takes, argument {i}: {said}"):
+def test_arguments_of_the_wrong_type_are_refused(i, value, message):
+    with pytest.raises(TypeError, match=rf"takes, argument {i}: {message}"):
         FIRST.kernel("takes")((1,), (32,), (*RIGHT[:i], value, *RIGHT[i + 1 :]))
 
 
 @pytest.mark.parametrize("i, value", [(3, 2**63), (8, -1), (8, 2**64)])
 def test_integers_out_of_range_are_refused(i, value):
-    with pytest.raises(ValueError, match=f"takes, argument {i}: {value} is no"):
+    with pytest.raises(ValueError, match=f"takes, argument {i}: {value} does not fit"):
         FIRST.kernel("takes")((1,), (32,), (*RIGHT[:i], value, *RIGHT[i + 1 :]))
 
 
@@ -431,7 +431,7 @@ def test_wrong_number_of_arguments_is_refused():
 
 def test_invalid_arrays_are_refused():
     odd = DeviceArray(np.zeros(9, np.uint8)[1:].view(np.float32))
-    with pytest.raises(TypeError, match=r"write_at, argument 1: .* no multiple of 4"):
+    with pytest.raises(TypeError, match=r"write_at, argument 1: .* not a multiple of 4"):
         FIRST.kernel("write_at")((1,), (32,), (None, odd, 0))
     there = DeviceArray.of(np.zeros(1, np.float32), Device(1))
     with pytest.raises(TypeError, match="write_at: arrays on <CUDA Device 0> and <CUDA Device 1>"):
@@ -621,7 +621,7 @@ def test_tf32_rounds_both_operands_to_ten_bits(x, rounded):
 
 
 @pytest.mark.parametrize(
-    "wrong, said",
+    "wrong, message",
     [
         (dict(m=2), "lda 1 is smaller than the 2 rows"),
         (dict(k=2, trans=(1, 0)), "lda 1 is smaller than the 2 rows"),
@@ -644,14 +644,14 @@ def test_tf32_rounds_both_operands_to_ten_bits(x, rounded):
         (dict(types=(F16, F16, 64)), "no product"),
     ],
 )
-def test_gemm_refuses_what_cublas_refuses(wrong, said):
-    with pytest.raises(ValueError, match=said):
+def test_gemm_refuses_what_cublas_refuses(wrong, message):
+    with pytest.raises(ValueError, match=message):
         gemm(zeros(4), zeros(4), zeros(4), **wrong)
 
 
 def test_misaligned_address_is_refused():
     odd = DeviceArray(np.zeros(9, np.uint8)[1:].view(np.float32))
-    with pytest.raises(ValueError, match=r"address \d+ is no multiple of 4"):
+    with pytest.raises(ValueError, match=r"address \d+ is not a multiple of 4"):
         gemm(zeros(4), odd, zeros(4))
 
 

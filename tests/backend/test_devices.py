@@ -54,7 +54,7 @@ def test_missing_or_outdated_driver_is_reported(cupy):
 
 
 @pytest.mark.parametrize(
-    "error, said",
+    "error, message",
     [
         (
             ModuleNotFoundError("No module named 'cupy'"),
@@ -66,7 +66,7 @@ def test_missing_or_outdated_driver_is_reported(cupy):
         ),
     ],
 )
-def test_cupy_import_error_is_reported(monkeypatch, error, said):
+def test_cupy_import_error_is_reported(monkeypatch, error, message):
     real = builtins.__import__
 
     def failing(name, *args, **kwargs):
@@ -76,7 +76,7 @@ def test_cupy_import_error_is_reported(monkeypatch, error, said):
 
     monkeypatch.delitem(sys.modules, "cupy", raising=False)
     monkeypatch.setattr(builtins, "__import__", failing)
-    with pytest.raises(Error, match=said):
+    with pytest.raises(Error, match=message):
         pick_device("cuda")
     assert pick_device("auto") == "cpu"
     assert open_device("auto") == "cpu"
@@ -118,17 +118,17 @@ def test_half_precision_and_tf32_need_a_gpu(cupy, capsys, dtype):
     assert capsys.readouterr().err == ""
 
 
-@pytest.mark.parametrize("capability, said", [("75", "7.5"), ("61", "6.1"), ("80", None), ("120", None)])
+@pytest.mark.parametrize("capability, reported", [("75", "7.5"), ("61", "6.1"), ("80", None), ("120", None)])
 @pytest.mark.parametrize("dtype", PRECISIONS)
-def test_dtypes_depend_on_compute_capability(cupy, dtype, capability, said):
+def test_dtypes_depend_on_compute_capability(cupy, dtype, capability, reported):
     cupy.capability = capability
-    if said is None or dtype not in ("tf32", "bfloat16"):
+    if reported is None or dtype not in ("tf32", "bfloat16"):
         assert open_device("cuda", dtype) == "cuda"
         return
     with pytest.raises(Error) as refused:
         open_device("cuda:1", dtype)
     assert str(refused.value) == (
-        f"--dtype {dtype} needs a GPU of compute capability 8.0 or higher, but Paper GPU has {said}: "
+        f"--dtype {dtype} needs a GPU of compute capability 8.0 or higher, but Paper GPU has {reported}: "
         "choose float16"
     )
     assert cupy.current == 0
@@ -189,18 +189,18 @@ def test_out_of_gpu_memory_message(cupy):
 
 def test_out_of_limited_gpu_memory_message(cupy):
     cupy.limit = 5_000
-    said = out_of_memory(OutOfMemoryError(4_096, 2_000, 5_000), "float16", ["less"])
-    assert "limit set to: 5,000 bytes), and 2.00 of" in said
-    assert said.endswith(": try less or a larger --gpu-memory")
+    message = out_of_memory(OutOfMemoryError(4_096, 2_000, 5_000), "float16", ["less"])
+    assert "limit set to: 5,000 bytes), and 2.00 of" in message
+    assert message.endswith(": try less or a larger --gpu-memory")
 
 
 def test_out_of_host_memory_message(cupy, monkeypatch):
     with pytest.raises(MemoryError) as numpys:
         np.empty(2**60, np.float32)
     for there in (True, False):
-        said = out_of_memory(numpys.value, "float32", ["less"])
-        assert said.startswith("Unable to allocate 4.00 EiB for an array with shape")
-        assert said.endswith("data type float32: try less")
+        message = out_of_memory(numpys.value, "float32", ["less"])
+        assert message.startswith("Unable to allocate 4.00 EiB for an array with shape")
+        assert message.endswith("data type float32: try less")
         assert out_of_memory(MemoryError(), "float32", ["less"]) == "the memory is full: try less"
         if there:
             monkeypatch.delitem(sys.modules, "cupy")

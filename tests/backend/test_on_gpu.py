@@ -121,11 +121,11 @@ def test_generated_tokens_equal_those_of_the_cpu(name, put):
     at_home = bridge.from_torch(bridge.to_torch(model)).eval()
     prompts = [[1, 2, 3], [4, 5, 6, 7, 8]]
     for options in (dict(temperature=0), dict(temperature=1.0, top_k=5)):
-        written, expected = (
+        tokens, expected = (
             np.array(list(generate(m, prompts, 12, rng=np.random.default_rng(0), **options)))
             for m in (model, at_home)
         )
-        np.testing.assert_array_equal(written, expected)
+        np.testing.assert_array_equal(tokens, expected)
 
 
 @on_both
@@ -204,5 +204,5 @@ def test_example_uses_an_available_gpu(monkeypatch, capsys):
         monkeypatch.setenv(name, value)
     example = Path(__file__).parents[2] / "examples" / "08_weights_and_sampling.py"
     runpy.run_path(str(example), run_name="__main__")
-    said = capsys.readouterr().out
-    assert " parameters on cuda\n" in said and said.count("top-k") == 9
+    printed = capsys.readouterr().out
+    assert " parameters on cuda\n" in printed and printed.count("top-k") == 9

@@ -230,8 +230,8 @@ def test_resizing_the_vocabulary_preserves_existing_ids(config, dtype, tmp_path)
         assert np.array_equal(array[: len(before[name])], before[name]), name
     np.testing.assert_allclose(model(ids).data[..., :13], logits, rtol=0, atol=100 * np.finfo(dtype).eps)
     assert model([[19]]).shape == (1, 1, 20) and len(list(generate(model, [[19, 3]], 3))) == 3
-    rng, drawn = np.random.default_rng(5), model.config.initializer_range
-    rows = drawn * rng.standard_normal((7, 12), dtype=np.float32)
+    rng, std = np.random.default_rng(5), model.config.initializer_range
+    rows = std * rng.standard_normal((7, 12), dtype=np.float32)
     embedding = getattr(model, model.token_embedding).weight.data
     np.testing.assert_allclose(embedding[13:], rows, rtol=1e-6)
 

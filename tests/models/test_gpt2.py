@@ -361,7 +361,7 @@ def test_every_dropout_has_an_effect_and_the_right_gradient(place):
     assert by_differences == pytest.approx(slope, rel=1e-7)
 
 
-# -------------------------------------------------------------------- folders: theirs read here
+# ------------------------------------------------------------ folders: loading those of transformers
 
 
 def their_model(seed=0, **changes):
@@ -453,7 +453,7 @@ def test_sharded_checkpoints_load(tmp_path):
     assert_same_logits(load_model(tmp_path), theirs)
 
 
-# -------------------------------------------------------------------- folders: ours read there
+# ------------------------------------------------------------- folders: loading ours in transformers
 
 
 @pytest.mark.parametrize("tied", [True, False])

@@ -319,7 +319,7 @@ def test_attention_dropout_is_reproducible_and_disabled_in_eval():
     assert loss(5) == loss(6) == plain
 
 
-# -------------------------------------------------------------------- folders: theirs read here
+# ------------------------------------------------------------ folders: loading those of transformers
 
 
 def their_model(seed=0, **changes):
@@ -438,7 +438,7 @@ def test_invalid_tensors_in_a_folder_are_refused(tmp_path):
             Llama.from_pretrained(tmp_path)
 
 
-# -------------------------------------------------------------------- folders: ours read there
+# ------------------------------------------------------------- folders: loading ours in transformers
 
 
 @pytest.mark.parametrize("rope", ROPES)

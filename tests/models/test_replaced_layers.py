@@ -426,7 +426,7 @@ KEPT = {  # replaced layer -> error of a plain model that loads the folder
 
 @pytest.mark.parametrize("what", KEPT)
 def test_replaced_layers_are_saved_under_their_own_names(what, tmp_path):
-    make, said = KEPT[what]
+    make, message = KEPT[what]
 
     def rebuilt(seed):
         model = random_model(CONFIGS["gpt2"])
@@ -447,7 +447,7 @@ def test_replaced_layers_are_saved_under_their_own_names(what, tmp_path):
     other.load_state_dict(tensors_in(tmp_path))
     for name, array in model.state_dict().items():
         assert np.array_equal(array, other.state_dict()[name]), name
-    with pytest.raises(Error, match=said):
+    with pytest.raises(Error, match=message):
         load_model(tmp_path)
 
 
@@ -506,17 +506,17 @@ def test_keys_of_another_shape_are_refused_by_the_cache_only():
 
 
 @pytest.mark.parametrize(
-    "answer, said",
+    "answer, message",
     [
         (lambda h: Tensor(h.data[:, 0]), r"\(1, 12\)"),
         (lambda h: h.data, "ndarray"),
         (lambda h: Tensor(np.arange(14.0) + np.zeros((*h.shape[:2], 1))), "class 13.* below 13"),
     ],
 )
-def test_generate_refuses_unsuitable_heads(answer, said):
+def test_generate_refuses_unsuitable_heads(answer, message):
     model = random_model(CONFIGS["gpt2"])
     model.lm_head = Answers(answer)
-    with pytest.raises(Error, match=said):
+    with pytest.raises(Error, match=message):
         text(model, [[1, 2]], temperature=0)
 
 

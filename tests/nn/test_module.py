@@ -236,7 +236,7 @@ def test_astype_refuses_dtypes_without_gradients(dtype):
 
 
 @pytest.mark.parametrize(
-    ("arrays", "said"),
+    ("arrays", "message"),
     [
         ("model.safetensors", "not a str"),
         ([np.ones(2)], "not a list"),
@@ -246,10 +246,10 @@ def test_astype_refuses_dtypes_without_gradients(dtype):
     ],
     ids=["a path", "a list", "nothing", "Tensors", "PyTorch's"],
 )
-def test_load_state_dict_refuses_anything_but_arrays_by_name(arrays, said):
+def test_load_state_dict_refuses_anything_but_arrays_by_name(arrays, message):
     layer = nn.Linear(2, 2, rng=0)
     before = layer.weight.data.copy()
-    with pytest.raises(Error, match=said):
+    with pytest.raises(Error, match=message):
         layer.load_state_dict(arrays)
     assert np.array_equal(layer.weight.data, before)
 

@@ -60,7 +60,7 @@ def test_shared_layer_gets_one_shared_replacement():
 
 
 @pytest.mark.parametrize(
-    ("pattern", "made", "said"),
+    ("pattern", "made", "message"),
     [
         ("h.*.atn.c_attn", None, r"h\.\*\.atn\.c_attn.*h\.0\.attn\.c_attn"),
         ("*", None, "the model itself"),
@@ -69,10 +69,10 @@ def test_shared_layer_gets_one_shared_replacement():
         ("h.*.mlp", lambda name, layer: None, r"NoneType for h\.0\.mlp"),
     ],
 )
-def test_failed_replace_leaves_the_model_unchanged(pattern, made, said):
+def test_failed_replace_leaves_the_model_unchanged(pattern, made, message):
     model = random_gpt2(MODEL)
     before = dict(model.named_modules())
-    with pytest.raises(Error, match=said):
+    with pytest.raises(Error, match=message):
         nn.replace(model, pattern, made or (lambda name, layer: Wrapped(layer)))
     assert dict(model.named_modules()) == before
 

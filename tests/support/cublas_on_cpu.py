@@ -68,7 +68,7 @@ def _matrices(
     """(batch, rows, columns), column by column at an address."""
     dtype = TYPES[kind]
     if address % dtype.itemsize:
-        raise ValueError(f"address {address} is no multiple of {dtype.itemsize}, the size of {dtype}")
+        raise ValueError(f"address {address} is not a multiple of {dtype.itemsize}, the size of {dtype}")
     one = bytes_at(address, dtype.itemsize).view(dtype)
     strides = (stride * dtype.itemsize, dtype.itemsize, lead * dtype.itemsize)
     return as_strided(one, (batch, rows, columns), strides)

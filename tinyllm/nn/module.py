@@ -80,15 +80,15 @@ class Module:
     def num_parameters(self) -> int:
         return sum(parameter.size for parameter in self.parameters())
 
-    def requires_grad_(self, wanted: bool = True):
+    def requires_grad_(self, requires_grad: bool = True):
         """Freeze (``False``) or unfreeze every parameter of this module and its submodules.
 
         No gradient is computed for a frozen parameter, and the one it had is dropped. For a single
         parameter set ``p.requires_grad``.
         """
         for parameter in self.parameters():
-            if not wanted or is_floating(parameter.dtype):  # an integer table has no gradient
-                parameter.requires_grad = wanted
+            if not requires_grad or is_floating(parameter.dtype):  # an integer table has no gradient
+                parameter.requires_grad = requires_grad
         return self
 
     def zero_grad(self) -> None:
@@ -136,7 +136,7 @@ class Module:
         """Map parameter names to a checkpoint's keys. By default they are equal."""
         return {key: key for key in arrays}
 
-    def load_state_dict(self, arrays: Mapping[str, Any], source: str = "the given arrays") -> None:
+    def load_state_dict(self, arrays: Mapping[str, Any], source: str = "the state dict") -> None:
         """Copy every array into the parameter of the same name, in the parameter's dtype, on its device.
 
         Strict: if names are missing or unknown or shapes differ, ``Error`` lists them all and nothing is
