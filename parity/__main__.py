@@ -1,4 +1,4 @@
-"""``python -m parity``: what tinyllm computes, and how fast, beside PyTorch."""
+"""``python -m parity``: proofs, model reports, benchmarks and fault injection."""
 
 import sys
 
@@ -9,24 +9,27 @@ from parity.ops.command import Proof
 from tinyllm.cli import parse_options
 from tinyllm.errors import Error
 
-# The words of a command -> the dataclass of its options, with run() -> exit code
+# The words of a command -> the dataclass of its options, whose run() returns the exit code
 COMMANDS = {
-    "bench train": BenchTrain,
-    "bench scaling": BenchScaling,
-    "bench decode": BenchDecode,
-    "bench": BenchDevice,
     "report": Report,
     "proof": Proof,
+    "bench train": BenchTrain,
+    "bench decode": BenchDecode,
+    "bench scaling": BenchScaling,
+    "bench": BenchDevice,
     "reliability": Reliability,
 }
 
+EXIT_CODES = """\
+Exit codes: 0 success; 1 a layer differs, a check fails or a target is not met; 2 wrong arguments;
+130 interrupted."""
+
 
 def main(arguments: list[str]) -> int:
-    """Run one command; the exit code.
-
-    0 done, 1 a layer diverges, a test or another proof fails, or a bound of speed or memory is missed,
-    2 a wrong request, 130 interrupted.
-    """
+    """Run one command and return its exit code (``EXIT_CODES``)."""
+    if not arguments or arguments[0] in ("--help", "-h"):
+        print(overview())
+        return 0
     try:
         return parse(arguments).run()
     except Error as error:
@@ -36,20 +39,29 @@ def main(arguments: list[str]) -> int:
         return 130  # 128 + SIGINT
 
 
+def overview() -> str:
+    """The text of ``python -m parity --help``: every command with the first line of its description."""
+    lines = ["usage: python -m parity COMMAND [OPTIONS]", "", "Compare tinyllm with PyTorch.", ""]
+    for words, options in COMMANDS.items():
+        shown = "bench --device" if words == "bench" else words
+        lines.append(f"  {shown:<15} {options.__doc__.splitlines()[0]}")
+    return "\n".join([*lines, "", "For its options: python -m parity COMMAND --help.", EXIT_CODES])
+
+
 def parse(arguments: list[str]):
-    """The options of the command that ``arguments`` begin with."""
+    """The parsed options of the command that ``arguments`` begin with."""
     for words, options in COMMANDS.items():
         length = len(words.split())
         rest = arguments[length:]
         if words == "bench" and not (rest and rest[0].startswith("-")):
-            continue  # it has options only: another word would be another command
+            continue  # it has options only; a word after it would be a subcommand
         if arguments[:length] == words.split():
             return parse_options(options, f"python -m parity {words}", rest)
-    known = " or ".join(f"python -m parity {words} --help" for words in COMMANDS)
-    if {"--help", "-h"} & set(arguments):
-        print(f"What tinyllm computes, and how fast, beside PyTorch: see {known}.")
-        sys.exit()
-    raise Error(f"there is no command '{' '.join(arguments)}'; try {known}")
+    if arguments[0] == "bench":
+        kinds = ", ".join(words.removeprefix("bench ") for words in COMMANDS if words.startswith("bench "))
+        raise Error(f"'{' '.join(arguments)}' is not a command: choose bench with {kinds} or --device cuda")
+    known = ", ".join(dict.fromkeys(words.split()[0] for words in COMMANDS))
+    raise Error(f"'{arguments[0]}' is not a command: choose one of {known}, or see python -m parity --help")
 
 
 if __name__ == "__main__":

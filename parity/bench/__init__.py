@@ -1,1 +1,1 @@
-"""How fast is tinyllm beside PyTorch, and in how much memory?"""
+"""Benchmarks of tinyllm against PyTorch: time and memory."""

@@ -1,7 +1,7 @@
-"""A measurement in a process of its own, and what it ran on.
+"""Measurements in separate processes, and facts about the machine they ran on.
 
-At its top this module imports the standard library only, so that a variant's process holds that variant's
-libraries and nothing else.
+At its top this module imports the standard library only, so that a variant's process loads that variant's
+libraries and no others.
 """
 
 import json
@@ -13,35 +13,35 @@ import sys
 from pathlib import Path
 from statistics import median
 
-# ---- Starting one ----
+# ---- Starting a process ----
 
 
 def with_threads(threads: int) -> dict[str, str]:
-    """Our environment variables, and those that say how many threads a process is to have."""
+    """The environment of a process that computes with this many threads."""
     names = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "VECLIB_MAXIMUM_THREADS")
     return os.environ | dict.fromkeys(names, str(threads))
 
 
 def in_own_process(module: str, request: list, environment: dict) -> subprocess.CompletedProcess:
-    """``python -m module`` with the request as JSON, to its end."""
+    """Run ``python -m module`` with the request as a JSON argument and wait for it."""
     command = [sys.executable, "-m", module, json.dumps(request)]
     return subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True)
 
 
 def result_of(child: subprocess.CompletedProcess, name: str, number: int) -> dict:
-    """The JSON that a process printed last. If it failed, the program ends with exit code 1."""
+    """The JSON on the last line of a process's output; exit with code 1 if the process failed."""
     if child.returncode != 0:
         sys.exit(f"\n{name} failed in round {number} (code {child.returncode}): no report.")
     return json.loads(child.stdout.splitlines()[-1])
 
 
-# ---- What it says of itself ----
+# ---- Facts about a process and its machine ----
 
 
 def peak_memory() -> int:
     """The peak resident memory of this process, in bytes.
 
-    As ``tinyllm.backend.memory.peak_memory``, which would bring tinyllm into PyTorch's process.
+    The same as ``tinyllm.backend.memory.peak_memory``, which would load tinyllm into PyTorch's process.
     """
     import resource
 
@@ -51,7 +51,7 @@ def peak_memory() -> int:
 
 
 def libraries() -> dict[str, str]:
-    """The array libraries this process loaded: their version, their BLAS, the kernels it chose."""
+    """The array libraries that this process loaded: version, BLAS, and the kernels the BLAS selected."""
     import numpy as np
     from threadpoolctl import threadpool_info
 
@@ -68,16 +68,24 @@ def libraries() -> dict[str, str]:
 
 
 def machine() -> dict:
-    """The processor by name, its cores and how many it is already using, the operating system, the Python."""
-    cpu = platform.processor()
+    """The processor's name and instruction set, its cores, the current load, the system, and Python."""
+    cpu, instructions = platform.processor(), platform.machine()
     if sys.platform == "linux":
-        named = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
+        about = Path("/proc/cpuinfo").read_text()
+        named = re.search(r"model name\s*: (.*)", about)
         cpu = named[1] if named else platform.machine()
+        widest = {"avx512f": "AVX-512", "avx2": "AVX2"}  # in order of preference
+        instructions = next((name for flag, name in widest.items() if f" {flag} " in about), instructions)
     elif sys.platform == "darwin":
         cpu = subprocess.check_output(["sysctl", "-n", "machdep.cpu.brand_string"], text=True).strip()
-    system, python = platform.platform(), platform.python_version()
-    load = f"{os.getloadavg()[0]:.1f}"  # much above 0 before we start: the times will be somebody else's, too
-    return {"cpu": cpu, "cores": os.cpu_count(), "load": load, "system": system, "python": python}
+    return {
+        "cpu": cpu,
+        "instructions": instructions,
+        "cores": os.cpu_count(),
+        "load": f"{os.getloadavg()[0]:.1f}" if hasattr(os, "getloadavg") else "unknown",  # before measuring
+        "system": platform.platform(),
+        "python": platform.python_version(),
+    }
 
 
 # ---- For the reports ----

@@ -1,9 +1,9 @@
-"""How do time and memory of a training step grow with the model, the batch and the threads?
+"""Growth of a training step's time and memory with batch, context, width, depth and threads.
 
-``python -m parity bench scaling`` changes one size of a small model at a time and measures tinyllm and
-PyTorch eager as ``bench train`` does: a table, a log-log plot of both, and the exponent of each growth, a in
-cost ~ sizeᵃ between the two largest sizes. What a process holds before its first step (libraries, and the
-model's parameters) would hide the growth in so small a model, so memory is given without it, too.
+``python -m parity bench scaling`` varies one size of a small model at a time and measures tinyllm and PyTorch
+eager as ``bench train`` does. It prints tables, the exponent a of each growth (cost ~ sizeᵃ between the two
+largest sizes), and a log-log plot. In so small a model the libraries and parameters, which a process holds
+before its first step, would hide the growth of memory, so memory is also given without them.
 """
 
 import math
@@ -11,6 +11,7 @@ import sys
 from dataclasses import asdict, replace
 from pathlib import Path
 
+from parity import tables
 from parity.bench.process import describe, machine, spread
 from parity.bench.train import measure
 from parity.bench.train_variants import Work
@@ -18,12 +19,12 @@ from tinyllm.tools.plot import COLORS, GREY, new_figure, save, title
 
 VARIANTS = ["tinyllm", "torch-eager"]
 
-# A point of every axis but for one size. Small, so that a whole axis takes a minute or two.
+# Every point differs from this work in one size. It is small, so that an axis takes a minute or two.
 BASE = Work(n_layer=4, n_embd=128, n_head=4, n_positions=4096, vocab_size=1024, batch=1, context=256)
 
 BASE_THREADS = 2
 
-# axis -> (label, its sizes, what else differs from BASE along it)
+# axis -> (label, its sizes, other changes of BASE along it)
 AXES = {
     "batch": ("batch (sequences)", [1, 2, 4, 8, 16], {}),
     "context": ("context (tokens)", [256, 512, 1024, 2048, 4096], {}),
@@ -34,12 +35,12 @@ AXES = {
 
 
 def training_bytes(run: dict) -> int:
-    """The peak memory of a run beyond what its process held when the first step began."""
+    """The peak memory of a run beyond that of its process before the first step."""
     return run["peak_bytes"] - run["built_bytes"]
 
 
-# cost -> (label, of the result of one run_variant). The fastest step, because these are short: whatever else
-# the machine does only ever adds to them, and to PyTorch's threads, which wait for each other, most of all.
+# cost -> (label, function of the result of one run_variant). The steps are short, so the fastest one is used:
+# other load on the machine only adds to a step, most of all to PyTorch's, whose threads wait for each other.
 COSTS = {
     "seconds": ("seconds of the fastest step", lambda run: min(run["seconds"])),
     "training_bytes": ("training: peak bytes beyond libraries and parameters", training_bytes),
@@ -48,14 +49,14 @@ COSTS = {
 
 
 def scaling(axes: dict, base: Work, rounds: int, warmup: int, steps: int) -> dict:
-    """Measure every point of the ``axes`` (as ``AXES``); returns all there is to report, ready for JSON."""
+    """Measure every point of the ``axes`` (as ``AXES``); return the result for JSON."""
     counts, before = {"rounds": rounds, "warmup": warmup, "steps": steps}, machine()
     measured, tables = {}, {}
     for axis, (_, sizes, others) in axes.items():
         tables[axis] = []
         for size in sizes:
             point = work, threads = point_of(base, axis, size, others)
-            if point not in measured:  # axes cross: their common point is measured once
+            if point not in measured:  # a point that axes share is measured once
                 print(f"{axis} {size}:", file=sys.stderr)
                 measured[point] = measure(work, VARIANTS, threads=threads, **counts)
             runs = measured[point]
@@ -73,12 +74,12 @@ def point_of(base: Work, axis: str, size: int, others: dict) -> tuple[Work, int]
 
 
 def costs_of(results: list[dict]) -> dict[str, dict]:
-    """Median and spread over the rounds of every cost."""
+    """Median, minimum and maximum of every cost over the rounds."""
     return {name: spread([cost(run) for run in results]) for name, (_, cost) in COSTS.items()}
 
 
 def exponent(points: list[dict], variant: str, cost: str) -> float:
-    """a in cost ~ sizeᵃ, between the two largest sizes; nan where there is no growth to speak of."""
+    """a in cost ~ sizeᵃ between the two largest sizes; nan if a cost is not positive."""
     (size, value), (larger, larger_value) = (
         (point["size"], point["costs"][variant][cost]["median"]) for point in points[-2:]
     )
@@ -88,7 +89,7 @@ def exponent(points: list[dict], variant: str, cost: str) -> float:
 
 
 def report(result: dict, labels: dict[str, str]) -> str:
-    """The tables that ``python -m parity bench scaling`` prints; ``labels``: axis -> what it is called."""
+    """The tables that ``python -m parity bench scaling`` prints; ``labels`` maps an axis to its title."""
     lines = [describe(result[name]) for name in ("request", "machine")]
     lines += [f"{variant}: {describe(versions)}" for variant, versions in result["libraries"].items()]
     lines += ["", *(label for label, _ in COSTS.values())]
@@ -106,14 +107,37 @@ def report(result: dict, labels: dict[str, str]) -> str:
             cells = [f"{value:.4f}" for value in seconds] + [quotient(*seconds)]
             cells += [f"{value / 1e6:.1f}" for value in training] + [quotient(*training)]
             lines.append(row(f"{axis} {point['size']}", *cells, *(f"{value / 1e6:.1f}" for value in process)))
-        grown = [[f"{exponent(points, v, cost):.2f}" for v in VARIANTS] for cost in COSTS]
+        grown = [exponents(points, cost) for cost in COSTS]
         lines.append(row("exponent at the end", *grown[0], "", *grown[1], "", *grown[2]))
     return "\n".join(line.rstrip() for line in lines)
 
 
 def quotient(ours: float, theirs: float) -> str:
-    """Ours divided by theirs; at the smallest sizes a cost may be too small to show at all."""
+    """Our cost divided by theirs, which at the smallest sizes may be 0."""
     return f"{ours / theirs:.2f}" if theirs > 0 else "–"
+
+
+def exponents(points: list[dict], cost: str) -> list[str]:
+    """The exponent of each variant, for a table."""
+    return [f"{exponent(points, variant, cost):.2f}" for variant in VARIANTS]
+
+
+def markdown(result: dict, labels: dict[str, str]) -> str:
+    """The table for the page: the exponents of time and training memory along every axis."""
+    request, facts = result["request"], result["machine"]
+    head = "axis", "sizes", *(f"{cost}: {variant}" for cost in ("time", "memory") for variant in VARIANTS)
+    rows = []
+    for axis, points in result["axes"].items():
+        sizes = f"{points[0]['size']} to {points[-1]['size']}"
+        rows.append(
+            (labels[axis], sizes, *exponents(points, "seconds"), *exponents(points, "training_bytes"))
+        )
+    about = (
+        f"{facts['cpu']} ({facts['instructions']})",
+        *(f"{name} {text}" for name, text in result["libraries"]["torch-eager"].items()),
+        f"{request['rounds']} rounds of {request['steps']} steps",
+    )
+    return f"{tables.measured('bench scaling', *about)}\n\n{tables.markdown(head, rows)}"
 
 
 def plot(result: dict, labels: dict[str, str], path: Path) -> None:

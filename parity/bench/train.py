@@ -1,11 +1,11 @@
-"""How fast is tinyllm beside PyTorch, and in how much memory?
+"""Time and memory of training steps: tinyllm against PyTorch.
 
-``python -m parity bench train`` lets several *variants* (ways to do the work: ``train_variants.py``) train
-the same model on the same tokens and prints what it measured. Each measurement has a process of its own,
-in turn (A B A B …): a process's peak memory never falls, and two libraries' thread pools share the cores.
+``python -m parity bench train`` trains the same model on the same tokens with several *variants*
+(``train_variants.py``). Each measurement runs in a process of its own, because a process's peak memory never
+falls and two libraries' thread pools would share the cores. The variants take turns (A B A B …).
 
-At its top this module imports the standard library only, so that a variant's process holds that variant's
-libraries and nothing else.
+At its top this module imports the standard library only, so that a variant's process loads that variant's
+libraries and no others.
 """
 
 import json
@@ -16,6 +16,7 @@ import time
 from dataclasses import asdict
 from statistics import median
 
+from parity import tables
 from parity.bench.process import (
     describe,
     in_own_process,
@@ -26,18 +27,18 @@ from parity.bench.process import (
     spread,
     with_threads,
 )
-from parity.bench.reach import COSTS, ratio_by_round, reach_rows, reach_table
+from parity.bench.targets import COSTS, ratio_by_round, ratio_table, target_rows, target_table
 from parity.bench.train_variants import VARIANTS, WORKS, Work
 
-# ---- One measurement: what runs in a variant's own process ----
+# ---- One measurement: runs in the variant's own process ----
 
 
 def run_variant(variant: str, work: Work, warmup: int, steps: int, threads: int) -> dict:
-    """Train ``warmup`` untimed and ``steps`` timed steps, and return what they cost.
+    """Train ``warmup`` untimed and ``steps`` timed steps and return their costs.
 
-    Returns ``seconds`` and minor ``page_faults`` of each timed step, ``losses`` of every step (warm-up
-    included), ``peak_bytes`` of the whole process, ``built_bytes``, the part of it that libraries and model
-    had taken before the first step, and the ``libraries`` loaded, with version and BLAS.
+    Returns ``seconds`` and minor ``page_faults`` of each timed step; ``losses`` of every step, warm-up
+    included; ``peak_bytes`` of the process, and ``built_bytes``, its peak before the first step (libraries
+    and model); and the ``libraries`` it loaded.
     """
     import resource
 
@@ -55,16 +56,16 @@ def run_variant(variant: str, work: Work, warmup: int, steps: int, threads: int)
         seconds.append(time.perf_counter() - start)
         page_faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - faults_before)
     if not all(math.isfinite(loss) for loss in losses if loss is not None):
-        sys.exit(f"{variant}: the losses {losses} are not all finite, so its times mean nothing.")
+        sys.exit(f"{variant}: the losses {losses} are not all finite, so its times are not valid.")
     costs = {"seconds": seconds[warmup:], "page_faults": page_faults[warmup:], "losses": losses}
     return costs | {"peak_bytes": peak_memory(), "built_bytes": built_bytes, "libraries": libraries()}
 
 
-# ---- All measurements, in turn ----
+# ---- All measurements ----
 
 
 def train(variants: dict[str, list[str]], rounds: int, warmup: int, steps: int, threads: int) -> dict:
-    """Measure the variants of each work (name in ``WORKS`` -> variants); all there is to report, for JSON."""
+    """Measure the variants of each work (name in ``WORKS`` -> variants); return the result for JSON."""
     counts, works, before = {"warmup": warmup, "steps": steps, "threads": threads}, {}, machine()
     for name, chosen in variants.items():
         print(f"{name}:", file=sys.stderr)
@@ -75,14 +76,14 @@ def train(variants: dict[str, list[str]], rounds: int, warmup: int, steps: int, 
         "request": {"rounds": rounds, **counts},
         "machine": before,
         "works": works,
-        "reach": reach_rows({name: work["runs"] for name, work in works.items()}),
+        "targets": target_rows({name: work["runs"] for name, work in works.items()}),
     }
 
 
 def measure(work: Work, variants: list[str], rounds: int, warmup: int, steps: int, threads: int) -> dict:
-    """Let the variants take turns; returns variant -> [result of ``run_variant``, one per round].
+    """Measure the variants in turn; return variant -> [result of ``run_variant``, one per round].
 
-    A variant that fails ends the program with exit code 1: its own message stands on stderr.
+    If a variant fails, its message is on stderr and the program exits with code 1.
     """
     environment = with_threads(threads)
     runs = {variant: [] for variant in variants}
@@ -101,7 +102,7 @@ def measure(work: Work, variants: list[str], rounds: int, warmup: int, steps: in
 
 
 def summarise(runs: dict[str, list[dict]], work: Work) -> dict[str, dict]:
-    """Per variant: seconds and page faults over all timed steps, tokens per second, peak memory."""
+    """For each variant: seconds and page faults over all timed steps, tokens per second, peak memory."""
     summary = {}
     for variant, rounds in runs.items():
         seconds = spread([value for run in rounds for value in run["seconds"]])
@@ -115,11 +116,11 @@ def summarise(runs: dict[str, list[dict]], work: Work) -> dict[str, dict]:
 
 
 def compare(runs: dict[str, list[dict]]) -> dict[str, dict]:
-    """The first variant's cost divided by each other's in the same round, and the spread of those ratios."""
+    """The first variant's costs divided by each other's in the same round, with the spread of the ratios."""
     first, *others = runs
     ratios = {other: {} for other in others}
     for other in others:
-        memory = [] if other == "gemms" else ["peak memory"]  # it holds no gradients and trains nothing
+        memory = [] if other == "gemms" else ["peak memory"]  # gemms holds no gradients
         for name in ["time (medians)", "time (minima)", *memory]:
             values = ratio_by_round(runs, COSTS[name], first, [other])
             ratios[other][name] = spread(values) | {"rounds": values}
@@ -127,17 +128,17 @@ def compare(runs: dict[str, list[dict]]) -> dict[str, dict]:
 
 
 def report(result: dict) -> str:
-    """What ``python -m parity bench train`` prints: the tables of every work, then the table of reach."""
+    """The text that ``python -m parity bench train`` prints: tables of every work, then the targets."""
     lines = [describe(result[name]) for name in ("request", "machine")]
     for name, work in result["works"].items():
         lines += ["", f"{name}: {describe(work['sizes'])}", *work_tables(work)]
-    if result["reach"]:
-        lines += ["", *reach_table(result["reach"])]
+    if result["targets"]:
+        lines += ["", *target_table(result["targets"])]
     return "\n".join(line.rstrip() for line in lines)
 
 
 def work_tables(work: dict) -> list[str]:
-    """What each variant cost, and the first one's cost divided by each other's."""
+    """The costs of each variant, and the first variant's costs divided by each other's."""
     runs = work["runs"]
     lines = [f"{variant}: {describe(rounds[0]['libraries'])}" for variant, rounds in runs.items()]
     row = "{:<26}{:>9}{:>9}{:>9}{:>10}{:>9}{:>13}  {}".format
@@ -157,7 +158,43 @@ def work_tables(work: dict) -> list[str]:
     return lines
 
 
-if __name__ == "__main__":  # a variant's own process, started by measure
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # on Ctrl-C measure's process speaks, this one just ends
+def markdown(result: dict) -> str:
+    """The tables for the page: the costs of every variant but ``gemms``, and tinyllm's ratios."""
+    works, request, facts = result["works"], result["request"], result["machine"]
+    shown = [name for name in VARIANTS if name != "gemms" and any(name in w["runs"] for w in works.values())]
+    rows = []
+    for name, work in works.items():
+        tokens = f"{work['sizes']['batch']} × {work['sizes']['context']} tokens"
+        for label, cost, form in (
+            ("s/step", "seconds", lambda median: f"{median:.3g}"),
+            ("peak GB", "peak_bytes", lambda median: f"{median / 1e9:.2f}"),
+        ):
+            costs = [work["variants"].get(variant) for variant in shown]
+            cells = ["" if each is None else form(each[cost]["median"]) for each in costs]
+            rows.append((f"`{name}`", tokens, label, *cells))
+    loaded = {name: text for w in works.values() for v in shown if v in w["runs"]
+              for name, text in w["runs"][v][0]["libraries"].items()}  # fmt: skip
+    faults = []
+    for variant in ("tinyllm", "torch-eager"):
+        counts = [w["variants"][variant]["page_faults"]["median"] for w in works.values()]
+        faults.append(f"{variant} {min(counts):,.0f} to {max(counts):,.0f}")
+    about = (
+        f"{facts['cpu']} ({facts['instructions']})",
+        f"{request['threads']} threads",
+        *(f"{name} {text}" for name, text in loaded.items()),
+        f"medians of {request['rounds']} rounds of {request['steps']} steps",
+    )
+    return "\n\n".join(
+        [
+            tables.measured("bench train", *about),
+            tables.markdown(("work", "batch", "", *shown), rows),
+            ratio_table(result["targets"]),
+            f"Page faults per step: {', '.join(faults)}.",
+        ]
+    )
+
+
+if __name__ == "__main__":  # a variant's own process, started by ``measure``
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # on Ctrl-C this process just ends; the parent reports
     variant, work, *counts = json.loads(sys.argv[1])
     print(json.dumps(run_variant(variant, Work(**work), *counts)))

@@ -1,11 +1,11 @@
-"""What is measured: the works, and every way to do one of them.
+"""The works that ``bench train`` measures, and the variants: every way to do one of them.
 
-A variant is one function in ``VARIANTS``: it builds model and optimiser and returns ``step(ids, targets)``,
+A variant is one function in ``VARIANTS``. It builds model and optimizer and returns ``step(ids, targets)``,
 one whole training step that returns its loss. At its top this module imports the standard library only, so
-that a variant's process holds that variant's libraries and nothing else.
+that a variant's process loads that variant's libraries and no others.
 
-The peers are PyTorch's: eager, eager with its fused loss, compiled. JAX is left out: transformers 5 has no
-GPT-2 in JAX, and one written here would be measured for how it was written.
+The peers are PyTorch's: eager, eager with its fused loss, compiled. JAX is not measured, because transformers
+5 has no GPT-2 in JAX, and the result would depend on how we wrote one.
 """
 
 import importlib.util
@@ -18,7 +18,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Work:
-    """A model and the batch it trains on: a step is ``batch`` × ``context`` tokens."""
+    """A model and its batch: a step trains on ``batch`` × ``context`` tokens."""
 
     n_layer: int
     n_embd: int
@@ -30,7 +30,7 @@ class Work:
     arch: str = "gpt2"  # or llama
 
     def config(self) -> dict:
-        """The arguments of ``GPT2Config`` or ``LlamaConfig``: tinyllm and transformers name them alike."""
+        """The arguments of ``GPT2Config`` or ``LlamaConfig``, whose names tinyllm and transformers share."""
         if self.arch == "gpt2":
             sizes = {name: getattr(self, name) for name in ("n_layer", "n_embd", "n_head", "n_positions")}
             dropouts = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
@@ -57,7 +57,7 @@ WORKS = {
 # The recipe of every variant: float32, no dropout, AdamW with decay on matrices only, clipping.
 LEARNING_RATE, BETAS, EPS, WEIGHT_DECAY, MAX_GRAD_NORM = 3e-4, (0.9, 0.999), 1e-8, 0.1, 1.0
 
-# step(ids (B, T), targets (B, T)) -> loss; both int64 arrays of NumPy. None: this variant has no loss.
+# step(ids (B, T), targets (B, T)) -> loss, or None if the variant has none; both are int64 NumPy arrays
 Step = Callable[..., float | None]
 
 
@@ -65,15 +65,15 @@ Step = Callable[..., float | None]
 
 
 def tinyllm_step(work: Work, threads: int) -> Step:
-    """tinyllm's model. Its number of threads comes from the environment, which ``measure`` sets."""
+    """A step of tinyllm. The number of threads is set by ``measure`` in the environment."""
     update = tinyllm_train_step(tinyllm_model(work))
     return lambda ids, targets: float(update(ids, targets).item())
 
 
 def tinyllm_train_step(model) -> Callable:
-    """What tinyllm does for a step: (ids, targets) -> the loss, a Tensor still on the device.
+    """A training step of ``model``: (ids, targets) -> the loss, a Tensor on the model's device.
 
-    The model is where it stays, and in the dtype in which it is trained.
+    The model must already be on its device and in the dtype of its parameters.
     """
     from tinyllm import optim
 
@@ -92,7 +92,7 @@ def tinyllm_train_step(model) -> Callable:
 
 
 def tinyllm_model(work: Work):
-    """tinyllm's model with random weights, in training mode, in a process that keeps its memory."""
+    """tinyllm's model with random weights, in training mode; the process keeps the memory it frees."""
     import numpy as np
 
     from tinyllm.backend.memory import keep_memory
@@ -105,11 +105,11 @@ def tinyllm_model(work: Work):
 
 
 def gemms_step(work: Work, threads: int) -> Step:
-    """The matrix products of one tinyllm step and nothing else: the time below which no step can go.
+    """Only the matrix products of one tinyllm step: a lower bound on the time of the step.
 
-    Those of every linear layer, of the head in its chunks, and of attention in its blocks, with the same
-    shapes, layouts and threads as in the step, on the model's own weights. Activations and gradients are
-    random; layers share them, as the memory of a finished layer is used again in a step.
+    These are the products of every linear layer, of the head in its chunks, and of attention in its blocks,
+    with the shapes, layouts, threads and weights of the step. Activations and gradients are random arrays
+    that all layers share, because a step reuses the memory of a finished layer, too.
     """
     import numpy as np
 
@@ -121,7 +121,7 @@ def gemms_step(work: Work, threads: int) -> Step:
     linears = [module.weight.data for module in modules if isinstance(module, Linear)]  # (C_out, C_in) each
     widths = {size for w in linears for size in w.shape}
     rows = {size: rng.standard_normal((B * T, size), np.float32) for size in widths}
-    # As in the step, (B, H, T, D) each: strided views of rows, but Llama's q and k, which were turned.
+    # As in the step, (B, H, T, D) each: strided views of rows, except Llama's rotated q and k.
     g = v = rows[C].reshape(B, T, H, C // H).swapaxes(1, 2)
     if work.arch == "gpt2":
         q, k, v = rows[3 * C].reshape(B, T, 3, H, C // H).transpose(2, 0, 3, 1, 4)
@@ -138,7 +138,7 @@ def gemms_step(work: Work, threads: int) -> Step:
 
 
 def linear_products(weights: list, rows: dict) -> None:
-    """y = x Wᵀ, dx = g W and dW = gᵀ x of every weight; ``rows`` holds the x and g, by their width."""
+    """y = x Wᵀ, dx = g W and dW = gᵀ x for every weight; ``rows`` holds x and g by their width."""
     from tinyllm.backend.threads import matmul
 
     for w in weights:
@@ -149,7 +149,7 @@ def linear_products(weights: list, rows: dict) -> None:
 
 
 def head_products(x, w) -> None:
-    """``linear_cross_entropy``'s: the logits, dx and dW, for one chunk of rows after the other."""
+    """The products of ``linear_cross_entropy``: logits, dx and dW, one chunk of rows at a time."""
     import numpy as np
 
     from tinyllm.backend.threads import matmul, one_blas_thread, run_tasks
@@ -166,7 +166,7 @@ def head_products(x, w) -> None:
 
 
 def attention_products(q, k, v, g) -> None:
-    """``scaled_dot_product_attention``'s, block by block: two forward; the scores again and four backward."""
+    """The products of attention in each block: two forward; backward recomputes the scores and adds four."""
     from tinyllm.backend.threads import one_blas_thread, run_tasks
     from tinyllm.functional.attention import QUERY_BLOCK, _head_groups
 
@@ -174,7 +174,7 @@ def attention_products(q, k, v, g) -> None:
     groups = _head_groups(B, H, min(T, QUERY_BLOCK) * T, like=q)
 
     def blocks(bh):
-        """(queries, keys they see, values they see, output's gradient) of every block of a group of heads."""
+        """(queries, visible keys, visible values, output's gradient) of every block of a group of heads."""
         for start in range(0, T, QUERY_BLOCK):
             stop = min(start + QUERY_BLOCK, T)
             yield q[bh][:, :, start:stop], k[bh][:, :, :stop], v[bh][:, :, :stop], g[bh][:, :, start:stop]
@@ -201,15 +201,15 @@ def attention_products(q, k, v, g) -> None:
 
 
 def torch_eager_step(work: Work, threads: int) -> Step:
-    """Hugging Face's model in PyTorch eager at its best: SDPA attention, fused AdamW, no key-value cache."""
+    """Hugging Face's model in PyTorch eager with its fastest options: SDPA, fused AdamW, no KV cache."""
     model = hugging_face_model(work, threads)
     return torch_step(model, cross_entropy_of(model))
 
 
 def torch_linear_ce_step(work: Work, threads: int) -> Step:
-    """Eager, but head and loss in one: ``torch.nn.functional.linear_cross_entropy`` in chunks of rows.
+    """Eager with head and loss fused: ``torch.nn.functional.linear_cross_entropy`` in chunks of rows.
 
-    512 rows at a time, because the chunks it would choose are tiny here: 8 rows for GPT-2's vocabulary.
+    A chunk has 512 rows; by default torch would use chunks of 8 rows for GPT-2's vocabulary.
     """
     import torch
     import torch.nn.functional as F
@@ -225,7 +225,7 @@ def torch_linear_ce_step(work: Work, threads: int) -> Step:
 
 
 def torch_compile_step(work: Work, threads: int) -> Step:
-    """The eager step with model and loss compiled into one graph, in the first step: warm up at least one."""
+    """The eager step with model and loss compiled into one graph; the first step compiles, so warm up."""
     import torch
 
     model = hugging_face_model(work, threads)
@@ -244,7 +244,7 @@ def hugging_face_model(work: Work, threads: int):
 
 
 def cross_entropy_of(model):
-    """(ids, targets) -> the cross-entropy of the model's logits."""
+    """A function (ids, targets) -> the cross-entropy of the model's logits."""
     import torch.nn.functional as F
 
     def compute_loss(ids, targets):
@@ -255,7 +255,7 @@ def cross_entropy_of(model):
 
 
 def torch_step(model, compute_loss) -> Step:
-    """A step from NumPy's arrays to a number."""
+    """A step that takes NumPy arrays and returns a number."""
     import torch
 
     update = torch_train_step(model, compute_loss)
@@ -263,9 +263,9 @@ def torch_step(model, compute_loss) -> Step:
 
 
 def torch_train_step(model, compute_loss) -> Callable:
-    """What every PyTorch variant does around its loss: backward, clipping, AdamW.
+    """The training step of every PyTorch variant: its loss, backward, clipping, AdamW.
 
-    Returns (ids, targets) -> the loss, all of them tensors on the model's device.
+    The step maps (ids, targets) to the loss, all of them tensors on the model's device.
     """
     import torch
 
@@ -297,18 +297,18 @@ VARIANTS = {
 
 
 def what_is_missing(variant: str) -> str | None:
-    """What this variant needs and this machine lacks, or None."""
+    """A requirement of this variant that the machine does not meet, or None."""
     if not importlib.util.find_spec("resource"):
-        return "Linux or macOS, where the system counts memory and page faults"
+        return "Linux or macOS: other systems do not report memory and page faults"
     if not variant.startswith("torch"):
         return None
     for module in ("torch", "transformers"):
         if not importlib.util.find_spec(module):
-            return f"{module}: pip install 'tinyllm-numpy[parity]'"
+            return f"{module}: pip install 'tinyllm-numpy[test]'"
     release = importlib.metadata.version("torch")
     if variant == "torch-linear-ce" and tuple(map(int, release.split(".")[:2])) < (2, 13):
-        return f"torch 2.13 or newer, and this is {release}: pip install 'torch>=2.13'"
+        return f"torch 2.13 or newer, but {release} is installed: pip install 'torch>=2.13'"
     compiler = os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")
     if variant == "torch-compile" and not shutil.which(compiler):
-        return f"a C++ compiler, and {compiler} was not found: install it, or name yours in CXX"
+        return f"a C++ compiler, but {compiler} was not found: install it, or set CXX to yours"
     return None

@@ -1,4 +1,4 @@
-"""The options of ``python -m parity report``."""
+"""Options of ``python -m parity report``."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,25 +16,28 @@ RANDOM_SIZES = dict(n_layer=4, n_head=4, n_embd=64, vocab_size=256, n_positions=
 
 @dataclass(frozen=True)
 class Report:
-    """Compare every layer and gradient of a model with PyTorch and transformers; write an HTML page."""
+    """Compare every layer and gradient of a model with PyTorch and transformers; write an HTML page.
+
+    Exit code 1 if a layer differs.
+    """
 
     model: tyro.conf.Positional[str | None] = None  # a model's folder or hub id (owner/name, or gpt2)
-    random: bool = False  # instead: random weights, norms and biases included, so that nothing hides
-    arch: str = "gpt2"  # architecture of --random: gpt2 or llama, whose sizes have GPT-2's names here
-    n_layer: int | None = None  # blocks of --random; 4 if not given
-    n_head: int | None = None  # heads of --random; 4 if not given
-    n_embd: int | None = None  # channels of --random; 64 if not given
-    vocab_size: int | None = None  # vocabulary of --random; 256 if not given
-    n_positions: int | None = None  # longest sequence of --random; 64 if not given
-    dtype: Literal["float32", "float64"] = "float64"  # float64 tells a bug from rounding
-    seed: int = 0  # of random weights, tokens and targets
-    batch: int = 2  # random sequences
-    tokens: int = 32  # tokens of each
-    ids: tuple[int, ...] = ()  # instead of random sequences: the token ids of one
-    out: Path = Path("parity-report.html")  # the page
+    random: bool = False  # a model with random weights, including norms and biases, instead
+    arch: str = "gpt2"  # architecture of --random: gpt2 or llama (with GPT-2's names for the sizes)
+    n_layer: int | None = None  # blocks of --random; default 4
+    n_head: int | None = None  # heads of --random; default 4
+    n_embd: int | None = None  # channels of --random; default 64
+    vocab_size: int | None = None  # vocabulary of --random; default 256
+    n_positions: int | None = None  # longest sequence of --random; default 64
+    dtype: Literal["float32", "float64"] = "float64"  # float64 distinguishes a bug from rounding
+    seed: int = 0  # seed of the random weights, tokens and targets
+    batch: int = 2  # number of random sequences
+    tokens: int = 32  # tokens of each sequence
+    ids: tuple[int, ...] = ()  # token ids of one sequence, instead of random sequences
+    out: Path = Path("parity-report.html")  # file of the HTML page
 
     def run(self) -> int:
-        """Check the request, compare, print the table, write the page; 1 if a layer diverges, else 0."""
+        """Check the arguments, compare, print the table and write the page; return the exit code."""
         self._check()
         from parity.compare import page, report
 
@@ -64,16 +67,16 @@ class Report:
 
     def _check(self) -> None:
         if self.random == (self.model is not None):
-            raise Error("say which model: either its folder or hub id, or --random")
+            raise Error("give either a model (a folder or hub id) or --random")
         if self.arch not in ARCHITECTURES:
             raise Error(f"--arch {self.arch} is not supported; supported: {', '.join(ARCHITECTURES)}")
         if (given := [*self._sizes()]) and not self.random:
-            raise Error(f"--{given[0].replace('_', '-')} is for --random: a model has its own sizes")
+            raise Error(f"--{given[0].replace('_', '-')} is only for --random: omit it for a saved model")
         for name, least in {"seed": 0, "batch": 1, "tokens": 1}.items():
             check_at_least(least, name, getattr(self, name))
         check_writable("out", self.out)
-        check_installed("report", ("torch", "transformers"), "parity")
+        check_installed("report", ("torch", "transformers"))
 
     def _sizes(self) -> dict[str, int]:
-        """Those that were given."""
+        """The sizes that were given."""
         return {name: getattr(self, name) for name in RANDOM_SIZES if getattr(self, name) is not None}

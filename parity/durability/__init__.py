@@ -1,1 +1,1 @@
-"""Fault injection and crash recovery: what a run loses when it is killed, and when its disk fails."""
+"""Fault injection and crash recovery: runs that are killed, and disks that fail."""

@@ -1,4 +1,4 @@
-"""A disk that fails while a checkpoint is written, and one that flips a bit of it afterwards."""
+"""Disk faults: errors while a checkpoint is written, and bits that flip afterwards."""
 
 from __future__ import annotations
 
@@ -33,14 +33,14 @@ from tinyllm.training.run_folder import begun_config
 from tinyllm.weights.runs import checkpoint_folder
 from tinyllm.weights.safetensors import CONFIG, SINGLE_FILE
 
-# ---------------------------------------------------------------------------- a disk that fails
+# ---------------------------------------------------------------------------- disk errors
 
 
 def failing_disk(every: int = 1) -> Iterator[tuple[str, Figures]]:
-    """Let every ``every``-th call that writes, flushes or renames for a checkpoint fail, one in each try.
+    """Fail one call that writes, flushes or renames for a checkpoint in each try, every ``every``-th in turn.
 
-    ENOSPC is a full disk, EIO a broken one. The run must stop, the checkpoints that were there must be whole,
-    and the run that goes on from them must end as the uninterrupted one.
+    ENOSPC is a full disk, EIO a broken one. The run must stop, the earlier checkpoints must be intact, and
+    the run resumed from them must end like the uninterrupted one.
     """
     with tempfile.TemporaryDirectory(prefix="disk-") as folder:
         place = Path(folder)
@@ -49,20 +49,20 @@ def failing_disk(every: int = 1) -> Iterator[tuple[str, Figures]]:
             trained(begun_config(shutil.copytree(begun, place / "counted")))
         calls = list(enumerate(saves[0]))[::every]
         for code in (errno.ENOSPC, errno.EIO):
-            figures, name = Figures(), f"{errno.errorcode[code]} in a checkpoint's writing"
+            figures, name = Figures(), f"{errno.errorcode[code]} while saving a checkpoint"
             with progress_bar(name, len(calls)) as bar:
                 for number, call in calls:
                     run = shutil.copytree(begun, place / "run")
                     problem = _after_failing(run, whole, number, call, code)
                     shutil.rmtree(run)
-                    count(figures, "survived", f"call {number} ({call})", problem)
+                    count(figures, "recovered", f"call {number} ({call})", problem)
                     bar.update()
             yield name, figures
 
 
 @contextmanager
 def _disk(fail_at: int | None, fail: Callable[[], None] | None) -> Iterator[list[list[str]]]:
-    """Yields the calls for each checkpoint; one for the first fails. What else a run writes is left alone."""
+    """Yield the calls made for each checkpoint; call ``fail_at`` of the first checkpoint fails."""
     saves = []
 
     def save(*args) -> None:
@@ -75,17 +75,17 @@ def _disk(fail_at: int | None, fail: Callable[[], None] | None) -> Iterator[list
 
 
 def _after_failing(run: Path, whole: dict, number: int, call: str, code: int) -> str:
-    """Let a call fail, and the run go on; what is wrong then, "" if nothing is."""
+    """Let a call fail and resume the run; return what is wrong afterwards, or ""."""
     failed = False
     try:
         with _disk(number, raising(OSError(code, os.strerror(code)))):
             trained(begun_config(run))
     except OSError as error:
         failed = os.strerror(code) in str(error)
-    if not failed and call != "mkdir":  # a folder that is there already need not be made
-        return "nobody noticed"
+    if not failed and call != "mkdir":  # a folder that already exists need not be created
+        return "the error was not reported"
     if failed and not checkpoint_folder(run, NEWEST).exists():
-        return "the checkpoint before is gone"
+        return "the previous checkpoint is gone"
     if problem := damage(run):
         return problem
     try:
@@ -99,10 +99,10 @@ def _after_failing(run: Path, whole: dict, number: int, call: str, code: int) ->
 
 
 def bit_flips(positions: int = 2000, seed: int = 0) -> Iterator[tuple[str, Figures]]:
-    """Flip one random bit of a run's newest checkpoint, so many times, shared out over its parts.
+    """Flip one random bit of a run's newest checkpoint per try; the tries are divided among its parts.
 
-    ``verify`` must name the file, the resumed run must say the same and take the checkpoint before, and it
-    must end as the uninterrupted one.
+    ``verify`` must name the file, the resumed run must print the same message and use the previous
+    checkpoint, and it must end like the uninterrupted one.
     """
     rng = np.random.default_rng(seed)
     with tempfile.TemporaryDirectory(prefix="disk-") as folder:
@@ -124,7 +124,7 @@ def bit_flips(positions: int = 2000, seed: int = 0) -> Iterator[tuple[str, Figur
 
 
 def _parts(folder: Path) -> dict[str, tuple[str, range]]:
-    """Of a checkpoint: what a part is, its file, and its bytes there."""
+    """The parts of a checkpoint: description -> (file, range of bytes)."""
     parts = {}
     for file in (SINGLE_FILE, OPTIMIZER):
         size = (folder / file).stat().st_size
@@ -137,7 +137,7 @@ def _parts(folder: Path) -> dict[str, tuple[str, range]]:
 
 
 def _after_flip(run: Path, whole: dict, file: str, byte: int, bit: int) -> str:
-    """Flip a bit and let the run go on; what is wrong then, "" if nothing is."""
+    """Flip a bit and resume the run; return what is wrong afterwards, or ""."""
     damaged = checkpoint_folder(run, NEWEST)
     data = bytearray((damaged / file).read_bytes())
     data[byte] ^= 1 << bit
@@ -147,13 +147,13 @@ def _after_flip(run: Path, whole: dict, file: str, byte: int, bit: int) -> str:
     except Error as error:
         found = str(error)
     else:
-        return "verify finds nothing"
+        return "verify did not detect it"
     if not found.startswith(f"{damaged / file} is damaged"):
-        return f"verify says something else: {found}"
+        return f"verify printed something else: {found}"
     try:
-        said = trained(begun_config(run))
+        output = trained(begun_config(run))
     except (Error, OSError) as error:
         return str(error)
-    if found not in said or f"going on after step {NEWEST - 1} " not in said:
-        return f"the resumed run says something else: {said}"
+    if found not in output or f"going on after step {NEWEST - 1} " not in output:
+        return f"the resumed run printed something else: {output}"
     return difference(run, whole)

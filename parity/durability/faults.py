@@ -1,7 +1,7 @@
-"""Fault injection: what does a program leave behind when it fails at a certain moment?
+"""Fault injection into calls that change the disk.
 
-Its calls that change what is on the disk are counted, and one of them fails: with an error, as a disk does,
-or by the process's death.
+The calls are counted, and one of them fails: either it raises an error, like a failing disk, or the process
+dies.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from unittest import mock
 
 
 def raising(error: BaseException) -> Callable[[], None]:
-    """A failure for ``writing``: this error."""
+    """A failure for ``writing`` that raises this error."""
 
     def fail() -> None:
         raise error
@@ -24,18 +24,18 @@ def raising(error: BaseException) -> Callable[[], None]:
 
 
 def die() -> None:
-    """A failure for ``writing``: kill -9. Nothing is flushed, closed or cleaned up."""
+    """A failure for ``writing`` that kills the process: nothing is flushed, closed or cleaned up."""
     os.kill(os.getpid(), KILL)
 
 
-KILL = 9  # SIGKILL; Windows has no such name, and ends a process on any number that it does not know
+KILL = 9  # SIGKILL; Windows lacks the name, and terminates a process on any unknown number
 
-KILLED = KILL if os.name == "nt" else -KILL  # a killed process's exit code
+KILLED = KILL if os.name == "nt" else -KILL  # exit code of a killed process
 
 
 @contextmanager
 def writing(fail_at: int | None = None, fail: Callable[[], None] | None = None) -> Iterator[list[str]]:
-    """Count every folder made, file opened to write, write, flush and rename; number ``fail_at`` fails.
+    """Count every mkdir, open for writing, write, flush and rename; call number ``fail_at`` fails.
 
     Yields the list of the calls so far: "mkdir", "open", "write", "flush", "fsync", "replace".
     """
@@ -69,7 +69,7 @@ def writing(fail_at: int | None = None, fail: Callable[[], None] | None = None) 
 
 
 class _Written:
-    """An open file that notes what is asked of it, as ``writing`` says."""
+    """An open file that counts its writes and flushes for ``writing``."""
 
     def __init__(self, file, note: Callable[[str], None]):
         self.file, self.note = file, note

@@ -1,4 +1,4 @@
-"""``kill -9`` at any moment of a run: nothing that was saved is lost, and the resumed run ends the same."""
+"""``kill -9`` at random moments of a run: its checkpoints stay intact, and the resumed run ends the same."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ from tinyllm.training.run_folder import RUN_CONFIG
 
 READY = "ready"
 
-PATIENCE = 120.0  # seconds, for a run of one
+TIMEOUT = 120.0  # seconds, for a run that takes about one
 
 
 @dataclass(frozen=True)
 class Uninterrupted:
-    """What a run leaves, its seconds after the imports, and the calls of ``writing`` that it makes."""
+    """What a run leaves, its duration after the imports, and its number of calls counted by ``writing``."""
 
     left: dict
     seconds: float
@@ -36,21 +36,22 @@ class Uninterrupted:
 
 
 def kill(tries: int, seed: int = 0, keep: str | Path | None = None) -> Iterator[tuple[str, Figures]]:
-    """Kill a run this often and let it go on each time, over as many runs as that takes.
+    """Kill a run ``tries`` times, resuming it each time; start a new run whenever one finishes.
 
-    Every second time the process kills itself, before a random one of its calls that write, flush or rename;
-    else it is killed from outside at a random moment. After each kill every checkpoint must be whole, and
-    what a finished run left must be the uninterrupted one's. The first failure ends the proof; the run that
-    failed is copied into ``keep``. The moments follow from the seed, what a process does by then does not.
+    Every other time the process kills itself before a random call that writes, flushes or renames; otherwise
+    it is killed from outside at a random moment. After each kill every checkpoint must be intact, and a
+    finished run must leave what the uninterrupted one left. The first failure stops the test, and the run
+    that failed is copied into ``keep``. The seed determines the moments, but not how far a process has got by
+    then.
     """
-    figures = Figures(counts=Counter({"survived": 0, INSIDE: 0, "runs": 1}))
+    figures = Figures(counts=Counter({"recovered": 0, INSIDE: 0, "runs": 1}))
     rng = np.random.default_rng(seed)
     with tempfile.TemporaryDirectory(prefix="kill-") as place, progress_bar(KILLS, tries) as bar:
         whole = _never_killed(Path(place) / "whole")
         run, kills = Path(place) / "run-1", 0
         while kills or figures.tries < tries:
             before = _unfinished(run)
-            code, said, _ = _live(_go_on(run), *_death(figures.tries, tries, whole, rng))
+            code, output, _ = _run(_command(run), *_death(figures.tries, tries, whole, rng))
             if code == KILLED:
                 figures.tries, kills = figures.tries + 1, kills + 1
                 figures.counts[INSIDE] += bool(_unfinished(run) - before)
@@ -59,19 +60,19 @@ def kill(tries: int, seed: int = 0, keep: str | Path | None = None) -> Iterator[
             elif code == 0:
                 problem = difference(run, whole.left)
             else:
-                problem = f"it ended with code {code}: {said}"
+                problem = f"it exited with code {code}: {output}"
             if problem:
                 figures.failures.append(f"{run.name}, seed {seed}, killed {kills} times: {problem}")
                 _keep(run, keep)
                 break
             if code == 0:
-                figures.counts["survived"] += kills
+                figures.counts["recovered"] += kills
                 figures.counts["runs"] += figures.tries < tries
                 run, kills = Path(place) / f"run-{figures.counts['runs']}", 0
     yield KILLS, figures
 
 
-KILLS, INSIDE = "kill -9", "of them inside a checkpoint's writing"
+KILLS, INSIDE = "kill -9", "of them while saving a checkpoint"
 
 NEVER = -1
 
@@ -79,7 +80,7 @@ NEVER = -1
 def _death(
     number: int, tries: int, whole: Uninterrupted, rng: np.random.Generator
 ) -> tuple[int, float | None]:
-    """Before which of its calls a process kills itself, and after how many seconds it is killed."""
+    """(the call before which a process kills itself, the seconds after which it is killed from outside)."""
     if number >= tries:
         return NEVER, None
     if number % 2:
@@ -88,10 +89,10 @@ def _death(
 
 
 def _never_killed(run: Path) -> Uninterrupted:
-    code, said, seconds = _live(_go_on(run), NEVER, None)
+    code, output, seconds = _run(_command(run), NEVER, None)
     if code != 0:
-        raise RuntimeError(f"the uninterrupted run ended with code {code}: {said}")
-    return Uninterrupted(left(run), seconds, int(said.splitlines()[-1]))
+        raise RuntimeError(f"the uninterrupted run exited with code {code}: {output}")
+    return Uninterrupted(left(run), seconds, int(output.splitlines()[-1]))
 
 
 def _keep(run: Path, keep: str | Path | None) -> None:
@@ -101,8 +102,8 @@ def _keep(run: Path, keep: str | Path | None) -> None:
         shutil.copytree(run, kept)
 
 
-def _go_on(run: Path) -> list[str]:
-    """The arguments that let a run go on, or begin it as long as its folder has no config.json."""
+def _command(run: Path) -> list[str]:
+    """The arguments that resume a run, or that start it if its folder has no config.json yet."""
     if (run / RUN_CONFIG).exists():
         return ["train", "--resume", str(run)]
     shutil.rmtree(run, ignore_errors=True)
@@ -111,33 +112,33 @@ def _go_on(run: Path) -> list[str]:
 
 
 def _unfinished(run: Path) -> set[tuple[str, int]]:
-    """The checkpoints that were being written when their process died: names and times."""
+    """The partly written checkpoints that dead processes left: names and times."""
     return {(path.name, path.stat().st_mtime_ns) for path in run.glob(f"{SAVING}step-*")}
 
 
-def _live(arguments: list[str], dies_at: int, moment: float | None) -> tuple[int, str, float]:
-    """Run tinyllm in a process of its own; its exit code, what it said, and its seconds after the imports.
+def _run(arguments: list[str], dies_at: int, moment: float | None) -> tuple[int, str, float]:
+    """Run tinyllm in a process; return its exit code, its output, and its seconds after the imports.
 
     It kills itself before call ``dies_at`` of ``writing``, or is killed ``moment`` seconds after the imports.
     """
     command = [sys.executable, "-m", "parity.durability.kill", str(dies_at), *arguments]
-    output = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, encoding="utf-8", errors="replace")
-    with subprocess.Popen(command, **output) as process:
-        said = process.stdout.readline().removeprefix(READY)
+    streams = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, encoding="utf-8", errors="replace")
+    with subprocess.Popen(command, **streams) as process:
+        output = process.stdout.readline().removeprefix(READY)
         started = time.perf_counter()
         try:
-            process.wait(PATIENCE if moment is None else moment)
+            process.wait(TIMEOUT if moment is None else moment)
         except subprocess.TimeoutExpired:
             os.kill(process.pid, KILL)
             if moment is None:
-                raise RuntimeError(f"a run of seconds is not done after {PATIENCE:g} s") from None
+                raise RuntimeError(f"the run did not finish within {TIMEOUT:g} s") from None
         seconds = time.perf_counter() - started
-        said += process.stdout.read()
-    return process.returncode, said, seconds
+        output += process.stdout.read()
+    return process.returncode, output, seconds
 
 
 def _child(dies_at: int, arguments: list[str]) -> int:
-    """Like tinyllm's command line; says when its imports are done, and at the end how often it wrote."""
+    """tinyllm's command line; prints READY after the imports, and at the end the number of counted calls."""
     print(READY, flush=True)
     with quick(), writing(dies_at, die) as calls:
         code = cli.main(arguments)

@@ -1,8 +1,8 @@
-"""Fault injection and crash recovery: one table of what was done to runs and to files, and how it ended.
+"""The table of ``python -m parity reliability``: injected faults, and the outcome of each.
 
-Runs are killed (``kill.py``), refused by the disk, and damaged on it (``disk.py``); every file that we read
-is broken in the ways of ``parity.fuzz``. And what safety costs: a checkpoint of GPT-2 124M, saved, verified,
-loaded.
+Runs are killed (``kill.py``), their disk fails, and bits of their checkpoints flip (``disk.py``). Files of
+every format that tinyllm reads are broken (``parity.fuzz``). The cost of safety is measured as well: saving,
+verifying and loading a checkpoint of GPT-2 124M.
 """
 
 from __future__ import annotations
@@ -11,12 +11,15 @@ import itertools
 import platform
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
 
+from parity import tables
+from parity.bench import process
 from parity.durability import disk, kill
 from parity.fuzz import harness
 from parity.fuzz.targets import TARGETS
@@ -26,14 +29,22 @@ from tinyllm.optim import AdamW
 from tinyllm.training.checkpoint import load_checkpoint, machine, save_checkpoint, verify
 from tinyllm.weights.runs import checkpoint_folder
 
-HEAD = "proof", "tries", "outcome", "failures"
+HEAD = "fault", "tries", "outcome", "failures"
 
-SHOWN = 3_000  # characters of a failure on the screen; the JSON file has them all
+# Rows of the published table -> how the names of their faults begin
+KINDS = {
+    "kill -9 at a random moment": "kill -9",
+    "ENOSPC or EIO while saving a checkpoint": ("ENOSPC", "EIO"),
+    "a flipped bit of a checkpoint": "a bit of",
+    "a broken file": "fuzzed:",
+}
+
+SHOWN = 3_000  # characters printed of a failure; the JSON file has all of them
 
 
 @dataclass(frozen=True)
 class Row:
-    """A line of the table: ``outcome`` says how often a try ended in which way."""
+    """A row of the table; ``outcome`` counts the tries by how they ended."""
 
     proof: str
     tries: int
@@ -42,16 +53,11 @@ class Row:
 
     def __str__(self) -> str:
         outcome = ", ".join(f"{count:,} {word}" for word, count in self.outcome.items())
-        return line((self.proof, f"{self.tries:,}", outcome, f"{len(self.failures):,}"))
-
-
-def line(cells: Iterable[str]) -> str:
-    """A line of a Markdown table."""
-    return f"| {' | '.join(cells)} |"
+        return tables.line((self.proof, f"{self.tries:,}", outcome, f"{len(self.failures):,}"))
 
 
 def proofs(kills: int, flips: int, cases: int, seed: int = 0, keep: Path | None = None) -> Iterator[Row]:
-    """Every proof's row as soon as it is done. A killed run or a broken file that failed goes to ``keep``."""
+    """Yield the row of every fault as soon as it is complete; copy failed runs and files to ``keep``."""
     of_runs = itertools.chain(kill.kill(kills, seed, keep), disk.failing_disk(), disk.bit_flips(flips, seed))
     for name, found in of_runs:
         yield Row(name, found.tries, dict(found.counts), found.failures)
@@ -61,11 +67,11 @@ def proofs(kills: int, flips: int, cases: int, seed: int = 0, keep: Path | None 
 
 
 def report(rows: Iterable[Row], seed: int, costs: bool) -> dict:
-    """Print the table, line by line as the rows come, and what failed; with ``costs``, of a checkpoint, too.
+    """Print each row as soon as it is complete, then the failures and, with ``costs``, those of a checkpoint.
 
-    Returns all of it, as JSON can hold it.
+    Returns the result for JSON.
     """
-    print(line(HEAD), line(["---"] * len(HEAD)), sep="\n", flush=True)
+    print(tables.markdown(HEAD, ()), flush=True)
     result = {"seed": seed, "python": platform.python_version(), "machine": machine("cpu"), "proofs": []}
     for row in rows:
         print(row, flush=True)
@@ -81,16 +87,30 @@ def report(rows: Iterable[Row], seed: int, costs: bool) -> dict:
 
 
 def failed(result: dict) -> bool:
+    """Whether any try failed."""
     return any(row["failures"] for row in result["proofs"])
 
 
-# ---------------------------------------------------------------------------- what a checkpoint costs
+def markdown(result: dict) -> str:
+    """The tables for the page: one row for each of ``KINDS``, and the costs of a checkpoint."""
+    facts, rows = process.machine(), []
+    for kind, names in KINDS.items():
+        same = [row for row in result["proofs"] if row["proof"].startswith(names)]
+        outcome = sum((Counter(row["outcome"]) for row in same), Counter())
+        rows.append(Row(kind, sum(row["tries"] for row in same), outcome, []))
+    about = f"{facts['cpu']} ({facts['instructions']})", f"{facts['cores']} cores"
+    table = "\n".join([tables.markdown(HEAD, ()), *map(str, rows)])
+    parts = tables.measured("reliability --large", *about), table, describe(result["checkpoint_124m"])
+    return "\n\n".join(parts)
+
+
+# ---------------------------------------------------------------------------- costs of a checkpoint
 
 
 def costs_of_a_checkpoint(config: GPT2Config) -> dict[str, float]:
-    """Save, verify and load a checkpoint of random numbers: seconds of each, and bytes on the disk.
+    """Save, verify and load a checkpoint of random numbers; return the seconds of each and its bytes.
 
-    It is read right after it was written, so the system still has it in memory.
+    It is read right after it was written, so it comes from the system's cache.
     """
     model, optimizer = _as_after_a_step(config, seed=0)
     other, its_optimizer = _as_after_a_step(config, seed=1)
@@ -108,14 +128,14 @@ def costs_of_a_checkpoint(config: GPT2Config) -> dict[str, float]:
     for name, parameter in model.named_parameters():
         here = [parameter.data, *optimizer.state[name][1:]]
         there = [dict(other.named_parameters())[name].data, *its_optimizer.state[name][1:]]
-        assert all(map(np.array_equal, here, there)), f"{name} did not come back bit for bit"
+        assert all(map(np.array_equal, here, there)), f"{name} is not bitwise identical after loading"
     save, check, load = np.diff(times).tolist()
     parameters = model.num_parameters()
     return dict(parameters=parameters, bytes=size, save_s=save, verify_s=check, load_s=load)
 
 
 def _as_after_a_step(config: GPT2Config, seed: int) -> tuple[Module, AdamW]:
-    """A model, and an optimizer with averages for every parameter: random, for only their size counts."""
+    """A model and an optimizer with moments for every parameter; random, because only their size matters."""
     rng = np.random.default_rng(seed)
     model = GPT2(config, rng=rng)
     optimizer = AdamW(model, lr=1e-3)
@@ -126,14 +146,14 @@ def _as_after_a_step(config: GPT2Config, seed: int) -> tuple[Module, AdamW]:
 
 
 def describe(costs: dict[str, float]) -> str:
-    """The costs as a table of two lines."""
+    """The costs as a Markdown table."""
     megabytes = costs["bytes"] / 1e6
     cells = {
-        "checkpoint": f"GPT-2, {costs['parameters']:,} parameters, float32, with AdamW's averages",
+        "checkpoint": f"GPT-2, {costs['parameters']:,} parameters, float32, with AdamW's moments",
         "size": f"{megabytes:,.1f} MB",
         "save": f"{costs['save_s']:.2f} s ({megabytes / costs['save_s']:,.0f} MB/s)",
         "verify": f"{costs['verify_s']:.2f} s",
         "load": f"{costs['load_s']:.2f} s",
         "resume (both)": f"{costs['verify_s'] + costs['load_s']:.2f} s",
     }
-    return "\n".join((line(cells), line(["---"] * len(cells)), line(cells.values())))
+    return tables.markdown(cells, [cells.values()])

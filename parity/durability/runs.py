@@ -1,10 +1,10 @@
-"""A tiny run that has everything which an interruption could lose, and what it leaves.
+"""A tiny run with all the state that an interruption could lose, and what it leaves.
 
-Dropout and micro-batches, overlapping windows in an order shuffled anew in every epoch, a checkpoint after
-every step. However it is interrupted, damaged and resumed, what it leaves at its end (weights, the
-optimizer's averages, losses and samples) must be bit for bit what the same run leaves without all that.
+The run has dropout, micro-batches, overlapping windows that are shuffled in every epoch, and a checkpoint
+after every step. However it is interrupted, damaged and resumed, it must leave weights, optimizer moments,
+losses and samples that are bitwise identical to those of the uninterrupted run.
 
-Every proof of this folder yields a name and its ``Figures``, as ``parity.fuzz.harness.fuzz_all`` does.
+Every test of this folder yields names with their ``Figures``, as ``parity.fuzz.harness.fuzz_all`` does.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ OPTIONS = dict(
     n_embd=8,
     context=8,
     stride=4,
-    batch=24,  # of 63 windows: the third batch of an epoch is a short one
+    batch=24,  # of 63 windows: the third batch of an epoch is smaller
     micro_batch=8,
     steps=12,
     lr=1e-2,
@@ -48,12 +48,12 @@ OPTIONS = dict(
     checkpoint_every=1,
 )
 
-OF_THE_MACHINE = {"tokens_per_s", "mean_tokens_per_s", "peak_memory"}  # of a record
+OF_THE_MACHINE = {"tokens_per_s", "mean_tokens_per_s", "peak_memory"}  # fields of a record
 
 
 @dataclass
 class Figures:
-    """How much was tried, how often it ended in which way, and a sentence on each failure."""
+    """The number of tries, how often they ended in which way, and a sentence on each failure."""
 
     tries: int = 0
     counts: Counter[str] = field(default_factory=Counter)
@@ -61,7 +61,7 @@ class Figures:
 
 
 def count(figures: Figures, good: str, what: str, problem: str) -> None:
-    """Add one try, which had this problem, or "" for none: then it ended ``good``."""
+    """Count one try: a failure if there was a ``problem``, otherwise it ended ``good``."""
     figures.tries += 1
     if problem:
         figures.failures.append(f"{what}: {problem}")
@@ -70,7 +70,7 @@ def count(figures: Figures, good: str, what: str, problem: str) -> None:
 
 
 def progress_bar(name: str, tries: int):
-    """A progress bar on stderr, if that is a terminal."""
+    """A progress bar on stderr if that is a terminal."""
     from tqdm import tqdm
 
     return tqdm(total=tries, desc=name, leave=False, disable=None)
@@ -80,7 +80,7 @@ def progress_bar(name: str, tries: int):
 
 
 def left(run: Path) -> dict:
-    """What a finished run leaves, by name, but for what is the machine's mood or the interruptions' doing."""
+    """What a finished run leaves, by name, without timings and the log of interruptions."""
     last = last_checkpoint(run)
     records = [json.loads(line) for line in (run / METRICS).read_text(encoding="utf-8").splitlines()]
     files = [last / SINGLE_FILE, last / OPTIMIZER, last / CONFIG, run / SAMPLES]
@@ -93,7 +93,7 @@ def left(run: Path) -> dict:
 
 
 def difference(run: Path, whole: dict) -> str:
-    """What a run left that is not what the uninterrupted one did; "" if everything is."""
+    """Which parts of a run differ from those of the uninterrupted one, or ""."""
     try:
         found = left(run)
     except Error as error:
@@ -103,7 +103,7 @@ def difference(run: Path, whole: dict) -> str:
 
 
 def damage(run: Path) -> str:
-    """What ``verify`` says of the first of a run's checkpoints that is not whole; "" if all are."""
+    """The message of ``verify`` on the first damaged checkpoint of a run, or ""."""
     try:
         for folder in checkpoints(run):
             verify(folder)
@@ -116,7 +116,7 @@ def damage(run: Path) -> str:
 
 
 def write_text(place: Path) -> Path:
-    """The text that every run trains on."""
+    """Write the text that every run trains on."""
     text = place / "rhyme.txt"
     text.write_text("the cat sat on the mat. " * 12, encoding="utf-8")
     return text
@@ -124,24 +124,24 @@ def write_text(place: Path) -> Path:
 
 @contextmanager
 def quick() -> Iterator[None]:
-    """Without what takes most of the time of so small a run: its pictures."""
+    """Skip the loss plots, which take most of the time of so small a run."""
     with mock.patch.object(tinyllm.training.run_folder, "plot_losses", lambda *_: None):
         yield
 
 
 def trained(config: TrainConfig, **options) -> str:
-    """Train, quickly and without waiting for the disk; what the run said."""
+    """Train without plots and without waiting for the disk; return the output."""
     no_waiting = mock.patch.object(os, "fsync", lambda descriptor: None)
-    with quick(), no_waiting, contextlib.redirect_stdout(io.StringIO()) as said:
+    with quick(), no_waiting, contextlib.redirect_stdout(io.StringIO()) as output:
         train(config, progress=False, **options)
-    return said.getvalue()
+    return output.getvalue()
 
 
-NEWEST = OPTIONS["steps"] - 2  # the last checkpoint of the interrupted run; the one before stays, too
+NEWEST = OPTIONS["steps"] - 2  # the last checkpoint of the interrupted run; it keeps the previous one, too
 
 
 def whole_and_interrupted(place: Path) -> tuple[dict, Path]:
-    """What an uninterrupted run leaves, and the folder of one that was interrupted after ``NEWEST``."""
+    """(what an uninterrupted run leaves, the folder of a run that was interrupted after ``NEWEST``)."""
     config = TrainConfig(text=str(write_text(place)), out=place / "whole", **OPTIONS)
     trained(config)
 
@@ -155,4 +155,4 @@ def whole_and_interrupted(place: Path) -> tuple[dict, Path]:
 
 
 class _Interrupted(Exception):
-    """A run does not catch it: what is on the disk then is what a kill would leave."""
+    """Not caught by a run, so that the disk is left as by a kill."""

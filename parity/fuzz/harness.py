@@ -1,16 +1,15 @@
-"""Do our readers stand files that are broken, or made to do harm?
+"""The fuzzer: tests that readers are safe against files that are broken or malicious.
 
-A target is a kind of file that we read: how a valid one is made (`Target.make`), how it is read and what
-came of it is checked (`Target.load`), and how it can be broken (`Target.mutations`). Each case is one
-mutation of a valid folder, and has one of two good ends. The file is refused, by our own error with one
-sentence that names it. Or it is loaded, and what was loaded is valid: `load` looks. Everything else is a
-failure: another exception, a crash, more than ``TIME_LIMIT`` seconds, more memory than ``MEMORY_FACTOR``
-times the files and ``MEMORY_BASE`` more, a file opened outside the folder, anything written, another
-program or the network.
+A target is a file format: how to make a valid file (``Target.make``), how to read one and check the result
+(``Target.load``), and how to break one (``Target.mutations``). Each case applies one mutation to a valid
+folder. It passes if the file is refused with an ``Error`` of one sentence that names it, or if it loads and
+``load`` finds the result valid. Everything else is a failure: another exception, a crash, more than
+``TIME_LIMIT`` seconds, more memory than ``MEMORY_FACTOR`` times the files plus ``MEMORY_BASE``, opening a
+file outside the folder, writing, starting a program, or using the network.
 
-The cases run in a process of their own, which says before each one what it is about to read: whatever ends
-it, the case is known, and the next process goes on after it. Every case follows from the seed and its
-number, so that `fuzz(target, 1, seed, first=case)` repeats it.
+The cases run in a process of their own, which announces each case before reading it. If the process dies, the
+case is known and another process continues after it. The seed and the number of a case determine it, so
+``fuzz(target, 1, seed, first=case)`` repeats it.
 """
 
 from __future__ import annotations
@@ -34,16 +33,16 @@ import tinyllm
 from parity.fuzz.mutations import Mutation
 from tinyllm.errors import Error
 
-START_LIMIT, TIME_LIMIT = 120.0, 5.0  # seconds: to start a process and load the valid file; for a case
+START_LIMIT, TIME_LIMIT = 120.0, 5.0  # seconds: to start a process and load the valid file; per case
 
-# What a valid file of a size may need: its numbers as Python's, or 4-bit weights as float32, and the reader.
+# Memory that a valid file may need: Python objects for its numbers, 4-bit weights as float32, the reader.
 MEMORY_FACTOR, MEMORY_BASE = 20, 64 * 2**20
 
-ADDRESS_ROOM = 2**28  # beyond that bound an allocation fails at once, before the machine feels it
+ADDRESS_MARGIN = 2**28  # bytes beyond that limit at which an allocation fails, before the machine swaps
 
-HANGS = "not done, twice, after"
+HANGS = "timed out twice after"
 
-LONGEST_SENTENCE = 10_100  # characters; what Error leaves of a longer one
+LONGEST_SENTENCE = 10_100  # characters; Error shortens longer ones
 
 FORBIDDEN = (
     "socket.connect socket.getaddrinfo subprocess.Popen os.system os.exec os.fork os.posix_spawn os.remove "
@@ -53,11 +52,12 @@ FORBIDDEN = (
 
 @dataclass(frozen=True)
 class Target:
-    """A kind of file. All three are functions of a module, for another process has to find them.
+    """A file format. The functions must be importable, because another process calls them.
 
-    ``make(folder)`` writes a valid one, always the same. ``load(folder)`` reads it and raises
-    AssertionError if what it gets is not valid. ``mutations(folder)`` lists what can be done to it.
-    ``writes``: reading it may change the folder (where an interrupted work goes on).
+    ``make(folder)`` deterministically writes a valid file. ``load(folder)`` reads it and raises
+    AssertionError
+    if the result is not valid. ``mutations(folder)`` lists the ways to break it. ``writes``: reading may
+    change the folder, because it resumes interrupted work.
     """
 
     name: str
@@ -69,7 +69,7 @@ class Target:
 
 @dataclass(frozen=True)
 class Failure:
-    """A case that ended as none may; ``kept`` is where its folder lies, if it was to be kept."""
+    """A case that failed; ``kept`` is its folder, if a folder for failures was given."""
 
     target: str
     seed: int
@@ -85,7 +85,7 @@ class Failure:
 
 @dataclass
 class Figures:
-    """How many cases were tried, and what became of them: refused, loaded or failed."""
+    """The number of cases, and how many were refused, loaded, or failed."""
 
     tries: int = 0
     refused: int = 0
@@ -101,9 +101,9 @@ def fuzz(
     keep: str | Path | None = None,
     advance: Callable[[], None] = lambda: None,
 ) -> Figures:
-    """Try this many cases from number ``first`` on; ``advance()`` is called after each.
+    """Run ``cases`` cases starting with number ``first``; ``advance()`` is called after each.
 
-    The folders of failures are moved into ``keep``. Memory is bounded and measured on Linux only.
+    The folders of failures are moved into ``keep``. Memory is limited and measured on Linux only.
     """
     figures, suspect = Figures(), None
     end = first + cases
@@ -111,7 +111,7 @@ def fuzz(
         while first < end:
             for case, mutation, outcome in _run(target, seed, range(first, end), Path(workshop)):
                 if outcome.startswith(HANGS) and case != suspect:
-                    first = suspect = case  # once more: a busy machine can keep any process waiting
+                    first = suspect = case  # retry once: on a busy machine any process may be slow
                     shutil.rmtree(_place(Path(workshop), target, seed, case))
                     continue
                 first = case + 1
@@ -128,7 +128,7 @@ def fuzz(
 def fuzz_all(
     targets: Sequence[Target], cases: int, seed: int = 0, keep: str | Path | None = None
 ) -> Iterator[tuple[str, Figures]]:
-    """Each target's name and figures in turn, with a bar if there is a terminal; the cases are shared out."""
+    """Divide the cases among the targets; yield each target's name and figures, with a progress bar."""
     from tqdm import tqdm
 
     for number, target in enumerate(targets):
@@ -139,27 +139,27 @@ def fuzz_all(
 
 
 def choose(mutations: list[Mutation], seed: int, case: int) -> Mutation:
-    """The mutation of a case: in turn the next of the fixed ones, in the seed's order, and of the drawn."""
-    fixed = [mutation for mutation in mutations if not mutation.drawn]
-    drawn = [mutation for mutation in mutations if mutation.drawn]
-    if drawn and case % 2:
-        return drawn[case // 2 % len(drawn)]
-    turn = case // 2 if drawn else case
+    """The mutation of a case: alternately the next fixed (in the seed's order) and the next random one."""
+    fixed = [mutation for mutation in mutations if not mutation.random]
+    random = [mutation for mutation in mutations if mutation.random]
+    if random and case % 2:
+        return random[case // 2 % len(random)]
+    turn = case // 2 if random else case
     return fixed[np.random.default_rng(seed).permutation(len(fixed))[turn % len(fixed)]]
 
 
-# ---------------------------------------------------------------------------- the process that watches
+# ---------------------------------------------------------------------------- the parent process
 
 
 def _run(target: Target, seed: int, cases: range, workshop: Path) -> Iterator[tuple[int, str, str]]:
-    """Number, mutation and outcome of each case, to the first that ends the process, or to the end."""
-    # A fresh interpreter, not a fork: a library's threads do not live on in a copy.
+    """Yield number, mutation and outcome of each case, up to the first that ends the process."""
+    # A fresh interpreter, because a fork does not copy the threads of libraries.
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe(duplex=False)
-    with tempfile.TemporaryDirectory(dir=workshop) as room, ours:
-        child = context.Process(target=_child, args=(theirs, target, seed, cases, workshop, Path(room)))
+    with tempfile.TemporaryDirectory(dir=workshop) as scratch, ours:
+        child = context.Process(target=_child, args=(theirs, target, seed, cases, workshop, Path(scratch)))
         child.start()
-        theirs.close()  # the child holds the only other end: when it dies, reading ends
+        theirs.close()  # the child has the only other end, so recv() raises EOFError when it dies
         case, mutation, limit = None, "", START_LIMIT
         try:
             for _ in cases:
@@ -176,15 +176,15 @@ def _run(target: Target, seed: int, cases: range, workshop: Path) -> Iterator[tu
             outcome = f"{HANGS} {TIME_LIMIT:g} s"
         except EOFError:
             child.join()
-            said = (Path(room) / "stderr").read_text(encoding="utf-8", errors="replace").strip()[-2000:]
-            outcome = f"the process died ({_ending(child)}): {said}"
+            output = (Path(scratch) / "stderr").read_text(encoding="utf-8", errors="replace").strip()
+            outcome = f"the process died ({_ending(child)}): {output[-2000:]}"
         else:
             return
         finally:
             child.kill()
             child.join()
         if case is None:
-            raise RuntimeError(f"{target.name}: not a case, but the watching itself failed: {outcome}")
+            raise RuntimeError(f"{target.name}: the harness failed outside of a case: {outcome}")
         yield case, mutation, outcome
 
 
@@ -208,19 +208,19 @@ def _keep(workshop: Path, target: Target, seed: int, case: int, keep: str | Path
     return kept
 
 
-# ---------------------------------------------------------------------------- the process that reads
+# ---------------------------------------------------------------------------- the child process
 
 
-def _child(connection, target: Target, seed: int, cases: range, workshop: Path, room: Path) -> None:
-    """Send (case, mutation) before reading a case's folder, and then what became of it."""
-    stderr = os.open(room / "stderr", os.O_WRONLY | os.O_CREAT)
-    os.dup2(stderr, 2)  # libraries write there why they end the process
+def _child(connection, target: Target, seed: int, cases: range, workshop: Path, scratch: Path) -> None:
+    """Send (case, mutation) before reading a case's folder, and its outcome afterwards."""
+    stderr = os.open(scratch / "stderr", os.O_WRONLY | os.O_CREAT)
+    os.dup2(stderr, 2)  # libraries print there before they abort
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    valid = room / "valid"
+    valid = scratch / "valid"
     valid.mkdir()
     target.make(valid)
     mutations = target.mutations(valid)
-    target.load(_copy(valid, room / "first" / FOLDER))  # imports what reading needs, before anyone looks
+    target.load(_copy(valid, scratch / "first" / FOLDER))  # performs late imports before the watch begins
     watch = _Watch(target.writes)
     for case in cases:
         place = _place(workshop, target, seed, case)
@@ -243,7 +243,7 @@ def _copy(folder: Path, place: Path) -> Path:
 
 
 def _outcome(target: Target, folder: Path, watch: _Watch, expect: str | None) -> str:
-    """ "refused" or "loaded", or what is wrong with the way it ended."""
+    """ "refused", "loaded", or a description of the failure."""
     bound = MEMORY_BASE + MEMORY_FACTOR * _size(folder)
     before = _start_measuring(bound)
     watch.begin(folder)
@@ -252,32 +252,32 @@ def _outcome(target: Target, folder: Path, watch: _Watch, expect: str | None) ->
         outcome, problem = "loaded", ""
     except Error as error:
         outcome, problem = "refused", _what_is_wrong(error, folder)
-    except BaseException:  # a panic of a Rust library is no Exception
+    except BaseException:  # a panic in a Rust library is not an Exception
         outcome, problem = "", traceback.format_exc().strip()[-3000:]
     finally:
         watch.end()
         taken = _stop_measuring(before)
     if problem or watch.seen:
-        return problem or f"it did what reading must not: {', '.join(watch.seen)}"
+        return problem or f"the reader is not allowed to: {', '.join(watch.seen)}"
     if taken > bound:
-        return f"{taken / 2**20:,.0f} MB of memory, and {bound / 2**20:,.0f} are enough"
+        return f"it took {taken / 2**20:,.0f} MB of memory, but the limit is {bound / 2**20:,.0f} MB"
     if expect not in (None, outcome):
-        return f"it was {outcome}, and should be {expect}"
+        return f"it was {outcome}, but should be {expect}"
     return outcome
 
 
 def _what_is_wrong(error: Error, folder: Path) -> str:
-    """With the error, which is to be one sentence that names the file."""
-    said = str(error)
+    """What is wrong with the error, which must be one sentence that names the file; "" if nothing is."""
+    message = str(error)
     names = [FOLDER, *(path.name for path in folder.rglob("*"))]
-    if not any(name in said for name in names):
-        return f"the error names no file: {said}"
-    if not said.isprintable() or said.endswith(".") or len(said) > LONGEST_SENTENCE:
-        return f"the error is not one sentence: {said[:LONGEST_SENTENCE]!r} ({len(said):,} characters)"
+    if not any(name in message for name in names):
+        return f"the error does not name the file: {message}"
+    if not message.isprintable() or message.endswith(".") or len(message) > LONGEST_SENTENCE:
+        return f"the error is not one sentence: {message[:LONGEST_SENTENCE]!r} ({len(message):,} characters)"
     cause = error
     while cause is not None:
         if isinstance(cause, MemoryError):
-            return f"it ran out of memory: {said}"
+            return f"it ran out of memory: {message}"
         cause = cause.__cause__ or cause.__context__
     return ""
 
@@ -287,19 +287,19 @@ def _size(folder: Path) -> int:
 
 
 def _start_measuring(bound: int) -> int | None:
-    """Bytes of memory in use; from here on the system keeps the peak, and refuses far more than ``bound``."""
+    """Reset the system's peak and limit memory to a margin above ``bound``; return the bytes in use."""
     if not sys.platform.startswith("linux"):
         return None
     import resource
 
-    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # the peak begins anew: proc(5)
-    limit = _kilobytes("VmSize") * 1024 + bound + ADDRESS_ROOM
+    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # resets the peak: proc(5)
+    limit = _kilobytes("VmSize") * 1024 + bound + ADDRESS_MARGIN
     resource.setrlimit(resource.RLIMIT_AS, (limit, resource.RLIM_INFINITY))
     return _kilobytes("VmHWM") * 1024
 
 
 def _stop_measuring(before: int | None) -> int:
-    """Bytes taken at most since then."""
+    """The peak number of bytes taken since ``_start_measuring``."""
     if before is None:
         return 0
     import resource
@@ -314,10 +314,10 @@ def _kilobytes(key: str) -> int:
 
 
 class _Watch:
-    """What Python opens and starts, by its audit events (PEP 578), between ``begin`` and ``end``.
+    """Records forbidden operations between ``begin`` and ``end``, with Python's audit events (PEP 578).
 
-    Reading Python's own files is allowed everywhere (a module that is imported late). A link in the
-    folder counts as lying there: who could put it there had the right to.
+    Reading Python's own files is always allowed, because modules may be imported late. A link in the folder
+    counts as inside: only a user with access to the folder can create it.
     """
 
     def __init__(self, writes: bool):

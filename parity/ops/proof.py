@@ -1,7 +1,7 @@
-"""What is proven, and how closely? Two tables from a run of the tests: worst errors, and planted faults.
+"""Two tables from one run of the tests: the worst errors against PyTorch, and the planted faults.
 
-A pytest plugin listens to every comparison of the tests that are marked ``proof(subject, …)``, and collects
-what the tests marked ``fault`` record of themselves.
+A pytest plugin records every comparison of the tests that are marked ``proof(subject, …)``, and the
+properties that tests marked ``fault`` record.
 """
 
 from __future__ import annotations
@@ -10,33 +10,42 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 
+from parity import tables
+from parity.bench.process import machine
 from parity.ops import cases
 from tinyllm.errors import Error
 
 NOTE = (
-    "Float64. An error is the largest difference of two elements, divided by the reference's largest "
-    "element; where that is small, a hundredth of the scale of what went in is added to it."
+    "Everything is computed in float64. An error is the largest absolute difference of two elements, divided "
+    "by the largest element of the reference; where that is small, a hundredth of the scale of the inputs is "
+    "added to the divisor."
 )
+
+WORST = "what", "comparisons", "bound", "worst value", "worst gradient"
+
+FAULTS = "fault", "caught by", "located at"
 
 
 @dataclass
 class Worst:
-    """The comparisons of one test: how many, their bound, and the largest relative errors."""
+    """The comparisons of one subject: how many, their bound, and the largest relative errors."""
 
     bound: float
     comparisons: int = 0
-    value: float | None = None  # of outputs, losses, norms and weights; None: none was compared
+    value: float | None = None  # of outputs, losses, norms, weights; None if none was compared
     gradient: float | None = None
 
 
-@dataclass
+@dataclass(eq=False)  # pytest hashes its plugins
 class Recorder:
-    """The plugin, and what it has seen."""
+    """The pytest plugin and its records."""
 
-    worst: dict[str, Worst] = field(default_factory=dict)  # subject or test -> its errors
-    faults: list[dict[str, str]] = field(default_factory=list)  # column -> cell
+    worst: dict[str, Worst] = field(default_factory=dict)  # subject or test name -> its errors
+    faults: list[dict[str, str]] = field(default_factory=list)  # for every fault: column -> cell
 
     @pytest.hookimpl(wrapper=True)
     def pytest_runtest_call(self, item):
@@ -62,18 +71,16 @@ class Recorder:
 
     def markdown(self) -> str:
         """Both tables."""
-        head = "what", "comparisons", "bound", "worst value", "worst gradient"
         rows = [
             (f"`{name}`", f"{w.comparisons:,}", f"{w.bound:.0e}", number(w.value), number(w.gradient))
             for name, w in self.worst.items()
         ]
-        columns = "fault", "caught by", "located at"
-        faults = [tuple(fault[column] for column in columns) for fault in self.faults]
-        return f"{table(head, rows)}\n\n{NOTE}\n\n{table(columns, faults)}"
+        faults = [tuple(fault[column] for column in FAULTS) for fault in self.faults]
+        return "\n\n".join([tables.markdown(WORST, rows), NOTE, tables.markdown(FAULTS, faults)])
 
 
 def label(item) -> str:
-    """The op or layer that a test proves, if that is one of its parameters; else the test's own name."""
+    """The subject of a test, if it is one of the test's parameters; otherwise the name of the test."""
     (subject, *_) = item.get_closest_marker("proof").args
     if hasattr(item, "callspec") and subject in item.callspec.params.values():
         return subject
@@ -84,19 +91,20 @@ def number(error: float | None) -> str:
     return "–" if error is None else f"{error:.1e}" if error else "0"
 
 
-def table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
-    lines = [head, ("---",) * len(head), *rows]
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
-
-
-def run(tests: Path) -> int:
-    """Run the proof and the planted faults in ``tests``, print the tables; 1 if a test failed."""
+def run(tests: Path, write: bool = False) -> int:
+    """Run the proof and the planted faults in ``tests`` and print the tables; return 1 if a test failed."""
     recorder = Recorder()
     options = ["-q", "-m", "proof or fault", "-p", "no:cacheprovider"]
     code = pytest.main([str(tests), *options], plugins=[recorder])
     if code == pytest.ExitCode.INTERRUPTED:
         raise KeyboardInterrupt
     if code == pytest.ExitCode.NO_TESTS_COLLECTED:
-        raise Error(f"--tests {tests} holds no tests of ours: give the tests folder of a checkout")
-    print(recorder.markdown())
+        raise Error(f"--tests {tests} contains no tests of the proof: give the tests folder of a checkout")
+    facts = machine()
+    cpu = f"{facts['cpu']} ({facts['instructions']})"
+    versions = f"NumPy {np.__version__}", f"PyTorch {torch.__version__}"
+    text = f"{tables.measured('proof', cpu, *versions)}\n\n{recorder.markdown()}"
+    print(text)
+    if write and code == 0:
+        tables.write(tables.PAGE, "proof", text)
     return int(code != 0)

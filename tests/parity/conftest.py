@@ -1,4 +1,4 @@
-"""What the tests of the benchmark of a GPU start from."""
+"""Fixtures for the tests of ``bench --device``."""
 
 import pytest
 from support.bench_cuda import TASKS
@@ -10,7 +10,7 @@ from tinyllm import backend
 
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory):
-    """work -> the folder with its weights"""
+    """task -> the folder with the weights of its work"""
     folders = {name: tmp_path_factory.mktemp(name) / "model" for name in TASKS}
     for name, folder in folders.items():
         write_weights(SMALL_WORKS[name], folder)
@@ -19,7 +19,7 @@ def weights(tmp_path_factory):
 
 @pytest.fixture
 def cupy(monkeypatch):
-    """A stand-in for CuPy; ``done`` lists what the device was asked to do, ``precisions`` the autocasts."""
+    """A fake CuPy; ``done`` lists the calls of the device, ``precisions`` the autocasts."""
     module = fake_cupy(monkeypatch)
     module.done, module.taken, module.free = [], 3 * 10**9, 2 * 10**9
     module.pool.free_all_blocks = lambda: module.done.append("free_all_blocks")
@@ -28,9 +28,9 @@ def cupy(monkeypatch):
     module.cuda.runtime.runtimeGetVersion = lambda: 12080
     module.precisions, autocast = [], backend.autocast
 
-    def noted(dtype):
+    def recorded(dtype):
         module.precisions.append(dtype)
         return autocast(dtype)
 
-    monkeypatch.setattr(backend, "autocast", noted)
+    monkeypatch.setattr(backend, "autocast", recorded)
     return module

@@ -1,4 +1,4 @@
-"""The figures of a GPU follow from what was recorded, and what does not compute the same is not compared."""
+"""``bench --device``: figures from given measurements, and the comparison of the variants' answers."""
 
 from dataclasses import replace
 from statistics import median
@@ -12,16 +12,16 @@ from parity.bench.cuda import measure, report
 from parity.bench.cuda.answers import bound_of
 from parity.bench.cuda.variants import prepare
 from parity.bench.cuda.works import PRECISIONS, SMALL_WORKS, WORKS
-from parity.bench.reach import reach_table
+from parity.bench.targets import target_table
 
 torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
 pytest.importorskip("resource", reason="on a CPU the benchmark reads the process's memory through resource")
 
 
-def test_the_head_names_the_gpu_its_driver_the_versions_and_the_command(cupy, monkeypatch):
-    said = SimpleNamespace(stdout="570.86.15\n570.86.15\n")
-    monkeypatch.setattr(report.subprocess, "run", lambda *_, **__: said)
+def test_head_contains_gpu_driver_versions_and_command(cupy, monkeypatch):
+    smi = SimpleNamespace(stdout="570.86.15\n570.86.15\n")
+    monkeypatch.setattr(report.subprocess, "run", lambda *_, **__: smi)
     facts = report.gpu_facts()
     assert facts == {
         "GPU": "Paper GPU",
@@ -32,38 +32,38 @@ def test_the_head_names_the_gpu_its_driver_the_versions_and_the_command(cupy, mo
     }
     head = measure.head("python -m …", replace(REQUEST, device="cuda", small=False), facts)
     assert head[0] == "python -m …" and head[1].startswith("GPU Paper GPU, driver 570.86.15 for CUDA up to")
-    assert "8192 x 8192 GEMM" in head[2] and not any("CPU's figures" in line for line in head)
+    assert "8192 x 8192 GEMM" in head[2] and not any("NO GPU" in line for line in head)
 
     def no_such_program(*_, **__):
         raise FileNotFoundError
 
     monkeypatch.setattr(report.subprocess, "run", no_such_program)
-    assert report.gpu_facts()["driver"] == "unknown (nvidia-smi does not say) for CUDA up to 12.9"
+    assert report.gpu_facts()["driver"] == "unknown (nvidia-smi failed) for CUDA up to 12.9"
 
 
-def test_reach_is_eagers_speed_and_at_most_its_memory_round_by_round():
-    """In the second round the machine was twice as slow: the ratios stay."""
+def test_targets_are_the_time_and_memory_of_eager_by_round():
+    """In the second round the machine is half as fast, but the ratios stay."""
     runs = {
         "tinyllm": [record(0.9, 30), record(1.8, 30), record(2.0, 30)],
         "torch-eager": [record(1.0, 20), record(2.0, 20), record(1.0, 20)],
         "torch-compile": [{"failed": "no triton"}],
     }
     case = report.summarise(WORKS["train"], "tf32", runs)
-    rows = report.reach_rows({"train tf32": case})
+    rows = report.target_rows({"train tf32": case})
     assert [(row["work"], row["cost"], row["against"]) for row in rows] == [
         ("train tf32", "time", ("torch-eager",)), ("train tf32", "peak memory", ("torch-eager",)),
     ]  # fmt: skip
     assert [row["at_most"] for row in rows] == [1.0, 1.0]
     assert rows[0]["rounds"] == pytest.approx([0.9, 0.9, 2.0])
-    assert [(row["reached"], row["verdict"]) for row in rows] == [(0.9, "met"), (1.5, "missed")]
-    table = reach_table(rows)
+    assert [(row["measured"], row["verdict"]) for row in rows] == [(0.9, "met"), (1.5, "not met")]
+    table = target_table(rows)
     assert table[1].split() == "train tf32 time torch-eager 1 0.900 0.900 to 2.000 met".split()
-    assert table[2].split()[-1] == "missed"
+    assert table[2].endswith("not met")
 
 
-def test_a_reach_without_its_peer_is_not_measured():
+def test_targets_without_their_peer_are_not_measured():
     case = report.summarise(WORKS["decode"], "float32", {"tinyllm": [record(1.0, 1)]})
-    rows = report.reach_rows({"decode float32": case})
+    rows = report.target_rows({"decode float32": case})
     assert [row["verdict"] for row in rows] == ["not measured"] * 2 and case["ratios"] == {}
 
 
@@ -96,7 +96,7 @@ def test_figures_are_medians_and_ranges_over_the_rounds():
     assert "time 0.500 0.250 1.000 0.250 1.000 0.500".split() in [line.split() for line in table]
 
 
-def test_it_is_a_row_and_the_rest_goes_on_in_turn(monkeypatch, capsys, tmp_path):
+def test_a_failed_compiler_gets_a_row_and_the_other_variants_continue(monkeypatch, capsys, tmp_path):
     measured = answer(monkeypatch, tmp_path, tinyllm=[1.0], torch_eager=[1.0], torch_compile=None)
     runs = measured("train", "float32", rounds=2)
     turns = [line.split(" …")[0] for line in capsys.readouterr().err.splitlines()]
@@ -110,59 +110,57 @@ def test_it_is_a_row_and_the_rest_goes_on_in_turn(monkeypatch, capsys, tmp_path)
     assert report.case_table(alone)[1:] == [row]
 
 
-# ---- What does not compute the same is not compared ----
+# ---- Only equal computations are compared ----
 
 
-def test_losses_are_compared_one_by_one_and_logits_by_the_largest(monkeypatch, tmp_path):
+def test_losses_are_relative_to_themselves_and_logits_to_the_largest(monkeypatch, tmp_path):
     measured = answer(monkeypatch, tmp_path, tinyllm=[10.0, 0.102], torch_eager=[10.0, 0.1])
     runs = measured("forward", "bfloat16")
     assert runs["tinyllm"][0]["difference"] == pytest.approx(2e-4, rel=1e-3)
     assert runs["torch-eager"][0]["difference"] == 0
     with pytest.raises(
-        SystemExit, match=r"train.*bfloat16: tinyllm's answers differ by 0\.02, and the bound is 0"
+        SystemExit, match=r"train.*bfloat16: tinyllm's losses differ from the reference by 0\.02, .* 0\.005"
     ):
         measured("train", "bfloat16")
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize("task", TASKS)
-def test_a_difference_beyond_the_bound_ends_it_and_one_within_does_not(
-    monkeypatch, tmp_path, task, precision
-):
+def test_a_difference_exits_only_beyond_the_bound(monkeypatch, tmp_path, task, precision):
     bound = bound_of(WORKS[task], precision)
     measured = answer(monkeypatch, tmp_path, tinyllm=[1 + 0.9 * bound], torch_eager=[1.0])
     assert measured(task, precision)["tinyllm"][0]["difference"] == pytest.approx(0.9 * bound, rel=0.01)
     measured = answer(monkeypatch, tmp_path, tinyllm=[1 + 1.1 * bound], torch_eager=[1.0])
-    with pytest.raises(SystemExit, match="what does not compute the same is not compared"):
+    with pytest.raises(SystemExit, match="differ from the reference"):
         measured(task, precision)
 
 
 @pytest.mark.parametrize("wrong", [[np.nan, 1.0], [np.inf, 1.0], [1.0]])
-def test_answers_that_are_no_numbers_or_too_few_end_it(monkeypatch, tmp_path, wrong):
+def test_answers_that_are_not_finite_or_too_few_exit(monkeypatch, tmp_path, wrong):
     for arrays in (
         {"tinyllm": wrong, "torch_eager": [1.0, 1.0]},
         {"tinyllm": [1.0, 1.0], "torch_eager": wrong},
     ):
-        with pytest.raises(SystemExit, match=r"answers (differ by (nan|inf)|have shape)"):
+        with pytest.raises(SystemExit, match=r"losses (differ from the reference by (nan|inf)|have shape)"):
             answer(monkeypatch, tmp_path, **arrays)("train", "float32")
 
 
-def test_a_wrong_model_is_found(monkeypatch, weights):
-    """One matrix of one side, off by a hundredth of each weight, is beyond the bound of float32."""
+def test_a_wrong_model_exceeds_the_bound(monkeypatch, weights):
+    """One matrix of one side is scaled by 1.01, which exceeds the bound of float32."""
     work, folder = SMALL_WORKS["forward"], str(weights["forward"])
     right, wrong = (
         prepare(variant, "float32", "cpu", work, folder, "") for variant in ("tinyllm", "torch-eager")
     )
-    twin = wrong.once.__closure__
+    cells = wrong.once.__closure__
     reference = right.answers()
-    (module,) = (cell.cell_contents for cell in twin if isinstance(cell.cell_contents, torch.nn.Module))
+    (module,) = (cell.cell_contents for cell in cells if isinstance(cell.cell_contents, torch.nn.Module))
     with torch.no_grad():
         module.layers[1].mlp.down_proj.weight *= 1.01
     difference = np.abs(wrong.answers() - reference).max() / np.abs(reference).max()
     assert difference > bound_of(work, "float32")
 
 
-@pytest.mark.parametrize(("asked", "found"), [("cuda", "cpu"), ("cpu", "Paper GPU")])
-def test_figures_of_another_device_end_it(asked, found):
-    with pytest.raises(SystemExit, match=f"torch-eager was to run on {asked} and ran on {found}"):
-        measure.check_device("torch-eager", asked, found)
+@pytest.mark.parametrize(("requested", "actual"), [("cuda", "cpu"), ("cpu", "Paper GPU")])
+def test_a_run_on_another_device_exits(requested, actual):
+    with pytest.raises(SystemExit, match=f"torch-eager ran on {actual} instead of {requested}"):
+        measure.check_device("torch-eager", requested, actual)

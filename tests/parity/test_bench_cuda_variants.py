@@ -1,7 +1,7 @@
-"""Every variant of the benchmark of a GPU computes what the others compute, from the same weights.
+"""``bench --device``: all variants compute the same numbers from the same weights.
 
-Where there is no GPU, everything but the GPU's own answers is tested: on the CPU; tinyllm's variants on a
-stand-in for CuPy, and PyTorch's on its "meta" device, both of which refuse to mix with arrays of the host.
+Without a GPU the variants run on the CPU. tinyllm's also run on a fake CuPy, and PyTorch's on its "meta"
+device; both raise if their arrays are mixed with arrays of the host.
 """
 
 import contextlib
@@ -38,7 +38,7 @@ pytest.importorskip("resource", reason="on a CPU the benchmark reads the process
 
 
 @pytest.mark.parametrize("task", TASKS)
-def test_what_is_compiled_computes_what_eager_does(weights, task):
+def test_compiled_variant_agrees_with_eager(weights, task):
     """With a compiler that only traces: the graph has no break, and the cache has a fixed size."""
     eager, compiled = (
         prepare(variant, "float32", "cpu", SMALL_WORKS[task], str(weights[task]), "eager")
@@ -51,18 +51,18 @@ def test_what_is_compiled_computes_what_eager_does(weights, task):
 
 
 @pytest.mark.parametrize("task", TASKS)
-def test_pytorch_in_bfloat16_is_near_float32_and_not_equal(weights, task):
+def test_torch_in_bfloat16_is_close_but_not_equal_to_float32(weights, task):
     work, folder = SMALL_WORKS[task], str(weights[task])
-    exact, short = (
+    exact, half = (
         prepare("torch-eager", precision, "cpu", work, folder, "").answers()
         for precision in ("float32", "bfloat16")
     )
-    assert short.dtype == np.float32
-    assert 0 < np.abs(short - exact).max() / np.abs(exact).max() < bound_of(work, "bfloat16")
+    assert half.dtype == np.float32
+    assert 0 < np.abs(half - exact).max() / np.abs(exact).max() < bound_of(work, "bfloat16")
 
 
-def test_the_compared_losses_fall(tmp_path):
-    """Of a step whose gradients do nothing all three would be the same, whatever they are."""
+def test_compared_losses_decrease(tmp_path):
+    """Otherwise a step without any update would pass the comparison."""
     work = replace(SMALL_WORKS["train"], changes=SMALL_WORKS["train"].changes | {"n_embd": 64})
     write_weights(work, tmp_path / "model")
     for variant in ("tinyllm", "torch-eager"):
@@ -70,7 +70,7 @@ def test_the_compared_losses_fall(tmp_path):
         assert losses[0] > losses[1] + 0.001 > losses[2] + 0.002
 
 
-def test_decoding_writes_greedily_what_a_loop_without_a_cache_writes(weights):
+def test_decoding_generates_the_tokens_of_a_greedy_loop_without_a_cache(weights):
     work, folder = SMALL_WORKS["decode"], str(weights["decode"])
     ours, theirs = (
         [token.item() for token in prepare(variant, "float32", "cpu", work, folder, "").once()]
@@ -84,7 +84,7 @@ def test_decoding_writes_greedily_what_a_loop_without_a_cache_writes(weights):
 
 
 @pytest.mark.parametrize("task", TASKS)
-def test_the_twin_has_the_models_weights_and_a_tied_head(weights, task):
+def test_torch_twin_has_the_weights_of_the_model_and_a_tied_head(weights, task):
     ours = load_model(weights[task])
     twin = variants.torch_twin(str(weights[task]), "cpu", torch.float32)
     theirs = dict(twin.named_parameters())
@@ -96,7 +96,7 @@ def test_the_twin_has_the_models_weights_and_a_tied_head(weights, task):
         assert not np.shares_memory(parameter.data, theirs[name].detach().numpy())
 
 
-def test_the_works_are_those_that_were_asked_for():
+def test_works_have_the_documented_sizes():
     train, forward, decode = WORKS.values()
     assert train.config().n_layer == 12 and (train.batch, train.context) == (16, 1024)
     assert train.config().embd_pdrop == train.config().attn_pdrop == train.config().resid_pdrop == 0
@@ -106,8 +106,8 @@ def test_the_works_are_those_that_were_asked_for():
     assert WORKS.keys() == variants.TORCH.keys()
 
 
-def test_the_last_position_of_a_sequence_is_compared():
-    """It has attended to all others."""
+def test_the_last_position_is_compared():
+    """It attends to all others."""
     for context in (1, 7, 16, 100, 1024):
         compared = range(context)[positions_compared(context)]
         assert compared[-1] > context - 16 and len(compared) >= min(context, 16)
@@ -115,7 +115,7 @@ def test_the_last_position_of_a_sequence_is_compared():
 
 
 def test_model_flops_are_two_per_weight_and_token_and_six_in_training():
-    """And of attention, two products of all queries with the keys."""
+    """Attention adds two products of all queries with all keys."""
     train, forward, decode = WORKS.values()
     gpt2, attention = 12 * 12 * 768**2 + 50257 * 768, 2 * 2 * 12 * 768 * 1024
     assert train.flops_per_token() == pytest.approx(6 * gpt2 + 3 * attention)
@@ -124,26 +124,26 @@ def test_model_flops_are_two_per_weight_and_token_and_six_in_training():
     assert decode.flops_per_token() == pytest.approx(2 * llama + 4 * 16 * 2048 * 128)
 
 
-# ---- As on a GPU ----
+# ---- On simulated devices ----
 
 
 @pytest.mark.parametrize("task", TASKS)
 @pytest.mark.parametrize("precision", ["float32", "tf32"])
-def test_tinyllm_runs_on_arrays_of_a_device(cupy, weights, task, precision):
+def test_tinyllm_runs_on_device_arrays(cupy, weights, task, precision):
     work, folder = SMALL_WORKS[task], str(weights[task])
-    there, here = (prepare("tinyllm", precision, device, work, folder, "") for device in ("cuda", "cpu"))
-    assert (there.device, here.device) == ("Paper GPU", "cpu")
-    answers = there.answers()
+    gpu, cpu = (prepare("tinyllm", precision, device, work, folder, "") for device in ("cuda", "cpu"))
+    assert (gpu.device, cpu.device) == ("Paper GPU", "cpu")
+    answers = gpu.answers()
     assert cupy.precisions == [precision]
     assert type(answers) is np.ndarray and answers.dtype == np.float32
-    assert np.allclose(answers, here.answers(), rtol=1e-5, atol=1e-6)
-    there.once()
+    assert np.allclose(answers, cpu.answers(), rtol=1e-5, atol=1e-6)
+    gpu.once()
 
 
 @needs_compiler
 @pytest.mark.parametrize("task", TASKS)
-def test_in_bfloat16_tinyllm_agrees_with_pytorch(cupy, monkeypatch, weights, task):
-    """On a simulated GPU, whose kernels and products round as a real one's."""
+def test_tinyllm_in_bfloat16_agrees_with_torch(cupy, monkeypatch, weights, task):
+    """On a simulated GPU, whose kernels and products round like a real one's."""
     monkeypatch.setitem(launch.LIBRARIES, DeviceArray, Simulator())
     work, folder = SMALL_WORKS[task], str(weights[task])
     ours = prepare("tinyllm", "bfloat16", "cuda", work, folder, "").answers()
@@ -153,22 +153,22 @@ def test_in_bfloat16_tinyllm_agrees_with_pytorch(cupy, monkeypatch, weights, tas
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
-def test_the_product_beside_which_the_model_stands_is_one_of_its_own(cupy, monkeypatch, precision):
+def test_products_of_both_libraries_agree(cupy, monkeypatch, precision):
     if precision == "bfloat16":
         monkeypatch.setitem(launch.LIBRARIES, DeviceArray, Simulator())
     ours = variants.product("tinyllm", precision, "cuda", 24)().data
     theirs = variants.product("torch-eager", precision, "cpu", 24)()
-    short = precision == "bfloat16"
-    assert type(ours) is DeviceArray and theirs.dtype == (torch.bfloat16 if short else torch.float32)
+    half = precision == "bfloat16"
+    assert type(ours) is DeviceArray and theirs.dtype == (torch.bfloat16 if half else torch.float32)
     ours, theirs = ours.get().astype(np.float32), theirs.float().numpy()
-    assert np.abs(ours - theirs).max() < (0.02 if short else 1e-5) * np.abs(theirs).max()
+    assert np.abs(ours - theirs).max() < (0.02 if half else 1e-5) * np.abs(theirs).max()
 
 
 @pytest.mark.parametrize("task", ["forward", "decode"])
-def test_of_bfloat16_the_weights_are_stored_in_it_on_both_sides(monkeypatch, weights, task):
+def test_inference_in_bfloat16_stores_weights_in_bfloat16(monkeypatch, weights, task):
     kept = {}
-    monkeypatch.setattr(variants, "where_tinyllm_is", lambda model: kept.setdefault("ours", model))
-    monkeypatch.setattr(variants, "where_torch_is", lambda model: kept.setdefault("theirs", model))
+    monkeypatch.setattr(variants, "tinyllm_device", lambda model: kept.setdefault("ours", model))
+    monkeypatch.setattr(variants, "torch_device", lambda model: kept.setdefault("theirs", model))
     for variant in ("tinyllm", "torch-eager"):
         prepare(variant, "bfloat16", "cpu", SMALL_WORKS[task], str(weights[task]), "")
     assert {p.dtype for p in kept["ours"].parameters()} == {dtype_of("bfloat16")}
@@ -177,8 +177,8 @@ def test_of_bfloat16_the_weights_are_stored_in_it_on_both_sides(monkeypatch, wei
 
 def test_training_in_bfloat16_keeps_the_parameters_in_float32(monkeypatch, weights):
     kept = {}
-    monkeypatch.setattr(variants, "where_tinyllm_is", lambda model: kept.setdefault("ours", model))
-    monkeypatch.setattr(variants, "where_torch_is", lambda model: kept.setdefault("theirs", model))
+    monkeypatch.setattr(variants, "tinyllm_device", lambda model: kept.setdefault("ours", model))
+    monkeypatch.setattr(variants, "torch_device", lambda model: kept.setdefault("theirs", model))
     for precision in PRECISIONS:
         for variant in ("tinyllm", "torch-eager"):
             prepare(variant, precision, "cpu", SMALL_WORKS["train"], str(weights["train"]), "")
@@ -186,8 +186,8 @@ def test_training_in_bfloat16_keeps_the_parameters_in_float32(monkeypatch, weigh
     assert {p.dtype for p in kept["theirs"].parameters()} == {torch.float32}
 
 
-class NothingOfTheHost(TorchDispatchMode):
-    """Within it no op of PyTorch takes a tensor of the CPU: there is nothing to copy, and to wait for."""
+class NoHostTensors(TorchDispatchMode):
+    """Assert that no op receives a CPU tensor, which would have to be copied and waited for."""
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
@@ -197,26 +197,26 @@ class NothingOfTheHost(TorchDispatchMode):
 
 @pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize("task", TASKS)
-def test_pytorch_mixes_nothing_of_the_host_with_the_device(monkeypatch, weights, task, precision):
-    monkeypatch.setattr(variants, "where_torch_is", lambda model: next(model.parameters()).device)
-    # Neither autocast nor a fused AdamW knows "meta", and AdamW's plain form counts its steps on the host.
+def test_torch_ops_receive_no_host_tensors(monkeypatch, weights, task, precision):
+    monkeypatch.setattr(variants, "torch_device", lambda model: next(model.parameters()).device)
+    # Autocast and fused AdamW do not support "meta", and plain AdamW keeps its step count on the host.
     monkeypatch.setattr(torch, "autocast", lambda *_, **__: contextlib.nullcontext())
     monkeypatch.setattr(torch.optim, "AdamW", lambda groups, **_: torch.optim.SGD(groups, lr=0.1))
     prepared = prepare("torch-eager", precision, "meta", SMALL_WORKS[task], str(weights[task]), "")
-    with NothingOfTheHost():
+    with NoHostTensors():
         done = prepared.once()
     assert prepared.device.type == "meta"
     assert {t.device.type for t in (done if isinstance(done, list) else [done])} == {"meta"}
     assert torch.backends.cuda.matmul.allow_tf32 == torch.backends.cudnn.allow_tf32 == (precision == "tf32")
 
 
-def test_the_timed_steps_lie_between_two_synchronisations(cupy):
+def test_device_is_synchronized_before_and_after_the_timed_steps(cupy):
     device = device_of("tinyllm", "cuda")
     measure.timed(lambda: cupy.done.append("step"), 3, device)
     assert cupy.done == ["synchronize", "step", "step", "step", "synchronize"]
 
 
-def test_memory_is_what_the_pools_hold_and_what_the_gpu_has_in_use(cupy, monkeypatch):
+def test_memory_is_the_pool_and_the_memory_in_use_on_the_gpu(cupy, monkeypatch):
     device_of("tinyllm", "cuda").settle()
     assert cupy.done == ["free_all_blocks"]
     ours = device_of("tinyllm", "cuda").memory()

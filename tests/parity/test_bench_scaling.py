@@ -1,4 +1,4 @@
-"""The growth of cost is measured, tabulated and plotted, and its exponents follow from the numbers."""
+"""``bench scaling``: an end-to-end run, its tables, its plot, and the exponents of growth."""
 
 import json
 import math
@@ -7,6 +7,7 @@ import pytest
 from support.pictures import close, legend, saved_figures
 from support.pictures import points as drawn
 
+from parity import tables
 from parity.__main__ import main
 from parity.bench import scaling as bench_scaling
 from parity.bench.train_variants import Work
@@ -20,7 +21,7 @@ AXES = {"context": ("context (tokens)", [16, 32], {}), "batch": ("batch (sequenc
 
 
 def points(sizes, costs):
-    """As ``scaling`` returns them, with these costs for both variants."""
+    """The points of one axis as ``scaling`` returns them, with these costs for both variants."""
     each = [{name: {"median": cost} for name in bench_scaling.COSTS} for cost in costs]
     return [
         {"size": size, "work": {}, "threads": 1, "costs": dict.fromkeys(bench_scaling.VARIANTS, cost)}
@@ -38,9 +39,8 @@ def test_scaling_end_to_end(monkeypatch, tmp_path, capsys):
     assert main(["bench", "scaling", *options]) == 0
 
     said, result = capsys.readouterr(), json.loads(path.read_text(encoding="utf-8"))
-    assert (
-        said.err.count("tinyllm …") == said.err.count("torch-eager …") == 3
-    )  # of 4 points, one is on both axes
+    # 4 points, one of which the two axes share
+    assert said.err.count("tinyllm …") == said.err.count("torch-eager …") == 3
     for axis, (label, sizes, _) in AXES.items():
         assert label in said.out
         assert [point["size"] for point in result["axes"][axis]] == sizes
@@ -52,6 +52,19 @@ def test_scaling_end_to_end(monkeypatch, tmp_path, capsys):
                 assert f"{costs['seconds']['median']:.4f}" in said.out
     assert (out / "scaling.png").read_bytes().startswith(b"\x89PNG")
     assert "process MB" in said.out and str(out / "scaling.png") in said.out
+
+    labels = {axis: label for axis, (label, *_) in AXES.items()}
+    text = bench_scaling.markdown(result, labels)
+    assert tables.first_cells(text) == [list(labels.values())]
+    grown = bench_scaling.exponents(result["axes"]["batch"], "seconds")
+    assert f"| 1 to 2 | {grown[0]} | {grown[1]} |" in text and "torch" in text
+
+
+def test_the_written_table_has_every_axis():
+    (axes,) = tables.first_cells(tables.read(tables.BENCH_PAGE, "scaling"))
+    assert axes == [label for label, *_ in bench_scaling.AXES.values()], (
+        "run: python -m parity bench scaling --write"
+    )
 
 
 def test_the_plot_shows_growth_and_ratio_of_every_axis(monkeypatch, tmp_path):
@@ -70,17 +83,17 @@ def test_the_plot_shows_growth_and_ratio_of_every_axis(monkeypatch, tmp_path):
 
 
 @pytest.mark.parametrize("power", [0, 1, 2])
-def test_the_exponent_is_that_of_the_growth(power):
+def test_exponent_of_a_power_law_is_its_power(power):
     grown = points([1, 2, 8], [999.0, 3 * 2**power, 3 * 8**power])
     assert bench_scaling.exponent(grown, "tinyllm", "seconds") == pytest.approx(power)
 
 
-def test_a_cost_too_small_to_show_has_no_exponent_and_no_ratio():
+def test_a_cost_of_zero_has_no_exponent_and_no_ratio():
     assert math.isnan(bench_scaling.exponent(points([1, 2], [0, 5]), "tinyllm", "training_bytes"))
     assert (bench_scaling.quotient(1, 0), bench_scaling.quotient(1, 4)) == ("–", "0.25")
 
 
-def test_every_point_of_every_axis_is_a_model_that_can_be_built():
+def test_every_point_of_every_axis_is_a_valid_model():
     for axis, (_, sizes, others) in bench_scaling.AXES.items():
         assert len(sizes) >= 2
         for size in sizes:
@@ -89,7 +102,7 @@ def test_every_point_of_every_axis_is_a_model_that_can_be_built():
             assert (threads if axis == "threads" else getattr(work, axis)) == size
 
 
-def test_a_run_costs_its_fastest_step_and_what_it_took_beyond_the_model():
+def test_costs_are_the_fastest_step_and_the_memory_beyond_the_model():
     runs = [{"seconds": [3.0, 2.0, 4.0], "peak_bytes": 100, "built_bytes": 60}]
     costs = bench_scaling.costs_of(runs)
     assert [costs[name]["median"] for name in ("seconds", "training_bytes", "peak_bytes")] == [2.0, 40, 100]
@@ -100,14 +113,15 @@ def test_a_run_costs_its_fastest_step_and_what_it_took_beyond_the_model():
     [
         (
             ["--axes", "depth"],
-            "--axes depth is unknown; choose from batch, context, n_embd, n_layer, threads",
+            "--axes depth",
         ),
-        (["--steps", "0"], "--steps 0 is too small; give at least 1"),
-        (["--out", __file__], "cannot be made (File exists): choose another folder"),
-        (["--json", "no/such/folder/x.json"], "cannot be written; name a file in a folder that exists"),
+        (["--axes", "batch", "--write"], "--axes"),
+        (["--steps", "0"], "--steps 0"),
+        (["--out", __file__], f"--out {__file__}"),
+        (["--json", "no/such/folder/x.json"], "--json no/such/folder/x.json"),
     ],
 )
-def test_a_wrong_request_is_one_sentence_and_exit_code_2(capsys, arguments, sentence):
+def test_wrong_arguments_give_one_sentence_and_exit_code_2(capsys, arguments, sentence):
     pytest.importorskip("matplotlib")
     assert main(["bench", "scaling", *arguments]) == 2
     said = capsys.readouterr()

@@ -1,4 +1,4 @@
-"""The benchmark runs end to end, and its numbers follow from what it recorded."""
+"""``bench train``: end-to-end runs on a tiny model, and the figures computed from their measurements."""
 
 import json
 import math
@@ -12,11 +12,12 @@ from typing import ClassVar
 import numpy as np
 import pytest
 
+from parity import tables
 from parity.__main__ import COMMANDS, main
-from parity.bench import reach as bench_reach
+from parity.bench import targets as bench_targets
 from parity.bench import train as bench
 from parity.bench import train_variants as bench_variants
-from parity.bench.reach import Bound
+from parity.bench.targets import Target
 from parity.bench.train_variants import WORKS
 
 pytest.importorskip("resource", reason="the benchmark reads page faults and memory through resource")
@@ -30,7 +31,7 @@ def parity(*arguments):
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory):
-    """What ``bench train`` printed and wrote for a tiny model: two rounds of 2 warm-up and 3 timed steps."""
+    """Output and JSON of ``bench train`` on a tiny model: two rounds of 2 warm-up and 3 timed steps."""
     path = tmp_path_factory.mktemp("bench") / "tiny.json"
     counts = ["--rounds", "2", "--warmup", "2", "--steps", "3", "--threads", "1"]
     done = parity("bench", "train", "--work", "tiny", *counts, "--json", str(path))
@@ -38,7 +39,7 @@ def tiny(tmp_path_factory):
     return done, json.loads(path.read_text(encoding="utf-8"))
 
 
-def test_every_variant_runs_in_every_round_in_turn(tiny):
+def test_variants_take_turns_in_every_round(tiny):
     done, result = tiny
     assert result["request"] == {"rounds": 2, "warmup": 2, "steps": 3, "threads": 1}
     assert list(result["works"]) == ["tiny"]
@@ -56,33 +57,33 @@ def test_every_variant_runs_in_every_round_in_turn(tiny):
             assert run["peak_bytes"] >= run["built_bytes"] > 1e7  # an interpreter with NumPy
 
 
-def test_both_variants_train_the_same_kind_of_model(tiny):
-    """Random tokens and small random weights: the loss starts near that of a uniform guess, log V."""
+def test_losses_of_both_variants_are_near_log_vocabulary_size(tiny):
+    """Random tokens and small random weights: the loss is near that of a uniform distribution, log V."""
     uniform = math.log(WORKS["tiny"].vocab_size)
     for rounds in tiny[1]["works"]["tiny"]["runs"].values():
         for run in rounds:
-            assert len(run["losses"]) == 2 + 3  # the warm-up's are recorded too
+            assert len(run["losses"]) == 2 + 3  # including the warm-up
             assert all(abs(loss - uniform) < 0.2 for loss in run["losses"])
-            assert len(set(run["losses"])) == 5  # new tokens, or new weights, in every step
-        # Same seeds and one thread: the second process repeats the first.
+            assert len(set(run["losses"])) == 5  # tokens and weights change in every step
+        # With the same seeds and one thread, the second process repeats the first.
         assert rounds[0]["losses"] == pytest.approx(rounds[1]["losses"], rel=1e-6)
 
 
 @pytest.mark.parametrize("arch", ["gpt2", "llama"])
-def test_both_sides_train_as_many_parameters(arch):
+def test_both_sides_train_the_same_number_of_parameters(arch):
     work = replace(WORKS["tiny"], arch=arch)
     theirs = bench_variants.hugging_face_model(work, threads=torch.get_num_threads())
     assert theirs.config.model_type == arch and theirs.config._attn_implementation == "sdpa"
     assert bench_variants.tinyllm_model(work).num_parameters() == theirs.num_parameters()
 
 
-def test_a_variants_process_holds_its_own_libraries_only(tiny):
+def test_a_process_loads_only_the_libraries_of_its_variant(tiny):
     runs = tiny[1]["works"]["tiny"]["runs"]
     assert set(runs["tinyllm"][0]["libraries"]) == {"numpy"}
     assert set(runs["torch-eager"][0]["libraries"]) == {"numpy", "torch", "transformers"}
 
 
-def test_summary_and_ratios_follow_from_the_runs(tiny):
+def test_summary_and_ratios_are_computed_from_the_runs(tiny):
     done, result = tiny[0], tiny[1]["works"]["tiny"]
     ours, theirs = result["runs"]["tinyllm"], result["runs"]["torch-eager"]
     for variant, rounds in result["runs"].items():
@@ -105,7 +106,7 @@ def test_summary_and_ratios_follow_from_the_runs(tiny):
 
 
 def test_ratios_are_paired_by_round():
-    """A machine twice as slow in one round changes both times, not their ratio."""
+    """If the machine is half as fast in one round, both times double and their ratio stays."""
     seconds = {"tinyllm": ([1.0, 2.0, 9.0], [4.0, 5.0, 3.0]), "torch-eager": ([4.0], [8.0])}
     runs = {v: [{"seconds": s, "peak_bytes": 1} for s in rounds] for v, rounds in seconds.items()}
     assert bench.compare(runs)["torch-eager"]["time (medians)"]["rounds"] == [0.5, 0.5]
@@ -113,28 +114,28 @@ def test_ratios_are_paired_by_round():
 
 
 def run_once(tiny, variant):
-    """Losses of ``variant`` and of torch-eager, on the same tokens from the same weights, and its result."""
+    """(losses of ``variant``, losses of torch-eager on the same tokens and weights, its result)."""
     run = bench.measure(WORKS["tiny"], [variant], rounds=1, warmup=2, steps=3, threads=1)[variant][0]
     assert len(run["seconds"]) == 3 and all(value > 0 for value in run["seconds"])
     return run["losses"], tiny[1]["works"]["tiny"]["runs"]["torch-eager"][0]["losses"], run
 
 
-def test_the_fused_loss_trains_as_eager_does(tiny):
+def test_fused_loss_gives_the_losses_of_eager(tiny):
     if missing := bench_variants.what_is_missing("torch-linear-ce"):
         pytest.skip(f"needs {missing}")
     losses, eager, _ = run_once(tiny, "torch-linear-ce")
     assert losses == pytest.approx(eager, rel=1e-5)
 
 
-def test_the_compiled_model_trains_as_eager_does(tiny):
-    """Half a minute where torch has compiled nothing before: -k "not compiled" leaves it out."""
+def test_compiled_model_gives_the_losses_of_eager(tiny):
+    """Takes half a minute until torch has cached its compilation; skip it with -k "not compiled"."""
     if missing := bench_variants.what_is_missing("torch-compile"):
         pytest.skip(f"needs {missing}")
     losses, eager, _ = run_once(tiny, "torch-compile")
     assert losses == pytest.approx(eager, rel=1e-5)
 
 
-def test_gemms_alone_have_no_loss_and_need_numpy_only(tiny):
+def test_gemms_have_no_loss_and_load_only_numpy(tiny):
     losses, _, run = run_once(tiny, "gemms")
     assert losses == [None] * 5
     assert set(run["libraries"]) == {"numpy"}
@@ -149,7 +150,7 @@ def test_gemms_alone_have_no_loss_and_need_numpy_only(tiny):
 
 
 class Recorded(np.ndarray):
-    """An array whose matrix products leave their shapes in ``products``; results are such arrays, too."""
+    """An array whose matrix products record their shapes in ``products``; so do the products of results."""
 
     products: ClassVar[Counter] = Counter()
 
@@ -171,7 +172,7 @@ class Recorded(np.ndarray):
     "sizes",
     [
         dict(n_layer=2, n_embd=32, n_head=2, vocab_size=64, batch=2, context=16),
-        # Several chunks of rows and of classes, blocks of queries, groups of heads, all with a rest.
+        # Several chunks of rows and classes, blocks of queries and groups of heads, all with a remainder.
         dict(n_layer=1, n_embd=24, n_head=24, vocab_size=8500, batch=2, context=300),
         dict(n_layer=2, n_embd=48, n_head=3, vocab_size=64, batch=2, context=300, arch="llama"),
     ],
@@ -192,7 +193,7 @@ def test_gemms_are_exactly_the_products_of_a_training_step(monkeypatch, sizes):
         parameter.data = parameter.data.view(Recorded)
     expected = products_of(lambda: model.loss(ids, ids).backward())
     gemms = bench_variants.gemms_step(work, threads=1)
-    for name in ("attention_products", "head_products"):  # these have @, which does not ask np.matmul
+    for name in ("attention_products", "head_products"):  # these use @, which does not call np.matmul
         plain = getattr(bench_variants, name)
         recorded = lambda *arrays, plain=plain: plain(*(array.view(Recorded) for array in arrays))  # noqa: E731
         monkeypatch.setattr(bench_variants, name, recorded)
@@ -201,7 +202,7 @@ def test_gemms_are_exactly_the_products_of_a_training_step(monkeypatch, sizes):
 
 
 def fake_runs(**costs):
-    """variant_with_underscores=[(seconds, peak_bytes, page_faults) of each round] -> as ``measure`` does."""
+    """variant_with_underscores=[(seconds, peak_bytes, page_faults) per round] -> a result of ``measure``."""
     return {
         variant.replace("_", "-"): [
             {"seconds": [seconds], "peak_bytes": memory, "page_faults": [faults]}
@@ -211,8 +212,8 @@ def fake_runs(**costs):
     }
 
 
-def test_reach_is_computed_from_the_runs():
-    """Two rounds, of which the second is on a machine twice as slow: the ratios stay."""
+def test_targets_are_computed_by_round():
+    """In the second round the machine is half as fast, but the ratios stay."""
     runs = fake_runs(
         tinyllm=[(7.0, 52, 4000), (14.0, 52, 6000)],
         torch_eager=[(10.0, 100, 0), (20.0, 100, 0)],
@@ -220,67 +221,100 @@ def test_reach_is_computed_from_the_runs():
         torch_linear_ce=[(8.0, 65, 0), (18.0, 65, 0)],
         gemms=[(5.0, 30, 0), (10.0, 30, 0)],
     )
-    rows = bench_reach.reach_rows({"gpt2-124m": runs})
-    found = {(row["cost"], row["against"]): (row["reached"], row["verdict"]) for row in rows}
+    rows = bench_targets.target_rows({"gpt2-124m": runs})
+    found = {(row["cost"], row["against"]): (row["measured"], row["verdict"]) for row in rows}
     eager, best = ("torch-eager",), ("torch-compile", "torch-linear-ce")
     assert found == {
         ("time (medians)", eager): (0.7, "met, stretch too"),
         ("peak memory", eager): (0.52, "met"),
-        ("time (medians)", best): (pytest.approx((7 / 8 + 14 / 14) / 2), "met"),  # the faster of each round
+        ("time (medians)", best): (pytest.approx((7 / 8 + 14 / 14) / 2), "met"),  # fastest of each round
         ("peak memory", best): (0.8, "met"),
-        ("time (medians)", ("gemms",)): (1.4, "missed"),
+        ("time (medians)", ("gemms",)): (1.4, "not met"),
         ("page faults", ()): (5000, "met"),
     }
-    table = bench_reach.reach_table(rows)
+    table = bench_targets.target_table(rows)
     assert len(table) == 1 + len(rows)
     assert table[5].split() == ["gpt2-124m", "time", "(medians)", "gemms", "1.22", "(1.12)", "1.400",
-                                "1.400", "to", "1.400", "missed"]  # fmt: skip
+                                "1.400", "to", "1.400", "not", "met"]  # fmt: skip
 
 
 @pytest.mark.parametrize(
-    ("reached", "verdict"),
-    [(0.5, "met, stretch too"), (0.51, "met"), (0.58, "met"), (0.581, "missed"), (None, "not measured")],
+    ("measured", "verdict"),
+    [(0.5, "met, stretch too"), (0.51, "met"), (0.58, "met"), (0.581, "not met"), (None, "not measured")],
 )
-def test_a_verdict_is_the_comparison_with_the_bound(reached, verdict):
-    assert bench_reach.verdict(Bound("small", "peak memory", (), 0.58, stretch=0.50), reached) == verdict
+def test_verdict_compares_the_measurement_with_the_target(measured, verdict):
+    assert bench_targets.verdict(Target("small", "peak memory", (), 0.58, stretch=0.50), measured) == verdict
 
 
-def test_a_bound_whose_peer_was_not_measured_says_so():
-    rows = bench_reach.reach_rows(
+def test_a_target_without_its_peer_is_not_measured():
+    rows = bench_targets.target_rows(
         {"gpt2-124m": fake_runs(tinyllm=[(1.0, 1, 9000)], torch_compile=[(1.0, 1, 0)])}
     )
     verdicts = {(row["cost"], row["against"]): row["verdict"] for row in rows}
-    assert verdicts.pop(("page faults", ())) == "missed"
+    assert verdicts.pop(("page faults", ())) == "not met"
     assert set(verdicts.values()) == {"not measured"}
-    assert "–" in bench_reach.reach_table(rows)[1]
+    assert "–" in bench_targets.target_table(rows)[1]
 
 
-def test_every_bound_can_be_measured_without_being_asked_for():
-    for bound in bench_reach.REACH:
-        assert bound.work in WORKS and bound.cost in bench_reach.COSTS
-        assert set(bound.against) <= set(bench_reach.needed_variants(bound.work)) <= set(bench.VARIANTS)
-        assert bound.stretch is None or bound.stretch < bound.at_most
+def test_default_variants_cover_every_target():
+    for target in bench_targets.TARGETS:
+        assert target.work in WORKS and target.cost in bench_targets.COSTS
+        assert set(target.against) <= set(bench_targets.needed_variants(target.work)) <= set(bench.VARIANTS)
+        assert target.stretch is None or target.stretch < target.at_most
 
 
-@pytest.mark.parametrize(("bound", "code"), [(1e-9, 1), (1e9, 0)])
-def test_without_work_the_table_of_reach_is_printed_and_a_missed_bound_is_code_1(
-    monkeypatch, capsys, tmp_path, bound, code
+@pytest.mark.parametrize(("at_most", "code"), [(1e-9, 1), (1e9, 0)])
+def test_without_work_targets_are_reported_and_a_missed_one_is_exit_code_1(
+    monkeypatch, capsys, tmp_path, at_most, code
 ):
-    reach = (Bound("tiny", "time (medians)", ("gemms",), bound), Bound("tiny", "page faults", (), 1e9))
-    monkeypatch.setattr(bench_reach, "REACH", reach)
-    monkeypatch.setattr(bench_reach, "REACH_WORKS", ("tiny",))
+    reduced = (Target("tiny", "time (medians)", ("gemms",), at_most), Target("tiny", "page faults", (), 1e9))
+    monkeypatch.setattr(bench_targets, "TARGETS", reduced)
+    monkeypatch.setattr(bench_targets, "TARGET_WORKS", ("tiny",))
     path = tmp_path / "all.json"
     options = "--variants tinyllm gemms --rounds 1 --warmup 0 --steps 1 --threads 1 --json".split()
     assert main(["bench", "train", *options, str(path)]) == code
-    rows = json.loads(path.read_text(encoding="utf-8"))["reach"]
-    assert [row["verdict"] for row in rows] == ["missed" if code else "met", "met"]
+    rows = json.loads(path.read_text(encoding="utf-8"))["targets"]
+    assert [row["verdict"] for row in rows] == ["not met" if code else "met", "met"]
     out = capsys.readouterr().out
     assert out.splitlines()[-2].endswith(rows[0]["verdict"])
-    assert f"{rows[0]['reached']:.3f}" in out
+    assert f"{rows[0]['measured']:.3f}" in out
 
 
-def test_peak_memory_is_this_process_alone():
-    """A child of a large process is not counted as large: on Linux ru_maxrss would say so."""
+# ---- The written tables ----
+
+
+def test_write_replaces_the_tables_of_the_page(monkeypatch, tmp_path):
+    """``--write`` after a real measurement of one work; only the text between the markers changes."""
+    reduced = (
+        Target("tiny", "time (medians)", ("torch-eager",), 1e-9),
+        Target("tiny", "page faults", (), 1e9),
+    )
+    monkeypatch.setattr(bench_targets, "TARGETS", reduced)
+    monkeypatch.setattr(bench_targets, "TARGET_WORKS", ("tiny",))
+    page = tmp_path / "README.md"
+    page.write_text("before\n<!-- train -->\nold\n<!-- /train -->\nafter\n", encoding="utf-8")
+    monkeypatch.setattr(tables, "BENCH_PAGE", page)
+    options = "--rounds 1 --warmup 0 --steps 1 --threads 1 --write".split()
+    assert main(["bench", "train", *options]) == 1
+    text = page.read_text(encoding="utf-8")
+    assert text.startswith("before\n<!-- train -->\n\n`python -m parity bench train`, ")
+    assert text.endswith("\n\n<!-- /train -->\nafter\n") and "old" not in text
+    assert tables.first_cells(tables.read(page, "train")) == [["tiny", "tiny"], ["tiny"]]
+    assert "| 2 × 16 tokens | s/step |" in text and "| work | batch |  | tinyllm | torch-eager |" in text
+    assert "Not met: time (medians) on tiny (" in text and "1e-09" in text
+    assert "Page faults per step: tinyllm " in text
+
+
+def test_the_written_tables_have_every_work_and_target():
+    costs, ratios = tables.first_cells(tables.read(tables.BENCH_PAGE, "train"))
+    assert tuple(dict.fromkeys(costs)) == bench_targets.TARGET_WORKS, (
+        "run: python -m parity bench train --write"
+    )
+    assert ratios == [target.work for target in bench_targets.TARGETS if target.against]
+
+
+def test_peak_memory_excludes_the_parent_process():
+    """On Linux ru_maxrss of a child starts at the peak of its parent."""
     code = "from parity.bench.train import peak_memory; print(peak_memory())"
     ballast = bytearray(b"x") * 200_000_000
     child = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
@@ -303,23 +337,41 @@ def test_peak_memory_is_this_process_alone():
         (["--json", "no/such/folder/x.json"], "--json no/such/folder/x.json"),
         (["--steps", "many"], "--steps"),
         (["--stepz", "3"], "--stepz"),
+        (["--write", "--work", "small"], "--write"),
     ],
 )
-def test_a_wrong_request_is_one_sentence_and_exit_code_2(arguments, sentence):
+def test_wrong_arguments_give_one_sentence_and_exit_code_2(arguments, sentence):
     done = parity("bench", "train", *arguments)
     assert (done.returncode, done.stdout) == (2, "")
     assert sentence in done.stderr
     assert done.stderr.count("\n") == 1
 
 
-def test_an_unknown_command_is_one_sentence_and_exit_code_2():
-    done = parity("bench", "sleep")
-    assert (done.returncode, done.stdout) == (2, "")
-    known = " or ".join(f"python -m parity {words} --help" for words in COMMANDS)
-    assert done.stderr == f"there is no command 'bench sleep'; try {known}\n"
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (["bench"], ["train", "decode", "scaling", "--device cuda"]),
+        (["bench", "sleep"], ["'bench sleep'", "scaling"]),
+        (["sleep"], ["'sleep'", "report, proof, bench, reliability", "--help"]),
+    ],
+)
+def test_an_unknown_command_gives_one_sentence_and_exit_code_2(capsys, arguments, named):
+    assert main(arguments) == 2
+    said = capsys.readouterr()
+    assert said.out == "" and said.err.count("\n") == 1
+    assert all(words in said.err for words in named)
 
 
-def test_a_failing_variant_ends_the_benchmark_with_code_1():
-    """Its own process does not know this variant's name: no result, and no report without it."""
+@pytest.mark.parametrize("arguments", [[], ["--help"], ["-h"]])
+def test_help_lists_every_command_with_its_description(capsys, arguments):
+    assert main(arguments) == 0
+    said = capsys.readouterr()
+    assert said.err == ""
+    for words, options in COMMANDS.items():
+        assert f"  {words}" in said.out and options.__doc__.splitlines()[0] in said.out
+
+
+def test_a_failing_variant_ends_the_benchmark_with_exit_code_1():
+    """Its own process does not know the variant's name, so there is neither a result nor a report."""
     with pytest.raises(SystemExit, match=r"no-such-variant failed in round 1 \(code 1\): no report"):
         bench.measure(WORKS["tiny"], ["no-such-variant"], rounds=1, warmup=0, steps=1, threads=1)

@@ -1,7 +1,7 @@
-"""Can the proof fail? Faults are planted one at a time; the suite must see each, and the report say where.
+"""Planted faults: the suite's own tests must catch each of them, and the report must locate it.
 
-A fault replaces a function of tinyllm while the suite's own tests run. What is recorded here (fault, caught
-by, located at) is a table that ``python -m parity proof`` prints.
+A fault replaces a function of tinyllm while those tests run. What is recorded here (fault, caught by, located
+at) becomes a table of ``python -m parity proof``.
 """
 
 from collections.abc import Callable
@@ -12,6 +12,7 @@ from support import faults
 from support.models import EVERYTHING, NO_DROPOUT, random_model
 from support.suite import collected, failures
 
+from parity import tables
 from parity.compare import compare, report
 from parity.twins import bridge
 from tinyllm import GPT2Config, LlamaConfig
@@ -20,11 +21,11 @@ CONFIG = GPT2Config(vocab_size=17, n_positions=8, n_embd=12, n_layer=2, n_head=3
 
 # ---------------------------------------------------------------------- the suite's checks
 
-MODEL, LLAMA, FOLDER = "GPT-2 beside transformers", "Llama beside transformers", "a folder of transformers"
-FREQUENCIES = "RoPE frequencies beside transformers"
-ADAMW, TRAINING, SAMPLING = "AdamW beside torch", "50 training steps", "sampling beside torch"
+MODEL, LLAMA = "GPT-2 against transformers", "Llama against transformers"
+FOLDER, FREQUENCIES = "a checkpoint of transformers", "RoPE frequencies against transformers"
+ADAMW, TRAINING, SAMPLING = "AdamW against torch", "50 training steps", "sampling against torch"
 
-# The proof of an op or a layer goes by its subject; the others by the name of their test
+# The checks of an op or a layer are found by their subject, the others by the name of their test
 TESTS = {
     MODEL: "test_gpt2::test_several_query_blocks_and_row_chunks_equal_transformers",
     LLAMA: "test_llama::test_several_query_blocks_and_row_chunks_equal_transformers",
@@ -36,8 +37,8 @@ TESTS = {
 }
 
 
-def red(checks) -> dict[str, BaseException]:
-    """Those of the checks that fail, in this order, with what they raised."""
+def failing(checks) -> dict[str, BaseException]:
+    """The checks that fail, in this order, with the exception of each."""
     tests = collected().tests
     return failures({check: tests[TESTS.get(check, check)] for check in checks})
 
@@ -47,12 +48,12 @@ def red(checks) -> dict[str, BaseException]:
 
 @dataclass(frozen=True)
 class Fault:
-    """What is planted, the checks that must see it, and between which rows the report must find it."""
+    """A fault, the checks that must catch it, and where the report must locate it."""
 
     plant: Callable[[pytest.MonkeyPatch], None]
     caught_by: tuple[str, ...]
-    located: tuple[str, str] | None  # the last that agrees, the first that differs; None: not in a layer
-    config: GPT2Config | LlamaConfig = CONFIG  # of the model that the report is about
+    located: tuple[str, str] | None  # the last row that agrees, the first that differs; None: in no layer
+    config: GPT2Config | LlamaConfig = CONFIG  # of the model in the report
 
 
 FAULTS = {
@@ -89,10 +90,10 @@ FAULTS = {
         ("embedding", "Embedding", MODEL),
         ("gradient of the output of wpe", "gradient of wpe.weight"),
     ),
-    "LayerNorm: eps 1e-6 for 1e-5": Fault(
+    "LayerNorm: eps 1e-6 instead of 1e-5": Fault(
         faults.another_eps, ("LayerNorm", "GPT2", MODEL), ("output of drop", "output of h.0.ln_1")
     ),
-    "GELU: erf for tanh": Fault(
+    "GELU: erf instead of tanh": Fault(
         faults.erf_for_tanh,
         ("gelu", "MLP", MODEL),
         ("output of h.0.mlp.c_fc", "output of h.0.mlp.c_proj"),
@@ -120,7 +121,7 @@ FAULTS = {
         ("Linear", "Conv1D", MODEL),
         ("output of h.0.ln_1", "output of h.0.attn.c_attn"),
     ),
-    "GPT-2: tying lost": Fault(
+    "GPT-2: weights no longer tied": Fault(
         faults.tying_lost,
         ("GPT2", MODEL, TRAINING),
         ("gradient of the output of wte", "gradient of wte.weight"),
@@ -143,19 +144,19 @@ FAULTS = {
         ("gradient of layers.1.self_attn.v_proj.bias", "gradient of the output of layers.1.self_attn.k_proj"),
         EVERYTHING,
     ),
-    "RMSNorm: eps 1e-5 for 1e-6": Fault(
+    "RMSNorm: eps 1e-5 instead of 1e-6": Fault(
         faults.another_rms_eps,
         ("RMSNorm", "Llama", LLAMA),
         ("output of embed_tokens", "output of layers.0.input_layernorm"),
         EVERYTHING,
     ),
-    "RoPE: neighbours paired": Fault(
-        faults.neighbours_paired,
+    "RoPE: adjacent channels paired": Fault(
+        faults.adjacent_channels_paired,
         ("rope", "GroupedQueryAttention", LLAMA),
         ("output of layers.0.self_attn.v_proj", "output of layers.0.self_attn.o_proj"),
         EVERYTHING,
     ),
-    "RoPE: scaling of the frequencies ignored": Fault(
+    "RoPE: frequency scaling ignored": Fault(
         faults.scaling_ignored,
         (FREQUENCIES, "Llama", LLAMA),
         ("output of layers.0.self_attn.v_proj", "output of layers.0.self_attn.o_proj"),
@@ -167,15 +168,15 @@ FAULTS = {
         ("output of layers.0.mlp.up_proj", "output of layers.0.mlp.down_proj"),
         EVERYTHING,
     ),
-    "GQA: heads dealt out, not grouped": Fault(
-        faults.heads_dealt_out,
+    "GQA: query heads interleaved, not grouped": Fault(
+        faults.query_heads_interleaved,
         ("scaled_dot_product_attention", "GroupedQueryAttention", LLAMA),
         ("output of layers.0.self_attn.v_proj", "output of layers.0.self_attn.o_proj"),
         EVERYTHING,
     ),
     "AdamW: no bias correction": Fault(faults.adamw(bias_correction=False), (ADAMW, TRAINING), None),
-    "AdamW: decay of norms and biases": Fault(faults.adamw(decay_everything=True), (ADAMW, TRAINING), None),
-    "accumulation: plain means": Fault(faults.plain_means, (TRAINING,), None),
+    "AdamW: norms and biases decayed": Fault(faults.adamw(decay_everything=True), (ADAMW, TRAINING), None),
+    "gradient accumulation: unweighted mean": Fault(faults.plain_means, (TRAINING,), None),
     "top-k: ties kept": Fault(faults.ties_kept, (SAMPLING,), None),
 }
 
@@ -183,7 +184,7 @@ FAULTS = {
 
 
 def located(config) -> tuple[str, str] | None:
-    """The last row of the report that agrees and the first that differs; None if all agree."""
+    """The last row of the report that agrees and the first that differs, or None if all agree."""
     model = random_model(config)
     batch = report.random_batch(model, 2, 8, 0)
     findings = report.examine(model, bridge.to_torch(model), bridge.to_transformers(model), *batch)
@@ -194,11 +195,11 @@ def located(config) -> tuple[str, str] | None:
     return str(rows[rows.index(first) - 1]), str(first)
 
 
-def test_nothing_is_seen_where_nothing_is_wrong(monkeypatch):
-    """With everything replaced as the faults replace it, but by what is right."""
+def test_correct_replacements_are_not_reported_as_faults(monkeypatch):
+    """The faults' replacements with correct options: every check passes, and every row agrees."""
     faults.adamw()(monkeypatch)
     faults.attention(lambda q, k, given: {})(monkeypatch)
-    assert red(sorted({check for fault in FAULTS.values() for check in fault.caught_by})) == {}
+    assert failing(sorted({check for fault in FAULTS.values() for check in fault.caught_by})) == {}
     assert located(CONFIG) is None and located(EVERYTHING) is None
 
 
@@ -207,13 +208,13 @@ def test_nothing_is_seen_where_nothing_is_wrong(monkeypatch):
 def test_a_fault_is_caught_and_located(name, monkeypatch, record_property):
     fault = FAULTS[name]
     fault.plant(monkeypatch)
-    caught, where = red(fault.caught_by), located(fault.config)
+    caught, where = failing(fault.caught_by), located(fault.config)
     if where:
-        place = f"{where[1]} (the {where[0]} agrees)"
+        place = f"{where[1]} (last to agree: {where[0]})"
     elif TRAINING in caught:
         place = str(caught[TRAINING]).partition(":")[0]
     else:
-        place = "no layer of GPT-2 has it"
+        place = "outside the model's layers"
     for column in ("fault", name), ("caught by", ", ".join(caught)), ("located at", place):
         record_property(*column)
     assert tuple(caught) == fault.caught_by
@@ -223,9 +224,14 @@ def test_a_fault_is_caught_and_located(name, monkeypatch, record_property):
 UNTIED = replace(CONFIG, tie_word_embeddings=False, lm_head_bias=True)
 
 
+def test_the_written_table_lists_exactly_the_planted_faults():
+    _, written = tables.first_cells(tables.read(tables.PAGE, "proof"))
+    assert written == list(FAULTS), "run: python -m parity proof --write"
+
+
 @pytest.mark.parametrize("config", [UNTIED, EVERYTHING], ids=["gpt2", "llama"])
-def test_the_layer_that_is_wrong_is_the_one_that_is_named(config):
-    """Each parameter of ours in turn is scaled by 1 + 1e-8: the first to differ is its layer's output."""
+def test_the_first_differing_row_is_the_layer_with_the_wrong_parameter(config):
+    """Scale one parameter at a time by 1 + 1e-8: the first row that differs is its layer's output."""
     model = random_model(config)
     twin = bridge.to_torch(model)
     ids, _ = report.random_batch(model, 2, 8, 0)

@@ -1,13 +1,16 @@
-"""``python -m parity proof``: what it reads off a run of tests, and its exit codes."""
+"""``python -m parity proof``: its tables, its exit codes, and the set of subjects that are proven."""
 
 import inspect
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 from support.suite import collected
 
 import tinyllm
+from parity import tables
+from parity.__main__ import main
 from tinyllm import Tensor, functional, models, nn
 
 TESTS = """
@@ -35,7 +38,7 @@ import numpy as np, pytest
 def test_a_fault(record_property):
     for column in ("fault", "caught by", "located at"):
         record_property(column, f"the {column}")
-    assert_close(np.array([1 + 9e-11]), np.array([1.0]), "wrong, and so not part of the errors")
+    assert_close(np.array([1 + 9e-11]), np.array([1.0]), "the result of a fault is not recorded")
 """
 
 
@@ -44,11 +47,18 @@ def proof(*arguments, cwd=None):
     return subprocess.run(command, capture_output=True, text=True, cwd=cwd)
 
 
+def write_tests(folder, off="0"):
+    """A tests folder with a proof (wrong by ``off``), a fault, and a conftest.py of a subfolder only."""
+    (folder / "ops").mkdir(parents=True)
+    (folder / "ops" / "conftest.py").write_text("import pytest")
+    (folder / "ops" / "test_ops.py").write_text(TESTS.replace("OFF", off))
+    (folder / "test_faults.py").write_text(FAULT)
+
+
 @pytest.mark.parametrize(("off", "code"), [("0", 0), ("1e-6", 1)])
-def test_the_tables_and_the_exit_code(tmp_path, off, code):
-    (tmp_path / "test_ops.py").write_text(TESTS.replace("OFF", off))
-    (tmp_path / "test_faults.py").write_text(FAULT)
-    done = proof("--tests", tmp_path)
+def test_tables_and_exit_code(tmp_path, off, code):
+    write_tests(tmp_path / "tests", off)
+    done = proof("--tests", tmp_path / "tests")
     assert done.returncode == code, done.stderr
     assert "| `twice` | 4 | 1e-10 | 3.0e-12 | 2.0e-12 |" in done.stdout
     loss = {"0": "0", "1e-6": "2.0e-07"}[off]
@@ -57,26 +67,53 @@ def test_the_tables_and_the_exit_code(tmp_path, off, code):
     assert "9.0e-11" not in done.stdout
 
 
-def test_a_folder_without_our_tests(tmp_path):
-    for arguments, said in [
-        ((), "--tests tests is not a folder"),
-        (("--tests", tmp_path), f"--tests {tmp_path} holds no tests of ours"),
-    ]:
-        done = proof(*arguments, cwd=tmp_path)
-        assert done.returncode == 2
-        assert said in done.stderr
-        assert "Traceback" not in done.stderr
+@pytest.mark.parametrize("arguments", [(), ("--tests", ".")])
+def test_a_folder_without_our_tests_gives_exit_code_2(tmp_path, arguments):
+    done = proof(*arguments, cwd=tmp_path)
+    assert done.returncode == 2
+    assert "--tests" in done.stderr and "Traceback" not in done.stderr
 
 
-# ---- What is proven ----
+# ---- Writing the tables ----
+
+
+@pytest.mark.parametrize(("off", "code"), [("0", 0), ("1e-6", 1)])
+def test_write_replaces_the_tables_only_if_all_tests_pass(tmp_path, monkeypatch, off, code):
+    write_tests(tmp_path / "tests", off)
+    page = tmp_path / "README.md"
+    page.write_text("before\n<!-- proof -->\nold\n<!-- /proof -->\nafter\n", encoding="utf-8")
+    monkeypatch.setattr(tables, "PAGE", page)
+    assert main(["proof", "--tests", str(tmp_path / "tests"), "--write"]) == code
+    text = page.read_text(encoding="utf-8")
+    assert text.startswith("before\n<!-- proof -->\n") and text.endswith("\n<!-- /proof -->\nafter\n")
+    if code:
+        assert tables.read(page, "proof") == "old\n"
+    else:
+        assert tables.first_cells(text) == [["twice", "steps"], ["the fault"]]
+        assert "old" not in text and f"NumPy {np.__version__}" in text and "PyTorch" in text
+
+
+@pytest.mark.parametrize("text", [None, "", "<!-- proof -->\n", "<!-- /proof -->\n<!-- proof -->\n"])
+def test_a_page_without_markers_gives_one_sentence_and_exit_code_2(tmp_path, monkeypatch, capsys, text):
+    page = tmp_path / "README.md"
+    if text is not None:
+        page.write_text(text, encoding="utf-8")
+    monkeypatch.setattr(tables, "PAGE", page)
+    assert main(["proof", "--tests", str(tmp_path), "--write"]) == 2
+    said = capsys.readouterr()
+    assert str(page) in said.err and said.err.count("\n") == 1 and said.out == ""
+    assert page.exists() == (text is not None)
+
+
+# ---- The subjects of the proof ----
 
 NOT_OPS = {"__init__", "__repr__", "__bool__", "__array__"}  # operators that compute nothing
-NOT_OPS |= {"from_op", "saved", "backward", "no_grad"}  # the tape
-NOT_OPS |= {"replace", "detach", "item", "to"}  # ways out of it, and to another device
+NOT_OPS |= {"from_op", "saved", "backward", "no_grad"}  # bookkeeping of the graph
+NOT_OPS |= {"replace", "detach", "item", "to"}  # access to the array, and moving it to a device
 
 
 def tensor_ops():
-    """Every operator and method of Tensor, and every function of tensors at the top of tinyllm."""
+    """Every operator and method of Tensor, and every function on tensors that tinyllm exports."""
     members = {name: value for kind in Tensor.__mro__[:-1] for name, value in vars(kind).items()}
     exported = {name: getattr(tinyllm, name) for name in tinyllm.__all__}
     members |= {
@@ -101,8 +138,19 @@ def layers_and_models():
     return {name for name in found if not name.startswith("_")} - {"LanguageModel"}
 
 
-def test_the_proofs_subjects_are_all_public_ops_layers_and_models():
-    subjects = collected().subjects
-    public = tensor_ops() | set(functional.__all__) | layers_and_models()
-    assert {kind.__name__ for kind in models.ARCHITECTURES.values()} <= public
-    assert subjects == public
+def public_subjects():
+    return tensor_ops() | set(functional.__all__) | layers_and_models()
+
+
+def test_every_public_op_layer_and_model_is_a_subject_of_the_proof():
+    assert {kind.__name__ for kind in models.ARCHITECTURES.values()} <= public_subjects()
+    assert collected().subjects == public_subjects()
+
+
+def test_the_written_table_lists_exactly_the_public_ops_layers_and_models():
+    """Rows that are not identifiers are training recipes, named after their tests."""
+    written, _ = tables.first_cells(tables.read(tables.PAGE, "proof"))
+    assert {name for name in written if name.isidentifier()} == public_subjects(), (
+        "run: python -m parity proof --write"
+    )
+    assert any(not name.isidentifier() for name in written)

@@ -1,4 +1,4 @@
-"""The benchmark of a GPU without one: a request, a record, and processes whose answers are given."""
+"""The benchmark of a GPU without a GPU: a request, a record, and processes with given answers."""
 
 from dataclasses import replace
 
@@ -15,7 +15,7 @@ REQUEST = Request("cpu", ("train",), ("float32",), VARIANTS, True, 1, 1, 2, "eag
 
 
 def record(seconds, peak_bytes, product_rate=2e15, whole_bytes=9 * 10**9, difference=1e-3):
-    """A record, as ``run_variant`` and ``measure`` make it."""
+    """A record as ``run_variant`` and ``measure`` return it."""
     return dict(
         seconds=seconds, peak_bytes=peak_bytes, product_rate=product_rate, whole_bytes=whole_bytes,
         device="Paper GPU", difference=difference, losses=[2.0, 1.5, 1.25],
@@ -23,7 +23,7 @@ def record(seconds, peak_bytes, product_rate=2e15, whole_bytes=9 * 10**9, differ
 
 
 def answer(monkeypatch, tmp_path, **arrays):
-    """``measure`` with variants (with_underscores) whose processes answer these arrays; None: it failed."""
+    """``measure`` with processes that return these arrays (variant_with_underscores=array); None: failure."""
 
     def measure_once(job: Job, number: int) -> dict:
         array = arrays[job.variant.replace("-", "_")]

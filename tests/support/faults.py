@@ -1,6 +1,6 @@
-"""Faults to plant in tinyllm: each function replaces a part of it by one that is wrong.
+"""Faults to plant in tinyllm: each replaces a part of it with a wrong one.
 
-Those that take no options are called with pytest's ``monkeypatch``; the others return what is.
+A fault is a function of pytest's ``monkeypatch``. Functions that take options return one.
 """
 
 import math
@@ -14,12 +14,10 @@ from tinyllm.models import gpt2, llama
 
 FACTOR = 1 + 1e-8  # a gradient wrong in the ninth digit
 
-# ------------------------------------------------------------------------------- in an op
-
 
 def scaled_gradient(name, parent):
-    """The op's gradient of its input ``parent`` comes out 1 + 1e-8 times as large."""
-    honest, from_op = getattr(functional, name), Tensor.from_op
+    """Scale the op's gradient with respect to its input number ``parent`` by 1 + 1e-8."""
+    correct, from_op = getattr(functional, name), Tensor.from_op
 
     def record_wrong(data, parents, vjp, **options):
         def wrong(grad):
@@ -33,27 +31,27 @@ def scaled_gradient(name, parent):
 
         return from_op(data, parents, wrong, **options)
 
-    def sabotaged(*args, **kwargs):
+    def faulty(*args, **kwargs):
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(Tensor, "from_op", staticmethod(record_wrong))
-            return honest(*args, **kwargs)
+            return correct(*args, **kwargs)
 
-    return lambda patch: patch.setattr(functional, name, sabotaged)
+    return lambda patch: patch.setattr(functional, name, faulty)
 
 
 def attention(options):
-    """Attention that computes with ``options(query, key, what it was given)``."""
-    honest = functional.scaled_dot_product_attention
+    """Attention whose options are changed by ``options(query, key, the caller's options)``."""
+    correct = functional.scaled_dot_product_attention
 
-    def sabotaged(q, k, v, attn_mask=None, dropout_p=0.0, **given):
+    def faulty(q, k, v, attn_mask=None, dropout_p=0.0, **given):
         given |= {"attn_mask": attn_mask, "dropout_p": dropout_p}
-        return honest(q, k, v, **given | options(q, k, given))
+        return correct(q, k, v, **given | options(q, k, given))
 
-    return lambda patch: patch.setattr(functional, "scaled_dot_product_attention", sabotaged)
+    return lambda patch: patch.setattr(functional, "scaled_dot_product_attention", faulty)
 
 
 def one_key_too_many(q, k, given):
-    """Query t sees the key at t + 1."""
+    """Query t also attends to the key at t + 1."""
     if not given.get("is_causal"):
         return {}
     T, S = q.shape[2], k.shape[2]
@@ -64,32 +62,32 @@ def unscaled(q, k, given):
     return {"scale": given.get("scale") or 1.0}
 
 
-def heads_dealt_out(patch):
-    """Query head h shares key-value head h % G: as cards are dealt, not as torch groups them."""
-    honest = functional.scaled_dot_product_attention
+def query_heads_interleaved(patch):
+    """Query head h uses key-value head h % G instead of h // (H/G)."""
+    correct = functional.scaled_dot_product_attention
 
-    def sabotaged(q, k, v, *more, **given):
+    def faulty(q, k, v, *more, **given):
         H, G = q.shape[1], k.shape[1]
         order = np.arange(H).reshape(H // G, G).T.reshape(-1)
-        return honest(q[:, order], k, v, *more, **given)[:, np.argsort(order)]
+        return correct(q[:, order], k, v, *more, **given)[:, np.argsort(order)]
 
-    patch.setattr(functional, "scaled_dot_product_attention", sabotaged)
+    patch.setattr(functional, "scaled_dot_product_attention", faulty)
 
 
-def neighbours_paired(patch):
-    """RoPE turns channels 2i and 2i + 1 together, as Meta's own files want it."""
-    honest = functional.rope
+def adjacent_channels_paired(patch):
+    """RoPE rotates channels 2i and 2i + 1 together, the layout of Meta's checkpoints."""
+    correct = functional.rope
 
-    def sabotaged(x, cos, sin):
+    def faulty(x, cos, sin):
         order = np.arange(x.shape[-1]).reshape(-1, 2).T.reshape(-1)
-        return honest(x[..., order], cos, sin)[..., np.argsort(order)]
+        return correct(x[..., order], cos, sin)[..., np.argsort(order)]
 
-    patch.setattr(functional, "rope", sabotaged)
+    patch.setattr(functional, "rope", faulty)
 
 
 def gate_and_up_swapped(patch):
-    honest = functional.swiglu
-    patch.setattr(functional, "swiglu", lambda gate, up: honest(up, gate))
+    correct = functional.swiglu
+    patch.setattr(functional, "swiglu", lambda gate, up: correct(up, gate))
 
 
 def another_rms_eps(patch):
@@ -100,23 +98,23 @@ def another_rms_eps(patch):
 
 
 def scaling_ignored(patch):
-    """The frequencies of rope_type "default", whatever the config says."""
+    """The frequencies of rope_type "default" for every config."""
 
     def unscaled(config):
         D = config.head_dim
         return config.rope_parameters["rope_theta"] ** (-np.arange(0, D, 2) / D)
 
-    # Not the function but its code, because a test that imported the function by name must see it.
+    # Replacing the code instead of the function also reaches tests that imported the function by name.
     patch.setattr(llama.rope_frequencies, "__code__", unscaled.__code__)
 
 
 def erf_for_tanh(patch):
-    honest = functional.gelu
-    patch.setattr(functional, "gelu", lambda x, approximate="none": honest(x, "none"))
+    correct = functional.gelu
+    patch.setattr(functional, "gelu", lambda x, approximate="none": correct(x, "none"))
 
 
 def erf_by_its_name(patch):
-    """The table of names is read by the twin, too: only ``transformers`` can tell."""
+    """The twin reads the same table of names, so only the comparison with ``transformers`` can fail."""
     patch.setitem(gpt2.GELU_FORMS, "gelu_new", "none")
 
 
@@ -132,30 +130,30 @@ def dropped_bias(patch):
 
 
 def square_conv1d_not_transposed(patch):
-    """Of the four matrices of a block only the square one: the shapes of the others would tell."""
-    honest = gpt2.Conv1D.layout
+    """Only the square matrix of a block is left untransposed: the others would have the wrong shape."""
+    correct = gpt2.Conv1D.layout
 
     def layout(layer, name, array):
         square = array.ndim == 2 and array.shape[0] == array.shape[1]
-        return array if square else honest(layer, name, array)
+        return array if square else correct(layer, name, array)
 
     patch.setattr(gpt2.Conv1D, "layout", layout)
 
 
 def tying_lost(patch):
-    """From its first pass on, the head has an embedding of its own."""
-    honest = GPT2.forward
+    """From the first forward pass on, the head has its own copy of the embedding."""
+    correct = GPT2.forward
 
     def forward(model, *args, **kwargs):
         if model.lm_head.weight is model.wte.weight:
             model.lm_head.weight = Tensor(model.wte.weight.data.copy(), requires_grad=True)
-        return honest(model, *args, **kwargs)
+        return correct(model, *args, **kwargs)
 
     patch.setattr(GPT2, "forward", forward)
 
 
 def adamw(bias_correction=True, decay_everything=False):
-    """AdamW written plainly, right or wrong."""
+    """A plain AdamW, correct by default."""
 
     def step(self):
         beta1, beta2 = self.betas
@@ -177,23 +175,23 @@ def adamw(bias_correction=True, decay_everything=False):
 
 
 def plain_means(patch):
-    """Each of the three micro-batches of a step counts a third, however many targets it counts."""
-    honest = GPT2.loss
+    """Each of a step's three micro-batches has weight 1/3, however many targets it has."""
+    correct = GPT2.loss
 
     def loss(model, ids, targets, num_targets=None, weights=None):
-        return honest(model, ids, targets) * (1 if num_targets is None else 1 / 3)
+        return correct(model, ids, targets) * (1 if num_targets is None else 1 / 3)
 
     patch.setattr(GPT2, "loss", loss)
 
 
 def ties_kept(patch):
-    """Top-k by a threshold: what equals the k-th largest logit stays, too."""
-    honest = sampling._candidates
+    """Top-k by a threshold, which also keeps every logit that ties with the k-th largest."""
+    correct = sampling._candidates
 
     def candidates(logits, temperature, top_k, top_p):
         if top_k is not None:
             kth = np.sort(logits, axis=-1)[:, ::-1][:, :top_k][:, -1:]
             logits = np.where(logits < kth, -math.inf, logits)
-        return honest(logits, temperature, None, top_p)
+        return correct(logits, temperature, None, top_p)
 
     patch.setattr(sampling, "_candidates", candidates)

@@ -1,1 +1,1 @@
-"""The same on a GPU."""
+"""The benchmark on a GPU."""

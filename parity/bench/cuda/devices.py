@@ -1,46 +1,46 @@
-"""What a device can say of itself: when it is done, and how much memory it holds.
+"""Synchronization with a device, and the memory in use on it.
 
-At its top this module imports the standard library only, so that a variant's process holds that variant's
-libraries and nothing else.
+At its top this module imports the standard library only, so that a variant's process loads that variant's
+libraries and no others.
 """
 
 from parity.bench.process import peak_memory
 
 
-class OnTheCpu:
-    """Nothing to wait for; its memory is the process's."""
+class CPU:
+    """The CPU, whose memory is that of the process."""
 
     def synchronize(self) -> None:
-        """Nothing is left to do when a call returns."""
+        """Do nothing: a call is complete when it returns."""
 
     def settle(self) -> None:
-        """Memory cannot be given back so that its peak would fall."""
+        """Do nothing: the peak memory of a process never falls."""
 
     def memory(self) -> dict:
-        """``peak_bytes`` of this process; there is no ``whole_bytes``."""
+        """``peak_bytes`` of this process; ``whole_bytes`` is None."""
         return {"peak_bytes": peak_memory(), "whole_bytes": None}
 
 
-class CuPysGpu:
-    """The current GPU as CuPy sees it."""
+class CuPyGPU:
+    """The current GPU, used by CuPy."""
 
     def synchronize(self) -> None:
-        """Wait until everything asked for is done."""
+        """Wait until all work on the GPU is complete."""
         import cupy
 
         cupy.cuda.Device().synchronize()
 
     def settle(self) -> None:
-        """Give back what loading the model left free, so that the peak is the work's."""
+        """Release the memory that loading left unused, so that it does not count towards the peak."""
         import cupy
 
         cupy.get_default_memory_pool().free_all_blocks()
 
     def memory(self) -> dict:
-        """``peak_bytes``: what the pool holds, and it gives nothing back; ``whole_bytes``: the whole GPU's.
+        """``peak_bytes``: the size of the pool, which never shrinks. ``whole_bytes``: in use on the GPU.
 
-        The latter counts what no pool knows of: the context, the kernels, cuBLAS's workspace, and
-        whatever other processes have. How much of the pool was in use at most, CuPy does not record.
+        The latter includes the CUDA context, kernels, cuBLAS's workspace and other processes. CuPy does not
+        record how much of its pool was in use at the peak.
         """
         import cupy
 
@@ -49,32 +49,32 @@ class CuPysGpu:
         return {"peak_bytes": pool.total_bytes(), "whole_bytes": total - free}
 
 
-class TorchsGpu:
-    """The current GPU as PyTorch sees it."""
+class TorchGPU:
+    """The current GPU, used by PyTorch."""
 
     def synchronize(self) -> None:
-        """Wait until everything asked for is done."""
+        """Wait until all work on the GPU is complete."""
         import torch
 
         torch.cuda.synchronize()
 
     def settle(self) -> None:
-        """Give back what loading the model left free, and let the peak begin here."""
+        """Release the memory that loading left unused, and reset the peak."""
         import torch
 
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
 
     def memory(self) -> dict:
-        """``peak_bytes`` and ``whole_bytes`` as ``CuPysGpu.memory``: the most that its allocator held."""
+        """``peak_bytes``: the most that the allocator reserved. ``whole_bytes``: as ``CuPyGPU.memory``."""
         import torch
 
         free, total = torch.cuda.mem_get_info()
         return {"peak_bytes": torch.cuda.max_memory_reserved(), "whole_bytes": total - free}
 
 
-def device_of(variant: str, device: str) -> OnTheCpu | CuPysGpu | TorchsGpu:
-    """The device, to be waited for and asked."""
+def device_of(variant: str, device: str) -> CPU | CuPyGPU | TorchGPU:
+    """The device that a variant runs on."""
     if device == "cpu":
-        return OnTheCpu()
-    return CuPysGpu() if variant == "tinyllm" else TorchsGpu()
+        return CPU()
+    return CuPyGPU() if variant == "tinyllm" else TorchGPU()

@@ -1,15 +1,15 @@
-"""How fast is tinyllm on a GPU beside PyTorch, and in how much of its memory?
+"""Time and memory on a GPU: tinyllm against PyTorch.
 
 ``python -m parity bench --device cuda`` measures three works (``works.py``) in float32, TF32 and bfloat16:
-GPT-2 124M training, and a Llama of 1B parameters in prefill and decoding. Each measurement has a process of
-its own, in turn: memory pools do not shrink, and two libraries on one GPU would share it. What is timed lies
-between two moments at which the device has nothing left to do.
+GPT-2 124M in training, and a Llama of 1B parameters in prefill and decoding. Each measurement runs in a
+process of its own, because memory pools do not shrink and two libraries would share the GPU. The device is
+idle when the clock starts and when it stops.
 
-Before it is timed, every variant computes numbers in which all must agree (``answers.py``): nothing is
-compared with what does not compute the same.
+Before it is timed, every variant computes losses or logits, which must agree (``answers.py``): only equal
+computations are compared.
 
-At its top this module imports the standard library only, so that a variant's process holds that variant's
-libraries and nothing else.
+At its top this module imports the standard library only, so that a variant's process loads that variant's
+libraries and no others.
 """
 
 import json
@@ -24,34 +24,34 @@ from pathlib import Path
 
 from parity.bench.cuda.answers import check_difference, differences
 from parity.bench.cuda.devices import device_of
-from parity.bench.cuda.report import case_table, failure, gpu_facts, reach_rows, summarise
+from parity.bench.cuda.report import case_table, failure, gpu_facts, summarise, target_rows
 from parity.bench.cuda.variants import prepare, product
 from parity.bench.cuda.works import SMALL_WORKS, WORKS, Work, write_weights
 from parity.bench.process import describe, in_own_process, machine, result_of
-from parity.bench.reach import reach_table
+from parity.bench.targets import target_table
 
-PRODUCT_SIZE = 8192  # rows and columns of the product whose rate is the most that is possible
+PRODUCT_SIZE = 8192  # rows and columns of the product whose FLOP/s are taken as the GPU's peak
 
 SMALL_PRODUCT_SIZE = 64
 
-PRODUCTS = 10  # how many are timed
+PRODUCTS = 10  # how many products are timed
 
-# These would change the precision of products behind the back of the libraries' own switches.
+# These environment variables would override the libraries' own settings of the precision of products.
 OVERRIDES = ("NVIDIA_TF32_OVERRIDE", "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE", "CUPY_TF32")
 
 
 @dataclass(frozen=True)
 class Request:
-    """What is to be measured, and how often."""
+    """What to measure, and how often."""
 
     device: str  # cuda or cpu
     works: tuple[str, ...]  # of WORKS
     precisions: tuple[str, ...]
     variants: tuple[str, ...]
-    small: bool  # the works of SMALL_WORKS instead, whose figures say nothing about speed
-    rounds: int  # how many times every variant is measured
+    small: bool  # use SMALL_WORKS, whose figures are not a measure of speed
+    rounds: int  # measurements of every variant
     warmup: int  # untimed repetitions at the start of each measurement
-    steps: int  # timed ones
+    steps: int  # timed repetitions
     compiler: str  # the backend of torch.compile
 
     @property
@@ -62,25 +62,25 @@ class Request:
 
 @dataclass(frozen=True)
 class Job:
-    """One measurement, for the process that makes it."""
+    """The arguments of one measurement's process."""
 
     variant: str
     work: Work
     precision: str
     weights: str  # the folder of the model
-    answers: str  # the file for what is compared
+    answers: str  # the file for the numbers that are compared
     request: Request
 
 
-# ---- One measurement: what runs in a variant's own process ----
+# ---- One measurement: runs in the variant's own process ----
 
 
 def run_variant(job: Job) -> dict:
-    """Write the answers that are compared, warm up, then do the work as often as it is to be timed.
+    """Write the answers that are compared, warm up, and time the work.
 
-    Returns ``seconds`` of each time, in the mean; ``peak_bytes`` and ``whole_bytes`` of memory; the FLOP/s
-    of the same library's product of large matrices, ``product_rate``; the ``losses`` that are compared, if
-    it trains; and the name of the ``device`` on which the weights were.
+    Returns the mean ``seconds`` of a repetition; ``peak_bytes`` and ``whole_bytes`` of memory;
+    ``product_rate``, the FLOP/s of a large matrix product in the same library; the compared ``losses`` if the
+    work is training, else None; and the name of the ``device`` that holds the weights.
     """
     import numpy as np
 
@@ -103,7 +103,7 @@ def run_variant(job: Job) -> dict:
 
 
 def timed(function: Callable[[], object], count: int, device) -> float:
-    """Seconds of each of ``count`` calls, from a device at rest to a device at rest, in the mean."""
+    """Mean seconds of ``count`` calls; the device is synchronized before and after."""
     device.synchronize()
     start = time.perf_counter()
     for _ in range(count):
@@ -112,8 +112,8 @@ def timed(function: Callable[[], object], count: int, device) -> float:
     return (time.perf_counter() - start) / count
 
 
-def run_or_say_why_not(job: Job) -> dict:
-    """``run_variant``, but where ``torch.compile`` fails that is the result: ``failed`` and the reason."""
+def run_or_report_failure(job: Job) -> dict:
+    """``run_variant``; if ``torch.compile`` fails, the result is ``failed`` with the reason."""
     try:
         return run_variant(job)
     except Exception as error:
@@ -122,13 +122,13 @@ def run_or_say_why_not(job: Job) -> dict:
         return {"failed": f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"}
 
 
-# ---- All measurements, in turn ----
+# ---- All measurements ----
 
 
 def bench(request: Request, command: str) -> dict:
-    """Measure and print every work in every precision, each table as soon as it is there.
+    """Measure every work in every precision, printing each table as soon as it is complete.
 
-    Returns all there is to report, ready for JSON. Small works have no table of reach.
+    Returns the result for JSON. Small works have no targets.
     """
     facts = gpu_facts() if request.device == "cuda" else machine()
     print("\n".join(head(command, request, facts)), flush=True)
@@ -145,36 +145,36 @@ def bench(request: Request, command: str) -> dict:
                 case = summarise(work, precision, measure(work, precision, weights, request))
                 print("\n".join(["", f"{work}, {precision}", *case_table(case)]), flush=True)
                 cases[f"{name} {precision}"] = case
-    rows = [] if request.small else reach_rows(cases)
+    rows = [] if request.small else target_rows(cases)
     if rows:
-        print("\n".join(line.rstrip() for line in ["", *reach_table(rows)]))
-    facts_and_cases = {"machine": facts, "cases": cases, "reach": rows}
+        print("\n".join(line.rstrip() for line in ["", *target_table(rows)]))
+    facts_and_cases = {"machine": facts, "cases": cases, "targets": rows}
     return {"command": command, "request": asdict(request), **facts_and_cases}
 
 
 def head(command: str, request: Request, facts: dict) -> list[str]:
-    """The lines over all tables: the command, the machine, and what the figures are worth."""
+    """The lines above all tables: the command, the machine, and the definitions of the columns."""
     size = request.product_size
     lines = [
         command,
         describe(facts),
-        f"MFU: the model's FLOP/s by those of a {size} x {size} GEMM, same library, GPU and precision",
-        "peak GB: the most that the library's memory pool held, or the process, on a CPU",
-        "all GB: what was in use on the GPU, with the CUDA context and whatever else ran there",
+        f"MFU: the model's FLOP/s over those of a {size} x {size} GEMM in the same library and precision",
+        "peak GB: peak size of the library's memory pool (on a CPU, of the process)",
+        "all GB: memory in use on the GPU, including the CUDA context and other processes",
     ]
     if request.device == "cpu":
-        lines.append("NO GPU WAS MEASURED: these are the CPU's figures.")
+        lines.append("NO GPU WAS MEASURED: these figures are from the CPU.")
     if request.small:
-        lines.append("Small models: this shows that every variant runs, and says nothing about speed.")
+        lines.append("Small models: this only checks that every variant runs; it does not measure speed.")
     return lines
 
 
 def measure(work: Work, precision: str, weights: Path, request: Request) -> dict[str, list[dict]]:
-    """Let the variants take turns; returns variant -> [result of ``run_variant``, one per round].
+    """Measure the variants in turn; return variant -> [result of ``run_variant``, one per round].
 
-    A result has also the ``difference`` of its answers from the reference's. One beyond the bound ends
-    the program with exit code 1, and so does a variant that fails; for ``torch-compile`` the reason is the
-    result then, and there are no more rounds of it.
+    Each result also has the ``difference`` of its answers from the reference's. If it exceeds the bound, or
+    if a variant fails, the program exits with code 1. If ``torch-compile`` fails, the reason becomes its
+    result and its remaining rounds are skipped.
     """
     runs = {variant: [] for variant in request.variants}
     for number in range(1, request.rounds + 1):
@@ -203,22 +203,22 @@ def measure_once(job: Job, number: int) -> dict:
     environment = {name: value for name, value in os.environ.items() if name not in OVERRIDES}
     child = in_own_process("parity.bench.cuda.measure", [asdict(job)], environment)
     if child.returncode != 0 and job.variant == "torch-compile":
-        return {"failed": f"its process ended with code {child.returncode}"}
+        return {"failed": f"its process exited with code {child.returncode}"}
     return result_of(child, job.variant, number)
 
 
-def check_device(variant: str, asked: str, found: str) -> None:
-    """End the program with exit code 1 if the weights were not on the kind of device that was asked for."""
-    if (asked == "cpu") != (found == "cpu"):
-        sys.exit(f"{variant} was to run on {asked} and ran on {found}: its figures are of something else")
+def check_device(variant: str, requested: str, actual: str) -> None:
+    """Exit with code 1 if the weights were not on the requested kind of device."""
+    if (requested == "cpu") != (actual == "cpu"):
+        sys.exit(f"{variant} ran on {actual} instead of {requested}: no report")
 
 
-def job_of(asked: dict) -> Job:
-    """From ``asdict`` of a job."""
-    return Job(**asked | {"work": Work(**asked["work"]), "request": Request(**asked["request"])})
+def job_of(arguments: dict) -> Job:
+    """The inverse of ``asdict(job)``."""
+    return Job(**arguments | {"work": Work(**arguments["work"]), "request": Request(**arguments["request"])})
 
 
-if __name__ == "__main__":  # a variant's own process, started by measure
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # on Ctrl-C measure's process speaks, this one just ends
-    (asked,) = json.loads(sys.argv[1])
-    print(json.dumps(run_or_say_why_not(job_of(asked))))
+if __name__ == "__main__":  # a variant's own process, started by ``measure``
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # on Ctrl-C this process just ends; the parent reports
+    (arguments,) = json.loads(sys.argv[1])
+    print(json.dumps(run_or_report_failure(job_of(arguments))))

@@ -1,4 +1,4 @@
-"""The figures of a GPU: what it is, a table for each work in each precision, and the table of reach."""
+"""The report of a GPU: its facts, a table for each work in each precision, and the targets."""
 
 import subprocess
 import sys
@@ -8,24 +8,24 @@ from statistics import median
 from parity.bench.cuda.answers import answers_of, bound_of, reference_of
 from parity.bench.cuda.works import Work
 from parity.bench.process import spread
-from parity.bench.reach import Bound, ratio_by_round, rows_of
+from parity.bench.targets import Target, ratio_by_round, rows_of
 
-# A cost -> that cost in one result of ``run_variant``
+# The name of a cost -> that cost in one result of ``run_variant``
 COSTS = {"time": lambda run: run["seconds"], "peak memory": lambda run: run["peak_bytes"]}
 
 
-def reach(case: str) -> list[Bound]:
-    """What is to be reached in one work and precision: PyTorch eager's speed, and at most its memory."""
-    return [Bound(case, cost, ("torch-eager",), 1.0) for cost in COSTS]
+def targets_of(case: str) -> list[Target]:
+    """The targets of one work in one precision: at most the time and memory of PyTorch eager."""
+    return [Target(case, cost, ("torch-eager",), 1.0) for cost in COSTS]
 
 
 def failure(results: list[dict]) -> str | None:
-    """Why a variant's last measurement failed, if it did."""
+    """The reason why a variant's last measurement failed, or None."""
     return results[-1].get("failed") if results else None
 
 
 def gpu_facts() -> dict[str, str]:
-    """The GPU by name, its driver, and the versions of CUDA and the libraries."""
+    """The GPU's name and driver, and the versions of CUDA and the libraries."""
     import cupy
     import numpy as np
 
@@ -36,7 +36,7 @@ def gpu_facts() -> dict[str, str]:
         "numpy": np.__version__,
         "cupy": f"{cupy.__version__} with CUDA {cuda_version(runtime.runtimeGetVersion())}",
     }
-    if torch := sys.modules.get("torch"):  # whoever asked for its variants has looked for its GPU
+    if torch := sys.modules.get("torch"):  # loaded by the check of the arguments if it is a variant
         facts["torch"] = f"{torch.__version__} with CUDA {torch.version.cuda}"
     return facts
 
@@ -47,17 +47,17 @@ def cuda_version(number: int) -> str:
 
 
 def driver_version() -> str:
-    """As nvidia-smi says it."""
+    """The driver's version according to nvidia-smi."""
     command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
     try:
         done = subprocess.run(command, capture_output=True, text=True, check=True)
     except (OSError, subprocess.CalledProcessError):
-        return "unknown (nvidia-smi does not say)"
+        return "unknown (nvidia-smi failed)"
     return done.stdout.split()[0]
 
 
 def summarise(work: Work, precision: str, runs: dict[str, list[dict]]) -> dict:
-    """What there is to say of a work in a precision: each variant's figures, and tinyllm's by the others'."""
+    """The result of a work in a precision: each variant's figures, and tinyllm's costs over the others'."""
     flops, figures, ratios = work.flops_per_token(), {}, {}
     complete = {variant: results for variant, results in runs.items() if not failure(results)}
     for variant, results in complete.items():
@@ -88,7 +88,7 @@ def summarise(work: Work, precision: str, runs: dict[str, list[dict]]) -> dict:
 
 
 def case_table(case: dict) -> list[str]:
-    """Every variant's figures, and what tinyllm costs beside each other."""
+    """Every variant's figures, and tinyllm's costs divided by each other variant's."""
     row = "{:<26}{:>11}{:>11}{:>11}{:>9}{:>15}{:>9}{:>9}{:>12}".format
     columns = ("tokens/s", "min", "max", "MFU", "GEMM TFLOP/s", "peak GB", "all GB", "difference")
     lines = [row("variant", *columns)]
@@ -101,7 +101,7 @@ def case_table(case: dict) -> list[str]:
     lines += [f"{variant:<26}failed: {reason}" for variant, reason in case["failed"].items()]
     if case["variants"]:
         answers, reference = answers_of(case["work"]["task"]), reference_of(list(case["variants"]))
-        lines.append(f"difference: of the {answers} from {reference}'s, relative; at most {case['bound']:g}")
+        lines.append(f"difference: relative, of the {answers} from {reference}'s; bound {case['bound']:g}")
     for variant, figures in case["variants"].items():
         if figures["losses"]:
             lines.append(f"{variant:<26}losses " + ", ".join(f"{loss:.5f}" for loss in figures["losses"]))
@@ -114,10 +114,10 @@ def case_table(case: dict) -> list[str]:
     return [line.rstrip() for line in lines]
 
 
-def reach_rows(cases: dict[str, dict]) -> list[dict]:
-    """The rows of the table of reach, as ``parity.bench.reach.rows_of``."""
-    bounds = [bound for name in cases for bound in reach(name)]
+def target_rows(cases: dict[str, dict]) -> list[dict]:
+    """The targets of all cases with their measured ratios, as ``parity.bench.targets.rows_of``."""
+    targets = [target for name in cases for target in targets_of(name)]
     complete = {
         name: {variant: case["runs"][variant] for variant in case["variants"]} for name, case in cases.items()
     }
-    return rows_of(bounds, COSTS, complete)
+    return rows_of(targets, COSTS, complete)

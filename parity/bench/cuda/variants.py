@@ -1,15 +1,16 @@
-"""Every way to do one of the works on a GPU: with tinyllm, with PyTorch eager, with PyTorch compiled.
+"""The variants on a GPU: every work in tinyllm, in PyTorch eager, and in compiled PyTorch.
 
-A variant puts the model on the device and returns it ``Prepared``: the work to be timed, and the numbers in
-which all variants must agree. Every one takes the same weights from the same folder. The device may be the
-CPU, too, where all of this is tested.
+A variant loads the model onto the device and returns it ``Prepared``: the work to be timed, and the numbers
+in which all variants must agree. All variants load the same weights. The device may also be the CPU, where
+all of this is tested.
 
-PyTorch's peers are the twins of this package (torch's own layer_norm, rms_norm, GELU and SDPA, one kernel
-each, where transformers has several). They have no cache, so decoding is transformers' Llama in a plain
-greedy loop, which waits for nothing. Compiled, that has a cache of fixed size and CUDA graphs.
+PyTorch's peers are the twins of this package, which use torch's own layer_norm, rms_norm, GELU and SDPA: one
+kernel each, where transformers launches several. The twins have no KV cache, so decoding uses the Llama of
+transformers in a plain greedy loop that never waits for the GPU. The compiled loop has a cache of fixed size
+and CUDA graphs.
 
-At its top this module imports the standard library only, so that a variant's process holds that variant's
-libraries and nothing else.
+At its top this module imports the standard library only, so that a variant's process loads that variant's
+libraries and no others.
 """
 
 from __future__ import annotations
@@ -23,11 +24,11 @@ from parity.bench.cuda.works import STEPS_COMPARED, Work, positions_compared, ra
 class Prepared(NamedTuple):
     """A variant with its model on the device.
 
-    ``answers()`` is a float32 array on the host, to be compared: of ``train`` the losses of the first steps,
-    all on one batch, so that they fall; of ``forward`` the logits of some positions; of ``decode`` those
-    after the prompt and after each of a few given tokens.
-    ``once()`` does the work once, and may return before the device is done. ``device`` is the name of the
-    GPU on which the weights were found to be, or "cpu".
+    ``answers()`` returns the float32 array, on the host, that is compared: for ``train`` the losses of the
+    first steps, all on one batch, so that they decrease; for ``forward`` the logits of some positions; for
+    ``decode`` the logits after the prompt and after each of a few given tokens.
+    ``once()`` does the work once and may return before the device is done. ``device`` is the name of the GPU
+    that holds the weights, or "cpu".
     """
 
     answers: Callable[[], Any]
@@ -39,7 +40,7 @@ class Prepared(NamedTuple):
 
 
 def tinyllm_train(work: Work, folder: str, precision: str, device: str) -> Prepared:
-    """Parameters and optimiser in float32, whatever products are computed in."""
+    """Training with tinyllm; parameters and optimizer state are float32 in every precision."""
     import numpy as np
 
     from parity.bench.train_variants import tinyllm_train_step
@@ -51,11 +52,11 @@ def tinyllm_train(work: Work, folder: str, precision: str, device: str) -> Prepa
         steps = (step(ids, targets) for _ in range(STEPS_COMPARED))
         return np.array([loss.item() for loss in steps], np.float32)
 
-    return Prepared(answers, lambda: step(ids, targets), where_tinyllm_is(model))
+    return Prepared(answers, lambda: step(ids, targets), tinyllm_device(model))
 
 
 def tinyllm_forward(work: Work, folder: str, precision: str, device: str) -> Prepared:
-    """For bfloat16 the weights are stored in it."""
+    """The forward pass of tinyllm; in bfloat16 the weights are stored as bfloat16."""
     import numpy as np
 
     from tinyllm import no_grad
@@ -70,11 +71,11 @@ def tinyllm_forward(work: Work, folder: str, precision: str, device: str) -> Pre
     def answers():
         return to_device(once()[:, positions_compared(work.context)], "cpu").astype(np.float32)
 
-    return Prepared(answers, once, where_tinyllm_is(model))
+    return Prepared(answers, once, tinyllm_device(model))
 
 
 def tinyllm_decode(work: Work, folder: str, precision: str, device: str) -> Prepared:
-    """``generate``, greedy; every token comes to the host."""
+    """Greedy decoding with ``tinyllm.generate``, which copies every token to the host."""
     import numpy as np
 
     from tinyllm import generate, no_grad
@@ -87,24 +88,24 @@ def tinyllm_decode(work: Work, folder: str, precision: str, device: str) -> Prep
 
     def answers():
         cache = model.new_cache(work.batch, work.context + STEPS_COMPARED)
-        read = [prompt, *(given[:, i : i + 1] for i in range(STEPS_COMPARED))]
+        parts = [prompt, *(given[:, i : i + 1] for i in range(STEPS_COMPARED))]
         with no_grad():
-            logits = [model(ids, last_only=True, cache=cache).data for ids in read]
+            logits = [model(ids, last_only=True, cache=cache).data for ids in parts]
         return np.stack([to_device(array, "cpu").astype(np.float32) for array in logits])
 
-    return Prepared(answers, once, where_tinyllm_is(model))
+    return Prepared(answers, once, tinyllm_device(model))
 
 
 def tinyllm_model(folder: str, dtype: str, device: str):
-    """The model on the device, its weights stored in a dtype, in eval mode."""
+    """The model on the device with weights stored in ``dtype``, in eval mode."""
     from tinyllm import load_model
     from tinyllm.backend.dtypes import dtype_of
 
     return load_model(folder, dtype_of(dtype)).to(device)
 
 
-def where_tinyllm_is(model) -> str:
-    """The device of its weights: a GPU's name, or "cpu"."""
+def tinyllm_device(model) -> str:
+    """The device of a tinyllm model's weights: a GPU's name, or "cpu"."""
     import numpy as np
 
     if isinstance(next(model.parameters()).data, np.ndarray):
@@ -115,7 +116,7 @@ def where_tinyllm_is(model) -> str:
 
 
 def tinyllm_product(precision: str, device: str, size: int) -> Callable[[], object]:
-    """One product of square matrices, ``size`` rows each, as tinyllm's layers make it: x Wᵀ."""
+    """One product x Wᵀ of square matrices with ``size`` rows, as tinyllm's layers compute it."""
     import numpy as np
 
     from tinyllm import Tensor
@@ -129,7 +130,7 @@ def tinyllm_product(precision: str, device: str, size: int) -> Callable[[], obje
 
 
 def in_precision(precision: str, function: Callable) -> Callable:
-    """``function`` with its products computed in ``precision``."""
+    """``function`` with matrix products in ``precision``."""
 
     def call():
         from tinyllm import backend
@@ -144,7 +145,7 @@ def in_precision(precision: str, function: Callable) -> Callable:
 
 
 def torch_train(work: Work, folder: str, precision: str, device: str, compiler: str | None) -> Prepared:
-    """Parameters in float32, fused AdamW; bfloat16 by autocast. Compiled: the model and its loss."""
+    """Training with PyTorch: float32 parameters, fused AdamW, autocast for bfloat16, compiled loss."""
     import numpy as np
     import torch
 
@@ -160,17 +161,17 @@ def torch_train(work: Work, folder: str, precision: str, device: str, compiler: 
             return loss(ids, targets)
 
     step = torch_train_step(twin, compute_loss)
-    ids, targets = torch.from_numpy(random_ids(work, 2)).to(device)  # moved once: nothing waits for them
+    ids, targets = torch.from_numpy(random_ids(work, 2)).to(device)  # once, so that no step waits for it
 
     def answers():
         steps = (step(ids, targets) for _ in range(STEPS_COMPARED))
         return np.array([loss.item() for loss in steps], np.float32)
 
-    return Prepared(answers, lambda: step(ids, targets), where_torch_is(twin))
+    return Prepared(answers, lambda: step(ids, targets), torch_device(twin))
 
 
 def torch_forward(work: Work, folder: str, precision: str, device: str, compiler: str | None) -> Prepared:
-    """For bfloat16 the weights are stored in it."""
+    """The forward pass of PyTorch; in bfloat16 the weights are stored as bfloat16."""
     import torch
 
     set_torch_precision(precision)
@@ -179,17 +180,17 @@ def torch_forward(work: Work, folder: str, precision: str, device: str, compiler
     (ids,) = torch.from_numpy(random_ids(work)).to(device)
 
     def once():
-        with torch.no_grad(), torch.device(device):  # the twin's angles are made there, too
+        with torch.no_grad(), torch.device(device):  # the twin computes its RoPE angles there, too
             return model(ids)
 
     def answers():
         return once()[:, positions_compared(work.context)].float().cpu().numpy()
 
-    return Prepared(answers, once, where_torch_is(twin))
+    return Prepared(answers, once, torch_device(twin))
 
 
 def torch_decode(work: Work, folder: str, precision: str, device: str, compiler: str | None) -> Prepared:
-    """transformers' Llama, greedy; the tokens stay on the device. Compiled: the step of one token."""
+    """Greedy decoding with transformers; tokens stay on the device, and single-token steps are compiled."""
     import torch
     import transformers
 
@@ -199,44 +200,44 @@ def torch_decode(work: Work, folder: str, precision: str, device: str, compiler:
         folder, dtype=stored_dtype(precision), attn_implementation="sdpa"
     )
     model = model.to(device).eval()
-    room = work.context + max(work.new, STEPS_COMPARED)
-    step, kept = model, None  # no cache given: they make one that grows
-    if compiler:  # CUDA graphs, which only their own compiler makes: one token's kernels are short
+    capacity = work.context + max(work.new, STEPS_COMPARED)
+    step, static = model, None  # without a cache argument, transformers creates one that grows
+    if compiler:  # one token's kernels are short, so CUDA graphs help; only inductor has them
         mode = "reduce-overhead" if compiler == "inductor" else None
         step = torch.compile(model, backend=compiler, mode=mode, fullgraph=True)
-        kept = transformers.StaticCache(config=model.config, max_cache_len=room)
+        static = transformers.StaticCache(config=model.config, max_cache_len=capacity)
     prompt, given = torch.from_numpy(random_ids(work, 2)).to(device)
 
-    def read_prompt():
-        if kept is not None:
-            kept.reset()
-        out = model(prompt, past_key_values=kept, use_cache=True, logits_to_keep=1)
+    def prefill():
+        if static is not None:
+            static.reset()
+        out = model(prompt, past_key_values=static, use_cache=True, logits_to_keep=1)
         return out.logits, out.past_key_values
 
-    def read_token(token, cache):
+    def decode_step(token, cache):
         return step(token, past_key_values=cache, use_cache=True).logits
 
     def once():
         with torch.no_grad():
-            logits, cache = read_prompt()
+            logits, cache = prefill()
             tokens = [logits.argmax(-1)]
             while len(tokens) < work.new:
-                tokens.append(read_token(tokens[-1], cache).argmax(-1))
+                tokens.append(decode_step(tokens[-1], cache).argmax(-1))
             return tokens
 
     def answers():
         with torch.no_grad():
-            logits, cache = read_prompt()
+            logits, cache = prefill()
             found = [logits.float().cpu()]
             for i in range(STEPS_COMPARED):
-                found.append(read_token(given[:, i : i + 1], cache).float().cpu())
+                found.append(decode_step(given[:, i : i + 1], cache).float().cpu())
             return torch.stack(found).numpy()
 
-    return Prepared(answers, once, where_torch_is(model))
+    return Prepared(answers, once, torch_device(model))
 
 
 def torch_twin(folder: str, device: str, dtype):
-    """The PyTorch twin of the model in a folder, on the device; its random initialisation is left out."""
+    """The PyTorch twin of the model in a folder, built on the device without random initialization."""
     import torch
 
     from parity.twins.bridge import TWINS
@@ -249,29 +250,29 @@ def torch_twin(folder: str, device: str, dtype):
         path, _, last = name.rpartition(".")
         tensor = torch.from_numpy(parameter.data).to(device, dtype, copy=True)
         setattr(twin.get_submodule(path), last, torch.nn.Parameter(tensor))
-    embedding, _ = next(ours.named_parameters())  # both models begin with it
+    embedding, _ = next(ours.named_parameters())  # the first parameter of both models
     if ours.config.tie_word_embeddings:
         twin.lm_head.weight = twin.get_parameter(embedding)
     return twin
 
 
 def stored_dtype(precision: str):
-    """What torch stores the weights in where it does not train them."""
+    """The torch dtype of weights that are not trained."""
     import torch
 
     return getattr(torch, stored_name(precision))
 
 
 def set_torch_precision(precision: str) -> None:
-    """Whether torch's float32 products are TF32."""
+    """Set whether torch computes float32 products in TF32."""
     import torch
 
     torch.backends.cuda.matmul.allow_tf32 = precision == "tf32"
     torch.backends.cudnn.allow_tf32 = precision == "tf32"
 
 
-def where_torch_is(model) -> str:
-    """The device of its weights: a GPU's name, or "cpu"."""
+def torch_device(model) -> str:
+    """The device of a torch model's weights: a GPU's name, or "cpu"."""
     import torch
 
     device = next(model.parameters()).device
@@ -279,7 +280,7 @@ def where_torch_is(model) -> str:
 
 
 def torch_product(precision: str, device: str, size: int) -> Callable[[], object]:
-    """One product of square matrices, ``size`` rows each, as PyTorch's layers make it: x Wᵀ."""
+    """One product x Wᵀ of square matrices with ``size`` rows, as PyTorch's layers compute it."""
     import numpy as np
     import torch
 
@@ -289,11 +290,11 @@ def torch_product(precision: str, device: str, size: int) -> Callable[[], object
     return lambda: torch.nn.functional.linear(a, a)
 
 
-# ---- All of them ----
+# ---- All variants ----
 
 
 def stored_name(precision: str) -> str:
-    """The dtype in which weights are stored that are not trained."""
+    """The name of the dtype of weights that are not trained."""
     return "bfloat16" if precision == "bfloat16" else "float32"
 
 
@@ -305,7 +306,7 @@ VARIANTS = ("tinyllm", "torch-eager", "torch-compile")
 
 
 def prepare(variant: str, precision: str, device: str, work: Work, folder: str, compiler: str) -> Prepared:
-    """The variant with its model on the device; ``compiler`` is the backend of ``torch.compile``."""
+    """Load a variant's model onto the device; ``compiler`` is the backend of ``torch.compile``."""
     if variant == "tinyllm":
         prepared = TINYLLM[work.task](work, folder, precision, device)
         answers, once = (in_precision(precision, call) for call in (prepared.answers, prepared.once))
@@ -315,5 +316,5 @@ def prepare(variant: str, precision: str, device: str, work: Work, folder: str, 
 
 
 def product(variant: str, precision: str, device: str, size: int) -> Callable[[], object]:
-    """One large matrix product by the variant's library."""
+    """One large matrix product in the variant's library."""
     return (tinyllm_product if variant == "tinyllm" else torch_product)(precision, device, size)

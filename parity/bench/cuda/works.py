@@ -1,7 +1,7 @@
-"""What a GPU is measured on: models, and what is done with them.
+"""The works that are measured on a GPU: a model, and a task to do with it.
 
-At its top this module imports the standard library only, so that a variant's process holds that variant's
-libraries and nothing else.
+At its top this module imports the standard library only, so that a variant's process loads that variant's
+libraries and no others.
 """
 
 from __future__ import annotations
@@ -10,20 +10,20 @@ from dataclasses import dataclass, field
 
 PRECISIONS = ("float32", "tf32", "bfloat16")
 
-STEPS_COMPARED = 3  # training steps, or given tokens after the prompt, whose answers are compared
+STEPS_COMPARED = 3  # training steps, or tokens after the prompt, whose losses or logits are compared
 
 
 @dataclass(frozen=True)
 class Work:
-    """A model and what is done with it."""
+    """A model and a task to do with it."""
 
-    task: str  # train: a step; forward: the logits of every position; decode: new tokens after a prompt
+    task: str  # train: a step; forward: logits of every position; decode: prefill, then new tokens
     arch: str  # gpt2 or llama
-    size: str  # a published one
+    size: str  # name of a preset of the config
     batch: int
     context: int  # tokens of every sequence, or of the prompt
-    new: int = 0  # tokens to write after it
-    changes: dict = field(default_factory=dict)  # to single fields of the config
+    new: int = 0  # tokens to decode after the prompt
+    changes: dict = field(default_factory=dict)  # fields of the config that differ from the preset
 
     def config(self):
         """The model's config."""
@@ -33,13 +33,13 @@ class Work:
 
     @property
     def tokens(self) -> int:
-        """How many are trained on, read or written each time the work is done."""
+        """The number of tokens that are trained on, prefilled or decoded in one repetition."""
         return self.batch * (self.new or self.context)
 
     def flops_per_token(self) -> float:
-        """Model FLOPs as papers count them: no score skipped or computed twice (``tools.info.Flops``).
+        """Model FLOPs per token as papers count them: every score once (``tools.info.Flops.textbook``).
 
-        A token that is written attends to the prompt and to half of the new tokens, on average.
+        A decoded token attends to the prompt and, on average, to half of the new tokens.
         """
         from tinyllm.models import ARCHITECTURES
         from tinyllm.tools.info import flops_per_token
@@ -67,7 +67,7 @@ SMALL_GPT2 = dict(n_layer=2, n_embd=32, n_head=4, vocab_size=64, n_positions=32)
 
 SMALL_LLAMA = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, vocab_size=64)
 
-SMALL_WORKS = {  # the same code on models that any machine holds
+SMALL_WORKS = {  # the same tasks on models that fit any machine
     "train": Work("train", "gpt2", "124M", batch=2, context=16, changes=NO_DROPOUT | SMALL_GPT2),
     "forward": Work("forward", "llama", "toy", batch=2, context=16, changes=SMALL_LLAMA),
     "decode": Work("decode", "llama", "toy", batch=1, context=8, new=6, changes=SMALL_LLAMA),
@@ -75,7 +75,7 @@ SMALL_WORKS = {  # the same code on models that any machine holds
 
 
 def random_ids(work: Work, sequences: int = 1):
-    """``sequences`` times token ids (B, T), the same in every process: (sequences, B, T) in NumPy's int64."""
+    """Random token ids (sequences, B, T), int64, the same in every process."""
     import numpy as np
 
     shape = (sequences, work.batch, work.context)
@@ -83,13 +83,13 @@ def random_ids(work: Work, sequences: int = 1):
 
 
 def positions_compared(context: int) -> slice:
-    """Of the logits at every position, those that are compared: sixteen, the last among them."""
+    """The positions whose logits are compared: about sixteen, including the last."""
     step = max(1, context // 16)
     return slice(step - 1, None, step)
 
 
 def write_weights(work: Work, folder) -> None:
-    """A folder with random weights for the work's model, in float32, for every variant to load."""
+    """Write the work's model with random float32 weights into a folder, for every variant to load."""
     import numpy as np
 
     from tinyllm.models import ARCHITECTURES

@@ -1,0 +1,164 @@
+"""Performance targets, and whether a measurement met them.
+
+A ``Target`` limits one cost of tinyllm, either by itself or divided by the same cost of its peers in the same
+round. Its verdict follows from the measurement alone.
+"""
+
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from statistics import median
+
+from parity import tables
+
+# The name of a cost -> that cost in one result of ``parity.bench.train.run_variant``
+COSTS = {
+    "time (medians)": lambda run: median(run["seconds"]),
+    "time (minima)": lambda run: min(run["seconds"]),
+    "peak memory": lambda run: run["peak_bytes"],
+    "page faults": lambda run: median(run["page_faults"]),
+}
+
+
+@dataclass(frozen=True)
+class Target:
+    """tinyllm's ``cost`` on ``work``, divided by that of the cheapest in ``against``, is ``at_most`` this.
+
+    If ``against`` is empty the limit applies to the cost itself. ``stretch`` is a stricter second target.
+    """
+
+    work: str
+    cost: str  # a key of COSTS, or of the costs that are used with these targets
+    against: tuple[str, ...]  # variants
+    at_most: float
+    stretch: float | None = None
+
+
+TORCHS_BEST = ("torch-compile", "torch-linear-ce")
+
+TARGETS = (
+    Target("gpt2-124m", "time (medians)", ("torch-eager",), 0.80, stretch=0.70),
+    Target("gpt2-124m", "peak memory", ("torch-eager",), 0.58, stretch=0.50),
+    Target("gpt2-124m", "time (medians)", TORCHS_BEST, 1.00, stretch=0.90),
+    Target("gpt2-124m", "peak memory", TORCHS_BEST, 0.90),
+    Target("gpt2-124m", "time (medians)", ("gemms",), 1.22, stretch=1.12),
+    Target("gpt2-124m-1x1024", "time (medians)", ("torch-eager",), 0.80),
+    Target("gpt2-124m-1x1024", "peak memory", ("torch-eager",), 0.58),
+    Target("llama-124m", "time (medians)", ("torch-eager",), 0.80),
+    Target("llama-124m", "peak memory", ("torch-eager",), 0.58),
+    Target("small", "time (medians)", ("torch-eager",), 1.00, stretch=0.85),
+    Target("small", "peak memory", ("torch-eager",), 0.40),
+    Target("gpt2-124m", "page faults", (), 5000),
+    Target("gpt2-124m-1x1024", "page faults", (), 5000),
+    Target("llama-124m", "page faults", (), 5000),
+    Target("small", "page faults", (), 5000),
+)
+
+TARGET_WORKS = tuple(dict.fromkeys(target.work for target in TARGETS))
+
+MET, STRETCH, NOT_MET, NOT_MEASURED = "met", "met, stretch too", "not met", "not measured"
+
+
+def needed_variants(work: str) -> list[str]:
+    """tinyllm, PyTorch eager, and every variant that a target on this work compares tinyllm with."""
+    against = [variant for target in TARGETS if target.work == work for variant in target.against]
+    return list(dict.fromkeys(["tinyllm", "torch-eager", *against]))
+
+
+def ratio_by_round(runs: dict[str, list[dict]], cost, first: str, others: list[str]) -> list[float]:
+    """For every round, ``first``'s cost divided by the lowest cost of the ``others`` in the same round.
+
+    Costs are paired by round because a machine that slows down for a while slows down every variant.
+    """
+    rounds = zip(runs[first], *(runs[other] for other in others), strict=True)
+    return [cost(run) / min(cost(peer) for peer in peers) for run, *peers in rounds]
+
+
+def target_rows(runs: dict[str, dict[str, list[dict]]]) -> list[dict]:
+    """``rows_of`` the ``TARGETS`` on the works that were measured."""
+    return rows_of(TARGETS, COSTS, runs)
+
+
+def rows_of(targets: Iterable[Target], costs: dict, runs: dict[str, dict[str, list[dict]]]) -> list[dict]:
+    """Every target on a work that was measured (work -> variant -> results, one per round).
+
+    A row is the target, the ``rounds``, their median ``measured`` (None if a variant is missing) and the
+    ``verdict``.
+    """
+    rows = []
+    for target in targets:
+        if target.work not in runs:
+            continue
+        results, cost = runs[target.work], costs[target.cost]
+        if not {"tinyllm", *target.against} <= results.keys():
+            rounds = []
+        elif target.against:
+            rounds = ratio_by_round(results, cost, "tinyllm", target.against)
+        else:
+            rounds = [cost(run) for run in results["tinyllm"]]
+        rows.append(row_of(target, rounds))
+    return rows
+
+
+def row_of(target: Target, rounds: list[float]) -> dict:
+    """One row of ``rows_of``."""
+    measured = median(rounds) if rounds else None
+    return asdict(target) | {"measured": measured, "rounds": rounds, "verdict": verdict(target, measured)}
+
+
+def verdict(target: Target, measured: float | None) -> str:
+    """Whether the measured value is within the target; None means that a variant was not measured."""
+    if measured is None:
+        return NOT_MEASURED
+    if measured > target.at_most:
+        return NOT_MET
+    return STRETCH if target.stretch is not None and measured <= target.stretch else MET
+
+
+def any_not_met(result: dict) -> bool:
+    """Whether a benchmark's result misses one of its targets."""
+    return any(row["verdict"] == NOT_MET for row in result["targets"])
+
+
+def target_table(rows: list[dict]) -> list[str]:
+    """The rows as aligned lines of text."""
+    wide = max([18, *(len(row["work"]) + 2 for row in rows)])
+    form = (f"{{:<{wide}}}" + "{:<16}{:<34}{:>15}{:>10}  {:<19}{}").format
+    lines = [form("work", "tinyllm's", "divided by", "target", "measured", "by round", "")]
+    for row in rows:
+        stretch = "" if row["stretch"] is None else f" ({row['stretch']:g})"
+        target, measured = f"{row['at_most']:g}{stretch}", _number(row, row["measured"])
+        lines.append(
+            form(row["work"], row["cost"], _peers(row), target, measured, _range(row), row["verdict"])
+        )
+    return lines
+
+
+def ratio_table(rows: list[dict]) -> str:
+    """The measured ratios as a Markdown table, and below it one sentence on the targets that are not met."""
+    head = "work", "tinyllm's", "divided by", "ratio (by round)"
+    ratios = [row for row in rows if row["against"] and row["rounds"]]
+    cells = [
+        (row["work"], row["cost"], _peers(row), f"{_number(row, row['measured'])} ({_range(row)})")
+        for row in ratios
+    ]
+    below = [
+        f"{row['cost']} on {row['work']} ({_number(row, row['measured'])}, target {row['at_most']:g})"
+        for row in rows
+        if row["verdict"] == NOT_MET
+    ]
+    sentence = f"Not met: {'; '.join(below)}." if below else "Every target is met."
+    return f"{tables.markdown(head, cells)}\n\n{sentence}"
+
+
+def _peers(row: dict) -> str:
+    return (" or ".join(row["against"]) + (", the cheaper" if len(row["against"]) > 1 else "")) or "–"
+
+
+def _number(row: dict, value: float | None) -> str:
+    return "–" if value is None else f"{value:.3f}" if row["against"] else f"{value:,.0f}"
+
+
+def _range(row: dict) -> str:
+    if not row["rounds"]:
+        return "–"
+    return f"{_number(row, min(row['rounds']))} to {_number(row, max(row['rounds']))}"
