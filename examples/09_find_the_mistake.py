@@ -1,11 +1,11 @@
 # %% [markdown]
 # # Find the mistake
 #
-# You wrote GPT yourself, in PyTorch. It runs, the loss at the start is that of a guess, and it even learns.
-# Is it right? `parity.compare` runs your model and tinyllm's with the same weights, forward and backward,
-# and names the first layer that computes something else.
+# You wrote your own GPT in PyTorch. It runs, its initial loss is that of a uniform guess, and it even learns.
+# Is it correct? `parity.compare` runs your model and tinyllm's with the same weights, forward and backward,
+# and names the first layer whose result differs.
 #
-# Read beside this: `tinyllm/models/gpt2.py`, `parity/compare/layers.py`.
+# Read along: `tinyllm/models/gpt2.py`, `parity/compare/layers.py`.
 
 # %%
 import importlib.util
@@ -17,7 +17,7 @@ import numpy as np
 from tinyllm import GPT2, GPT2Config
 
 if not importlib.util.find_spec("torch"):
-    print("This example needs PyTorch: pip install 'tinyllm-numpy[parity]'")
+    print("This example needs PyTorch: pip install 'tinyllm-numpy[test]'")
     sys.exit()
 
 import torch
@@ -29,8 +29,8 @@ SMALL = os.environ.get("TINYLLM_EXAMPLES") == "small"
 LAYERS, HEADS, CHANNELS, CONTEXT, VOCABULARY = (2, 2, 16, 16, 50) if SMALL else (4, 4, 64, 64, 256)
 
 # %% [markdown]
-# ## The model a learner might write
-# With names of its own. One line of it is wrong.
+# ## The model
+# Its layers have names of their own. One line is wrong.
 
 
 # %%
@@ -82,9 +82,10 @@ class MyGPT(nn.Module):
 
 
 # %% [markdown]
-# ## The same weights in both
-# float64, because there two right answers agree to fifteen digits: what differs more is a mistake. Both
-# models define their parameters in the same order, and a `Linear` weight is (out, in) in both.
+# ## Copy the weights
+# We compare in float64, where two correct results agree to about fifteen digits, so that a larger difference
+# is a mistake. Both models define their parameters in the same order, and a `Linear` weight is (out, in) in
+# both.
 
 # %%
 config = GPT2Config(
@@ -105,30 +106,29 @@ ids = np.random.default_rng(1).integers(0, VOCABULARY, (2, CONTEXT))
 targets = torch.from_numpy(np.roll(ids, -1, axis=1)).flatten()
 
 # %% [markdown]
-# ## Does the loss show it?
+# ## Does the loss reveal the mistake?
 
 # %%
 our_loss = ours.eval().loss(ids, targets.numpy().reshape(ids.shape)).item()
 their_loss = nn.functional.cross_entropy(theirs(torch.from_numpy(ids)).flatten(0, 1), targets).item()
 print(f"loss of tinyllm {our_loss:.4f}, of my GPT {their_loss:.4f}")
-# loss of tinyllm 5.5528, of my GPT 5.5529: nobody would look twice
+# loss of tinyllm 5.5528, of my GPT 5.5529: far too close to raise suspicion
 
 # %% [markdown]
 # ## Layer by layer
-# Layers are paired by the shapes of their parameters, in the order they run; where that does not work,
-# `names=` says which is which.
+# Layers are paired by the shapes of their parameters, in the order in which they run. If that fails, pass the
+# pairs in `names=`.
 
 # %%
 found = compare(ours, theirs, ids)
 print(found.verdict())
-# First diverging layer: h.0.attn.c_proj (output of h.0.attn.c_proj, off by 3.2e-02, bound 1.0e-10);
-# the last to agree is the output of h.0.attn.c_attn.
+# First diverging layer: h.0.attn.c_proj (output of h.0.attn.c_proj, error 3.2e-02, bound 1.0e-10). The last
+# to agree is the output of h.0.attn.c_attn.
 #
 # print(found) shows the whole table.
 
-# %% [markdown]
-# `c_attn` still agrees, `c_proj` does not: the mistake lies between the two, in the attention itself.
-# There the scores must be divided by the square root of a head's size.
+# %% [markdown] `c_attn` agrees and `c_proj` does not, so the mistake is between the two, in the attention
+# itself: the scores must be divided by the square root of the head's size.
 
 
 # %%
@@ -137,7 +137,8 @@ def scores(attention, q, k):
 
 
 Attention.scores = scores
-mended = compare(ours, theirs, ids)
-print(mended.verdict())
-# All 134 rows agree; closest to its bound: gradient of h.2.attn.c_attn.weight, off by 1.4e-15 of 1.0e-10.
-assert found.first.name == "h.0.attn.c_proj" and mended.first is None
+fixed = compare(ours, theirs, ids)
+print(fixed.verdict())
+# All 134 rows agree. The closest to its bound is the gradient of h.2.attn.c_attn.weight (error 1.4e-15,
+# bound 1.0e-10).
+assert found.first.name == "h.0.attn.c_proj" and fixed.first is None

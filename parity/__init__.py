@@ -1,5 +1,5 @@
-"""Proof that tinyllm computes what PyTorch computes.
+"""The proof that tinyllm computes what PyTorch computes, and measurements of both.
 
-``import parity`` alone loads neither NumPy nor torch: a process of ``parity.bench`` holds nothing but the
-libraries it measures.
+``import parity`` alone imports neither NumPy nor torch, so that each process of ``parity.bench`` holds only
+the libraries that it measures.
 """

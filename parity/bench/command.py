@@ -35,7 +35,7 @@ class BenchTrain:
     steps: int = 5  # timed steps of each measurement
     threads: int = 2  # threads of every variant
     json: Path | None = None  # also write the complete result to this file
-    write: bool = False  # also write the tables into parity/bench/README.md; not with --work
+    write: bool = False  # also write the tables into parity/bench/README.md; measures every work
 
     def run(self) -> int:
         """Check the arguments, measure and print the report; return the exit code."""

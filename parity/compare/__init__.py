@@ -1,4 +1,4 @@
-"""Two models side by side: every layer's output and gradient, and the first that differs."""
+"""Comparison of two models: the output and gradient of every layer, and the first that differs."""
 
 from parity.compare.layers import compare
 

@@ -1,7 +1,7 @@
-"""What does every layer of a model compute, and what gradient comes back to it?
+"""The outputs and gradients of every layer of a tinyllm or torch module, as NumPy arrays by name.
 
-One forward and one backward run of a tinyllm or a torch module, written down as NumPy arrays by name:
-tinyllm's through ``nn.observe``, torch's through its hooks. Neither model knows that it is watched.
+One forward and one backward pass is recorded: in tinyllm with ``nn.observe``, in torch with hooks. The models
+need no changes.
 """
 
 from __future__ import annotations
@@ -23,36 +23,35 @@ from tinyllm.checks import check_ids
 from tinyllm.errors import Error
 from tinyllm.tensor import Tensor
 
-OUTPUT = "(output)"  # stands for what the call as a whole returned
+OUTPUT = "(output)"  # the name of what the whole call returned
 
 Call = Callable[..., Any]  # call(module, *inputs) -> the tensor to run backward from
 
 
 @dataclass
 class Capture:
-    """What one run showed. A name is a module's path; the second call of a module is ``path #2``.
+    """The record of one run. A name is a module's path; the second call of a module is ``path #2``.
 
-    A parameter's name is its first one: tied parameters are one. Weights of matrices are (out, in).
+    Tied parameters are one, under the first of their names. Weight matrices are (out, in).
     """
 
     modules: list[str] = field(default_factory=list)  # every module, called or not
-    layers: dict[str, dict[str, str]] = field(default_factory=dict)  # module -> its own: leaf -> parameter
+    layers: dict[str, dict[str, str]] = field(default_factory=dict)  # module -> {leaf: own parameter}
     shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)  # of every parameter
     outputs: dict[str, np.ndarray] = field(default_factory=dict)  # in the order of computation
-    gradients: dict[str, np.ndarray] = field(default_factory=dict)  # dL/d(output), as they came back
-    parameters: dict[str, np.ndarray | None] = field(default_factory=dict)  # dL/d(parameter); None: none came
-    inputs: dict[str, np.ndarray | None] = field(default_factory=dict)  # dL/d(input), of the float ones
+    gradients: dict[str, np.ndarray] = field(default_factory=dict)  # dL/d(output), in backward order
+    parameters: dict[str, np.ndarray | None] = field(default_factory=dict)  # dL/d(parameter), or None
+    inputs: dict[str, np.ndarray | None] = field(default_factory=dict)  # dL/d(floating-point input)
 
 
 def capture(module, inputs, call: Call | None = None, seed: int = 0) -> Capture:
-    """Run ``module`` on ``inputs`` forward and backward, in eval mode, and write down what is computed.
+    """Run ``module`` on ``inputs`` forward and backward in eval mode and record every layer.
 
-    ``inputs``: an array, or a tuple of arrays; integers stay as they are, floating-point inputs take
-    the parameters' dtype and get a gradient. ``call(module, *inputs)`` returns the tensor to run
-    backward from (default: the first tensor in what ``module(*inputs)`` returns); a scalar starts with
-    the gradient 1, anything else with random normal numbers from ``seed``. The module is left as it
-    was: its mode, its parameters and their gradients. Raises Error for other kinds of modules, for a
-    call that returns no tensor, and for token ids outside an embedding's vocabulary.
+    ``inputs`` is an array or a tuple of arrays. Floating-point inputs are converted to the parameters' dtype
+    and receive a gradient. ``call(module, *inputs)`` returns the tensor on which backward is called (default:
+    the first tensor in ``module(*inputs)``). The upstream gradient is 1 for a scalar, otherwise random normal
+    numbers from ``seed``. The module's mode, parameters and gradients are restored. Raises Error for other
+    kinds of modules, if the call returns no tensor, and for token ids outside an embedding's vocabulary.
     """
     inputs = [to_numpy(x) for x in (inputs if isinstance(inputs, tuple) else (inputs,))]
     call = call or (lambda module, *inputs: module(*inputs))
@@ -75,12 +74,12 @@ def _capture_tinyllm(module: nn.Module, inputs, call: Call, seed: int) -> Captur
                 run.gradients[label] = to_numpy(seen.grad)
         elif seen.name and (tensor := _first_tensor(seen.output, Tensor)) is not None:
             label = _label(count, seen.name)
-            labels[seen.name, id(tensor.data)] = label  # the tape keeps it until its gradient has come
+            labels[seen.name, id(tensor.data)] = label  # the tape holds the array until its backward pass
             run.outputs[label] = to_numpy(tensor)
 
     like = next((parameter.data for parameter in parameters.values()), np.empty(0))  # dtype and device
     inputs = [_leaf(x, like) if x.dtype.kind == "f" else x for x in inputs]
-    with _left_as_it_was(modules.values(), parameters.values()), nn.observe(watch):
+    with _restored(modules.values(), parameters.values()), nn.observe(watch):
         output = _result(call(module, *inputs), Tensor)
         run.outputs[OUTPUT] = to_numpy(output)
         if output.requires_grad:
@@ -110,14 +109,14 @@ def _capture_torch(module, inputs, call: Call, seed: int) -> Capture:
         if tensor.requires_grad:
             tensor.register_hook(lambda grad: run.gradients.update({label: to_numpy(grad)}))
 
-    def check(embedding, args) -> None:  # torch's own message does not say which id
+    def check(embedding, args) -> None:  # torch's own message does not name the id
         check_ids(to_numpy(args[0]), embedding.num_embeddings)
 
     first = next(iter(parameters.values()), torch.empty(0, dtype=torch.float64))
     inputs = [torch.tensor(x.astype(np.int64) if x.dtype.kind in "iu" else x) for x in inputs]
     inputs = [x.to(first) if x.is_floating_point() else x.to(first.device) for x in inputs]
     floats = {f"(input {i})": x.requires_grad_() for i, x in enumerate(inputs) if x.is_floating_point()}
-    with _left_as_it_was(modules.values(), parameters.values()):
+    with _restored(modules.values(), parameters.values()):
         for name, owner in modules.items():
             if name:
                 hook = lambda owner, args, output, name=name: seen(name, output)  # noqa: E731
@@ -142,7 +141,7 @@ def _capture_torch(module, inputs, call: Call, seed: int) -> Capture:
 
 
 def _described(modules: dict, parameters: dict, own) -> Capture:
-    """An empty capture that knows the modules; ``own(module)`` gives (leaf name, value) of its attributes."""
+    """A capture with modules and layers only; ``own(module)`` yields (leaf name, value) of its attributes."""
     names = {id(parameter): name for name, parameter in parameters.items()}
     owned = {
         path: {leaf: names[id(value)] for leaf, value in own(module) if id(value) in names}
@@ -152,8 +151,8 @@ def _described(modules: dict, parameters: dict, own) -> Capture:
 
 
 @contextlib.contextmanager
-def _left_as_it_was(modules, parameters):
-    """Within: eval mode and no gradients. Afterwards: every mode and gradient as before."""
+def _restored(modules, parameters):
+    """A context in eval mode and without gradients; every mode and gradient is restored afterwards."""
     modes = [(module, module.training) for module in modules]
     grads = [(parameter, parameter.grad) for parameter in parameters]
     try:
@@ -170,7 +169,7 @@ def _left_as_it_was(modules, parameters):
 
 
 def upstream(shape: tuple[int, ...], seed: int) -> np.ndarray:
-    """dL/d(output) to start from: 1 for a scalar, else normal numbers, the same for (B, T) and (B·T,)."""
+    """The upstream gradient: 1 for a scalar, else normal numbers that are the same for (B, T) and (B·T,)."""
     if math.prod(shape) == 1:
         return np.ones(shape)
     return np.random.default_rng(seed).standard_normal(math.prod(shape)).reshape(shape)
@@ -181,7 +180,7 @@ def _leaf(array: np.ndarray, like) -> Tensor:
 
 
 def _first_tensor(output, kind: type):
-    """``output`` if it is a tensor, else the first in its tuple, list or mapping; None if there is none."""
+    """``output`` if it is a tensor, else the first tensor in its tuple, list or mapping, or None."""
     if isinstance(output, kind):
         return output
     items = output.values() if isinstance(output, dict) else output
@@ -192,7 +191,7 @@ def _first_tensor(output, kind: type):
 def _result(returned, kind: type):
     tensor = _first_tensor(returned, kind)
     if tensor is None:
-        raise Error(f"the model returned a {type(returned).__name__} without a tensor: return one in call=")
+        raise Error(f"the call returned a {type(returned).__name__} without a tensor: return one in call=")
     return tensor
 
 
@@ -202,7 +201,7 @@ def _label(count: Counter, name: str) -> str:
 
 
 def to_numpy(x) -> np.ndarray | None:
-    """A copy on the host: whatever happens in place afterwards, this is what it was."""
+    """A copy on the host, so that later in-place changes do not affect it."""
     if x is None:
         return None
     if isinstance(x, Tensor):

@@ -1,4 +1,4 @@
-"""Which is the first layer where two models compute something different, forward or backward?"""
+"""Comparison of two models, layer by layer: which is the first to differ, forward or backward?"""
 
 from __future__ import annotations
 
@@ -12,38 +12,39 @@ from parity.compare.capture import OUTPUT, Call, Capture, capture
 from parity.compare.match import match
 from tinyllm.errors import Error
 
-FLOAT64 = 1e-10  # two correct float64 computations are far closer; one wrong in the 9th digit is not
+FLOAT64 = 1e-10  # correct float64 computations agree far better; an error in the 9th digit exceeds it
 
 FLOAT32_ROUNDING = 2.0**-24
 
-FLOOR = 1e-3  # of the largest element at the end of the pass: below it a "relative" error says nothing
+FLOOR = 1e-3  # of the largest element at the end of the pass: errors are not relative to less
 
 OUTPUTS, GRADIENTS, PARAMETERS = "output", "gradient of the output", "gradient"
 
 BOUNDS = """\
-Relative: the largest absolute difference, divided by the reference's largest element (or, if that is \
-smaller, by a thousandth of the largest at the end of the pass: logits forward, their gradient backward).
+Relative error: the largest absolute difference divided by the largest element of the reference, or by a \
+thousandth of the largest element at the end of the pass (logits forward, their gradient backward) if that \
+is larger.
 Bound in float64: 1e-10.
-Bound in float32: 8 u sqrt(n), with u = 2^-24 and n the terms added up so far, one layer after the other \
-(a layer counts its longest axis, forward and again backward): n independent roundings on either side add \
-up to about u sqrt(n) (Higham and Mary 2019), 2 sides, 4 standard deviations."""
+Bound in float32: 8 u sqrt(n), where u = 2^-24 and n is the number of terms summed so far, layer after layer \
+(each layer adds its longest axis, once forward and once backward). n independent roundings accumulate to \
+about u sqrt(n) (Higham and Mary 2019); the factor 8 is 2 sides times 4 standard deviations."""
 
 
 @dataclass(frozen=True)
 class Row:
-    """One array of ours against its counterpart."""
+    """The comparison of one of our arrays with its counterpart."""
 
     kind: str  # OUTPUTS; or backward GRADIENTS (dL/d(output)) or PARAMETERS (dL/d(parameter))
     name: str  # of our module or parameter
     their_name: str
     shape: tuple[int, ...]
     absolute: float  # largest difference of two elements
-    relative: float  # the same divided as ``BOUNDS`` says
-    bound: float  # of ``relative``
+    relative: float  # relative error as defined in ``BOUNDS``
+    bound: float  # largest allowed ``relative``
 
     @property
     def agrees(self) -> bool:
-        return self.relative <= self.bound  # false for nan
+        return self.relative <= self.bound  # False for nan
 
     def __str__(self) -> str:
         return f"{self.kind} of {self.name}"
@@ -51,38 +52,39 @@ class Row:
 
 @dataclass
 class Comparison:
-    """What ``compare`` found: ``rows`` in the order of computation, all of forward, then backward."""
+    """The result of ``compare``: ``rows`` in the order of computation, forward and then backward."""
 
     rows: list[Row] = field(default_factory=list)
-    only_ours: list[str] = field(default_factory=list)  # what ran or has a gradient on one side only
+    only_ours: list[str] = field(default_factory=list)  # names that ran or have a gradient on one side only
     only_theirs: list[str] = field(default_factory=list)
 
     @property
     def first(self) -> Row | None:
-        """The first row that breaks its bound; None if every one agrees."""
+        """The first row that exceeds its bound, or None."""
         return next((row for row in self.rows if not row.agrees), None)
 
     @property
     def worst(self) -> Row:
-        """The row that comes closest to its bound, or breaks it by most."""
+        """The row with the largest error relative to its bound."""
         return max(self.rows, key=lambda r: math.inf if math.isnan(r.relative) else r.relative / r.bound)
 
     def verdict(self) -> str:
-        """One sentence: everything agrees, or where it stops."""
+        """One sentence: all rows agree, or the first that differs."""
         first = self.first
         if first is None:
             return (
-                f"All {len(self.rows)} rows agree; closest to its bound: {self.worst}, "
-                f"off by {self.worst.relative:.1e} of {self.worst.bound:.1e}."
+                f"All {len(self.rows)} rows agree. The closest to its bound is the {self.worst} "
+                f"(error {self.worst.relative:.1e}, bound {self.worst.bound:.1e})."
             )
-        before = self.rows[self.rows.index(first) - 1] if first is not self.rows[0] else "nothing before it"
+        place = self.rows.index(first)
+        last = f"The last to agree is the {self.rows[place - 1]}." if place else "It is the first row."
         return (
-            f"First diverging layer: {first.name} ({first}, off by {first.relative:.1e}, "
-            f"bound {first.bound:.1e}); the last to agree is the {before}."
+            f"First diverging layer: {first.name} ({first}, error {first.relative:.1e}, "
+            f"bound {first.bound:.1e}). {last}"
         )
 
     def __str__(self) -> str:
-        """The table, what exists on one side only, the verdict."""
+        """The table, the names that exist on one side only, and the verdict."""
         width = max(len(row.name) for row in self.rows)
         lines = [f"{'layer':<{width}}  {'':22}  {'shape':<18}  {'max abs':>8}  {'relative':>8}  {'bound':>8}"]
         for r in self.rows:
@@ -92,7 +94,7 @@ class Comparison:
             )
         for side, names in {"ours": self.only_ours, "theirs": self.only_theirs}.items():
             if names:
-                lines.append(f"Only in {side}, not compared: {', '.join(names)}.")
+                lines.append(f"Only in {side} and not compared: {', '.join(names)}.")
         return "\n".join([*lines, self.verdict()])
 
 
@@ -108,18 +110,18 @@ def compare(
 ) -> Comparison:
     """Run two models on the same inputs and compare every layer's output and every gradient.
 
-    ``ours`` and ``theirs`` are tinyllm or torch modules, in any combination, in float32 or float64
-    (float64 tells a bug from rounding). They must hold the same weights already: nothing is copied
-    from one to the other, and both are left as they were. ``inputs`` is an array or a tuple of arrays.
+    ``ours`` and ``theirs`` are tinyllm or torch modules in any combination, in float32 or float64 (float64
+    distinguishes a bug from rounding). They must already have the same weights: nothing is copied from one to
+    the other, and both are restored. ``inputs`` is an array or a tuple of arrays.
 
-    ``names`` maps our modules (or parameters) to theirs, None where there is no counterpart; without
-    it they are paired by name, or by their parameters' shapes in the order they run. ``bound`` is the
-    allowed relative difference (default: as ``BOUNDS`` says). ``calls`` holds, for either
-    side, ``call(module, *inputs)`` that returns the tensor to run backward from, for a model that
-    returns something else first; ``seed`` draws the gradient that backward starts from.
+    ``names`` maps our modules or parameters to theirs, or to None if there is no counterpart. Without it they
+    are paired by name, or by the shapes of their parameters in the order in which they run. ``bound`` is the
+    largest relative error (default: ``BOUNDS``). ``calls`` are the ``call`` arguments of ``capture`` for each
+    side, for a model whose first returned tensor is not the one to differentiate. ``seed`` determines the
+    upstream gradient.
 
-    Both run in eval mode. Raises Error for a name map that misses layers, for layers that do not fit,
-    and for shapes that differ (all are listed).
+    Both run in eval mode. Raises Error if ``names`` misses layers, if no layers can be paired, and if shapes
+    differ (all are listed).
     """
     runs = capture(ours, inputs, calls[0], seed), capture(theirs, inputs, calls[1], seed)
     return compare_captures(*runs, names, bound=bound)
@@ -128,7 +130,7 @@ def compare(
 def compare_captures(
     ours: Capture, theirs: Capture, names: Mapping[str, str | None] | None = None, *, bound=None
 ) -> Comparison:
-    """``compare`` for two runs that are captured already."""
+    """``compare`` for two runs that have already been captured."""
     modules, parameters = match(ours, theirs, names)
     outputs = _labels(ours.outputs, theirs.outputs, modules) | {OUTPUT: OUTPUT}
     gradients = _labels(ours.gradients, theirs.gradients, modules)
@@ -151,7 +153,7 @@ def compare_captures(
         if name in gradients:
             other = gradients[name]
             add(GRADIENTS, name, other, ours.gradients[name], theirs.gradients[other], scale)
-        for parameter in ours.layers.get(name, {}).values():  # known now, unless it is tied
+        for parameter in ours.layers.get(name, {}).values():  # complete now, unless it is tied
             if parameter in waiting and parameter.rpartition(".")[0] == name:
                 other = waiting.pop(parameter)
                 add(PARAMETERS, parameter, other, ours.parameters[parameter], theirs.parameters[other], scale)
@@ -166,7 +168,7 @@ def compare_captures(
 
 
 def difference(mine, other, scale: float) -> tuple[float, float]:
-    """(largest absolute difference, the same relative to the reference ``other``), as ``BOUNDS`` says."""
+    """(largest absolute difference, relative error) with ``other`` as the reference; see ``BOUNDS``."""
     if mine is None and other is None:  # neither has a gradient
         return 0.0, 0.0
     if mine is None or other is None:
@@ -186,7 +188,7 @@ def _largest(array) -> float:
 
 
 class _Bounds:
-    """The bound of each row, asked for in the order of computation."""
+    """The bound of each row; ``at`` must be called in the order of computation."""
 
     def __init__(self, ours: Capture, theirs: Capture, bound: float | None):
         self.ours, self.terms, self.bound = ours, 0, bound
@@ -201,7 +203,7 @@ class _Bounds:
 
 
 def _labels(ours: dict, theirs: dict, modules: dict[str, str]) -> dict[str, str]:
-    """Our label -> theirs, for what both have: the k-th call of a module is the k-th of its counterpart."""
+    """Our label -> theirs: the k-th call of a module is paired with the k-th call of its counterpart."""
     pairs = {}
     for label in ours:
         name, mark, call = label.partition(" #")
@@ -212,7 +214,7 @@ def _labels(ours: dict, theirs: dict, modules: dict[str, str]) -> dict[str, str]
 
 
 def _check_shapes(ours: Capture, theirs: Capture, outputs: dict, parameters: dict) -> None:
-    """(B, T, C), (1, B, T, C) and (B·T, C) are the same rows; anything else differs."""
+    """Check all shapes; (B, T, C), (1, B, T, C) and (B·T, C) count as equal outputs."""
 
     def rows(shape):
         return math.prod(shape), shape[-1:] if math.prod(shape) > 1 else ()
@@ -226,7 +228,7 @@ def _check_shapes(ours: Capture, theirs: Capture, outputs: dict, parameters: dic
 
 
 def _unpaired(run: Capture, outputs, gradients, parameters) -> list[str]:
-    """What ran or got a gradient and was compared with nothing."""
+    """The names that ran or received a gradient and were not compared."""
     modules = [name for name in run.outputs if name not in outputs]
     lone = [
         f"{name} (its gradient)" for name in run.gradients if name in set(outputs) and name not in gradients

@@ -1,8 +1,8 @@
-"""Which layer of one model is which of the other?
+"""Pairing of the layers of two models.
 
-By a name map, or guessed: by equal names if one model has all names of the other, else by the shapes of
-the parameters in the order in which the layers run. A *layer* is a module that owns parameters.
-Containers follow from what they contain.
+Layers are paired by a given name map; otherwise by equal names if one model has all names of the other, and
+else by the shapes of their parameters in the order in which they run. A *layer* is a module that owns
+parameters. Containers are paired by their contents.
 """
 
 from __future__ import annotations
@@ -15,15 +15,15 @@ from tinyllm.errors import Error
 
 
 def match(ours: Capture, theirs: Capture, names: Mapping[str, str | None] | None) -> tuple[dict, dict]:
-    """(modules, parameters): what is compared with what, as our name -> their name.
+    """(modules, parameters) to compare, each as our name -> their name.
 
-    ``names`` maps our modules or parameters to theirs, or to None where there is no counterpart. Raises
-    Error if it misses a layer of ours, names something that does not exist, or if nothing fits.
+    ``names`` maps our modules or parameters to theirs, or to None if there is no counterpart. Raises Error if
+    it misses one of our layers or contains a name that does not exist, and if no layers can be paired.
     """
     if names is None:
         modules, parameters = _guess_layers(ours, theirs), {}
         if ours.layers and not modules:
-            raise Error("no layer has parameters of the same shapes as one of the other model: pass names=")
+            raise Error("no layers have parameters of the same shapes in both models: pass names=")
     else:
         _check(names, ours, theirs)
         given = {name: other for name, other in names.items() if other is not None}
@@ -38,7 +38,7 @@ def match(ours: Capture, theirs: Capture, names: Mapping[str, str | None] | None
 
 
 def _check(names: Mapping[str, str | None], ours: Capture, theirs: Capture) -> None:
-    """Every layer of ours is in the map, by itself or by all its parameters; every name exists."""
+    """Check that the map has each of our layers, or all its parameters, and that every name exists."""
     missed = [
         layer
         for layer, own in ours.layers.items()
@@ -80,7 +80,7 @@ def _signature(run: Capture, layer: str) -> tuple:
 
 
 def _add_containers(modules: dict[str, str], names: Mapping, ours: Capture, theirs: Capture) -> None:
-    """Pair what holds the same pairs of layers, innermost first; then equal last names beside a pair."""
+    """Pair containers of equal layer pairs, innermost first; then equal leaf names in paired parents."""
     mine = {name: name for name in modules}  # each side's name of a pair -> our name of it
     others = {other: name for name, other in modules.items()}
     groups = [_by_content(ours, mine), _by_content(theirs, others)]
@@ -100,7 +100,7 @@ def _add_containers(modules: dict[str, str], names: Mapping, ours: Capture, thei
 
 
 def _by_content(run: Capture, pairs: dict[str, str]) -> dict[frozenset, list[str]]:
-    """Pairs of layers -> all unpaired containers that hold just these, in the order they ran."""
+    """Set of layer pairs -> the unpaired containers of exactly these, in the order they ran."""
     groups: dict[frozenset, list[str]] = {}
     for name in (name for name in run.outputs if name in run.modules and name not in pairs):
         inside = frozenset(pair for inner, pair in pairs.items() if inner.startswith(f"{name}."))
@@ -110,7 +110,7 @@ def _by_content(run: Capture, pairs: dict[str, str]) -> dict[frozenset, list[str
 
 
 def _add_parameters(parameters: dict, mine: dict, other: dict, ours: Capture, theirs: Capture) -> None:
-    """Pair the parameters of two layers: equal leaf names, then equal shapes in the order of definition."""
+    """Pair the parameters of two layers by equal leaf names, then by shape in the order of definition."""
     taken = set(parameters.values())
     pairs = [(mine[leaf], other[leaf]) for leaf in mine if leaf in other]
     rest = [name for leaf, name in mine.items() if leaf not in other]

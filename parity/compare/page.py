@@ -1,7 +1,6 @@
-"""How does the error grow through a model's depth? One HTML page that needs nothing but itself.
+"""The HTML page of a report: the error of every layer, plotted over depth and listed in a table.
 
-The curves are SVG written here rather than a plotting library's picture: every point of it tells its
-layer's name, and the page can be searched.
+The curves are inline SVG instead of an image, so that every point shows the name of its layer.
 """
 
 from __future__ import annotations
@@ -61,14 +60,14 @@ def render(findings: Findings) -> str:
     return f"""<!doctype html>
 <html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">
 <title>parity: {escape(findings.facts.get("model", "report"))}</title><style>{COLOURS}{STYLE}</style>
-<h1>Does tinyllm compute what PyTorch computes?</h1>
+<h1>tinyllm compared with PyTorch</h1>
 <p class="verdict{"" if findings.first is None else " bad"}">{_verdict(findings)}
 <dl>{facts}</dl>
-<h2>Forward: error of every layer's output</h2>
+<h2>Forward pass: error of every layer's output</h2>
 {_legend(parameters=False)}{_plot(forward)}
-<h2>Backward: error of every gradient</h2>
+<h2>Backward pass: error of every gradient</h2>
 {_legend(parameters=True)}{_plot(backward)}
-<h2>How this was measured</h2>
+<h2>Method</h2>
 {notes}
 <ul>{lone}</ul>
 <h2>Every layer, in the order of computation</h2>
@@ -82,7 +81,7 @@ def _row(line) -> Row:
 
 
 def _verdict(findings: Findings) -> str:
-    link = "" if findings.first is None else ' <a href="#first">Its row in the table.</a>'
+    link = "" if findings.first is None else ' <a href="#first">Go to its row in the table.</a>'
     return escape(findings.verdict()) + link
 
 
@@ -90,7 +89,7 @@ def _verdict(findings: Findings) -> str:
 
 
 def _legend(parameters: bool) -> str:
-    """One line of swatches; with ``parameters``, what a hollow point is."""
+    """One line of swatches; ``parameters`` adds that of the hollow points."""
 
     def item(x: int, shape: str, text: str) -> str:
         return f'<g transform="translate({x} 10)">{shape}<text x="24" y="4">{text}</text></g>'
@@ -100,15 +99,15 @@ def _legend(parameters: bool) -> str:
     items.append(item(430, '<path class="bound" d="M0 0H18"/>', "bound"))
     if parameters:
         hollow = '<circle class="hollow s0" cx="6" r="3.5"/><circle class="hollow s1" cx="16" r="3.5"/>'
-        items.append(item(510, hollow, "gradient of a parameter (filled: of a layer's output)"))
+        items.append(item(510, hollow, "gradient of a parameter (filled: gradient of a layer's output)"))
     return f'<svg viewBox="0 0 {WIDTH} 20">{"".join(items)}</svg>'
 
 
 def _plot(lines) -> str:
-    """Relative error (log scale) over the layers in the order of computation, with the bound."""
+    """SVG of the relative error (log scale) of the layers in the order of computation, with the bound."""
     values = [row.relative for line in lines for row in line if row and 0 < row.relative < math.inf]
     bounds = [_row(line).bound for line in lines]
-    low = math.floor(math.log10(min([*values, min(bounds) / 10]))) - 1  # the lowest line stands for 0
+    low = math.floor(math.log10(min([*values, min(bounds) / 10]))) - 1  # the lowest grid line is 0
     high = math.ceil(math.log10(max([*values, *bounds]))) + 1
     step = (WIDTH - LEFT - RIGHT) / len(lines)
     bottom = HEIGHT - BOTTOM
@@ -130,7 +129,7 @@ def _plot(lines) -> str:
     path = "L".join(f"{x(i):.1f} {y(bound):.1f}" for i, bound in enumerate(bounds))
     parts.append(f'<path class="bound" d="M{LEFT} {y(bounds[0]):.1f}L{path}H{WIDTH - RIGHT}"/>')
     radius = max(2.0, min(4.0, step / 2.2))
-    for side in (1, 0):  # the twin's points on top, smaller, so that equal ones both show
+    for side in (1, 0):  # the twin's points are smaller and on top, so that both of an equal pair show
         points = [(i, line[side]) for i, line in enumerate(lines) if line[side]]
         curve = "L".join(f"{x(i):.1f} {y(r.relative):.1f}" for i, r in points if r.kind != PARAMETERS)
         parts.append(f'<path class="curve s{side}" d="M{curve}"/>')
@@ -158,14 +157,14 @@ def _plot(lines) -> str:
 
 
 def _blocks(names: list[str], x, step: float, bottom: float) -> list[str]:
-    """A line where another block (h.0, h.1 …) or single layer begins, and its name where there is room."""
-    parts, free = [], 0.0  # free: where the last name ends
+    """A line where each block (h.0, h.1 …) or single layer begins, with its name if there is space."""
+    parts, free = [], 0.0  # free: x coordinate where the last name ends
     for group, indices in itertools.groupby(range(len(names)), key=lambda i: _block(names[i])):
         indices = list(indices)
         start, end = x(indices[0]) - step / 2, x(indices[-1]) + step / 2
         parts.append(f'<path class="block" d="M{start:.1f} {TOP}V{bottom}"/>')
         middle = (start + end) / 2
-        if end - start > 7 * len(group):  # it fits below its block; else it stands aslant, if there is room
+        if end - start > 7 * len(group):  # the name fits below its block; otherwise it is slanted
             at = f'x="{middle:.1f}" y="{bottom + 16}" text-anchor="middle"'
             parts.append(f"<text {at}>{escape(group)}</text>")
             free = middle + 3.5 * len(group)
@@ -177,7 +176,7 @@ def _blocks(names: list[str], x, step: float, bottom: float) -> list[str]:
 
 
 def _block(name: str) -> str:
-    """h.0 of h.0.attn.c_proj, wte of wte.weight."""
+    """The block or single layer of a name: h.0 for h.0.attn.c_proj, wte for wte.weight."""
     numbered = re.match(r".*?\.\d+(?=\.|$)", name)
     return numbered[0] if numbered else name.partition(".")[0]
 

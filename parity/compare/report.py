@@ -1,7 +1,7 @@
-"""Does a whole model compute what PyTorch and ``transformers`` compute, layer by layer?
+"""Comparison of a tinyllm model with its PyTorch twin and with ``transformers``, layer by layer.
 
-tinyllm's model, its PyTorch twin and the class of ``transformers`` run with the same weights on the same
-tokens; what each layer computes and every gradient are laid beside each other.
+All three run with the same weights on the same tokens. The outputs of all layers and all gradients are
+compared.
 """
 
 from __future__ import annotations
@@ -26,27 +26,27 @@ from tinyllm.models import ARCHITECTURES
 from tinyllm.nn import Module
 
 FUSED = (
-    "tinyllm's loss is the one it trains with, head and cross-entropy in one op: it never holds the "
-    "gradient of all logits at once, so that of lm_head's output exists on the other sides only."
+    "tinyllm's loss is the one used in training, which fuses the head and the cross-entropy. It never holds "
+    "the gradient of all logits at once, so the gradient of lm_head's output exists only on the other sides."
 )
 
 THEIR_LOSS = (
-    "The loss of transformers is computed here, from its logits in float64: its own loss converts them "
-    "to float32 even in a float64 model, and would be off by about 3e-8."
+    "The loss of transformers is computed here in float64, from its logits. Its own loss converts the logits "
+    "to float32 even in a float64 model, which is an error of about 3e-8."
 )
 
-COPIED = "transformers has the weights that tinyllm has, copied."
+COPIED = "The weights of transformers were copied from tinyllm."
 
-LOADED = "transformers read the folder with its own loader, tinyllm with its own."
+LOADED = "Both tinyllm and transformers loaded the folder with their own loaders."
 
 
 @dataclass
 class Findings:
-    """What ``examine`` found: tinyllm against its twin and against transformers."""
+    """The result of ``examine``: tinyllm against its twin and against transformers."""
 
     twin: Comparison
     theirs: Comparison
-    facts: dict[str, str] = field(default_factory=dict)  # what was compared, name -> value
+    facts: dict[str, str] = field(default_factory=dict)  # model, batch, dtype, versions
     notes: list[str] = field(default_factory=list)
 
     @property
@@ -58,7 +58,7 @@ class Findings:
 
     @property
     def first(self) -> tuple[Row, str] | None:
-        """The first row that breaks its bound, and against whom: "the twin" or "transformers"."""
+        """The first row that exceeds its bound, with its reference: "the twin" or "transformers"."""
         for line in self.lines:
             for row, side in zip(line, ("the twin", "transformers")):
                 if row is not None and not row.agrees:
@@ -66,25 +66,25 @@ class Findings:
         return None
 
     def verdict(self) -> str:
-        """One sentence: everything agrees, or the first layer that does not."""
+        """One sentence: all comparisons agree, or the first layer that differs."""
         if self.first is None:
             worst = [f"{side.worst.relative:.1e}" for side in (self.twin, self.theirs)]
             count = len(self.twin.rows) + len(self.theirs.rows)
             return (
-                f"All {count} comparisons are within their bounds; those closest to them are off by "
+                f"All {count} comparisons are within their bounds. The errors closest to their bounds are "
                 f"{worst[0]} (twin) and {worst[1]} (transformers)."
             )
         row, side = self.first
         rows = (self.twin if side == "the twin" else self.theirs).rows
         before = rows[rows.index(row) - 1] if row is not rows[0] else None
-        after = f"everything up to the {before} agrees" if before else "nothing comes before it"
+        after = f"Everything up to the {before} agrees." if before else "It is the first row."
         return (
             f"First diverging layer: {row.name}. The {row} differs from that of {side} by "
-            f"{row.relative:.1e}, the bound is {row.bound:.1e}; {after}."
+            f"{row.relative:.1e} (bound {row.bound:.1e}). {after}"
         )
 
     def one_sided(self) -> dict[str, list[str]]:
-        """What was compared with nothing, by side; ``*`` stands for every block's number."""
+        """The names that were not compared, by side; ``*`` stands for all block numbers."""
         return {
             "in tinyllm, not in the twin": _grouped(self.twin.only_ours),
             "in the twin, not in tinyllm": _grouped(self.twin.only_theirs),
@@ -93,7 +93,7 @@ class Findings:
         }
 
     def __str__(self) -> str:
-        """The table as plain text, and what else the page says."""
+        """The page as plain text."""
         lines = [f"{name}: {value}" for name, value in self.facts.items()]
         width = max(len((a or b).name) for a, b in self.lines)
         numbers = "{:>8}  {:>8}".format
@@ -116,16 +116,16 @@ class Findings:
 def examine(ours: Module, twin, theirs, ids, targets) -> Findings:
     """Run the three models on ids and targets, both (B, T), forward and backward, and compare them.
 
-    ``ours`` is a tinyllm model, ``twin`` its twin (``bridge.to_torch``), ``theirs`` the class of
-    ``transformers`` as ``bridge.to_transformers`` has it, all with the same weights.
+    ``ours`` is a tinyllm model, ``twin`` its twin (``bridge.to_torch``) and ``theirs`` its counterpart in
+    ``transformers`` (``bridge.to_transformers``). All three must have the same weights.
     """
     batch = (ids, targets)
-    logits = capture(ours, ids, lambda model, ids: model(ids).detach())  # the fused loss shows no logits
+    logits = capture(ours, ids, lambda model, ids: model(ids).detach())  # the fused loss has no logits
     loss = capture(ours, batch, _loss)
     run = replace(loss, outputs=logits.outputs | loss.outputs)
     names = bridge.transformers_names(ours, theirs)
     facts = {
-        "batch": f"{ids.shape[0]} × {ids.shape[1]} tokens, {(targets != -100).sum()} targets that count",
+        "batch": f"{ids.shape[0]} × {ids.shape[1]} tokens, {(targets != -100).sum()} targets",
         "dtype": str(next(ours.parameters()).dtype),
         "versions": f"NumPy {np.__version__}, PyTorch {torch.__version__}, "
         f"transformers {transformers.__version__}, Python {platform.python_version()}",
@@ -148,25 +148,25 @@ def _their_loss(model, ids, targets):
 
 
 def _with_loss(comparison: Comparison) -> Comparison:
-    """What the three calls return is their loss: say so."""
+    """The comparison with the returned value under the name "loss"."""
     rows = [replace(row, name="loss") if row.name == OUTPUT else row for row in comparison.rows]
     return replace(comparison, rows=rows)
 
 
 def _grouped(names: list[str]) -> list[str]:
-    """h.0.mlp.act and h.1.mlp.act become one: h.*.mlp.act (2)."""
+    """The names with block numbers grouped: h.0.mlp.act and h.1.mlp.act become h.*.mlp.act (2)."""
     count = Counter(re.sub(r"\.\d+(?=\.)", ".*", name) for name in names)
     return [f"{name} ({times})" if times > 1 else name for name, times in count.items()]
 
 
-# ------------------------------------------------------------------------- what to run it on
+# ------------------------------------------------------------------------- models and batches
 
 
 def random_models(arch: str, sizes: dict, dtype: str, seed: int):
     """(tinyllm model, twin, transformers model) with the same random weights, in eval mode.
 
-    Matrices are drawn so that they keep the scale of what they multiply; biases, and norms around 1,
-    with a standard deviation of 0.3: at 0 and 1, where training begins, a forgotten one would not show.
+    Matrices preserve the scale of their inputs. Biases and norms are perturbed with a standard deviation of
+    0.3, because at their initial values 0 and 1 a missing bias or norm weight would not be noticed.
     """
     rng = np.random.default_rng(seed)
     ours = ARCHITECTURES[arch]
@@ -181,7 +181,7 @@ def random_models(arch: str, sizes: dict, dtype: str, seed: int):
 
 
 def models_of(folder: Path, dtype: str):
-    """(tinyllm model, twin, transformers model, how the latter got its weights) of a model's folder."""
+    """(tinyllm model, twin, transformers model, note on how the latter was loaded) for a model's folder."""
     ours, twin = bridge.load_pair(folder, dtype)
     if not twin.can_be_published(ours.config):
         return ours, twin, bridge.to_transformers(ours), COPIED
@@ -196,7 +196,7 @@ def _read_by_transformers(kind, folder: Path, dtype: str, attention: str):
 
 
 def random_batch(model: Module, batch: int, tokens: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Random ids and targets, both (batch, tokens); about every fifth target does not count."""
+    """Random ids and targets, both (batch, tokens); about one target in five is ignored (-100)."""
     _check_length(model, tokens)
     V, rng = model.config.vocab_size, np.random.default_rng(seed)
     ids = rng.integers(0, V, (batch, tokens))
@@ -206,9 +206,9 @@ def random_batch(model: Module, batch: int, tokens: int, seed: int) -> tuple[np.
 
 
 def given_batch(model: Module, ids: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
-    """One sequence (1, T) of at least two ids and its targets: at each position the next id."""
+    """A sequence of at least two ids as (ids, targets), both (1, T): each target is the next id."""
     if len(ids) < 2:
-        raise Error("--ids needs at least two token ids: the second is the target of the first")
+        raise Error("--ids needs at least two token ids, because each is the target of the one before")
     _check_length(model, len(ids) - 1)
     checked = check_ids(np.array([ids]), model.config.vocab_size, name="--ids")
     return checked[:, :-1], checked[:, 1:]
@@ -216,4 +216,4 @@ def given_batch(model: Module, ids: tuple[int, ...]) -> tuple[np.ndarray, np.nda
 
 def _check_length(model: Module, tokens: int) -> None:
     if tokens > model.context:
-        raise Error(f"{tokens} tokens are too many: the model takes at most {model.context}")
+        raise Error(f"{tokens} tokens exceed the model's context of {model.context}: use fewer")

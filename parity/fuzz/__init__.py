@@ -1,1 +1,1 @@
-"""Every file that tinyllm reads, broken in every way: refused in one sentence, or loaded as it should be."""
+"""Fuzzing of every file format that tinyllm reads: a broken file is refused, or what it loads is valid."""

@@ -1,6 +1,6 @@
-"""GGUF files, broken: a small Llama, and the two kinds of vocabulary they can hold.
+"""Broken GGUF files: a small Llama, and both kinds of vocabulary.
 
-They are written here field by field, so that it is known where every number lies.
+They are written field by field, so that the offset of every number is known.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ GGUF = "model.gguf"
 
 
 class GGUFWriter:
-    """A GGUF file, written field by field: ``data``, and in ``places`` every number's offset and width."""
+    """Writes a GGUF file field by field into ``data``; ``places`` has every number's offset and width."""
 
     def __init__(self):
         self.data, self.places = bytearray(), {}
@@ -63,9 +63,9 @@ class GGUFWriter:
 
 
 def gguf(keys: list[tuple], tensors: list[tuple], shift: int = 0) -> GGUFWriter:
-    """A file with these keys (name, type, value, elements' type), and tensors (name, shape, type, bytes).
+    """A file with these keys (name, type, value, element type) and tensors (name, shape, type, bytes).
 
-    Every tensor but the first lies ``shift`` bytes from where it should.
+    The offsets of all tensors but the first are wrong by ``shift`` bytes.
     """
     writer = GGUFWriter()
     writer.data += b"GGUF"
@@ -89,7 +89,7 @@ def gguf(keys: list[tuple], tensors: list[tuple], shift: int = 0) -> GGUFWriter:
 
 
 def _gguf_tensors() -> list[tuple]:
-    """A Llama of one layer, 32 channels, an MLP of 64 and 8 tokens, in F32 (0), F16 (1) and Q8_0 (8)."""
+    """A Llama with one layer, 32 channels, 64 in the MLP and 8 tokens, in F32 (0), F16 (1) and Q8_0 (8)."""
     shapes = {
         "token_embd": ((8, 32), 0),
         "blk.0.attn_norm": ((32,), 0),
@@ -203,7 +203,7 @@ OTHER_VALUES = [
 
 
 def _gguf_mutations(keys: list[tuple], changed: list[tuple] | None = None) -> list[Mutation]:
-    """Of a file with these keys, of which only ``changed`` get other values, all of them if not given."""
+    """Mutations of a file with these keys; only the keys in ``changed`` (default: all) get other values."""
     written = gguf(keys, _gguf_tensors())
     ends = [start + width for start, width in written.places.values()]
     mutations = [
@@ -217,7 +217,7 @@ def _gguf_mutations(keys: list[tuple], changed: list[tuple] | None = None) -> li
             others = [*keys[:at], (key[0], *other), *keys[at + 1 :]]
             mutations.append(_whole_gguf(f"{key[0]} is {other[1]!r} of type {other[0]}", others))
         mutations.append(_whole_gguf(f"no {key[0]}", [*keys[:at], *keys[at + 1 :]]))
-        mutations.append(_whole_gguf(f"{key[0]} twice", [*keys, key], expect="refused"))
+        mutations.append(_whole_gguf(f"{key[0]} repeated", [*keys, key], expect="refused"))
     return mutations
 
 
@@ -241,8 +241,8 @@ def _tensor_mutations() -> list[Mutation]:
         _whole_gguf(f"tensors shifted by {shift}", MODEL_KEYS, shift=shift, expect="refused")
         for shift in (-32, -1, 1, 16)
     ]
-    mutations.append(_whole_gguf("a tensor twice", MODEL_KEYS, [*tensors, tensors[0]], expect="refused"))
-    # One key, "x", with an array of one array of one array …
+    mutations.append(_whole_gguf("a tensor repeated", MODEL_KEYS, [*tensors, tensors[0]], expect="refused"))
+    # One key, "x", whose value is an array that contains one array that contains one array …
     nested = b"GGUF" + struct.pack("<IQQQcI", 3, 0, 1, 1, b"x", ARRAY) + struct.pack("<IQ", ARRAY, 1) * DEPTH
     mutations.append(fixed_edit(GGUF, "deep arrays", lambda old: nested, expect="refused"))
     return mutations

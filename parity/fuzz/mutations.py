@@ -1,9 +1,9 @@
-"""In how many ways can a file be wrong?
+"""Mutations: the ways to break a file.
 
-A mutation turns a valid folder into one that may be broken. The fixed ones are a list that is gone through:
-every key of a JSON file with every kind of value, every length with every number that overflows something,
-the file cut off at every place where one thing ends and the next begins, and what is no file at all in its
-place. The drawn ones come from a generator: flipped bits, random bytes, parts moved or doubled.
+A mutation turns a valid folder into one that may be broken. The fixed mutations are enumerated: every key of
+a JSON file with every kind of value, every length with numbers that overflow, the file truncated at every
+boundary between two parts, and pipes, links and folders instead of the file. The random mutations flip bits,
+insert random bytes, and move or repeat parts.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ import numpy as np
 
 Rng = np.random.Generator
 
-DEPTH = 100_000  # of nested lists: far beyond what recursion reaches
+DEPTH = 100_000  # of nested lists: far beyond the recursion limit
 
-# JSON, as it is written into the place of a value
+# Replacements for a JSON value: description -> JSON text
 VALUES = {
     "null": "null",
     "true": "true",
@@ -60,18 +60,18 @@ VALUES = {
     "deep objects": '{"x":' * DEPTH + "1" + "}" * DEPTH,
 }
 
-# Where a binary file holds a number of n bytes: 0, 1, the largest of each sign, and what overflows when it
-# is added to, doubled, or taken times four.
+# Replacements for a binary number: 0, 1, the largest signed and unsigned ones, and numbers that overflow when
+# they are added to, doubled, or multiplied by four.
 NUMBERS = (0, 1, 2, 5, 2**16, 2**24, 2**31 - 1, 2**31, 2**32 - 1, 2**40, 2**62, 2**63 - 1, 2**63, 2**64 - 1)
 
 
 @dataclass(frozen=True)
 class Mutation:
-    """``apply(folder, rng)`` changes a valid folder; ``expect`` ("refused" or "loaded") if that is known."""
+    """``apply(folder, rng)`` changes a valid folder; ``expect`` is "refused" or "loaded" if that is known."""
 
     name: str
     apply: Callable[[Path, Rng], None]
-    drawn: bool = False
+    random: bool = False  # whether ``apply`` uses its generator
     expect: str | None = None
 
 
@@ -105,37 +105,41 @@ def replace(data: bytes, start: int, stop: int, by: bytes) -> bytes:
 
 
 def byte_mutations(data: bytes, file: str, places: Iterable[int] = ()) -> list[Mutation]:
-    """Of a file with these bytes; ``places`` are the offsets at which a part of it ends."""
+    """Mutations of a file with these bytes; ``places`` are the offsets at which its parts end."""
     cuts = sorted({place + by for place in (0, len(data), *places) for by in (-1, 0, 1)})
     mutations = [
-        fixed_edit(file, f"cut off after {n} of {len(data)} bytes", lambda data, n=n: data[:n])
+        fixed_edit(file, f"truncated after {n} of {len(data)} bytes", lambda data, n=n: data[:n])
         for n in cuts
         if 0 <= n < len(data)
     ]
     for name, more in (("a byte", b"\x00"), ("a line", b"\n"), ("text", b"x"), ("a megabyte", bytes(10**6))):
         mutations.append(fixed_edit(file, f"{name} appended", lambda data, more=more: data + more))
-    for name, first in (("no UTF-8", b"\xff\xfe"), ("a byte order mark", b"\xef\xbb\xbf"), ("\\0", b"\x00")):
-        mutations.append(fixed_edit(file, f"{name} in front", lambda data, first=first: first + data))
+    for name, first in (
+        ("invalid UTF-8", b"\xff\xfe"),
+        ("a byte order mark", b"\xef\xbb\xbf"),
+        ("\\0", b"\x00"),
+    ):
+        mutations.append(fixed_edit(file, f"{name} prepended", lambda data, first=first: first + data))
     mutations.append(fixed_edit(file, "twice", lambda data: data + data))
-    mutations.append(fixed_edit(file, "nothing but zeros", lambda data: bytes(len(data))))
-    drawn = {
+    mutations.append(fixed_edit(file, "only zeros", lambda data: bytes(len(data))))
+    changes = {
         "bits flipped": _flip_bits,
-        "a stretch of random bytes": _randomise,
-        "a stretch left out": _leave_out,
-        "a stretch twice": _repeat,
-        "a stretch put in": _insert,
-        "cut off": lambda data, rng: data[: rng.integers(len(data))],
+        "random bytes in a slice": _randomize,
+        "a slice removed": _remove,
+        "a slice repeated": _repeat,
+        "a slice inserted elsewhere": _insert,
+        "truncated": lambda data, rng: data[: rng.integers(len(data))],
         "one byte": _one_byte,
         "a number": _number_somewhere,
         "random bytes": lambda data, rng: rng.bytes(len(data)),
         "random bytes appended": lambda data, rng: data + rng.bytes(rng.integers(1, 100)),
-        "no UTF-8": lambda data, rng: _put_in(data, rng, b"\xc3\x28"),
+        "invalid UTF-8": lambda data, rng: _insert_bytes(data, rng, b"\xc3\x28"),
     }
-    return mutations + [edit(file, name, change, drawn=True) for name, change in drawn.items()]
+    return mutations + [edit(file, name, change, random=True) for name, change in changes.items()]
 
 
-def _stretch(data: bytes, rng: Rng) -> tuple[int, int]:
-    """Most often a short one, anywhere."""
+def _slice(data: bytes, rng: Rng) -> tuple[int, int]:
+    """(start, stop) of a random slice, usually a short one."""
     start = int(rng.integers(len(data)))
     return start, min(len(data), start + int(2 ** rng.uniform(0, 8)))
 
@@ -147,26 +151,26 @@ def _flip_bits(data: bytes, rng: Rng) -> bytes:
     return bytes(changed)
 
 
-def _randomise(data: bytes, rng: Rng) -> bytes:
-    start, stop = _stretch(data, rng)
+def _randomize(data: bytes, rng: Rng) -> bytes:
+    start, stop = _slice(data, rng)
     return replace(data, start, stop, rng.bytes(stop - start))
 
 
-def _leave_out(data: bytes, rng: Rng) -> bytes:
-    return replace(data, *_stretch(data, rng), b"")
+def _remove(data: bytes, rng: Rng) -> bytes:
+    return replace(data, *_slice(data, rng), b"")
 
 
 def _repeat(data: bytes, rng: Rng) -> bytes:
-    start, stop = _stretch(data, rng)
+    start, stop = _slice(data, rng)
     return replace(data, stop, stop, data[start:stop])
 
 
 def _insert(data: bytes, rng: Rng) -> bytes:
-    start, stop = _stretch(data, rng)
-    return _put_in(data, rng, data[start:stop])
+    start, stop = _slice(data, rng)
+    return _insert_bytes(data, rng, data[start:stop])
 
 
-def _put_in(data: bytes, rng: Rng, more: bytes) -> bytes:
+def _insert_bytes(data: bytes, rng: Rng, more: bytes) -> bytes:
     place = int(rng.integers(len(data) + 1))
     return replace(data, place, place, more)
 
@@ -184,7 +188,7 @@ def _number_somewhere(data: bytes, rng: Rng) -> bytes:
 
 
 def number_mutations(file: str, places: dict[str, tuple[int, int]]) -> list[Mutation]:
-    """Every number of a binary file, by its name with offset and width, as each of ``NUMBERS``."""
+    """Replace every number of a binary file (name -> offset, width) by each of ``NUMBERS``."""
     mutations = []
     for name, (start, width) in places.items():
         for number in sorted({number % 2 ** (8 * width) for number in NUMBERS}):
@@ -194,13 +198,13 @@ def number_mutations(file: str, places: dict[str, tuple[int, int]]) -> list[Muta
     return mutations
 
 
-# ---------------------------------------------------------------------------- what is no file
+# ---------------------------------------------------------------------------- missing and special files
 
 
 def file_mutations(file: str) -> list[Mutation]:
-    """No file at all, and the things a system has under a file's name."""
+    """The file is missing, or its name is that of a folder, pipe, link or device."""
     kinds = {"missing": Path.unlink, "a folder": _make_folder}
-    if os.name == "posix":  # Windows has no pipes with names, and links for administrators only
+    if os.name == "posix":  # Windows has no named pipes, and reserves links for administrators
         kinds |= {
             "a pipe": _make_pipe,
             "a link to itself": _link_to_itself,
@@ -254,24 +258,24 @@ def _to_blobs(path: Path) -> None:
 
 # ---------------------------------------------------------------------------- JSON
 
-HERE, FIRST = "<<here>>", "<<first>>"  # stand where raw JSON is written in; in no file of ours
+HERE, FIRST = "<<here>>", "<<first>>"  # placeholders for raw JSON; none of our files contains them
 
 
 def json_mutations(file: str, document, put: Callable[[bytes, str], bytes] | None = None) -> list[Mutation]:
-    """Of a JSON document in a file: every value as every kind of value; keys missing, new and twice.
+    """Mutations of a JSON document in a file: every value of every kind; keys missing, renamed and repeated.
 
-    ``put(data, text)`` gives the file's bytes with another text of the document; without it the file is
-    the document.
+    ``put(data, text)`` returns the file's bytes with another text of the document (default: the file is the
+    document).
     """
     put = put or (lambda data, text: text.encode("utf-8", "surrogatepass"))
-    places = {"the document": json.dumps(HERE)}  # what is replaced -> the text with HERE in its place
-    texts = {"there are two documents": json.dumps(document) * 2, "its brackets do not end": "[" * DEPTH}
+    places = {"the document": json.dumps(HERE)}  # name of the value -> the text with HERE in its place
+    texts = {"two documents": json.dumps(document) * 2, "unclosed brackets": "[" * DEPTH}
     for path in _paths(document):
         name = "/".join(map(str, path))
         places[name] = json.dumps(_changed(document, path, HERE))
         texts |= {f"{name}: {what}": text for what, text in _keys_changed(document, path)}
     mutations = [
-        # The text is made when it is needed: all of them together are hundreds of megabytes.
+        # Each text is built when it is needed: together they take hundreds of megabytes.
         fixed_edit(file, f"{name} is {kind}", partial(_with_value, put=put, text=text, value=value))
         for name, text in places.items()
         for kind, value in VALUES.items()
@@ -280,7 +284,7 @@ def json_mutations(file: str, document, put: Callable[[bytes, str], bytes] | Non
         fixed_edit(file, name, lambda data, text=text: put(data, text)) for name, text in texts.items()
     ]
     exchange = edit(
-        file, "two values exchanged", lambda data, rng: put(data, _exchanged(document, rng)), drawn=True
+        file, "two values exchanged", lambda data, rng: put(data, _exchanged(document, rng)), random=True
     )
     return [*mutations, exchange]
 
@@ -290,7 +294,7 @@ def _with_value(data: bytes, put: Callable[[bytes, str], bytes], text: str, valu
 
 
 def _paths(value, path: tuple = ()) -> Iterator[tuple]:
-    """To every value; of a long list or object only to the first, second and last one."""
+    """The paths of all values; in a long list or object only those of the first, second and last one."""
     if isinstance(value, dict):
         inside = list(value)
     elif isinstance(value, list):
@@ -324,11 +328,11 @@ def _keys_changed(document, path: tuple) -> Iterator[tuple[str, str]]:
             json.dumps(_replaced(document, path[:-1], without | {f"{key}x": parent[key]})),
         )
         twice = json.dumps(_replaced(document, path[:-1], {FIRST: 1, **parent}))
-        for what, first in (("there twice", json.dumps(parent[key])), ("there twice, once as a text", '"x"')):
+        for what, first in (("repeated", json.dumps(parent[key])), ("repeated as a text", '"x"')):
             yield what, twice.replace(f"{json.dumps(FIRST)}: 1", f"{json.dumps(key)}: {first}", 1)
     else:
-        yield "left out", json.dumps(_replaced(document, path[:-1], parent[:key] + parent[key + 1 :]))
-        yield "twice", json.dumps(_replaced(document, path[:-1], [*parent, parent[key]]))
+        yield "removed", json.dumps(_replaced(document, path[:-1], parent[:key] + parent[key + 1 :]))
+        yield "repeated", json.dumps(_replaced(document, path[:-1], [*parent, parent[key]]))
 
 
 def _replaced(document, path: tuple, value):
@@ -338,7 +342,7 @@ def _replaced(document, path: tuple, value):
 def _exchanged(document, rng: Rng) -> str:
     paths = list(_paths(document))
     one, other = (paths[i] for i in rng.integers(len(paths), size=2))
-    if one[: len(other)] == other or other[: len(one)] == one:  # one holds the other
+    if one[: len(other)] == other or other[: len(one)] == one:  # one contains the other
         return json.dumps(_changed(document, one, None))
     return json.dumps(_changed(_changed(document, one, _at(document, other)), other, _at(document, one)))
 
@@ -346,8 +350,8 @@ def _exchanged(document, rng: Rng) -> str:
 # ---------------------------------------------------------------------------- lines
 
 
-# Nothing, spaces, no UTF-8, too few and too many words, JSON of other kinds, ranks that are none, a line
-# separator that is none, and a line that is long.
+# Empty, a space, invalid UTF-8, too few and too many words, other kinds of JSON, invalid ranks, a Unicode
+# line separator, and a long line.
 LINES = (
     *(b"", b" ", b"\x00", b"\xff\xff", b"x", b"x y z", b"{}", b"[]", b"[1, -1]", b"[1e999, 0]", b"0 0"),
     *(b"IQ== -1", b"IQ== 99999999999999999999", b"\xe2\x80\xa8", b"A" * 100_000),
@@ -355,7 +359,7 @@ LINES = (
 
 
 def line_mutations(data: bytes, file: str) -> list[Mutation]:
-    """Of a file in lines: other lines, fewer, more, in another order."""
+    """Mutations of a text file: lines replaced, removed, repeated and exchanged."""
     count = data.count(b"\n")
     mutations = []
     for number in sorted({0, 1, count // 2, count - 1}):
@@ -368,12 +372,12 @@ def line_mutations(data: bytes, file: str) -> list[Mutation]:
                 )
             )
         mutations.append(
-            fixed_edit(file, f"line {number} left out", lambda data, n=number: _with_line(data, n, []))
+            fixed_edit(file, f"line {number} removed", lambda data, n=number: _with_line(data, n, []))
         )
-    mutations.append(fixed_edit(file, "other line ends", lambda data: data.replace(b"\n", b"\r\n")))
-    mutations.append(fixed_edit(file, "no line ends", lambda data: data.replace(b"\n", b" ")))
-    mutations.append(edit(file, "two lines exchanged", _exchange_lines, drawn=True))
-    mutations.append(edit(file, "a line twice", _double_line, drawn=True))
+    mutations.append(fixed_edit(file, "CRLF line endings", lambda data: data.replace(b"\n", b"\r\n")))
+    mutations.append(fixed_edit(file, "no line endings", lambda data: data.replace(b"\n", b" ")))
+    mutations.append(edit(file, "two lines exchanged", _exchange_lines, random=True))
+    mutations.append(edit(file, "a line repeated", _repeat_line, random=True))
     return mutations
 
 
@@ -389,7 +393,7 @@ def _exchange_lines(data: bytes, rng: Rng) -> bytes:
     return b"\n".join(lines)
 
 
-def _double_line(data: bytes, rng: Rng) -> bytes:
+def _repeat_line(data: bytes, rng: Rng) -> bytes:
     lines = data.split(b"\n")
     one, other = (int(i) for i in rng.integers(len(lines), size=2))
     return b"\n".join([*lines[:one], lines[other], *lines[one:]])

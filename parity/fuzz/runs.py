@@ -1,4 +1,4 @@
-"""What we write ourselves and read again, broken: token files, also unfinished ones, runs, and texts."""
+"""Broken files of our own formats: token files, unfinished token files, and runs; and broken texts."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def make_tokens(folder: Path) -> None:
 
 
 def make_unfinished_tokens(folder: Path) -> None:
-    """One that was interrupted after two of three chunks, and had begun to write the third."""
+    """A token file that was interrupted while writing the third of three chunks."""
     ids, about = _begin_tokens(folder)
     (folder / TOKENS_FOLDER / PART).write_bytes(ids.tobytes())
     lines = [about, *_thirds(len(ids))]
@@ -71,7 +71,7 @@ def _begin_tokens(folder: Path) -> tuple[np.ndarray, dict]:
 
 
 def _thirds(count: int) -> list[list[int]]:
-    """Three chunks of ids and of bytes; the text has 240 bytes."""
+    """[ids, bytes] of three chunks; the text has 240 bytes."""
     return [[count // 3, 80], [count // 3, 80], [count - 2 * (count // 3), 80]]
 
 
@@ -85,7 +85,7 @@ def load_unfinished_tokens(folder: Path) -> None:
 
 
 def check_tokens(file: TokenFile) -> None:
-    """Ids in range, as many as the index says, and two parts that make the whole."""
+    """Check that ids are in range, that counts agree with the index, and that a split covers all tokens."""
     assert file.tokens.dtype == np.dtype("<u2") and len(file.tokens) == file.index["count"]
     assert file.tokens.max() < TOKENIZER.vocab_size
     counts, num_bytes = zip(*file.index["chunks"])
@@ -94,7 +94,7 @@ def check_tokens(file: TokenFile) -> None:
     try:
         train, validation, num_bytes = file.split(0.3)
     except Error:
-        return  # too few chunks
+        return  # too few chunks to split
     assert len(train) + len(validation) == len(file.tokens)
     assert 0 < num_bytes < len(SENTENCE) and type(num_bytes) is int
 
@@ -157,7 +157,7 @@ def make_run(folder: Path) -> None:
 
 
 def load_run(folder: Path) -> None:
-    """The curves of the run are finite numbers, and its row in the table can be printed."""
+    """Check that the run's curves are finite and that its row of the table can be printed."""
     run = read_run(folder)
     for key in ("train_eval_loss", "val_loss"):
         for x in plot.X_AXES:
@@ -166,7 +166,7 @@ def load_run(folder: Path) -> None:
     try:
         bits = run.curve("val_loss", "step", "bits-per-byte")[1]
     except Error:
-        pass  # they may not have been measured
+        pass  # the run may not have measured them
     else:
         assert np.isfinite(bits).all()
     assert run.name in plot.summary([folder])

@@ -1,4 +1,4 @@
-"""Which files do we read? Each of them, as ``harness.fuzz`` takes it: made, read and broken."""
+"""The list of targets: every file format that tinyllm reads."""
 
 from parity.fuzz import gguf, runs, tokenizers, weights
 from parity.fuzz.harness import Target

@@ -1,4 +1,4 @@
-"""Tokenizers, broken: our own, Hugging Face's, Llama's two, and the files beside them."""
+"""Broken tokenizers: our own, Hugging Face's, both of Llama's, and their configuration files."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from tinyllm.tokenizers.huggingface import BYTE_OF, MERGES, TOKENIZER_JSON, VOCA
 
 TEXTS = ("Hello, world: 12  and\n\n3", " é漢👍\x00\u2028", "")
 
-# A vocabulary of each of the two families
+# Vocabularies of the two families: SentencePiece and byte-level
 BYTE_TOKENS = [f"<0x{byte:02X}>" for byte in range(256)]
 
 PIECES = ["<unk>", "<s>", "</s>", *BYTE_TOKENS, "▁", "a", "b", "ab", "▁ab"]
@@ -40,7 +40,7 @@ BYTE_LEVEL_TOKENS = [*SYMBOLS, *(merge.replace(" ", "") for merge in BYTE_MERGES
 
 
 def check_tokenizer(tokenizer: Tokenizer) -> None:
-    """Its ids are in range, whatever it is asked; where it cannot do something, it says so by Error."""
+    """Check that all ids are in range, and that whatever the tokenizer cannot do raises Error."""
     size = tokenizer.vocab_size
     assert type(size) is int and size > 0, size
     ids = [*tokenizer.special_tokens.values(), *tokenizer.eos_ids]
@@ -48,7 +48,7 @@ def check_tokenizer(tokenizer: Tokenizer) -> None:
     assert all(type(i) is int and 0 <= i < size for i in ids), ids
     assert all(type(name) is str for name in tokenizer.special_tokens)
     assert tokenizer.chat_template is None or type(tokenizer.chat_template) is str
-    # Not the longest: tiktoken takes a minute for a hundred thousand letters in one word, from any file.
+    # Not the longest names: tiktoken takes a minute for one word of a hundred thousand letters.
     names = "".join([name for name in tokenizer.special_tokens if len(name) < 1000][:2])
     for text in TEXTS:
         for special in ("refuse", "allow", "text"):
@@ -58,14 +58,14 @@ def check_tokenizer(tokenizer: Tokenizer) -> None:
             assert type(tokenizer.decode([i])) is str
             assert type(tokenizer.decode_bytes([i])) is bytes
         except Error:
-            pass  # a vocabulary may leave an id out
+            pass  # a vocabulary may have gaps
 
 
 def check_encoding(tokenizer: Tokenizer, text: str, special: str) -> None:
     try:
         ids = tokenizer.encode(text, special)
     except Error:
-        return  # it has no token for a character, say
+        return  # for example, there is no token for a character
     assert all(type(i) is int and 0 <= i < tokenizer.vocab_size for i in ids), ids
     assert type(tokenizer.decode(ids)) is str
 
@@ -103,7 +103,7 @@ DEFINITIONS = [
     dict(merges=[[0, 1]] * 2),
     dict(merges=[[256, 0]]),
     dict(merges=[[0, 0], [256, 256], [257, 257]]),
-    dict(merges=[[0, 0], *([i, i] for i in range(256, 300))]),  # each token twice as long as the one before
+    dict(merges=[[0, 0], *([i, i] for i in range(256, 300))]),  # each token is twice as long as the last
     dict(merges=[[True, False]]),
     dict(merges=[[1.0, 2.0]]),
     dict(added_tokens=["<|x|>", "<|x|>"]),
@@ -120,7 +120,7 @@ def _definition(definition: dict, **change) -> Mutation:
 
 
 def byte_level_definition() -> dict:
-    """A tokenizer.json as GPT-2's and SmolLM2's are."""
+    """A tokenizer.json like those of GPT-2 and SmolLM2."""
     vocabulary = {token: i for i, token in enumerate(BYTE_LEVEL_TOKENS[:-1])}
     token = dict(single_word=False, lstrip=False, rstrip=False, normalized=False, special=True)
     byte_level = dict(type="ByteLevel", add_prefix_space=False, trim_offsets=True, use_regex=True)
@@ -153,7 +153,7 @@ def make_byte_level(folder: Path) -> None:
 
 
 def make_sentencepiece_json(folder: Path) -> None:
-    """A tokenizer.json as Llama 2's is."""
+    """Write a tokenizer.json like that of Llama 2."""
     definition = byte_level_definition()
     definition["added_tokens"] = [definition["added_tokens"][0] | {"id": 0, "content": "<unk>"}]
     definition["normalizer"] = {
@@ -256,7 +256,7 @@ def sentencepiece_mutations(folder: Path) -> list[Mutation]:
 
 
 def _field_lengths(data: bytes) -> list[int]:
-    """The offset of every piece's length: a protocol buffer's field 1, a message of less than 128 bytes."""
+    """The offset of every piece's length byte: field 1 of the protocol buffer, under 128 bytes long."""
     places, at = [], 0
     while data[at] == 0x0A:
         places.append(at + 1)
@@ -264,7 +264,7 @@ def _field_lengths(data: bytes) -> list[int]:
     return places
 
 
-BESIDE = {
+CONFIGS = {
     "tokenizer_config.json": {
         "bos_token": "<|end|>",
         "eos_token": {"__type": "AddedToken", "content": "<|end|>", "special": True},
@@ -279,14 +279,14 @@ TEMPLATE = "chat_template.jinja"
 
 def make_described(folder: Path) -> None:
     make_byte_level(folder)
-    for name, content in BESIDE.items():
+    for name, content in CONFIGS.items():
         write_json(folder / name, content)
     (folder / TEMPLATE).write_text("{% for m in messages %}{{ m.content }}{% endfor %}", encoding="utf-8")
 
 
 def described_mutations(folder: Path) -> list[Mutation]:
     mutations = []
-    for name in BESIDE:
+    for name in CONFIGS:
         mutations += json_mutations(name, read_json(folder / name))
         mutations += byte_mutations((folder / name).read_bytes(), name)
         mutations += file_mutations(name)

@@ -1,7 +1,7 @@
-"""Models in Hugging Face's layout, broken: safetensors files, their index, and config.json.
+"""Broken models in Hugging Face's layout: safetensors files, their index, and config.json.
 
-A safetensors file is written here by hand, and read again by hand to see that every array is the one that
-the header describes.
+Safetensors files are written and parsed here independently of the reader under test, to check that every
+array is the one that the header describes.
 """
 
 from __future__ import annotations
@@ -33,11 +33,11 @@ from tinyllm.weights.safetensors import CONFIG, INDEX, SINGLE_FILE, Weights
 
 # ---------------------------------------------------------------------------- safetensors
 
-NUMPY = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2"}  # bfloat16's bytes, as NumPy can read them
+NUMPY = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2"}  # bfloat16 as raw 16-bit integers
 
 
 def safetensors(tensors: dict[str, tuple[str, tuple[int, ...]]]) -> bytes:
-    """A file with these names, dtypes and shapes, and arbitrary numbers."""
+    """A safetensors file with these names, dtypes and shapes, and random numbers."""
     header, end = {"__metadata__": {"format": "pt"}}, 0
     for name, (dtype, shape) in tensors.items():
         start, end = end, end + math.prod(shape) * np.dtype(NUMPY[dtype]).itemsize
@@ -46,7 +46,7 @@ def safetensors(tensors: dict[str, tuple[str, tuple[int, ...]]]) -> bytes:
 
 
 def parts_of(data: bytes) -> tuple[str, bytes]:
-    """A safetensors file's header and the numbers after it."""
+    """(header, data) of a safetensors file."""
     (length,) = struct.unpack("<Q", data[:8])
     return data[8 : 8 + length].decode("utf-8"), data[8 + length :]
 
@@ -75,7 +75,7 @@ def load_single(folder: Path) -> None:
 
 
 def check_weights(weights: Mapping[str, np.ndarray], files: list[Path]) -> None:
-    """Every array has the dtype, the shape and the bytes that the headers say, read here by other means."""
+    """Check the dtype, shape and bytes of every array against the headers, parsed independently."""
     seen = set()
     for file in files:
         header, numbers = parts_of(file.read_bytes())
@@ -105,13 +105,13 @@ def header_mutations(file: str, data: bytes) -> list[Mutation]:
 
 
 def _tensor_changes(file: str, header: dict) -> list[Mutation]:
-    """Other dtypes; tensors that overlap, leave holes, run backwards; shapes whose size overflows."""
+    """Other dtypes; tensors that overlap, leave gaps or have reversed offsets; sizes that overflow."""
     changes = {
-        "a lies on b": {"data_offsets": header["b"]["data_offsets"]},
-        "a runs backwards": {"data_offsets": header["a"]["data_offsets"][::-1]},
+        "a overlaps b": {"data_offsets": header["b"]["data_offsets"]},
+        "a has reversed offsets": {"data_offsets": header["a"]["data_offsets"][::-1]},
         "a is one byte short": {"data_offsets": [0, 47]},
         "a begins late": {"data_offsets": [4, 48]},
-        "a ends behind all": {"data_offsets": [0, 2**40]},
+        "a ends after the file": {"data_offsets": [0, 2**40]},
         "a's size overflows 64 bits": {"shape": [2**32, 2**32, 3, 4]},
         "a's size overflows to 0": {"shape": [2**63, 2], "data_offsets": [0, 0]},
         "a has a thousand dimensions": {"shape": [1] * 1000 + [3, 4]},
@@ -123,7 +123,7 @@ def _tensor_changes(file: str, header: dict) -> list[Mutation]:
         _with_tensor(file, name, header, "a", change, expect="refused") for name, change in changes.items()
     ]
     for name, shape in (("huge", [0, 2**62]), ("of many dimensions", [0] * 100), ("overflowing", [0, 2**64])):
-        named = f"no numbers in a shape that is {name}"
+        named = f"an empty tensor whose shape is {name}"
         mutations.append(_with_tensor(file, named, header, "nothing", {"shape": shape}))
     return mutations
 
@@ -164,14 +164,14 @@ def shard_mutations(folder: Path) -> list[Mutation]:
         *file_mutations(SHARDS[1]),
         *header_mutations(SHARDS[0], data),
         *(
-            _led_out(index, name)
+            _outside(index, name)
             for name in ("../{}", "./{}", "sub/{}", "..\\{}", "{folder}/{}", "{}/", "{}\0")
         ),
     ]
 
 
-def _led_out(index: dict, name: str) -> Mutation:
-    """A good shard that lies where an index must not lead: a reader that follows would load it."""
+def _outside(index: dict, name: str) -> Mutation:
+    """The index refers to a valid shard in a forbidden place, which a careless reader would load."""
 
     def apply(folder: Path, rng: np.random.Generator) -> None:
         (folder / "sub").mkdir()
@@ -183,7 +183,7 @@ def _led_out(index: dict, name: str) -> Mutation:
         }
         write_json(folder / INDEX, index | {"weight_map": weight_map})
 
-    return Mutation(f"the index leads to {name!r}", apply, expect="refused")
+    return Mutation(f"the index refers to {name!r}", apply, expect="refused")
 
 
 # ---------------------------------------------------------------------------- models
@@ -229,7 +229,7 @@ def load_hugging_face(folder: Path) -> None:
 
 
 def check_model(model: Module) -> None:
-    """It is built as its config says, the config's values are of their types, and it computes."""
+    """Check that the config's values have their declared types, and that the model computes logits."""
     for name, parameter in model.named_parameters():
         assert parameter.data.dtype == np.float32, name
     hints = typing.get_type_hints(type(model.config))
@@ -243,7 +243,7 @@ def check_model(model: Module) -> None:
 
 
 def is_a(value, hint) -> bool:
-    """Whether a config's value is of the type of its field; a whole number is a float, and a bool is none."""
+    """Whether a config's value has its field's type; an int is a valid float, but a bool is not."""
     types = typing.get_args(hint) or (hint,)
     if isinstance(value, bool):
         return bool in types

@@ -1,1 +1,1 @@
-"""tinyllm's models in plain PyTorch, with the same names and the same weights."""
+"""tinyllm's models in plain PyTorch, with the same attribute names and the same weights."""

@@ -1,6 +1,6 @@
-"""The same weights in tinyllm, in its PyTorch twin and in ``transformers``.
+"""Copying weights between tinyllm, its PyTorch twin and ``transformers``.
 
-Everything here copies: two models never share memory, so changing one cannot change the other.
+Two models never share memory, so changing one cannot change the other.
 """
 
 from __future__ import annotations
@@ -19,21 +19,21 @@ from tinyllm.errors import Error
 from tinyllm.models import load_model
 from tinyllm.nn import Module
 
-TWINS = {twin.ours: twin for twin in (TorchGPT2, TorchLlama)}  # tinyllm's class -> the same in PyTorch
+TWINS = {twin.ours: twin for twin in (TorchGPT2, TorchLlama)}  # tinyllm's class -> its twin
 
-DTYPES = ("float32", "float64")  # what NumPy and torch both compute in
+DTYPES = ("float32", "float64")  # both NumPy and torch compute in these
 
 
 def twin_of(model: Module) -> type[TorchLanguageModel]:
     """The class of the twin of a tinyllm model."""
     if type(model) not in TWINS:
         supported = ", ".join(ours.__name__ for ours in TWINS)
-        raise Error(f"{type(model).__name__} has no twin in PyTorch; supported: {supported}")
+        raise Error(f"{type(model).__name__} does not have a PyTorch twin; supported: {supported}")
     return TWINS[type(model)]
 
 
 def to_torch(model: Module) -> torch.nn.Module:
-    """A PyTorch twin with the weights of a tinyllm model, in its dtype and its mode, on the CPU."""
+    """The PyTorch twin with the weights, dtype and mode of a tinyllm model, on the CPU."""
     kind = twin_of(model)
     arrays = {name: to_device(parameter.data, "cpu") for name, parameter in model.named_parameters()}
     dtype = _dtype(array.dtype.name for array in arrays.values())
@@ -47,7 +47,7 @@ def to_torch(model: Module) -> torch.nn.Module:
 
 
 def from_torch(twin: torch.nn.Module) -> Module:
-    """The tinyllm model with the weights of its PyTorch twin, in its dtype and its mode, on the CPU."""
+    """The tinyllm model with the weights, dtype and mode of its PyTorch twin, on the CPU."""
     if type(twin) not in TWINS.values():
         supported = ", ".join(theirs.__name__ for theirs in TWINS.values())
         raise Error(f"{type(twin).__name__} is not the twin of a tinyllm model; supported: {supported}")
@@ -68,7 +68,7 @@ def load_pair(name: str | Path, dtype: str = "float32") -> tuple[Module, torch.n
 
 
 def from_transformers(theirs) -> tuple[Module, torch.nn.Module]:
-    """(tinyllm model, PyTorch twin) with the weights of a ``transformers`` model that a twin names."""
+    """(tinyllm model, PyTorch twin) with the weights of a supported ``transformers`` model."""
     name, published = type(theirs).__name__, {twin.published: twin for twin in TWINS.values()}
     if name not in published:
         raise Error(f"{name} is not supported; supported: {', '.join(published)}")
@@ -84,10 +84,10 @@ def from_transformers(theirs) -> tuple[Module, torch.nn.Module]:
 
 
 def to_transformers(model: Module):
-    """The class of ``transformers`` with the weights of a tinyllm model, in its dtype and its mode.
+    """The ``transformers`` model with the weights, dtype and mode of a tinyllm model.
 
-    What its class cannot be told by its config, or computes in float32 even in a float64 model, is mended as
-    the twin's ``in_transformers`` and ``exact`` say.
+    Parts that their config does not cover are replaced by the twin's ``in_transformers``, and parts that
+    compute in float32 even in a float64 model by its ``exact``.
     """
     twin = twin_of(model)
     theirs = twin.exact(twin.in_transformers(model.config))
@@ -103,13 +103,13 @@ def to_transformers(model: Module):
 
 
 def transformers_names(model: Module, theirs) -> dict[str, str | None]:
-    """Each module of a tinyllm model -> its name in the ``transformers`` model; None if it has none."""
+    """Each module of a tinyllm model -> its name in the ``transformers`` model, or None."""
     known = {_our_name(theirs, name): name for name, _ in theirs.named_modules()}
     return {name: known.get(name) for name, _ in model.named_modules() if name}
 
 
 def _our_name(theirs, name: str) -> str:
-    """Their names less ``transformer.`` or ``model.``."""
+    """Their name without the prefix ``transformer.`` or ``model.``."""
     return name.removeprefix(f"{theirs.base_model_prefix}.")
 
 
@@ -117,7 +117,7 @@ def _dtype(names) -> str:
     found = sorted(set(names))
     if len(found) != 1 or found[0] not in DTYPES:
         both = " or ".join(DTYPES)
-        raise Error(f"weights in {' and '.join(found)} cannot be copied: convert all to {both}")
+        raise Error(f"weights in {' and '.join(found)} cannot be copied: convert all of them to {both}")
     return found[0]
 
 

@@ -1,6 +1,6 @@
-"""What is GPT-2 in PyTorch? tinyllm/models/gpt2.py again, part by part, with torch's own ops.
+"""GPT-2 in PyTorch: tinyllm/models/gpt2.py again, part by part, with torch's own ops.
 
-To be read side by side with it: same config, same names, same order. Weights come from ``bridge.py``.
+Read the two files side by side: same config, same names, same order. ``bridge.py`` copies the weights.
 
 Shapes: B batch, T time, C = n_embd channels, H = n_head heads of size D = C/H, V vocabulary.
 """
@@ -18,7 +18,7 @@ from tinyllm.models.gpt2 import GELU_FORMS, GPT2, GPT2Config
 
 
 class CausalSelfAttention(nn.Module):
-    """Every position attends to itself and those before it."""
+    """Causal self-attention: every position attends to itself and to those before it."""
 
     def __init__(self, config: GPT2Config):
         super().__init__()
@@ -40,7 +40,7 @@ class CausalSelfAttention(nn.Module):
 
 
 class MLP(nn.Module):
-    """The position-wise feed-forward network: out to a wider layer and back."""
+    """The position-wise feed-forward network: C -> 4C -> C channels, unless n_inner is set."""
 
     def __init__(self, config: GPT2Config):
         super().__init__()
@@ -56,7 +56,7 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention, then the MLP; each adds to the residual stream what it computed from its norm."""
+    """Attention, then the MLP; each reads the normalized residual stream and adds its output to it."""
 
     def __init__(self, config: GPT2Config):
         super().__init__()
@@ -87,7 +87,7 @@ class TorchGPT2(TorchLanguageModel):
         self.ln_f = nn.LayerNorm(C, config.layer_norm_epsilon)
         self.lm_head = nn.Linear(C, config.vocab_size, bias=config.lm_head_bias)
         if config.tie_word_embeddings:
-            self.lm_head.weight = self.wte.weight  # one matrix, read both ways
+            self.lm_head.weight = self.wte.weight  # one matrix for both
 
     def hidden_states(self, ids):  # (B, T) -> (B, T, C)
         positions = torch.arange(ids.shape[1], device=ids.device)
@@ -96,7 +96,7 @@ class TorchGPT2(TorchLanguageModel):
             x = block(x)
         return self.ln_f(x)
 
-    # ---- Beside transformers ----
+    # ---- The counterpart in transformers ----
 
     @staticmethod
     def random_config(**sizes) -> GPT2Config:
@@ -104,10 +104,10 @@ class TorchGPT2(TorchLanguageModel):
 
     @staticmethod
     def in_transformers(config: GPT2Config):
-        """With ``lm_head_bias`` its head, which has none, is replaced."""
+        """Its head has no bias, so with ``lm_head_bias`` the head is replaced."""
         import transformers
 
-        # Their default ids of the special tokens would be outside a small vocabulary.
+        # The default ids of the special tokens would be outside a small vocabulary.
         theirs = transformers.GPT2Config(**asdict(config), bos_token_id=0, eos_token_id=0)
         theirs._attn_implementation = TorchGPT2.attention
         model = transformers.GPT2LMHeadModel(theirs)
@@ -118,7 +118,7 @@ class TorchGPT2(TorchLanguageModel):
 
     @staticmethod
     def only_published(config: GPT2Config) -> list[str]:
-        """The bias for Q, K and V."""
+        """The bias of Q, K and V."""
         return [] if config.qkv_bias else [f"h.{i}.attn.c_attn.bias" for i in range(config.n_layer)]
 
     @staticmethod

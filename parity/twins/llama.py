@@ -1,6 +1,6 @@
-"""What is Llama in PyTorch? tinyllm/models/llama.py again, part by part, with torch's own ops.
+"""Llama in PyTorch: tinyllm/models/llama.py again, part by part, with torch's own ops.
 
-To be read side by side with it: same config, same names, same order. Weights come from ``bridge.py``.
+Read the two files side by side: same config, same names, same order. ``bridge.py`` copies the weights.
 
 Shapes: B batch, T time, C = hidden_size channels, H query heads and G key-value heads of size D, V
 vocabulary.
@@ -22,7 +22,7 @@ from tinyllm.models.llama import Llama, LlamaConfig
 
 
 def rope_frequencies(config: LlamaConfig) -> torch.Tensor:
-    """The angle of each pair of channels per position, (D/2,) in float64; the cases as Llama 3.1 has them."""
+    """Radians per position of each channel pair, (D/2,), in float64; "llama3" is the scaling of Llama 3.1."""
     rope, D = config.rope_parameters, config.head_dim
     frequencies = 1 / rope["rope_theta"] ** (torch.arange(0, D, 2, dtype=torch.float64) / D)
     if rope["rope_type"] == "linear":
@@ -39,14 +39,14 @@ def rope_frequencies(config: LlamaConfig) -> torch.Tensor:
 
 
 def rope(x, cos, sin):  # (B, H, T, D)
-    """Each half of the channels holds one coordinate of the points that are turned."""
+    """Rotate the points (x[i], x[i + D/2]) of every position by its angles."""
     half = x.shape[-1] // 2
-    turned_by_90_degrees = torch.cat([-x[..., half:], x[..., :half]], dim=-1)
-    return x * torch.cat([cos, cos], dim=-1) + turned_by_90_degrees * torch.cat([sin, sin], dim=-1)
+    rotated_by_90_degrees = torch.cat([-x[..., half:], x[..., :half]], dim=-1)
+    return x * torch.cat([cos, cos], dim=-1) + rotated_by_90_degrees * torch.cat([sin, sin], dim=-1)
 
 
 class GroupedQueryAttention(nn.Module):
-    """Every position attends to itself and those before it; H query heads share G keys and values."""
+    """Causal self-attention in which H query heads share G key-value heads."""
 
     def __init__(self, config: LlamaConfig):
         super().__init__()
@@ -73,7 +73,7 @@ class GroupedQueryAttention(nn.Module):
 
 
 class SwiGLU(nn.Module):
-    """The position-wise feed-forward network: out to a wider layer, gated, and back."""
+    """The gated position-wise feed-forward network: down(silu(gate(x)) * up(x))."""
 
     def __init__(self, config: LlamaConfig):
         super().__init__()
@@ -87,7 +87,7 @@ class SwiGLU(nn.Module):
 
 
 class LlamaBlock(nn.Module):
-    """Attention, then the MLP; each adds to the residual stream what it computed from its norm."""
+    """Attention, then the MLP; each reads the normalized residual stream and adds its output to it."""
 
     def __init__(self, config: LlamaConfig):
         super().__init__()
@@ -107,8 +107,8 @@ class TorchLlama(TorchLanguageModel):
     ours, config_class = Llama, LlamaConfig
     published, attention = "LlamaForCausalLM", "sdpa"
     note = (
-        "The Llama of transformers has torch's RMSNorm and SDPA here, and RoPE's angles in float64: its own "
-        "norm, angles and eager softmax are float32 even in a float64 model, and would be off by about 1e-7."
+        "The Llama of transformers uses torch's RMSNorm and SDPA here, and RoPE angles in float64, because "
+        "its own norm, angles and eager softmax are float32 even in a float64 model: an error of about 1e-7."
     )
 
     def __init__(self, config: LlamaConfig):
@@ -120,7 +120,7 @@ class TorchLlama(TorchLanguageModel):
         self.norm = nn.RMSNorm(C, config.rms_norm_eps)
         self.lm_head = nn.Linear(C, config.vocab_size, bias=False)
         if config.tie_word_embeddings:
-            self.lm_head.weight = self.embed_tokens.weight  # one matrix, read both ways
+            self.lm_head.weight = self.embed_tokens.weight  # one matrix for both
 
     def hidden_states(self, ids):  # (B, T) -> (B, T, C)
         x = self.embed_tokens(ids)  # (B, T, C)
@@ -130,11 +130,11 @@ class TorchLlama(TorchLanguageModel):
             x = layer(x, rotation)
         return self.norm(x)
 
-    # ---- Beside transformers ----
+    # ---- The counterpart in transformers ----
 
     @staticmethod
     def random_config(n_layer: int, n_head: int, n_embd: int, vocab_size: int, n_positions: int):
-        """Shared heads, biases, scaled frequencies."""
+        """Grouped heads, biases and scaled frequencies."""
         return LlamaConfig(
             vocab_size=vocab_size,
             hidden_size=n_embd,
@@ -166,10 +166,9 @@ class TorchLlama(TorchLanguageModel):
     def exact(theirs):
         """A ``LlamaForCausalLM`` with SDPA attention that computes everything in the dtype of its weights.
 
-        Their RMSNorm, RoPE and eager softmax compute in float32 even in a float64 model, which is off by
-        1e-7 and would hide what is smaller. Here the norm is torch's own; the angles and their cosines are
-        float64, from the frequencies that *their* function computes when it is told that ``torch.float`` is
-        float64.
+        Their RMSNorm, RoPE and eager softmax compute in float32 even in a float64 model. The error of 1e-7
+        would hide smaller ones. Here the norm is torch's own, and the angles and their cosines are float64.
+        The frequencies still come from *their* function, with ``torch.float`` patched to float64.
         """
         from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 

@@ -123,16 +123,16 @@ def test_small_models_run_on_the_gpu_and_agree():
 )
 def test_wrong_arguments_give_one_sentence_and_exit_code_2(capsys, options, sentence):
     assert main(["bench", *options.split()]) == 2
-    said = capsys.readouterr()
-    assert said.out == "" and sentence in said.err and said.err.count("\n") == 1
+    captured = capsys.readouterr()
+    assert captured.out == "" and sentence in captured.err and captured.err.count("\n") == 1
 
 
 def test_missing_cupy_gives_one_sentence_and_exit_code_2(monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "cupy", None)
     assert main(["bench", "--device", "cuda"]) == 2
-    said = capsys.readouterr()
-    assert said.out == "" and said.err.count("\n") == 1
-    assert "device 'cuda'" in said.err and "CuPy" in said.err
+    captured = capsys.readouterr()
+    assert captured.out == "" and captured.err.count("\n") == 1
+    assert "device 'cuda'" in captured.err and "CuPy" in captured.err
 
 
 @pytest.mark.parametrize(
@@ -145,8 +145,8 @@ def test_missing_cupy_gives_one_sentence_and_exit_code_2(monkeypatch, capsys):
 def test_missing_gpu_gives_one_sentence_and_exit_code_2(cupy, capsys, count, sentence):
     cupy.count = count
     assert main(["bench", "--device", "cuda"]) == 2
-    said = capsys.readouterr()
-    assert said.out == "" and said.err.count("\n") == 1 and sentence in said.err
+    captured = capsys.readouterr()
+    assert captured.out == "" and captured.err.count("\n") == 1 and sentence in captured.err
 
 
 @pytest.mark.parametrize(
@@ -160,8 +160,8 @@ def test_torch_without_a_gpu_gives_one_sentence_and_exit_code_2(cupy, monkeypatc
     monkeypatch.setattr(torch.version, "cuda", version)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert main(["bench", "--device", "cuda"]) == 2
-    said = capsys.readouterr()
-    assert said.out == "" and said.err.count("\n") == 1 and sentence in said.err
+    captured = capsys.readouterr()
+    assert captured.out == "" and captured.err.count("\n") == 1 and sentence in captured.err
 
 
 @pytest.mark.parametrize(("seconds", "code"), [(0.9, 0), (1.1, 1)])

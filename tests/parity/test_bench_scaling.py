@@ -38,20 +38,20 @@ def test_scaling_end_to_end(monkeypatch, tmp_path, capsys):
     options = ["--axes", *AXES, "--warmup", "1", "--steps", "2", "--out", str(out), "--json", str(path)]
     assert main(["bench", "scaling", *options]) == 0
 
-    said, result = capsys.readouterr(), json.loads(path.read_text(encoding="utf-8"))
+    captured, result = capsys.readouterr(), json.loads(path.read_text(encoding="utf-8"))
     # 4 points, one of which the two axes share
-    assert said.err.count("tinyllm …") == said.err.count("torch-eager …") == 3
+    assert captured.err.count("tinyllm …") == captured.err.count("torch-eager …") == 3
     for axis, (label, sizes, _) in AXES.items():
-        assert label in said.out
+        assert label in captured.out
         assert [point["size"] for point in result["axes"][axis]] == sizes
         for point in result["axes"][axis]:
             assert point["work"][axis] == point["size"] and point["threads"] == 1
             for costs in point["costs"].values():
                 assert costs["seconds"]["median"] > 0
                 assert costs["peak_bytes"]["median"] > costs["training_bytes"]["median"] >= 0
-                assert f"{costs['seconds']['median']:.4f}" in said.out
+                assert f"{costs['seconds']['median']:.4f}" in captured.out
     assert (out / "scaling.png").read_bytes().startswith(b"\x89PNG")
-    assert "process MB" in said.out and str(out / "scaling.png") in said.out
+    assert "process MB" in captured.out and str(out / "scaling.png") in captured.out
 
     labels = {axis: label for axis, (label, *_) in AXES.items()}
     text = bench_scaling.markdown(result, labels)
@@ -124,5 +124,5 @@ def test_costs_are_the_fastest_step_and_the_memory_beyond_the_model():
 def test_wrong_arguments_give_one_sentence_and_exit_code_2(capsys, arguments, sentence):
     pytest.importorskip("matplotlib")
     assert main(["bench", "scaling", *arguments]) == 2
-    said = capsys.readouterr()
-    assert sentence in said.err and said.err.count("\n") == 1 and said.out == ""
+    captured = capsys.readouterr()
+    assert sentence in captured.err and captured.err.count("\n") == 1 and captured.out == ""

@@ -357,18 +357,18 @@ def test_wrong_arguments_give_one_sentence_and_exit_code_2(arguments, sentence):
 )
 def test_an_unknown_command_gives_one_sentence_and_exit_code_2(capsys, arguments, named):
     assert main(arguments) == 2
-    said = capsys.readouterr()
-    assert said.out == "" and said.err.count("\n") == 1
-    assert all(words in said.err for words in named)
+    captured = capsys.readouterr()
+    assert captured.out == "" and captured.err.count("\n") == 1
+    assert all(words in captured.err for words in named)
 
 
 @pytest.mark.parametrize("arguments", [[], ["--help"], ["-h"]])
 def test_help_lists_every_command_with_its_description(capsys, arguments):
     assert main(arguments) == 0
-    said = capsys.readouterr()
-    assert said.err == ""
+    captured = capsys.readouterr()
+    assert captured.err == ""
     for words, options in COMMANDS.items():
-        assert f"  {words}" in said.out and options.__doc__.splitlines()[0] in said.out
+        assert f"  {words}" in captured.out and options.__doc__.splitlines()[0] in captured.out
 
 
 def test_a_failing_variant_ends_the_benchmark_with_exit_code_1():

@@ -1,4 +1,4 @@
-"""``parity.compare`` says that equal models agree, and names the layer where a fault is planted."""
+"""``parity.compare``: equal models agree, and a planted fault is located in its layer."""
 
 import subprocess
 import sys
@@ -29,10 +29,10 @@ def pair():
     return model, bridge.to_torch(model)
 
 
-# ----------------------------------------------------------------------- compare: where they agree
+# ----------------------------------------------------------------------- equal models
 
 
-def test_either_side_may_be_either_library(pair):
+def test_either_side_may_be_tinyllm_or_torch(pair):
     model, twin = pair
     other = bridge.from_torch(twin)
     for ours, theirs in [(model, twin), (twin, model), (model, other), (twin, bridge.to_torch(other))]:
@@ -57,7 +57,7 @@ def test_rows_are_in_the_order_of_computation(pair):
     assert places == sorted(places)
 
 
-def test_models_are_left_as_they_were(pair):
+def test_models_are_restored(pair):
     model, twin = pair
     model.train()
     model.h[0].eval()
@@ -75,10 +75,10 @@ def test_models_are_left_as_they_were(pair):
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in twin.modules())
 
 
-# --------------------------------------------------------------------- compare: what is planted
+# --------------------------------------------------------------------- planted faults
 
 
-def test_a_changed_bias_is_found(pair):
+def test_a_changed_bias_is_located(pair):
     model, twin = pair
     with torch.no_grad():
         twin.h[1].attn.c_proj.bias[3] += 1e-6
@@ -86,25 +86,25 @@ def test_a_changed_bias_is_found(pair):
     assert found(comparison) == (OUTPUTS, "h.1.attn.c_proj")
     assert comparison.first.absolute == pytest.approx(1e-6)
     assert "First diverging layer: h.1.attn.c_proj" in str(comparison)
-    assert "the last to agree is the output of h.1.attn.c_attn" in comparison.verdict()
+    assert "The last to agree is the output of h.1.attn.c_attn" in comparison.verdict()
 
 
-def test_another_eps_is_found_and_the_right_one_before_it_is_not_blamed(pair):
+def test_a_wrong_eps_is_located_in_its_own_norm(pair):
     model, twin = pair
     twin.h[1].ln_2.eps = 1e-6
     assert found(compare(model, twin, IDS)) == (OUTPUTS, "h.1.ln_2")
 
 
 @pytest.mark.parametrize("factor", [1 + 1e-8, 0.0, np.nan])
-def test_a_fault_in_a_gradient_only_is_found(pair, factor):
+def test_a_wrong_gradient_is_located(pair, factor):
     model, twin = pair
     model.h[1].mlp.forward = scaled_gradient(model.h[1].mlp.forward, factor)
     comparison = compare(model, twin, IDS)
     assert all(row.agrees for row in comparison.rows if row.kind == OUTPUTS)
-    assert found(comparison) == (GRADIENTS, "h.1.mlp.dropout")  # the first to get what the block passed on
+    assert found(comparison) == (GRADIENTS, "h.1.mlp.dropout")  # the first to receive the wrong gradient
 
 
-def test_a_fault_in_one_parameters_gradient_is_found(pair):
+def test_a_wrong_gradient_of_one_parameter_is_located(pair):
     model, twin = pair
     twin.h[0].mlp.c_fc.bias.register_hook(lambda grad: grad * (1 + 1e-8))
     comparison = compare(model, twin, IDS)
@@ -112,7 +112,7 @@ def test_a_fault_in_one_parameters_gradient_is_found(pair):
     assert found(comparison) == (PARAMETERS, "h.0.mlp.c_fc.bias")
 
 
-def test_a_missing_gradient_is_a_difference(pair):
+def test_a_missing_gradient_differs(pair):
     model, twin = pair
     twin.ln_f.weight.requires_grad_(False)
     comparison = compare(model, twin, IDS)
@@ -120,7 +120,7 @@ def test_a_missing_gradient_is_a_difference(pair):
     assert comparison.first.relative == np.inf
 
 
-def test_lost_tying_is_found(pair):
+def test_untied_weights_are_located(pair):
     model, twin = pair
     twin.lm_head.weight = torch.nn.Parameter(twin.wte.weight.detach().clone())
     comparison = compare(model, twin, IDS)
@@ -128,23 +128,21 @@ def test_lost_tying_is_found(pair):
     assert comparison.only_theirs == ["lm_head.weight (parameter)"]
 
 
-def test_not_a_number_never_agrees(pair):
+def test_nan_never_agrees(pair):
     model, twin = pair
     for weight in (model.h[0].ln_2.weight.data, twin.h[0].ln_2.weight.detach()):
         weight[0] = np.nan
     assert found(compare(model, twin, IDS)) == (OUTPUTS, "h.0.ln_2")
 
 
-def test_float32_has_a_bound_that_follows_depth():
+def test_float32_bound_grows_with_depth():
     model = random_gpt2(CONFIG, dtype=np.float32)
     twin = bridge.to_torch(model)
     comparison = compare(model, twin, IDS)
     assert comparison.first is None
     bounds = [row.bound for row in comparison.rows]
     assert bounds == sorted(bounds)
-    assert bounds[0] == pytest.approx(
-        8 * FLOAT32_ROUNDING * 13**0.5
-    )  # wte: its longest axis is the vocabulary
+    assert bounds[0] == pytest.approx(8 * FLOAT32_ROUNDING * 13**0.5)  # wte: its longest axis is 13 (V)
     assert 0 < comparison.worst.relative < comparison.worst.bound < 1e-4
     assert compare(model, twin, IDS, bound=1e-12).first is not None
     with torch.no_grad():
@@ -152,7 +150,7 @@ def test_float32_has_a_bound_that_follows_depth():
     assert found(compare(model, twin, IDS)) == (OUTPUTS, "h.0.mlp.c_fc")
 
 
-# -------------------------------------------------------------------------- compare: what it takes
+# -------------------------------------------------------------------------- arguments
 
 
 class Twice(nn.Module):
@@ -163,7 +161,7 @@ class Twice(nn.Module):
         return self.layer(self.layer(x))
 
 
-def test_float_inputs_a_layer_called_twice_and_flattened_rows():
+def test_float_inputs_repeated_layers_and_flattened_rows_are_paired():
     model = Twice(np.random.default_rng(0)).astype(np.float64)
     layer = torch.nn.Linear(4, 4).double()
     with torch.no_grad():
@@ -182,7 +180,7 @@ def test_float_inputs_a_layer_called_twice_and_flattened_rows():
     ]  # fmt: skip
 
 
-def test_calls_choose_what_is_run_backward_from(pair):
+def test_calls_select_the_tensor_to_differentiate(pair):
     model, twin = pair
     loss = lambda model, ids: torch.nn.functional.cross_entropy(  # noqa: E731
         model(ids).flatten(0, 1), torch.from_numpy(np.abs(TARGETS) % 13).flatten()
@@ -193,7 +191,7 @@ def test_calls_choose_what_is_run_backward_from(pair):
     assert next(row for row in comparison.rows if row.name == "(output)").shape == ()
 
 
-def test_what_cannot_be_compared_is_one_sentence(pair):
+def test_wrong_arguments_raise_one_sentence(pair):
     model, twin = pair
     with pytest.raises(Error, match="a dict cannot be captured: pass a tinyllm or a torch module"):
         compare({}, twin, IDS)
@@ -204,6 +202,6 @@ def test_what_cannot_be_compared_is_one_sentence(pair):
         compare(model, twin, IDS, calls=(lambda *args: "text", None))
 
 
-def test_import_parity_is_light():
+def test_import_parity_loads_no_array_library():
     code = "import sys, parity; assert not {'torch', 'numpy', 'tinyllm'} & set(sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0

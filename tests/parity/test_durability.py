@@ -101,9 +101,9 @@ def test_an_unreported_disk_error_is_detected(monkeypatch):
             SAVE(*args)
 
     monkeypatch.setattr(checkpoint, "save_checkpoint", save)
-    said = failures(failing_disk(every=13))
-    assert len(said) == 12 - 2  # the first call of each is mkdir, which may fail unreported
-    assert all(failure.endswith("not reported") for failure in said)
+    found = failures(failing_disk(every=13))
+    assert len(found) == 12 - 2  # the first call of each is mkdir, which may fail unreported
+    assert all(failure.endswith("not reported") for failure in found)
 
 
 def test_deleting_the_previous_checkpoint_too_early_is_detected(monkeypatch):
@@ -124,9 +124,9 @@ def load_without_moments(folder, about, model, optimizer, device="cpu"):
 
 def test_a_resumed_run_without_optimizer_moments_is_detected(monkeypatch):
     monkeypatch.setattr(tinyllm.training.run_folder, "load_checkpoint", load_without_moments)
-    said = failures(failing_disk(every=30))
-    assert len(said) == 2 * 3
-    assert all("its metrics.jsonl, " in failure and failure.endswith("differ") for failure in said)
+    found = failures(failing_disk(every=30))
+    assert len(found) == 2 * 3
+    assert all("its metrics.jsonl, " in failure and failure.endswith("differ") for failure in found)
 
 
 def test_unverified_or_unreported_bit_flips_are_detected(monkeypatch):
@@ -136,9 +136,9 @@ def test_unverified_or_unreported_bit_flips_are_detected(monkeypatch):
             "verify did not detect it": 8
         }
     monkeypatch.setattr(tinyllm.training.run_folder, "say", lambda line: None)
-    said = failures(bit_flips(8))
-    assert len(said) == 8
-    assert all("the resumed run printed something else" in failure for failure in said)
+    found = failures(bit_flips(8))
+    assert len(found) == 8
+    assert all("the resumed run printed something else" in failure for failure in found)
 
 
 def flip_in_the_newest(out):
@@ -307,8 +307,8 @@ def test_costs_of_a_checkpoint(reliability):
 )
 def test_wrong_arguments_give_one_sentence_and_exit_code_2(arguments, sentence, capsys):
     assert main(["reliability", *arguments]) == 2
-    said = capsys.readouterr()
-    assert sentence in said.err and said.err.count("\n") == 1 and said.out == ""
+    captured = capsys.readouterr()
+    assert sentence in captured.err and captured.err.count("\n") == 1 and captured.out == ""
 
 
 def test_missing_packages_are_named(monkeypatch, capsys):

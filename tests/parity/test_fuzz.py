@@ -1,4 +1,4 @@
-"""The readers against broken files, and the fuzzer against readers that are broken themselves."""
+"""The fuzzer: our readers against broken files, and faulty readers that it must detect."""
 
 import json
 import os
@@ -33,11 +33,11 @@ def failures_of(figures):
     return "\n".join(map(str, figures.failures))
 
 
-# The readers
+# ---- Our readers ----
 
 
 @pytest.mark.parametrize("target", TARGETS, ids=lambda target: target.name)
-def test_broken_files_are_refused_or_load_to_something_valid(target):
+def test_broken_files_are_refused_or_load_validly(target):
     figures = fuzz(target, 24, seed=1)
     assert not figures.failures, failures_of(figures)
     assert figures.tries == figures.refused + figures.loaded == 24
@@ -54,7 +54,7 @@ def test_ten_thousand_broken_files(tmp_path):
     assert tries == 10_000
 
 
-# The fuzzer: a target whose only file says what its reader does wrong
+# ---- The fuzzer, with a target whose file tells its reader what to do wrong ----
 
 FILE = "what.txt"
 
@@ -68,13 +68,13 @@ def what_mutations(folder):
         return Mutation(what, lambda folder, rng: (folder / FILE).write_text(what), expect=expect)
 
     return [writes(what) for what in (*WRONG, "refuses", "opens Python's files", "opens its file")] + [
-        writes("refuses, and should not", "loaded"),
-        writes("refuses as it should", "refused"),
+        writes("refuses wrongly", "loaded"),
+        writes("refuses rightly", "refused"),
     ]
 
 
-def unguarded(sentence):
-    """An Error that says exactly this, whatever its class makes of sentences."""
+def raw_error(sentence):
+    """An Error with exactly this message, bypassing the escapes of its class."""
     error = Error("")
     error.args = (sentence,)
     return error
@@ -85,17 +85,17 @@ def load_what(folder):
     match (folder / FILE).read_text():
         case "raises KeyError":
             raise KeyError("x")
-        case "leaves":
+        case "exits":
             raise SystemExit(0)
         case "names no file":
             raise Error("there is a mistake: correct it")
-        case "says two sentences":
+        case "raises two sentences":
             raise Error(f"{FILE} is wrong. Correct it.")
-        case "takes a terminal":
-            raise unguarded(f"{FILE} is wrong \x1b[2J: correct it")
-        case "says a novel":
-            raise unguarded(f"{FILE} is {'very ' * 5000}wrong: correct it")
-        case "is invalid":
+        case "raises control characters":
+            raise raw_error(f"{FILE} is wrong \x1b[2J: correct it")
+        case "raises a long text":
+            raise raw_error(f"{FILE} is {'very ' * 5000}wrong: correct it")
+        case "loads invalid ids":
             raise AssertionError("the ids are out of range")
         case "hangs":
             threading.Event().wait()
@@ -105,9 +105,9 @@ def load_what(folder):
             os.abort()
         case "takes memory":
             np.ones(20 * 2**20)
-        case "asks for too much":
+        case "allocates too much":
             np.empty(2**40)
-        case "hides that it asked for too much":
+        case "hides a failed allocation":
             try:
                 np.empty(2**40)
             except MemoryError as error:
@@ -130,34 +130,34 @@ def load_what(folder):
 
 WRONG = {
     "raises KeyError": "KeyError: 'x'",
-    "leaves": "SystemExit",
-    "names no file": "names no file: there is",
-    "says two sentences": "not one sentence",
-    "takes a terminal": "not one sentence: 'what.txt is wrong \\x1b[2J",
-    "says a novel": "not one sentence",
-    "is invalid": "the ids are out of range",
-    "hangs": "not done, twice, after 0.5 s",
+    "exits": "SystemExit",
+    "names no file": "does not name the file: there is",
+    "raises two sentences": "not one sentence",
+    "raises control characters": "not one sentence: 'what.txt is wrong \\x1b[2J",
+    "raises a long text": "not one sentence",
+    "loads invalid ids": "the ids are out of range",
+    "hangs": "timed out twice after 0.5 s",
     "is killed": "the process died (SIGKILL)",
     "aborts": "the process died (SIGABRT)",
-    "takes memory": "160 MB of memory, and 64 are enough",
-    "asks for too much": "MemoryError",
-    "hides that it asked for too much": "ran out of memory",
-    "opens another file": "must not: opened ",
+    "takes memory": "160 MB of memory, but the limit is 64 MB",
+    "allocates too much": "MemoryError",
+    "hides a failed allocation": "ran out of memory",
+    "opens another file": "not allowed to: opened ",
     "opens a file above": f"{FILE}",
     "writes": "for writing",
     "starts a program": "subprocess.Popen",
     "removes": "os.remove",
-    "refuses, and should not": "it was refused, and should be loaded",
+    "refuses wrongly": "it was refused, but should be loaded",
 }
-SAYS = Target("what a reader does", make_what, load_what, what_mutations)
+FAULTY = Target("faulty reader", make_what, load_what, what_mutations)
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="elsewhere memory is not measured")
-def test_whatever_a_reader_does_wrong_is_a_failure_of_its_case(tmp_path, monkeypatch):
+def test_every_fault_of_a_reader_is_a_failure_of_its_case(tmp_path, monkeypatch):
     monkeypatch.setattr(harness, "TIME_LIMIT", 0.5)
     cases = len(what_mutations(None))
     seen = []
-    figures = fuzz(SAYS, cases, seed=3, keep=tmp_path, advance=lambda: seen.append(1))
+    figures = fuzz(FAULTY, cases, seed=3, keep=tmp_path, advance=lambda: seen.append(1))
     assert figures.tries == len(seen) == cases
     assert figures.tries == figures.refused + figures.loaded + len(figures.failures)
     assert {failure.mutation for failure in figures.failures} == set(WRONG)
@@ -167,19 +167,19 @@ def test_whatever_a_reader_does_wrong_is_a_failure_of_its_case(tmp_path, monkeyp
         assert f"seed 3, case {failure.case} ({failure.mutation})" in str(failure)
 
 
-def test_a_case_is_repeated_by_its_seed_and_number(monkeypatch):
+def test_seed_and_number_repeat_a_case(monkeypatch):
     monkeypatch.setattr(harness, "TIME_LIMIT", 0.5)
-    first = fuzz(SAYS, 6, seed=5)
+    first = fuzz(FAULTY, 6, seed=5)
     assert len(first.failures) > 2
     for failure in first.failures[:2]:
-        again = fuzz(SAYS, 1, seed=5, first=failure.case).failures
+        again = fuzz(FAULTY, 1, seed=5, first=failure.case).failures
         assert [(f.case, f.mutation, f.problem[-20:]) for f in again] == [
             (failure.case, failure.mutation, failure.problem[-20:])
         ]
 
 
 def broken_by(target, seed, place):
-    """Names of mutations and what they made of the files."""
+    """The names of the first mutations and the contents of the files that each leaves."""
     valid = place / "valid"
     valid.mkdir(parents=True)
     target.make(valid)
@@ -198,8 +198,7 @@ def broken_by(target, seed, place):
 @pytest.mark.parametrize(
     "target", [TARGETS[1], TARGETS[4], TARGETS[9], TARGETS[16]], ids=lambda target: target.name
 )
-def test_a_case_is_the_same_files_every_time(tmp_path, target):
-    """And another seed gives other ones."""
+def test_cases_depend_only_on_the_seed(tmp_path, target):
     one, two, other = (
         broken_by(target, seed, tmp_path / name) for name, seed in (("a", 7), ("b", 7), ("c", 8))
     )
@@ -207,27 +206,27 @@ def test_a_case_is_the_same_files_every_time(tmp_path, target):
     assert one != other and len({name for name, _ in one}) > 8
 
 
-def test_every_key_becomes_every_kind_of_value():
+def test_json_mutations_replace_every_value_by_every_kind():
     document = {"a": 1, "b": [{"c": None}, "x"]}
     mutations = json_mutations("f.json", document)
     names = [mutation.name.removeprefix("f.json: ") for mutation in mutations]
     for key in ("the document", "a", "b", "b/0", "b/0/c", "b/1"):
         assert {f"{key} is {kind}" for kind in VALUES} <= set(names)
-    assert len(names) == len(set(names)) and "b/0/c: there twice" in names and "b/1: left out" in names
+    assert len(names) == len(set(names)) and "b/0/c: repeated" in names and "b/1: removed" in names
 
 
-def test_every_fixed_mutation_has_its_turn():
-    mutations = [Mutation(str(n), print) for n in range(5)] + [Mutation("d", print, drawn=True)]
+def test_fixed_and_random_mutations_alternate():
+    mutations = [Mutation(str(n), print) for n in range(5)] + [Mutation("d", print, random=True)]
     for seed in range(3):
         assert {choose(mutations, seed, case).name for case in range(10)} == {*"01234", "d"}
         assert [choose(mutations, seed, case).name for case in (1, 3, 5)] == ["d"] * 3
 
 
-# Sabotage: a check less in a reader is noticed. The readers are changed in the process that reads.
+# ---- Our readers with one check removed, in the child process ----
 
 
 class AnyName:
-    """Every name is a plain file's."""
+    """A path type that accepts every name as a plain file name."""
 
     def __init__(self, name):
         self.name = name
@@ -243,7 +242,7 @@ def load_json_as_python_does(folder):
     fuzz_weights.load_shards(folder)
 
 
-def load_what_is_no_file(folder):
+def load_special_files(folder):
     files.check_is_file = Path
     fuzz_tokenizers.load_any_tokenizer(folder)
 
@@ -268,11 +267,11 @@ def load_any_vocabulary(folder):
     fuzz_tokenizers.load_any_tokenizer(folder)
 
 
-def led_out(folder):
+def shards_outside(folder):
     return [
         m
         for m in fuzz_weights.shard_mutations(folder)
-        if m.name.endswith(("leads to '../{}'", "leads to '{folder}/{}'"))
+        if m.name.endswith(("refers to '../{}'", "refers to '{folder}/{}'"))
     ]
 
 
@@ -300,16 +299,16 @@ def huge_ids(folder):
     return [m for m in fuzz_tokenizers.pair_mutations(folder) if m.name.endswith("! is 2**31")]
 
 
-SABOTAGE = {
-    "shards lie anywhere": (fuzz_weights.make_shards, load_shards_from_anywhere, led_out),
-    "JSON as Python reads it": (fuzz_weights.make_shards, load_json_as_python_does, deep_json),
-    "a pipe is a file": (fuzz_tokenizers.make_llama3, load_what_is_no_file, pipes),
-    "tensors overlap": (fuzz_gguf.make_gguf_model, load_tensors_that_overlap, shifted),
-    "ids are not looked at": (fuzz_runs.make_tokens, load_ids_out_of_range, large_ids),
-    "counts are not looked at": (fuzz_runs.make_tokens, load_any_counts, other_counts),
-    "a vocabulary of any ids": (fuzz_tokenizers.make_pair, load_any_vocabulary, huge_ids),
+WEAKENED = {
+    "shards in any folder": (fuzz_weights.make_shards, load_shards_from_anywhere, shards_outside),
+    "Python's JSON parser": (fuzz_weights.make_shards, load_json_as_python_does, deep_json),
+    "pipes allowed": (fuzz_tokenizers.make_llama3, load_special_files, pipes),
+    "overlapping tensors": (fuzz_gguf.make_gguf_model, load_tensors_that_overlap, shifted),
+    "ids not checked": (fuzz_runs.make_tokens, load_ids_out_of_range, large_ids),
+    "counts not checked": (fuzz_runs.make_tokens, load_any_counts, other_counts),
+    "vocabulary ids not checked": (fuzz_tokenizers.make_pair, load_any_vocabulary, huge_ids),
 }
-SOUND = {
+UNCHANGED = {
     fuzz_weights.make_shards: fuzz_weights.load_shards,
     fuzz_tokenizers.make_llama3: fuzz_tokenizers.load_any_tokenizer,
     fuzz_gguf.make_gguf_model: fuzz_gguf.load_gguf_model,
@@ -319,10 +318,10 @@ SOUND = {
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="elsewhere memory is not bounded")
-@pytest.mark.parametrize("name", SABOTAGE)
-def test_sabotage_of_a_reader_is_noticed(name, monkeypatch):
+@pytest.mark.parametrize("name", WEAKENED)
+def test_a_reader_without_one_of_its_checks_fails(name, monkeypatch):
     monkeypatch.setattr(harness, "TIME_LIMIT", 0.5)
-    make, load, mutations = SABOTAGE[name]
+    make, load, mutations = WEAKENED[name]
     assert fuzz(Target(name, make, load, mutations), 1).failures
-    sound = fuzz(Target(name, make, SOUND[make], mutations), 4)
-    assert not sound.failures, failures_of(sound)
+    unchanged = fuzz(Target(name, make, UNCHANGED[make], mutations), 4)
+    assert not unchanged.failures, failures_of(unchanged)

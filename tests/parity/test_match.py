@@ -1,4 +1,4 @@
-"""``parity.compare`` pairs the layers of a learner's own model with ours, by a name map or by a guess."""
+"""``parity.compare``: pairing the layers of a learner's own model with ours, with and without a name map."""
 
 import numpy as np
 import pytest
@@ -15,7 +15,7 @@ from tinyllm import Error  # noqa: E402
 
 
 class LearnersBlock(torch.nn.Module):
-    """A GPT-2 block as a learner writes it: other names, another order of definition."""
+    """A GPT-2 block with other names and another order of definition."""
 
     def __init__(self, C, heads, separate):
         super().__init__()
@@ -42,7 +42,7 @@ class LearnersBlock(torch.nn.Module):
 
 
 class LearnersGPT(torch.nn.Module):
-    """Head first, tied, as nobody's checkpoint has it."""
+    """A GPT-2 that defines its tied head first, unlike any published checkpoint."""
 
     def __init__(self, V, T, C, layers, heads, separate=False):
         super().__init__()
@@ -86,15 +86,15 @@ def learners_gpt(model, separate=False):
 
 
 @pytest.mark.parametrize("names", [None, NAMES], ids=["guessed", "given"])
-def test_a_learners_model_with_other_names(names):
+def test_layers_with_other_names_are_paired(names):
     model = random_gpt2(CONFIG)
     theirs = learners_gpt(model)
     comparison = compare(model, theirs, IDS, names)
     assert comparison.first is None
     pairs = {row.name: row.their_name for row in comparison.rows}
     assert NAMES.items() <= pairs.items()
-    assert pairs["h.1"] == "blocks.1" and pairs["h.0.mlp"] == "blocks.0.ff"  # containers, by their content
-    assert pairs["wte.weight"] == "head.weight"  # tied: they define the head first
+    assert pairs["h.1"] == "blocks.1" and pairs["h.0.mlp"] == "blocks.0.ff"  # containers by their contents
+    assert pairs["wte.weight"] == "head.weight"  # tied, and defined first there
     assert {row.name for row in comparison.rows if row.kind == PARAMETERS} == dict(
         model.named_parameters()
     ).keys()
@@ -104,7 +104,7 @@ def test_a_learners_model_with_other_names(names):
     assert found(compare(model, theirs, IDS, names)) == (OUTPUTS, "h.1.mlp.c_proj")
 
 
-def test_a_learners_model_with_separate_queries_keys_and_values():
+def test_layers_around_separate_query_key_value_projections_are_paired():
     model = random_gpt2(CONFIG)
     theirs = learners_gpt(model, separate=True)
     comparison = compare(model, theirs, IDS)
@@ -117,7 +117,7 @@ def test_a_learners_model_with_separate_queries_keys_and_values():
     assert found(compare(model, theirs, IDS)) == (OUTPUTS, "h.0.ln_2")
 
 
-def test_a_name_map_must_be_complete_and_true():
+def test_an_incomplete_or_wrong_name_map_is_an_error():
     model = random_gpt2(CONFIG)
     theirs = learners_gpt(model)
     less = {name: other for name, other in NAMES.items() if "ln_1" not in name}
@@ -132,7 +132,7 @@ def test_a_name_map_must_be_complete_and_true():
     assert "h.1.ln_2" in given.only_ours and "blocks.1.norm2" in given.only_theirs
 
 
-def test_every_shape_that_differs_is_listed():
+def test_error_lists_every_differing_shape():
     model = random_gpt2(CONFIG)
     theirs = learners_gpt(model)
     swapped = NAMES | {"h.0.mlp.c_fc": "blocks.0.ff.2", "h.0.mlp.c_proj": "blocks.0.ff.0"}
@@ -145,6 +145,6 @@ def test_every_shape_that_differs_is_listed():
         assert part in message
 
 
-def test_models_with_nothing_in_common():
-    with pytest.raises(Error, match="no layer has parameters of the same shapes"):
+def test_models_without_common_layers_are_an_error():
+    with pytest.raises(Error, match="no layers have parameters of the same shapes"):
         compare(random_gpt2(CONFIG), torch.nn.Sequential(torch.nn.Embedding(13, 5)).double(), IDS)

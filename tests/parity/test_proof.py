@@ -100,8 +100,8 @@ def test_a_page_without_markers_gives_one_sentence_and_exit_code_2(tmp_path, mon
         page.write_text(text, encoding="utf-8")
     monkeypatch.setattr(tables, "PAGE", page)
     assert main(["proof", "--tests", str(tmp_path), "--write"]) == 2
-    said = capsys.readouterr()
-    assert str(page) in said.err and said.err.count("\n") == 1 and said.out == ""
+    captured = capsys.readouterr()
+    assert str(page) in captured.err and captured.err.count("\n") == 1 and captured.out == ""
     assert page.exists() == (text is not None)
 
 

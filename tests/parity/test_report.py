@@ -1,4 +1,4 @@
-"""``python -m parity report``: what it prints, the page it writes, and its exit codes."""
+"""``python -m parity report``: its output, its HTML page, and its exit codes."""
 
 import importlib.util
 import json
@@ -26,10 +26,10 @@ TINY = "--n-layer 2 --n-head 3 --n-embd 12 --vocab-size 13 --n-positions 8 --tok
 
 
 def run(capsys, *arguments):
-    """(exit code, what was printed, what was complained) of ``python -m parity report …``."""
+    """(exit code, stdout, stderr) of ``python -m parity report …``."""
     code = main(["report", *arguments])
-    said = capsys.readouterr()
-    return code, said.out, said.err
+    captured = capsys.readouterr()
+    return code, captured.out, captured.err
 
 
 @settings(max_examples=15)
@@ -51,12 +51,12 @@ def test_every_module_and_parameter_is_compared_and_agrees(config, seed, data):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
-def test_a_random_model_agrees_and_the_page_says_so(tmp_path, capsys, dtype):
+def test_page_and_output_list_every_layer_of_a_random_model(tmp_path, capsys, dtype):
     page = tmp_path / "page.html"
     code, out, err = run(capsys, "--random", *TINY, "--dtype", dtype, "--seed", "3", "--out", str(page))
     assert (code, err) == (0, "")
     assert "comparisons are within their bounds" in out and f"dtype: {dtype}" in out
-    assert "computed here, from its logits in float64" in out
+    assert "computed here in float64" in out
     text = page.read_text(encoding="utf-8")
     names = {name for name, _ in random_gpt2(CONFIG).named_modules() if name}
     names |= {name for name, _ in random_gpt2(CONFIG).named_parameters()}
@@ -67,7 +67,7 @@ def test_a_random_model_agrees_and_the_page_says_so(tmp_path, capsys, dtype):
     assert text.count("<circle") > 2 * (len(names) + 10)  # a point for every row and side
 
 
-def test_the_page_needs_nothing_but_itself(tmp_path, capsys):
+def test_page_has_no_external_files(tmp_path, capsys):
     page = tmp_path / "page.html"
     run(capsys, "--random", *TINY, "--out", str(page))
     text = page.read_text(encoding="utf-8")
@@ -76,9 +76,9 @@ def test_the_page_needs_nothing_but_itself(tmp_path, capsys):
     assert "1e-10" in text and 'class="bound"' in text and "order of computation" in text
 
 
-def test_a_fault_forward_is_named_with_exit_code_1(tmp_path, capsys, monkeypatch):
-    right = F.gelu
-    monkeypatch.setattr(F, "gelu", lambda x, approximate: right(x, "none"))  # erf for tanh
+def test_a_fault_in_forward_is_located_with_exit_code_1(tmp_path, capsys, monkeypatch):
+    correct = F.gelu
+    monkeypatch.setattr(F, "gelu", lambda x, approximate: correct(x, "none"))  # erf instead of tanh
     page = tmp_path / "page.html"
     code, out, _ = run(capsys, "--random", *TINY, "--out", str(page))
     assert code == 1
@@ -86,14 +86,14 @@ def test_a_fault_forward_is_named_with_exit_code_1(tmp_path, capsys, monkeypatch
         "First diverging layer: h.0.mlp.c_proj. The output of h.0.mlp.c_proj differs from that of the twin"
         in out
     )
-    assert "everything up to the output of h.0.mlp.c_fc agrees" in out
+    assert "Everything up to the output of h.0.mlp.c_fc agrees" in out
     text = page.read_text(encoding="utf-8")
     row = re.search(r'<tr id="first" class=bad><td><code>(.*?)</code><td class=dim>(.*?)<', text)
     assert row.groups() == ("h.0.mlp.c_proj", "output")
     assert "h.0.mlp.c_proj differs</text>" in text
 
 
-def test_a_fault_backward_is_named_with_exit_code_1(tmp_path, capsys, monkeypatch):
+def test_a_fault_in_backward_is_located_with_exit_code_1(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(F, "layer_norm", scaled_gradient(F.layer_norm, 1 + 1e-8))
     page = tmp_path / "page.html"
     code, out, _ = run(capsys, "--random", *TINY, "--out", str(page))
@@ -102,12 +102,12 @@ def test_a_fault_backward_is_named_with_exit_code_1(tmp_path, capsys, monkeypatc
     assert '<tr id="first" class=bad><td><code>ln_f.weight</code>' in page.read_text(encoding="utf-8")
 
 
-def test_a_fault_that_only_transformers_shows_is_blamed_on_it(tmp_path, capsys, monkeypatch):
-    """Both our model and its twin read eps from the same config: a mistake there needs the third."""
-    made = report.bridge.to_transformers
+def test_a_difference_from_transformers_alone_is_located(tmp_path, capsys, monkeypatch):
+    """Our model and its twin read eps from the same config, so only transformers reveals a mistake there."""
+    to_transformers = report.bridge.to_transformers
 
     def other_eps(model):
-        theirs = made(model)
+        theirs = to_transformers(model)
         theirs.transformer.h[1].ln_2.eps = 1e-6
         return theirs
 
@@ -118,31 +118,31 @@ def test_a_fault_that_only_transformers_shows_is_blamed_on_it(tmp_path, capsys, 
 
 
 @pytest.mark.parametrize("changes", [{}, dict(lm_head_bias=True, qkv_bias=False, tie_word_embeddings=False)])
-def test_a_folder(tmp_path, capsys, changes):
+def test_report_on_a_folder(tmp_path, capsys, changes):
     random_gpt2(GPT2Config(**SMALL, **changes)).save_pretrained(tmp_path / "model")
     code, out, _ = run(capsys, str(tmp_path / "model"), "--tokens", "8", "--out", str(tmp_path / "page.html"))
     assert code == 0, out
     assert (report.COPIED if changes else report.LOADED) in out
     parameters = "h.*.attn.c_attn.bias (parameter)"
-    assert (parameters in out) == bool(changes)  # transformers always has one
+    assert (parameters in out) == bool(changes)  # transformers always has this bias
 
 
-def test_given_ids(tmp_path, capsys):
+def test_report_on_given_ids(tmp_path, capsys):
     code, out, _ = run(
         capsys, "--random", *TINY, "--ids", "1", "5", "12", "--out", str(tmp_path / "page.html")
     )
-    assert code == 0 and "1 × 2 tokens, 2 targets that count" in out
+    assert code == 0 and "1 × 2 tokens, 2 targets" in out
 
 
-def wrong_folder(tmp_path, changes):
+def folder_with_config(tmp_path, changes):
     random_gpt2(CONFIG).save_pretrained(tmp_path / "model")
     config = tmp_path / "model" / "config.json"
     config.write_text(json.dumps(json.loads(config.read_text()) | changes))
 
 
 WRONG = {
-    "nothing": ([], "--random"),
-    "both": (["x", "--random"], "--random"),
+    "no model": ([], "--random"),
+    "two models": (["x", "--random"], "--random"),
     "no folder": (["./nowhere"], "'./nowhere'"),
     "no config": (["."], "config.json"),
     "architecture": (["--random", "--arch", "mamba"], "--arch mamba"),
@@ -160,7 +160,9 @@ WRONG = {
 
 
 @pytest.mark.parametrize(("arguments", "sentence"), WRONG.values(), ids=WRONG)
-def test_a_wrong_request_is_one_sentence_and_exit_code_2(tmp_path, capsys, monkeypatch, arguments, sentence):
+def test_wrong_arguments_give_one_sentence_and_exit_code_2(
+    tmp_path, capsys, monkeypatch, arguments, sentence
+):
     monkeypatch.chdir(tmp_path)
     code, out, err = run(capsys, *arguments)
     assert (code, out) == (2, "")
@@ -168,20 +170,22 @@ def test_a_wrong_request_is_one_sentence_and_exit_code_2(tmp_path, capsys, monke
     assert not list(tmp_path.iterdir())
 
 
-def test_an_unsupported_or_misshaped_folder_is_exit_code_2(tmp_path, capsys, monkeypatch):
+def test_unsupported_or_inconsistent_folders_give_exit_code_2(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    wrong_folder(tmp_path, {"model_type": "bert"})
+    folder_with_config(tmp_path, {"model_type": "bert"})
     code, _, err = run(capsys, "./model")
     assert code == 2 and "'bert'" in err and "gpt2" in err
-    wrong_folder(tmp_path / "shapes", {"n_inner": 5, "n_positions": 9})
+    folder_with_config(tmp_path / "shapes", {"n_inner": 5, "n_positions": 9})
     code, _, err = run(capsys, "./shapes/model")
     assert code == 2 and "Wrong shape (7)" in err and "wpe.weight is (8, 12), not (9, 12)" in err
 
 
 @pytest.mark.parametrize("missing", ["torch", "transformers"])
-def test_a_missing_library_names_the_extra(tmp_path, capsys, monkeypatch, missing):
+def test_a_missing_library_gives_an_install_command(tmp_path, capsys, monkeypatch, missing):
     monkeypatch.chdir(tmp_path)
-    here = importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == missing else here(name))
+    find_spec = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name: None if name == missing else find_spec(name)
+    )
     code, _, err = run(capsys, "--random")
-    assert code == 2 and f"{missing}: pip install" in err
+    assert code == 2 and f"{missing}: pip install 'tinyllm-numpy[test]'" in err

@@ -1,4 +1,4 @@
-"""The same weights in tinyllm, its PyTorch twin and transformers: the same numbers, and nothing shared."""
+"""The twins and the bridge: equal weights give equal numbers, and models share no memory."""
 
 import json
 from dataclasses import replace
@@ -13,7 +13,7 @@ transformers = pytest.importorskip("transformers")
 
 import torch.nn.functional as F  # noqa: E402
 from safetensors.torch import load_file, save_file  # noqa: E402
-from support.models import (  # noqa: E402  # noqa: E402
+from support.models import (  # noqa: E402
     EVERYTHING,
     NO_DROPOUT,
     SMALL,
@@ -35,12 +35,12 @@ CONFIG = GPT2Config(**SMALL, **NO_DROPOUT)
 every_kind = pytest.mark.parametrize("config", [CONFIG, EVERYTHING], ids=["gpt2", "llama"])
 
 
-# ------------------------------------------------------------------------ three times the same
+# ------------------------------------------------------------------------ equal results
 
 
 @settings(max_examples=25)
 @given(config=configs(), rows=st.integers(1, 3), seed=st.integers(0, 2**32 - 1), data=st.data())
-def test_logits_loss_and_all_gradients_are_the_same_in_all_three(config, rows, seed, data):
+def test_logits_loss_and_gradients_agree_in_all_three(config, rows, seed, data):
     model = random_gpt2(config, seed)
     twin, theirs = bridge.to_torch(model), bridge.to_transformers(model)
     ids, targets = batch(config, (rows, data.draw(st.integers(1, config.n_positions))), seed)
@@ -71,7 +71,7 @@ def test_logits_loss_and_all_gradients_are_the_same_in_all_three(config, rows, s
 
 
 @every_kind
-def test_a_twins_loss_is_torchs_mean_over_the_targets_that_count_or_over_their_weights(config):
+def test_twin_loss_is_the_mean_over_targets_or_weights(config):
     twin = bridge.to_torch(random_model(config))
     ids, targets = (torch.from_numpy(array) for array in batch(config, (2, 8)))
     logits = twin(ids)
@@ -92,7 +92,7 @@ def test_a_twins_loss_is_torchs_mean_over_the_targets_that_count_or_over_their_w
 
 @pytest.mark.parametrize("tied", [True, False])
 @every_kind
-def test_the_twin_has_the_names_and_the_tying_of_the_model(config, tied):
+def test_twin_has_the_names_and_tying_of_the_model(config, tied):
     model = random_model(replace(config, tie_word_embeddings=tied))
     twin = bridge.TWINS[type(model)](model.config)
     assert (twin.lm_head.weight is next(twin.parameters())) == tied
@@ -102,7 +102,7 @@ def test_the_twin_has_the_names_and_the_tying_of_the_model(config, tied):
     assert {name: parameter.shape for name, parameter in model.named_parameters()} == shapes
 
 
-def test_dropout_rates_and_eps_reach_the_twin():
+def test_dropout_and_eps_of_gpt2_are_copied_to_the_twin():
     config = GPT2Config(**SMALL, embd_pdrop=0.1, attn_pdrop=0.2, resid_pdrop=0.3, layer_norm_epsilon=0.7)
     twin = bridge.to_torch(random_gpt2(config))
     block = twin.h[1]
@@ -110,11 +110,11 @@ def test_dropout_rates_and_eps_reach_the_twin():
     assert [block.attn.resid_dropout.p, block.mlp.dropout.p] == [0.3, 0.3]
     assert [block.ln_1.eps, block.ln_2.eps, twin.ln_f.eps] == [0.7, 0.7, 0.7]
     ids = torch.zeros(1, 4, dtype=torch.long)
-    assert torch.equal(twin(ids), twin(ids))  # the model was in eval mode, so its twin is
+    assert torch.equal(twin(ids), twin(ids))  # the twin is in eval mode like the model
     assert not torch.equal(twin.train()(ids), twin(ids))
 
 
-# ------------------------------------------------------------------------------- there and back
+# ------------------------------------------------------------------------------- copying
 
 
 @pytest.mark.parametrize(
@@ -128,7 +128,7 @@ def test_dropout_rates_and_eps_reach_the_twin():
     ],
 )
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
-def test_there_and_back_changes_no_bit(config, dtype):
+def test_round_trip_is_bit_exact(config, dtype):
     model = random_model(config, dtype=np.dtype(dtype))
     again = bridge.from_torch(bridge.to_torch(model))
     assert again.config == model.config and again.training == model.training
@@ -140,7 +140,7 @@ def test_there_and_back_changes_no_bit(config, dtype):
 
 @pytest.mark.parametrize("mode", [True, False])
 @every_kind
-def test_the_mode_goes_along(config, mode):
+def test_the_mode_is_copied(config, mode):
     model = random_model(config).train(mode)
     twin = bridge.to_torch(model)
     assert {module.training for module in twin.modules()} == {mode}
@@ -149,7 +149,7 @@ def test_the_mode_goes_along(config, mode):
 
 
 @every_kind
-def test_nothing_shares_memory(config):
+def test_models_share_no_memory(config):
     model = random_model(config)
     twin, theirs = bridge.to_torch(model), bridge.to_transformers(model)
     back = bridge.from_torch(twin)
@@ -166,7 +166,7 @@ def test_nothing_shares_memory(config):
     assert not any((next(other.parameters()) == 7.0).any() for other in (twin, theirs))
 
 
-def test_from_a_model_object_of_transformers():
+def test_from_a_gpt2_of_transformers():
     config = transformers.GPT2Config(
         **SMALL, **NO_DROPOUT, n_inner=7, layer_norm_epsilon=0.1, activation_function="gelu",
         bos_token_id=0, eos_token_id=0, attn_implementation="eager",
@@ -180,7 +180,7 @@ def test_from_a_model_object_of_transformers():
     assert not model.training and not twin.training
 
 
-def test_from_a_llama_object_of_transformers():
+def test_from_a_llama_of_transformers():
     config = transformers.LlamaConfig(
         vocab_size=13, hidden_size=12, intermediate_size=20, num_hidden_layers=2, num_attention_heads=6,
         num_key_value_heads=2, head_dim=4, max_position_embeddings=8, rms_norm_eps=0.1, attention_bias=True,
@@ -195,13 +195,13 @@ def test_from_a_llama_object_of_transformers():
     assert not model.training and not twin.training
 
 
-def test_dropout_and_eps_reach_the_twin_of_llama():
+def test_dropout_and_eps_of_llama_are_copied_to_the_twin():
     twin = bridge.to_torch(random_llama(replace(EVERYTHING, attention_dropout=0.2, rms_norm_eps=0.7)))
     layer = twin.layers[1]
     assert layer.self_attn.attention_dropout == 0.2
     assert [layer.input_layernorm.eps, layer.post_attention_layernorm.eps, twin.norm.eps] == [0.7, 0.7, 0.7]
     ids = torch.zeros(1, 4, dtype=torch.long)
-    assert torch.equal(twin(ids), twin(ids))  # the model was in eval mode, so its twin is
+    assert torch.equal(twin(ids), twin(ids))  # the twin is in eval mode like the model
     assert not torch.equal(twin.train()(ids), twin(ids))
 
 
@@ -209,7 +209,7 @@ def test_dropout_and_eps_reach_the_twin_of_llama():
 
 
 def published(layout: str, folder):
-    """A random GPT-2 of transformers, written as GPT-2s are published; returns the model."""
+    """Save a random GPT-2 of transformers in a published layout; return the model."""
     torch.manual_seed(0)
     config = transformers.GPT2Config(**SMALL, **NO_DROPOUT, bos_token_id=0, eos_token_id=0)
     config._attn_implementation = "eager"
@@ -219,7 +219,7 @@ def published(layout: str, folder):
             parameter.normal_(0, 0.5)
     shards = dict(max_shard_size="10KB") if layout == "sharded" else {}
     theirs.save_pretrained(folder, **shards)
-    if layout == "as on the hub":  # no prefix, and the causal masks among the tensors
+    if layout == "as on the hub":  # without prefix, and with causal masks among the tensors
         file = folder / "model.safetensors"
         tensors = {name.removeprefix("transformer."): t for name, t in load_file(file).items()}
         masks = {f"h.{i}.attn.bias": torch.ones(1, 1, 8, 8) for i in range(2)}
@@ -240,7 +240,7 @@ def test_load_pair_in_every_published_layout(tmp_path, layout):
     assert {parameter.dtype for parameter in half.parameters()} == {np.dtype(np.float32)}
 
 
-def test_a_bad_folder_is_one_sentence(tmp_path):
+def test_invalid_folders_raise_one_sentence(tmp_path):
     with pytest.raises(Error, match="nowhere"):
         bridge.load_pair(tmp_path / "nowhere")
     with pytest.raises(Error, match=r"config\.json"):
@@ -255,7 +255,7 @@ def test_a_bad_folder_is_one_sentence(tmp_path):
         bridge.load_pair(tmp_path)
 
 
-def test_what_has_no_twin_is_refused():
+def test_models_without_a_twin_are_refused():
     with pytest.raises(Error, match=r"Linear.* twin.*GPT2"):
         bridge.to_torch(nn.Linear(2, 2, rng=None))
     with pytest.raises(Error, match=r"Linear.* twin.*TorchGPT2"):
@@ -264,7 +264,7 @@ def test_what_has_no_twin_is_refused():
         bridge.from_transformers(torch.nn.Linear(2, 2))
 
 
-def test_other_and_mixed_dtypes_are_refused(tmp_path):
+def test_unsupported_and_mixed_dtypes_are_refused(tmp_path):
     with pytest.raises(Error, match=r"float16 .*float32 or float64"):
         bridge.to_torch(GPT2(CONFIG, rng=np.random.default_rng(0)).astype(np.float16))
     twin = TorchGPT2(CONFIG)
@@ -277,7 +277,7 @@ def test_other_and_mixed_dtypes_are_refused(tmp_path):
         bridge.load_pair(tmp_path, dtype="float16")
 
 
-def test_a_twin_of_another_config_is_refused():
+def test_a_twin_with_another_config_is_refused():
     twin = bridge.to_torch(random_gpt2(CONFIG))
     twin.config = GPT2Config(**SMALL | dict(n_positions=9))
     with pytest.raises(Error, match=r"the PyTorch twin .*wpe.weight is \(8, 12\), not \(9, 12\)"):

@@ -1,4 +1,4 @@
-"""What the tests of ``parity.compare`` share: a small model's input, and a fault to plant in it."""
+"""Inputs of a small model and a fault to plant, for the tests of ``parity.compare``."""
 
 from support.models import SMALL, batch
 
@@ -10,12 +10,12 @@ IDS, TARGETS = batch(CONFIG, (2, 7))
 
 
 def found(comparison):
-    """Kind and name of the first diverging row."""
+    """(kind, name) of the first differing row, or None."""
     return comparison.first and (comparison.first.kind, comparison.first.name)
 
 
 def scaled_gradient(op, factor):
-    """``op`` whose output is right and the gradient that comes back through it too large."""
+    """``op`` with a correct output, but with its upstream gradient multiplied by ``factor``."""
 
     def wrong(*args, **kwargs):
         y = op(*args, **kwargs)

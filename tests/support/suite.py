@@ -1,4 +1,4 @@
-"""The suite's own tests, run from within a test: what is proven, and which tests see a planted fault."""
+"""The suite's own tests, collected and run from within a test."""
 
 import functools
 from collections import defaultdict
@@ -8,21 +8,21 @@ import pytest
 
 from tinyllm.errors import Error
 
-ROOT = Path(__file__).parents[2]  # pytest's, too: the names of tests begin here
+ROOT = Path(__file__).parents[2]  # also pytest's root, to which the names of tests are relative
 
-# A test session within a test: no plugin that would write files, or that belongs to the session around it
+# Options of a nested session: without plugins that write files or belong to the outer session
 QUIET = ["-q", "-p", "no:cacheprovider", "-p", "no:faulthandler", "-p", "no:xdist"]
 
 
 def proven(argument: str, subjects):
-    """``parametrize`` over the subjects, each test marked as the proof of its own."""
+    """``parametrize`` over the subjects; each test is marked as the proof of its subject."""
     return pytest.mark.parametrize(
         argument, [pytest.param(subject, marks=pytest.mark.proof(subject)) for subject in subjects]
     )
 
 
 class _Collected:
-    """The subjects of the proof, and the tests of a name: a test's, or a subject among its parameters."""
+    """The subjects of the proof, and the tests by name: of the test, or of a subject among its parameters."""
 
     def __init__(self):
         self.subjects, self.tests = set(), defaultdict(list)
@@ -39,14 +39,14 @@ class _Collected:
 
 @functools.cache
 def collected() -> _Collected:
-    """The whole suite, but for files that cannot be imported: their own tests say so."""
+    """The whole suite, except for files that cannot be imported here."""
     found = _Collected()
     pytest.main([f"{ROOT}/tests", "--collect-only", "-qq", *QUIET], plugins=[found])
     return found
 
 
 class _Run:
-    """What the tests raised."""
+    """A plugin that records which tests passed, and the exceptions of the others."""
 
     def __init__(self):
         self.passed, self.errors = set(), {}
@@ -60,10 +60,10 @@ class _Run:
 
 
 def failures(tests: dict[str, list[str]]) -> dict[str, BaseException]:
-    """Run these tests by name; those names of which one failed, with what it raised.
+    """Run tests (name -> node ids) and return the names with a failing test, each with its first exception.
 
-    Only an assertion that does not hold, or an ``Error``, is a failure. Whatever else goes wrong is a mistake
-    of whoever asks, and so is a name all of whose tests are skipped.
+    Only AssertionError and ``Error`` count as failures; any other exception is raised. A name must have at
+    least one test that is not skipped.
     """
     run = _Run()
     nodes = dict.fromkeys(f"{ROOT}/{node}" for some in tests.values() for node in some)
