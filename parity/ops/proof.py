@@ -46,6 +46,7 @@ class Recorder:
 
     worst: dict[str, Worst] = field(default_factory=dict)  # subject or test name -> its errors
     faults: list[dict[str, str]] = field(default_factory=list)  # for every fault: column -> cell
+    interrupted: bool = False
 
     @pytest.hookimpl(wrapper=True)
     def pytest_runtest_call(self, item):
@@ -59,6 +60,9 @@ class Recorder:
     def pytest_runtest_logreport(self, report):
         if report.when == "call" and report.user_properties:
             self.faults.append(dict(report.user_properties))
+
+    def pytest_keyboard_interrupt(self, excinfo):
+        self.interrupted = excinfo.type is KeyboardInterrupt  # errors of collection raise a subclass
 
     def note(self, name: str, what: str, error: float, bound: float, relative: float) -> None:
         seen = self.worst.setdefault(name, Worst(relative))
@@ -94,9 +98,9 @@ def number(error: float | None) -> str:
 def run(tests: Path, write: bool = False) -> int:
     """Run the proof and the planted faults in ``tests`` and print the tables; return 1 if a test failed."""
     recorder = Recorder()
-    options = ["-q", "-m", "proof or fault", "-p", "no:cacheprovider"]
+    options = ["-q", "-m", "proof or fault", "-p", "no:cacheprovider", "--import-mode=importlib"]
     code = pytest.main([str(tests), *options], plugins=[recorder])
-    if code == pytest.ExitCode.INTERRUPTED:
+    if recorder.interrupted:
         raise KeyboardInterrupt
     if code == pytest.ExitCode.NO_TESTS_COLLECTED:
         raise Error(f"--tests {tests} contains no tests of the proof: give the tests folder of a checkout")

@@ -74,16 +74,31 @@ def test_a_folder_without_our_tests_gives_exit_code_2(tmp_path, arguments):
     assert "--tests" in done.stderr and "Traceback" not in done.stderr
 
 
+@pytest.mark.parametrize(
+    ("line", "code"),
+    [("import no_such_module", 1), ("raise KeyboardInterrupt", 130)],
+    ids=["error", "Ctrl-C"],
+)
+def test_a_file_that_cannot_be_imported_is_a_failure_and_ctrl_c_an_interruption(tmp_path, line, code):
+    write_tests(tmp_path / "tests")
+    (tmp_path / "tests" / "test_broken.py").write_text(line)
+    assert proof("--tests", tmp_path / "tests").returncode == code
+
+
 # ---- Writing the tables ----
 
 
 @pytest.mark.parametrize(("off", "code"), [("0", 0), ("1e-6", 1)])
-def test_write_replaces_the_tables_only_if_all_tests_pass(tmp_path, monkeypatch, off, code):
+def test_write_replaces_the_tables_only_if_all_tests_pass(tmp_path, off, code):
     write_tests(tmp_path / "tests", off)
     page = tmp_path / "README.md"
     page.write_text("before\n<!-- proof -->\nold\n<!-- /proof -->\nafter\n", encoding="utf-8")
-    monkeypatch.setattr(tables, "PAGE", page)
-    assert main(["proof", "--tests", str(tmp_path / "tests"), "--write"]) == code
+    program = (
+        "import pathlib, sys; from parity import __main__, tables; "
+        "tables.PAGE = pathlib.Path('README.md').absolute(); "
+        "sys.exit(__main__.main(['proof', '--tests', 'tests', '--write']))"
+    )
+    assert subprocess.run([sys.executable, "-c", program], cwd=tmp_path).returncode == code
     text = page.read_text(encoding="utf-8")
     assert text.startswith("before\n<!-- proof -->\n") and text.endswith("\n<!-- /proof -->\nafter\n")
     if code:
