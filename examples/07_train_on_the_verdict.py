@@ -1,11 +1,11 @@
 # %% [markdown]
 # # Train GPT-2 on a short story
 #
-# The classic first run: GPT-2 with 162 million parameters learns "The Verdict" (Edith Wharton, 1908) by
-# heart, and shows what overfitting looks like. Ten to fifteen minutes on two cores; with
+# The classic first run: GPT-2 with 162 million parameters memorises "The Verdict" (Edith Wharton, 1908), and
+# shows what overfitting looks like. It takes ten to fifteen minutes on two cores; with
 # `TINYLLM_EXAMPLES=small` in the environment, a few seconds with a toy model.
 #
-# Read beside this: `tinyllm/models/gpt2.py`, then `tinyllm/training/step.py`, which is this loop.
+# Read with it `tinyllm/models/gpt2.py`, and `tinyllm/training/step.py`, which has this loop's body.
 
 # %%
 import os
@@ -28,8 +28,8 @@ keep_memory()
 
 # %% [markdown]
 # ## The text
-# 20,479 characters are 5,145 tokens. The first 90 % are for training: 18 windows of 256 tokens, so 9
-# steps of 2 windows are one epoch.
+# 20,479 characters are 5,145 tokens. The first 90 % are for training: 18 windows of 256 tokens, so an epoch
+# is 9 steps of 2 windows.
 
 # %%
 text = load_text("the-verdict").text
@@ -44,9 +44,9 @@ print(f"{len(train)} + {len(validation)} windows, {batches.steps_per_epoch} step
 
 # %% [markdown]
 # ## The model
-# GPT-2 small with a context of 256, a head of its own with a bias, and no biases for Q, K and V. The
-# published curve begins from PyTorch's default initial values, whose embeddings are 50 times as large as
-# GPT-2's own; from those, 135 steps end at a training loss above 3 instead of near 1.
+# GPT-2 small with a context of 256, an untied head with a bias, and no biases for Q, K and V. The published
+# curve starts from PyTorch's default initial weights, whose embeddings are 50 times as large as GPT-2's. With
+# GPT-2's, the training loss after 135 steps is above 3 instead of near 1.
 
 # %%
 size = dict(n_layer=2, n_head=2, n_embd=32) if SMALL else dict(n_layer=12, n_head=12, n_embd=768)
@@ -68,9 +68,9 @@ print(f"{model.num_parameters():,} parameters on {device}")  # 162,469,969 param
 
 # %% [markdown]
 # ## The loop
-# The untrained model guesses among 50,257 tokens: its loss is near ln 50257 = 10.82. Training drives the
-# training loss towards 1, while the validation loss stops near 6.2 and turns: the model learns the
-# story by heart, and 4,612 tokens cannot teach it English.
+# The untrained model guesses among 50,257 tokens: its loss is near ln 50257 = 10.82. The training loss falls
+# towards 1, while the validation loss stops near 6.2 and rises again: the model memorises the story, and
+# 4,612 tokens are too few to learn English from.
 
 # %%
 epochs = 1 if SMALL else 15
@@ -80,7 +80,7 @@ optimizer = optim.AdamW(model, lr=5e-4, weight_decay=0.1)
 history, started = [], time.perf_counter()
 for step in range(steps):
     ids, targets = batches.at(step)  # (B, T) each
-    manual_seed(123, step)  # dropout of this step
+    manual_seed(123, step)  # of this step's dropout masks
     loss = model.loss(ids, targets)
     loss.backward()
     optim.clip_grad_norm(model, 1.0)
@@ -110,13 +110,13 @@ print("loss curve:", plot)
 
 # %% [markdown]
 # ## The sampling grid
-# The same weights write very different texts. Temperature 0 takes the likeliest token; small k stays
-# close to the story; large k at a high temperature wanders off.
+# The same weights generate very different texts. Temperature 0 takes the most likely token; a small k stays
+# close to the story; a large k with a high temperature departs from it.
 
 # %%
 for top_k in (1, 3, 5, 10, 100):
     for temperature in (0.0, 0.5, 1.0, 1.5, 2.0):
         rng = np.random.default_rng(123)
-        drawn = generate(model, [prompt], 30, temperature=temperature, top_k=top_k, rng=rng)
-        words = tokenizer.decode([int(token[0]) for token in drawn])
+        sampled = generate(model, [prompt], 30, temperature=temperature, top_k=top_k, rng=rng)
+        words = tokenizer.decode([int(token[0]) for token in sampled])
         print(f"top-k {top_k:3}  temperature {temperature:.1f}  {' '.join(words.split())}")

@@ -32,7 +32,7 @@ TESTS = {
     FOLDER: "test_gpt2::test_folder_of_transformers_loads",
     FREQUENCIES: "test_frequencies_of_every_rope_type_equal_transformers",
     ADAMW: "test_adamw_equals_torch_for_20_steps",
-    TRAINING: "test_fifty_training_steps_are_torchs",
+    TRAINING: "test_fifty_training_steps_equal_torchs",
     SAMPLING: "test_sampled_tokens_equal_those_of_plain_torch",
 }
 

@@ -1,4 +1,4 @@
-"""``fit`` trains any module on any arrays, and says in one sentence what it cannot take."""
+"""``fit`` trains any module on any arrays, and refuses invalid arguments with one message."""
 
 import math
 
@@ -25,7 +25,7 @@ def some_ids(step):
 
 
 class Net(Module):
-    """Two layers for a regression; the first may be frozen."""
+    """A regression with two layers, of which the first may be frozen."""
 
     def __init__(self, rng, dropout=0.0, frozen=False):
         self.inner, self.dropout = Linear(3, 8, rng=rng, std=0.5), Dropout(dropout)
@@ -49,7 +49,7 @@ def points(step):
     return x, x @ [1, -2, 0.5]
 
 
-def test_a_language_model_on_arrays():
+def test_fit_trains_a_language_model_on_arrays():
     model, seen = gpt2(), []
     records = fit(model, some_ids, steps=30, lr=1e-2, on_step=lambda *args: seen.append(args))
     assert [record["step"] for record in records] == list(range(1, 31))
@@ -59,13 +59,13 @@ def test_a_language_model_on_arrays():
     assert all(args[0] is model and isinstance(args[1], AdamW) for args in seen)
 
 
-def test_a_module_with_a_loss_of_its_own():
+def test_fit_trains_a_module_with_a_loss_fn():
     model = Net(np.random.default_rng(0))
     records = fit(model, points, 200, 1e-2, loss_fn=squared, count=lambda batch: len(batch[0]))
     assert records[-1]["loss"] < records[0]["loss"] / 20
 
 
-def test_one_array_is_a_batch_too():
+def test_a_batch_may_be_one_array():
     def loss_fn(model, x, num_targets):
         return (model(x) * model(x)).sum() / num_targets
 
@@ -75,7 +75,7 @@ def test_one_array_is_a_batch_too():
 
 
 @pytest.mark.parametrize("micro_batch", [1, 4])
-def test_micro_batches_are_a_matter_of_memory(micro_batch):
+def test_micro_batches_do_not_change_the_result(micro_batch):
     found = []
     for size in (None, micro_batch):
         model = Net(np.random.default_rng(0))
@@ -84,7 +84,7 @@ def test_micro_batches_are_a_matter_of_memory(micro_batch):
     assert found[0] == pytest.approx(found[1], rel=1e-10)
 
 
-def test_what_is_frozen_stays():
+def test_frozen_parameters_do_not_change():
     model = Net(np.random.default_rng(0), frozen=True)
     before = model.inner.weight.data.copy()
     records = fit(model, lambda step: points(0), 20, 1e-2, loss_fn=squared)
@@ -92,7 +92,7 @@ def test_what_is_frozen_stays():
     assert records[-1]["loss"] < records[0]["loss"]
 
 
-def test_learning_rates():
+def test_learning_rate_of_the_argument_the_schedule_and_the_optimizer():
     rate = warmup_cosine(1e-2, 0.0, 1e-3, 2, 5)
     for lr, optimizer, expected in [
         (None, None, [3e-4] * 5),
@@ -107,7 +107,7 @@ def test_learning_rates():
         assert [record["lr"] for record in records] == expected
 
 
-def test_dropout_is_on_and_the_mode_afterwards_as_before():
+def test_dropout_is_on_and_the_modes_are_restored():
     def is_on(model, *_):
         assert model.dropout.training and model.inner.training
 
@@ -119,7 +119,7 @@ def test_dropout_is_on_and_the_mode_afterwards_as_before():
         assert model.inner.training is not training
 
 
-def test_the_seed_decides_dropout():
+def test_dropout_depends_on_the_seed():
     def losses(**options):
         model = Net(np.random.default_rng(0), dropout=0.5)
         return [record["loss"] for record in fit(model, points, 3, loss_fn=squared, **options)]
@@ -130,7 +130,7 @@ def test_the_seed_decides_dropout():
     assert losses(seed=1) != first
 
 
-def test_a_number_that_is_not_finite_ends_it_before_the_update():
+def test_a_loss_that_is_not_finite_raises_before_the_update():
     model, weights = Net(np.random.default_rng(0)), []
 
     def broken(step):
@@ -146,8 +146,8 @@ def test_a_number_that_is_not_finite_ends_it_before_the_update():
     assert np.array_equal(model.outer.weight.data, weights[1])
 
 
-def test_in_float16_a_step_that_overflows_is_left_out(monkeypatch):
-    """The scale halves until the gradients are finite; that is not the end."""
+def test_in_float16_a_step_that_overflows_is_skipped(monkeypatch):
+    """The scale is halved until the gradients are finite."""
     monkeypatch.setattr(loop, "compute_dtype", lambda: np.dtype(np.float16))
     monkeypatch.setattr(LossScale, "seed", lambda scale, loss: np.full_like(loss.data, scale.scale * 1e300))
     model = Net(np.random.default_rng(0))
@@ -157,7 +157,7 @@ def test_in_float16_a_step_that_overflows_is_left_out(monkeypatch):
     assert np.array_equal(model.outer.weight.data, before)
 
 
-# What it refuses
+# Refusals
 
 
 def ignored(step):
@@ -190,8 +190,8 @@ REFUSED = [
     (dict(batch_at=lambda step: None), "NoneType"),
     (dict(batch_at=lambda step: ()), r"batch_at\(0\)"),
     (dict(batch_at=lambda step: np.zeros((4, 2), int)), "1 arrays"),
-    (dict(batch_at=ignored), "no targets that count"),
-    (dict(count=lambda batch: 0), "no targets that count"),
+    (dict(batch_at=ignored), "no targets"),
+    (dict(count=lambda batch: 0), "no targets"),
     (dict(count=lambda batch: -1), "-1"),
     (dict(count=lambda batch: 2.0), "2.0"),
     (dict(count=lambda batch: None), "None"),
@@ -201,7 +201,7 @@ REFUSED = [
 
 
 @pytest.mark.parametrize(("change", "said"), REFUSED)
-def test_what_it_refuses(change, said):
+def test_invalid_arguments_batches_and_losses_are_refused(change, said):
     model = gpt2()
     before = model.state_dict()["wte.weight"].copy()
     with pytest.raises(Error, match=said) as raised:
@@ -210,7 +210,7 @@ def test_what_it_refuses(change, said):
     assert np.array_equal(model.state_dict()["wte.weight"], before)
 
 
-def test_nothing_to_train_and_nothing_to_train_it_for():
+def test_a_model_without_a_loss_or_without_parameters_is_refused():
     with pytest.raises(Error, match="Net has no method loss"):
         fit(Net(np.random.default_rng(0)), points)
     model = Net(np.random.default_rng(0), frozen=True)
@@ -219,8 +219,8 @@ def test_nothing_to_train_and_nothing_to_train_it_for():
         fit(model, points, loss_fn=squared)
 
 
-def test_gradients_of_another_time_do_not_count():
-    """Of a backward pass before, and of parameters that the optimizer does not have."""
+def test_other_gradients_are_cleared():
+    """Those of an earlier backward pass, and of parameters that the optimizer does not have."""
     expected = fit(gpt2(), some_ids, steps=2, lr=1e-3)
     model = gpt2()
     model.loss(*some_ids(7)).backward()
@@ -229,7 +229,7 @@ def test_gradients_of_another_time_do_not_count():
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
-def test_whatever_a_step_is_followed_by_the_next_one_trains():
+def test_each_step_trains_whatever_on_step_does():
     def sample(model, optimizer, record):
         modes.append(model.training)
         model.eval()
@@ -238,4 +238,4 @@ def test_whatever_a_step_is_followed_by_the_next_one_trains():
     optimizer = AdamW(model, 1e-3)
     fit(model, some_ids, steps=3, lr=lambda step: 1e-3 * (2 - step), optimizer=optimizer, on_step=sample)
     assert modes == [True, True, True]
-    assert optimizer.lr == 1e-3  # for the next call, not what the schedule ended with
+    assert optimizer.lr == 1e-3  # restored after the schedule

@@ -1,4 +1,4 @@
-"""A training step and an evaluation: the gradients of the whole batch, however it is divided."""
+"""A training step and an evaluation: gradients of the whole batch, however it is split."""
 
 import math
 
@@ -32,8 +32,8 @@ def gradients(model, ids, targets, micro_batch, seed, step, scale=None):
 
 
 @pytest.mark.parametrize("micro_batch", [1, 2, 3, 5])
-def test_gradients_are_those_of_the_whole_batch_whatever_is_counted(micro_batch):
-    """Rows with 0, 1 and many targets that count: a mean of the micro-batches' means would be another."""
+def test_accumulated_gradients_are_those_of_the_whole_batch(micro_batch):
+    """Rows have 0, 1 and many targets, so that a mean of the micro-batches' means would be wrong."""
     rng = np.random.default_rng(1)
     ids, targets = rng.integers(0, 11, (2, 5, 6))
     targets[0], targets[1, 1:], targets[3, ::2] = -100, -100, -100
@@ -49,27 +49,27 @@ def test_gradients_are_those_of_the_whole_batch_whatever_is_counted(micro_batch)
         assert np.abs(p.grad - expected[name]).max() <= 1e-13 * np.abs(expected[name]).max(), name
 
 
-def test_the_same_elements_are_dropped_however_the_batch_is_divided():
+def test_dropout_masks_do_not_depend_on_how_the_batch_is_split():
     config = GPT2Config(vocab_size=9, n_positions=16, n_embd=16, n_head=2, n_layer=1, resid_pdrop=0.5)
     model = GPT2(config, rng=np.random.default_rng(0)).astype(np.float64).train()
     ids = np.repeat(np.arange(9)[None], 4, axis=0)
     whole = gradients(model, ids, ids, 4, seed=0, step=0)
     for micro_batch in (1, 2, 3):
         assert gradients(model, ids, ids, micro_batch, seed=0, step=0) == pytest.approx(whole, rel=1e-12)
-    assert gradients(model, ids[:1], ids[:1], 1, seed=0, step=0) != whole  # each row has a mask of its own
+    assert gradients(model, ids[:1], ids[:1], 1, seed=0, step=0) != whole  # each row has its own mask
     assert gradients(model, ids, ids, 4, seed=0, step=1) != whole
 
 
-def test_nobody_waits_for_a_loss_before_the_last_micro_batch(monkeypatch):
-    """A GPU computes while the host prepares the next one; to ask for a number would be to wait for it."""
+def test_losses_are_read_only_after_the_last_micro_batch(monkeypatch):
+    """Reading a loss waits for the GPU, which otherwise computes while the host prepares the next one."""
     config = GPT2Config(vocab_size=9, n_positions=4, n_embd=8, n_head=2, n_layer=1)
-    model, happened = GPT2(config, rng=np.random.default_rng(0)), []
+    model, calls = GPT2(config, rng=np.random.default_rng(0)), []
     backward, item = Tensor.backward, Tensor.item
-    monkeypatch.setattr(Tensor, "backward", lambda *args: (happened.append("backward"), backward(*args))[1])
-    monkeypatch.setattr(Tensor, "item", lambda *args: (happened.append("item"), item(*args))[1])
+    monkeypatch.setattr(Tensor, "backward", lambda *args: (calls.append("backward"), backward(*args))[1])
+    monkeypatch.setattr(Tensor, "item", lambda *args: (calls.append("item"), item(*args))[1])
     ids = np.arange(8).reshape(4, 2)
     gradients(model, ids, ids, 1, seed=0, step=0)
-    assert happened == 4 * ["backward"] + 4 * ["item"]
+    assert calls == 4 * ["backward"] + 4 * ["item"]
 
 
 # Loss scale
@@ -79,7 +79,7 @@ def test_nobody_waits_for_a_loss_before_the_last_micro_batch(monkeypatch):
 @given(steps=st.lists(st.sampled_from([True, False]), max_size=40), before=st.integers(0, 1999))
 @example(steps=[True], before=1999)
 @example(steps=[False, True], before=1999)
-def test_loss_scale_goes_as_torchs(steps, before):
+def test_loss_scale_is_updated_as_in_torch(steps, before):
     torch = pytest.importorskip("torch")
     ours = LossScale()
     ours.load_state_dict({"scale": 1024.0, "good_steps": before})
@@ -91,7 +91,7 @@ def test_loss_scale_goes_as_torchs(steps, before):
 
 
 @pytest.mark.parametrize("micro_batch", [2, 5])
-def test_scaled_gradients_are_the_gradients(micro_batch):
+def test_unscaled_gradients_equal_those_without_a_scale(micro_batch):
     ids = np.random.default_rng(1).integers(0, 11, (5, 6))
     config = GPT2Config(vocab_size=11, n_positions=6, n_embd=8, n_head=2, n_layer=1)
     model = GPT2(config, rng=np.random.default_rng(0))
@@ -99,11 +99,11 @@ def test_scaled_gradients_are_the_gradients(micro_batch):
     expected = {name: p.grad for name, p in model.named_parameters()}
     model.zero_grad()
     assert gradients(model, ids, ids, micro_batch, seed=3, step=0, scale=LossScale()) == plain
-    for name, p in model.named_parameters():  # a power of two: not a bit is lost
+    for name, p in model.named_parameters():  # the scale is a power of two, hence exact
         assert np.array_equal(p.grad, expected[name]), name
 
 
-def test_a_loss_scale_in_backward():
+def test_loss_scale_multiplies_and_unscale_divides():
     x = Tensor(np.array([3.0], np.float32), requires_grad=True)
     scale = LossScale(8.0)
     loss = (x * x).sum()
@@ -117,7 +117,7 @@ def test_a_loss_scale_in_backward():
 
 
 @pytest.mark.parametrize("value", [0.0, -1.0, math.inf, math.nan])
-def test_no_loss_scale(value):
+def test_invalid_loss_scale_is_refused(value):
     with pytest.raises(Error, match=f"a loss scale must be above 0 and finite, not {value}"):
         LossScale(value)
 
@@ -143,7 +143,7 @@ X, Y = np.array([[1.0, 2.0], [3.0, 4.0], [5.0, 7.0]]), np.array([1.0, 0.0, 2.0])
 
 
 def by_hand(w, x, y, clip, lr):
-    """The loss, the norm of its gradient, and w after AdamW's first step: m / sqrt(v) is g / |g| then."""
+    """The loss, the norm of its gradient, and w after AdamW's first step, where m / sqrt(v) = g / |g|."""
     error = x @ w - y
     g = 2 / len(x) * x.T @ error
     norm = np.linalg.norm(g)
@@ -153,7 +153,7 @@ def by_hand(w, x, y, clip, lr):
 
 @pytest.mark.parametrize("micro_batch", [None, 1, 2, 3, 100])
 @pytest.mark.parametrize("clip", [0.5, 1e9])
-def test_a_step_is_the_one_computed_by_hand(micro_batch, clip):
+def test_a_step_equals_the_one_computed_by_hand(micro_batch, clip):
     model = Line([0.5, -0.25])
     optimizer = AdamW(model, lr=0.1)
     found = training_step(model, optimizer, (X, Y), 3, micro_batch=micro_batch, clip=clip)
@@ -165,7 +165,7 @@ def test_a_step_is_the_one_computed_by_hand(micro_batch, clip):
 
 @pytest.mark.parametrize("scaled", [False, True])
 @pytest.mark.parametrize(("broken", "halved"), [("loss", False), ("gradient", True)])
-def test_a_step_that_is_not_finite_changes_no_weight(scaled, broken, halved):
+def test_a_step_that_is_not_finite_leaves_the_weights_unchanged(scaled, broken, halved):
     model, scale = Line([0.5, -0.25]), LossScale(8.0) if scaled else NoLossScale()
     optimizer = AdamW(model, lr=0.1)
 
@@ -185,7 +185,7 @@ def test_a_step_that_is_not_finite_changes_no_weight(scaled, broken, halved):
     assert scale.scale == (4 if halved else 8) if scaled else 1
 
 
-def test_a_scaled_step_is_the_step():
+def test_a_scaled_step_equals_the_step():
     models = [Line([0.5, -0.25]) for _ in range(2)]
     for model, scale in zip(models, (NoLossScale(), LossScale(2.0**10))):
         for step in range(3):
@@ -194,8 +194,8 @@ def test_a_scaled_step_is_the_step():
 
 
 @pytest.mark.parametrize("moment", [1, 2, 3])
-def test_a_step_can_be_broken_off_until_its_update(moment):
-    """Before its first and its second micro-batch, and before the update: nothing is left of it."""
+def test_an_interrupted_step_leaves_no_trace(moment):
+    """It is interrupted before its first and its second micro-batch, and before the update."""
     model, calls = Line([0.5, -0.25]), []
 
     def check():

@@ -1,7 +1,7 @@
-"""Fifty training steps of tinyllm and of torch from the same start on the same batches, step by step.
+"""Fifty training steps of tinyllm and of torch from the same weights on the same batches.
 
-AdamW with decay of matrices, clipping, warm-up, cosine, and steps made of three micro-batches that count
-different numbers of targets. torch's side is ``transformers``' GPT-2 with torch's own loss, optimiser,
+AdamW with weight decay of the matrices, clipping, warm-up, cosine decay, and steps of three micro-batches
+with different numbers of targets. torch's side is ``transformers``' GPT-2 with torch's own loss, optimiser,
 clipping and schedules.
 """
 
@@ -31,13 +31,13 @@ class Step:
 
 
 def micro_batches(step: int) -> list[tuple[np.ndarray, np.ndarray]]:
-    """Ids and targets of one step, from three that come again and again: (2, 8) each."""
+    """Ids and targets of one step, (2, 8) each; every third step has the same."""
     rng = np.random.default_rng(step % 3)
     batches = []
-    for counted in (0.1, 0.5, 1.0):  # the share of targets that count
+    for share in (0.1, 0.5, 1.0):  # of targets that are not -100
         ids, targets = rng.integers(0, CONFIG.vocab_size, (2, 2, 8))
-        targets[rng.random(targets.shape) > counted] = -100
-        targets[0, 0] = 0  # at least one counts
+        targets[rng.random(targets.shape) > share] = -100
+        targets[0, 0] = 0  # at least one target
         batches.append((ids, targets))
     return batches
 
@@ -47,7 +47,7 @@ def counted(batches) -> int:
 
 
 def start(config: GPT2Config, dtype):
-    """The model both sides begin with: random_gpt2's float64 numbers, in ``dtype``."""
+    """The model that both sides start from: random_gpt2's float64 weights, in ``dtype``."""
     return random_gpt2(config).astype(dtype).train()
 
 
@@ -70,7 +70,7 @@ def tinyllm_run(model) -> list[Step]:
 
 
 def torch_run(model) -> list[Step]:
-    """The same with the ``transformers`` model that has the weights of ``model``."""
+    """The same with the ``transformers`` model with the weights of ``model``."""
     theirs = bridge.to_transformers(model).train()
     groups = [
         {"params": [p for p in theirs.parameters() if p.ndim >= 2], "weight_decay": DECAY},
@@ -106,7 +106,7 @@ def reference(config: GPT2Config = CONFIG, dtype=np.float64) -> list[Step]:
 
 
 def check_run(ours: list[Step], theirs: list[Step], relative: float) -> None:
-    """Do loss, gradient norm and every parameter agree at every step?"""
+    """Assert that loss, gradient norm and every parameter agree at every step."""
     for number, (mine, other) in enumerate(zip(ours, theirs, strict=True), 1):
         for name in ("loss", "grad_norm"):
             pair = (np.array(getattr(step, name)) for step in (mine, other))
@@ -118,26 +118,26 @@ def check_run(ours: list[Step], theirs: list[Step], relative: float) -> None:
 
 @pytest.mark.proof("GPT2")
 @pytest.mark.parametrize("config", [CONFIG, UNTIED], ids=["tied", "untied"])
-def test_fifty_training_steps_are_torchs(config):
+def test_fifty_training_steps_equal_torchs(config):
     check_run(tinyllm_run(start(config, np.float64)), reference(config), 1e-9)
 
 
 @pytest.mark.proof("Llama")
-def test_fifty_training_steps_of_llama_are_torchs():
+def test_fifty_training_steps_of_llama_equal_torchs():
     model = random_llama(replace(EVERYTHING, vocab_size=CONFIG.vocab_size)).train()
     theirs = torch_run(model)
     check_run(tinyllm_run(model), theirs, 1e-9)
     assert theirs[-1].loss < theirs[0].loss / 2
 
 
-def test_the_curves_in_float32_are_torchs():
+def test_the_curves_in_float32_equal_torchs():
     ours, theirs = tinyllm_run(start(CONFIG, np.float32)), reference(CONFIG, np.float32)
     for name in ("loss", "grad_norm"):
         mine, other = ([getattr(step, name) for step in run] for run in (ours, theirs))
         np.testing.assert_allclose(mine, other, rtol=1e-3, atol=0, err_msg=name)
 
 
-def test_the_run_walks_everything_it_is_said_to():
+def test_the_run_clips_learns_and_updates_every_parameter():
     run = reference()
     clipped = sum(step.grad_norm > CLIP for step in run)
     assert 0 < clipped < STEPS

@@ -1,4 +1,4 @@
-"""Training: ``fit`` for any model and data; a run with a folder of its own in ``run.py``."""
+"""Training: ``fit`` trains any model on any data; ``run.py`` trains with a folder for the run."""
 
 from tinyllm.training.loop import fit
 

@@ -1,29 +1,29 @@
 """Baselines: how well a text can be predicted without a neural network.
 
-Two old methods, measured as a model is: in bits per byte of a text neither has seen, so that 8 is knowing
-nothing. The n-gram model knows nothing but which byte tends to follow the last few; xz knows nothing but
-where the same passage stood before. A language model that does not beat the first has learned little more
-than spelling; one that loses to the second meets a text that repeats itself.
+Two classical methods, in bits per byte of an unseen text, for which a uniform guess is 8. The n-gram model
+counts which byte follows the last few; xz copies passages that occurred before. A language model that is not
+better than the n-gram model has learned little more than spelling; one that is worse than xz is evaluated on
+a text that repeats itself.
 """
 
 import numpy as np
 
 from tinyllm.errors import Error
 
-LARGEST = 20_000_000  # bytes of text; for this many xz takes half a minute, and the n-gram model 0.8 GB
+LARGEST = 20_000_000  # bytes of text; xz then takes half a minute, and the n-gram model 0.8 GB
 
 
 def ngram_bits_per_byte(train: bytes, validation: bytes, order: int = 5) -> float:
     """Bits per byte of ``validation`` under a byte n-gram model counted in ``train``.
 
-    A model of order n predicts a byte w from its context h, the n - 1 bytes before it. h' is the context
-    without its first byte, c(h, w) how often w followed h, c(h) how often anything did, and T(h) how many
-    different bytes did:
+    A model of order n predicts a byte w from its context h, the n - 1 bytes before it. Let h' be the context
+    without its first byte, c(h, w) the number of times that w followed h, c(h) the number of times that any
+    byte did, and T(h) the number of different bytes that did:
 
         P(w | h) = (c(h, w) + T(h) P(w | h')) / (c(h) + T(h))          P(w | no context left) = 1 / 256
 
-    so the model trusts a shorter context the more, the more often h has surprised it; after an h never
-    seen it asks h' alone. The first bytes of ``validation`` have as much context as there is.
+    The more different bytes followed h, the larger the weight of the shorter context; after an unseen h it is
+    1. The first bytes of ``validation`` have a shorter context.
 
     Witten and Bell, "The Zero-Frequency Problem", IEEE Transactions on Information Theory 37, 1991 (their
     method C); in this recursive form Chen and Goodman, "An Empirical Study of Smoothing Techniques for
@@ -38,7 +38,7 @@ def ngram_bits_per_byte(train: bytes, validation: bytes, order: int = 5) -> floa
     _check_texts(train, validation)
     seen = np.frombuffer(train, np.uint8).astype(np.uint64)
     asked = np.frombuffer(validation, np.uint8).astype(np.uint64)
-    grams, queries = seen, asked  # each byte with k bytes of context before it, as one number
+    grams, queries = seen, asked  # each byte and the k bytes before it, as one number
     p = np.full(len(asked), 1 / 256)
     for k in range(min(order, len(seen), len(asked))):
         if k > 0:
@@ -46,7 +46,7 @@ def ngram_bits_per_byte(train: bytes, validation: bytes, order: int = 5) -> floa
             queries = queries[:-1] << 8 | asked[k:]
         pairs, pair_counts = np.unique(grams, return_counts=True)
         contexts, first, distinct = np.unique(pairs >> 8, return_index=True, return_counts=True)
-        context_counts = np.add.reduceat(pair_counts, first)  # pairs are sorted: a context's stand together
+        context_counts = np.add.reduceat(pair_counts, first)  # pairs are sorted by context
 
         c_hw = _look_up(queries, pairs, pair_counts)
         c_h = _look_up(queries >> 8, contexts, context_counts)
@@ -58,28 +58,26 @@ def ngram_bits_per_byte(train: bytes, validation: bytes, order: int = 5) -> floa
 
 
 def _look_up(wanted: np.ndarray, keys: np.ndarray, values: np.ndarray) -> np.ndarray:
-    """The value of each wanted key, 0 where there is none; ``keys`` are sorted."""
+    """The value of each wanted key, or 0 if it is missing; ``keys`` are sorted."""
     at = np.searchsorted(keys, wanted)
     at[at == len(keys)] = 0
     return np.where(keys[at] == wanted, values[at], 0)
 
 
 def xz_bits_per_byte(train: bytes, validation: bytes) -> float:
-    """Bits that ``xz -9`` needs for each byte of ``validation`` when it has just read ``train``.
+    """Bits per byte of ``validation`` compressed by ``xz -9`` after ``train``.
 
         (size of xz(train + validation) - size of xz(train)) * 8 / len(validation)
 
-    xz is LZ77 (Ziv and Lempel, 1977), "copy n bytes from d bytes back", with an arithmetic coder behind it;
-    preset 9 looks 64 MiB back. It takes up to 0.7 GB of memory. Raises ``Error`` if a text is empty or not
-    bytes, or if this Python was built without lzma.
+    xz is LZ77 (Ziv and Lempel, 1977), "copy n bytes from d bytes back", followed by an arithmetic coder;
+    preset 9 searches the last 64 MiB. It needs up to 0.7 GB of memory. Raises ``Error`` if a text is empty or
+    not bytes, or if this Python was built without lzma.
     """
     _check_texts(train, validation)
     try:
         import lzma
     except ImportError:
-        raise Error(
-            "this Python was built without lzma: install one that has it to compare with xz"
-        ) from None
+        raise Error("this Python was built without lzma: install one with it to compare with xz") from None
     sizes = [len(lzma.compress(data, preset=9)) for data in (train, train + validation)]
     return (sizes[1] - sizes[0]) * 8 / len(validation)
 
@@ -93,25 +91,25 @@ def _check_texts(train: bytes, validation: bytes) -> None:
 
 
 def describe(ours: float, train: bytes, validation: bytes) -> str:
-    """A table of three figures: ``ours`` (bits per byte of ``validation``), the n-gram's and xz's.
+    """A table of three numbers: ``ours`` (bits per byte of ``validation``), the n-gram's and xz's.
 
-    Of more than 20 MB of text it says that, and why, the baselines are left out. Raises ``Error`` as
-    they do, but a Python without lzma costs only its line.
+    For more than 20 MB of text the baselines are omitted, and the table says so. Raises ``Error`` as they do,
+    except that without lzma only xz is omitted.
     """
     _check_texts(train, validation)
     if len(train) + len(validation) > LARGEST:
-        why = f"left out: on more than {LARGEST // 10**6} MB of text it takes too long or too much memory"
+        why = f"omitted: too slow or too large for more than {LARGEST // 10**6} MB of text"
         ngram, xz = ("–", why), ("–", why)
     else:
         bits = ngram_bits_per_byte(train, validation)
-        ngram = (f"{bits:.2f}", "each byte from the four before it, as counted in the training text")
+        ngram = (f"{bits:.2f}", "each byte given the four before it, counted in the training text")
         try:
             bits = xz_bits_per_byte(train, validation)
-            xz = (f"{bits:.2f}", "compressed after the training text, whose passages it copies")
+            xz = (f"{bits:.2f}", "compressed after the training text, copying its passages")
         except Error as error:
-            xz = ("–", f"left out: {error}")
+            xz = ("–", f"omitted: {error}")
     return (
-        f"bits per byte of the validation text ({len(validation):,} bytes; 8 is knowing nothing)\n"
+        f"bits per byte of the validation text ({len(validation):,} bytes; a uniform guess is 8)\n"
         f"  this model   {ours:>5.2f}\n"
         f"  byte 5-gram  {ngram[0]:>5}  {ngram[1]}\n"
         f"  xz -9        {xz[0]:>5}  {xz[1]}"

@@ -1,7 +1,7 @@
-"""How is a model trained? By one step after another, each on its own batch.
+"""How is a model trained? Step by step, each on its own batch.
 
-``fit`` trains any Module on arrays of your own. ``tinyllm train`` runs the same ``training_steps``, with a
-folder around it (``run.py``).
+``fit`` trains any Module on arrays of your own. ``tinyllm train`` runs the same ``training_steps``, and keeps
+a folder with checkpoints and logs (``run.py``).
 """
 
 import math
@@ -23,20 +23,20 @@ LEARNING_RATE = 3e-4
 
 
 class CompletedStep(NamedTuple):
-    """A step, what it was made from, and what came of it."""
+    """The inputs and the results of one step."""
 
-    step: int  # how many steps there were with this one
+    step: int  # counted from 1
     batch: tuple
     lr: float
-    loss_scale: float  # 1, but in float16
+    loss_scale: float  # 1 except in float16
     seconds: float
     loss: float
     grad_norm: float  # before clipping
-    updated: bool  # False: loss or grad_norm is not finite, and the weights are as they were
+    updated: bool  # False if loss or grad_norm is not finite: the weights are unchanged
 
     @property
     def overflowed(self) -> bool:
-        """Whether there was no update because the gradients, times the loss scale, are too large."""
+        """Whether the update was skipped because the scaled gradients overflowed."""
         return not self.updated and math.isfinite(self.loss) and self.loss_scale > 1
 
     def what_is_not_finite(self) -> str:
@@ -56,7 +56,7 @@ def training_steps(
     loss_scale: LossScale | NoLossScale,
     **options,
 ) -> Iterator[CompletedStep]:
-    """Make the ``steps`` (numbers from 0), one whenever the next is asked for.
+    """Run the ``steps`` (numbers from 0) lazily, one per iteration.
 
     ``batch_at(step)`` is the batch of a step, ``count(batch)`` the number of its targets and ``lr_at(step)``
     its learning rate; ``options`` are those of ``training_step``.
@@ -66,7 +66,7 @@ def training_steps(
         batch = _batch(batch_at(step), step)
         num_targets = _number_of_targets(count(batch), step)
         optimizer.lr, scale = lr_at(step), loss_scale.scale
-        # A run that diverges ends with one sentence, not with NumPy's warnings before it.
+        # A run that diverges ends with one message, without NumPy's warnings.
         with np.errstate(over="ignore", invalid="ignore"):
             result = training_step(
                 model, optimizer, batch, num_targets, loss_fn, loss_scale=loss_scale, step=step, **options
@@ -88,22 +88,22 @@ def fit(
     clip: float = 1.0,
     seed: int = 0,
 ) -> list[dict]:
-    """Train a model; returns a record of every step: its ``step`` (from 1), ``loss``, ``lr``, ``grad_norm``.
+    """Train a model; returns a record of every step: ``step`` (from 1), ``loss``, ``lr`` and ``grad_norm``.
 
     ``batch_at(step)``, a pure function of the step (from 0), returns an array or a tuple of arrays that share
-    axis 0, and ``count(batch)`` the number of its targets: by default, of those in the last array that are
-    not -100. ``loss_fn(model, *rows, num_targets)`` is a sum over some rows of the arrays, divided by
-    ``num_targets``; by default ``model.loss``. No more than ``micro_batch`` rows are computed at once.
+    axis 0. ``count(batch)`` returns its number of targets: by default, those in the last array that are not
+    -100. ``loss_fn(model, *rows, num_targets)`` returns a sum over some rows of the arrays, divided by
+    ``num_targets``; by default it is ``model.loss``. Gradients are accumulated over ``micro_batch`` rows.
 
-    ``lr`` is a learning rate or a function of the step; by default the ``optimizer``'s, or 3e-4 for AdamW on
-    the parameters that require a gradient when ``fit`` is called. The gradients' norm is at most ``clip``.
-    Dropout is on, and follows from ``seed``, the step and the row (axis 0 of what ``F.dropout`` is given), so
-    ``micro_batch`` does not change it. ``on_step(model, optimizer, record)`` is called after every step.
+    ``lr`` is a learning rate or a function of the step; by default the ``optimizer``'s, or 3e-4 with AdamW on
+    the parameters that require a gradient when ``fit`` is called. Gradients are clipped to the norm ``clip``.
+    Dropout is on; its mask depends on ``seed``, the step and the row (axis 0 of the input of ``F.dropout``),
+    so ``micro_batch`` does not change it. ``on_step(model, optimizer, record)`` is called after every step.
 
-    Raises ``Error`` for an argument, batch or loss that is not as said here, and FloatingPointError, before
-    the update, if the loss or the gradient norm is not finite. Products are computed in what
-    ``backend.autocast`` says around the call; in float16 the loss is scaled, and a step whose gradients
-    overflow is left out (its grad_norm is not finite).
+    Raises ``Error`` for an invalid argument, batch or loss, and FloatingPointError, before the update, if the
+    loss or the gradient norm is not finite. The dtype of products is that of the enclosing
+    ``backend.autocast``; in float16 the loss is scaled, and a step whose gradients overflow is skipped (its
+    grad_norm is not finite).
     """
     if not callable(batch_at):
         raise Error(f"batch_at is a {type(batch_at).__name__}: give a function of the step's number")
@@ -138,7 +138,7 @@ def fit(
             records.append({key: getattr(completed, key) for key in ("step", "loss", "lr", "grad_norm")})
             if on_step is not None:
                 on_step(model, optimizer, records[-1])
-                model.train()  # whatever mode it sampled in
+                model.train()  # on_step may have changed the mode
     finally:
         optimizer.lr = first_lr
         for module, mode in modes:
@@ -162,7 +162,7 @@ def _number_of_targets(count, step: int) -> int:
     if not is_integer(count) or count < 0:
         raise Error(f"count(batch) of step {step} is {count!r}: give the batch's number of targets")
     if count == 0:
-        raise Error(f"the batch of step {step} has no targets that count: give at least one that is not -100")
+        raise Error(f"the batch of step {step} has no targets: give at least one that is not -100")
     return count
 
 
@@ -177,7 +177,7 @@ def _schedule(lr) -> Callable[[int], float]:
 
 
 def _checked(loss_fn: Callable[..., Tensor] | None) -> Callable[..., Tensor]:
-    """The loss of ``fit``, with a sentence for what is not one."""
+    """The loss of ``fit``, which raises ``Error`` if the result is not a loss."""
 
     def checked(model: Module, *rows, num_targets: int) -> Tensor:
         if loss_fn is None and len(rows) != 2:

@@ -1,16 +1,16 @@
 """What happens in one training step, and how is a model evaluated?
 
-A batch is one or more arrays with a row for each example. Let N be the number of targets in all of it: for a
-language model the next token at every position, but for those that are -100 and do not count. A step is
+A batch is one or more arrays with one row per example. Let N be its number of targets: for a language model,
+the next token at every position, except targets of -100, which are ignored. A step is
 
     L = 1/N Σ loss of each target                 forward, and
-    g = ∂L/∂θ                                     backward, a few rows at a time: a micro-batch
-    g = g · min(1, clip / ‖g‖)                    clipping, against a batch that would throw the model far off
+    g = ∂L/∂θ                                     backward, for a few rows at a time: a micro-batch
+    g = g · min(1, clip / ‖g‖)                    clipping, which bounds the effect of an unusual batch
     θ = AdamW(θ, g)                               the update, unless L or ‖g‖ is not finite
 
-Activations are kept for one micro-batch at a time, and gradients are added up over all of them. Each divides
-its sum by N, not by its own number of targets: so the sum is the gradient of the whole batch, whatever counts
-where, and ``micro_batch`` is a matter of memory only.
+Only one micro-batch's activations are in memory at a time; gradients are accumulated over all of them. Each
+micro-batch divides its sum by N, not by its own number of targets. The accumulated gradient is therefore that
+of the whole batch, however targets are distributed, and ``micro_batch`` affects only memory.
 """
 
 import math
@@ -27,11 +27,11 @@ Check = Callable[[], None]
 
 
 class StepResult(NamedTuple):
-    """What a step found."""
+    """The loss and gradient norm of a step."""
 
     loss: float
     grad_norm: float  # before clipping
-    updated: bool  # False: one of the two is not finite, and the weights are as they were
+    updated: bool  # False if one of the two is not finite: the weights are unchanged
 
 
 def language_model_loss(model: Module, ids, targets, num_targets: int) -> Tensor:
@@ -39,14 +39,14 @@ def language_model_loss(model: Module, ids, targets, num_targets: int) -> Tensor
 
 
 def count_targets(batch: tuple) -> int:
-    """How many targets count: those in the batch's last array that are not -100."""
-    if len(batch) > 2 and batch[-1].dtype.kind not in "iu":  # weights, say
-        raise Error(f"the last array of a batch is {batch[-1].dtype}, not targets: say how to count them")
+    """The number of targets: those in the batch's last array that are not -100."""
+    if len(batch) > 2 and batch[-1].dtype.kind not in "iu":  # weights, for example
+        raise Error(f"the last array of a batch is {batch[-1].dtype}, not targets: give a count(batch)")
     return int((batch[-1] != -100).sum())
 
 
 def do_nothing() -> None:
-    """A check that never breaks anything off."""
+    """A check that never interrupts."""
 
 
 def training_step(
@@ -62,11 +62,11 @@ def training_step(
     step: int = 0,
     check: Check = do_nothing,
 ) -> StepResult:
-    """One update of the model's parameters from one batch.
+    """Update the model's parameters once, from one batch.
 
     ``loss_fn(model, *rows, num_targets=N)`` is the loss of some rows: a sum over them, divided by N. Dropout
-    follows from ``seed`` and ``step``. ``check()`` is called before each micro-batch and before the update;
-    what it raises breaks off the step.
+    masks depend on ``seed`` and ``step``. ``check()`` is called before each micro-batch and before the
+    update; an exception that it raises interrupts the step.
     """
     loss_scale = loss_scale or NoLossScale()
     try:
@@ -79,11 +79,11 @@ def training_step(
         finite = math.isfinite(loss) and math.isfinite(grad_norm)
         if finite:
             optimizer.step()
-        if math.isfinite(loss):  # or it is not the scale's fault
+        if math.isfinite(loss):  # otherwise a smaller scale would not help
             loss_scale.update(finite)
     finally:
         optimizer.zero_grad()
-        model.zero_grad()  # of parameters, too, that the optimizer does not have
+        model.zero_grad()  # also of parameters that the optimizer does not have
     return StepResult(loss, grad_norm, finite)
 
 
@@ -98,7 +98,7 @@ def accumulate_gradients(
     step: int,
     check: Check = do_nothing,
 ) -> float:
-    """Add ∂L/∂θ, times the loss scale, to every parameter's ``.grad``; returns L."""
+    """Add ∂L/∂θ, times the loss scale, to the ``.grad`` of every parameter; returns L."""
     losses = []
     rows = len(batch[0])
     for first in range(0, rows, micro_batch or rows):
@@ -109,7 +109,7 @@ def accumulate_gradients(
         loss.backward(loss_scale.seed(loss))
         losses.append(loss)
     total = 0.0
-    for loss in losses:  # not before: a GPU still computes while we prepare the next one, until it is asked
+    for loss in losses:  # only now: ``item`` waits for a GPU, which otherwise computes asynchronously
         total += loss.item()
     return total
 
@@ -121,9 +121,9 @@ def evaluate(
     count: Callable[[tuple], int] = count_targets,
     check: Check = do_nothing,
 ) -> float:
-    """The mean loss of the targets in all ``batches``: without dropout, and nothing is kept for a gradient.
+    """The mean loss of the targets in all ``batches``, in eval mode and without gradients.
 
-    ``check()`` is called before every batch; what it raises breaks off the evaluation.
+    ``check()`` is called before every batch; an exception that it raises interrupts the evaluation.
     """
     total, targets = 0.0, 0
     with evaluating(model), no_grad():
@@ -132,5 +132,5 @@ def evaluate(
             total += loss_fn(model, *batch, num_targets=1).item()
             targets += count(batch)
     if targets == 0:
-        raise Error("there are no targets to evaluate the model on: give batches in which some count")
+        raise Error("the batches have no targets to evaluate: give some that are not -100")
     return total / targets
