@@ -35,7 +35,7 @@ def options_of(program: str, words: list[str]) -> set[str]:
     else:
         known = PARITY[next(name for name in (" ".join(words[:2]), words[0]) if name in PARITY)]
     names = [field.name.replace("_", "-") for field in fields(known)]
-    return {"help", "preset", *names, *(f"no-{name}" for name in names)}
+    return {"help", "preset", "from", *names, *(f"no-{name}" for name in names)}
 
 
 @pytest.mark.parametrize("page", PAGES, ids=str)

@@ -154,6 +154,6 @@ def _after_flip(run: Path, whole: dict, file: str, byte: int, bit: int) -> str:
         output = trained(begun_config(run))
     except (Error, OSError) as error:
         return str(error)
-    if found not in output or f"going on after step {NEWEST - 1} " not in output:
+    if found not in output or f"after step {NEWEST - 1} of" not in output:
         return f"the resumed run printed something else: {output}"
     return difference(run, whole)

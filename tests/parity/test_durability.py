@@ -135,7 +135,7 @@ def test_unverified_or_unreported_bit_flips_are_detected(monkeypatch):
         assert Counter(failure.split(": ")[-1] for failure in failures(bit_flips(8))) == {
             "verify did not detect it": 8
         }
-    monkeypatch.setattr(tinyllm.training.run_folder, "say", lambda line: None)
+    monkeypatch.setattr(tinyllm.training.run_folder, "say", lambda *_, **__: None)
     found = failures(bit_flips(8))
     assert len(found) == 8
     assert all("the resumed run printed something else" in failure for failure in found)

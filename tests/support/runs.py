@@ -1,4 +1,4 @@
-"""Training runs of a second, ways to stop them, and what they leave."""
+"""Training runs that take a second, ways to stop them, and their files."""
 
 import json
 import signal
@@ -30,7 +30,7 @@ def rhyme(folder, times):
 
 
 def small(text, out, **changes):
-    """A run of a second: one block, 12 steps, evaluated at 0, 5, 10 and 12."""
+    """A run of one block and 12 steps, evaluated at 0, 5, 10 and 12."""
     config = TrainConfig(
         out=out,
         text=str(text),
@@ -56,10 +56,10 @@ def small(text, out, **changes):
 
 
 def tiny(text, out, **changes):
-    """Six steps of everything that could go wrong when they are interrupted, evaluated at 0, 2, 4 and 6.
+    """Six steps with all state that an interruption could lose, evaluated at 0, 2, 4 and 6.
 
-    Dropout, micro-batches of a batch, 63 overlapping windows in 3 batches: so the second epoch begins at
-    step 3, its order shuffled again, and the last batch of an epoch is a short one.
+    It has dropout and micro-batches. Its 63 overlapping windows are 3 batches, the last of which is smaller:
+    the second epoch, in a new order, starts at step 3.
     """
     config = TrainConfig(
         out=out,
@@ -84,12 +84,12 @@ def tiny(text, out, **changes):
 
 
 def no_pictures(patched):
-    """To draw a picture takes most of the time of so small a run."""
-    draw = "plot_losses"
-    patched.setattr(tinyllm.training.run_folder, draw, lambda history, path, *_: path.write_bytes(b"picture"))
+    """Plotting would take most of the time of so small a run."""
+    name = "plot_losses"
+    patched.setattr(tinyllm.training.run_folder, name, lambda history, path, *_: path.write_bytes(b"picture"))
 
 
-# What a run leaves
+# The files of a run
 
 
 def records(out):
@@ -97,12 +97,12 @@ def records(out):
 
 
 def values(out):
-    """The metrics without those that depend on the machine's mood."""
+    """The metrics without those that depend on the speed of the machine."""
     return [{key: value for key, value in r.items() if key not in OF_THE_MACHINE} for r in records(out)]
 
 
 def left(out):
-    """All of a finished run that neither the machine's mood nor an interruption may change."""
+    """Everything of a finished run that neither the machine's speed nor an interruption may change."""
     last = last_checkpoint(out)
     files = [last / "model.safetensors", last / "optimizer.safetensors", out / "samples.txt"]
     files += last.glob("config.json")  # of a language model
@@ -134,7 +134,7 @@ def contents(folder):
 
 
 class Alarm:
-    """A signal at the n-th call of the model's loss: in the middle of a step, or of an evaluation."""
+    """Raise a signal at the n-th call of the model's loss, within a step or an evaluation."""
 
     def __init__(self, model, number, after):
         self.model, self.number, self.left = model, number, after
@@ -157,7 +157,7 @@ class Alarm:
 
 
 def stopped_after(config, step, number=signal.SIGINT, train=train):
-    """Train until a signal arrives while the record of this step is logged."""
+    """Train until a signal is raised while the record of this step is logged; returns its arguments."""
 
     def ring(record):
         if record["step"] == step:

@@ -111,7 +111,7 @@ def test_an_older_run_without_bits_per_byte(tmp_path):
     ]
     run = write_run(tmp_path / "old", records)
     plot_runs([run], tmp_path / "runs.png")
-    with pytest.raises(Error, match="run old holds no val_bits_per_byte"):
+    with pytest.raises(Error, match="run old has no val_bits_per_byte"):
         plot_runs([run], tmp_path / "runs.png", y="bits-per-byte")
     assert summary([run]).splitlines()[1].split() == "old 30 1,500 0:15 – 2.5000 2.0000 20 – –".split()
 
@@ -184,7 +184,7 @@ def test_summary_is_a_table_of_88_columns(tmp_path):
 def test_a_truncated_last_line_is_reported(tmp_path):
     run = write_run(tmp_path / "run", end='{"step": 31, "tok')
     assert read_run(run).records == metrics()
-    assert "run: the last line of metrics.jsonl, number 32, is half-written and left out" in summary([run])
+    assert "run: the last line of metrics.jsonl, number 32, is half-written and was skipped" in summary([run])
     whole = write_run(tmp_path / "whole", end=json.dumps({"step": 31, "tokens": 1550, "tokens_per_s": 1.0}))
     assert read_run(whole).records[-1]["step"] == 31  # only its newline is missing
     assert not read_run(whole).notes
@@ -220,7 +220,7 @@ def test_a_damaged_line_is_refused_with_its_number(tmp_path, line, said):
 
 def test_other_folders_are_refused(tmp_path):
     for path in (tmp_path / "missing", tmp_path):
-        with pytest.raises(Error, match=r"is not a run folder \(it holds no config\.json"):
+        with pytest.raises(Error, match=r"is not a run folder \(it has no readable config\.json"):
             read_run(path)
     run = write_run(tmp_path / "run")
     for file in ("config.json", "tinyllm_tokenizer.json"):
@@ -231,7 +231,7 @@ def test_other_folders_are_refused(tmp_path):
         (run / file).write_bytes(whole)
     for about in ("[]", "{}", '{"train": {}, "text": {}}', '{"train": [], "text": {"sha256": "a"}}'):
         (run / "config.json").write_text(about, encoding="utf-8")
-        with pytest.raises(Error, match="not one that tinyllm train wrote"):
+        with pytest.raises(Error, match="was not written by tinyllm train"):
             read_run(run)
 
 
@@ -242,7 +242,7 @@ def test_runs_without_an_evaluation_are_refused(tmp_path):
     absent = write_run(tmp_path / "absent")
     (absent / "metrics.jsonl").unlink()
     for run in (empty, started, silent, absent):
-        with pytest.raises(Error, match="has no metrics with an evaluation yet"):
+        with pytest.raises(Error, match="has no evaluation in metrics"):
             summary([run])
     (absent / "metrics.jsonl").mkdir()
     with pytest.raises(Error, match="cannot be read"):

@@ -1,4 +1,4 @@
-"""What several test modules of runs share."""
+"""Fixtures of the tests of runs."""
 
 import os
 
@@ -10,7 +10,7 @@ from tinyllm.training.tasks.pretrain import train
 
 @pytest.fixture(scope="module")
 def quick():
-    """Without pictures and a busy disk: test_checkpoint.py sees to that."""
+    """Runs without pictures and without fsync, which test_checkpoint.py tests."""
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(os, "fsync", lambda descriptor: None)
         no_pictures(patched)
@@ -24,7 +24,7 @@ def text(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def whole(quick, text, tmp_path_factory):
-    """A run that was never interrupted; nobody writes into it."""
+    """A run that was never interrupted; tests only read it."""
     out = tmp_path_factory.mktemp("whole") / "run"
     train(tiny(text, out), progress=False)
     return out

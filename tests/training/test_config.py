@@ -1,4 +1,4 @@
-"""The options of a run: as JSON and back, and which of them a resumed run may change."""
+"""The options of a run: JSON round trip, defaults, and which of them a resumed run may change."""
 
 import json
 import re
@@ -10,14 +10,15 @@ from support.runs import left
 
 import tinyllm.training.config
 from tinyllm.errors import Error
-from tinyllm.training.config import TrainConfig, check_continues
+from tinyllm.training.config import PRESETS, TrainConfig, check_continues, flag
 from tinyllm.training.run_folder import begun_config
 from tinyllm.training.tasks.pretrain import train
 
 pytestmark = pytest.mark.usefixtures("quick")
 
 
-OTHERWISE = dict(
+CHANGES = dict(
+    start_from="elsewhere",
     in_memory=1,
     tokenizer="bpe:300",
     arch="llama",
@@ -53,14 +54,13 @@ def test_every_option_is_either_free_or_refused(whole, tmp_path):
     before = left(out)
     config = begun_config(out)
     elsewhere = tinyllm.training.config.ELSEWHERE - {"dtype"}  # of which float64 is refused
-    assert OTHERWISE.keys() == config.to_json().keys() - config.free - elsewhere - {"out"}
-    for name, value in OTHERWISE.items():
+    assert CHANGES.keys() == config.to_json().keys() - config.free - elsewhere - {"out"}
+    for name, value in CHANGES.items():
         both = {"arch": "llama"} if name == "n_kv_head" else {}
-        with pytest.raises(Error, match="bit for bit") as raised:
+        with pytest.raises(Error, match="tinyllm train --from") as raised:
             train(replace(config, **{name: value}, **both), progress=False)
-        option = f"--{name.replace('_', '-')}"
-        assert f"{option} {getattr(config, name)}" in str(raised.value)
-        assert f"{option} {value}" in str(raised.value)
+        assert f"{flag(name)} {getattr(config, name)}" in str(raised.value)
+        assert f"{flag(name)} {value}" in str(raised.value)
     with pytest.raises(Error, match=re.escape(f"--out {out}, not --out elsewhere")):
         train(replace(config, out="elsewhere"), progress=False)
     with pytest.raises(Error, match="--seed 0, --dtype float32, not --seed 1, --dtype float64"):
@@ -79,17 +79,38 @@ def test_every_option_is_either_free_or_refused(whole, tmp_path):
         ("float64", "float64", True),
     ],
 )
-def test_products_may_be_of_another_type_and_parameters_not(begun, asked, same):
+def test_the_dtype_of_products_may_change_and_that_of_parameters_may_not(begun, asked, same):
     begun, asked = TrainConfig(dtype=begun), TrainConfig(dtype=asked, device="cuda:1", micro_batch=4)
     if same:
         check_continues(begun, asked)
         return
-    with pytest.raises(
-        Error, match=f"begun with --dtype {begun.dtype}, not --dtype {asked.dtype}: a run goes on"
-    ):
+    with pytest.raises(Error, match=f"--dtype {begun.dtype}, not --dtype {asked.dtype}: omit that"):
         check_continues(begun, asked)
 
 
-def test_whole_numbers_where_others_may_stand():
+def test_integers_are_accepted_for_floats():
     config = TrainConfig(lr=1, gpu_memory=2)
     assert TrainConfig.from_json(json.loads(json.dumps(config.to_json()))) == config
+
+
+def test_warmup_is_a_sixth_of_the_steps_by_default():
+    assert [TrainConfig(steps=steps).warmup_steps for steps in (1, 6, 30, 300)] == [0, 1, 5, 50]
+    assert TrainConfig(steps=30, warmup=7).warmup_steps == 7
+    presets = {name: TrainConfig(**options).warmup_steps for name, options in PRESETS.items()}
+    assert presets == {"small": 50, "ten-minutes": 50, "gpt2-verdict": 10, "gpt2-124m": 500}
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        (dict(n_embd=15, n_head=2), ["--n-embd", "--n-head"]),
+        (dict(arch="llama", n_head=2, n_kv_head=3), ["--n-head", "--n-kv-head"]),
+        (dict(arch="llama", head_bias=True), ["--head-bias"]),
+        (dict(checkpoint_every=0), ["--checkpoint-every"]),
+    ],
+)
+def test_messages_name_options_as_they_are_typed(options, named):
+    with pytest.raises(Error) as raised:
+        TrainConfig(**options)
+    assert all(name in str(raised.value) for name in named)
+    assert "_" not in str(raised.value)

@@ -1,4 +1,4 @@
-"""TensorBoard and W&B are told what metrics.jsonl is told, and their logs are whole however a run ends."""
+"""TensorBoard and W&B receive every record, and their logs are complete however a run ends."""
 
 import base64
 import dataclasses
@@ -77,7 +77,7 @@ def texts(events) -> dict[tuple[int, str], str]:
 # ------------------------------------------------------------------------------ TensorBoard
 
 
-def test_a_run_in_tensorboard_is_that_of_its_metrics(tmp_path):
+def test_tensorboard_has_the_scalars_of_the_metrics_and_the_samples(tmp_path):
     text = tmp_path / "rhyme.txt"
     text.write_text("the cat sat on the mat. " * 40, encoding="utf-8")
     config = TrainConfig(
@@ -103,12 +103,12 @@ def test_a_run_in_tensorboard_is_that_of_its_metrics(tmp_path):
         assert f"--- step {step}\n{sample}\n" in samples
 
 
-def test_records_and_what_the_run_is(tmp_path):
+def test_tensorboard_has_every_record_and_the_config(tmp_path):
     with open_logs(["tensorboard"], tmp_path / "new" / "run", ABOUT) as log:
         for record in (STEP_0, STEP_1, STEP_2):
             log(record)
     (file,) = event_files(tmp_path / "new" / "run")
-    assert "tfevents" in file.name  # by which TensorBoard knows it
+    assert "tfevents" in file.name  # TensorBoard looks for it
     events = read_events(file)
     assert scalars(events) == {
         (0, "tokens"): 0,
@@ -128,7 +128,7 @@ def test_records_and_what_the_run_is(tmp_path):
     assert not any(event.HasField("session_log") for event in events)
 
 
-def test_the_plot_is_logged_at_evaluations(tmp_path):
+def test_tensorboard_has_the_picture_of_each_evaluation(tmp_path):
     with open_logs(["tensorboard"], tmp_path, ABOUT) as log:
         log(STEP_0)  # without matplotlib there is none
         (tmp_path / PLOT).write_bytes(PNG)
@@ -140,7 +140,7 @@ def test_the_plot_is_logged_at_evaluations(tmp_path):
     assert value.image.encoded_image_string == PNG
 
 
-def test_the_size_of_a_picture_that_is_not_square(tmp_path):
+def test_tensorboard_has_the_size_of_the_picture(tmp_path):
     figure = pytest.importorskip("matplotlib.figure").Figure(figsize=(3, 2), dpi=10)
     figure.savefig(tmp_path / PLOT, dpi=10)
     with open_logs(["tensorboard"], tmp_path, ABOUT) as log:
@@ -149,21 +149,21 @@ def test_the_size_of_a_picture_that_is_not_square(tmp_path):
     assert (image.width, image.height) == (30, 20)
 
 
-def test_it_can_be_watched_while_the_run_goes_on(tmp_path):
+def test_tensorboard_files_are_flushed_at_evaluations(tmp_path):
     with open_logs(["tensorboard"], tmp_path, ABOUT) as log:
         log(STEP_1)
         log(STEP_0 | {"step": 2})
         assert (2, "val_loss") in scalars(read_events(event_files(tmp_path)[0]))
 
 
-def test_a_run_that_fails_leaves_a_whole_log(tmp_path):
+def test_tensorboard_files_are_complete_after_a_failure(tmp_path):
     with pytest.raises(FloatingPointError), open_logs(["tensorboard"], tmp_path, ABOUT) as log:
         log(STEP_1)
         raise FloatingPointError
     assert (1, "train_loss") in scalars(read_events(event_files(tmp_path)[0]))
 
 
-def test_a_resumed_run_goes_on_in_the_same_folder(tmp_path):
+def test_a_resumed_run_discards_the_repeated_steps_in_tensorboard(tmp_path):
     for first in (0, 2, 0):
         with open_logs(["tensorboard"], tmp_path, ABOUT) as log:
             log(STEP_1 | {"step": first})
@@ -173,13 +173,16 @@ def test_a_resumed_run_goes_on_in_the_same_folder(tmp_path):
     assert not any(event.HasField("session_log") for event in attempts[0])
     for events, first in zip(attempts[1:], (2, 0)):
         (start,) = [event for event in events if event.HasField("session_log")]
-        assert (start.step, start.session_log.status) == (first, SessionLog.START)  # forget it and all after
+        assert (start.step, start.session_log.status) == (
+            first,
+            SessionLog.START,
+        )  # discards it and all later steps
         assert events.index(start) == 1
         assert {step for step, _ in scalars(events)} == {first, first + 1}
         assert texts(events).keys() == {(first, "about/text_summary")}
 
 
-def test_no_file_is_written_over(tmp_path):
+def test_tensorboard_files_are_never_overwritten(tmp_path):
     for _ in range(2):
         with open_logs(["tensorboard"], tmp_path, ABOUT):
             pass
@@ -192,7 +195,7 @@ def test_no_file_is_written_over(tmp_path):
     assert event_files(tmp_path)[0] == second
 
 
-def test_a_full_disk_ends_the_run_instead_of_halting_it(tmp_path, monkeypatch):
+def test_a_full_disk_raises_instead_of_blocking(tmp_path, monkeypatch):
     def write(self, data):
         raise OSError(28, "No space left on device")
 
@@ -205,8 +208,8 @@ def test_a_full_disk_ends_the_run_instead_of_halting_it(tmp_path, monkeypatch):
 # ------------------------------------------------------------------------ Weights & Biases
 
 
-class StandIn(types.ModuleType):
-    """What of the package wandb is used here; it remembers what it was asked for."""
+class FakeWandb(types.ModuleType):
+    """The parts of the package wandb that are used, which record their calls."""
 
     class Error(Exception):
         pass
@@ -241,13 +244,13 @@ class StandIn(types.ModuleType):
 
 @pytest.fixture
 def wandb(monkeypatch):
-    stand_in = StandIn()
-    monkeypatch.setitem(sys.modules, "wandb", stand_in)
+    fake = FakeWandb()
+    monkeypatch.setitem(sys.modules, "wandb", fake)
     monkeypatch.delenv("WANDB_PROJECT", raising=False)
-    return stand_in
+    return fake
 
 
-def test_a_run_at_wandb(wandb, tmp_path):
+def test_wandb_has_every_record_and_the_config(wandb, tmp_path):
     folder = tmp_path / "rhyme-1"
     folder.mkdir()
     with open_logs(["wandb"], folder, ABOUT) as log:
@@ -270,7 +273,7 @@ def test_a_run_at_wandb(wandb, tmp_path):
     assert wandb.ended == [None]
 
 
-def test_a_resumed_run_is_the_same_at_wandb(wandb, tmp_path, monkeypatch):
+def test_a_resumed_run_has_the_same_id_at_wandb(wandb, tmp_path, monkeypatch):
     for _ in range(2):
         with open_logs(["wandb"], tmp_path, ABOUT):
             pass
@@ -284,37 +287,37 @@ def test_a_resumed_run_is_the_same_at_wandb(wandb, tmp_path, monkeypatch):
     assert [begun["project"] for begun in wandb.begun] == ["tinyllm", "tinyllm", "other"]
 
 
-def test_a_failed_run_is_marked_as_such(wandb, tmp_path):
+def test_a_failed_run_is_marked_at_wandb(wandb, tmp_path):
     with pytest.raises(KeyboardInterrupt), open_logs(["wandb"], tmp_path, ABOUT):
         raise KeyboardInterrupt
     assert wandb.ended == [KeyboardInterrupt]
 
 
-def test_wandb_that_does_not_begin(wandb, tmp_path, monkeypatch):
+def test_wandb_that_does_not_start_is_refused(wandb, tmp_path, monkeypatch):
     def init(**more):
         raise wandb.Error("api_key not configured\n(no-tty)")
 
     monkeypatch.setattr(wandb, "init", init)
-    said = r"W&B does not begin \(api_key not configured \(no-tty\)\): run `wandb login`, or set"
+    said = r"W&B does not start \(api_key not configured \(no-tty\)\): run `wandb login`, or set"
     with pytest.raises(Error, match=said), open_logs(["tensorboard", "wandb"], tmp_path, ABOUT):
         pass
-    assert read_events(event_files(tmp_path)[0])  # the other one is closed and whole
+    assert read_events(event_files(tmp_path)[0])  # the other log is closed and complete
 
 
 @pytest.mark.parametrize("content", [b"", b"\xff\xfe", b"../other\n", "größe".encode()])
-def test_an_id_that_is_damaged(wandb, tmp_path, content):
+def test_a_damaged_wandb_id_is_refused(wandb, tmp_path, content):
     (tmp_path / "wandb-id.txt").write_bytes(content)
-    said = "wandb-id.txt holds no id of W&B's: remove it"
+    said = "wandb-id.txt has no W&B id: remove it"
     with pytest.raises(Error, match=said), open_logs(["wandb"], tmp_path, ABOUT):
         pass
     assert wandb.begun == []
 
 
-def test_the_real_wandb(tmp_path, monkeypatch):
-    """What the stand-in takes, the package takes, and a run is written on this machine."""
+def test_the_package_wandb_takes_the_same_calls(tmp_path, monkeypatch):
+    """An offline run is written."""
     real = pytest.importorskip("wandb")
     parameters = inspect.signature(real.init).parameters
-    assert parameters.keys() > inspect.signature(StandIn().init).parameters.keys()
+    assert parameters.keys() > inspect.signature(FakeWandb().init).parameters.keys()
     assert list(inspect.signature(real.Run.log).parameters)[:3] == ["self", "data", "step"]
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_SILENT", "true")
@@ -329,17 +332,17 @@ def test_the_real_wandb(tmp_path, monkeypatch):
         assert len(list(written.parent.glob(f"files/media/{kind}/*.{suffix}"))) == 2
 
 
-# ------------------------------------------------------------------------------- both of them
+# -------------------------------------------------------------------------------------- both
 
 
-def test_several_logs_get_every_record(wandb, tmp_path):
+def test_several_logs_receive_every_record(wandb, tmp_path):
     with open_logs(["wandb", "tensorboard"], tmp_path, ABOUT) as log:
         log(STEP_1)
     assert wandb.logged == [(1, {key: value for key, value in STEP_1.items() if key != "step"})]
     assert (1, "train_loss") in scalars(read_events(event_files(tmp_path)[0]))
 
 
-def test_no_logs(tmp_path):
+def test_without_logs_nothing_is_written(tmp_path):
     with open_logs([], tmp_path, ABOUT) as log:
         log(STEP_0)
     assert list(tmp_path.iterdir()) == []
@@ -348,32 +351,31 @@ def test_no_logs(tmp_path):
 @pytest.mark.parametrize(
     "names, said",
     [
-        (["tensorflow"], "log 'tensorflow' is unknown: choose tensorboard or wandb"),
-        (["tensorboard", "tensorboard"], "log 'tensorboard' is asked for twice"),
+        (["tensorflow"], "--log 'tensorflow' is unknown: choose tensorboard or wandb"),
+        (["tensorboard", "tensorboard"], "--log names 'tensorboard' twice"),
     ],
 )
-def test_names_that_are_refused(tmp_path, names, said):
+def test_unknown_and_repeated_logs_are_refused(tmp_path, names, said):
     with pytest.raises(Error, match=said), open_logs(names, tmp_path, ABOUT):
         pass
     assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("name, package", [("tensorboard", "tensorboardX"), ("wandb", "wandb")])
-def test_packages_that_are_not_there(monkeypatch, name, package):
+def test_a_missing_package_is_named_with_its_extra(monkeypatch, name, package):
     monkeypatch.setitem(sys.modules, package, None)
     with pytest.raises(Error) as raised:
         check_logs([name])
-    assert str(raised.value) == f"log {name!r} needs {package}: pip install 'tinyllm-numpy[{name}]'"
+    assert str(raised.value) == f"--log {name} needs {package}: pip install 'tinyllm-numpy[{name}]'"
 
 
-def test_the_packages_are_imported_only_when_asked_for():
+def test_the_packages_are_imported_only_when_they_are_used():
     names = ("tensorboardX", "wandb")
     code = f"import sys, tinyllm.training.loggers; sys.exit(any(m in sys.modules for m in {names}))"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 
-def test_a_resumed_run_goes_on_in_its_log(tmp_path):
-    """Through ``train``: stopped after two steps of four, TensorBoard then knows each step once."""
+def test_a_run_stopped_and_resumed_logs_each_step_once(tmp_path):
     (tmp_path / "text.txt").write_text("to be or not to be, that is the question. " * 20, encoding="utf-8")
     config = TrainConfig(
         out=tmp_path / "run", text=str(tmp_path / "text.txt"), tokenizer="char", n_layer=1, n_head=1,
@@ -390,6 +392,6 @@ def test_a_resumed_run_goes_on_in_its_log(tmp_path):
     train(begun_config(config.out), progress=False)
     attempts = [scalars(read_events(file)) for file in event_files(config.out)]
     assert [[step for step, tag in found if tag == "train_loss"] for found in attempts] == [[1, 2], [3, 4]]
-    with pytest.raises(Error, match="log 'paper' is unknown"):
+    with pytest.raises(Error, match="--log 'paper' is unknown"):
         train(dataclasses.replace(config, out=tmp_path / "other", log=("paper",)), progress=False)
-    assert not (tmp_path / "other").exists()  # said before anything was done
+    assert not (tmp_path / "other").exists()  # refused before anything is written

@@ -1,4 +1,4 @@
-"""The task of learning a text: its data, its evaluation, and that torch walks the same way."""
+"""The task of pretraining: its data, its evaluation, and the same run in torch."""
 
 import math
 from dataclasses import replace
@@ -31,13 +31,13 @@ def text(tmp_path_factory):
     return rhyme(tmp_path_factory.mktemp("text"), 40)
 
 
-def test_training_windows_overlap_unless_told_otherwise(text, tmp_path):
+def test_training_windows_overlap_by_default(text, tmp_path):
     data = load_data(small(text, tmp_path, stride=None))
     assert (data.train.stride, data.validation.stride) == (CONTEXT // 4, CONTEXT)
-    assert load_data(small(text, tmp_path, stride=None, context=2)).train.stride == 1
+    assert load_data(small(text, tmp_path, stride=None, context=2, prompt="t")).train.stride == 1
 
 
-def test_loss_begins_near_guessing_and_falls_on_a_rhyme(text, tmp_path):
+def test_loss_starts_near_guessing_and_falls(text, tmp_path):
     config = small(text, tmp_path / "run", steps=120, eval_every=120)
     train(config, progress=False)
     first, *_, last = records(config.out)
@@ -49,10 +49,10 @@ def test_loss_begins_near_guessing_and_falls_on_a_rhyme(text, tmp_path):
     assert last["train_loss"] < first["val_loss"] / 3
 
 
-# A text on disk
+# Texts and tokenizers
 
 
-def test_a_large_text_goes_through_a_token_file(tmp_path, monkeypatch):
+def test_a_large_text_is_encoded_into_a_token_file(tmp_path, monkeypatch):
     monkeypatch.setattr(
         "tinyllm.data.token_file.PIECE_CHARACTERS", 1000
     )  # of a chunk, so that there are many
@@ -83,12 +83,12 @@ def test_a_large_text_goes_through_a_token_file(tmp_path, monkeypatch):
     assert not (tmp_path / "changed").exists()
 
 
-def test_a_large_text_is_too_much_for_characters(text, tmp_path):
-    with pytest.raises(Error, match="too much for a character tokenizer"):
+def test_a_large_text_with_a_character_tokenizer_is_refused(text, tmp_path):
+    with pytest.raises(Error, match="too much for the tokenizer char"):
         load_data(small(text, tmp_path / "run", in_memory=0))
 
 
-def test_new_special_tokens_get_ids_of_their_own(text, tmp_path):
+def test_new_special_tokens_have_new_ids(text, tmp_path):
     config = small(text, tmp_path / "run", special_tokens=("<|user|>", "<|bot|>"), steps=2, warmup=0)
     model = train(config, progress=False)
     tokenizer = load_tokenizer(config.out)
@@ -96,16 +96,83 @@ def test_new_special_tokens_get_ids_of_their_own(text, tmp_path):
     assert model.config.vocab_size == tokenizer.vocab_size == len(set(RHYME)) + 2
 
 
+def test_files_of_a_folder_are_selected_by_a_pattern(tmp_path, capsys):
+    (tmp_path / "code").mkdir()
+    for name in ("a.py", "b.py", "c.txt"):
+        (tmp_path / "code" / name).write_text(RHYME * 20 + name, encoding="utf-8")
+    data = load_data(small(tmp_path / "code", tmp_path / "run", pattern="*.py"))
+    assert [path.name for path in data.corpus.files] == ["a.py", "b.py"]
+    assert "1 other files" in capsys.readouterr().out
+    with pytest.raises(Error, match="--pattern"):
+        load_data(small(tmp_path / "code" / "c.txt", tmp_path / "run", pattern="*.py"))
+
+
+@pytest.mark.parametrize(
+    ("content", "tokenizer", "prompt"),
+    [
+        (RHYME, "char", "the"),
+        (f"The end. {RHYME}", "char", "The"),
+        ("天地玄黃宇宙洪荒日月盈昃辰宿列張寒來暑往", "char", "天地玄黃宇宙洪荒日月"),
+        ("天地玄黃宇宙洪荒日月盈昃辰宿列張寒來暑往", "bpe:300", "天地玄黃宇宙洪荒日月"),
+    ],
+)
+def test_the_default_prompt_is_part_of_the_text(tmp_path, content, tokenizer, prompt):
+    (tmp_path / "text.txt").write_text(content * 20, encoding="utf-8")
+    config = small(tmp_path / "text.txt", tmp_path / "run", prompt=None, tokenizer=tokenizer)
+    data = load_data(config)
+    assert data.prompt == prompt
+    assert 0 < len(data.prompt_ids) <= CONTEXT
+    assert prompt.startswith(data.tokenizer.decode(data.prompt_ids).rstrip("\ufffd"))
+
+
+def test_a_prompt_that_cannot_be_encoded_is_refused_before_the_text_is_read(text, tmp_path, monkeypatch):
+    train(small(text, tmp_path / "run", steps=1, warmup=0), progress=False)
+    monkeypatch.setattr("tinyllm.training.tasks.pretrain.open_corpus", None)  # a call would fail
+    for prompt, said in (("X", "--prompt: .*'X'"), ("", "--prompt is empty"), ("t" * 17, "17 tokens")):
+        with pytest.raises(Error, match=said):
+            train(small(text, tmp_path / "new", tokenizer=str(tmp_path / "run"), prompt=prompt))
+    with pytest.raises(Error, match="bpe:many"):
+        train(small(text, tmp_path / "new", tokenizer="bpe:many"))
+
+
+def test_a_text_too_short_for_the_context_is_refused_before_a_tokenizer_is_learned(tmp_path, monkeypatch):
+    (tmp_path / "text.txt").write_text("a few words" * 10, encoding="utf-8")
+    monkeypatch.setattr("tinyllm.training.tasks.pretrain.train_bpe", None)  # a call would fail
+    with pytest.raises(Error, match=r"text\.txt is too short.* 11 bytes.*--context 16 needs 17"):
+        load_data(small(tmp_path / "text.txt", tmp_path / "run", tokenizer="bpe:300"))
+
+
 # Evaluation
+
+
+@pytest.mark.parametrize("eval_windows", [2, 128])
+def test_an_evaluation_before_the_end_is_no_longer_than_the_training_since(
+    text, tmp_path, monkeypatch, capsys, eval_windows
+):
+    calls = []
+
+    def count(model, windows, most, *args):
+        calls.append(min(most, len(windows)))
+        return mean_loss(model, windows, most, *args)
+
+    monkeypatch.setattr("tinyllm.training.tasks.pretrain.mean_loss", count)
+    config = small(text, tmp_path / "run", eval_every=1, steps=3, warmup=0, eval_windows=eval_windows)
+    train(config, progress=False)
+    now = min(eval_windows, 4)  # the rows of one step
+    end = (min(eval_windows, 53), min(eval_windows, 5))
+    assert calls == [now, now] * 3 + [*end]
+    said = " ".join(capsys.readouterr().out.split())
+    assert f"every 1 steps: {now} training and {now} validation windows" in said
+    assert (f"at the end: {end[0]} training and {end[1]} validation" in said) == (end != (now, now))
 
 
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("most", [3, 10**6])
-def test_evaluate_is_the_mean_over_its_windows_without_dropout(text, tmp_path, training, most):
+def test_mean_loss_is_the_mean_over_its_windows_without_dropout(text, tmp_path, training, most):
     data = load_data(small(text, tmp_path))
     config = small(text, tmp_path, dropout=0.5).model_config(data.tokenizer.vocab_size)
     model = GPT2(config, rng=np.random.default_rng(0)).astype(np.float64).train(training)
-    model.wte.weight.data *= 10  # otherwise every window would lose about the same
+    model.wte.weight.data *= 10  # otherwise all windows would have about the same loss
     found = mean_loss(model, data.train, most, batch=5)
     assert all(module.training == training for _, module in model.named_modules())
 
@@ -122,7 +189,7 @@ def test_evaluate_is_the_mean_over_its_windows_without_dropout(text, tmp_path, t
     assert np.std(losses) > 0.1
 
 
-def test_evaluate_records_no_gradients_and_restores_the_mode_after_an_error(text, tmp_path):
+def test_mean_loss_computes_no_gradients_and_restores_the_mode_after_an_error(text, tmp_path):
     data = load_data(small(text, tmp_path))
     model = GPT2(small(text, tmp_path).model_config(data.tokenizer.vocab_size), rng=np.random.default_rng(0))
     mean_loss(model, data.validation, 2, 2)
@@ -132,7 +199,7 @@ def test_evaluate_records_no_gradients_and_restores_the_mode_after_an_error(text
     assert model.training
 
 
-def test_the_parts_of_a_step_are_a_step_of_the_run(text, tmp_path):
+def test_the_parts_of_a_step_equal_a_step_of_the_run(text, tmp_path):
     config = small(text, tmp_path / "run", steps=1, warmup=0, dropout=0.2, micro_batch=2)
     model, parts = parts_of_a_step(config)
     optimizer = parts["AdamW"].__self__
@@ -145,8 +212,8 @@ def test_the_parts_of_a_step_are_a_step_of_the_run(text, tmp_path):
 
 
 @pytest.mark.parametrize("tie_head", [True, False])
-def test_the_training_run_in_torch(text, tmp_path, tie_head):
-    """20 steps of train() beside transformers' GPT-2 with torch's loss, AdamW, clipping and schedules.
+def test_a_run_equals_the_same_run_in_torch(text, tmp_path, tie_head):
+    """20 steps of train() against transformers' GPT-2 with torch's loss, AdamW, clipping and schedules.
 
     In float64, from the same weights, on the same batches. GPT2LMHeadModel computes its own loss in
     float32, so torch's cross-entropy takes its logits.
@@ -197,7 +264,7 @@ def test_the_training_run_in_torch(text, tmp_path, tie_head):
         schedule.step()
         assert abs(record["train_loss"] - loss.item()) < 1e-9
         assert abs(record["grad_norm"] - norm.item()) < 1e-9
-    assert 0 < clipped < 20  # both sides of the clipping were walked
+    assert 0 < clipped < 20  # some steps are clipped and some are not
 
     expected = {name.removeprefix("transformer."): p for name, p in theirs.named_parameters()}
     found = ours.state_dict()
@@ -209,30 +276,32 @@ def test_the_training_run_in_torch(text, tmp_path, tie_head):
         assert np.abs(found[name] - began[name]).max() > 1e-4, name  # it was trained
 
 
-def test_a_run_of_a_token_file_goes_on(tmp_path, monkeypatch):
+def test_a_run_of_a_token_file_resumes(tmp_path, monkeypatch):
     monkeypatch.setattr("tinyllm.data.token_file.PIECE_CHARACTERS", 100)
     monkeypatch.setattr("tinyllm.data.corpus.PIECE_CHARACTERS", 100)
     (tmp_path / "text.txt").write_text(RHYME * 60, encoding="utf-8")
     config = tiny(tmp_path / "text.txt", tmp_path / "whole", tokenizer="bpe:262", in_memory=0)
     train(config, progress=False)
     stopped_after(replace(config, out=tmp_path / "run"), 4)
-    monkeypatch.setattr("tinyllm.training.tasks.pretrain.train_bpe", None)  # nothing is learned again
+    monkeypatch.setattr(
+        "tinyllm.training.tasks.pretrain.train_bpe", None
+    )  # the tokenizer is not learned again
     train(begun_config(tmp_path / "run"), progress=False)
     assert left(tmp_path / "run") == left(tmp_path / "whole")
 
 
-def test_another_text_or_tokenizer(tmp_path):
+def test_resuming_with_another_text_or_tokenizer_is_refused(tmp_path):
     path = tmp_path / "text.txt"
     path.write_text(RHYME * 12, encoding="utf-8")
     out = tmp_path / "run"
     stopped_after(tiny(path, out), 2)
     tokenizer = (out / "tinyllm_tokenizer.json").read_bytes()
     (out / "tinyllm_tokenizer.json").write_bytes(tokenizer.replace(b"ce", b"ec"))
-    with pytest.raises(Error, match="is not the run's own any more"):
+    with pytest.raises(Error, match="changed since the run was started"):
         train(begun_config(out), progress=False)
     (out / "tinyllm_tokenizer.json").write_bytes(tokenizer)
     path.write_text(RHYME * 12 + "!", encoding="utf-8")
-    with pytest.raises(Error, match=r"text\.txt is not the one that the run was begun with") as raised:
+    with pytest.raises(Error, match=r"text\.txt is not the one that the run was started with") as raised:
         train(begun_config(out), progress=False)
     assert begun_config(out).text in str(raised.value)
     (tmp_path / "moved").mkdir()

@@ -1,4 +1,4 @@
-"""A run that was stopped, killed or refused goes on as if nothing had happened, bit for bit."""
+"""A run that was stopped or killed resumes with bitwise identical results."""
 
 import json
 import math
@@ -25,13 +25,13 @@ pytestmark = pytest.mark.usefixtures("quick")
 
 
 @pytest.mark.parametrize("arch", ["gpt2", "llama"])
-def test_stopped_after_every_step(text, tmp_path, arch):
+def test_a_run_stopped_after_every_step_resumes(text, tmp_path, arch):
     config = tiny(text, tmp_path / "whole", arch=arch)
     model = train(config, progress=False)
     out = tmp_path / "run"
     received, said = stopped_after(replace(config, out=out), 0, signal.SIGTERM)
     assert received == signal.SIGTERM
-    assert said == f"stopped after step 0; tinyllm train --resume {out} goes on from {out / 'step-000000'}"
+    assert said == f"stopped after step 0; tinyllm train --resume {out} continues from {out / 'step-000000'}"
     for step in range(1, 6):
         stopped_after(begun_config(out), step)
         assert last_checkpoint(out).name == f"step-{step:06}"
@@ -43,7 +43,7 @@ def test_stopped_after_every_step(text, tmp_path, arch):
         assert array.tobytes() == resumed.state_dict()[name].tobytes()
 
 
-DRAWN = dict(
+OPTIONS = dict(
     arch=st.sampled_from(["gpt2", "llama"]),
     dtype=st.sampled_from(["float32", "float64"]),
     micro_batch=st.sampled_from([None, 4, 12]),
@@ -56,11 +56,11 @@ DRAWN = dict(
 
 
 @settings(max_examples=6)
-@given(options=st.fixed_dictionaries(DRAWN), alarms=st.lists(st.integers(1, 30), min_size=1, max_size=4))
-@example(options=dict(eval_every=1), alarms=[1, 1, 1, 1])  # in the first evaluation, again and again
-@example(options=dict(eval_every=1), alarms=[1, 6])  # in it, and in step 1, after it was done again
+@given(options=st.fixed_dictionaries(OPTIONS), alarms=st.lists(st.integers(1, 30), min_size=1, max_size=4))
+@example(options=dict(eval_every=1), alarms=[1, 1, 1, 1])  # in the first evaluation, four times
+@example(options=dict(eval_every=1), alarms=[1, 6])  # in it, and after it was repeated in step 1
 @example(options=dict(arch="llama", eval_every=2), alarms=[12, 13, 14, 15])
-def test_stopped_anywhere(text, tmp_path_factory, options, alarms):
+def test_a_run_stopped_anywhere_resumes(text, tmp_path_factory, options, alarms):
     folder = tmp_path_factory.mktemp("anywhere")
     config = tiny(text, folder / "whole", **options)
     train(config, progress=False)
@@ -77,12 +77,12 @@ def test_stopped_anywhere(text, tmp_path_factory, options, alarms):
     assert left(out) == left(folder / "whole")
 
 
-def test_killed_before_the_first_checkpoint(text, tmp_path, whole):
+def test_a_run_killed_before_the_first_checkpoint_starts_again(text, tmp_path, whole):
     out = tmp_path / "run"
 
     def killed(record):
         if record["step"] == 3:
-            raise ZeroDivisionError  # nobody catches it: what is on the disk is what a kill would leave
+            raise ZeroDivisionError  # not caught, so the disk is as after a kill
 
     with pytest.raises(ZeroDivisionError):
         train(tiny(text, out), progress=False, callback=killed)
@@ -92,8 +92,8 @@ def test_killed_before_the_first_checkpoint(text, tmp_path, whole):
     assert left(out) == left(whole)
 
 
-def test_killed_between_a_checkpoint_and_the_next(text, tmp_path, whole):
-    """And in the middle of a line, of a sample, of a checkpoint, of a removal and of a picture."""
+def test_a_run_killed_between_two_checkpoints_resumes(text, tmp_path, whole):
+    """With a record, a sample, a checkpoint, a removal and a picture half done."""
     out = tmp_path / "run"
 
     def killed(record):
@@ -117,17 +117,19 @@ def test_killed_between_a_checkpoint_and_the_next(text, tmp_path, whole):
     assert not list(out.glob(".*"))
 
 
-def test_a_finished_run_says_so(text, tmp_path, whole, capsys):
+def test_a_finished_run_proposes_to_start_from_it(text, tmp_path, whole, capsys):
     out = shutil.copytree(whole, tmp_path / "run")
     before = left(out)
     assert main(["train", "--resume", str(out)]) == 0
-    assert capsys.readouterr().out == f"{out} is finished: its 6 steps are done\n"
+    said = capsys.readouterr().out
+    assert f"{out} is finished: its 6 steps are done" in said
+    assert f"tinyllm train --from {out}" in said
     assert left(out) == before
     model = train(begun_config(out), progress=False)
     assert model.state_dict().keys() == load_model(last_checkpoint(out)).state_dict().keys()
 
 
-def test_stopped_in_the_last_evaluation(text, tmp_path, whole):
+def test_a_run_stopped_in_the_last_evaluation_repeats_it(text, tmp_path, whole):
     out = tmp_path / "run"
     stopped_after(tiny(text, out), 5)
     with Alarm(GPT2, signal.SIGINT, 3 + 2), pytest.raises(KeyboardInterrupt):
@@ -138,10 +140,10 @@ def test_stopped_in_the_last_evaluation(text, tmp_path, whole):
     assert left(out) == left(whole)
 
 
-# What may be asked otherwise
+# Options that may change
 
 
-def test_options_that_change_no_number(text, tmp_path, whole):
+def test_some_options_change_no_results(text, tmp_path, whole):
     elsewhere = shutil.copy(text, tmp_path / "moved.txt")
     out = tmp_path / "run"
     stopped_after(tiny(text, out), 3)
@@ -156,25 +158,23 @@ def test_options_that_change_no_number(text, tmp_path, whole):
     assert losses[0] == losses[1]
 
 
-def test_smaller_micro_batches_from_the_middle_on(text, tmp_path, capsys):
-    """The same gradients, whatever is drawn at once: without dropout it is the same run, but for rounding."""
+def test_resuming_with_smaller_micro_batches_differs_only_by_rounding(text, tmp_path, capsys):
     config = tiny(text, tmp_path / "whole", dropout=0.0, dtype="float64")
     train(config, progress=False)
     out = tmp_path / "run"
     stopped_after(replace(config, out=out), 3)
     capsys.readouterr()
     train(replace(begun_config(out), micro_batch=2, gpu_memory=None), progress=False)
-    said = "warning: micro-batch was 8 and is 2: the numbers may differ from now on\n"
-    assert said in capsys.readouterr().out
+    assert "warning: micro-batch was 8 and is 2" in capsys.readouterr().out
     assert val_losses(out) == pytest.approx(val_losses(tmp_path / "whole"), rel=1e-9)
 
 
-def test_at_the_command_line(text, tmp_path, whole, capsys):
+def test_resume_at_the_command_line(text, tmp_path, whole, capsys):
     out = tmp_path / "run"
     stopped_after(tiny(text, out), 2)
     for args, said in [
         (["--preset", "small"], "--preset"),
-        (["--lr", "0.5"], "begun with --lr 0.01, not --lr 0.5"),
+        (["--lr", "0.5"], "--lr 0.01, not --lr 0.5"),
         (["--out", "x"], "--out x"),
     ]:
         capsys.readouterr()
@@ -190,7 +190,7 @@ def test_at_the_command_line(text, tmp_path, whole, capsys):
 # Signals
 
 
-def test_a_second_signal_does_not_tear_the_checkpoint(text, tmp_path, monkeypatch, whole):
+def test_a_second_signal_does_not_interrupt_the_checkpoint(text, tmp_path, monkeypatch, whole):
     out = tmp_path / "run"
     save = tinyllm.training.run_folder.save_checkpoint
 
@@ -208,13 +208,13 @@ def test_a_second_signal_does_not_tear_the_checkpoint(text, tmp_path, monkeypatc
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_a_signal_between_micro_batches(text, tmp_path, number, code, whole, capsys):
-    """Step 2 is abandoned after the second of its three micro-batches; no evaluation is run for it."""
+def test_a_signal_between_micro_batches_abandons_the_step(text, tmp_path, number, code, whole, capsys):
+    """Step 2 is abandoned after the second of its three micro-batches, and there is no evaluation."""
     out = tmp_path / "run"
     stopped_after(tiny(text, out), 1)
     with Alarm(GPT2, number, 2) as alarm:
         assert main(["train", "--resume", str(out)]) == code
-    assert alarm.left == 0  # the third was not begun
+    assert alarm.left == 0  # the third was not started
     assert capsys.readouterr().err.splitlines()[-1].startswith("tinyllm: stopped after step 1; ")
     assert [record["step"] for record in records(out)] == [0, 1]
     assert list(val_losses(out)) == [0]
@@ -222,11 +222,11 @@ def test_a_signal_between_micro_batches(text, tmp_path, number, code, whole, cap
     assert left(out) == left(whole)
 
 
-# What is not finite
+# Numbers that are not finite
 
 
 def broken_at(steps):
-    """The loss of these steps (counted from 0) is nan in its last micro-batch."""
+    """Make the loss of these steps (counted from 0) nan in the last micro-batch."""
     at = {(step, 16 if step % 3 < 2 else 8) for step in steps}  # the first row of each
     address = {}
     manual_seed = tinyllm.training.step.manual_seed
@@ -246,7 +246,7 @@ def broken_at(steps):
     return patches
 
 
-def test_not_finite_stops_before_the_update_and_keeps_the_batch(text, tmp_path):
+def test_a_loss_that_is_not_finite_stops_the_run_and_saves_the_batch(text, tmp_path):
     out = tmp_path / "run"
     patches = broken_at({2})
     try:
@@ -270,7 +270,7 @@ def test_not_finite_stops_before_the_update_and_keeps_the_batch(text, tmp_path):
     assert 0 < found["lr"] <= config.lr
 
 
-def test_skipped_steps_leave_the_weights_alone_and_resume_bit_for_bit(text, tmp_path):
+def test_skipped_steps_leave_the_weights_unchanged_and_resume_bit_exact(text, tmp_path):
     pytest.importorskip("matplotlib")
     config = tiny(text, tmp_path / "whole", skip_nonfinite=2)
     patches = broken_at({2, 3, 5})
@@ -296,12 +296,12 @@ def test_skipped_steps_leave_the_weights_alone_and_resume_bit_for_bit(text, tmp_
     assert main(["plot", str(out), "--out", str(tmp_path / "x.png")]) == 0
 
 
-def test_one_more_in_a_row_than_is_tolerated(text, tmp_path):
+def test_one_skipped_step_too_many_stops_the_run(text, tmp_path):
     out = tmp_path / "run"
     patches = broken_at({1, 2, 3})
     try:
         stopped_after(tiny(text, out, skip_nonfinite=2), 2)
-        with pytest.raises(FloatingPointError, match="step 4: "):  # the row goes on where the run does
+        with pytest.raises(FloatingPointError, match="step 4: "):  # the count continues in a resumed run
             train(begun_config(out), progress=False)
         assert [record["step"] for record in records(out)] == [0, 1, 2, 3]
         assert last_checkpoint(out).name == "step-000003"

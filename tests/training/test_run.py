@@ -1,4 +1,4 @@
-"""A whole run: what it leaves, that it can be repeated, and how it is stopped."""
+"""A complete run: its files, its reproducibility, and how it is stopped."""
 
 import json
 import math
@@ -31,12 +31,12 @@ def text(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def run(text, tmp_path_factory):
-    """One finished run, its config and its model; nobody writes into it."""
+    """A finished run, its config and its model; tests only read it."""
     config = small(text, tmp_path_factory.mktemp("runs") / "deep" / "run")
     return config, train(config, progress=False)
 
 
-# What a run leaves
+# The files of a run
 
 
 def test_the_folder_of_a_run(run):
@@ -61,7 +61,7 @@ def test_the_folder_of_a_run(run):
     assert load_tokenizer(config.out).decode(load_tokenizer(config.out).encode(RHYME)) == RHYME
 
 
-def test_config_says_what_was_run(run, text):
+def test_config_json_has_options_hashes_and_versions(run, text):
     config, _ = run
     about = json.loads((config.out / "config.json").read_text(encoding="utf-8"))
     assert about["train"] == asdict(config) | {"out": str(config.out), "special_tokens": [], "log": []}
@@ -74,7 +74,7 @@ def test_config_says_what_was_run(run, text):
     assert about["versions"]["tinyllm"] == tinyllm.__version__
 
 
-def test_metrics_one_record_a_step(run):
+def test_metrics_have_one_record_per_step(run):
     config, _ = run
     first, *steps = records(config.out)
     assert first.keys() == {"step", "tokens", "train_eval_loss", "val_loss", "val_bits_per_byte"}
@@ -93,13 +93,13 @@ def test_metrics_one_record_a_step(run):
             assert 10**7 < r["peak_memory"] < 10**11
 
 
-def test_tokens_count_what_was_shown_also_in_an_epochs_short_last_batch(text, tmp_path):
+def test_tokens_are_counted_also_in_an_epochs_smaller_last_batch(text, tmp_path):
     config = small(text, tmp_path / "run", batch=50, steps=3, warmup=0)  # 53 windows: 50, 3, 50
     train(config, progress=False)
     assert [r["tokens"] for r in records(config.out)] == [n * CONTEXT for n in (0, 50, 53, 103)]
 
 
-def test_learning_rates_are_those_of_the_schedule(run):
+def test_learning_rates_follow_the_schedule(run):
     config, _ = run
     rates = [r["lr"] for r in records(config.out)[1:]]
     rising = [1e-3, 4e-3, 7e-3]
@@ -107,17 +107,17 @@ def test_learning_rates_are_those_of_the_schedule(run):
     assert rates == pytest.approx(rising + falling, rel=1e-12)
 
 
-def test_samples_begin_with_the_prompt(run):
+def test_samples_begin_with_the_prompt_and_are_longest_at_the_end(run):
     config, _ = run
     samples = (config.out / "samples.txt").read_text(encoding="utf-8")
     parts = re.split(r"^--- step (\d+)\n", samples, flags=re.MULTILINE)[1:]
     assert parts[::2] == ["0", "5", "10", "12"]
-    for sample in parts[1::2]:
+    for sample, length in zip(parts[1::2], (10, 10, 10, 50), strict=True):  # a step has 64 tokens
         assert sample.startswith("the ")
-        assert len(sample) == len("the ") + 50 + len("\n")
+        assert len(sample) == len("the ") + length + len("\n")
 
 
-def test_checkpoint_is_the_model_and_gives_the_last_losses(run):
+def test_the_last_checkpoint_has_the_model_of_the_last_losses(run):
     config, model = run
     loaded = load_model(last_checkpoint(config.out))
     assert same_arrays(loaded.state_dict(), model.state_dict())
@@ -127,7 +127,7 @@ def test_checkpoint_is_the_model_and_gives_the_last_losses(run):
     assert mean_loss(loaded, data.train, config.eval_windows, config.batch) == last["train_eval_loss"]
 
 
-def test_checkpoints_on_the_way(text, tmp_path):
+def test_checkpoints_every_few_steps_have_the_models_of_the_losses(text, tmp_path):
     config = small(text, tmp_path / "run", checkpoint_every=5, keep=3)
     train(config, progress=False)
     assert sorted(p.name for p in config.out.glob("step-*")) == ["step-000005", "step-000010", "step-000012"]
@@ -139,23 +139,26 @@ def test_checkpoints_on_the_way(text, tmp_path):
         assert mean_loss(model, data.validation, config.eval_windows, config.batch) == evaluated[step]
 
 
-def test_run_in_float64(text, tmp_path):
+def test_a_run_in_float64(text, tmp_path):
     config = small(text, tmp_path / "run", steps=2, warmup=0, dtype="float64")
     model = train(config, progress=False)
     assert {p.data.dtype for p in model.parameters()} == {np.dtype(np.float64)}
     assert {array.dtype for array in weights(config.out).values()} == {np.dtype(np.float64)}
 
 
-def test_without_matplotlib_a_run_lacks_its_plot_only(text, tmp_path, monkeypatch):
+def test_without_matplotlib_a_run_lacks_only_its_picture(text, tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     config = small(text, tmp_path / "run", steps=2, warmup=0)
     train(config, progress=False)
     assert not (config.out / "loss.png").exists()
     assert len(records(config.out)) == 3
+    said = capsys.readouterr().out
+    assert "matplotlib" in said
+    assert "pip install 'tinyllm-numpy[plot]'" in said
 
 
-def test_one_callback_sees_all_that_is_logged(text, tmp_path):
+def test_the_callback_receives_every_record(text, tmp_path):
     config = small(text, tmp_path / "run")
     seen = []
     train(config, progress=False, callback=seen.append)
@@ -163,12 +166,10 @@ def test_one_callback_sees_all_that_is_logged(text, tmp_path):
     written = (config.out / "samples.txt").read_text(encoding="utf-8")
     assert len(samples) == 4
     assert written == "".join(f"--- step {step}\n{s}\n" for step, s in zip((0, 5, 10, 12), samples))
-    for record in seen:
-        record.pop("seconds_left", None)
     assert seen == records(config.out)
 
 
-def test_a_llama_trains_too(text, tmp_path):
+def test_a_llama_is_trained(text, tmp_path):
     config = small(text, tmp_path / "run", arch="llama", n_head=4, n_kv_head=2, dropout=0.1, steps=60)
     model = train(config, progress=False)
     assert model.config.num_key_value_heads == 2
@@ -179,8 +180,8 @@ def test_a_llama_trains_too(text, tmp_path):
     assert same_arrays(loaded.state_dict(), model.state_dict())
 
 
-def test_micro_batches_make_the_same_run(text, tmp_path):
-    """53 windows in batches of 4: an epoch ends with a batch of one, less than a micro-batch of 2."""
+def test_micro_batches_differ_only_by_rounding(text, tmp_path):
+    """53 windows in batches of 4: the last batch of an epoch has one row, fewer than a micro-batch of 2."""
     found = {}
     for micro_batch in (None, 1, 2):
         config = small(text, tmp_path / str(micro_batch), micro_batch=micro_batch, dtype="float64", steps=20)
@@ -190,12 +191,12 @@ def test_micro_batches_make_the_same_run(text, tmp_path):
             assert np.abs(array - found[micro_batch][name]).max() < 1e-9, name
 
 
-# The same again
+# Reproducibility
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
-def test_same_config_same_numbers_and_weights(text, tmp_path, dropout):
-    # A batch of 64 windows, so that the threads have something to share out.
+def test_the_same_config_gives_the_same_numbers_and_weights(text, tmp_path, dropout):
+    # A batch of 64 windows, so that several threads are used.
     configs = [small(text, tmp_path / name, dropout=dropout, batch=64, n_embd=64) for name in "ab"]
     for config in configs:
         train(config, progress=False)
@@ -205,10 +206,10 @@ def test_same_config_same_numbers_and_weights(text, tmp_path, dropout):
     assert (a / "samples.txt").read_bytes() == (b / "samples.txt").read_bytes()
 
 
-def test_seed_dropout_and_initial_weights_make_a_difference(run, text, tmp_path):
+def test_seed_dropout_and_initial_weights_change_the_numbers(run, text, tmp_path):
     config, _ = run
     for name, change in [("seed", {"seed": 1}), ("dropout", {"dropout": 0.3}), ("init", {"init": "torch"})]:
-        other = small(text, tmp_path / name, steps=4, **change)
+        other = small(text, tmp_path / name, steps=5, **change)
         train(other, progress=False)
         changed_from = 0 if name != "dropout" else 1  # dropout is off at step 0's evaluation
         pairs = list(zip(records(other.out), records(config.out)))
@@ -219,7 +220,7 @@ def test_seed_dropout_and_initial_weights_make_a_difference(run, text, tmp_path)
             assert pairs[0][0] == pairs[0][1]
 
 
-def test_evaluating_and_saving_more_often_does_not_change_the_training(run, text, tmp_path):
+def test_more_evaluations_and_checkpoints_do_not_change_the_training(run, text, tmp_path):
     config, _ = run
     often = small(text, tmp_path / "often", eval_every=1, checkpoint_every=2)
     train(often, progress=False)
@@ -228,12 +229,12 @@ def test_evaluating_and_saving_more_often_does_not_change_the_training(run, text
     assert losses[0] == losses[1]
 
 
-# Stopped and broken off
+# Interruption and failure
 
 
 @pytest.mark.parametrize("broken", ["loss", "gradient"])
-def test_a_number_that_is_not_finite_never_reaches_the_weights(text, tmp_path, monkeypatch, broken):
-    """The third step fails: what is saved are the weights as that step found them."""
+def test_a_loss_or_gradient_that_is_not_finite_never_reaches_the_weights(text, tmp_path, monkeypatch, broken):
+    """The third step fails: the weights before it are saved."""
     found = []
 
     def of_third_step(parameters, broken, value):
@@ -272,11 +273,11 @@ def test_a_number_that_is_not_finite_never_reaches_the_weights(text, tmp_path, m
 
 @pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
 @pytest.mark.parametrize("during", ["a step", "an evaluation", "the last evaluation"])
-def test_a_signal_breaks_off_the_step_and_nothing_is_written_twice(text, tmp_path, monkeypatch, name, during):
-    """In step 3 it is abandoned just before the update; after an evaluation there is nothing to abandon."""
+def test_a_signal_abandons_the_step_and_nothing_is_written_twice(text, tmp_path, monkeypatch, name, during):
+    """Step 3 is abandoned just before its update; after an evaluation there is no step to abandon."""
     number = getattr(signal, name)
     config = small(text, tmp_path / "run", eval_every=2, steps=6, warmup=0)
-    clip, plot = tinyllm.training.step.clip_grad_norm, tinyllm.training.run_folder.plot_losses
+    clip, plot = tinyllm.training.step.clip_grad_norm, tinyllm.training.run_folder.RunFolder._plot
     calls = []
 
     def clip_and_signal(*args):
@@ -285,13 +286,13 @@ def test_a_signal_breaks_off_the_step_and_nothing_is_written_twice(text, tmp_pat
             signal.raise_signal(number)
         return clip(*args)
 
-    def plot_and_signal(history, *args):
-        plot(history, *args)
-        if history[-1]["step"] == {"an evaluation": 4, "the last evaluation": 6}.get(during):
+    def plot_and_signal(folder):
+        plot(folder)
+        if folder.step == {"an evaluation": 4, "the last evaluation": 6}.get(during):
             signal.raise_signal(number)
 
     monkeypatch.setattr(tinyllm.training.step, "clip_grad_norm", clip_and_signal)
-    monkeypatch.setattr(tinyllm.training.run_folder, "plot_losses", plot_and_signal)
+    monkeypatch.setattr(tinyllm.training.run_folder.RunFolder, "_plot", plot_and_signal)
     handlers = [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)]
     with pytest.raises(KeyboardInterrupt) as raised:
         train(config, progress=False)
@@ -310,7 +311,7 @@ def test_a_signal_breaks_off_the_step_and_nothing_is_written_twice(text, tmp_pat
     assert val_loss == records(config.out)[-1]["val_loss"]
 
 
-def test_a_run_goes_the_same_way_until_it_is_stopped(run, text, tmp_path):
+def test_a_stopped_run_has_the_same_records_until_then(run, text, tmp_path):
     config, _ = run
     stopped = small(text, tmp_path / "run")
 
@@ -325,7 +326,7 @@ def test_a_run_goes_the_same_way_until_it_is_stopped(run, text, tmp_path):
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no signals to send to one process")
 @pytest.mark.parametrize(("name", "code"), [("SIGINT", 130), ("SIGTERM", 143)])
-def test_a_signal_from_outside(text, tmp_path, name, code):
+def test_a_signal_from_another_process_stops_the_run(text, tmp_path, name, code):
     out = tmp_path / "run"
     options = (
         f"--text {text} --out {out} --tokenizer char --n-layer 1 --n-head 2 --n-embd 16 --context {CONTEXT} "
@@ -357,4 +358,4 @@ def test_a_signal_from_outside(text, tmp_path, name, code):
     assert checkpoint.name == f"step-{last['step']:06}"
     assert [r["step"] for r in records(out)] == list(range(last["step"] + 1))
     assert verify(checkpoint)["step"] == last["step"]
-    assert "val_loss" not in last  # whoever sent the signal may not wait for an evaluation
+    assert "val_loss" not in last  # the sender of the signal may not wait for an evaluation

@@ -1,4 +1,4 @@
-"""The folder of a run: whose it is, what in it may be damaged, which checkpoints stay, and full disks."""
+"""The folder of a run: refusals, damage, which checkpoints are kept, concurrent writers, full disks."""
 
 import errno
 import itertools
@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from support.runs import contents, left, records, small, stopped_after, tiny
@@ -16,6 +17,7 @@ from tinyllm.cli import main
 from tinyllm.errors import Error
 from tinyllm.files import lock, read_sealed, sealed
 from tinyllm.training.checkpoint import verify
+from tinyllm.training.loggers import wrap
 from tinyllm.training.run_folder import begun_config
 from tinyllm.training.tasks.pretrain import train
 from tinyllm.weights.runs import checkpoints, last_checkpoint
@@ -26,7 +28,7 @@ pytestmark = pytest.mark.usefixtures("quick")
 # Refusals
 
 
-def test_a_folder_that_holds_something_is_refused_and_untouched(whole, text, tmp_path):
+def test_a_folder_that_is_not_empty_is_refused_and_unchanged(whole, text, tmp_path):
     config = tiny(text, whole)
     before = contents(config.out)
     with pytest.raises(Error, match=r"not an empty folder: choose another --out") as raised:
@@ -37,19 +39,19 @@ def test_a_folder_that_holds_something_is_refused_and_untouched(whole, text, tmp
     (tmp_path / "notes").mkdir()
     (tmp_path / "notes" / ".hidden").write_text("mine")
     (tmp_path / "file").write_text("mine")
-    for name in ("notes", "file"):
-        with pytest.raises(Error, match="not an empty folder"):
+    for name, said in (("notes", "not an empty folder"), ("file", "is not a folder: choose another --out")):
+        with pytest.raises(Error, match=said):
             train(small(text, tmp_path / name), progress=False)
     assert contents(tmp_path) == {os.path.join("notes", ".hidden"): b"mine", "file": b"mine"}
 
 
-def test_an_empty_folder_is_taken(text, tmp_path):
+def test_an_empty_folder_is_used(text, tmp_path):
     (tmp_path / "run").mkdir()
     train(small(text, tmp_path / "run", steps=1, warmup=0), progress=False)
     assert last_checkpoint(tmp_path / "run").name == "step-000001"
 
 
-def test_without_out_every_run_gets_a_new_folder(text, tmp_path, monkeypatch):
+def test_without_out_each_run_has_a_new_folder(text, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for _ in range(2):
         train(small(text, None, steps=1, warmup=0), progress=False)
@@ -60,7 +62,7 @@ def test_without_out_every_run_gets_a_new_folder(text, tmp_path, monkeypatch):
         assert (tmp_path / recorded).samefile(folder)
 
 
-def test_what_is_no_run(tmp_path, whole, capsys):
+def test_resume_refuses_folders_that_are_not_runs(tmp_path, whole, capsys):
     for name in (str(tmp_path), str(tmp_path / "nowhere")):
         assert main(["train", "--resume", name]) == 2
         assert "is not a run folder" in capsys.readouterr().err
@@ -70,7 +72,7 @@ def test_what_is_no_run(tmp_path, whole, capsys):
 
 
 @pytest.mark.parametrize("damage", [b"", b"{}", b'{"train": {}}', b"\xff", None])
-def test_a_damaged_config(whole, tmp_path, damage):
+def test_a_damaged_config_is_refused(whole, tmp_path, damage):
     out = shutil.copytree(whole, tmp_path / "run")
     path = out / "config.json"
     data = path.read_bytes()
@@ -92,18 +94,18 @@ def test_a_damaged_config(whole, tmp_path, damage):
         ({"tokens": 5}, "'tokens' is 5"),
     ],
 )
-def test_a_config_that_is_sealed_and_wrong(whole, tmp_path, change, said):
+def test_an_invalid_config_with_a_valid_hash_is_refused(whole, tmp_path, change, said):
     about = read_sealed(whole / "config.json")
     del about["sha256"]
     (tmp_path / "config.json").write_bytes(sealed(about | {"train": about["train"] | change}))
     with pytest.raises(Error, match=said):
         begun_config(tmp_path)
     (tmp_path / "config.json").write_bytes(sealed({"train": about["train"]}))
-    with pytest.raises(Error, match="not of a run of this version"):
+    with pytest.raises(Error, match="was not written by this version"):
         begun_config(tmp_path)
 
 
-def test_another_machine_is_a_warning(text, tmp_path, monkeypatch, capsys):
+def test_another_machine_causes_a_warning(text, tmp_path, monkeypatch, capsys):
     out = tmp_path / "run"
     stopped_after(tiny(text, out), 2)
     real = tinyllm.training.run_folder.machine
@@ -116,11 +118,11 @@ def test_another_machine_is_a_warning(text, tmp_path, monkeypatch, capsys):
     assert "warning: numpy was " in said
     assert "and is 9.9; threads was " in said
     stopped_after(begun_config(out), 5)
-    assert "warning" not in capsys.readouterr().out  # the last checkpoint is of this machine
+    assert "warning" not in capsys.readouterr().out  # the last checkpoint was written on this machine
 
 
-def test_a_checkpoint_that_does_not_say_its_dtype(text, tmp_path, monkeypatch, capsys):
-    """As those of older versions."""
+def test_a_checkpoint_without_a_dtype_can_be_resumed(text, tmp_path, monkeypatch, capsys):
+    """Older versions wrote such checkpoints."""
     out = tmp_path / "run"
     with monkeypatch.context() as patched:
         patched.setattr(
@@ -134,6 +136,72 @@ def test_a_checkpoint_that_does_not_say_its_dtype(text, tmp_path, monkeypatch, c
     assert "warning" not in capsys.readouterr().out
 
 
+# Output
+
+
+def test_lines_fit_88_columns_and_no_command_is_broken(text, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(tinyllm.training.tasks.pretrain, "SAMPLE_TOKENS", 300)
+    train(small(os.path.relpath(text, tmp_path), Path("run")), progress=False)
+    said = capsys.readouterr().out.splitlines()
+    assert max(len(line) for line in said) <= 88
+    first, last = (
+        next(i for i, line in enumerate(said) if line.startswith(s)) for s in ("step    12", "bits")
+    )
+    written = (tmp_path / "run" / "samples.txt").read_text(encoding="utf-8").split("--- step 12\n")[1]
+    assert "".join("".join(said[first + 2 : last]).split()) == "".join(written.split())
+    assert said[-5:] == [
+        "run: run",
+        f"loss curves: {Path('run', 'loss.png')}",
+        "next:",
+        '  tinyllm generate --run run --prompt "the "',
+        "  tinyllm train --from run --steps 12",
+    ]
+
+
+def test_wrap_counts_the_columns_of_wide_characters():
+    assert wrap("漢" * 50, 12) == ["漢" * 44, " " * 12 + "漢" * 6]
+    assert wrap("a " * 44 + "b", 2) == ["a " * 43 + "a", "  b"]
+    assert wrap("x" * 200, 0) == ["x" * 200]  # a path, say, is not broken
+    assert wrap("", 2) == [""]
+
+
+def test_the_picture_is_not_plotted_more_often_than_it_takes_to_train(text, tmp_path, monkeypatch):
+    clock, plotted = [0.0], []
+
+    def plot(history, path, *_):
+        plotted.append(history[-1]["step"])
+        clock[0] += 10  # seconds
+        path.write_bytes(b"picture")
+
+    def step(record):
+        clock[0] += 3
+
+    monkeypatch.setattr(tinyllm.training.run_folder, "plot_losses", plot)
+    monkeypatch.setattr(tinyllm.training.run_folder.time, "monotonic", lambda: clock[0])
+    config = small(text, tmp_path / "run", eval_every=1, checkpoint_minutes=0)
+    train(config, progress=False, callback=step)
+    assert plotted == [0, 4, 8, 12]  # 4 steps take 12 seconds
+
+
+@pytest.mark.parametrize("option", ["out", "tokens"])
+def test_a_folder_that_cannot_be_made_is_refused_before_anything_is_learned(
+    text, tmp_path, monkeypatch, option
+):
+    (tmp_path / "file").write_text("mine")
+    monkeypatch.setattr(tinyllm.training.tasks.pretrain, "open_corpus", None)  # a call would fail
+    changes = {"out": tmp_path / "run", option: tmp_path / "file" / "x" / "y"}
+    with pytest.raises(Error, match=rf"--{option} .*file is not a folder: choose another --{option}"):
+        train(replace(small(text, None, tokenizer="bpe:300"), **changes), progress=False)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_folder_without_permission_is_refused(text, tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "access", lambda path, mode: path != tmp_path)  # root may write anywhere
+    with pytest.raises(Error, match="cannot be written to: choose another --out"):
+        train(small(text, tmp_path / "run"), progress=False)
+
+
 # Damaged checkpoints
 
 
@@ -143,7 +211,7 @@ def flip(path):
     path.write_bytes(data)
 
 
-def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_taken(text, tmp_path, whole, capsys):
+def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_is_used(text, tmp_path, whole, capsys):
     out = tmp_path / "run"
     stopped_after(tiny(text, out, checkpoint_every=1, keep=4), 5)
     flip(out / "step-000005" / "optimizer.safetensors")
@@ -152,26 +220,26 @@ def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_taken(text, tmp
     said = capsys.readouterr().out
     assert f"{out / 'step-000005' / 'optimizer.safetensors'} is damaged" in said
     assert f"{out / 'step-000004' / 'model.safetensors'} cannot be read" in said
-    assert f"the checkpoint is now {out / 'damaged-step-000005'}, and the one before is taken" in said
-    assert "going on after step 3 of 6" in said
+    assert f"renamed to {out / 'damaged-step-000005'}" in said
+    assert "after step 3 of 6" in said
     assert left(out) == left(whole)
-    assert (out / "damaged-step-000005" / "model.safetensors").exists()  # whoever wants to look into it can
+    assert (out / "damaged-step-000005" / "model.safetensors").exists()  # for inspection
 
 
-def test_no_whole_checkpoint_is_left(text, tmp_path):
+def test_a_run_whose_checkpoints_are_all_damaged_is_refused(text, tmp_path):
     out = tmp_path / "run"
     stopped_after(tiny(text, out, checkpoint_every=1), 3)
     for folder in checkpoints(out):
         flip(folder / "checkpoint.json")
     before = sorted(out.iterdir())
-    with pytest.raises(Error, match="has no whole checkpoint") as raised:
+    with pytest.raises(Error, match="has no undamaged checkpoint") as raised:
         train(begun_config(out), progress=False)
     for folder in checkpoints(out):
         assert f"{folder / 'checkpoint.json'} is damaged" in str(raised.value)
     assert sorted(out.iterdir()) == before
 
 
-def test_a_checkpoint_of_another_run(text, tmp_path):
+def test_a_checkpoint_of_another_run_is_refused(text, tmp_path):
     for name, seed in (("run", 0), ("other", 1)):
         stopped_after(tiny(text, tmp_path / name, seed=seed), 2 + seed)
     shutil.copytree(tmp_path / "other" / "step-000003", tmp_path / "run" / "step-000003")
@@ -179,19 +247,22 @@ def test_a_checkpoint_of_another_run(text, tmp_path):
         train(begun_config(tmp_path / "run"), progress=False)
 
 
-def test_damaged_metrics_are_said_and_no_reason_to_stop(text, tmp_path, capsys):
+def test_damaged_metrics_cause_a_warning_and_the_run_continues(text, tmp_path, capsys):
     out = tmp_path / "run"
     stopped_after(tiny(text, out), 4)
     lines = (out / "metrics.jsonl").read_bytes().splitlines(keepends=True)
     (out / "metrics.jsonl").write_bytes(b"".join([*lines[:2], b"\0" * 10 + b"\n", *lines[3:]]))
     train(begun_config(out), progress=False)
-    assert "metrics.jsonl is damaged: not all records up to step 4 are there" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "metrics.jsonl is damaged: records up to step 4 are missing" in said
     assert [record["step"] for record in records(out)] == [0, 1, 4, 5, 6]  # 4 was evaluated again
 
 
 @pytest.mark.parametrize("keep", [1, 2])
 def test_the_newest_and_the_best_are_kept(text, tmp_path, monkeypatch, keep):
-    losses = iter([5.0, 4.0, 3.0, 3.5, 3.2, 3.0, 3.9])  # at steps 0 to 6; the first of two best stays
+    losses = iter(
+        [5.0, 4.0, 3.0, 3.5, 3.2, 3.0, 3.9]
+    )  # at steps 0 to 6; of two equal ones the first is the best
 
     def mean_loss(model, windows, *args):
         return next(losses) if len(windows) < 10 else 1.0
@@ -203,7 +274,7 @@ def test_the_newest_and_the_best_are_kept(text, tmp_path, monkeypatch, keep):
     assert [path.name for path in checkpoints(out)] == ["step-000002", *newest]
 
 
-def test_an_evaluation_that_is_the_best_so_far_makes_a_checkpoint(text, tmp_path, monkeypatch):
+def test_an_evaluation_that_is_the_best_so_far_saves_a_checkpoint(text, tmp_path, monkeypatch):
     made = []
     save = tinyllm.training.run_folder.save_checkpoint
     monkeypatch.setattr(
@@ -220,12 +291,13 @@ def test_an_evaluation_that_is_the_best_so_far_makes_a_checkpoint(text, tmp_path
             lambda model, windows, *_, losses=losses: next(losses) if len(windows) < 10 else 1.0,
         )
         train(tiny(text, tmp_path / str(every), checkpoint_every=every), progress=False)
-    assert made == ["step-000004", "step-000006", "step-000006"]  # without --checkpoint-every only the end
+    assert made == ["step-000004", "step-000006", "step-000006"]  # without --checkpoint-every only at the end
 
 
-def test_checkpoints_by_the_clock(text, tmp_path, monkeypatch):
-    minutes = itertools.count()  # every look at the clock takes one
+def test_checkpoints_by_time(text, tmp_path, monkeypatch):
+    minutes = itertools.count()  # every reading of the clock takes one
     monkeypatch.setattr(tinyllm.training.run_folder.time, "monotonic", lambda: 60.0 * next(minutes))
+    monkeypatch.setattr(tinyllm.training.run_folder.RunFolder, "_plot", lambda run: None)  # reads it too
     made = []
     save = tinyllm.training.run_folder.save_checkpoint
     monkeypatch.setattr(
@@ -240,9 +312,9 @@ def test_checkpoints_by_the_clock(text, tmp_path, monkeypatch):
     assert made == ["step-000006"]
 
 
-def test_an_old_checkpoint_that_cannot_be_removed_ends_no_run(text, tmp_path, monkeypatch, capsys):
+def test_an_old_checkpoint_that_cannot_be_removed_does_not_end_the_run(text, tmp_path, monkeypatch, capsys):
     def refuse(folder):
-        raise PermissionError(errno.EACCES, "is being looked at")
+        raise PermissionError(errno.EACCES, "is in use")
 
     monkeypatch.setattr(tinyllm.training.run_folder, "remove_checkpoint", refuse)
     train(tiny(text, tmp_path / "run", checkpoint_every=2), progress=False)
@@ -250,7 +322,7 @@ def test_an_old_checkpoint_that_cannot_be_removed_ends_no_run(text, tmp_path, mo
     assert len(checkpoints(tmp_path / "run")) == 3
 
 
-def test_a_picture_is_replaced_when_the_new_one_is_whole(text, tmp_path, monkeypatch):
+def test_a_picture_is_replaced_only_by_a_complete_one(text, tmp_path, monkeypatch):
     out = tmp_path / "run"
     stopped_after(tiny(text, out), 2)
 
@@ -267,7 +339,7 @@ def test_a_picture_is_replaced_when_the_new_one_is_whole(text, tmp_path, monkeyp
 # Two processes, full disks
 
 
-def test_the_second_writer_is_refused(text, tmp_path, whole):
+def test_a_second_writer_is_refused(text, tmp_path, whole):
     out = tmp_path / "run"
     stopped_after(tiny(text, out), 2)
     held = lock(out / "lock", "")
@@ -280,24 +352,26 @@ def test_the_second_writer_is_refused(text, tmp_path, whole):
     assert left(out) == left(whole)
 
 
-def test_two_new_runs_in_one_folder(text, tmp_path):
+def test_two_new_runs_in_one_folder_are_refused(text, tmp_path):
     out = tmp_path / "run"
     out.mkdir()
     held = lock(out / "lock", "")
     with pytest.raises(Error, match="another process is writing the run in"):
         train(tiny(text, out), progress=False)
     held.release()
-    train(tiny(text, out), progress=False)  # a lock that nobody holds is nothing
+    train(tiny(text, out), progress=False)  # a lock file that is not held is ignored
     with pytest.raises(Error, match="not an empty folder"):
         train(tiny(text, out), progress=False)
 
 
-def test_no_room_for_a_checkpoint(text, tmp_path, monkeypatch, capsys, whole):
+def test_a_disk_too_full_for_a_checkpoint_stops_the_run_which_can_resume(
+    text, tmp_path, monkeypatch, capsys, whole
+):
     free = [10**6]
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=free[0]))
     out = tmp_path / "run"
-    with pytest.raises(OSError, match=r"has 1 MB left and a checkpoint needs 34 MB: make room, or choose"):
+    with pytest.raises(OSError, match=r"has 1\.0 MB left; a checkpoint needs 0\.0 MB.* choose another --out"):
         train(tiny(text, out), progress=False)
     assert [path.name for path in out.iterdir()] == ["lock"]
     free[0] = 10**9
@@ -306,7 +380,7 @@ def test_no_room_for_a_checkpoint(text, tmp_path, monkeypatch, capsys, whole):
         if record["step"] == 4:
             free[0] = 10**6
 
-    with pytest.raises(OSError, match=r"34 MB: see to the disk, then tinyllm train --resume .* goes on"):
+    with pytest.raises(OSError, match=r"free some space, then continue with tinyllm train --resume"):
         train(tiny(text, out, checkpoint_every=2), progress=False, callback=fill)
     assert [path.name for path in checkpoints(out)] == ["step-000002"]
     capsys.readouterr()
@@ -320,7 +394,9 @@ def test_no_room_for_a_checkpoint(text, tmp_path, monkeypatch, capsys, whole):
 
 
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EIO])
-def test_a_disk_that_refuses_a_checkpoint(text, tmp_path, monkeypatch, code, whole):
+def test_a_disk_error_during_a_checkpoint_stops_the_run_which_can_resume(
+    text, tmp_path, monkeypatch, code, whole
+):
     out = tmp_path / "run"
     rename = os.replace
 

@@ -1,4 +1,4 @@
-"""A run of a task of one's own, which knows no text: it trains, is stopped, goes on bit for bit, and logs."""
+"""A run of a custom task without text: training, interruption, bit-exact resumption, and logs."""
 
 import json
 import signal
@@ -25,10 +25,10 @@ from tinyllm.weights.safetensors import Weights
 
 @dataclass(frozen=True)
 class CurveOptions(RunOptions):
-    """Learn a line from points."""
+    """Fit a line to points."""
 
     slope: float = 2.0
-    """Of the line."""
+    """Slope of the line."""
 
     task = "curve"
 
@@ -70,7 +70,7 @@ class Curve(Task):
     def count(self, batch):
         return len(batch[0])
 
-    def evaluate(self, model, check):
+    def evaluate(self, model, check, final):
         batches = [(self.x[12:], self.y[12:])]
         val_loss = evaluate(model, batches, self.loss, self.count, check)
         return {"val_loss": val_loss, "val_within": float(val_loss < 1)}
@@ -103,13 +103,13 @@ def quick():
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
-    """A run that was never interrupted; nobody writes into it."""
+    """A run that was never interrupted; tests only read it."""
     out = tmp_path_factory.mktemp("whole") / "run"
     train(options(out))
     return out
 
 
-def test_what_a_run_leaves(whole):
+def test_the_files_of_a_run(whole):
     assert {path.name for path in whole.iterdir()} == {
         *("config.json", "metrics.jsonl", "samples.txt", "loss.png", "lock", "step-000004", "step-000006")
     }
@@ -127,15 +127,18 @@ def test_what_a_run_leaves(whole):
     assert steps[-1]["val_loss"] < first["val_loss"]
 
 
-def test_what_it_says(whole, tmp_path, capsys):
+def test_the_output_of_a_run(whole, tmp_path, capsys):
     train(options(tmp_path / "run"))
     said = capsys.readouterr().out.splitlines()
-    assert said[0] == f"Net, 25 parameters, on cpu; 6 steps of 4 points, 3 an epoch; into {tmp_path / 'run'}"
-    assert [line.split()[:3] for line in said[1:]] == [["step", str(n), "val_loss"] for n in (0, 2, 4, 6)]
+    assert said[0] == "Net, 25 parameters, on cpu; 6 steps of 4 points, 3 an epoch"
+    assert said[1] == f"the run is saved in {tmp_path / 'run'}"
+    evaluations = [line.split()[:3] for line in said if line.startswith("step")]
+    assert evaluations == [["step", str(n), "val_loss"] for n in (0, 2, 4, 6)]
+    assert said[-2:] == [f"run: {tmp_path / 'run'}", f"loss curves: {tmp_path / 'run' / 'loss.png'}"]
     assert not any("bits" in line or "perplexity" in line for line in said)
 
 
-def test_it_is_read_as_any_run(whole):
+def test_read_run_reads_it(whole):
     recorded = read_run(whole)
     assert recorded.options["slope"] == 2.0
     assert recorded.tokenizer == {}
@@ -151,7 +154,7 @@ def test_a_new_run_is_named_after_its_task(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("step", [0, 1, 3, 5])
-def test_stopped_after_a_step(whole, tmp_path, step):
+def test_a_run_stopped_after_a_step_resumes(whole, tmp_path, step):
     out = tmp_path / "run"
     assert stopped_after(options(out), step, signal.SIGTERM, train)[0] == signal.SIGTERM
     assert last_checkpoint(out) == checkpoint_folder(out, step)
@@ -160,7 +163,7 @@ def test_stopped_after_a_step(whole, tmp_path, step):
 
 
 @pytest.mark.parametrize("call", [1, 3, 5, 10])
-def test_stopped_in_a_step_or_an_evaluation(whole, tmp_path, call):
+def test_a_run_stopped_in_a_step_or_an_evaluation_resumes(whole, tmp_path, call):
     out = tmp_path / "run"
     with Alarm(Net, signal.SIGINT, call), pytest.raises(KeyboardInterrupt):
         train(options(out))
@@ -168,12 +171,12 @@ def test_stopped_in_a_step_or_an_evaluation(whole, tmp_path, call):
     assert left(out) == left(whole)
 
 
-def test_killed(whole, tmp_path):
+def test_a_killed_run_resumes(whole, tmp_path):
     out = tmp_path / "run"
 
     def kill(record):
         if record["step"] == 5:
-            raise ZeroDivisionError  # nobody catches it: what is on the disk is what a kill would leave
+            raise ZeroDivisionError  # not caught, so the disk is as after a kill
 
     with pytest.raises(ZeroDivisionError):
         train(options(out), callback=kill)
@@ -182,7 +185,7 @@ def test_killed(whole, tmp_path):
     assert left(out) == left(whole)
 
 
-def test_a_finished_run_gives_its_model(whole, capsys):
+def test_a_finished_run_returns_its_model(whole, capsys):
     before = contents(whole)
     model = train(begun(whole))
     assert "is finished" in capsys.readouterr().out
@@ -191,7 +194,7 @@ def test_a_finished_run_gives_its_model(whole, capsys):
     assert contents(whole) == before
 
 
-def test_logs(tmp_path, monkeypatch):
+def test_the_logs_of_a_custom_task(tmp_path, monkeypatch):
     pytest.importorskip("tensorboardX")
     monkeypatch.setattr("tinyllm.training.run_folder.plot_losses", lambda *_: None)
     out = tmp_path / "run"
@@ -201,7 +204,7 @@ def test_logs(tmp_path, monkeypatch):
     assert b"sample" not in events.read_bytes()
 
 
-def test_a_batch_that_is_not_finite_is_kept(tmp_path):
+def test_a_batch_that_is_not_finite_is_saved(tmp_path):
     out = tmp_path / "run"
 
     class Broken(Curve):
@@ -216,10 +219,10 @@ def test_a_batch_that_is_not_finite_is_kept(tmp_path):
     assert last_checkpoint(out).name == "step-000002"
 
 
-def test_another_task_other_data_other_options(tmp_path):
+def test_another_task_other_data_and_other_options_are_refused(tmp_path):
     out = tmp_path / "run"
     stopped_after(options(out), 2, train=train)
-    with pytest.raises(Error, match="a run of curve, not of pretrain"):
+    with pytest.raises(Error, match="a run of the task curve, not pretrain"):
         begun_config(out)
     with pytest.raises(Error, match=r"--slope 2\.0, not --slope 3\.0"):
         train(replace(begun(out), slope=3.0))

@@ -1,8 +1,12 @@
-"""``tinyllm train``: a new run, the rest of one, or a profile of its step."""
+"""``tinyllm train``: start a run, resume one, or profile a training step."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Annotated
+
+import tyro
 
 from tinyllm.cli.options import parse_options
 from tinyllm.errors import Error
@@ -10,7 +14,22 @@ from tinyllm.tools.profile import profile
 from tinyllm.training.config import PRESETS, TrainConfig
 from tinyllm.training.run import what_to_try
 from tinyllm.training.run_folder import begun_config
+from tinyllm.training.start import starting_from
 from tinyllm.training.tasks.pretrain import parts_of_a_step, train
+
+
+@dataclass(frozen=True)
+class _Preset:
+    preset: str = "small"
+    """A preset (small, ten-minutes, gpt2-verdict, gpt2-124m) sets the defaults of the other options."""
+
+
+@dataclass(frozen=True)
+class _Options(TrainConfig, _Preset):
+    """The options as they are typed."""
+
+    start_from: Annotated[str | None, tyro.conf.arg(name="from", metavar="RUN|MODEL")] = None
+    """Start from the weights and the tokenizer of a run, a model's folder, a .gguf file or a hub id."""
 
 
 def run(config: TrainConfig) -> None:
@@ -29,26 +48,38 @@ def preset(name: str) -> TrainConfig:
     return TrainConfig(**PRESETS[name])
 
 
+# The options that set the defaults of the others
+SOURCES = {
+    "--preset": preset,
+    "--resume": lambda folder: begun_config(Path(folder)),
+    "--from": starting_from,
+}
+
+
 def parse(args: list[str]) -> TrainConfig:
-    """--preset and --resume are taken out first: they set the defaults that the other options override."""
+    """The options of a command line. Those in ``SOURCES`` are read first, wherever they are written."""
     taken, rest, words = {}, [], iter(args)
     for word in words:
         option, equals, value = word.partition("=")
-        if option in ("--preset", "--resume"):
+        if option in SOURCES:
             taken[option] = value if equals else next(words, "")
         else:
             rest.append(word)
-    if len(taken) == 2:
-        raise Error("--resume takes the run's own options: omit --preset")
-    default = preset(taken.get("--preset", "small"))
-    if "--resume" in taken:
-        if not taken["--resume"]:
-            raise Error("--resume is empty: give the folder of a run")
-        default = begun_config(Path(taken["--resume"]))
-    return parse_options(
-        TrainConfig,
+    if len(taken) > 1:
+        raise Error(f"{' and '.join(taken)} both set the defaults of the other options: give one of them")
+    source, value = next(iter(taken.items()), ("--preset", "small"))
+    if not value and source != "--preset":
+        raise Error(f"{source} is empty: give the folder of a run")
+    default = _values(SOURCES[source](value))
+    options = parse_options(
+        _Options,
         "tinyllm train",
         rest,
-        default=default,
-        description=f"{TrainConfig.__doc__} --preset NAME ({', '.join(PRESETS)}) sets the defaults below.",
+        default=_Options(**default, preset=value if source == "--preset" else "small"),
+        description=TrainConfig.__doc__,
     )
+    return TrainConfig(**{name: value for name, value in _values(options).items() if name in default})
+
+
+def _values(options) -> dict:
+    return {field.name: getattr(options, field.name) for field in fields(options)}

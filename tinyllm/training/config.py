@@ -1,7 +1,8 @@
 """The options of a training run, their defaults, and the presets."""
 
 import math
-from dataclasses import asdict, dataclass
+import re
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Self, get_type_hints
 
@@ -14,62 +15,61 @@ from tinyllm.nn import Module
 
 SPECIAL = ("refuse", "allow", "text")
 
-# What a resumed run may be asked otherwise because it goes on where there is another device, or less memory:
-# its numbers differ from then on, as they are rounded otherwise.
+# A resumed run may change these, because it may resume on another device or with less memory. Its numbers
+# then differ from there on by rounding.
 ELSEWHERE = {"device", "dtype", "micro_batch"}
 
 
 @dataclass(frozen=True)
 class RunOptions:
-    """The options of a training run, whatever its task: each task has a class with its own ones besides."""
+    """The options that training runs of every task share; each task adds its own in a subclass."""
 
     out: Path | None = None
-    """Folder of the run, which must not hold one yet; a new one in runs/ if not given."""
+    """Folder for the run, new or empty; by default a new folder in runs/."""
     resume: Path | None = None
-    """Instead of a new run, go on with the one in this folder; its own options are the defaults then."""
+    """Resume the run in this folder instead of starting one; the defaults are then its own options."""
     batch: int = 32
-    """Rows per step (of `tinyllm train`: windows)."""
+    """Rows per step; for `tinyllm train`, windows of the text."""
     micro_batch: int | None = None
-    """Rows at a time: gradients of a step's micro-batches are added up; the whole batch if not given."""
+    """Rows per forward and backward pass, whose gradients are accumulated; by default the whole batch."""
     steps: int = 300
-    """Updates."""
+    """Updates of the weights."""
     lr: float = 3e-3
-    """Learning rate at its peak."""
+    """Peak learning rate."""
     initial_lr: float = 0.0
-    """Learning rate of the first step, before the warm-up."""
+    """Learning rate of the first step, from which the warm-up rises."""
     min_lr: float = 1e-4
-    """Learning rate at the end of the cosine."""
-    warmup: int = 50
-    """Steps in which the learning rate rises to its peak."""
+    """Learning rate at the end of the cosine decay."""
+    warmup: int | None = None
+    """Steps in which the learning rate rises to its peak; by default a sixth of the steps."""
     weight_decay: float = 0.1
-    """Decay of the matrices (never of biases and norms)."""
+    """Weight decay of the matrices (biases and norms have none)."""
     clip: float = 1.0
-    """Largest L2 norm of all gradients together."""
+    """Upper bound of the L2 norm of the gradient of all parameters."""
     eval_every: int | None = None
-    """Steps between evaluations; if not given, one epoch, or a tenth of the run if that is shorter."""
+    """Steps between evaluations; by default an epoch or a tenth of the run, whichever is shorter."""
     checkpoint_every: int | None = None
-    """Steps between checkpoints; if given, an evaluation with the lowest val_loss so far makes one, too."""
+    """Steps between checkpoints; if given, an evaluation with the lowest val_loss so far saves one too."""
     checkpoint_minutes: float = 10.0
-    """Minutes between checkpoints, besides those by steps and the one at the end; 0 for none by the clock."""
+    """Minutes between checkpoints, in addition to those by steps and the last; 0 for none by time."""
     keep: int = 2
-    """The newest checkpoints that stay; the one with the lowest val_loss stays as well."""
+    """How many of the newest checkpoints to keep; the one with the lowest val_loss is kept too."""
     skip_nonfinite: int = 0
-    """Steps in a row without an update, their loss or gradient not finite, before the run stops."""
+    """How many consecutive steps with a loss or gradient that is not finite to skip before stopping."""
     log: tuple[str, ...] = ()
-    """Where the run is logged besides its folder: tensorboard, wandb (Weights & Biases), or both."""
+    """Where to log the run in addition to its folder: tensorboard, wandb (Weights & Biases), or both."""
     seed: int = 0
-    """Decides the initial weights, the order of the batches, dropout and samples."""
+    """Seed of the initial weights, the order of the batches, dropout and samples."""
     device: str = "cpu"
-    """cpu, cuda, cuda:1 …, or auto: a GPU if CuPy sees one; it says which."""
+    """cpu, cuda, cuda:1 …, or auto, which uses a GPU if CuPy finds one."""
     dtype: str = "float32"
-    """float32 or float64; on a GPU also bfloat16, float16 or tf32: matrices are multiplied in that type,
-    everything else is float32."""
+    """float32 or float64; on a GPU also bfloat16, float16 or tf32 for matrix products, all else float32."""
     gpu_memory: float | None = None
-    """Gigabytes (10^9 bytes) of a GPU's memory to take at most; all of it if not given."""
+    """Limit on the GPU memory used, in gigabytes (10^9 bytes); by default all of it."""
 
-    task = None  # its name, as the run's config.json has it
+    task = None  # its name in the run's config.json
 
-    # What a resumed run may be asked otherwise than it was begun with: its numbers stay the same.
+    # The options that a resumed run may change, because its numbers stay the same.
     free = frozenset(
         "resume eval_every checkpoint_every checkpoint_minutes keep skip_nonfinite log gpu_memory".split()
     )
@@ -81,7 +81,8 @@ class RunOptions:
             self._require(name, 0 < getattr(self, name) < math.inf, "above 0")
         self._require("micro_batch", self.batch % self.at_once == 0, f"a divisor of the batch, {self.batch}")
         self._require("seed", 0 <= self.seed < 2**64, "from 0 to 2**64 - 1")
-        self._require("warmup", 0 <= self.warmup < self.steps, f"below the {self.steps} steps of the run")
+        least = f"at least 0 and below the {self.steps} steps of the run"
+        self._require("warmup", 0 <= self.warmup_steps < self.steps, least)
         self._require("dtype", self.dtype in PRECISIONS, f"one of {', '.join(PRECISIONS)}")
 
     def _require_at_least(self, least: int, names: str) -> None:
@@ -91,13 +92,13 @@ class RunOptions:
 
     def _require(self, name: str, holds: bool, what: str) -> None:
         if not holds:
-            raise Error(f"{_flag(name)} is {getattr(self, name)}: it must be {what}")
+            raise Error(f"{flag(name)} is {getattr(self, name)}: it must be {what}")
 
     @classmethod
     def from_json(cls, options: dict) -> Self:
-        """The options as a run's config.json holds them, in ``to_json``'s form.
+        """The options from a run's config.json, as ``to_json`` wrote them.
 
-        Raises ``Error`` naming one that is unknown or has a value of another type.
+        Raises ``Error`` naming an option that is unknown or whose value has the wrong type.
         """
         kinds = get_type_hints(cls)
         unknown = sorted(options.keys() - kinds.keys())
@@ -106,14 +107,18 @@ class RunOptions:
         return cls(**{name: _from_json(name, value, kinds[name]) for name, value in options.items()})
 
     def to_json(self) -> dict:
-        """The options as JSON knows them."""
+        """The options as JSON values."""
         options = asdict(self)
         return {name: str(x) if isinstance(x, Path) else x for name, x in options.items()}
 
     @property
     def parameter_dtype(self) -> np.dtype:
-        """What the parameters and the optimizer are kept in, whatever they are multiplied in."""
+        """The dtype of the parameters and the optimizer's state, independent of that of the products."""
         return np.dtype("float64" if self.dtype == "float64" else "float32")
+
+    @property
+    def warmup_steps(self) -> int:
+        return self.steps // 6 if self.warmup is None else self.warmup
 
     @property
     def at_once(self) -> int:
@@ -122,40 +127,42 @@ class RunOptions:
 
     @property
     def smaller_micro_batch(self) -> list[str]:
-        """The option that takes the next smaller micro-batch, if there is one."""
+        """The option for the next smaller micro-batch, if there is one."""
         smaller = max((n for n in range(1, self.at_once) if self.batch % n == 0), default=None)
         return [] if smaller is None else [f"--micro-batch {smaller}"]
 
 
 @dataclass(frozen=True)
 class ModelOptions:
-    """The options of a model that is trained from random numbers."""
+    """The options of the model that is trained."""
 
+    start_from: str | None = None
+    """Start from the weights and the tokenizer of a run, a model's folder, a .gguf file or a hub id."""
     arch: str = "gpt2"
-    """The architecture: gpt2 or llama."""
+    """Architecture: gpt2 or llama."""
     n_layer: int = 3
-    """Blocks."""
+    """Number of blocks."""
     n_head: int = 4
-    """Attention heads per block; must divide n_embd."""
+    """Attention heads per block; must divide --n-embd."""
     n_kv_head: int | None = None
-    """Of a Llama: heads of keys and values, shared by the others; if not given, as many as n_head."""
+    """Llama only: key-value heads, each shared by several query heads; by default as many as --n-head."""
     n_embd: int = 256
-    """Channels."""
+    """Width of the model: channels of the embeddings and hidden states."""
     context: int = 128
-    """Tokens the model sees at once, and the length of a training window."""
+    """The longest sequence the model takes, and the length of a training window, in tokens."""
     dropout: float = 0.1
-    """Dropout probability, at all three places GPT-2 has one, and at the one that Llama has."""
+    """Dropout probability, at the three places of a GPT-2 and the one of a Llama."""
     tie_head: bool = True
-    """Use the token embedding as output layer."""
+    """Use the token embedding as the output layer's weight."""
     qkv_bias: bool = True
-    """Of a GPT-2: biases in the projection to queries, keys and values (a Llama has none)."""
+    """GPT-2 only: biases in the projection to queries, keys and values (a Llama has none)."""
     head_bias: bool = False
-    """Of a GPT-2: a bias in the output layer."""
+    """GPT-2 only: a bias in the output layer."""
     init: str = "gpt2"
-    """Initial weights: gpt2 (N(0, 0.02)), or torch (PyTorch's defaults, embeddings from N(0, 1))."""
+    """Initial weights: gpt2 (standard deviation 0.02), or torch (PyTorch's defaults; embeddings N(0, 1))."""
 
     def model(self, vocab_size: int, rng: np.random.Generator | None) -> Module:
-        """The untrained model; with ``rng=None``, of meta parameters, which take no memory."""
+        """The untrained model; with ``rng=None``, of meta parameters, which use no memory."""
         return ARCHITECTURES[self.arch](self.model_config(vocab_size), rng=rng)
 
     def model_config(self, vocab_size: int):
@@ -166,39 +173,41 @@ class ModelOptions:
 
 @dataclass(frozen=True)
 class TextOptions:
-    """The options of the text that a model is trained on."""
+    """The options of the text that the model is trained on."""
 
     text: str = "python-docs"
-    """python-docs, the-verdict, a text file, a .jsonl file, or a folder of them; each may be gzipped."""
+    """python-docs, the-verdict, a text file, a .jsonl file, or a folder of them; files may be gzipped."""
     text_field: str | None = None
-    """Of .jsonl files: the field that holds a line's text."""
+    """For .jsonl files: the field with the text."""
+    pattern: str | None = None
+    """For a folder: read the files that match, such as '*.py'; by default .txt and .jsonl files."""
     in_memory: int = 100
-    """Megabytes of text; a larger one is tokenised once, in parallel, into a file and read from there."""
+    """Largest text, in megabytes, to read into memory; a larger one is tokenised once into a file."""
     tokens: Path | None = None
-    """Folder of that file; if not given, beside the text."""
+    """Folder of that file; by default next to the text."""
     tokenizer: str = "bpe:1024"
-    """bpe:VOCAB (learned from the text), gpt2, char (an id per character), or a run folder or file."""
+    """bpe:VOCAB (learned from the text), gpt2, char (an id per character), or the folder or file of one."""
     special: str = "refuse"
-    """Special tokens such as <|endoftext|> in the text: refuse, allow (as their ids), or text."""
+    """Special tokens such as <|endoftext|> in the text: refuse, allow (encode as their ids), or text."""
     special_tokens: tuple[str, ...] = ()
-    """New special tokens, with ids after the tokenizer's last one."""
+    """New special tokens, which get the ids after the tokenizer's last."""
     stride: int | None = None
-    """Tokens from the start of a training window to the next; a quarter of the context if not given."""
+    """Tokens from the start of a training window to the next; by default a quarter of the context."""
     eval_windows: int = 128
-    """At most this many windows of each part, evenly spread, are evaluated."""
-    prompt: str = "The "
-    """What the sample at each evaluation begins with."""
+    """Most windows of each part to evaluate; before the end no more than are trained on in between."""
+    prompt: str | None = None
+    """Beginning of the sample at each evaluation; by default The, or the text's first word."""
     profile: bool = False
-    """Instead of training: a table of where a step's time and memory go, op by op."""
+    """Print the time and memory of each op of a training step instead of training."""
 
 
 @dataclass(frozen=True)
 class TrainConfig(RunOptions, ModelOptions, TextOptions):
-    """Train a model on a text; everything the run makes goes into one folder."""
+    """Train a model on a text; everything the run writes is in one folder."""
 
     task = "pretrain"
 
-    free = RunOptions.free | {"text", "text_field", "tokens", "eval_windows", "prompt"}
+    free = RunOptions.free | {"text", "text_field", "pattern", "tokens", "eval_windows", "prompt"}
 
     def __post_init__(self):
         super().__post_init__()
@@ -207,11 +216,33 @@ class TrainConfig(RunOptions, ModelOptions, TextOptions):
         self._require("dropout", 0 <= self.dropout < 1, "at least 0 and below 1")
         for name, known in (("special", SPECIAL), ("arch", ARCHITECTURES), ("init", ("gpt2", "torch"))):
             self._require(name, getattr(self, name) in known, " or ".join(known))
-        self.model_config(vocab_size=1)  # raises Error for what the architecture does not have
+        if self.start_from is None:
+            try:
+                self.model_config(vocab_size=1)
+            except Error as error:
+                raise Error(_as_typed(str(error))) from None
 
 
-def _flag(name: str) -> str:
-    return f"--{name.replace('_', '-')}"
+def flag(name: str) -> str:
+    """An option as it is typed at the command line."""
+    return "--from" if name == "start_from" else f"--{name.replace('_', '-')}"
+
+
+# The names of options in the configs of architectures
+CONFIG_NAMES = dict(
+    num_attention_heads="n_head",
+    num_key_value_heads="n_kv_head",
+    num_hidden_layers="n_layer",
+    hidden_size="n_embd",
+    max_position_embeddings="context",
+    n_positions="context",
+)
+
+
+def _as_typed(message: str) -> str:
+    """An architecture's message with the names of options."""
+    names = CONFIG_NAMES | {field.name: field.name for field in fields(ModelOptions)}
+    return re.sub(rf"\b({'|'.join(names)})\b", lambda found: flag(names[found[0]]), message)
 
 
 def _from_json(name: str, value, kind):
@@ -223,14 +254,15 @@ def _from_json(name: str, value, kind):
     if kind in (float, float | None):
         kind |= int
     if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
-        raise Error(f"option {name!r} is {value!r}, which it cannot be")
+        raise Error(f"option {name!r} is {value!r}, which is not a value of its type")
     return value
 
 
 def check_continues(begun: RunOptions, asked: RunOptions) -> None:
-    """``Error``, naming the options, if ``asked`` would be another run.
+    """Raise ``Error``, naming the options, if ``asked`` would change the run's results.
 
-    It goes on bit for bit, unless what is in ``ELSEWHERE`` changes.
+    A resumed run is bitwise identical to one that was not interrupted, unless an option in ``ELSEWHERE``
+    changes.
     """
     names = [name for name in begun.to_json() if name not in begun.free | ELSEWHERE]
     changed = [name for name in names if getattr(begun, name) != getattr(asked, name)]
@@ -238,24 +270,28 @@ def check_continues(begun: RunOptions, asked: RunOptions) -> None:
         changed.append("dtype")
     if changed:
         was, wanted = (
-            ", ".join(f"{_flag(name)} {getattr(options, name)}" for name in changed)
+            ", ".join(f"{flag(name)} {getattr(options, name)}" for name in changed)
             for options in (begun, asked)
         )
-        remedy = "a run goes on bit for bit, so omit that, or start a new one"
-        raise Error(f"the run was begun with {was}, not {wanted}: {remedy}")
+        raise Error(
+            f"the run was started with {was}, not {wanted}: omit that, or start a new run from its weights "
+            f"with tinyllm train --from {begun.out}"
+        )
 
 
 PRESETS = {
     "small": {},
-    "ten-minutes": dict(n_head=5, n_embd=320, context=64, batch=64, steps=600, lr=2.5e-3, dropout=0.2),
+    "ten-minutes": dict(
+        n_head=5, n_embd=320, context=64, batch=64, steps=600, lr=2.5e-3, warmup=50, dropout=0.2
+    ),
     # The classic run of Raschka, "Build a Large Language Model (From Scratch)", chapter 5
     "gpt2-verdict": dict(
         text="the-verdict", tokenizer="gpt2", n_layer=12, n_head=12, n_embd=768, context=256, stride=256,
         batch=2, steps=135, lr=5e-4, initial_lr=3e-5, min_lr=1e-6, warmup=10, dropout=0.2, tie_head=False,
         qkv_bias=False, head_bias=True, init="torch", prompt="Every effort moves you",
     ),
-    # GPT-2 small, for a text of its size (--text); the rates are those of Brown et al., arXiv 2005.14165,
-    # table 2.1, for 125M parameters
+    # GPT-2 small, for a text of suitable size (--text); the learning rates are those of Brown et al.,
+    # arXiv 2005.14165, table 2.1, for 125M parameters
     "gpt2-124m": dict(
         tokenizer="gpt2", n_layer=12, n_head=12, n_embd=768, context=1024, stride=1024, batch=32,
         micro_batch=4, steps=10_000, lr=6e-4, min_lr=6e-5, warmup=500, dropout=0.0, eval_every=100,

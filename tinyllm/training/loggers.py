@@ -1,13 +1,13 @@
 """Logs of a run: lines on the terminal, a picture of its losses, TensorBoard, Weights & Biases.
 
-Everything that a run has to say goes through one place, which gets the record of every step. A log is a
-callback for it: ``open_logs`` opens those that are asked for, and closes them when the run is over, however
-it ended. These, and matplotlib for the picture, are optional packages, imported when they are asked for.
+A log is a callback that receives the record of every step. ``open_logs`` opens the ones in ``--log``, and
+closes them at the end of the run, however it ends. Their packages, and matplotlib for the picture, are
+optional, and imported only when they are used.
 
-    loss.png      the losses so far (``plot_losses``), drawn at every evaluation
+    loss.png      the losses so far (``plot_losses``), drawn at evaluations
     tensorboard   the folder tensorboard/ in the run's folder, for `tensorboard --logdir`
-    wandb         the project tinyllm of the user who is logged in; WANDB_PROJECT names another, and
-                  WANDB_MODE=offline keeps it on this machine, in the folder wandb/ in the run's folder
+    wandb         the project tinyllm of the user who is logged in; WANDB_PROJECT selects another, and
+                  WANDB_MODE=offline logs to the folder wandb/ in the run's folder
 """
 
 import html
@@ -16,10 +16,12 @@ import itertools
 import json
 import math
 import os
+import re
 import secrets
 import struct
 import sys
 import time
+import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
@@ -28,7 +30,7 @@ from tinyllm.errors import Error
 
 PLOT = "loss.png"
 
-PACKAGES = {"tensorboard": "tensorboardX", "wandb": "wandb"}  # what each log is written with
+PACKAGES = {"tensorboard": "tensorboardX", "wandb": "wandb"}  # the package that each log needs
 
 TENSORBOARD_FOLDER, WANDB_ID = "tensorboard", "wandb-id.txt"
 
@@ -36,35 +38,35 @@ Log = Callable[[dict], None]
 
 Written = Callable[[int, dict[str, float], str | None, Path | None], None]  # step, numbers, sample, picture
 
+LINE = 88  # columns
+
 
 def check_logs(names: Sequence[str]) -> None:
-    """``Error`` unless every name is that of a log, none comes twice, and their packages are installed."""
+    """Raise ``Error`` for a log that is unknown or named twice, or whose package is not installed."""
     for name in names:
         if name not in PACKAGES:
-            raise Error(f"log {name!r} is unknown: choose {' or '.join(PACKAGES)}")
+            raise Error(f"--log {name!r} is unknown: choose {' or '.join(PACKAGES)}")
         if list(names).count(name) > 1:
-            raise Error(f"log {name!r} is asked for twice: name it once")
+            raise Error(f"--log names {name!r} twice: name it once")
         try:
             importlib.import_module(PACKAGES[name])
         except ImportError:
-            raise Error(f"log {name!r} needs {PACKAGES[name]}: pip install 'tinyllm-numpy[{name}]'") from None
+            raise Error(f"--log {name} needs {PACKAGES[name]}: pip install 'tinyllm-numpy[{name}]'") from None
 
 
 @contextmanager
 def open_logs(names: Sequence[str], folder: Path, about: dict) -> Iterator[Log]:
-    """The logs of a run in one callback, to be called with the record of every step.
+    """The logs of a run as one callback, to be called with the record of every step.
 
-    A record holds ``step``, numbers, which are logged under their own names (what is None is not known and
-    omitted), and at evaluations ``val_loss`` and perhaps a ``sample`` of the model's writing; then
-    ``loss.png`` in the run's ``folder`` is logged too, if it is there. ``about`` says what the run is, and is
-    logged once.
+    A record has ``step``, numbers, which are logged under their own names (None is omitted), and at
+    evaluations ``val_loss`` and perhaps a generated ``sample``. The picture ``loss.png`` in the run's
+    ``folder`` is logged at evaluations, if it exists. ``about``, the run's config.json, is logged once.
 
-    A run that is resumed goes on in the same logs. TensorBoard forgets what was logged before of the first
-    step that comes, and of all after it; W&B keeps that, and ignores, with a warning, those steps when they
-    come again.
+    A resumed run continues the same logs. TensorBoard discards what was logged from the first repeated step
+    on; W&B keeps it, and ignores the repeated steps with a warning.
 
-    Raises ``Error`` as ``check_logs``, if W&B's file in the run's folder is damaged, or if W&B does not
-    begin; OSError if a log cannot be written.
+    Raises ``Error`` as ``check_logs`` does, if W&B's file in the run's folder is damaged, or if W&B does not
+    start; OSError if a log cannot be written.
     """
     check_logs(names)
     opened = {"tensorboard": tensorboard_log, "wandb": wandb_log}
@@ -86,14 +88,14 @@ def open_logs(names: Sequence[str], folder: Path, about: dict) -> Iterator[Log]:
 
 @contextmanager
 def tensorboard_log(folder: Path, about: dict) -> Iterator[Written]:
-    """A log that TensorBoard reads, in the folder's ``tensorboard``; see ``open_logs``.
+    """A TensorBoard log in the subfolder ``tensorboard``; see ``open_logs``.
 
-    Every number is a scalar (in float32, as TensorBoard keeps them), the sample a text, the plot an image.
-    A file of events holds records of tensorboardX's protocol buffers; every attempt of a run has its own,
-    and TensorBoard reads them in order of their names. All is on disk at the end of every evaluation.
+    Every number is a scalar (stored in float32), the sample a text, the picture an image. Each attempt of a
+    run, resumed or not, writes its own file of events, which are tensorboardX's protocol buffers; TensorBoard
+    reads the files in the order of their names. They are flushed at the end of every evaluation.
     """
-    # Not its SummaryWriter: that hands events to a thread, and once a full disk has ended the thread, the run
-    # waits for ever for a place in its queue.
+    # Not its SummaryWriter: that writes from a thread with a bounded queue. If the disk is full, the thread
+    # ends, and the run then waits for ever for a free slot.
     from tensorboardX import RecordWriter
     from tensorboardX.proto.event_pb2 import Event, SessionLog
     from tensorboardX.proto.summary_pb2 import Summary
@@ -110,7 +112,7 @@ def tensorboard_log(folder: Path, about: dict) -> Iterator[Written]:
 
         def log(step: int, numbers: dict[str, float], sample: str | None, picture: Path | None) -> None:
             nonlocal begun
-            if not begun and attempts > 0:  # what an attempt before logged from this step on is forgotten
+            if not begun and attempts > 0:  # discards what earlier attempts logged from this step on
                 write(step=step, session_log=SessionLog(status=SessionLog.START))
             if not begun:
                 write(step=step, summary=text("about", _as_code(json.dumps(about, indent=2))))
@@ -121,7 +123,7 @@ def tensorboard_log(folder: Path, about: dict) -> Iterator[Written]:
                 write(step=step, summary=text("sample", _as_code(sample)))
             if picture is not None:
                 data = picture.read_bytes()
-                width, height = struct.unpack(">II", data[16:24])  # as the first chunk of every PNG says
+                width, height = struct.unpack(">II", data[16:24])  # the first chunk of a PNG
                 image = Summary.Image(width=width, height=height, colorspace=4, encoded_image_string=data)
                 write(step=step, summary=Summary(value=[Summary.Value(tag="loss", image=image)]))
             if "val_loss" in numbers:
@@ -133,7 +135,7 @@ def tensorboard_log(folder: Path, about: dict) -> Iterator[Written]:
 
 
 def _as_code(text: str) -> str:
-    """Markdown that shows a text as it stands."""
+    """Markdown that shows a text verbatim."""
     return "\n".join("    " + line for line in text.split("\n"))
 
 
@@ -142,20 +144,20 @@ def _as_code(text: str) -> str:
 
 @contextmanager
 def wandb_log(folder: Path, about: dict) -> Iterator[Written]:
-    """A log at Weights & Biases, named as the run's folder; see ``open_logs``.
+    """A Weights & Biases log with the name of the run's folder; see ``open_logs``.
 
-    Its id is in the run's folder, in ``wandb-id.txt``: that is how a resumed run finds it. A run that ends
-    with an exception is marked as failed.
+    Its id is stored in ``wandb-id.txt`` in that folder, where a resumed run finds it. A run that ends with an
+    exception is marked as failed.
     """
     import wandb
 
     project, name = os.environ.get("WANDB_PROJECT", "tinyllm"), folder.resolve().name
-    again = dict(id=_wandb_id(folder), resume="allow", allow_val_change=True)  # perhaps with other options
+    again = dict(id=_wandb_id(folder), resume="allow", allow_val_change=True)  # options may differ
     try:
         run = wandb.init(project=project, name=name, dir=str(folder), config=about, **again)
     except wandb.Error as error:
         reason = " ".join(str(error).split())
-        raise Error(f"W&B does not begin ({reason}): run `wandb login`, or set WANDB_MODE=offline") from None
+        raise Error(f"W&B does not start ({reason}): run `wandb login`, or set WANDB_MODE=offline") from None
 
     def log(step: int, numbers: dict[str, float], sample: str | None, picture: Path | None) -> None:
         media = {}
@@ -170,32 +172,55 @@ def wandb_log(folder: Path, about: dict) -> Iterator[Written]:
 
 
 def _wandb_id(folder: Path) -> str:
-    """The id of the run at W&B: the one in its folder, or a new one, written there first."""
+    """The run's id at W&B, from its folder; a new one is written there."""
     file = folder / WANDB_ID
     if not file.exists():
         file.write_text(secrets.token_hex(4) + "\n", encoding="utf-8")
     found = file.read_text(encoding="utf-8", errors="replace").strip()
     if not (found.isascii() and found.isalnum()):
-        raise Error(f"{file} holds no id of W&B's: remove it, and the run goes on there as a new one")
+        raise Error(f"{file} has no W&B id: remove it to log to a new W&B run")
     return found
 
 
 # ------------------------------------------------------------------------------ the terminal
 
 
-def say(line: str) -> None:
-    """Print a line above the progress bar."""
+def say(text: str, indent: int | None = None) -> None:
+    """Print a text above the progress bar; with an ``indent`` it is wrapped, which would break a command."""
     from tqdm import tqdm
 
     try:
-        tqdm.write(line)
-    except BrokenPipeError:  # nobody reads what we say any more: no reason to end a run
+        tqdm.write(text if indent is None else "\n".join(wrap(text, indent)))
+    except BrokenPipeError:  # the output is no longer read; the run can continue
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def wrap(line: str, indent: int) -> list[str]:
+    """The line broken at spaces into lines of at most ``LINE`` columns, all but the first indented.
+
+    A word that is too long, a path say, is broken only if there is an indent.
+    """
+    lines, current = [], ""
+    for word in re.findall(" *[^ ]+", line):
+        if current.strip() and _columns(current + word) > LINE:
+            lines.append(current)
+            current, word = " " * indent, word.lstrip()
+        for character in word:
+            if indent and _columns(current + character) > LINE:
+                lines.append(current)
+                current = " " * indent
+            current += character
+    return [*lines, current]
+
+
+def _columns(text: str) -> int:
+    """The width of a text in a terminal, where a Chinese character, say, takes two columns."""
+    return sum(2 if unicodedata.east_asian_width(character) in "WF" else 1 for character in text)
 
 
 # ------------------------------------------------------------------------------ the picture
 
-# Dark enough to read on white, and apart for colour-blind eyes where few runs are compared.
+# Dark enough to read on white; the first few can be told apart with colour blindness.
 COLORS = ("#2f6db0", "#d1622b", "#3d8f5f", "#8a5fb0", "#b8912a", "#2b9aa8", "#b0487a", "#6b6b6b")
 
 GREY, LIGHT = "#6b6b6b", "#e4e4e4"
@@ -208,12 +233,12 @@ FIGURE_SIZE, DPI = (8, 4.5), 150  # inches, and pixels in each
 def plot_losses(
     history: list[dict], path: str | Path, vocab_size: int | None = None, bytes_per_token: float | None = None
 ) -> None:
-    """Draw the losses of one run over its steps; without matplotlib, do nothing.
+    """Plot the losses of one run over its steps; without matplotlib, do nothing.
 
-    ``history`` is what ``metrics.jsonl`` holds, a dict per step. The loss of each training batch is faint
-    (dropout makes it higher than the model is); the losses measured at evaluations have dots, and the best
-    on the validation data a ring. With ``vocab_size`` a dotted line stands at ln V, the loss of guessing;
-    with ``bytes_per_token`` (of the validation text) a second axis reads the loss in bits per byte.
+    ``history`` has the records of ``metrics.jsonl``, a dict per step. The loss of each training batch, which
+    dropout increases, is a faint line; the losses of evaluations have dots, and the lowest validation loss a
+    ring. With ``vocab_size`` a dotted line marks ln V, the loss of guessing; with ``bytes_per_token`` (of the
+    validation text) a second axis has the loss in bits per byte.
     """
     try:
         from matplotlib.figure import Figure
@@ -255,7 +280,7 @@ def plot_losses(
 
 
 def best_record(records: Iterable[dict], key: str) -> dict | None:
-    """The record in which ``key`` is lowest, the first if there are several; None if no record has it."""
+    """The first record in which ``key`` is lowest; None if no record has it."""
     found = (record for record in records if key in record)
     return min(found, key=lambda record: record[key], default=None)
 
@@ -266,7 +291,7 @@ def ring(axes, x: float, y: float, color: str, label: str | None = None) -> None
 
 
 def quiet_axes(axes) -> None:
-    """Light grid, no box: the curves are what is dark in the picture."""
+    """A light grid and frame, so that the curves are the darkest part of the picture."""
     axes.grid(color=LIGHT, linewidth=0.8)
     axes.set_axisbelow(True)
     axes.spines[:].set_color(LIGHT)

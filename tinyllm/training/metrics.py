@@ -13,20 +13,17 @@ from tinyllm.tokenizers.base import FILE_NAME as TOKENIZER
 
 CONFIG, METRICS = "config.json", "metrics.jsonl"  # of a run folder
 
-TINY = 1e-9  # tokens per second, or bytes per token: what is less was not measured, and 1 / it may be inf
+TINY = 1e-9  # tokens per second or bytes per token; anything less is an error, and its inverse may be inf
 
-# Options that say where and how often a run was saved, and nothing about its curves
+# Options that affect where and how often a run is saved, but not its curves
 BOOKKEEPING = ("out", "resume", "checkpoint_every", "checkpoint_minutes", "keep", "skip_nonfinite", "log")
 
 NUMBERS = ("step", "tokens", "train_loss", "tokens_per_s", "train_eval_loss", "val_loss", "val_bits_per_byte")
 
 
-# Runs that lie in their folders
-
-
 @dataclass(frozen=True)
 class RecordedRun:
-    """What a run folder tells: ``records`` are the lines of metrics.jsonl, ``notes`` what was wrong there."""
+    """The content of a run folder: ``records`` are the lines of metrics.jsonl, ``notes`` its defects."""
 
     name: str
     options: dict
@@ -35,13 +32,13 @@ class RecordedRun:
     notes: list[str]
 
     def bytes_per_token(self) -> float:
-        """Of the validation text: what turned its loss into its bits per byte."""
+        """Of the validation text: the ratio of its loss to its bits per byte."""
         for record in self.records:
             if "val_loss" in record and record.get("val_bits_per_byte", 0) > 0:
                 ratio = record["val_loss"] / math.log(2) / record["val_bits_per_byte"]
                 if TINY < ratio < 1 / TINY:
                     return ratio
-        wrong = "holds no val_bits_per_byte that fits its val_loss"
+        wrong = "has no val_bits_per_byte that matches its val_loss"
         raise Error(f"run {self.name} {wrong}: plot its loss instead")
 
     def along(self, x: str) -> list[float]:
@@ -66,55 +63,54 @@ class RecordedRun:
 def read_run(folder: str | Path) -> RecordedRun:
     """Read and check a run folder.
 
-    A last line of ``metrics.jsonl`` that a killed run left half-written is left out, with a note. Raises
-    ``Error`` if the folder is not a run's, if there are no metrics with an evaluation yet, or if a line is
-    damaged.
+    A half-written last line of ``metrics.jsonl``, from a run that was killed, is skipped with a note. Raises
+    ``Error`` if the folder is not a run's, if it has no evaluation yet, or if a line is damaged.
     """
     folder = Path(folder)
     name = folder.resolve().name
     about = _read_json(folder, CONFIG)
     try:
-        has_tokenizer = "tokenizer" in about or (folder / TOKENIZER).exists()  # not every task has one
         options = {key: value for key, value in about["train"].items() if key not in BOOKKEEPING}
         if "text" in about:
             options["text_sha256"] = about["text"]["sha256"][:8]
     except (TypeError, KeyError, AttributeError):
-        raise _not_a_run(folder, f"its {CONFIG} is not one that tinyllm train wrote") from None
-    tokenizer = _read_json(folder, TOKENIZER) if has_tokenizer else {}
+        raise _not_a_run(folder, f"its {CONFIG} was not written by tinyllm train") from None
+    # A published tokenizer is identified by its hash; some tasks have none.
+    tokenizer = _read_json(folder, TOKENIZER) if (folder / TOKENIZER).exists() else about.get("tokenizer", {})
     records, notes = _read_metrics(folder / METRICS)
     if not any("val_loss" in record for record in records):
-        raise Error(f"{folder} has no metrics with an evaluation yet: wait until training wrote the first")
+        raise Error(f"{folder} has no evaluation in {METRICS} yet: wait for the first one")
     return RecordedRun(name, options, tokenizer, records, notes)
 
 
 def _not_a_run(folder: Path, why: str) -> Error:
-    return Error(f"{folder} is not a run folder ({why}): give a folder that tinyllm train made")
+    return Error(f"{folder} is not a run folder ({why}): give the folder of a run of tinyllm train")
 
 
 def _read_json(folder: Path, file: str) -> dict:
     try:
         return parse_json(read_file(folder / file))
     except Error:
-        raise _not_a_run(folder, f"it holds no {file} that can be read") from None
+        raise _not_a_run(folder, f"it has no readable {file}") from None
     except ValueError:
         raise _not_a_run(folder, f"its {file} is damaged") from None
 
 
 def _read_metrics(path: Path) -> tuple[list[dict], list[str]]:
     """The records, and a note if the last line is half-written."""
-    if not path.exists():  # it is written with the first evaluation
+    if not path.exists():  # it is written at the first evaluation
         return [], []
-    *lines, rest = read_file(path).split(b"\n")  # the rest is empty, if all went well
+    *lines, rest = read_file(path).split(b"\n")  # the rest is empty unless the run was killed
     is_whole = _parse_record(rest) is not None
     records, wrong = parse_records([*lines, rest] if is_whole else lines)
     if wrong:
         raise Error(f"{path}, line {len(records) + 1}, is damaged ({wrong}): repair or remove it")
-    note = f"the last line of {path.name}, number {len(lines) + 1}, is half-written and left out"
+    note = f"the last line of {path.name}, number {len(lines) + 1}, is half-written and was skipped"
     return records, [note] if rest and not is_whole else []
 
 
 def parse_records(lines: Iterable[bytes]) -> tuple[list[dict], str | None]:
-    """The records in the lines before the first damaged one, and what is wrong with that, if there is one."""
+    """The records in the lines before the first damaged one, and what is wrong with that, or None."""
     records = []
     for line in lines:
         record = _parse_record(line)
@@ -125,7 +121,7 @@ def parse_records(lines: Iterable[bytes]) -> tuple[list[dict], str | None]:
 
 
 def _parse_record(line: bytes) -> dict | None:
-    """The record in a line of metrics.jsonl, or None if there is none."""
+    """The record in a line of metrics.jsonl, or None if it is not a JSON object."""
     try:
         record = json.loads(line)
     except (ValueError, RecursionError):
@@ -134,7 +130,7 @@ def _parse_record(line: bytes) -> dict | None:
 
 
 def _what_is_wrong(record: dict | None, before: dict | None) -> str | None:
-    """What is wrong with a record, which must go on from the one before it; None if nothing is."""
+    """What is wrong with a record that follows the one before it, or None."""
     if record is None:
         return "it is not a JSON object"
     for key in NUMBERS:

@@ -1,6 +1,6 @@
-"""A training run of any task, from its options to its last checkpoint: ``training_steps`` with a folder.
+"""A training run of any task, from its options to its last checkpoint: ``training_steps`` and a folder.
 
-What a run leaves behind is in ``run_folder.py``, what it trains in ``tasks/``.
+``run_folder.py`` writes what the run leaves behind; ``tasks/`` has what it trains.
 """
 
 import math
@@ -28,22 +28,22 @@ from tinyllm.weights.runs import checkpoints, last_checkpoint
 def run_task(task: Task, progress: bool = True, callback: Log | None = None) -> Module:
     """Run the training that ``task.config`` describes, or the rest of it; returns the trained model.
 
-    With ``config.resume`` a run that was stopped, however, goes on from its newest checkpoint as if it had
-    never been: on the same machine all numbers are the same, bit for bit.
+    With ``config.resume`` a run that was stopped for any reason continues from its newest checkpoint. On the
+    same machine its results are bitwise identical to those of a run that was never stopped.
 
-    All logging goes through one place: the record of every step, as it is written to metrics.jsonl and
-    at evaluations with the ``sample``, goes to the run's folder (``run_folder.py``), to the logs that are
-    asked for (``loggers.py``) and to ``callback``.
+    The record of every step, as it is written to metrics.jsonl and at evaluations with the ``sample``, goes
+    to the run's folder (``run_folder.py``), to the logs in ``config.log`` (``loggers.py``) and to
+    ``callback``.
 
-    SIGINT and SIGTERM break off the step or the evaluation; then a checkpoint of the last whole step is
-    written and KeyboardInterrupt is raised with the signal's number as its argument. A loss or gradient norm
+    SIGINT and SIGTERM interrupt the step or the evaluation; a checkpoint of the last complete step is
+    written, and KeyboardInterrupt raised with the signal's number as its argument. A loss or gradient norm
     that is not finite never reaches the weights: more than ``config.skip_nonfinite`` in a row raise
-    FloatingPointError, after a checkpoint of what was before. A checkpoint that cannot be written raises
-    OSError; the one before it is whole. MemoryError, of this machine or of its GPU, comes after a checkpoint
-    of the last whole step, if that can be written, and says what to try.
+    FloatingPointError, after a checkpoint of the last finite step. A checkpoint that cannot be written raises
+    OSError; the one before it stays complete. MemoryError, of the CPU or of the GPU, is raised after a
+    checkpoint of the last complete step, if that can be written, with options that need less memory.
 
-    In float16 a gradient that is not finite is the loss scale's fault (``LossScale``) as long as that is
-    above 1: the step is left out and the run goes on.
+    In float16 a gradient that overflows while the loss scale (``LossScale``) is above 1 skips the update,
+    and the run continues.
     """
     check_logs(task.config.log)
     with closing(RunFolder(task)) as run:
@@ -58,8 +58,14 @@ def _run(run: RunFolder, progress: bool, callback: Log | None) -> Module:
     if config.resume is not None:
         run.reopen()
         if run.is_finished():
-            say(f"{run.folder} is finished: its {config.steps:,} steps are done")
+            say(
+                f"{run.folder} is finished: its {config.steps:,} steps are done; a new run starts from its "
+                f"weights with tinyllm train --from {run.folder}"
+            )
             return task.trained(last_checkpoint(run.folder))
+    else:
+        run.check_new()
+        task.check()
     device = open_device(config.device, config.dtype, config.gpu_memory)
     task.load(run.folder, run.about)
     model = task.model().to(device)
@@ -70,24 +76,25 @@ def _run(run: RunFolder, progress: bool, callback: Log | None) -> Module:
     with open_logs(config.log, run.folder, run.about) as log, _signals() as check, autocast(config.dtype):
         logs = [each for each in (run, log, callback) if each is not None]
         _train(run, logs, check, progress)
-    if said := task.conclusion(run.history[-1]):
-        say(said)
+    for lines in (task.conclusion(run.history[-1]), run.summary()):
+        if lines:
+            say(lines)
     return model
 
 
 def _train(run: RunFolder, logs: list[Log], check: Check, progress: bool) -> None:
-    """The steps that are left; however they end, the last whole one is saved; see ``run_task``."""
+    """Run the remaining steps and save the last complete one, however they end; see ``run_task``."""
     try:
         _steps(run, logs, check, progress)
     except _Stopped as stop:
         where = run.save()
-        said = f"stopped after step {run.step}; tinyllm train --resume {run.folder} goes on from {where}"
+        said = f"stopped after step {run.step}; tinyllm train --resume {run.folder} continues from {where}"
         raise KeyboardInterrupt(stop.args[0], said) from None
     except FloatingPointError as error:
         where = run.save()
         raise FloatingPointError(f"{error} (the weights after step {run.step} are in {where})") from None
     except MemoryError as error:
-        error.__traceback__ = None  # it holds the step's arrays, and to save takes some memory
+        error.__traceback__ = None  # it references the step's arrays, and saving needs memory
         if run.is_between_updates():
             with suppress(OSError):
                 run.save()
@@ -95,20 +102,19 @@ def _train(run: RunFolder, logs: list[Log], check: Check, progress: bool) -> Non
 
 
 def _steps(run: RunFolder, logs: list[Log], check: Check, progress: bool) -> None:
-    """Steps, evaluations and checkpoints, and a record of each step for the logs."""
+    """Run steps, evaluations and checkpoints, and send a record of each step to the logs."""
     task, config, tokens_before, seconds = run.task, run.config, run.tokens, 0.0
-    lr_at = warmup_cosine(config.lr, config.initial_lr, config.min_lr, config.warmup, config.steps)
-    eval_every = config.eval_every or min(task.steps_per_epoch, math.ceil(config.steps / 10))
+    lr_at = warmup_cosine(config.lr, config.initial_lr, config.min_lr, config.warmup_steps, config.steps)
     options = dict(micro_batch=config.at_once, clip=config.clip, seed=config.seed, check=check)
 
     def is_evaluated(step: int) -> bool:
-        return step % eval_every == 0 or step == config.steps
+        return step % task.eval_every == 0 or step == config.steps
 
     def evaluate_and_log(record: dict) -> None:
         try:
             if is_evaluated(record["step"]):
                 record |= _evaluation(task, run.model, record["step"], check)
-        finally:  # what the step itself found is written down even if its evaluation fails
+        finally:  # the step's own numbers are recorded even if its evaluation fails
             for log in logs:
                 log(record)
 
@@ -131,25 +137,26 @@ def _steps(run: RunFolder, logs: list[Log], check: Check, progress: bool) -> Non
 
 
 def _evaluation(task: Task, model: Module, step: int, check: Check) -> dict:
-    """The task's numbers, which must be finite, and a sample."""
+    """The evaluation's numbers, which must be finite, and a sample."""
+    final = step == task.config.steps
     with np.errstate(over="ignore", invalid="ignore"):
-        found = task.evaluate(model, check)
+        found = task.evaluate(model, check, final)
         for key, value in found.items():
             if not math.isfinite(value):
                 raise FloatingPointError(
                     f"after step {step} the {key} is {value}: start again with a smaller --lr or --clip"
                 )
-        sample = task.sample(model, step, check)
+        sample = task.sample(model, step, check, final)
     return found if sample is None else found | {"sample": sample}
 
 
 def _outcome(run: RunFolder, completed: CompletedStep) -> dict:
-    """What a step's record says of its loss and its update; FloatingPointError for one too many without."""
+    """The loss and the update in a step's record; FloatingPointError for one skipped update too many."""
     if completed.updated:
         found = {"train_loss": completed.loss, "lr": completed.lr, "grad_norm": completed.grad_norm}
     elif completed.overflowed:
         scale = f"loss scale {completed.loss_scale:,.0f}"
-        what = f"the gradients overflow float16 at {scale}: no update, and half of it now"
+        what = f"the gradients overflow float16 at {scale}: the update is skipped and the scale halved"
         say(f"step {completed.step}: {what}")
         found = {"train_loss": completed.loss, "lr": completed.lr, "overflow": what}
     else:
@@ -158,33 +165,33 @@ def _outcome(run: RunFolder, completed: CompletedStep) -> dict:
 
 
 def what_to_try(config: RunOptions, error: MemoryError) -> str:
-    """The sentence about memory that ran out, with the options that need less."""
+    """The message when memory runs out, with options that need less."""
     remedies = [*config.smaller_micro_batch, "a new run with a shorter --context"]
     return out_of_memory(error, config.dtype, remedies)
 
 
 def _out_of_memory(run: RunFolder, error: MemoryError) -> str:
-    """``what_to_try``, with where the run stands and the command that goes on."""
+    """``what_to_try``, and the command that resumes the run."""
     said = what_to_try(run.config, error)
     if not run.about:  # there is no run yet
         return said
     command = " ".join([f"tinyllm train --resume {run.folder}", *run.config.smaller_micro_batch])
     saved = checkpoints(run.folder)
     if not saved:
-        return f"{said}; {command} begins again"
-    return f"{said}; the checkpoint {saved[-1]} is whole, and {command} goes on from it"
+        return f"{said}; {command} starts again"
+    return f"{said}; {command} continues from the checkpoint {saved[-1]}"
 
 
 class _Stopped(Exception):
-    """A signal arrived; its number is the argument."""
+    """A signal was received; its number is the argument."""
 
 
 @contextmanager
 def _signals():
-    """SIGINT and SIGTERM wait until the function that this yields is called: it raises ``_Stopped`` then.
+    """Defer SIGINT and SIGTERM until the function that this yields is called, which raises ``_Stopped``.
 
-    So nothing is broken off in the middle of an update or of a checkpoint. Handlers belong to the main
-    thread; elsewhere signals are none of our business.
+    So no update and no checkpoint is interrupted half-way. Only the main thread can set handlers; in another
+    thread signals are left alone.
     """
     arrived: list[int] = []
     before = {}

@@ -1,21 +1,21 @@
-"""The folder of a training run, with all that it leaves behind:
+"""The folder of a training run:
 
-config.json           what was asked for, the hashes of its data, the library versions
+config.json           the options, the hashes of the data, the library versions
 metrics.jsonl         one object per step: step, tokens, train_loss, lr, grad_norm, tokens_per_s; at
-                      evaluations also val_loss (without dropout) and what else the task finds out, such as
+                      evaluations also val_loss (without dropout) and the task's other numbers, such as
                       train_eval_loss and val_bits_per_byte, mean_tokens_per_s (of the run so far) and
-                      peak_memory (bytes, of the GPU if it is on one); a step whose loss or gradient was not
-                      finite has ``skipped`` instead of train_loss; in float16 a step has its loss_scale, and
-                      one whose gradients that was too large for has ``overflow`` instead of grad_norm
-samples.txt           what the model wrote at each evaluation
-loss.png              the curves
-step-000135/          a checkpoint: the model as Hugging Face lays it out, and what a resumed run needs
+                      peak_memory (in bytes; of the GPU if the run uses one). A step whose loss or gradient
+                      was not finite has ``skipped`` instead of train_loss. In float16 a step has its
+                      loss_scale, and one whose gradients overflowed has ``overflow`` instead of grad_norm
+samples.txt           the text generated at each evaluation
+loss.png              the loss curves
+step-000135/          a checkpoint: the model in Hugging Face's layout, and the state to resume from
                       (``checkpoint.py``)
-tensorboard/, wandb/  if asked for (``loggers.py``), with wandb-id.txt
+tensorboard/, wandb/  logs, with --log (``loggers.py``), and wandb-id.txt
 nonfinite-step-7.json the batch of a step whose loss or gradient was not finite
-lock                  whoever holds it is the one process that writes here
+lock                  held by the one process that writes here
 
-and what the task saves, such as tinyllm_tokenizer.json.
+and the files of the task, such as tinyllm_tokenizer.json.
 """
 
 import itertools
@@ -23,6 +23,7 @@ import json
 import os
 import platform
 import time
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -55,10 +56,10 @@ RUN_CONFIG, SAMPLES, LOCK = "config.json", "samples.txt", "lock"
 
 
 def begun_config(folder: Path, options: type[RunOptions] = TrainConfig) -> RunOptions:
-    """The options that resume the run in a folder: those it was begun with.
+    """The options to resume the run in a folder with: those it was started with.
 
-    Raises ``Error`` if the folder is not a run's, or of a run of another task than that of ``options``, or if
-    its config.json is damaged.
+    Raises ``Error`` if the folder is not a run's, if its task is not that of ``options``, or if its
+    config.json is damaged.
     """
     begun = options.from_json(_read_about(folder, options.task)["train"])
     return replace(begun, out=folder, resume=folder)
@@ -66,25 +67,25 @@ def begun_config(folder: Path, options: type[RunOptions] = TrainConfig) -> RunOp
 
 def _read_about(folder: Path, task: str) -> dict:
     if not (folder / RUN_CONFIG).exists():
-        raise Error(f"{folder} is not a run folder (it holds no {RUN_CONFIG}): give the --out of a run")
+        raise Error(f"{folder} is not a run folder (it has no {RUN_CONFIG}): give the --out of a run")
     match read_sealed(folder / RUN_CONFIG):
         case {"train": dict(), "versions": dict()} as about:
             if about.get("task", task) != task:
-                raise Error(f"{folder} is a run of {about['task']}, not of {task}: resume it as what it is")
+                raise Error(f"{folder} is a run of the task {about['task']}, not {task}: use its own command")
             return about
-    raise Error(f"{folder / RUN_CONFIG} is not of a run of this version: start a new run")
+    raise Error(f"{folder / RUN_CONFIG} was not written by this version of tinyllm: start a new run")
 
 
 def data_hashes(about: dict) -> dict[str, str]:
-    """The SHA-256 of everything that a config.json describes, by its name: of a text and a tokenizer, say."""
+    """The SHA-256 of everything that a config.json describes, by name, such as text and tokenizer."""
     return {name: x["sha256"] for name, x in about.items() if isinstance(x, dict) and "sha256" in x}
 
 
 class RunFolder:
-    """The folder of a run, a new one or, after ``reopen``, one to go on with.
+    """The folder of a new run or, after ``reopen``, of one to resume.
 
-    Called with the record of a step, it writes it down and prints evaluations; ``save`` writes checkpoints
-    and removes older ones. It is locked until ``close``.
+    Called with the record of a step, it writes the record and prints evaluations; ``save`` writes checkpoints
+    and removes older ones. The folder is locked until ``close``.
     """
 
     def __init__(self, task: Task):
@@ -92,20 +93,26 @@ class RunFolder:
         self.folder = self.config.resume or self.config.out or new_folder(task.name)
         self.history: list[dict] = []
         self.about: dict = {}  # config.json
-        self.state: dict = {}  # checkpoint.json of the one to go on from
-        self.step = self.tokens = 0  # the steps done and the tokens seen
+        self.state: dict = {}  # checkpoint.json of the checkpoint to resume from
+        self.step = self.tokens = 0  # completed steps, and the tokens trained on
         self.loss_scale = LossScale() if self.config.dtype == "float16" else NoLossScale()
         self._lock = None
-        self._saved_at = time.monotonic()
+        self._saved_at = self._plotted_at = time.monotonic()
+        self._plotting = 0.0  # seconds that the last picture took
 
     def close(self) -> None:
         if self._lock is not None:
             self._lock.release()
 
-    # Beginning
+    # A new run
+
+    def check_new(self) -> None:
+        """Raise ``Error`` unless a new run can be written to the folder; nothing is written."""
+        check_writable(self.folder, "--out")
+        self._check_empty()
 
     def start(self, model: Module, optimizer: AdamW) -> None:
-        """Begin the run with these, or give them the numbers of the newest checkpoint."""
+        """Start the run with this model and optimizer, or load the newest checkpoint into them."""
         self.model, self.optimizer = model, optimizer
         if self.config.resume is None:
             self._begin()
@@ -115,29 +122,29 @@ class RunFolder:
         self._started = self.step, time.perf_counter()
 
     def _begin(self) -> None:
-        """Make the folder. Raises ``Error`` if there is something in it, OSError if the disk is too small."""
+        """Make the folder. Raises ``Error`` if it is not empty, OSError if the disk is too full."""
         task, config, parameters = self.task, self.config, self.model.num_parameters()
         self._check_empty()
         self.folder.mkdir(parents=True, exist_ok=True)
         self._take_lock()
-        self._check_empty()  # nobody began a run there between the first look and the lock
-        check_space(self.folder, self.model, "make room, or choose another --out")
+        self._check_empty()  # another process may have started a run before the lock was taken
+        check_space(self.folder, self.model, "free some space, or choose another --out")
         task.save(self.folder)
         asked = {"task": config.task, "train": config.to_json() | {"out": str(self.folder)}}
         found = {"parameters": parameters, "steps_per_epoch": task.steps_per_epoch}
         versions = {"tinyllm": __version__, "numpy": np.__version__, "python": platform.python_version()}
         about = asked | task.data() | found | {"versions": versions}
-        # Last: a folder is a run once this is there.
+        # Written last: it makes the folder a run.
         write_whole(self.folder / RUN_CONFIG, sealed(about))
         self.about = read_sealed(self.folder / RUN_CONFIG)
         device = describe_device(pick_device(config.device))
-        for line in task.introduction():
-            say(line)
-        say(
+        model = (
             f"{type(self.model).__name__}, {parameters:,} parameters, on {device}; "
-            f"{config.steps:,} steps of {config.batch} {task.rows}, {task.steps_per_epoch:,} an epoch; "
-            f"into {self.folder}"
+            f"{config.steps:,} steps of {config.batch} {task.rows}, {task.steps_per_epoch:,} an epoch"
         )
+        for line in (*task.introduction(), model):
+            say(line, indent=0)
+        say(f"the run is saved in {self.folder}")
 
     def _check_empty(self) -> None:
         if not self.folder.exists():
@@ -149,13 +156,13 @@ class RunFolder:
         busy = f"another process is writing the run in {self.folder}: wait for it, or choose another folder"
         self._lock = lock(self.folder / LOCK, busy)
 
-    # Going on
+    # A resumed run
 
     def reopen(self) -> None:
-        """Find the newest whole checkpoint, and bring the logs to where they were when it was written.
+        """Find the newest undamaged checkpoint, and restore the logs to their state when it was written.
 
-        Raises ``Error`` if the folder is not a run's, if another process writes there, if an option would
-        change the numbers, or if there are checkpoints and all of them are damaged.
+        Raises ``Error`` if the folder is not a run's, if another process writes to it, if an option would
+        change the run's results, or if all checkpoints are damaged.
         """
         check_continues(begun_config(self.folder, type(self.config)), self.config)
         self._take_lock()
@@ -163,7 +170,7 @@ class RunFolder:
         self._find_checkpoint()
         remove_left_overs(self.folder)
         metrics, last = self.folder / METRICS, self.step if self.state else -1
-        lines = metrics.read_bytes().split(b"\n")[:-1] if metrics.exists() else []  # the rest has no end
+        lines = metrics.read_bytes().split(b"\n")[:-1] if metrics.exists() else []  # not a partial last line
         records, _ = parse_records(lines)
         self.history = [record for record in records if record["step"] <= last]
         if not self.is_finished():
@@ -179,29 +186,30 @@ class RunFolder:
             else:
                 break
         if damaged and not self.state:
-            raise Error(f"{self.folder} has no whole checkpoint: {'; '.join(map(str, damaged.values()))}")
+            found = "; ".join(map(str, damaged.values()))
+            raise Error(f"{self.folder} has no undamaged checkpoint: {found}")
         if self.state:
             if self.state["run"] != self.about["sha256"]:
                 raise Error(f"{folder} is a checkpoint of another run: remove it")
             self.step, self.tokens = self.state["step"], self.state["tokens"]
         for folder, error in damaged.items():
-            say(f"warning: {error}; the checkpoint is now {set_aside(folder)}, and the one before is taken")
+            say(f"warning: {error}; it was renamed to {set_aside(folder)}, and an older checkpoint is used")
 
     def is_finished(self) -> bool:
-        """Whether nothing is left to do."""
+        """Whether all steps and the last evaluation are done."""
         return self.was_evaluated(self.config.steps)
 
     def was_evaluated(self, step: int) -> bool:
-        """Whether this is the last step that was completed, and its evaluation is written down."""
+        """Whether this is the last completed step, and its evaluation is recorded."""
         return bool(self.history) and self.history[-1]["step"] == step and "val_loss" in self.history[-1]
 
     def _repair_logs(self) -> None:
-        """As they were when the checkpoint was written: what came after it comes again."""
+        """Restore the logs to their state when the checkpoint was written: later steps are run again."""
         step, samples = self.step, self.folder / SAMPLES
         if self.state and (not self.history or self.history[-1]["step"] != step):
-            say(f"warning: {self.folder / METRICS} is damaged: not all records up to step {step} are there")
+            say(f"warning: {self.folder / METRICS} is damaged: records up to step {step} are missing")
         if self.state and self.state["val_loss"] is None and self.was_evaluated(step):
-            last = self.history.pop()  # the evaluation came later than the checkpoint, and its sample goes
+            last = self.history.pop()  # the evaluation is later than the checkpoint: it is repeated
             self.history.append({key: last[key] for key in last if not is_evaluation(key)})
         self._rewrite_metrics()
         if samples.exists():
@@ -211,7 +219,7 @@ class RunFolder:
         write_whole(self.folder / METRICS, b"".join(map(_line, self.history)))
 
     def take_back(self) -> dict:
-        """The last record, out of metrics.jsonl again: the run was stopped before its evaluation was done."""
+        """Remove the last record from metrics.jsonl and return it: its evaluation was not completed."""
         if self.history and self.history[-1]["step"] == self.step:
             last = self.history.pop()
             self._rewrite_metrics()
@@ -219,17 +227,17 @@ class RunFolder:
         return {"step": self.step, "tokens": self.tokens}
 
     def _restore(self) -> None:
-        """Give model and optimizer the numbers of the checkpoint, if the data is the run's."""
+        """Load the checkpoint into model and optimizer, if the data has not changed."""
         now = data_hashes(self.task.data())
         changed = [name for name, sha256 in data_hashes(self.about).items() if now.get(name) != sha256]
         if changed:
             found = ", ".join(changed)
-            raise Error(f"the {found} of the run in {self.folder} changed since it was begun: restore it")
+            raise Error(f"the {found} of the run in {self.folder} changed since it was started: restore it")
         if not self.state:
-            say(f"{self.folder}: there is no checkpoint yet, the run begins again")
+            say(f"{self.folder} has no checkpoint yet: the run starts again")
             return
         folder, config = checkpoint_folder(self.folder, self.step), self.config
-        say(f"{folder}: going on after step {self.step:,} of {config.steps:,}")
+        say(f"resuming from {folder}, after step {self.step:,} of {config.steps:,}")
         load_checkpoint(folder, self.state, self.model, self.optimizer, pick_device(config.device))
         if "loss_scale" in self.state:
             self.loss_scale.load_state_dict(self.state["loss_scale"])
@@ -237,64 +245,82 @@ class RunFolder:
         changed = [key for key in here if here[key] != there.get(key, here[key])]
         if changed:
             found = "; ".join(f"{key} was {there[key]} and is {here[key]}" for key in changed)
-            say(f"warning: {found}: the numbers may differ from now on")
+            say(f"warning: {found}: results may differ by rounding from here on")
 
     def _machine(self) -> dict:
-        """What a checkpoint says of where it was made, and of what may be another there (``ELSEWHERE``)."""
+        """The machine and the options in ``ELSEWHERE``, recorded in checkpoints."""
         here = machine(pick_device(self.config.device))
         return here | {"dtype": self.config.dtype, "micro-batch": self.config.at_once}
 
-    # What happens at every step
+    # Every step
 
     def __call__(self, record: dict) -> None:
         self.step, self.tokens = record["step"], record["tokens"]
         self._updates = self.optimizer.state_dict()["t"]
         metrics = {key: value for key, value in record.items() if key != "sample"}
         self.history.append(metrics)
-        if "sample" in record:  # before the metrics: where they say val_loss, there is a sample
+        if "sample" in record:  # before the metrics, so that a recorded val_loss implies a sample
             with open(self.folder / SAMPLES, "ab") as file:
                 file.write(f"--- step {record['step']}\n{record['sample']}\n".encode())
         with open(self.folder / METRICS, "ab") as file:
             file.write(_line(metrics))
         if "val_loss" in record:
-            picture = self.folder / (SAVING + PLOT)
-            plot_losses(self.history, picture, *self.task.picture())
-            if picture.exists():  # there is none without matplotlib
-                os.replace(picture, self.folder / PLOT)
-            say(self._describe(record))
+            self._plot()
+            for line in self._describe(record):
+                say(line, indent=12)
 
-    def _describe(self, record: dict) -> str:
-        """An evaluation in two lines: how well it goes, and what the model writes."""
+    def _plot(self) -> None:
+        """Draw the loss curves, unless (before the end) that last took longer than the training since."""
+        started = time.monotonic()
+        if started - self._plotted_at < self._plotting and self.step < self.config.steps:
+            return
+        picture = self.folder / (SAVING + PLOT)
+        plot_losses(self.history, picture, *self.task.picture())
+        if picture.exists():  # without matplotlib there is none
+            os.replace(picture, self.folder / PLOT)
+        self._plotted_at = time.monotonic()
+        self._plotting = self._plotted_at - started
+
+    def _describe(self, record: dict) -> Iterator[str]:
+        """The lines of an evaluation: its numbers; speed, memory and time left; the sample."""
         (first, started), step, last = self._started, self.step, self.config.steps
-        line = f"step {step:>5}  {self.task.describe_evaluation(record)}"
+        yield f"step {step:>5}  {self.task.describe_evaluation(record)}"
         if "mean_tokens_per_s" in record:
-            line += f"  {record['mean_tokens_per_s']:,.0f} tokens/s"
-        if record.get("peak_memory") is not None:
-            line += f", {record['peak_memory'] / 1e9:.2f} GB"
-        if first < step < last:
-            seconds = round((time.perf_counter() - started) / (step - first) * (last - step))
-            line += f", {seconds // 60}:{seconds % 60:02} left"
+            line = f"{' ' * 12}{record['mean_tokens_per_s']:,.0f} tokens/s"
+            if record.get("peak_memory") is not None:
+                line += f", {record['peak_memory'] / 1e9:.2f} GB"
+            if first < step < last:
+                seconds = round((time.perf_counter() - started) / (step - first) * (last - step))
+                line += f", {seconds // 60}:{seconds % 60:02} left"
+            yield line
         if "sample" in record:
-            line += f"\n            {' '.join(record['sample'].split())[:98]}"
-        return line
+            yield f"{' ' * 12}{' '.join(record['sample'].split())}"
+
+    def summary(self) -> str:
+        """The lines at the end of a run: where its folder and picture are, and how to continue."""
+        picture = self.folder / PLOT
+        if not picture.exists():
+            picture = f"no {PLOT}, which needs matplotlib: pip install 'tinyllm-numpy[plot]'"
+        commands = "".join(f"\n  {command}" for command in self.task.next_commands(self.folder))
+        return f"run: {self.folder}\nloss curves: {picture}" + (commands and f"\nnext:{commands}")
 
     def is_between_updates(self) -> bool:
-        """Whether the weights are those of the last record: no update was begun since and broken off."""
+        """Whether the weights are those of the last record, that is, no later update was interrupted."""
         return self.optimizer.state_dict()["t"] == self._updates
 
     def not_finite(self, completed: CompletedStep) -> str:
-        """Write the batch down, and say what was not finite; FloatingPointError if that is once too often."""
+        """Save the batch, and return what was not finite; FloatingPointError if it is one time too many."""
         what, path = completed.what_is_not_finite(), self.folder / f"nonfinite-step-{completed.step}.json"
-        numbers = {"loss": str(completed.loss), "grad_norm": str(completed.grad_norm)}  # JSON knows no nan
+        numbers = {"loss": str(completed.loss), "grad_norm": str(completed.grad_norm)}  # JSON has no nan
         batch = self.task.describe_batch(completed.batch)
         write_whole(path, _line({"step": completed.step, **numbers, "lr": completed.lr, **batch}))
         before = itertools.takewhile(lambda record: "skipped" in record, reversed(self.history))
         if sum(1 for _ in before) >= self.config.skip_nonfinite:
             raise FloatingPointError(
                 f"step {completed.step}: {what}: start again with a smaller --lr or --clip, or --resume "
-                f"{self.folder} with --skip-nonfinite (its batch is in {path})"
+                f"{self.folder} with --skip-nonfinite (the batch is in {path})"
             )
-        say(f"step {completed.step}: {what}: no update (its batch is in {path})")
+        say(f"step {completed.step}: {what}: the update is skipped (the batch is in {path})")
         return what
 
     # Checkpoints
@@ -309,33 +335,30 @@ class RunFolder:
             self.save()
 
     def save(self) -> Path:
-        """Write the checkpoint after the last step, unless it is there; returns its folder.
+        """Write the checkpoint of the last step, unless it exists; returns its folder.
 
-        Raises OSError if the disk has not the room, or refuses: the checkpoint before is untouched then.
+        Raises OSError if the disk is too full or fails; the checkpoint before is then unchanged.
         """
         folder = checkpoint_folder(self.folder, self.step)
         if folder.exists():
             return folder
         samples = self.folder / SAMPLES
-        for path in (
-            self.folder / METRICS,
-            samples,
-        ):  # a checkpoint is never newer than the logs, even if the power fails
+        for path in (self.folder / METRICS, samples):  # on disk before the checkpoint that refers to them
             with open(path, "ab") as file:
                 sync(file)
-        # The step is also the position in the data: batches are addressed by it.
+        # The step is also the position in the data: a batch is a function of it.
         here = {"step": self.step, "tokens": self.tokens, "lr": self.optimizer.lr, "seed": self.config.seed}
         here |= {"val_loss": self.history[-1].get("val_loss"), "samples_bytes": samples.stat().st_size}
         here |= {f"{name}_sha256": found for name, found in data_hashes(self.about).items()}
         here |= {"run": self.about["sha256"], "versions": self.about["versions"], "machine": self._machine()}
         if scale := self.loss_scale.state_dict():
             here["loss_scale"] = scale
-        go_on = f"see to the disk, then tinyllm train --resume {self.folder} goes on"
-        check_space(self.folder, self.model, go_on)
+        remedy = f"free some space, then continue with tinyllm train --resume {self.folder}"
+        check_space(self.folder, self.model, remedy)
         try:
             save_checkpoint(folder, self.model, self.optimizer, here)
         except OSError as error:
-            raise OSError(f"{error}: {go_on}") from error
+            raise OSError(f"{error}: {remedy}") from error
         self._saved_at = time.monotonic()
         self._remove_old_checkpoints()
         return folder
@@ -347,7 +370,7 @@ class RunFolder:
             try:
                 if best is None or step != best["step"]:
                     remove_checkpoint(saved[step])
-            except OSError as error:  # no reason to end a run
+            except OSError as error:  # the run can continue
                 say(f"warning: the old checkpoint {saved[step]} cannot be removed ({error})")
 
 
@@ -355,6 +378,15 @@ def _line(record: dict) -> bytes:
     return json.dumps(record).encode() + b"\n"
 
 
+def check_writable(folder: Path, option: str) -> None:
+    """Raise ``Error``, naming the option, if the folder cannot be made or written to."""
+    existing = next(path for path in (folder, *folder.absolute().parents) if os.path.lexists(path))
+    if not existing.is_dir():
+        raise Error(f"{option} {folder}: {existing} is not a folder: choose another {option}")
+    if not os.access(existing, os.R_OK | os.W_OK | os.X_OK):
+        raise Error(f"{option} {folder}: {existing} cannot be written to: choose another {option}")
+
+
 def new_folder(name: str) -> Path:
-    """runs/NAME-N with the first number that is free."""
+    """runs/NAME-N with the first number N that is free."""
     return next(path for n in itertools.count(1) if not (path := Path("runs") / f"{name}-{n}").exists())

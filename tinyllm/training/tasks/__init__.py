@@ -1,1 +1,1 @@
-"""What can be trained: a task brings batches, a loss, an evaluation and samples."""
+"""The tasks that a run can train a model on; each defines batches, a loss, an evaluation and samples."""

@@ -1,7 +1,10 @@
-"""The task of `tinyllm train`: a model learns to predict the next token of a text, from random numbers on."""
+"""The task of ``tinyllm train``: a model learns to predict the next token of a text."""
 
 import math
-from collections.abc import Callable, Sequence
+import os
+import re
+import shlex
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,162 +14,301 @@ from tinyllm.backend.device import open_device
 from tinyllm.backend.memory import keep_memory
 from tinyllm.data.batches import Batches, Windows
 from tinyllm.data.corpus import Corpus, encode_documents, open_corpus, train_validation_split
-from tinyllm.data.token_file import tokenize_corpus, tokenizer_sha256
+from tinyllm.data.token_file import tokenize_corpus
 from tinyllm.errors import Error
 from tinyllm.inference.generate import generate
 from tinyllm.nn import Module, initialize_as_torch
 from tinyllm.optim import AdamW, NoLossScale, clip_grad_norm
 from tinyllm.tokenizers import END_OF_TEXT, BPETokenizer, CharTokenizer, Tokenizer, load_tokenizer, train_bpe
+from tinyllm.tokenizers.base import check_fits
 from tinyllm.tokenizers.bpe import parse_bpe
 from tinyllm.training import baselines
 from tinyllm.training.config import TrainConfig
 from tinyllm.training.loggers import Log, say
 from tinyllm.training.run import run_task
+from tinyllm.training.run_folder import check_writable
+from tinyllm.training.start import (
+    check_architecture,
+    describe_start,
+    hash_tokenizer,
+    is_ours,
+    save_tokenizer,
+    starting_model,
+)
 from tinyllm.training.step import Check, accumulate_gradients, count_targets, do_nothing, evaluate
 from tinyllm.training.tasks.base import Task
+from tinyllm.weights.runs import checkpoints
 
-SAMPLE_TOKENS = 50
+SAMPLE_TOKENS, FEWEST_SAMPLE_TOKENS = 50, 10
 
-BPE_CHARACTERS = 10_000_000  # of a text that is too large to learn a vocabulary from all of it
+# A generated token takes as long as this many in a batch (measured: 14 to 108, depending on the shapes).
+BATCHED_TOKENS_PER_GENERATED = 64
+
+BPE_CHARACTERS = 10_000_000  # learn the vocabulary of a larger text from a sample of this size
+
+VALIDATION_FRACTION = 0.1
 
 
 @dataclass(frozen=True)
 class Data:
-    """What a run reads: the text, its tokenizer, and the windows of both parts."""
+    """The data of a run: its text, its tokenizer, and the windows of both parts."""
 
     corpus: Corpus
     tokenizer: Tokenizer
+    prompt: str
+    prompt_ids: list[int]
     train: Windows
     validation: Windows
     bytes_per_token: float  # of the validation text: losses per byte compare across tokenizers
-    texts: tuple[bytes, bytes] | None  # both parts, unless they were too large to read at once
+    texts: tuple[bytes, bytes] | None  # both parts, unless the text is too large for memory
 
 
 def load_data(
     config: TrainConfig, tokenizer: Tokenizer | None = None, text_sha256: str | None = None
 ) -> Data:
-    """Read the text, learn or load a tokenizer, tokenise, cut into windows: 90% for training.
+    """Read the text, learn or load a tokenizer, encode the text, and cut it into windows: 90% for training.
 
-    A text of at most ``config.in_memory`` MB is split by characters. A larger one goes through a file of
-    tokens on disk, which is split between two of its chunks. A resumed run brings its ``tokenizer`` and the
-    hash of its text; raises ``Error`` if the text is another one now.
+    A text of at most ``config.in_memory`` MB is split by characters. A larger one is encoded into a file of
+    tokens, which is split between two of its chunks. For a resumed run, give its ``tokenizer`` and the hash
+    of its text. Raises ``Error`` if the text has changed, is too short or cannot be encoded.
     """
-    corpus = open_corpus(config.text, config.text_field)
+    corpus = _open_text(config)
     if text_sha256 not in (None, corpus.sha256):
         raise Error(
-            f"the text {corpus.name} is not the one that the run was begun with (its SHA-256 is "
-            f"{corpus.sha256[:8]}…, not {text_sha256[:8]}…): give that with --text, or start a new run"
+            f"the text {corpus.name} is not the one that the run was started with (its SHA-256 is "
+            f"{corpus.sha256[:8]}…, not {text_sha256[:8]}…): give that one with --text, or start a new run"
         )
     if corpus.left_out:
-        say(f"{corpus.name}: {len(corpus.left_out)} files are neither .txt nor .jsonl and were left out")
-    if corpus.num_bytes > config.in_memory * 10**6:
-        if config.tokenizer == "char":
-            raise Error(
-                f"{corpus.name} has {corpus.num_bytes / 10**6:,.0f} MB, too much for a character tokenizer: "
-                "choose bpe:VOCAB or gpt2, or a larger --in-memory"
-            )
-        tokenizer = tokenizer or _tokenizer(config, corpus, corpus.sample(BPE_CHARACTERS))
-        beside_the_text = f"{corpus.name.rstrip('/')}.{tokenizer.name.replace(':', '-')}.tokens"
-        tokens = tokenize_corpus(corpus, tokenizer, config.special, config.tokens or Path(beside_the_text))
-        train, validation, validation_bytes = tokens.split(0.1)
-        texts = None
+        say(f"{corpus.name}: {len(corpus.left_out):,} other files and links to folders were not read")
+    large = corpus.num_bytes > config.in_memory * 10**6
+    if large and (config.tokenizer == "char" or (tokenizer is not None and not is_ours(tokenizer))):
+        raise Error(
+            f"{corpus.name} has {corpus.num_bytes / 10**6:,.0f} MB, too much for the tokenizer "
+            f"{config.tokenizer}: choose bpe:VOCAB or gpt2, or a larger --in-memory"
+        )
+    parts = [] if large else train_validation_split(corpus.documents(), VALIDATION_FRACTION)
+    texts = None if large else tuple("".join(part).encode("utf-8") for part in parts)
+    if not large:  # no tokenizer makes more tokens than bytes, and one between documents
+        _check_length(config, corpus, len(texts[1]) + len(parts[1]) - 1, "bytes")
+    tokenizer = tokenizer or _learn_tokenizer(config, corpus, *parts)
+    prompt = _default_prompt(corpus) if config.prompt is None else config.prompt
+    prompt_ids = _encode_prompt(config, tokenizer, prompt)
+    if large:
+        default = Path(f"{corpus.name.rstrip('/')}.{tokenizer.name.replace(':', '-')}.tokens")
+        tokens = tokenize_corpus(corpus, tokenizer, config.special, config.tokens or default)
+        train, validation, validation_bytes = tokens.split(VALIDATION_FRACTION)
     else:
-        parts = train_validation_split(corpus.documents())
-        tokenizer = tokenizer or _tokenizer(config, corpus, *parts)
+        _check_special(config, corpus, tokenizer, [*parts[0], *parts[1]])
         train, validation = (encode_documents(tokenizer, part, config.special) for part in parts)
-        texts = tuple("".join(part).encode("utf-8") for part in parts)
         validation_bytes = len(texts[1])
+    _check_length(config, corpus, len(validation), "tokens")
     bytes_per_token = validation_bytes / len(validation)
     train = Windows(train, config.context, config.stride or max(1, config.context // 4))
-    return Data(corpus, tokenizer, train, Windows(validation, config.context), bytes_per_token, texts)
+    validation = Windows(validation, config.context)
+    return Data(corpus, tokenizer, prompt, prompt_ids, train, validation, bytes_per_token, texts)
 
 
-def _tokenizer(config: TrainConfig, corpus: Corpus, train: Sequence[str], validation=()) -> Tokenizer:
+def _open_text(config: TrainConfig) -> Corpus:
+    try:
+        return open_corpus(config.text, config.text_field, config.pattern)
+    except Error as error:
+        for word, option in (("field", "--text-field"), ("pattern", "--pattern")):
+            if re.search(rf"\b{word}\b", str(error)):
+                raise Error(f"{error} (option {option})") from None
+        raise
+
+
+def _check_length(config: TrainConfig, corpus: Corpus, size: int, unit: str) -> None:
+    if size <= config.context:
+        raise Error(
+            f"the text {corpus.name} is too short: its last tenth, for validation, has {size} {unit}, and a "
+            f"window of --context {config.context} needs {config.context + 1} tokens: use a longer text or a "
+            "smaller --context"
+        )
+
+
+def _check_special(config: TrainConfig, corpus: Corpus, tokenizer: Tokenizer, documents: list[str]) -> None:
+    if config.special != "refuse":
+        return
+    for document in documents:
+        for found in tokenizer.find_special(document):
+            raise Error(
+                f"the text {corpus.name} contains the special token {found[0]!r}: give --special allow to "
+                "encode it as its id, or --special text to encode it as ordinary text"
+            )
+
+
+def _load_tokenizer(config: TrainConfig) -> Tokenizer | None:
+    """The tokenizer that ``config`` names; None for one that is learned from the text."""
+    if config.tokenizer.startswith("bpe:"):
+        parse_bpe(config.tokenizer)
+        return None
     if config.tokenizer == "char":
-        tokenizer = CharTokenizer.from_text("".join([*train, *validation]))
-        if corpus.num_documents > 1:
-            tokenizer = tokenizer.with_special_tokens([END_OF_TEXT])  # to stand between them
-    elif config.tokenizer.startswith("bpe:"):
-        # Learned from the training part only: the validation text stays unseen.
-        tokenizer = BPETokenizer(train_bpe(train, parse_bpe(config.tokenizer)))
-    else:
-        tokenizer = load_tokenizer(config.tokenizer)
+        return None
+    tokenizer = load_tokenizer(config.tokenizer)
+    if config.special_tokens and not is_ours(tokenizer):
+        raise Error(f"--special-tokens cannot be added to the published tokenizer {tokenizer.name}: omit it")
     return tokenizer.with_special_tokens(config.special_tokens)
 
 
+def _learn_tokenizer(config: TrainConfig, corpus: Corpus, train=(), validation=()) -> Tokenizer:
+    """The tokenizer that ``config`` names; a BPE of the training part only, so that validation is unseen."""
+    if (loaded := _load_tokenizer(config)) is not None:
+        return loaded
+    if config.tokenizer == "char":
+        tokenizer = CharTokenizer.from_text("".join([*train, *validation]))
+        if corpus.num_documents > 1:
+            tokenizer = tokenizer.with_special_tokens([END_OF_TEXT])  # to separate them
+    else:
+        sample = train or corpus.sample(BPE_CHARACTERS)
+        try:
+            tokenizer = BPETokenizer(train_bpe(sample, parse_bpe(config.tokenizer)))
+        except Error as error:
+            raise Error(f"--tokenizer {config.tokenizer}: {error}") from None
+    return tokenizer.with_special_tokens(config.special_tokens)
+
+
+def _default_prompt(corpus: Corpus) -> str:
+    """The if it occurs at the beginning of the text, else the first word (of at most ten characters)."""
+    first = next(piece.text for piece in corpus.pieces() if piece.text.strip())
+    return "The" if "The" in first else first.split()[0][:10]
+
+
+def _encode_prompt(config: TrainConfig, tokenizer: Tokenizer, prompt: str) -> list[int]:
+    """The ids of the prompt; a default one is cut to the context."""
+    if config.prompt is None:
+        return tokenizer.encode(prompt, config.special)[: config.context]
+    try:
+        ids = tokenizer.encode(prompt)
+    except Error as error:
+        raise Error(f"--prompt: {error}") from None
+    if not 0 < len(ids) <= config.context:
+        raise Error(f"--prompt is {len(ids)} tokens long: it must have 1 to {config.context} (--context)")
+    return ids
+
+
 def train(config: TrainConfig, progress: bool = True, callback: Log | None = None) -> Module:
-    """Train a model on a text, as ``config`` says; see ``run_task``."""
+    """Train a model on a text as ``config`` describes; see ``run_task``."""
     return run_task(Pretraining(config), progress, callback)
 
 
 class Pretraining(Task):
-    """Windows of a text, and at evaluations what the model writes after ``config.prompt``."""
+    """Next-token prediction on windows of a text; a sample continues ``config.prompt``."""
 
     rows = "windows"
+    tokenizer: Tokenizer | None = None  # if it is loaded, not learned
+    start: dict | None = None  # the source of the first weights, for config.json
 
     @property
     def name(self) -> str:
-        return Path(self.config.text).stem
+        return Path(os.path.abspath(self.config.text)).stem or self.config.task
+
+    def check(self) -> None:
+        config = self.config
+        model = None if config.start_from is None else check_architecture(config)
+        if config.tokens is not None:
+            check_writable(config.tokens, "--tokens")
+        if config.prompt == "":
+            raise Error("--prompt is empty: give at least one character, or omit it")
+        self.tokenizer = _load_tokenizer(config)
+        if model is not None:
+            check_fits(self.tokenizer, model, padded=True)
+        if self.tokenizer is not None and config.prompt is not None:
+            _encode_prompt(config, self.tokenizer, config.prompt)
 
     def load(self, folder: Path, about: dict) -> None:
-        tokenizer = None
+        config, text_sha256 = self.config, None
+        self.place, self.checkpoint = config.tokenizer, None
         if about:
-            tokenizer = load_tokenizer(folder)
-            if tokenizer_sha256(tokenizer) != about["tokenizer"]["sha256"]:
-                raise Error(f"the tokenizer in {folder} is not the run's own any more: copy it back")
-        self.text = load_data(self.config, tokenizer, about["text"]["sha256"] if about else None)
-        self.batches = Batches(self.text.train, self.config.batch, self.config.seed)
+            self.place, self.start = folder, about.get("start")
+            self.checkpoint = next(reversed(checkpoints(folder)), None)
+            self.tokenizer, text_sha256 = load_tokenizer(folder), about["text"]["sha256"]
+            if hash_tokenizer(self.tokenizer, folder) != about["tokenizer"]["sha256"]:
+                raise Error(f"the tokenizer in {folder} changed since the run was started: copy it back")
+        self.text = load_data(config, self.tokenizer, text_sha256)
+        self.batches = Batches(self.text.train, config.batch, config.seed)
         self.steps_per_epoch, self.batch_at = self.batches.steps_per_epoch, self.batches.at
-        try:
-            self.prompt = self.text.tokenizer.encode(self.config.prompt)
-        except Error as error:
-            raise Error(f"--prompt: {error}") from None
-        length, most = len(self.prompt), self.config.context
-        if not 0 < length <= most:
-            raise Error(f"--prompt is {length} tokens long: it must have 1 to {most} (the context)")
 
     def model(self) -> Module:
-        rng = np.random.default_rng(self.config.seed)
-        model = self.config.model(self.text.tokenizer.vocab_size, rng)
-        if self.config.init == "torch":
+        config, tokenizer = self.config, self.text.tokenizer
+        if config.start_from is not None:
+            return self._starting_model().train()
+        rng = np.random.default_rng(config.seed)
+        model = config.model(tokenizer.vocab_size, rng)
+        if config.init == "torch":
             initialize_as_torch(model, rng)
-        return model.astype(self.config.parameter_dtype).train()
+        return model.astype(config.parameter_dtype).train()
 
-    def evaluate(self, model: Module, check: Check) -> dict[str, float]:
+    def _starting_model(self) -> Module:
+        model = starting_model(self.config, self.checkpoint)
+        if self.checkpoint is None:
+            found = describe_start(self.config, model)
+            if self.start is not None and found["sha256"] != self.start["sha256"]:
+                raise Error(
+                    f"the weights in {found['weights']} are not those that the run was started with: restore "
+                    "them, or start a new run"
+                )
+            self.start = found
+        return model
+
+    def _windows_to_evaluate(self, final: bool) -> int:
+        """The most windows of each part: before the end, no more than are trained on in between.
+
+        A training step costs about three forward passes: two for both parts, and one for the sample.
+        """
+        most, trained = self.config.eval_windows, self.eval_every * self.config.batch
+        return most if final else min(most, trained)
+
+    def _evaluated(self, final: bool) -> str:
+        most = self._windows_to_evaluate(final)
+        train, validation = (min(most, len(part)) for part in (self.text.train, self.text.validation))
+        return f"{train:,} training and {validation:,} validation windows"
+
+    def evaluate(self, model: Module, check: Check, final: bool) -> dict[str, float]:
         """Both losses, each of a fixed set of windows."""
-        config, found = self.config, {}
+        most, found = self._windows_to_evaluate(final), {}
         for key, windows in (("train_eval_loss", self.text.train), ("val_loss", self.text.validation)):
-            found[key] = mean_loss(model, windows, config.eval_windows, config.at_once, check)
+            found[key] = mean_loss(model, windows, most, self.config.at_once, check)
         found["val_bits_per_byte"] = found["val_loss"] / math.log(2) / self.text.bytes_per_token
         return found
 
-    def sample(self, model: Module, step: int, check: Check) -> str:
-        rng, ids = np.random.default_rng([self.config.seed, step]), list(self.prompt)
-        for token in generate(model, [self.prompt], SAMPLE_TOKENS, temperature=0.8, top_k=40, rng=rng):
+    def sample(self, model: Module, step: int, check: Check, final: bool) -> str:
+        config, prompt = self.config, self.text.prompt_ids
+        trained = self.eval_every * config.batch * config.context
+        length = max(FEWEST_SAMPLE_TOKENS, trained // BATCHED_TOKENS_PER_GENERATED)
+        length = SAMPLE_TOKENS if final else min(SAMPLE_TOKENS, length)
+        rng, ids = np.random.default_rng([config.seed, step]), list(prompt)
+        for token in generate(model, [prompt], length, temperature=0.8, top_k=40, rng=rng):
             check()
             ids.append(int(token[0]))
         return self.text.tokenizer.decode(ids)
 
     def data(self) -> dict[str, dict]:
         corpus, tokenizer = self.text.corpus, self.text.tokenizer
-        return {
+        found = {
             "text": {"name": corpus.name, "sha256": corpus.sha256, "bytes": corpus.num_bytes},
-            "tokenizer": {"name": tokenizer.name, "sha256": tokenizer_sha256(tokenizer)},
+            "tokenizer": {"name": tokenizer.name, "sha256": hash_tokenizer(tokenizer, self.place)},
         }
+        return found if self.start is None else found | {"start": self.start}
 
     def save(self, folder: Path) -> None:
-        self.text.tokenizer.save(folder)
+        save_tokenizer(self.text.tokenizer, self.config.tokenizer, folder)
 
     def introduction(self) -> list[str]:
         corpus, tokenizer = self.text.corpus, self.text.tokenizer
         train, validation = self.text.train, self.text.validation
-        return [
+        evaluated = f"evaluated every {self.eval_every:,} steps: {self._evaluated(final=False)}"
+        if self._evaluated(final=True) != self._evaluated(final=False):
+            evaluated += f"; at the end: {self._evaluated(final=True)}"
+        lines = [
             f"{corpus.name}: {corpus.num_bytes:,} bytes; {tokenizer.name} tokenizer, "
             f"{tokenizer.vocab_size:,} ids; {len(train.tokens):,} + {len(validation.tokens):,} tokens",
-            f"{len(train):,} + {len(validation):,} windows of {self.config.context} tokens, {train.stride} "
-            f"and {validation.stride} apart ({train.unused_tokens} + {validation.unused_tokens} tokens at "
-            "the ends fit none)",
+            f"{len(train):,} + {len(validation):,} windows of {self.config.context} tokens, "
+            f"{train.stride} and {validation.stride} apart "
+            f"({train.unused_tokens} + {validation.unused_tokens} tokens unused)",
+            evaluated,
         ]
+        return lines if self.start is None else [f"starts from {self.start['weights']}", *lines]
 
     def describe_evaluation(self, record: dict) -> str:
         with np.errstate(over="ignore"):  # a diverging run's perplexity is inf
@@ -188,20 +330,30 @@ class Pretraining(Task):
         texts = self.text.texts
         return baselines.describe(record["val_bits_per_byte"], *texts) if texts else None
 
+    def next_commands(self, folder: Path) -> list[str]:
+        run, prompt = shlex.quote(str(folder)), self.text.prompt
+        prompt = f'"{prompt}"' if not set(prompt) & set('"\\$`!\n') else shlex.quote(prompt)
+        return [
+            f"tinyllm generate --run {run} --prompt {prompt}",
+            f"tinyllm train --from {run} --steps {self.config.steps}",
+        ]
+
 
 def mean_loss(model: Module, windows: Windows, most: int, batch: int, check: Check = do_nothing) -> float:
-    """Mean loss per token over at most ``most`` windows, spread evenly, ``batch`` at a time; in eval mode."""
+    """Mean loss per token in eval mode: at most ``most`` windows, evenly spread, ``batch`` at a time."""
     chosen = np.linspace(0, len(windows) - 1, min(most, len(windows))).astype(int)
     batches = (windows[chosen[start : start + batch]] for start in range(0, len(chosen), batch))
     return evaluate(model, batches, check=check)
 
 
 def parts_of_a_step(config: TrainConfig) -> tuple[Module, dict[str, Callable[[], object]]]:
-    """The model of a run and the parts of its first step, in order, each a function: for a profile.
+    """The model of a run and the parts of its first step, in order, as functions to profile.
 
     Nothing is written.
     """
-    device, task = open_device(config.device, config.dtype, config.gpu_memory), Pretraining(config)
+    task = Pretraining(config)
+    task.check()
+    device = open_device(config.device, config.dtype, config.gpu_memory)
     task.load(Path(), {})
     model, batch = task.model().to(device), task.batch_at(0)
     keep_memory()

@@ -1,0 +1,173 @@
+"""The weights that a run starts from: those of another run or of a published model (``train --from``).
+
+The new run has the config and the tokenizer of its source, and a fresh optimizer. The tokenizer is copied
+into its folder. Once the run has a checkpoint, neither resuming nor generating needs the source again.
+"""
+
+import hashlib
+import json
+import shutil
+from dataclasses import fields, replace
+from pathlib import Path
+
+import numpy as np
+
+from tinyllm.data.token_file import tokenizer_sha256
+from tinyllm.errors import Error
+from tinyllm.files import read_file
+from tinyllm.models import LanguageModel, ModelConfig, empty_model
+from tinyllm.tokenizers import Tokenizer
+from tinyllm.tokenizers.base import FILE_NAME
+from tinyllm.training.config import TrainConfig, flag
+from tinyllm.training.metrics import METRICS
+from tinyllm.training.run_folder import begun_config
+from tinyllm.weights.hub import find_model, open_weights
+from tinyllm.weights.runs import STEP, last_checkpoint
+
+# Published weights take a tenth of the learning rate that suits random ones.
+FINE_TUNING = dict(lr=3e-4, min_lr=3e-5)
+
+VOCABULARY_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt")
+OTHER_TOKENIZER_FILES = ("tokenizer_config.json", "chat_template.jinja")
+
+
+def starting_from(source: str) -> TrainConfig:
+    """The options of a run that starts from ``source``, which the caller may change with ``replace``.
+
+    If it is a run, or one of a run's checkpoint folders, they are that run's options. If it is a model, as
+    ``find_model`` finds it, they are the defaults with the model's architecture and a lower learning rate.
+    Raises ``Error`` if there is no such run or model.
+    """
+    try:
+        weights, run = _find(source)
+        config = empty_model(weights).config
+    except Error as error:
+        raise Error(f"--from: {error}") from None
+    options = _options_of(config) | {"start_from": source, "warmup": None, "init": "gpt2"}
+    if run is not None:
+        begun = begun_config(run)
+        options |= {"context": begun.context, "special_tokens": (), "tokenizer": str(run)}
+        return replace(begun, out=None, resume=None, **options)
+    context = min(config.context, TrainConfig.context)
+    bare = weights.is_dir() and not _tokenizer_files(weights, (FILE_NAME, *VOCABULARY_FILES, "*.gguf"))
+    place = "gpt2" if bare and config.vocab_size == 50257 else weights
+    return TrainConfig(**options, **FINE_TUNING, context=context, tokenizer=str(place))
+
+
+def starting_model(config: TrainConfig, checkpoint: Path | None) -> LanguageModel:
+    """The model of ``config.start_from``, or of the run's own ``checkpoint`` if there is one, in eval mode.
+
+    Raises ``Error``, naming it, for an option that contradicts the source's architecture.
+    """
+    weights = checkpoint or _find(config.start_from)[0]
+    model = check_architecture(config, weights)
+    if config.dropout != _options_of(model.config)["dropout"]:
+        names = [field.name for field in fields(model.config) if field.name.endswith(("pdrop", "dropout"))]
+        model = type(model)(replace(model.config, **dict.fromkeys(names, config.dropout)), rng=None)
+    model = model.astype(config.parameter_dtype)
+    model.load_state_dict(open_weights(weights), source=str(weights))
+    return model
+
+
+def check_architecture(config: TrainConfig, weights: Path | None = None) -> LanguageModel:
+    """The model that the run starts from, without its weights.
+
+    Raises ``Error``, naming the option, if one contradicts it.
+    """
+    model = empty_model(weights or _find(config.start_from)[0])
+    fixed = _options_of(model.config) | {"init": "gpt2", "special_tokens": ()}
+    for name, value in fixed.items():
+        if name != "dropout" and getattr(config, name) != value:
+            raise Error(
+                f"{flag(name)} {getattr(config, name)} contradicts the model of --from {config.start_from}, "
+                f"which has {value}: omit it"
+            )
+    if config.tokenizer == "char" or config.tokenizer.startswith("bpe:"):
+        raise Error(
+            f"--tokenizer {config.tokenizer} would learn other ids than those of the model of --from "
+            f"{config.start_from}: omit it"
+        )
+    if config.context > model.context:
+        raise Error(
+            f"--context is {config.context}, and the model of --from {config.start_from} takes at most "
+            f"{model.context} tokens: choose no more"
+        )
+    return model
+
+
+def describe_start(config: TrainConfig, model: LanguageModel) -> dict:
+    """What config.json records: the source, the path of its weights, and the SHA-256 of their numbers."""
+    digest = hashlib.sha256()
+    for name, array in model.state_dict().items():
+        digest.update(name.encode())
+        digest.update(np.ascontiguousarray(array))
+    weights = _find(config.start_from)[0]
+    return {"from": config.start_from, "weights": str(weights), "sha256": digest.hexdigest()}
+
+
+def save_tokenizer(tokenizer: Tokenizer, place: str, folder: Path) -> None:
+    """Save the tokenizer in a run's folder: one of ours as JSON, a published one as a copy of its files."""
+    if is_ours(tokenizer):
+        tokenizer.save(folder)
+        return
+    for file in _tokenizer_files(Path(place), (*VOCABULARY_FILES, *OTHER_TOKENIZER_FILES)):
+        known = file.name in (*VOCABULARY_FILES, *OTHER_TOKENIZER_FILES) or file.suffix == ".gguf"
+        name = "tokenizer.json" if read_file(file, 1) == b"{" else "tokenizer.model"
+        shutil.copyfile(file, folder / (file.name if known else name))
+    ids = {"bos_token_id": tokenizer.bos_id, "eos_token_id": list(tokenizer.eos_ids)}
+    (folder / "generation_config.json").write_text(json.dumps(ids) + "\n", encoding="utf-8")
+
+
+def hash_tokenizer(tokenizer: Tokenizer, place: str | Path) -> str:
+    """The SHA-256 of everything that determines a text's ids."""
+    if is_ours(tokenizer):
+        return tokenizer_sha256(tokenizer)
+    digest = hashlib.sha256()
+    for file in _tokenizer_files(Path(place), VOCABULARY_FILES):
+        with open(file, "rb") as opened:
+            digest.update(hashlib.file_digest(opened, "sha256").digest())
+    return digest.hexdigest()
+
+
+def is_ours(tokenizer: Tokenizer) -> bool:
+    """Whether the tokenizer is saved as tinyllm's JSON; other formats are copied as files."""
+    try:
+        tokenizer.to_json()
+    except Error:
+        return False
+    return True
+
+
+def _find(source: str) -> tuple[Path, Path | None]:
+    """The path of a source's weights, and the folder of its run if they belong to one."""
+    path = Path(source).expanduser()
+    if STEP.fullmatch(path.name) and (path.parent / METRICS).exists():
+        return path, path.parent
+    if (path / METRICS).exists():
+        return last_checkpoint(path), path
+    return find_model(source), None
+
+
+def _options_of(config: ModelConfig) -> dict:
+    """A model's config as options of ``tinyllm train``."""
+
+    def value(*names: str):
+        return next(getattr(config, name) for name in names if hasattr(config, name))
+
+    options = dict(arch=config.model_type, tie_head=config.tie_word_embeddings)
+    options |= dict(n_layer=value("n_layer", "num_hidden_layers"), n_embd=value("n_embd", "hidden_size"))
+    options |= dict(n_head=value("n_head", "num_attention_heads"))
+    options |= dict(dropout=value("resid_pdrop", "attention_dropout"))
+    only = {"n_kv_head": "num_key_value_heads", "qkv_bias": "qkv_bias", "head_bias": "lm_head_bias"}
+    defaults = {name: getattr(TrainConfig, name) for name in only}
+    return options | {name: getattr(config, theirs, defaults[name]) for name, theirs in only.items()}
+
+
+def _tokenizer_files(place: Path, names: tuple[str, ...]) -> list[Path]:
+    """The files of a tokenizer in a folder; if it has none of ``names``, a GGUF file's."""
+    if place.name in VOCABULARY_FILES[2:]:
+        return [place.with_name(name) for name in VOCABULARY_FILES[2:]]
+    if not place.is_dir():
+        return [place]
+    found = [file for name in names for file in sorted(place.glob(name))]
+    return found or sorted(place.glob("*.gguf"))
