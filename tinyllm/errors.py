@@ -1,5 +1,7 @@
 """The error class for every problem that a user can cause."""
 
+import functools
+
 LONGEST = 10_000  # characters
 
 
@@ -17,3 +19,19 @@ class Error(Exception):
         if left_out > 0:
             safe = f"{safe[: LONGEST // 2]} ({left_out:,} characters left out) {safe[-LONGEST // 2 :]}"
         super().__init__(safe)
+
+
+def names_shapes(op):
+    """Decorator of an op: NumPy's error about shapes, axes or indices becomes an Error with all shapes."""
+
+    @functools.wraps(op)
+    def call(*args, **kwargs):
+        try:
+            return op(*args, **kwargs)
+        except (ValueError, IndexError) as error:
+            given = [*args, *kwargs.values()]
+            given += [x for sequence in given if isinstance(sequence, list | tuple) for x in sequence]
+            shapes = ", ".join(str(tuple(x.shape)) for x in given if hasattr(x, "shape"))
+            raise Error(f"{op.__name__.strip('_')} of shapes {shapes or '(none)'}: {error}") from None
+
+    return call

@@ -22,7 +22,7 @@ import numpy as np
 
 from tinyllm.backend.cuda.launch import check_one_device
 from tinyllm.backend.dtypes import accumulation_dtype, is_floating
-from tinyllm.errors import Error
+from tinyllm.errors import Error, names_shapes
 from tinyllm.tensor_ops import ArrayAlgebra, At, as_array, as_rows, vector_matmul
 
 # --------------------------------------------------------------------------- the chain rule
@@ -35,7 +35,7 @@ class Node:
     compute a gradient.
     """
 
-    __slots__ = ("age", "dtype", "grad", "parents", "shape", "vjp")
+    __slots__ = ("age", "dtype", "grad", "parents", "retain", "shape", "vjp")
     _ages = itertools.count()
 
     def __init__(self, parents, vjp, shape, dtype):
@@ -43,7 +43,7 @@ class Node:
         self.vjp = vjp  # grad -> one gradient per parent: array, At, or None
         self.shape, self.dtype = shape, dtype
         self.age = next(Node._ages)  # a parent is always older than its children
-        self.grad = None
+        self.grad, self.retain = None, False  # retain: keep the gradient of a computed tensor, too
 
 
 def _backward(root: Node, seed, oldest_first: list[Node]) -> None:
@@ -54,6 +54,8 @@ def _backward(root: Node, seed, oldest_first: list[Node]) -> None:
         node = oldest_first.pop()  # every node computed from it has been processed
         grad = gradients.take(node)
         if grad is not None:
+            if node.retain:
+                node.grad = grad.copy()
             results, parents = node.vjp(grad), node.parents
             node.vjp = node.parents = None  # frees the arrays that the closure held
             gradients.add(parents, results, grad)
@@ -150,8 +152,7 @@ class Tensor(ArrayAlgebra):
         """
         if self.node is None:
             raise Error(
-                "backward() on a tensor that does not require a gradient: compute it outside no_grad() "
-                "from a tensor with requires_grad=True"
+                "backward() needs a tensor computed outside no_grad() from one with requires_grad=True"
             )
         if grad is None:
             if self.size != 1:
@@ -161,15 +162,13 @@ class Tensor(ArrayAlgebra):
             got = f"{grad.dtype} {grad.shape}" if hasattr(grad, "dtype") else type(grad).__name__
             raise Error(f"grad must be an array of shape {self.shape} and dtype {self.dtype}, not {got}")
         nodes = _oldest_first(self.node)
-        leaves = [node for node in nodes if node.vjp is None]
+        kept = [node for node in nodes if node.vjp is None or node.retain]
         try:
             _backward(self.node, grad, nodes)
         except BaseException as error:
-            for leaf in leaves:
-                leaf.grad = None
-            error.add_note(
-                "backward() did not finish and cleared every .grad it could reach: repeat the step"
-            )
+            for node in kept:
+                node.grad = None
+            error.add_note("backward() failed and cleared every .grad it could reach: repeat the step")
             raise
         if mode.watch is not None:
             mode.watch(None, ())
@@ -197,7 +196,7 @@ class Tensor(ArrayAlgebra):
 
     @property
     def grad(self):
-        """dL/d(self) of a leaf as an array, or None before ``backward()``."""
+        """dL/d(self) as an array, of a leaf or after ``retain_grad()``; None before ``backward()``."""
         return None if self.node is None else self.node.grad
 
     @grad.setter
@@ -207,6 +206,12 @@ class Tensor(ArrayAlgebra):
         if self.node is None or self.node.vjp is not None:
             raise Error("only a leaf with requires_grad=True has a .grad that can be set")
         self.node.grad = value
+
+    def retain_grad(self) -> None:
+        """Keep dL/d(self) in ``.grad`` although this tensor was computed, to inspect it after backward()."""
+        if self.node is None:
+            raise Error("retain_grad() on a tensor that does not require a gradient: set requires_grad=True")
+        self.node.retain = self.node.vjp is not None
 
     def _operand(self, other):
         """``other`` as a Python number or a Tensor of this dtype, so that the result has it too."""
@@ -224,13 +229,10 @@ class Tensor(ArrayAlgebra):
 
     # ------------------------------------------------------------------------ arithmetic
 
+    @names_shapes
     def __add__(self, other):
         """x + y; half precision + float32 is float32, so that a residual stream stays float32."""
-        if (
-            isinstance(other, Tensor)
-            and self.dtype != other.dtype
-            and _mixed_precision((self.dtype, other.dtype))
-        ):
+        if isinstance(other, Tensor) and _mixed_precision((self.dtype, other.dtype)):
             return self.astype(np.float32) + other.astype(np.float32)
         other = self._operand(other)
         if _is_number(other):
@@ -240,12 +242,14 @@ class Tensor(ArrayAlgebra):
     def __neg__(self):
         return Tensor.from_op(-self.data, (self,), lambda grad: (-grad,))
 
+    @names_shapes
     def __sub__(self, other):
         other = self._operand(other)
         if _is_number(other):
             return self + -other
         return Tensor.from_op(self.data - other.data, (self, other), lambda grad: (grad, -grad))
 
+    @names_shapes
     def __mul__(self, other):
         other = self._operand(other)
         if _is_number(other):
@@ -253,6 +257,7 @@ class Tensor(ArrayAlgebra):
         a, b = self.data, other.data
         return Tensor.from_op(a * b, (self, other), lambda grad: (grad * b, grad * a))
 
+    @names_shapes
     def __truediv__(self, other):
         other = self._operand(other)
         if _is_number(other):
@@ -260,12 +265,25 @@ class Tensor(ArrayAlgebra):
         a, b = self.data, other.data
         return Tensor.from_op(a / b, (self, other), lambda grad: (grad / b, -grad * a / (b * b)))
 
+    @names_shapes
     def __pow__(self, exponent):
-        """x^n for a Python number n; d/dx = n x^(n-1)."""
-        if not _is_number(exponent):
-            raise Error(f"the exponent of ** must be a number, not a {type(exponent).__name__}")
+        """x^n: d/dx = n x^(n-1), 0 if n = 0. x^n = exp(n ln x), so d/dn = x^n ln x, 0 if x = 0 and n ≥ 0."""
         x, n = self.data, self._operand(exponent)
-        return Tensor.from_op(x**n, (self,), lambda grad: (grad * (n * x ** (n - 1)) if n else grad * 0,))
+        if _is_number(n):
+            return Tensor.from_op(x**n, (self,), lambda grad: (grad * (n * x ** (n - 1)) if n else grad * 0,))
+        parents, n, y = (self, n), n.data, x**n.data
+        needs = [parent.requires_grad for parent in parents]
+
+        def vjp(grad):
+            with np.errstate(divide="ignore", invalid="ignore"):  # ln of x ≤ 0
+                dx = np.where(n == 0, 0, grad * (n * x ** (n - 1))) if needs[0] else None
+                dn = np.where((x == 0) & (n >= 0), 0, grad * (y * np.log(x))) if needs[1] else None
+            return dx, dn
+
+        return Tensor.from_op(y, parents, vjp)
+
+    def __rpow__(self, base):
+        return Tensor(np.asarray(base, self.dtype, like=self.data)) ** self
 
     __radd__, __rmul__ = __add__, __mul__
 
@@ -275,6 +293,7 @@ class Tensor(ArrayAlgebra):
     def __rtruediv__(self, other):
         return self**-1 * other
 
+    @names_shapes
     def __matmul__(self, other):
         """(..., M, K) @ (..., K, N) -> (..., M, N): dA = dC Bᵀ, dB = Aᵀ dC. Vectors as in NumPy."""
         other = self._operand(other)
@@ -299,24 +318,6 @@ class Tensor(ArrayAlgebra):
         if _is_number(other):
             return self @ other  # raises the same error
         return self._operand(other) @ self
-
-    # --------------------------------------------------------------------------- functions
-
-    def exp(self):
-        out = np.exp(self.data)
-        return Tensor.from_op(out, (self,), lambda grad: (grad * out,))
-
-    def log(self):
-        x = self.data
-        return Tensor.from_op(np.log(x), (self,), lambda grad: (grad / x,))
-
-    def tanh(self):
-        out = np.tanh(self.data)
-        return Tensor.from_op(out, (self,), lambda grad: (grad * (1 - out * out),))
-
-    def sqrt(self):
-        out = np.sqrt(self.data)
-        return Tensor.from_op(out, (self,), lambda grad: (grad / (2 * out),))
 
 
 def _is_number(x) -> bool:

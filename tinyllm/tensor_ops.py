@@ -7,14 +7,18 @@ from __future__ import annotations
 
 import itertools
 import math
+import operator
 import re
+import string
 
 import einops
 import numpy as np
+from numpy.lib.array_utils import normalize_axis_tuple
 
 from tinyllm.backend.device import scatter_add, to_device, to_device_of
 from tinyllm.backend.dtypes import is_half
-from tinyllm.errors import Error
+from tinyllm.checks import check_at_least
+from tinyllm.errors import Error, names_shapes
 
 
 class At:
@@ -31,27 +35,42 @@ class At:
             scatter_add(buffer, self.index, self.array)
 
 
+def _comparison(compare):
+    """The method of Tensor that compares its elements with a number's, an array's or another Tensor's."""
+
+    @names_shapes
+    def method(self, other):
+        return NotImplemented if other is None else compare(self.data, array_of(other))
+
+    return method
+
+
 class ArrayAlgebra:
-    """Tensor's methods for layout, indexing, dtype, device and the rarer reductions."""
+    """Tensor's methods for layout, indexing, comparison, functions, reductions, dtype and device."""
 
     __slots__ = ()
 
     # ---------------------------------------------------------------------------- layout
 
+    @names_shapes
     def reshape(self, *shape):
         shape = shape[0] if len(shape) == 1 and isinstance(shape[0], (tuple, list)) else shape
         before = self.shape
         return self.from_op(self.data.reshape(shape), (self,), lambda grad: (grad.reshape(before),))
 
+    @names_shapes
     def transpose(self, *axes):
         axes = axes[0] if len(axes) == 1 and isinstance(axes[0], (tuple, list)) else axes
-        order = tuple(a % self.ndim for a in axes) or tuple(reversed(range(self.ndim)))
+        order = normalize_axis_tuple(axes, self.ndim) or tuple(reversed(range(self.ndim)))
+        data = self.data.transpose(order)
         back = tuple(order.index(i) for i in range(self.ndim))
-        return self.from_op(self.data.transpose(order), (self,), lambda grad: (grad.transpose(back),))
+        return self.from_op(data, (self,), lambda grad: (grad.transpose(back),))
 
+    @names_shapes
     def swapaxes(self, a, b):
         return self.from_op(self.data.swapaxes(a, b), (self,), lambda grad: (grad.swapaxes(a, b),))
 
+    @names_shapes
     def rearrange(self, pattern: str, **sizes: int):
         """einops notation: ``x.rearrange("b t (h d) -> b h t d", h=12)``; the vjp reverses the pattern."""
         left, arrow, right = pattern.partition("->")
@@ -69,31 +88,65 @@ class ArrayAlgebra:
                 known |= {name: n // max(rest, 1) for name in names if name not in known}
             return (einops.rearrange(grad, f"{right}->{left}", **known),)
 
-        return self.from_op(einops.rearrange(self.data, pattern, **sizes), (self,), vjp)
+        try:
+            out = einops.rearrange(self.data, pattern, **sizes)
+        except einops.EinopsError as error:
+            raise ValueError(" ".join(str(error).split())) from None
+        return self.from_op(out, (self,), vjp)
 
+    @names_shapes
     def __getitem__(self, index):
-        """Any NumPy index; an element that an integer array selects twice gets both gradients."""
+        """Any NumPy index, with Tensors as arrays; an element selected twice gets both gradients."""
+        index = tuple(map(array_of, index)) if isinstance(index, tuple) else array_of(index)
         return self.from_op(self.data[index], (self,), lambda grad: (At(index, grad),))
+
+    # --------------------------------------------------------------------------- elementwise
+
+    def exp(self):
+        out = np.exp(self.data)
+        return self.from_op(out, (self,), lambda grad: (grad * out,))
+
+    def log(self):
+        x = self.data
+        return self.from_op(np.log(x), (self,), lambda grad: (grad / x,))
+
+    def tanh(self):
+        out = np.tanh(self.data)
+        return self.from_op(out, (self,), lambda grad: (grad * (1 - out * out),))
+
+    def sqrt(self):
+        out = np.sqrt(self.data)
+        return self.from_op(out, (self,), lambda grad: (grad / (2 * out),))
+
+    # Comparisons give boolean arrays, for ``where`` and indexing. The hash is the identity's, as in torch.
+    __eq__, __ne__ = _comparison(operator.eq), _comparison(operator.ne)
+    __lt__, __le__ = _comparison(operator.lt), _comparison(operator.le)
+    __gt__, __ge__ = _comparison(operator.gt), _comparison(operator.ge)
+    __hash__ = object.__hash__
 
     # -------------------------------------------------------------------------- reductions
 
+    @names_shapes
     def sum(self, axis=None, keepdims=False):
         if is_half(self.dtype):
             return in_float32(ArrayAlgebra.sum, self, axis, keepdims)
-        shape = self.shape
+        shape, axis = self.shape, axes_of(axis, self.ndim)
         return self.from_op(
             self.data.sum(axis=axis, keepdims=keepdims),
             (self,),
             lambda grad: (spread(grad, shape, axis, keepdims),),
         )
 
+    @names_shapes
     def mean(self, axis=None, keepdims=False):
         if is_half(self.dtype):
             return in_float32(ArrayAlgebra.mean, self, axis, keepdims)
-        return self.sum(axis, keepdims) / count(self.shape, axis)
+        return self.sum(axis, keepdims) / count(self.shape, axes_of(axis, self.ndim))
 
+    @names_shapes
     def max(self, axis=None, keepdims=False):
         """The largest element; equal maxima share the gradient equally, as in ``torch.amax``."""
+        axis = axes_of(axis, self.ndim)
         x, out = self.data, self.data.max(axis=axis, keepdims=True)
 
         def vjp(grad):
@@ -102,10 +155,12 @@ class ArrayAlgebra:
 
         return self.from_op(x.max(axis=axis, keepdims=keepdims), (self,), vjp)
 
+    @names_shapes
     def var(self, axis=None, ddof=0, keepdims=False):
         """Σ (x - mean)² / (N - ddof); nan or infinite if N ≤ ddof, as in torch."""
         if is_half(self.dtype):
             return in_float32(ArrayAlgebra.var, self, axis, ddof, keepdims)
+        axis = axes_of(axis, self.ndim)
         x, n = self.data, count(self.shape, axis) - ddof
         centred = x - x.mean(axis=axis, keepdims=True)
         slope = 2 / n if n > 0 else math.inf
@@ -162,6 +217,8 @@ class ArrayAlgebra:
 
 def vector_matmul(a, b):
     """``a @ b`` where a, b or both are vectors: a row on the left, a column on the right."""
+    if a.shape[-1] != b.shape[-2:][0]:
+        raise Error(f"@ needs rows on the left as long as columns on the right, not {a.shape} and {b.shape}")
     if a.ndim == b.ndim == 1:
         return (a * b).sum()
     if a.ndim == 1:
@@ -171,35 +228,54 @@ def vector_matmul(a, b):
     return out.reshape(out.shape[:-1])
 
 
+@names_shapes
 def concatenate(tensors, axis=0):
     """As ``np.concatenate``; the vjp splits the gradient."""
     arrays = [t.data for t in tensors]
+    out = np.concatenate(arrays, axis=axis)
     ends = list(itertools.accumulate(a.shape[axis] for a in arrays))
-    return tensors[0].from_op(
-        np.concatenate(arrays, axis=axis), tuple(tensors), lambda grad: np.split(grad, ends[:-1], axis=axis)
-    )
+    return tensors[0].from_op(out, tuple(tensors), lambda grad: np.split(grad, ends[:-1], axis=axis))
 
 
+@names_shapes
 def stack(tensors, axis=0):
     """As ``np.stack``."""
+    out = np.stack([t.data for t in tensors], axis=axis)
     return tensors[0].from_op(
-        np.stack([t.data for t in tensors], axis=axis),
-        tuple(tensors),
-        lambda grad: tuple(np.take(grad, i, axis=axis) for i in range(len(tensors))),
+        out, tuple(tensors), lambda grad: tuple(np.take(grad, i, axis=axis) for i in range(len(tensors)))
     )
 
 
-def split(tensor, sections: int, axis=0) -> list:
-    """Equal parts along ``axis``, as views; the gradients of the parts are added into one buffer."""
-    size, remainder = divmod(tensor.shape[axis], sections) if sections > 0 else (0, 1)
-    if remainder:
-        raise Error(f"cannot split an axis of length {tensor.shape[axis]} into {sections} equal parts")
-    before = (slice(None),) * (axis % tensor.ndim)
-    return [tensor[(*before, slice(i * size, (i + 1) * size))] for i in range(sections)]
+@names_shapes
+def split(tensor, sections, axis=0) -> list:
+    """``sections`` equal parts along ``axis``, or parts of the sizes in a list, as in torch. They are views.
+
+    The gradients of the parts are added into one buffer.
+    """
+    (axis,) = normalize_axis_tuple(axis, tensor.ndim)
+    length, by_sizes = tensor.shape[axis], isinstance(sections, (list, tuple))
+    sizes = list(sections) if by_sizes else [length // max(sections, 1)] * sections
+    if sum(sizes) != length or min(sizes, default=-1) < 0:
+        parts = f"parts of sizes {sizes}" if by_sizes else f"{sections} equal parts"
+        raise Error(f"cannot split an axis of length {length} into {parts}")
+    before = (slice(None),) * axis
+    ends = itertools.accumulate(sizes)
+    return [tensor[(*before, slice(end - size, end))] for size, end in zip(sizes, ends)]
 
 
+@names_shapes
+def chunk(tensor, chunks: int, axis=0) -> list:
+    """At most ``chunks`` parts along ``axis``, as ``torch.chunk``: all of one size but the last."""
+    length = tensor.shape[axis]
+    size = max(1, -(-length // check_at_least(chunks, 1, "chunks")))
+    sizes = [min(size, length - start) for start in range(0, length, size)]
+    return split(tensor, sizes or [0] * chunks, axis)
+
+
+@names_shapes
 def where(condition, a, b):
     """``a`` where ``condition``, a boolean array, is true, else ``b``; one of them may be a number."""
+    condition = array_of(condition)
     like = a if isinstance(a, ArrayAlgebra) else b
     if not isinstance(like, ArrayAlgebra):
         raise Error(f"where({a!r}, {b!r}) needs at least one Tensor: use np.where for numbers")
@@ -212,19 +288,18 @@ def where(condition, a, b):
     )
 
 
+@names_shapes
 def einsum(subscripts: str, *tensors):
-    """``np.einsum`` with an explicit ``->``, each letter at most once per operand, no ellipsis.
+    """Products summed over every letter that the output lacks; as in ``torch.einsum``, "..." and a missing
+    output are completed, and a letter that an operand repeats takes its diagonal.
 
     The gradient of an operand is an einsum of the result's gradient and the other operands, whose output has
     the operand's letters: for "ij,jk->ik", dA = einsum("ik,jk->ij", dC, B). As in NumPy, axes of length 1
     broadcast; the engine sums the gradient over them.
     """
-    inputs, _, output = subscripts.replace(" ", "").partition("->")
-    terms = inputs.split(",")
-    if "->" not in subscripts or "." in subscripts or len(terms) != len(tensors):
-        raise Error(f"einsum {subscripts!r} needs an explicit '->', no '...', and one term per tensor")
-    if any(len(set(term)) < len(term) for term in terms):
-        raise Error(f"einsum {subscripts!r} repeats a letter within one term: index the diagonal instead")
+    terms, output = explicit_subscripts(subscripts, [t.shape for t in tensors])
+    tensors = [diagonal(tensor, term) for tensor, term in zip(tensors, terms)]
+    terms = ["".join(dict.fromkeys(term)) for term in terms]
     arrays, needed = [t.data for t in tensors], [t.requires_grad for t in tensors]
 
     def gradient_of(k, grad):
@@ -241,13 +316,57 @@ def einsum(subscripts: str, *tensors):
         return np.broadcast_to(result, np.broadcast_shapes(result.shape, arrays[k].shape))
 
     return tensors[0].from_op(
-        np.einsum(subscripts, *arrays, optimize=True),
+        np.einsum(f"{','.join(terms)}->{output}", *arrays, optimize=True),
         tuple(tensors),
         lambda grad: [gradient_of(k, grad) if needed[k] else None for k in range(len(arrays))],
     )
 
 
+def explicit_subscripts(subscripts: str, shapes):
+    """The terms and the output of an einsum, with one letter per axis.
+
+    "..." becomes unused letters, aligned at its last axis. A missing output is "..." and then, in
+    alphabetical order, the letters that occur once.
+    """
+    inputs, arrow, output = subscripts.replace(" ", "").partition("->")
+    terms = inputs.split(",")
+    axes = [len(shape) - len(term.replace("...", "")) for term, shape in zip(terms, shapes)]  # of each "..."
+    if len(terms) != len(shapes) or any(n < 0 or (n and "..." not in t) for t, n in zip(terms, axes)):
+        raise Error(f"einsum {subscripts!r} needs one term per tensor, with one letter per axis of {shapes}")
+    unused = "".join(c for c in string.ascii_letters if c not in subscripts)[: max(axes)]
+    once = sorted(c for c in set(inputs) - set(".,") if inputs.count(c) == 1)
+    output = output if arrow else "".join(["...", *once])
+    expanded = [term.replace("...", unused[len(unused) - n :]) for term, n in zip(terms, axes)]
+    return expanded, output.replace("...", unused)
+
+
+def diagonal(tensor, term: str):
+    """The elements of ``tensor`` where axes of one letter of ``term`` have one index: an axis per letter."""
+    sizes = dict(zip(term, tensor.shape))
+    if len(sizes) == len(term):
+        return tensor
+    if any(sizes[c] != n for c, n in zip(term, tensor.shape)):
+        raise Error(f"einsum: a letter that {term!r} repeats has two sizes in shape {tensor.shape}")
+    index = {
+        c: np.arange(sizes[c], like=tensor.data).reshape([-1 if d == c else 1 for d in sizes]) for c in sizes
+    }
+    return tensor[tuple(index[c] for c in term)]
+
+
 # ------------------------------------------------------------------------- helpers for arrays
+
+
+def array_of(x):
+    """The array of a Tensor; anything else as it is."""
+    return x.data if isinstance(x, ArrayAlgebra) else x
+
+
+def axes_of(axis, ndim: int):
+    """The axes of a reduction, each once and from 0; None for all. As in torch, a scalar has an axis 0."""
+    if axis in (None, (), []):
+        return None
+    axes = normalize_axis_tuple(axis, max(ndim, 1))
+    return axes if ndim else None
 
 
 def in_float32(op, x, *args, **kwargs):
@@ -260,9 +379,7 @@ def as_array(x):
     return np.asarray(x) if isinstance(x, np.generic) else x
 
 
-def to_memory_of(array, like):
-    """``array`` in the memory that holds ``like``, copied if necessary."""
-    return to_device_of(array, like)
+to_memory_of = to_device_of  # for the ops that a learner reads, which do not speak of devices
 
 
 def as_rows(x):
@@ -273,15 +390,10 @@ def as_rows(x):
 def spread(grad, shape, axis, keepdims):
     """The gradient of a sum over ``axis``: each element of ``shape`` gets the gradient of its total."""
     if axis is not None and not keepdims:
-        axes = axis if isinstance(axis, tuple) else (axis,)
-        kept = {a % len(shape) for a in axes}
-        grad = grad.reshape([1 if i in kept else n for i, n in enumerate(shape)])
+        grad = grad.reshape([1 if i in axis else n for i, n in enumerate(shape)])
     return np.broadcast_to(grad, shape)
 
 
 def count(shape, axis) -> int:
     """The number of elements that a reduction over ``axis`` combines into each result."""
-    if axis is None:
-        return math.prod(shape)
-    axes = axis if isinstance(axis, tuple) else (axis,)
-    return math.prod(shape[a] for a in axes)
+    return math.prod(shape if axis is None else [shape[a] for a in axis])

@@ -7,6 +7,7 @@ everything on CuPy as well. Each run is compared with the one on NumPy arrays.
 
 import inspect
 import math
+import operator
 from types import SimpleNamespace
 
 import numpy as np
@@ -78,6 +79,15 @@ CASES = {
     "__pow__": lambda t: t.x**3,
     "__pow__ numpy number": lambda t: (t.x * t.x + 1) ** np.float64(-0.5),
     "__pow__ zero": lambda t: t.x**0,
+    "__pow__ tensor": lambda t: (t.x * t.x + 1) ** t.row,
+    "__rpow__": lambda t: 2.0**t.x,
+    "__rpow__ array": lambda t: (t.array * t.array) ** t.row,
+    **{
+        f"__{op.__name__}__": lambda t, compare=op: tinyllm.where(
+            compare(t.x, t.row), t.x, compare(t.x, 0.5) * t.y
+        )
+        for op in (operator.eq, operator.ne, operator.lt, operator.le, operator.gt, operator.ge)
+    },
     "__matmul__": lambda t: t.x @ t.square,
     "__matmul__ batches": lambda t: t.q @ t.k.swapaxes(-1, -2),
     "__matmul__ broadcast": lambda t: t.q @ t.k[0, 0].swapaxes(0, 1) @ t.v,
@@ -90,6 +100,7 @@ CASES = {
     "__getitem__ rows of a transposed": lambda t: t.w.transpose()[t.integers],
     "__getitem__ pairs": lambda t: t.square[t.integers, t.integers],
     "__getitem__ mixed": lambda t: t.x[:, :, t.integers[:2]],
+    "__getitem__ tensor": lambda t: t.w[Tensor(t.ids)] + t.x[:, Tensor(t.integers[:1])],
     "__getitem__ mask": lambda t: t.x[t.condition],
     "exp": lambda t: t.x.exp(),
     "log": lambda t: (t.x * t.x + 1).log(),
@@ -115,9 +126,13 @@ CASES = {
     "concatenate": lambda t: tinyllm.concatenate([t.x, t.y, t.x], axis=-1),
     "stack": lambda t: tinyllm.stack([t.x, t.y], axis=1),
     "split": lambda t: sum(part * (i + 1) for i, part in enumerate(tinyllm.split(t.x, 2, axis=-1))),
+    "split sizes": lambda t: tinyllm.split(t.x, [1, 0, 3], axis=-1)[2],
+    "chunk": lambda t: tinyllm.chunk(t.x, 3, axis=-1)[0],
     "where": lambda t: tinyllm.where(t.condition, t.x, t.row),
     "where number": lambda t: tinyllm.where(t.condition, 2.0, t.x) + tinyllm.where(t.condition, t.x, -1),
     "einsum": lambda t: tinyllm.einsum("bhtd,bhsd->bhts", t.q, t.k),
+    "einsum ellipsis": lambda t: tinyllm.einsum("...td,...sd", t.q, t.k),
+    "einsum diagonal": lambda t: tinyllm.einsum("ii,i->i", t.square, t.row),
     "einsum sums": lambda t: tinyllm.einsum("btc,d->b", t.x, t.row),
     "F.linear": lambda t: F.linear(t.x, t.w, t.b),
     "F.linear without bias": lambda t: F.linear(t.row, t.w),
@@ -239,10 +254,10 @@ def test_op_on_the_device_equals_numpy(case, dtype, put):
 
 def test_every_op_has_a_case():
     no_ops = set("__init__ __repr__ __bool__ __array__ _operand from_op backward replace detach item".split())
-    no_ops |= {"saved", "to"}
+    no_ops |= {"saved", "to", "retain_grad"}
     members = vars(ArrayAlgebra) | vars(Tensor)
     methods = {name for name, value in members.items() if inspect.isfunction(value)} - no_ops
-    functions = {"concatenate", "stack", "split", "where", "einsum"}
+    functions = {"concatenate", "stack", "split", "chunk", "where", "einsum"}
     assert functions == {
         name
         for name in tinyllm.__all__

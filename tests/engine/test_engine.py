@@ -13,6 +13,7 @@ import weakref
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -572,6 +573,51 @@ def test_random_graphs_match_complex_step_derivative(program, seed):
     assert np.array_equal(out.data, run(points))
 
 
+# --------------------------------------------------------- gradients of computed tensors
+
+
+def test_retained_gradient_of_a_computed_tensor_matches_torch():
+    ours, theirs = leaf(3), torch.tensor(leaf(3).data, requires_grad=True)
+    kept = {}
+    for name, x in (("ours", ours), ("theirs", theirs)):
+        y = x * x
+        z = y * 2 + y[:1]
+        loss = (z * z).sum()
+        for tensor in (x, y, z, loss):
+            tensor.retain_grad()
+        kept[name] = x, y, z, loss
+        loss.backward()
+    for one, other in zip(kept["ours"], kept["theirs"]):
+        assert np.allclose(one.grad, other.grad.numpy(), rtol=1e-14) and one.grad.flags.owndata
+
+
+def test_gradient_that_is_not_retained_is_none():
+    x = leaf(3)
+    y = x * 2
+    z = y * 3
+    z.retain_grad()
+    z.backward(np.ones(3))
+    assert y.grad is None and np.array_equal(z.grad, np.ones(3)) and np.array_equal(x.grad, np.full(3, 6.0))
+
+
+def test_failure_in_backward_clears_a_retained_gradient():
+    x = leaf(3)
+    y = failing(x, ValueError("broken")) * 2
+    y.retain_grad()
+    with pytest.raises(ValueError):
+        y.backward(np.ones(3))
+    assert y.grad is None
+
+
+def test_retained_tensor_creates_no_reference_cycle(no_gc):
+    y = leaf(3) * 2
+    y.retain_grad()
+    (y * y).sum().backward()
+    reference = weakref.ref(y.grad)
+    del y
+    assert reference() is None
+
+
 # ---------------------------------------------------------------------------- consumed graphs
 
 
@@ -781,11 +827,13 @@ def test_tensor_rejects(action, message):
         action()
 
 
-def test_equality_is_identity():
+def test_hash_is_identity_although_equality_is_elementwise():
     a, b = Tensor(np.ones(2)), Tensor(np.ones(2))
-    assert a == a and a != b
-    assert len({a, b, a}) == 2
-    assert Tensor.__eq__ is object.__eq__
+    assert (a == b).tolist() == [True, True] and (a != b).tolist() == [False, False]
+    assert len({a, b, a}) == 2 and {a: 1, b: 2}[b] == 2 and b not in {a}
+    assert (a == None) is False and a not in [None]  # noqa: E711
+    with pytest.raises(TypeError):
+        a < None  # noqa: B015
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])

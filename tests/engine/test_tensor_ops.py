@@ -21,7 +21,7 @@ from support.suite import proven
 import tinyllm
 from parity.ops import strategies as some
 from parity.ops.cases import Case, assert_close, check_direction, check_float32, check_torch
-from tinyllm import Tensor, concatenate, einsum, split, stack, tensor, tensor_ops, where
+from tinyllm import Tensor, chunk, concatenate, einsum, split, stack, tensor, tensor_ops, where
 from tinyllm.errors import Error
 from tinyllm.tensor_ops import ArrayAlgebra
 
@@ -34,7 +34,7 @@ def constant(value, like):
 
 
 def torch_constant(value):
-    return torch.tensor(value, dtype=torch.float64)
+    return torch.tensor(np.array(value, np.float64))
 
 
 @st.composite
@@ -91,6 +91,31 @@ def power(draw):
     values = some.nonzero if n == int(n) else some.positive
     x = draw(some.arrays(draw(some.shapes()), values))
     return Case(f"** {n!r}", [x], lambda x: x**n, lambda x: x ** float(n), seed=draw(some.SEEDS))
+
+
+@st.composite
+def power_of_tensors(draw):
+    """x ** y of Tensors that broadcast, or one of them a number or an array; the base is positive."""
+    left, right = draw(some.broadcastable(2))
+    x, y, seed = draw(some.arrays(left, some.positive)), draw(some.arrays(right)), draw(some.SEEDS)
+    if draw(st.booleans()):
+        return Case(
+            "** of Tensors", [x, y], operator.pow, operator.pow, needs=draw(some.subsets(2)), seed=seed
+        )
+    return Case("** array", [x], lambda x: x ** constant(y, x), lambda x: x ** torch_constant(y), seed=seed)
+
+
+@st.composite
+def rpower(draw):
+    left, right = draw(some.broadcastable(2))
+    c = draw(st.sampled_from([2.0, 3, 0.5, np.float32(1.5), draw(some.arrays(left, some.positive))]))
+    return Case(
+        f"{c!r} ** x",
+        [draw(some.arrays(right))],
+        lambda x: constant(c, x) ** x,
+        lambda x: torch_constant(c) ** x,
+        seed=draw(some.SEEDS),
+    )
 
 
 @st.composite
@@ -239,16 +264,24 @@ def astype(draw):
     return Case("astype", [x], there_and_back, lambda x: x * 1, seed=draw(some.SEEDS))
 
 
+def index_of_tensors(index):
+    """The index with its arrays as Tensors."""
+    if isinstance(index, tuple):
+        return tuple(map(index_of_tensors, index))
+    return Tensor(index) if isinstance(index, np.ndarray) else index
+
+
 @st.composite
 def getitem(draw):
     """torch has no negative steps: the reference gathers the element numbers that NumPy selects."""
     shape = draw(some.shapes())
     index = draw(some.indices(shape))
     numbers = np.asarray(np.arange(math.prod(shape)).reshape(shape)[index])
+    with_tensors = draw(st.sampled_from([lambda index: index, index_of_tensors]))
     return Case(
         f"{shape}[{index!r}]",
         [draw(some.arrays(shape))],
-        lambda x: x[index],
+        lambda x: x[with_tensors(index)],
         lambda x: x.reshape(-1)[torch.tensor(numbers.copy())],
         seed=draw(some.SEEDS),
     )
@@ -290,22 +323,38 @@ def stacking(draw):
 
 @st.composite
 def splitting(draw):
-    """All parts, and the first once more, stacked into one result."""
+    """Equal parts or parts of given sizes: all in reverse order, and the first once more, in one result."""
     shape = list(draw(some.shapes(min_dims=1)))
     axis, sections = draw(st.integers(-len(shape), len(shape) - 1)), draw(st.integers(1, 3))
-    shape[axis] = sections * draw(st.integers(1, 3))
-    size = shape[axis] // sections
+    sizes = [draw(st.integers(1, 3))] * sections
+    if draw(st.booleans()):
+        sections = sizes = draw(st.lists(st.integers(0, 3), min_size=1, max_size=4))
+    shape[axis] = sum(sizes)
 
     def ours(x):
         parts = split(x, sections, axis=axis)
-        return stack([*parts, parts[0]])
+        return concatenate([*parts[::-1], parts[0]], axis=axis)
 
     def theirs(x):
-        parts = torch.split(x, size, dim=axis)
-        return torch.stack([*parts, parts[0]])
+        parts = torch.split(x, list(sizes), dim=axis)
+        return torch.cat([*parts[::-1], parts[0]], dim=axis)
 
     x = draw(some.arrays(shape))
     return Case(f"split {shape} into {sections}, axis {axis}", [x], ours, theirs, seed=draw(some.SEEDS))
+
+
+@st.composite
+def chunking(draw):
+    """All parts in reverse order; that their number is torch's is a test of its own."""
+    shape = list(draw(some.shapes(min_dims=1, max_side=7)))
+    axis, chunks = draw(st.integers(-len(shape), len(shape) - 1)), draw(st.integers(1, 4))
+    return Case(
+        f"{chunks} chunks of {shape}, axis {axis}",
+        [draw(some.arrays(shape))],
+        lambda x: concatenate(chunk(x, chunks, axis)[::-1], axis),
+        lambda x: torch.cat(torch.chunk(x, chunks, axis)[::-1], axis),
+        seed=draw(some.SEEDS),
+    )
 
 
 @st.composite
@@ -329,11 +378,17 @@ def contraction(draw):
     subscripts = draw(
         st.sampled_from(
             "ij,jk->ik bhtd,bhsd->bhts bhts,bhse->bhte i,i-> ij-> ij->j ij->ji i,j->ij ij,ij->ij ij,ij->j "
-            "ijk,kl,lm->im ij,k->i ij,kl->k ,i->i bi,bi->b abc,cb->a ab,ab,b->a".split()
+            "ijk,kl,lm->im ij,k->i ij,kl->k ,i->i bi,bi->b abc,cb->a ab,ab,b->a "
+            "ij,jk i,i ba b,a ii ii->i iij,jk->ki iji->j aab,bcc->ac ...ij,...jk->...ik ...ij,jk "
+            "...i->... ...ij->...ji ...,...->... i...,i...->... ...ii->...i ...i,...i b...a".split()
         )
     )
     terms = subscripts.split("->")[0].split(",")
-    size = {c: draw(st.integers(1, 4)) for c in sorted(set("".join(terms)))}
+    size = {c: draw(st.integers(1, 4)) for c in sorted({*"".join(terms)} - {"."})}
+    # Letters for "...": X and Y of the first operand, Y of the others.
+    batch = draw(st.sampled_from(["", "Y", "XY"]))
+    size |= {c: draw(st.integers(1, 3)) for c in batch}
+    terms = [term.replace("...", batch[-1:] if k else batch) for k, term in enumerate(terms)]
     return Case(
         f"einsum {subscripts} {size}",
         [draw(some.arrays([size[c] for c in term])) for term in terms],
@@ -354,7 +409,8 @@ CASES = {
     "__rmul__": reflected(operator.mul),
     "__truediv__": binary(operator.truediv),
     "__rtruediv__": reflected(operator.truediv),
-    "__pow__": power(),
+    "__pow__": power() | power_of_tensors(),
+    "__rpow__": rpower(),
     "__matmul__": matmul(),
     "__rmatmul__": rmatmul(),
     "__getitem__": getitem(),
@@ -378,6 +434,7 @@ CASES = {
     "concatenate": concatenation(),
     "stack": stacking(),
     "split": splitting(),
+    "chunk": chunking(),
     "where": choosing(),
     "einsum": contraction(),
 }
@@ -407,7 +464,8 @@ def test_float32_results_are_float32_and_close_to_float64(op, data):
 
 NOT_OPS = {"__init__", "__repr__", "__bool__", "__array__"}  # operators that compute nothing
 NOT_OPS |= {"from_op", "saved", "backward"}  # the graph
-NOT_OPS |= {"replace", "detach", "item", "no_grad"}  # without a gradient
+NOT_OPS |= {"replace", "detach", "item", "no_grad", "retain_grad"}  # without a gradient
+NOT_OPS |= {f"__{name}__" for name in "eq ne lt le gt ge hash".split()}
 NOT_OPS |= {"to"}  # between devices: tests/backend/test_device_discipline.py
 
 
@@ -483,6 +541,55 @@ def test_variance_of_too_few_elements_matches_torch(shape, axis, ddof):
         np.testing.assert_allclose(ours.grad, theirs.grad.numpy(), rtol=1e-12)
     else:
         assert not np.isfinite(ours.grad).any()
+
+
+def test_scalar_has_an_axis_0_as_in_torch():
+    for name, theirs in (("sum", torch.sum), ("mean", torch.mean), ("max", torch.amax)):
+        for axis in (None, 0, -1, (0,), [-1]):
+            ours = operator.methodcaller(name, axis=axis)
+            check_torch(Case(f"{name} of a scalar", [np.array(3.0)], ours, lambda x, f=theirs: f(x)))
+
+
+def test_axes_in_a_list_and_no_axes_reduce_as_in_torch():
+    x = np.random.default_rng(0).standard_normal((2, 3, 4))
+    for axes in ([0, 1], [-1], (), []):
+        for name, theirs in (("sum", torch.sum), ("mean", torch.mean), ("max", torch.amax)):
+            ours = operator.methodcaller(name, axis=axes)
+            check_torch(Case(name, [x], ours, lambda x, f=theirs, a=axes: f(x, dim=tuple(a))))
+
+
+@pytest.mark.parametrize("length, chunks", [(7, 3), (6, 4), (2, 5), (0, 3), (9, 1)])
+def test_chunks_are_as_many_and_as_long_as_in_torch(length, chunks):
+    ours, theirs = chunk(Tensor(np.arange(length)), chunks), torch.arange(length).chunk(chunks)
+    assert [part.data.tolist() for part in ours] == [part.tolist() for part in theirs]
+
+
+def test_power_at_zero_and_of_negative_bases_matches_torch():
+    base, exponent = np.array([0.0, 0, 0, -2, -1.5, 3]), np.array([0.0, 2, 1, 2, 0, 0])
+    check_torch(Case("**", [base, exponent], operator.pow, operator.pow, needs=[True, False]))
+    check_torch(Case("**", [abs(base), exponent], operator.pow, operator.pow))
+    powers = np.array([0.0, 1, 2.5])
+    check_torch(Case("0 ** x", [powers], lambda x: 0.0**x, lambda x: 0.0**x))
+
+
+@pytest.mark.parametrize(
+    "compare", [operator.eq, operator.ne, operator.lt, operator.le, operator.gt, operator.ge]
+)
+def test_comparisons_give_the_boolean_arrays_of_torch(compare):
+    x, y = np.array([[1.0, 2, 3], [3, 2, 1]]), np.array([1.0, 2, 1])
+    expected = compare(torch.tensor(x), torch.tensor(y)).numpy()
+    for left, right in ((Tensor(x), Tensor(y)), (Tensor(x), y), (x, Tensor(y)), (Tensor(x), [1, 2, 1])):
+        result = compare(left, right)
+        assert isinstance(result, np.ndarray) and result.dtype == bool
+        np.testing.assert_array_equal(result, expected)
+    np.testing.assert_array_equal(compare(Tensor(x), 2), compare(torch.tensor(x), 2).numpy())
+    np.testing.assert_array_equal(compare(2, Tensor(x)), compare(2, torch.tensor(x)).numpy())
+
+
+def test_condition_of_where_may_be_a_comparison_or_a_boolean_tensor():
+    x = Tensor(np.array([-1.0, 2.0]), requires_grad=True)
+    for condition in (x > 0, Tensor(x > 0)):
+        assert where(condition, x, 0.0).data.tolist() == [0, 2]
 
 
 def test_requires_grad_can_be_set_on_a_leaf():
@@ -661,18 +768,83 @@ ERRORS = {  # mistake -> (call, words in its message: the value and the remedy)
         lambda: Tensor.from_op(np.ones(2), (leaf(2), leaf(2, dtype=np.float32)), None),
         ["float64, float32", "astype()"],
     ),
-    "power of a Tensor": (lambda: leaf(2) ** leaf(2), ["exponent", "number"]),
+    "retain_grad of a constant": (lambda: Tensor(np.ones(2)).retain_grad(), ["requires_grad=True"]),
     "@ with a number": (lambda: leaf(2) @ 3, ["@", "use *"]),
+    "@ of two lengths": (lambda: leaf(1) @ leaf(4), ["(1,)", "(4,)", "as long as"]),
     "split unevenly": (lambda: split(leaf(5), 2), ["5", "2 equal parts"]),
-    "einsum without ->": (lambda: einsum("ij,jk", leaf(2, 2), leaf(2, 2)), ["'ij,jk'", "'->'"]),
     "rearrange with an ellipsis": (
         lambda: leaf(2, 2).rearrange("... c -> c ..."),
         ["'... c -> c ...'", "every axis"],
     ),
-    "einsum with an ellipsis": (lambda: einsum("...i->i", leaf(2, 2)), ["'...i->i'", "'...'"]),
     "einsum of too few tensors": (lambda: einsum("i,i->i", leaf(2)), ["'i,i->i'", "one term per tensor"]),
-    "einsum of a diagonal": (lambda: einsum("ii->i", leaf(2, 2)), ["'ii->i'", "repeats a letter"]),
+    "einsum of a diagonal of no square": (lambda: einsum("ii->i", leaf(2, 3)), ["'ii'", "(2, 3)"]),
 }
+
+WRONG_SHAPES = {  # each is an error in NumPy; the shapes that the message names
+    "+": (lambda: leaf(2, 3) + leaf(4), ["(2, 3)", "(4,)"]),
+    "- of an array": (lambda: np.ones(4) - leaf(2, 3), ["(2, 3)", "(4,)"]),
+    "* of a list": (lambda: leaf(2, 3) * [1, 2], ["(2, 3)", "(2,)"]),
+    "/": (lambda: leaf(2, 3) / leaf(2), ["(2, 3)", "(2,)"]),
+    "**": (lambda: leaf(2, 3) ** leaf(2), ["(2, 3)", "(2,)"]),
+    "** of an array": (lambda: np.ones(2) ** leaf(2, 3), ["(2, 3)", "(2,)"]),
+    "<": (lambda: leaf(2, 3) < leaf(2), ["(2, 3)", "(2,)"]),
+    "==": (lambda: leaf(2, 3) == leaf(2), ["(2, 3)", "(2,)"]),
+    "@": (lambda: leaf(2, 3) @ leaf(4, 5), ["(2, 3)", "(4, 5)"]),
+    "@ of a vector": (lambda: leaf(2) @ leaf(3, 4), ["(2,)", "(3, 4)"]),
+    "@ of length 1": (lambda: leaf(1) @ leaf(3, 4), ["(1,)", "(3, 4)"]),
+    "@ of batches": (lambda: leaf(2, 3, 4) @ leaf(3, 4, 5), ["(2, 3, 4)", "(3, 4, 5)"]),
+    "reshape": (lambda: leaf(2, 3).reshape(4), ["(2, 3)", "(4,)"]),
+    "reshape with two unknowns": (lambda: leaf(2, 3).reshape(-1, -1), ["(2, 3)"]),
+    "transpose beyond the last axis": (lambda: leaf(2, 3).transpose(3, 2), ["(2, 3)", "3"]),
+    "transpose of an axis twice": (lambda: leaf(2, 3).transpose(0, 0), ["(2, 3)", "repeated"]),
+    "transpose of too few axes": (lambda: leaf(2, 3).transpose(1), ["(2, 3)"]),
+    "swapaxes": (lambda: leaf(2, 3).swapaxes(0, 2), ["(2, 3)", "2"]),
+    "swapaxes of a scalar": (lambda: leaf().swapaxes(0, 1), ["()", "0"]),
+    "rearrange": (lambda: leaf(2, 3).rearrange("a (b c) -> a b c", b=2), ["(2, 3)", "(b c)"]),
+    "rearrange of more axes": (lambda: leaf(2, 3).rearrange("a b c -> c b a"), ["(2, 3)", "a b c"]),
+    "index": (lambda: leaf(2, 3)[2], ["(2, 3)", "2"]),
+    "index of an array": (lambda: leaf(2, 3)[np.array([0, 5])], ["(2, 3)", "5"]),
+    "index of numbers": (lambda: leaf(2, 3)[np.array([0.0])], ["(2, 3)", "integer"]),
+    "too many indices": (lambda: leaf(2)[0, 0], ["(2,)", "2"]),
+    "mask of another shape": (lambda: leaf(2, 3)[np.ones((3, 2), bool)], ["(2, 3)", "3"]),
+    "sum": (lambda: leaf(2, 3).sum(axis=2), ["(2, 3)", "2"]),
+    "sum over an axis twice": (lambda: leaf(2, 3).sum(axis=(0, -2)), ["(2, 3)", "repeated"]),
+    "mean": (lambda: leaf(2, 3).mean(axis=-3), ["(2, 3)", "-3"]),
+    "mean of a scalar": (lambda: leaf().mean(axis=1), ["()", "1"]),
+    "max": (lambda: leaf(2, 3).max(axis=[0, 0]), ["(2, 3)", "repeated"]),
+    "max of nothing": (lambda: leaf(2, 0).max(axis=1), ["(2, 0)"]),
+    "var": (lambda: leaf(2, 3).var(axis=5), ["(2, 3)", "5"]),
+    "concatenate": (lambda: concatenate([leaf(2, 3), leaf(2, 4)]), ["(2, 3)", "(2, 4)"]),
+    "concatenate of scalars": (lambda: concatenate([leaf(), leaf()]), ["()"]),
+    "concatenate along no axis": (lambda: concatenate([leaf(2)], axis=1), ["(2,)", "1"]),
+    "concatenate of nothing": (lambda: concatenate([]), ["at least one"]),
+    "stack": (lambda: stack([leaf(2), leaf(3)]), ["(2,)", "(3,)"]),
+    "stack of nothing": (lambda: stack([]), ["at least one"]),
+    "split along no axis": (lambda: split(leaf(4), 2, axis=1), ["(4,)", "1"]),
+    "split of sizes": (lambda: split(leaf(9), [1, 4, 5]), ["9", "[1, 4, 5]"]),
+    "split of a negative size": (lambda: split(leaf(3), [4, -1]), ["3", "[4, -1]"]),
+    "split into nothing": (lambda: split(leaf(3), []), ["3", "[]"]),
+    "split into 0": (lambda: split(leaf(3), 0), ["3", "0"]),
+    "split of a scalar": (lambda: split(leaf(), 1), ["()"]),
+    "chunk": (lambda: chunk(leaf(3), 0), ["0", "at least 1"]),
+    "chunk along no axis": (lambda: chunk(leaf(3), 2, 1), ["(3,)"]),
+    "where": (lambda: where(np.ones(2, bool), leaf(2, 3), 0.0), ["(2,)", "(2, 3)"]),
+    "einsum": (lambda: einsum("ij,jk->ik", leaf(2, 3), leaf(4, 5)), ["(2, 3)", "(4, 5)"]),
+    "einsum of more axes": (lambda: einsum("ijk->i", leaf(2, 3)), ["(2, 3)", "'ijk->i'"]),
+    "einsum of fewer axes": (lambda: einsum("i->i", leaf(2, 3)), ["(2, 3)", "'i->i'"]),
+    "einsum of an unknown letter": (lambda: einsum("ij->k", leaf(2, 3)), ["(2, 3)", "k"]),
+    "einsum of batches": (lambda: einsum("...i,...i", leaf(2, 3), leaf(4, 3)), ["(2, 3)", "(4, 3)"]),
+    "einsum of nothing": (lambda: einsum("i->i"), ["'i->i'"]),
+}
+
+
+@pytest.mark.parametrize("name", WRONG_SHAPES)
+def test_wrong_shape_or_axis_is_one_error_that_names_it(name):
+    call, words = WRONG_SHAPES[name]
+    with pytest.raises(Error) as caught:
+        call()
+    for word in words:
+        assert word in str(caught.value)
 
 
 @pytest.mark.parametrize("name", ERRORS)

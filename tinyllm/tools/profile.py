@@ -28,6 +28,8 @@ from tinyllm.errors import Error
 from tinyllm.nn import Module
 from tinyllm.tensor import mode
 
+OPS = "tinyllm.functional", "tinyllm.tensor", "tinyllm.errors"  # modules between an op and its caller
+
 MOST_ROWS = 30  # in the table; the others are summed in one row
 
 
@@ -228,8 +230,8 @@ def op_and_module() -> tuple[str, Module | None]:
         frame = frame.f_back
     frame = frame.f_back
     name = frame.f_code.co_name
-    while frame and frame.f_globals["__name__"].startswith(("tinyllm.functional", "tinyllm.tensor")):
-        if frame.f_globals["__name__"] != "tinyllm.functional":  # only dispatches to a device
+    while frame and frame.f_globals["__name__"].startswith(OPS):
+        if frame.f_globals["__name__"] not in ("tinyllm.functional", "tinyllm.errors"):  # only call it
             name = frame.f_code.co_name
         frame = frame.f_back
     while frame and not isinstance(frame.f_locals.get("self"), Module):
