@@ -11,7 +11,7 @@ from parity.ops import strategies as some
 from parity.ops.cases import assert_close
 from tinyllm import Tensor, manual_seed
 from tinyllm import functional as F
-from tinyllm.backend.random import next_address
+from tinyllm.backend.random import next_address, rounded
 
 # ----------------------------------------------------------- dropout at an address
 
@@ -70,6 +70,6 @@ def kept_weights(q, k, options, p, address):
     attend = at_address(address, F.scaled_dot_product_attention)
     weights = attend(Tensor(q), Tensor(k), identity, **options).data
     dropped = attend(Tensor(q), Tensor(k), identity, dropout_p=p, **options).data
-    mask = np.where(dropped == 0, 0, 1 / (1 - p))
+    mask = np.where(dropped == 0, 0, rounded(p)[2])
     assert_close(dropped, weights * mask, "attention weights are kept and scaled, or dropped")
     return mask

@@ -228,7 +228,11 @@ def linear_cross_entropy(draw):
 @register
 def dropout(draw):
     """torch multiplies by the same mask."""
-    shape, p, training = draw(some.shapes()), draw(st.sampled_from([0, 0.1, 0.5, 0.9])), draw(st.booleans())
+    shape, p, training = (
+        draw(some.shapes()),
+        draw(st.sampled_from([0, 0.1, 0.5, 0.999, 1])),
+        draw(st.booleans()),
+    )
     address = draw(addresses())
     mask = dropout_mask(address, shape, p, like=np.ones(1)) if training else np.ones(shape)
     return Case(

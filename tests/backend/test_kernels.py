@@ -253,10 +253,11 @@ def test_tf32_rounds_float32_products_only(put):
 @pytest.mark.parametrize("shape", [(1,), (16,), (3, 5, 7), (64, 33)])
 def test_dropout_is_equal_on_every_device(shape, put):
     for address, part in [((0, 0, 0, 0), None), ((7, 12345, 3, 9), 41), ((2**40, 1, 2, 2**33), None)]:
-        host = dropout_mask(address, shape, 0.3, np.zeros(1, np.float32), part)
-        there = dropout_mask(address, shape, 0.3, put(np.zeros(1, np.float32)), part)
-        assert there.dtype == np.float32
-        np.testing.assert_array_equal(there.get(), host)
+        for p in (0.3, 0.999, 1):  # with 16 and with 32 bits for each element
+            host = dropout_mask(address, shape, p, np.zeros(1, np.float32), part)
+            there = dropout_mask(address, shape, p, put(np.zeros(1, np.float32)), part)
+            assert there.dtype == np.float32
+            np.testing.assert_array_equal(there.get(), host)
 
 
 # ------------------------------------------------------------------------- many arrays at once

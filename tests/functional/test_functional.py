@@ -37,7 +37,7 @@ from parity.ops.functional import CASES, torch_cross_entropy
 from tinyllm import Tensor, functional, manual_seed, no_grad
 from tinyllm import functional as F
 from tinyllm.backend import threads
-from tinyllm.backend.random import dropout_mask, next_address
+from tinyllm.backend.random import dropout_mask, next_address, rounded
 from tinyllm.errors import Error
 from tinyllm.functional import attention, composed, losses
 
@@ -207,12 +207,49 @@ def test_targets_accept_lists_and_numbers():
 # --------------------------------------------------------------------------------- dropout
 
 
+@pytest.mark.parametrize("p", [1e-9, 1e-5, 1e-3, 0.003, 0.1, 0.2, 1 / 3, 0.5, 0.9, 0.999, 0.9999, 0.99999])
+def test_mean_of_a_dropout_mask_is_1_and_its_rate_is_p(p):
+    """From the probability with which an element is dropped, a count of integers below a threshold."""
+    bits, threshold, scale = rounded(p)
+    rate = threshold / 2**bits
+    assert (1 - rate) * scale == pytest.approx(1, abs=1e-15)
+    assert abs(rate - p) <= (2**-33 if min(p, 1 - p) < 2**-8 else 2**-17)
+    assert min(rate / p, (1 - rate) / (1 - p)) == pytest.approx(1, abs=0.2 if p == 1e-9 else 0.002)
+    if p in (0.1, 0.2, 0.5, 0.9):  # the masks of earlier runs
+        assert (bits, threshold) == (16, round(p * 65536))
+
+
+@pytest.mark.parametrize("p", [1e-3, 0.999, 0.9999])
+def test_rare_elements_are_dropped_or_kept_as_often_as_p_says(p):
+    n, rate = 2_000_000, min(p, 1 - p)
+    mask = dropout_mask((1, 2, 3, 4), (4, n // 4), p, like=np.ones(1))
+    rare = (mask == 0) if p < 0.5 else (mask > 0)
+    assert abs(rare.mean() - rate) < 5 * math.sqrt(rate / n)
+    assert mask.mean() == pytest.approx(1, abs=5 * math.sqrt(p / (1 - p) / n))
+
+
+def test_dropout_of_everything_is_zero_and_has_a_zero_gradient():
+    x = leaf(3, 4)
+    y = F.dropout(x, 1)
+    y.backward(np.ones((3, 4)))
+    assert (y.data == 0).all() and (x.grad == 0).all()
+    assert (attend(dropout_p=1).data == 0).all()
+
+
+@pytest.mark.parametrize(
+    "numbers", [(1.5,), (-1,), (True,), ("1",), (0, 2.0), (0, 0, -3), (2**64,), (0, 2**64)]
+)
+def test_manual_seed_refuses_what_is_not_a_whole_number_from_0(numbers):
+    with pytest.raises(Error, match=r"whole number|below"):
+        manual_seed(*numbers)
+
+
 def test_dropout_keeps_a_fraction_of_1_minus_p():
     """Within five standard deviations of 200,000 elements; kept elements are scaled by 1/(1 - p)."""
     n = 200_000
     for p in (0.1, 0.5, 0.9):
         mask = dropout_mask((1, 2, 3, 4), (1, n), p, like=np.ones(1))[0]
-        assert set(np.unique(mask)) == {0, 1 / (1 - p)}
+        assert np.unique(mask) == pytest.approx([0, 1 / (1 - p)], rel=1e-4)
         assert abs((mask > 0).mean() - (1 - p)) < 5 * math.sqrt(p * (1 - p) / n)
         neighbours = (mask[1:] > 0) & (mask[:-1] > 0)  # if independent, P(both kept) = (1 - p)²
         both = (1 - p) ** 2
@@ -407,8 +444,7 @@ def rotate(x, angles, dtype=np.float64):
 
 ERRORS = {  # mistake -> (call, words in its message: the value and the remedy)
     "an unknown gelu": (lambda: F.gelu(leaf(2), "erf"), ["'erf'", "'none' or 'tanh'"]),
-    "dropout of everything": (lambda: F.dropout(leaf(2), 1.0), ["1.0", "below 1"]),
-    "negative dropout": (lambda: F.dropout(leaf(2), -0.1), ["-0.1", "at least 0"]),
+    "negative dropout": (lambda: F.dropout(leaf(2), -0.1), ["-0.1", "between 0 and 1"]),
     "attention without an axis of heads": (lambda: attend(q=(2, 2, 4)), ["(2, 2, 4)", "(B, H, T, D)"]),
     "attention with head sizes that differ": (
         lambda: attend(k=(1, 1, 3, 5)),
@@ -445,7 +481,7 @@ ERRORS = {  # mistake -> (call, words in its message: the value and the remedy)
         lambda: attend(attn_mask=np.ones((2, 3), int)),
         ["int64", "boolean", "float64"],
     ),
-    "attention dropout of 1.5": (lambda: attend(dropout_p=1.5), ["1.5", "below 1"]),
+    "attention dropout of 1.5": (lambda: attend(dropout_p=1.5), ["1.5", "between 0 and 1"]),
     "linear of the wrong size": (lambda: F.linear(leaf(2, 3), leaf(5, 4)), ["(2, 3)", "(5, 4)", "(out, in)"]),
     "an attention mask that is a Tensor": (lambda: attend(attn_mask=leaf(2, 3)), ["Tensor", ".data"]),
     "an attention mask of another shape": (

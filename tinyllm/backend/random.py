@@ -15,8 +15,8 @@ import numpy as np
 
 from tinyllm.backend.cuda import launch
 from tinyllm.backend.dtypes import accumulation_dtype
-
-PER_COUNT = 16  # elements per counter value, which gives 256 bits, 16 for each element
+from tinyllm.checks import check_at_least
+from tinyllm.errors import Error
 
 
 class _Stream(threading.local):
@@ -33,6 +33,9 @@ def manual_seed(seed: int, step: int = 0, first_row: int = 0) -> None:
     ``first_row`` is the global row of the first row of the following arrays: 0 for a whole batch, 8 for the
     second of two micro-batches of 8 rows. All micro-batches must be padded to the same length.
     """
+    for name, number in (("seed", seed), ("step", step), ("first_row", first_row)):
+        if check_at_least(number, 0, name) >= 2**64:
+            raise Error(f"{name} is {number}: choose a number below 2**64")
     _stream.seed, _stream.step, _stream.first_row, _stream.op = seed, step, first_row, 0
 
 
@@ -43,26 +46,42 @@ def next_address() -> tuple[int, int, int, int]:
     return address
 
 
+def rounded(p: float) -> tuple[int, int, float]:
+    """How ``p`` is sampled: (bits for each element, threshold, scale of a kept element).
+
+    An element is dropped if its random bits are below the threshold, with the probability
+    P = threshold / 2^bits. Kept ones are multiplied by 1/(1 - P), not 1/(1 - p): the mean of a mask is 1.
+    Sixteen bits cost a quarter of a float32 and round p by up to 2^-17, less than 0.2 % of p and of 1 - p
+    unless one of them is below 2^-8: there 32 bits are used. At P = 1 nothing is kept.
+    """
+    bits = 16 if 2**-8 <= p <= 1 - 2**-8 else 32
+    threshold = round(p * 2**bits)
+    return bits, threshold, 2**bits / (2**bits - threshold) if threshold < 2**bits else 0.0
+
+
 def dropout_mask(address, shape, p: float, like, part: int | None = None):
-    """0 with probability ``p``, else 1/(1 - p), in the dtype of ``like``; a function of ``address``.
+    """0 with probability ``p``, else 1/(1 - p), both as ``rounded``; a function of ``address``.
 
     Axis 0 of ``shape`` is the row of the batch, and each row starts at a new counter value. With ``part``,
     ``shape`` is one part of the op instead, such as a block of one head's attention weights, and ``part``
-    is its number, unique within the global batch. Each element uses 16 random bits (a quarter of the cost of
-    a float32), so it is 0 with probability round(65536 p) / 65536.
+    is its number, unique within the global batch. The mask has the dtype of ``like``.
     """
+    bits, threshold, scale = rounded(p)
+    per_count = 256 // bits  # elements per counter value, which gives 256 bits
     seed, step, first_row, op = address
     size = math.prod(shape)
     rows = 1 if part is not None or not shape else shape[0]
-    counts = -(-size // max(rows, 1) // PER_COUNT)  # counter values per row
+    counts = -(-size // max(rows, 1) // per_count)  # counter values per row
     start = first_row * counts if part is None else 0
     if launch.library_of(like) is not None:
-        kept = launch.dropout_kept(address, [part or 0], rows * counts * PER_COUNT, p, like, start)
-        kept = kept.reshape(rows, counts * PER_COUNT)[:, : size // max(rows, 1)].reshape(shape)
-        return (kept * accumulation_dtype(like.dtype).type(1 / (1 - p))).astype(like.dtype, copy=False)
+        kept = launch.dropout_kept(
+            address, [part or 0], rows * counts * per_count, bits, threshold, like, start
+        )
+        kept = kept.reshape(rows, counts * per_count)[:, : size // max(rows, 1)].reshape(shape)
+        return (kept * accumulation_dtype(like.dtype).type(scale)).astype(like.dtype, copy=False)
     key, counter = np.array([seed, step], np.uint64), np.array([start, part or 0, op, 0], np.uint64)
-    bits = np.random.Philox(key=key, counter=counter)
-    samples = bits.random_raw(rows * counts * 4).view(np.uint16).reshape(rows, counts * PER_COUNT)
+    generator = np.random.Philox(key=key, counter=counter)
+    samples = generator.random_raw(rows * counts * 4).view(f"u{bits // 8}").reshape(rows, counts * per_count)
     samples = samples[:, : size // max(rows, 1)].reshape(shape)
-    mask = np.multiply(samples >= round(p * 65536), 1 / (1 - p), dtype=like.dtype)
+    mask = np.multiply(samples >= threshold, scale, dtype=like.dtype)
     return np.asarray(mask, like=like)

@@ -187,17 +187,21 @@ def dropout(input: Tensor, p: float = 0.5, training: bool = True) -> Tensor:
     """y = x m, where each m_i is 0 with probability ``p``, else 1/(1 - p).
 
     The mean of m_i is p · 0 + (1 - p)/(1 - p) = 1, so y has the mean x. ∂y_i/∂x_k = δ_ik m_i, and dx = g m
-    with the same mask m. Without ``training``, or with p = 0, the result is the input itself.
+    with the same mask m; for p = 1 both are 0. Without ``training``, or with p = 0, the result is the input.
 
     The mask is a function of ``tinyllm.manual_seed(seed, step, first_row)``: the backward pass generates it
     again instead of keeping it. Axis 0 of x is the row of the batch, and each row has random bits of its own,
-    so that splitting a batch does not change which elements are dropped. ``p`` is rounded to a multiple of
-    1/65536. Srivastava et al., "Dropout", JMLR 15 (2014).
+    so that splitting a batch does not change which elements are dropped. In both places p is rounded to a
+    multiple of 2^-16, near 0 and 1 of 2^-32. Srivastava et al., "Dropout", JMLR 15 (2014).
     """
-    if not 0 <= p < 1:
-        raise Error(f"dropout probability must be at least 0 and below 1, not {p}")
+    check_probability(p)
     if not training or p == 0:
         return input
     address, shape, x = next_address(), input.shape, input.data
     out = x * dropout_mask(address, shape, p, like=x)
     return Tensor.from_op(out, (input,), lambda grad: (grad * dropout_mask(address, shape, p, like=grad),))
+
+
+def check_probability(p: float) -> None:
+    if not 0 <= p <= 1:
+        raise Error(f"dropout probability must be between 0 and 1, not {p}")

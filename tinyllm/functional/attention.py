@@ -14,6 +14,7 @@ import numpy as np
 from tinyllm.backend.random import dropout_mask, next_address
 from tinyllm.backend.threads import each_block, one_blas_thread, run_tasks
 from tinyllm.errors import Error
+from tinyllm.functional.activations import check_probability
 from tinyllm.tensor import Tensor
 
 QUERY_BLOCK = 128  # rows of scores at a time
@@ -196,8 +197,7 @@ def check_attention(q, k, v, mask, dropout_p, enable_gqa):
         raise Error(
             f"attention: query {q.shape}, key {k.shape} and value {v.shape} do not fit together{shared}"
         )
-    if not 0 <= dropout_p < 1:
-        raise Error(f"dropout probability must be at least 0 and below 1, not {dropout_p}")
+    check_probability(dropout_p)
     return None if mask is None else _check_mask(mask, (*q.shape[:3], k.shape[2]), like=q)
 
 

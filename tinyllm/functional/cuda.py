@@ -25,7 +25,7 @@ from tinyllm.backend.cuda.launch import (
     threads_for,
 )
 from tinyllm.backend.dtypes import accumulation_dtype, compute_dtype, tf32_allowed
-from tinyllm.backend.random import next_address
+from tinyllm.backend.random import next_address, rounded
 from tinyllm.functional import activations
 from tinyllm.functional.attention import check_attention, check_rope, part_number
 from tinyllm.functional.linear import check_linear
@@ -205,6 +205,7 @@ def scaled_dot_product_attention(
     R, sums_in = H // G if G else 1, accumulation_dtype(q.dtype)
     scale = 1 / math.sqrt(D) if scale is None else scale
     step = max(1, QUERY_BLOCK // R)  # of the dropout masks
+    bits, threshold, keep_scale = rounded(dropout_p)
     if address is None:
         step = max(step, SCORES // max(1, B * H * S))
     k, v = k.reshape(B * G, S, D), v.reshape(B * G, S, E)
@@ -233,9 +234,9 @@ def scaled_dot_product_attention(
         kept, count = None, rows.stop - rows.start
         if address is not None:
             numbers = [part_number(address, H, head, -(-T // step), number) for head in range(B * H)]
-            kept = dropout_kept(address, numbers, count * seen, dropout_p, like=q)
+            kept = dropout_kept(address, numbers, count * seen, bits, threshold, like=q)
         place = (H, T, S, rows.start, count, seen, int(is_causal))
-        return q_block, scores, (kept, 1 / (1 - dropout_p), *mask.arguments, *place)
+        return q_block, scores, (kept, keep_scale, *mask.arguments, *place)
 
     for number, rows, seen in blocks():
         _, scores, rest = scores_of(number, rows, seen)

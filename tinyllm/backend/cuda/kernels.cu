@@ -193,22 +193,24 @@ __global__ void rope(const T* x, Int sb, Int sh, Int st, const A* cos, const A* 
 // -------------------------------------------------------------------------------------- dropout, attention
 
 // 1 where an element is kept, else 0. Philox4x64-10, bit-exact with numpy.random.Philox (Salmon et al., SC 2011,
-// section 3): counter value 1 + start + e / 16 gives 256 random bits for 16 elements e, 16 bits each. `kept` has
-// `parts` parts of `size` elements; part i has the counter word numbers[i].
+// section 3): counter value 1 + start + e / EACH gives 256 random bits for EACH elements e, 16 or 32 bits each.
+// `kept` has `parts` parts of `size` elements; part i has the counter word numbers[i].
+template <bool FINE>
 __global__ void dropout_mask(unsigned char* kept, const Int* numbers, Int parts, Int size, Int threshold, Bits seed,
                              Bits step, Bits op, Int start) {
-    Int groups = (size + 15) / 16, i = this_thread();
+    const Int BITS = FINE ? 32 : 16, WORD = 64 / BITS, EACH = 4 * WORD;
+    Int groups = (size + EACH - 1) / EACH, i = this_thread();
     if (i >= parts * groups) return;
-    Int part = i / groups, first = i % groups * 16;
-    Bits c[4] = {Bits(start + first / 16 + 1), Bits(numbers[part]), op, 0};
+    Int part = i / groups, first = i % groups * EACH;
+    Bits c[4] = {Bits(start + first / EACH + 1), Bits(numbers[part]), op, 0};
     for (int round = 0; round < 10; round++) {
         const Bits M0 = 0xD2E7470EE14C6C93, M1 = 0xCA5A826395121157;
         Bits high0 = __umul64hi(M0, c[0]), low0 = M0 * c[0], high1 = __umul64hi(M1, c[2]), low1 = M1 * c[2];
         c[0] = high1 ^ c[1] ^ seed, c[1] = low1, c[2] = high0 ^ c[3] ^ step, c[3] = low0;
         seed += 0x9E3779B97F4A7C15, step += 0xBB67AE8584CAA73B;
     }
-    for (int e = 0; e < 16 && first + e < size; e++)
-        kept[part * size + first + e] = Int(c[e / 4] >> (16 * (e % 4)) & 0xffff) >= threshold;
+    for (int e = 0; e < EACH && first + e < size; e++)
+        kept[part * size + first + e] = Int(c[e / WORD] >> (BITS * (e % WORD)) & ((Bits(1) << BITS) - 1)) >= threshold;
 }
 
 // The position of a block of scores: queries first, first + 1, ... of (B, H, times) against the first `seen` of S

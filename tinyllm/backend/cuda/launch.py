@@ -230,19 +230,25 @@ def contiguous(array):
 
 
 def dropout_kept(
-    address: tuple[int, int, int, int], numbers: Sequence[int], size: int, p: float, like, start: int = 0
+    address: tuple[int, int, int, int],
+    numbers: Sequence[int],
+    size: int,
+    bits: int,
+    threshold: int,
+    like,
+    start: int = 0,
 ):
     """1 where an element is kept, else 0, as bytes (len(numbers), size), from ``random.dropout_mask``'s bits.
 
-    ``start`` is the counter value at which each part starts.
+    ``bits`` and ``threshold`` are those of ``random.rounded``; ``start`` is the counter value at which each
+    part starts.
     """
     seed, step, _, op = address
     kept = np.empty((len(numbers), size), np.uint8, like=like)
     parts = np.asarray(np.array(numbers, np.int64), like=like)
-    threads, threshold = len(numbers) * -(-size // 16), round(p * 65536)
-    elementwise(
-        like, "dropout_mask", (), threads, kept, parts, len(numbers), size, threshold, seed, step, op, start
-    )
+    threads = len(numbers) * -(-size // (256 // bits))
+    arguments = kept, parts, len(numbers), size, threshold, seed, step, op, start
+    elementwise(like, "dropout_mask", (bits == 32,), threads, *arguments)
     return kept
 
 
