@@ -49,12 +49,18 @@ def visible_keys(shape, mask=None, is_causal=False):
 def torch_attention(q, k, v, mask=None, is_causal=False, scale=None, kept=None):
     """torch's op with an explicit mask; a query without visible keys gets zeros. ``kept``: a dropout mask.
 
-    If there are fewer key-value heads, each is repeated for the query heads that share it.
+    If there are fewer key-value heads, each is repeated for the query heads that share it. Inputs (B, T, D)
+    are one head. A mask may be a torch tensor of numbers, with a gradient.
     """
+    if q.ndim == 3:
+        mask = mask[:, None] if mask is not None and mask.ndim == 3 else mask
+        q, k, v = (x[:, None] for x in (q, k, v))
+        return torch_attention(q, k, v, mask, is_causal, scale, kept)[:, 0]
     k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
-    visible = torch.tensor(visible_keys((*q.shape[:3], k.shape[2]), mask, is_causal).copy())
+    numbers = mask.detach().numpy() if isinstance(mask, torch.Tensor) else mask
+    visible = torch.tensor(visible_keys((*q.shape[:3], k.shape[2]), numbers, is_causal).copy())
     has_key = visible.any(-1, keepdim=True)
-    bias = torch.zeros(()) if mask is None or mask.dtype == bool else torch.tensor(np.maximum(mask, -1e9))
+    bias = torch.zeros(()) if mask is None or numbers.dtype == bool else torch.as_tensor(mask).clamp(min=-1e9)
     # A query without visible keys attends to all of them, and its output is multiplied by 0.
     bias = bias.double().masked_fill(~visible & has_key, -math.inf)
     if kept is None:

@@ -54,16 +54,22 @@ def embedding(draw):
     )
 
 
+@st.composite
+def normalized_shapes(draw):
+    """The last axes that a norm is over, and the form in which they are given."""
+    channels = draw(st.sampled_from([(n,) for n in range(1, 7)] + [(2, 3), (1, 4), (3, 1, 2)]))
+    return channels, draw(st.sampled_from([channels, list(channels), *channels * (len(channels) == 1)]))
+
+
 @register
 def layer_norm(draw):
-    lead, channels = draw(some.shapes()), draw(st.integers(1, 6))
-    shape = draw(st.sampled_from([channels, (channels,), [channels]]))
+    lead, (channels, shape) = draw(some.shapes()), draw(normalized_shapes())
     # With one channel x̂ is 0, and torch has a rounding error divided by sqrt(eps) instead.
-    eps = draw(st.sampled_from([1e-5, 1e-6, 0.1] + [1e-12] * (channels > 1)))
+    eps = draw(st.sampled_from([1e-5, 1e-6, 0.1] + [1e-12] * (channels[-1] > 1)))
     parts = draw(st.sampled_from(["", "w", "b", "wb"]))
     inputs = [
-        draw(some.arrays((*lead, channels), some.spread)),
-        *(draw(some.arrays((channels,))) for _ in parts),
+        draw(some.arrays((*lead, *channels), some.spread)),
+        *(draw(some.arrays(channels)) for _ in parts),
     ]
 
     def call(function, normalized_shape):
@@ -77,7 +83,7 @@ def layer_norm(draw):
         f"layer_norm {lead} of {shape}, x{parts}, eps={eps}",
         inputs,
         call(F.layer_norm, shape),
-        call(TF.layer_norm, (channels,)),
+        call(TF.layer_norm, channels),
         call(composed.layer_norm, shape),
         draw(some.subsets(len(inputs))),
         draw(some.SEEDS),
@@ -86,12 +92,11 @@ def layer_norm(draw):
 
 @register
 def rms_norm(draw):
-    lead, channels = draw(some.shapes()), draw(st.integers(1, 6))
-    shape = draw(st.sampled_from([channels, (channels,), [channels]]))
+    lead, (channels, shape) = draw(some.shapes()), draw(normalized_shapes())
     eps, weighted = draw(st.sampled_from([None, 1e-5, 1e-12, 0.1])), draw(st.booleans())
     # Where all channels of a row are near 0, the gradient is too steep for a central difference.
-    inputs = [draw(some.arrays((*lead, channels), some.nonzero))]
-    inputs += [draw(some.arrays((channels,)))] * weighted
+    inputs = [draw(some.arrays((*lead, *channels), some.nonzero))]
+    inputs += [draw(some.arrays(channels))] * weighted
 
     def call(function, normalized_shape):
         return lambda x, w=None: function(x, normalized_shape, w, eps)
@@ -100,11 +105,17 @@ def rms_norm(draw):
         f"rms_norm {lead} of {shape}, weighted={weighted}, eps={eps}",
         inputs,
         call(F.rms_norm, shape),
-        call(TF.rms_norm, (channels,)),
+        call(TF.rms_norm, channels),
         call(composed.rms_norm, shape),
         draw(some.subsets(len(inputs))),
         draw(some.SEEDS),
     )
+
+
+@register
+def relu(draw):
+    x = draw(some.arrays(draw(some.shapes()), some.nonzero))  # at 0 a central difference gives 1/2
+    return Case("relu", [x], F.relu, TF.relu, composed.relu, seed=draw(some.SEEDS))
 
 
 @register
@@ -149,7 +160,6 @@ def gelu(draw):
 def softmax(draw):
     shape = list(draw(some.shapes(min_dims=1)))
     dim = draw(st.integers(-len(shape), len(shape) - 1))
-    shape[dim] = max(1, shape[dim])
     return Case(
         f"softmax of {shape}, dim {dim}",
         [draw(some.arrays(shape))],
@@ -314,9 +324,39 @@ def attention_of_one_buffer(draw):
     )
 
 
+@st.composite
+def attention_with_learned_biases(draw):
+    """The mask is a Tensor of numbers with a gradient; inputs are (B, H, T, D), or one head as (B, T, D)."""
+    B, G, T, S, D = (draw(st.integers(1, n)) for n in (2, 2, 7, 7, 3))
+    H, is_causal = G * draw(st.sampled_from([1, 2])), draw(st.booleans())
+    heads, shared = draw(st.sampled_from([((H,), (G,)), ((), ())]))
+    scores = (B, *heads, T, S)
+    bias = draw(st.sampled_from([scores, scores[1:], (1, *scores[1:]), (T, S), (1, S), (T, 1)]))
+    shapes = [(B, *heads, T, D), (B, *shared, S, D), (B, *shared, S, 2), bias]
+    p, address = draw(st.sampled_from([0, 0, 0.4])) if heads else 0, draw(addresses())
+    inputs = [draw(some.arrays(shape)) for shape in shapes]
+    options = {"is_causal": is_causal, "enable_gqa": True}
+    kept = kept_weights(*inputs[:2], options | {"attn_mask": inputs[3]}, p, address) if p else None
+    every_query_has_a_key = visible_keys(scores, None, is_causal).any(-1).all()
+    plain = every_query_has_a_key and not p
+    plain_options = {
+        "enable_gqa": bool(heads)
+    }  # it repeats heads along axis 1, which (B, T, D) does not have
+    return Case(
+        f"attention with learned biases {shapes}, causal={is_causal}, p={p} at {address}",
+        inputs,
+        at_address(address, lambda *x: F.scaled_dot_product_attention(*x, dropout_p=p, **options)),
+        lambda *x: torch_attention(*x, is_causal=is_causal, kept=kept),
+        (lambda *x: composed.scaled_dot_product_attention(*x, **options | plain_options)) if plain else None,
+        draw(some.subsets(4)),
+        draw(some.SEEDS),
+    )
+
+
 @register
 def scaled_dot_product_attention(draw):
-    return draw(attention_of_three_arrays() | attention_of_one_buffer())
+    cases = attention_of_three_arrays() | attention_of_one_buffer() | attention_with_learned_biases()
+    return draw(cases)
 
 
 @register

@@ -140,6 +140,8 @@ CASES = {
     "F.layer_norm": lambda t: F.layer_norm(t.x, (4,), t.row, t.other_row),
     "F.layer_norm plain": lambda t: F.layer_norm(t.x, 4),
     "F.rms_norm": lambda t: F.rms_norm(t.x, (4,), t.row, 1e-5),
+    "F.layer_norm two axes": lambda t: F.layer_norm(t.x, (3, 4), t.x[0], t.y[1]),
+    "F.rms_norm two axes": lambda t: F.rms_norm(t.x, (3, 4), t.y[0]),
     "F.rms_norm plain": lambda t: F.rms_norm(t.x, 4),
     "F.silu": lambda t: F.silu(300 * t.x),
     "F.swiglu": lambda t: F.swiglu(t.x, t.y),
@@ -172,6 +174,12 @@ CASES = {
     ),
     "F.scaled_dot_product_attention shared heads": lambda t: F.scaled_dot_product_attention(
         t.shared_q, t.k, t.v, t.bias, dropout_p=0.4, is_causal=True, enable_gqa=True
+    ),
+    "F.scaled_dot_product_attention one head": lambda t: F.scaled_dot_product_attention(
+        t.x, t.y, t.y, is_causal=True
+    ),
+    "F.scaled_dot_product_attention learned bias": lambda t: F.scaled_dot_product_attention(
+        t.q, t.k, t.v, t.x[:, None, :, :1] * t.row[:1] + t.bias, dropout_p=0.4, is_causal=True
     ),
     "F.cross_entropy": lambda t: F.cross_entropy(t.x, t.targets),
     "F.cross_entropy host targets": lambda t: F.cross_entropy(t.x, TARGETS),

@@ -398,6 +398,22 @@ def test_query_without_visible_keys_has_zero_output_and_zero_gradient(kind, dtyp
     assert all(np.isfinite(x.grad).all() and x.grad.shape == x.shape for x in (q, k, v))
 
 
+def test_mask_in_a_tensor_without_gradient_is_its_array():
+    q, k, v = (Tensor(normal(1, 1, 4, 2, seed=i)) for i in range(3))
+    for mask in (np.tri(4, dtype=bool), normal(4, 4), normal(1, 1, 1, 4)):
+        ours = F.scaled_dot_product_attention(q, k, v, attn_mask=Tensor(mask))
+        expected = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        np.testing.assert_array_equal(ours.data, expected.data)
+
+
+def test_learned_biases_of_one_query_get_a_gradient():
+    q, k, v = (Tensor(normal(1, 2, n, 4, seed=n)) for n in (1, 5, 5))
+    bias = leaf(2, 1, 5)
+    F.scaled_dot_product_attention(q, k, v, attn_mask=bias).sum().backward()
+    assert np.abs(bias.grad).max() > 0
+    assert bias.grad.sum(axis=-1) == pytest.approx(0)  # adding a constant to a row changes nothing
+
+
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 def test_mask_of_finfo_min_masks_like_boolean_mask(dtype):
     """Many programs add finfo.min instead of -inf: such a key gets weight 0 if another key is visible."""
@@ -445,7 +461,11 @@ def rotate(x, angles, dtype=np.float64):
 ERRORS = {  # mistake -> (call, words in its message: the value and the remedy)
     "an unknown gelu": (lambda: F.gelu(leaf(2), "erf"), ["'erf'", "'none' or 'tanh'"]),
     "negative dropout": (lambda: F.dropout(leaf(2), -0.1), ["-0.1", "between 0 and 1"]),
-    "attention without an axis of heads": (lambda: attend(q=(2, 2, 4)), ["(2, 2, 4)", "(B, H, T, D)"]),
+    "attention without an axis of heads": (
+        lambda: attend(k=(1, 3, 4), v=(1, 3, 4)),
+        ["(1, 1, 2, 4)", "(1, 3, 4)", "(B, H, T, D)", "(B, T, D)"],
+    ),
+    "attention with one axis of heads": (lambda: attend(q=(2, 2, 4)), ["(2, 1, 2, 4)", "(1, 1, 3, 4)"]),
     "attention with head sizes that differ": (
         lambda: attend(k=(1, 1, 3, 5)),
         ["(1, 1, 2, 4)", "(1, 1, 3, 5)", "(1, 1, 3, 4)"],
@@ -475,7 +495,7 @@ ERRORS = {  # mistake -> (call, words in its message: the value and the remedy)
     "swiglu of two shapes": (lambda: F.swiglu(leaf(2, 3), leaf(3)), ["(2, 3)", "(3,)", "same shape"]),
     "rms_norm of the wrong size": (
         lambda: F.rms_norm(leaf(2, 3), 4),
-        ["rms_norm", "4", "(2, 3)", "last axis"],
+        ["rms_norm", "(4,)", "(2, 3)", "last axes"],
     ),
     "an integer attention mask": (
         lambda: attend(attn_mask=np.ones((2, 3), int)),
@@ -483,7 +503,10 @@ ERRORS = {  # mistake -> (call, words in its message: the value and the remedy)
     ),
     "attention dropout of 1.5": (lambda: attend(dropout_p=1.5), ["1.5", "between 0 and 1"]),
     "linear of the wrong size": (lambda: F.linear(leaf(2, 3), leaf(5, 4)), ["(2, 3)", "(5, 4)", "(out, in)"]),
-    "an attention mask that is a Tensor": (lambda: attend(attn_mask=leaf(2, 3)), ["Tensor", ".data"]),
+    "an attention mask of integers in a Tensor": (
+        lambda: attend(attn_mask=Tensor(np.ones((2, 3), int))),
+        ["int64", "boolean"],
+    ),
     "an attention mask of another shape": (
         lambda: attend(attn_mask=np.ones((3, 2))),
         ["(3, 2)", "(1, 1, 2, 3)"],
@@ -496,11 +519,22 @@ ERRORS = {  # mistake -> (call, words in its message: the value and the remedy)
     "an id that is too large": (lambda: F.embedding(np.array([0, 5]), leaf(5, 2)), ["5", "0 to 4"]),
     "a negative id": (lambda: F.embedding([[1, -1]], leaf(5, 2)), ["-1", "0 to 4"]),
     "an id that is not an integer": (lambda: F.embedding(np.array([0.5]), leaf(5, 2)), ["0.5", "integer"]),
-    "layer_norm of the wrong size": (lambda: F.layer_norm(leaf(2, 3), 4), ["4", "(2, 3)", "last axis"]),
-    "layer_norm over two axes": (
-        lambda: F.layer_norm(leaf(4, 2, 3), (2, 3)),
-        ["(2, 3)", "(4, 2, 3)", "last axis"],
+    "layer_norm of the wrong size": (lambda: F.layer_norm(leaf(2, 3), 4), ["(4,)", "(2, 3)", "last axes"]),
+    "layer_norm over other axes": (lambda: F.layer_norm(leaf(4, 2, 3), (4, 2)), ["(4, 2)", "(4, 2, 3)"]),
+    "layer_norm over no axes": (lambda: F.layer_norm(leaf(2, 3), ()), ["()", "(2, 3)"]),
+    "layer_norm of an empty axis": (lambda: F.layer_norm(leaf(2, 0), 0), ["(0,)", "(2, 0)"]),
+    "layer_norm with a weight of all positions": (
+        lambda: F.layer_norm(leaf(2, 4), 4, leaf(2, 4)),
+        ["(2, 4)", "(4,)"],
     ),
+    "layer_norm with one bias": (lambda: F.layer_norm(leaf(2, 4), 4, None, leaf(1)), ["(1,)", "(4,)"]),
+    "rms_norm with one weight": (lambda: F.rms_norm(leaf(2, 4), 4, leaf(1)), ["(1,)", "(4,)"]),
+    "linear with one bias": (lambda: F.linear(leaf(2, 4), leaf(3, 4), leaf(1)), ["(1,)", "(3, 4)"]),
+    "a head with a bias of another size": (
+        lambda: F.linear_cross_entropy(leaf(1, 4), leaf(3, 4), [0], linear_bias=leaf(4)),
+        ["(4,)", "(3, 4)"],
+    ),
+    "softmax over no axis": (lambda: F.softmax(leaf(2, 3), 2), ["(2, 3)", "2"]),
     "targets of another shape": (
         lambda: F.cross_entropy(leaf(2, 3), np.array([1])),
         ["(1,)", "(2, 3)", "(2,)"],
@@ -549,6 +583,13 @@ def test_every_error_of_the_ops_is_tested():
     for module in modules:
         raised = sum(path == module.__file__ for path, _ in places)
         assert raised == inspect.getsource(module).count("raise Error("), module.__name__
+
+
+def test_ids_may_be_a_tensor():
+    w, ids = leaf(5, 2), np.array([[1, 4], [0, 1]])
+    np.testing.assert_array_equal(F.embedding(Tensor(ids), w).data, w.data[ids])
+    with pytest.raises(Error, match="0 to 4"):
+        F.embedding(Tensor(ids - 1), w)
 
 
 @pytest.mark.parametrize(

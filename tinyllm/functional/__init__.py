@@ -12,7 +12,7 @@ from typing import TypeVar
 import tinyllm.functional.linear as projections
 from tinyllm.backend.cuda.launch import on_gpu
 from tinyllm.backend.dtypes import is_half
-from tinyllm.errors import Error
+from tinyllm.errors import Error, names_shapes
 from tinyllm.functional import activations, attention, cuda, losses, norms
 from tinyllm.tensor import Tensor
 from tinyllm.tensor_ops import in_float32
@@ -25,6 +25,7 @@ def accelerated(op: Op) -> Op:
     op_on_gpu = getattr(cuda, op.__name__)
     kinds = [parameter.annotation for parameter in inspect.signature(op).parameters.values()]
 
+    @names_shapes
     @functools.wraps(op)
     def call(*args, **kwargs):
         for kind, x in zip(kinds, args):
@@ -40,6 +41,7 @@ def accelerated(op: Op) -> Op:
 def summed_in_float32(op: Op) -> Op:
     """``op``, computed in float32 if the input is half precision: see ``tensor_ops.in_float32``."""
 
+    @names_shapes
     @functools.wraps(op)
     def call(input, *args, **kwargs):
         return in_float32(op, input, *args, **kwargs) if is_half(input.dtype) else op(input, *args, **kwargs)
@@ -53,6 +55,7 @@ embedding = accelerated(projections.embedding)
 layer_norm = accelerated(norms.layer_norm)
 rms_norm = accelerated(norms.rms_norm)
 gelu = accelerated(activations.gelu)
+relu = summed_in_float32(activations.relu)
 silu = summed_in_float32(activations.silu)
 swiglu = accelerated(activations.swiglu)
 softmax = summed_in_float32(activations.softmax)

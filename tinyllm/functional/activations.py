@@ -94,6 +94,11 @@ def _gelu_erf_slope(x):
     return _normal_cdf(x) + x * np.exp(-0.5 * x * x) * (1 / math.sqrt(2 * math.pi))
 
 
+def relu(input: Tensor) -> Tensor:
+    """y = max(x, 0). dy/dx is 1 for x > 0 and 0 for x < 0; at 0, where it does not exist, 0 is used."""
+    return _elementwise(input, lambda x: np.maximum(x, 0), lambda x: x > 0)
+
+
 def silu(input: Tensor) -> Tensor:
     """y = x s with s = σ(x) = 1 / (1 + exp(-x)); also called swish.
 
@@ -178,7 +183,8 @@ def softmax(input: Tensor, dim: int = -1) -> Tensor:
 
         dx_k = Σ_i g_i p_i (δ_ik - p_k) = p_k (g_k - Σ_i g_i p_i).
     """
-    p = np.exp(input.data - input.data.max(axis=dim, keepdims=True))
+    x = input.data
+    p = np.exp(x - (x.max(axis=dim, keepdims=True) if x.size else 0))
     p /= p.sum(axis=dim, keepdims=True)
     return Tensor.from_op(p, (input,), lambda grad: (p * (grad - (grad * p).sum(axis=dim, keepdims=True)),))
 

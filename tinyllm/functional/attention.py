@@ -16,6 +16,7 @@ from tinyllm.backend.threads import each_block, one_blas_thread, run_tasks
 from tinyllm.errors import Error
 from tinyllm.functional.activations import check_probability
 from tinyllm.tensor import Tensor
+from tinyllm.tensor_ops import array_of
 
 QUERY_BLOCK = 128  # rows of scores at a time
 
@@ -34,8 +35,10 @@ def scaled_dot_product_attention(
 ) -> Tensor:
     """softmax(Q Kᵀ · scale + mask) V for Q (B, H, T, D), K (B, H, S, D), V (B, H, S, E) -> (B, H, T, E).
 
-    ``scale`` defaults to 1/sqrt(D). ``attn_mask`` is an array that broadcasts to (B, H, T, S): boolean (True:
-    may be attended to), or numbers that are added to the scores. With ``is_causal`` query t attends to the
+    Inputs (B, T, D) are one head. ``scale`` defaults to 1/sqrt(D). ``attn_mask`` broadcasts to (B, H, T, S):
+    boolean (True: may be attended to), or numbers that are added to the scores, such as position biases; a
+    Tensor of them gets the gradient dS, a whole (B, H, T, S) array until the engine sums it over the axes
+    that were broadcast. With ``is_causal`` query t attends to the
     keys up to t; if T ≠ S the *last* query is aligned with the *last* key, as a KV cache needs (torch aligns
     the first with the first). A query without a visible key gets zeros. ``dropout_p`` drops weights as
     ``dropout`` does; pass 0 outside training. With ``enable_gqa`` K and V may have G heads, G a divisor of H:
@@ -57,13 +60,18 @@ def scaled_dot_product_attention(
 
     Vaswani et al., "Attention Is All You Need", arXiv 1706.03762, section 3.2.1.
     """
+    if query.ndim == 3:
+        options = attn_mask, dropout_p, is_causal, scale, enable_gqa
+        return of_one_head(scaled_dot_product_attention, query, key, value, *options)
     q, k, v = query.data, key.data, value.data
+    bias = learned_bias(attn_mask)
     attn_mask = check_attention(q, k, v, attn_mask, dropout_p, enable_gqa)
     (B, H, T, D), (G, S) = q.shape, k.shape[1:3]
     R = H // G if G else 1  # query heads per key-value head
     scale = 1 / math.sqrt(D) if scale is None else scale
     mask = None if attn_mask is None else np.broadcast_to(attn_mask, (B, H, T, S))
-    if T == 1 and S and G and not (dropout_p or query.needs_grad or key.needs_grad or value.needs_grad):
+    needs_grad = any(x is not None and x.needs_grad for x in (query, key, value, bias))
+    if T == 1 and S and G and not (dropout_p or needs_grad):
         return Tensor(_of_one_query(q, k, v, mask, scale))
     address = next_address() if dropout_p else None
     step = max(1, QUERY_BLOCK // R)  # a block stacks the rows of R heads
@@ -141,6 +149,7 @@ def scaled_dot_product_attention(
     def vjp(grad):
         dq, grad = zeros_grouped(D), grouped(grad)
         dk, dv = (np.zeros((B, S, G, a.shape[3]), a.dtype, like=a).swapaxes(1, 2) for a in (k, v))
+        dbias = None if bias is None else np.zeros((B, G, R, T, S), q.dtype, like=q)
 
         def backward(bg):
             delta = (grad[bg] * out[bg]).sum(axis=-1, keepdims=True)  # (b, g, R, T, 1)
@@ -160,15 +169,32 @@ def scaled_dot_product_attention(
                     dv[bg][:, :, :seen] += stacked(p).swapaxes(-1, -2) @ g
                 ds -= delta[..., rows, :]
                 ds *= p
+                if dbias is not None:
+                    dbias[bg][..., rows, :seen] = ds
                 ds = stacked(ds)
                 dq[bg][..., rows, :] = unstacked(ds @ k_seen) * scale
                 dk[bg][:, :, :seen] += ds.swapaxes(-1, -2) @ q_scaled
 
         with one_blas_thread():
             run_tasks(backward, tasks)
-        return dq.reshape(B, H, T, D), dk, dv
+        return dq.reshape(B, H, T, D), dk, dv, None if dbias is None else dbias.reshape(B, H, T, S)
 
-    return Tensor.from_op(out.reshape(B, H, T, v.shape[3]), (query, key, value), vjp)
+    return Tensor.from_op(out.reshape(B, H, T, v.shape[3]), (query, key, value, bias), vjp)
+
+
+def of_one_head(attention, query, key, value, attn_mask, *options):
+    """``attention`` of inputs (B, T, D), with an axis for one head while it is computed."""
+    if key.ndim == value.ndim == 3:
+        key, value = (x.reshape(x.shape[0], 1, *x.shape[1:]) for x in (key, value))
+    attn_mask = attn_mask[:, None] if getattr(attn_mask, "ndim", 0) == 3 else attn_mask
+    B, T, D = query.shape
+    out = attention(query.reshape(B, 1, T, D), key, value, attn_mask, *options)
+    return out.reshape(B, T, out.shape[3])
+
+
+def learned_bias(attn_mask) -> Tensor | None:
+    """``attn_mask`` if it is a Tensor that requires a gradient."""
+    return attn_mask if isinstance(attn_mask, Tensor) and attn_mask.requires_grad else None
 
 
 def _of_one_query(q, k, v, mask, scale):
@@ -189,7 +215,10 @@ def _of_one_query(q, k, v, mask, scale):
 def check_attention(q, k, v, mask, dropout_p, enable_gqa):
     """Raise Error unless the arguments fit together; return the mask as an array, or None."""
     if q.ndim != 4 or k.ndim != 4 or v.ndim != 4:
-        raise Error(f"attention needs query, key and value (B, H, T, D), not {q.shape}, {k.shape}, {v.shape}")
+        raise Error(
+            f"attention needs query, key and value (B, H, T, D), or all (B, T, D), not {q.shape}, {k.shape}, "
+            f"{v.shape}"
+        )
     H, G = q.shape[1], k.shape[1]
     heads_fit = H == G or (enable_gqa and G > 0 and H % G == 0)
     if not heads_fit or k.shape[0] != q.shape[0] or k.shape[3] != q.shape[3] or v.shape[:3] != k.shape[:3]:
@@ -203,8 +232,7 @@ def check_attention(q, k, v, mask, dropout_p, enable_gqa):
 
 def _check_mask(mask, scores_shape, like):
     """attn_mask as an array that broadcasts to the scores; lists and numbers get the scores' dtype."""
-    if isinstance(mask, Tensor):
-        raise Error("attn_mask is a Tensor, and attention has no gradient for it: pass its .data")
+    mask = array_of(mask)
     if isinstance(mask, (bool, int, float, list, tuple)):
         mask = np.asarray(mask, like=like)
         mask = mask if mask.dtype == bool else mask.astype(like.dtype)

@@ -27,8 +27,9 @@ def embedding(input, weight):
 
 def layer_norm(input, normalized_shape, weight=None, bias=None, eps=1e-5):
     """Mean 0 and variance 1 over the channels of each position, then a learned scale and shift."""
-    mean = input.mean(axis=-1, keepdims=True)
-    variance = input.var(axis=-1, keepdims=True)
+    axes = tuple(range(-np.size(normalized_shape), 0))
+    mean = input.mean(axis=axes, keepdims=True)
+    variance = input.var(axis=axes, keepdims=True)
     y = (input - mean) / (variance + eps).sqrt()
     y = y if weight is None else y * weight
     return y if bias is None else y + bias
@@ -37,7 +38,8 @@ def layer_norm(input, normalized_shape, weight=None, bias=None, eps=1e-5):
 def rms_norm(input, normalized_shape, weight=None, eps=None):
     """Root mean square 1 over the channels of each position, then a learned scale."""
     eps = float(np.finfo(input.dtype).eps) if eps is None else eps
-    y = input / ((input * input).mean(axis=-1, keepdims=True) + eps).sqrt()
+    axes = tuple(range(-np.size(normalized_shape), 0))
+    y = input / ((input * input).mean(axis=axes, keepdims=True) + eps).sqrt()
     return y if weight is None else y * weight
 
 
@@ -47,6 +49,11 @@ def gelu(input, approximate="tanh"):
         raise ValueError("composed.gelu has only approximate='tanh': Tensor has no erf")
     cubic = input + 0.044715 * (input * input * input)
     return 0.5 * input * (1 + (math.sqrt(2 / math.pi) * cubic).tanh())
+
+
+def relu(input):
+    """max(x, 0)."""
+    return where(input > 0, input, 0.0)
 
 
 def silu(input):
@@ -61,7 +68,8 @@ def swiglu(gate, up):
 
 def softmax(input, dim=-1):
     """exp(x) / Σ exp(x), with the maximum subtracted first so that exp does not overflow."""
-    shifted = (input - input.detach().max(axis=dim, keepdims=True)).exp()
+    peak = input.detach().max(axis=dim, keepdims=True) if input.size else 0.0
+    shifted = (input - peak).exp()
     return shifted / shifted.sum(axis=dim, keepdims=True)
 
 
@@ -73,20 +81,18 @@ def dropout(input, p=0.5, training=True):
 
 
 def attention_weights(query, key, attn_mask=None, is_causal=False, scale=None, enable_gqa=False):
-    """How much each query t attends to each key s: (B, H, T, S), every row sums to 1.
+    """How much each query t attends to each key s: (B, H, T, S) or (B, T, S), every row sums to 1.
 
     Each query must have at least one visible key.
     """
     D, T, S = query.shape[-1], query.shape[-2], key.shape[-2]
     key = repeat_heads(key, query.shape[1]) if enable_gqa else key
-    scores = einsum("bhtd,bhsd->bhts", query, key) * (1 / math.sqrt(D) if scale is None else scale)
+    scores = einsum("...td,...sd->...ts", query, key) * (1 / math.sqrt(D) if scale is None else scale)
     if is_causal:  # the last query is aligned with the last key
         time, keys = np.arange(T, like=query.data), np.arange(S, like=query.data)
         scores = where(keys <= time.reshape(-1, 1) + (S - T), scores, -math.inf)
-    if attn_mask is not None and attn_mask.dtype == bool:
-        scores = where(attn_mask, scores, -math.inf)
-    elif attn_mask is not None:
-        scores = scores + Tensor(attn_mask)
+    if attn_mask is not None:
+        scores = where(attn_mask, scores, -math.inf) if attn_mask.dtype == bool else scores + attn_mask
     return softmax(scores)
 
 
@@ -99,9 +105,9 @@ def scaled_dot_product_attention(
     query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False
 ):
     """The output for a query is the mean of the values, weighted by how well their keys match the query."""
-    weights = attention_weights(query, key, attn_mask, is_causal, scale, enable_gqa)  # (B, H, T, S)
+    weights = attention_weights(query, key, attn_mask, is_causal, scale, enable_gqa)  # (..., T, S)
     value = repeat_heads(value, query.shape[1]) if enable_gqa else value
-    return einsum("bhts,bhse->bhte", dropout(weights, dropout_p), value)  # (B, H, T, E)
+    return dropout(weights, dropout_p) @ value  # (..., T, E)
 
 
 def rope(input, cos, sin):

@@ -27,7 +27,7 @@ from tinyllm.backend.cuda.launch import (
 from tinyllm.backend.dtypes import accumulation_dtype, compute_dtype, tf32_allowed
 from tinyllm.backend.random import next_address, rounded
 from tinyllm.functional import activations
-from tinyllm.functional.attention import check_attention, check_rope, part_number
+from tinyllm.functional.attention import check_attention, check_rope, learned_bias, of_one_head, part_number
 from tinyllm.functional.linear import check_linear
 from tinyllm.functional.linear import embedding as rows_of
 from tinyllm.functional.losses import Targets
@@ -52,7 +52,7 @@ def _required(tensor: Tensor | None) -> bool:
 
 
 def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    check_linear(input, weight)
+    check_linear(input, weight, bias)
     x, lead = _for_products(as_rows(input.data)), input.shape[:-1]  # (N, C_in)
     w, tf32 = weight.data.astype(x.dtype, copy=False), tf32_allowed()
     y = gemm(x, w.T, dtype=x.dtype if bias is None else accumulation_dtype(x.dtype), tf32=tf32)
@@ -91,22 +91,24 @@ def layer_norm(
     bias: Tensor | None = None,
     eps: float = 1e-5,
 ) -> Tensor:
-    check_norm("layer_norm", normalized_shape, input)
-    return _norm(input, weight, bias, eps, centred=True)
+    own = check_norm("layer_norm", normalized_shape, input, weight, bias)
+    return _norm(input, own, weight, bias, eps, centred=True)
 
 
 def rms_norm(
     input: Tensor, normalized_shape, weight: Tensor | None = None, eps: float | None = None
 ) -> Tensor:
-    check_norm("rms_norm", normalized_shape, input)
+    own = check_norm("rms_norm", normalized_shape, input, weight)
     eps = float(np.finfo(accumulation_dtype(input.dtype)).eps) if eps is None else eps
-    return _norm(input, weight, None, eps, centred=False)
+    return _norm(input, own, weight, None, eps, centred=False)
 
 
-def _norm(input: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, centred: bool) -> Tensor:
+def _norm(
+    input: Tensor, own: tuple, weight: Tensor | None, bias: Tensor | None, eps: float, centred: bool
+) -> Tensor:
     """The result has the dtype of the products that follow: ``autocast``'s, or the weight's."""
-    x, shape = contiguous(as_rows(input.data)), input.shape  # (N, C)
-    w, b = (None if tensor is None else contiguous(tensor.data) for tensor in (weight, bias))
+    x, shape = contiguous(input.data.reshape(-1, math.prod(own))), input.shape  # (N, C)
+    w, b = (None if tensor is None else contiguous(tensor.data.reshape(-1)) for tensor in (weight, bias))
     N, C = x.shape
     stored = x.dtype if w is None else w.dtype
     types = (centred, x.dtype, stored, compute_dtype() or stored)
@@ -120,12 +122,13 @@ def _norm(input: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float,
         return y.reshape(shape)
 
     def vjp(grad):
-        g, dx = contiguous(as_rows(grad)), np.empty_like(x)
+        g, dx = contiguous(grad.reshape(x.shape)), np.empty_like(x)
         launch(x, "norm_back", types, N, threads_for(C), x, w, mean, inv, g, dx, C)
         dw = db = None
         if any(needs):
             dw, db = sums_over_rows(g, stored, x, mean, inv, centred)
-        return dx.reshape(shape), dw if needs[0] else None, db if needs[1] else None
+        dw, db = (d.reshape(own) if need else None for d, need in zip((dw, db), needs))
+        return dx.reshape(shape), dw, db
 
     return Tensor.from_op(result(), (input, weight, bias), vjp, recompute=result)
 
@@ -198,7 +201,11 @@ def scaled_dot_product_attention(
 
     The queries of a group of heads are stacked in one product, as in ``attention.py``.
     """
+    if query.ndim == 3:
+        options = attn_mask, dropout_p, is_causal, scale, enable_gqa
+        return of_one_head(scaled_dot_product_attention, query, key, value, *options)
     q, k, v = query.data, key.data, value.data
+    bias = learned_bias(attn_mask)
     attn_mask = check_attention(q, k, v, attn_mask, dropout_p, enable_gqa)
     address, tf32 = next_address() if dropout_p else None, tf32_allowed()
     (B, H, T, D), (G, S), E = q.shape, k.shape[1:3], v.shape[3]
@@ -251,6 +258,7 @@ def scaled_dot_product_attention(
         launch(q, "row_dot", (q.dtype,), delta.size, threads_for(E), grad, out, delta, E)
         dq = new(q.shape, q.dtype, like=q)
         dk, dv = (np.zeros(x.shape, sums_in, like=q) for x in (k, v))
+        dbias = None if bias is None else np.zeros((B, G, R, T, S), q.dtype, like=q)
         for number, rows, seen in blocks():
             q_block, scores, rest = scores_of(number, rows, seen)
             g = stacked(grad, rows)
@@ -259,13 +267,15 @@ def scaled_dot_product_attention(
             arrays = scores, dp, p, ds, log_sum, delta
             count = B * H * (rows.stop - rows.start)
             launch(q, "attention_back", (q.dtype,), count, threads_for(seen), *arrays, *rest)
+            if dbias is not None:
+                dbias[..., rows, :seen] = ds.reshape(B, G, R, -1, seen)
             gemm(p.swapaxes(1, 2), g, out=dv[:, :seen], beta=1, tf32=tf32)
             gemm(ds.swapaxes(1, 2), q_block, out=dk[:, :seen], alpha=scale, beta=1, tf32=tf32)
             dq[..., rows, :] = gemm(ds, k[:, :seen], alpha=scale, tf32=tf32).reshape(B, G, R, -1, D)
         dk, dv = (d.astype(q.dtype, copy=False).reshape(B, G, S, -1) for d in (dk, dv))
-        return dq.reshape(B, H, T, D), dk, dv
+        return dq.reshape(B, H, T, D), dk, dv, None if dbias is None else dbias.reshape(B, H, T, S)
 
-    return Tensor.from_op(out.reshape(B, H, T, E), (query, key, value), vjp)
+    return Tensor.from_op(out.reshape(B, H, T, E), (query, key, value, bias), vjp)
 
 
 class _Mask:
@@ -334,7 +344,7 @@ def linear_cross_entropy(
     weights=None,
 ) -> Tensor:
     """A chunk of rows at a time, as in ``losses.py``; the division by ``num_targets`` comes last."""
-    check_linear(input, linear_weight)
+    check_linear(input, linear_weight, linear_bias)
     x = _for_products(contiguous(as_rows(input.data)))  # (N, C)
     w, bias, tf32 = linear_weight.data.astype(x.dtype, copy=False), linear_bias, tf32_allowed()  # (V, C)
     (N, C), V, sums_in = x.shape, len(w), accumulation_dtype(x.dtype)

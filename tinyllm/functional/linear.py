@@ -6,7 +6,7 @@ from tinyllm.backend.threads import matmul
 from tinyllm.checks import check_ids
 from tinyllm.errors import Error
 from tinyllm.tensor import Tensor
-from tinyllm.tensor_ops import At, as_rows, to_memory_of
+from tinyllm.tensor_ops import At, array_of, as_rows, to_memory_of
 
 
 def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -22,7 +22,7 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
     which is dx = g W, dW = gᵀ x, db = Σ_rows g.
     """
-    check_linear(input, weight)
+    check_linear(input, weight, bias)
     x, w = as_rows(input.data), weight.data  # (N, C_in): one large product, not one per batch element
     lead = input.shape[:-1]
     y = matmul(x, w.T, bias=None if bias is None else bias.data)
@@ -40,10 +40,12 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return Tensor.from_op(y.reshape(*lead, w.shape[0]), (input, weight, bias), vjp)
 
 
-def check_linear(input: Tensor, weight: Tensor) -> None:
-    if input.ndim == 0 or weight.ndim != 2 or input.shape[-1] != weight.shape[1]:
+def check_linear(input: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    fits = input.ndim > 0 and weight.ndim == 2 and input.shape[-1] == weight.shape[1]
+    if not fits or (bias is not None and bias.shape != weight.shape[:1]):
+        added = "" if bias is None else f" and a bias of shape {bias.shape} (out,)"
         raise Error(
-            f"linear: input of shape {input.shape} does not fit a weight of shape {weight.shape} (out, in)"
+            f"linear: input {input.shape} does not fit a weight of shape {weight.shape} (out, in){added}"
         )
 
 
@@ -53,7 +55,7 @@ def embedding(input, weight: Tensor) -> Tensor:
     ∂y_nc/∂W_vc is 1 where v = input_n, else 0: dW_v is the sum of g_n over the n with input_n = v.
     Ids outside 0..V-1 raise Error (NumPy would wrap -1 around to the last row).
     """
-    ids = np.asarray(input) if isinstance(input, (list, tuple)) else input
+    ids = np.asarray(input) if isinstance(input, (list, tuple)) else array_of(input)
     if isinstance(ids, np.ndarray):
         ids = to_memory_of(check_ids(ids, weight.shape[0]), weight.data)
     return Tensor.from_op(weight.data[ids], (weight,), lambda grad: (At(ids, grad),))

@@ -67,7 +67,7 @@ def linear_cross_entropy(
     replaced in place by their gradient d, which yields dx = d W and the chunk's share of dW = dᵀ x and
     db = Σ_rows d. This happens in the forward pass; otherwise the logits would have to be computed twice.
     """
-    check_linear(input, linear_weight)
+    check_linear(input, linear_weight, linear_bias)
     x, w = as_rows(input.data), linear_weight.data  # (N, C), (V, C)
     targets = Targets(target, (*input.shape[:-1], len(w)), ignore_index, num_targets, weights)
     columns = targets.columns(x)

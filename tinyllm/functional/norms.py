@@ -1,11 +1,12 @@
 """Why does a deep network stay trainable? Every layer gets inputs of the same mean and size."""
 
+import math
+
 import numpy as np
 
 from tinyllm.backend.threads import each_block
 from tinyllm.errors import Error
 from tinyllm.tensor import Tensor
-from tinyllm.tensor_ops import as_rows
 
 
 def layer_norm(
@@ -17,6 +18,7 @@ def layer_norm(
 ) -> Tensor:
     """y = x̂ w + b with x̂ = (x - μ) / s over the last axis of x (..., C).
 
+    ``normalized_shape`` is C, or the shape of several last axes, which are normalised as one of C elements.
     μ = mean(x) and s = sqrt(var(x) + eps), with the biased variance var(x) = mean((x - μ)²). Per row, with
     δ_ik = 1 if i = k, else 0,
 
@@ -32,10 +34,9 @@ def layer_norm(
 
     Ba, Kiros and Hinton, "Layer Normalization", arXiv 1607.06450, section 3.
     """
-    check_norm("layer_norm", normalized_shape, input)
-    x = as_rows(input.data)  # (N, C)
-    w = None if weight is None else weight.data
-    b = None if bias is None else bias.data
+    own = check_norm("layer_norm", normalized_shape, input, weight, bias)
+    x = input.data.reshape(-1, math.prod(own))  # (N, C)
+    w, b = (None if t is None else t.data.reshape(-1) for t in (weight, bias))
     needs_dw, needs_db = (t is not None and t.requires_grad for t in (weight, bias))
     x_hat, shape = np.empty_like(x), input.shape
     inv_std = np.empty((len(x), 1), x.dtype, like=x)
@@ -59,8 +60,7 @@ def layer_norm(
         return y.reshape(shape)
 
     def vjp(grad):
-        g = as_rows(grad)  # (N, C)
-        dx = np.empty_like(x_hat)
+        g, dx = grad.reshape(x_hat.shape), np.empty_like(x_hat)
 
         def backward(rows):
             d, xh = np.multiply(g[rows], 1 if w is None else w, out=dx[rows]), x_hat[rows]
@@ -70,8 +70,8 @@ def layer_norm(
             d *= inv_std[rows]
 
         each_block(backward, *g.shape, like=g)
-        dw = (g * x_hat).sum(axis=0) if needs_dw else None
-        db = g.sum(axis=0) if needs_db else None
+        dw = (g * x_hat).sum(axis=0).reshape(own) if needs_dw else None
+        db = g.sum(axis=0).reshape(own) if needs_db else None
         return dx.reshape(shape), dw, db
 
     return Tensor.from_op(result(), (input, weight, bias), vjp, recompute=result)
@@ -93,10 +93,11 @@ def rms_norm(
 
     Zhang and Sennrich, "Root Mean Square Layer Normalization", arXiv 1910.07467, section 3.
     """
-    check_norm("rms_norm", normalized_shape, input)
+    own = check_norm("rms_norm", normalized_shape, input, weight)
     eps = float(np.finfo(input.dtype).eps) if eps is None else eps
-    x = as_rows(input.data)  # (N, C)
-    w, needs_dw = None if weight is None else weight.data, weight is not None and weight.requires_grad
+    x = input.data.reshape(-1, math.prod(own))  # (N, C)
+    w = None if weight is None else weight.data.reshape(-1)
+    needs_dw = weight is not None and weight.requires_grad
     inv_rms, shape = np.empty((len(x), 1), x.dtype, like=x), input.shape
 
     def scaled(y, rows):
@@ -119,8 +120,7 @@ def rms_norm(
     each_block(forward, *x.shape, like=x)
 
     def vjp(grad):  # x̂ is recomputed from x, which costs one pass and saves an array as large as x
-        g = as_rows(grad)  # (N, C)
-        dx = np.empty_like(x)
+        g, dx = grad.reshape(x.shape), np.empty_like(x)
         dw_parts = {}  # first row of a block -> its Σ_rows g x̂
 
         def backward(rows):
@@ -134,12 +134,19 @@ def rms_norm(
         each_block(backward, *g.shape, like=g)
         # Added in the order of the rows, so that the sum does not depend on which thread finishes first.
         dw = sum(dw_parts[start] for start in sorted(dw_parts)) if needs_dw else None
-        return dx.reshape(shape), dw
+        return dx.reshape(shape), dw.reshape(own) if needs_dw else None
 
     return Tensor.from_op(y.reshape(shape), (input, weight), vjp, recompute=result)
 
 
-def check_norm(op, normalized_shape, input):
-    channels = (normalized_shape,) if isinstance(normalized_shape, int) else tuple(normalized_shape)
-    if len(channels) != 1 or channels != input.shape[-1:] or channels == (0,):
-        raise Error(f"{op} is over the last axis: {normalized_shape} does not fit input {input.shape}")
+def check_norm(op, normalized_shape, input, *parameters) -> tuple:
+    """Raise Error unless the shapes fit together; return ``normalized_shape`` as a tuple."""
+    is_number = isinstance(normalized_shape, int | np.integer)
+    shape = (normalized_shape,) if is_number else tuple(normalized_shape)
+    given = [parameter.shape for parameter in parameters if parameter is not None]
+    if not math.prod(shape) or shape != input.shape[-len(shape) :] or any(other != shape for other in given):
+        raise Error(
+            f"{op} over the last axes {shape} needs an input that ends with them, not {input.shape}, "
+            f"and a weight and bias of that shape, not {given}"
+        )
+    return shape
