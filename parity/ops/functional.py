@@ -174,7 +174,7 @@ def softmax(draw):
 
 
 @st.composite
-def loss_options(draw, lead, classes):
+def loss_options(draw, lead, classes, reductions):
     """Targets, some of them ignored, and the options of both losses."""
     rng = np.random.default_rng(draw(some.SEEDS))
     ignore_index = draw(st.sampled_from([-100, -1, 0, classes, 10_000]))
@@ -183,22 +183,30 @@ def loss_options(draw, lead, classes):
     divisors = [1, 7, 2.5, np.int64(3), np.float64(2.5)]  # a count is often a NumPy number
     if (target != ignore_index).any():
         divisors.append(None)
-    return target, {"ignore_index": ignore_index, "num_targets": draw(st.sampled_from(divisors))}
+    reduction = draw(st.sampled_from(reductions))
+    weight = draw(st.none() | st.just(0.5 + rng.random(classes)))
+    return target, {
+        "weight": weight,
+        "ignore_index": ignore_index,
+        "reduction": reduction,
+        "label_smoothing": draw(st.sampled_from([0, 0.1, 1.0])),
+        "num_targets": draw(st.sampled_from(divisors)) if reduction == "mean" else None,
+    }
 
 
-def torch_cross_entropy(logits, target, ignore_index=-100, num_targets=None):
-    """torch has no num_targets: its sum, divided by ``num_targets`` or by the number of counted targets."""
+def torch_cross_entropy(logits, target, num_targets=None, weight=None, reduction="mean", **options):
+    """torch has no num_targets: its sum, divided by ``num_targets``."""
     flat = torch.tensor(target.reshape(-1).astype(np.int64))
-    total = TF.cross_entropy(
-        logits.reshape(len(flat), logits.shape[-1]), flat, ignore_index=ignore_index, reduction="sum"
-    )
-    return total / float((target != ignore_index).sum() if num_targets is None else num_targets)
+    options |= {"weight": None if weight is None else torch.tensor(weight)}
+    options |= {"reduction": "sum" if num_targets is not None else reduction}
+    loss = TF.cross_entropy(logits.reshape(len(flat), logits.shape[-1]), flat, **options)
+    return loss.reshape(target.shape if reduction == "none" else ()) / float(num_targets or 1)
 
 
 @register
 def cross_entropy(draw):
     lead, classes = draw(some.shapes()), draw(st.integers(1, 6))
-    target, options = draw(loss_options(lead, classes))
+    target, options = draw(loss_options(lead, classes, ["mean", "mean", "sum", "none"]))
     return Case(
         f"cross_entropy {lead}, {classes} classes, {options}",
         [draw(some.arrays((*lead, classes)))],
@@ -213,7 +221,7 @@ def cross_entropy(draw):
 @register
 def linear_cross_entropy(draw):
     lead, channels, classes = draw(some.shapes()), draw(st.integers(1, 4)), draw(st.integers(1, 6))
-    target, options = draw(loss_options(lead, classes))
+    target, options = draw(loss_options(lead, classes, ["mean", "mean", "sum"]))
     inputs = [draw(some.arrays((*lead, channels))), draw(some.arrays((classes, channels)))]
     if draw(st.booleans()):
         inputs.append(draw(some.arrays((classes,))))

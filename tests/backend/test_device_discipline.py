@@ -186,6 +186,14 @@ CASES = {
     "F.cross_entropy weights": lambda t: F.cross_entropy(t.x, t.targets, weights=WEIGHTS),
     "F.linear_cross_entropy weights": lambda t: F.linear_cross_entropy(t.x, t.w, TARGETS, weights=WEIGHTS),
     "F.cross_entropy num_targets": lambda t: F.cross_entropy(t.x, t.targets, num_targets=17),
+    "F.cross_entropy options": lambda t: F.cross_entropy(
+        t.x, t.targets, weight=t.array[0, 0] ** 2, reduction="none", label_smoothing=0.1, weights=WEIGHTS
+    ),
+    "F.cross_entropy smoothing": lambda t: F.cross_entropy(t.x, t.targets, label_smoothing=0.1),
+    "F.linear_cross_entropy options": lambda t: F.linear_cross_entropy(
+        t.x, t.w, TARGETS, linear_bias=t.b, weight=t.array[:, :, 0].reshape(6)[:5] ** 2, label_smoothing=0.1
+    ),
+    "F.linear_cross_entropy sum": lambda t: F.linear_cross_entropy(t.x, t.w, t.targets, reduction="sum"),
     "F.linear_cross_entropy": lambda t: F.linear_cross_entropy(t.x, t.w, t.targets, linear_bias=t.b),
     "F.linear_cross_entropy host targets": lambda t: F.linear_cross_entropy(t.x, t.w, TARGETS),
     "F.linear_cross_entropy num_targets": lambda t: F.linear_cross_entropy(

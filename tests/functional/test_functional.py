@@ -186,16 +186,27 @@ def test_elementwise_ops_over_several_blocks():
         check_torch(Case("several blocks", [normal(*shape)], ours, theirs))
 
 
-def test_linear_cross_entropy_matches_torch_op_of_the_same_name():
-    target = np.array([1, 4, -100, 0])
+@pytest.mark.parametrize("label_smoothing", [0, 0.2])
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_linear_cross_entropy_matches_torch_op_of_the_same_name(reduction, label_smoothing):
+    target, weight = np.array([1, 4, -100, 0]), np.array([1, 0.5, 2, 1, 3.0])
+    options = {"reduction": reduction, "label_smoothing": label_smoothing}
+    theirs = options | {"weight": torch.tensor(weight), "ignore_index": -100}
     check_torch(
         Case(
             "linear_cross_entropy",
             [normal(4, 3), normal(5, 3, seed=1)],
-            lambda x, w: F.linear_cross_entropy(x, w, target),
-            lambda x, w: TF.linear_cross_entropy(x, w, torch.tensor(target)),
+            lambda x, w: F.linear_cross_entropy(x, w, target, weight=weight, **options),
+            lambda x, w: TF.linear_cross_entropy(x, w, torch.tensor(target), **theirs),
         )
     )
+
+
+def test_sum_of_ignored_targets_is_0_as_in_torch():
+    x, target = leaf(2, 3), np.array([-100, -100])
+    loss = F.cross_entropy(x, target, reduction="sum", label_smoothing=0.1)
+    loss.backward()
+    assert loss.item() == 0 and (x.grad == 0).all()
 
 
 def test_targets_accept_lists_and_numbers():
@@ -514,6 +525,26 @@ ERRORS = {  # mistake -> (call, words in its message: the value and the remedy)
     "weights of another shape": (
         lambda: F.cross_entropy(leaf(2, 3), np.array([0, 1]), weights=np.ones(3)),
         ["(3,)", "(2,)"],
+    ),
+    "class weights of another shape": (
+        lambda: F.cross_entropy(leaf(2, 3), [0, 1], weight=np.ones(2)),
+        ["(2,)", "(2, 3)"],
+    ),
+    "an unknown reduction": (
+        lambda: F.cross_entropy(leaf(2, 3), [0, 1], reduction="max"),
+        ["'max'", "'mean'", "'sum'", "'none'"],
+    ),
+    "a divisor of a sum": (
+        lambda: F.cross_entropy(leaf(2, 3), [0, 1], reduction="sum", num_targets=2),
+        ["'sum'", "num_targets"],
+    ),
+    "label smoothing above 1": (
+        lambda: F.cross_entropy(leaf(2, 3), [0, 1], label_smoothing=1.1),
+        ["1.1", "between 0 and 1"],
+    ),
+    "the head's losses one by one": (
+        lambda: F.linear_cross_entropy(leaf(2, 3), leaf(5, 3), [0, 1], reduction="none"),
+        ["'none'", "cross_entropy(linear("],
     ),
     "linear of a scalar": (lambda: F.linear(leaf(), leaf(5, 4)), ["()", "(5, 4)"]),
     "an id that is too large": (lambda: F.embedding(np.array([0, 5]), leaf(5, 2)), ["5", "0 to 4"]),

@@ -65,6 +65,7 @@ def scaled_dot_product_attention(
         return of_one_head(scaled_dot_product_attention, query, key, value, *options)
     q, k, v = query.data, key.data, value.data
     bias = learned_bias(attn_mask)
+    needs_bias = bias is not None
     attn_mask = check_attention(q, k, v, attn_mask, dropout_p, enable_gqa)
     (B, H, T, D), (G, S) = q.shape, k.shape[1:3]
     R = H // G if G else 1  # query heads per key-value head
@@ -149,7 +150,7 @@ def scaled_dot_product_attention(
     def vjp(grad):
         dq, grad = zeros_grouped(D), grouped(grad)
         dk, dv = (np.zeros((B, S, G, a.shape[3]), a.dtype, like=a).swapaxes(1, 2) for a in (k, v))
-        dbias = None if bias is None else np.zeros((B, G, R, T, S), q.dtype, like=q)
+        dbias = np.zeros((B, G, R, T, S), q.dtype, like=q) if needs_bias else None
 
         def backward(bg):
             delta = (grad[bg] * out[bg]).sum(axis=-1, keepdims=True)  # (b, g, R, T, 1)

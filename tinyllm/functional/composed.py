@@ -117,24 +117,38 @@ def rope(input, cos, sin):
     return concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1)
 
 
-def cross_entropy(input, target, *, ignore_index=-100, num_targets=None, weights=None):
+def cross_entropy(
+    input,
+    target,
+    *,
+    weight=None,
+    ignore_index=-100,
+    reduction="mean",
+    label_smoothing=0.0,
+    num_targets=None,
+    weights=None,
+):
     """Σ -log softmax(logits)[target] · weight / num_targets, over the targets that count."""
+    shape = target.shape
     logits = input.reshape(-1, input.shape[-1])  # (N, V)
     target = target.reshape(-1)
     counted = target != ignore_index
     peak = logits.detach().max(axis=1, keepdims=True)
     log_sum = (logits - peak).exp().sum(axis=1).log() + peak.reshape(-1)
-    rows = np.arange(len(target), like=target)
-    losses = log_sum - logits[rows, np.where(counted, target, 0)]
-    weights = counted * (1.0 if weights is None else weights.reshape(-1))
-    return (where(counted, losses, 0.0) * weights.astype(input.dtype)).sum() / (
-        weights.sum().item() if num_targets is None else num_targets
-    )
+    rows, index = np.arange(len(target), like=target), np.where(counted, target, 0)
+    losses = log_sum - logits[rows, index]
+    each = counted * (1.0 if weights is None else weights.reshape(-1))
+    weights = each if weight is None else each * weight[index]
+    losses = where(counted, losses, 0.0) * weights.astype(input.dtype)
+    if label_smoothing:
+        everywhere = log_sum.reshape(-1, 1) - logits  # -log p of every class
+        everywhere = (everywhere if weight is None else everywhere * weight.astype(input.dtype)).mean(axis=1)
+        losses = losses * (1 - label_smoothing) + everywhere * (each * label_smoothing).astype(input.dtype)
+    if reduction != "mean":
+        return losses.reshape(shape) if reduction == "none" else losses.sum()
+    return losses.sum() / (weights.sum().item() if num_targets is None else num_targets)
 
 
-def linear_cross_entropy(
-    input, linear_weight, target, *, linear_bias=None, ignore_index=-100, num_targets=None, weights=None
-):
+def linear_cross_entropy(input, linear_weight, target, *, linear_bias=None, **options):
     """The output layer, then the loss."""
-    logits = linear(input, linear_weight, linear_bias)
-    return cross_entropy(logits, target, ignore_index=ignore_index, num_targets=num_targets, weights=weights)
+    return cross_entropy(linear(input, linear_weight, linear_bias), target, **options)

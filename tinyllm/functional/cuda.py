@@ -30,7 +30,7 @@ from tinyllm.functional import activations
 from tinyllm.functional.attention import check_attention, check_rope, learned_bias, of_one_head, part_number
 from tinyllm.functional.linear import check_linear
 from tinyllm.functional.linear import embedding as rows_of
-from tinyllm.functional.losses import Targets
+from tinyllm.functional.losses import Targets, check_reduction, smoothed
 from tinyllm.functional.norms import check_norm
 from tinyllm.tensor import Tensor
 from tinyllm.tensor_ops import as_rows
@@ -206,6 +206,7 @@ def scaled_dot_product_attention(
         return of_one_head(scaled_dot_product_attention, query, key, value, *options)
     q, k, v = query.data, key.data, value.data
     bias = learned_bias(attn_mask)
+    needs_bias = bias is not None
     attn_mask = check_attention(q, k, v, attn_mask, dropout_p, enable_gqa)
     address, tf32 = next_address() if dropout_p else None, tf32_allowed()
     (B, H, T, D), (G, S), E = q.shape, k.shape[1:3], v.shape[3]
@@ -258,7 +259,7 @@ def scaled_dot_product_attention(
         launch(q, "row_dot", (q.dtype,), delta.size, threads_for(E), grad, out, delta, E)
         dq = new(q.shape, q.dtype, like=q)
         dk, dv = (np.zeros(x.shape, sums_in, like=q) for x in (k, v))
-        dbias = None if bias is None else np.zeros((B, G, R, T, S), q.dtype, like=q)
+        dbias = np.zeros((B, G, R, T, S), q.dtype, like=q) if needs_bias else None
         for number, rows, seen in blocks():
             q_block, scores, rest = scores_of(number, rows, seen)
             g = stacked(grad, rows)
@@ -293,29 +294,23 @@ class _Mask:
         self.arguments = (allowed, added, *strides)
 
 
-def cross_entropy(
-    input: Tensor,
-    target,
-    *,
-    ignore_index: int = -100,
-    num_targets: float | None = None,
-    weights=None,
-) -> Tensor:
+def cross_entropy(input: Tensor, target, **options) -> Tensor:
     """The loss of half-precision logits is float32."""
-    targets = Targets(target, input.shape, ignore_index, num_targets, weights)
+    targets = Targets(target, input.shape, **options)
     logits, shape, dtype = contiguous(as_rows(input.data)), input.shape, input.dtype
     dlogits = np.empty(logits.shape, accumulation_dtype(dtype), like=logits)
     losses = _cross_entropy(logits, *_on_device(targets, dlogits), dlogits)
 
     def vjp(grad):
-        return ((dlogits * (grad / targets.number)).astype(dtype, copy=False).reshape(shape),)
+        scale = (grad / targets.number).reshape(-1, 1)
+        return ((dlogits * scale).astype(dtype, copy=False).reshape(shape),)
 
-    return Tensor.from_op(losses.sum() / targets.number, (input,), vjp)
+    return smoothed(Tensor.from_op(targets.reduced(losses), (input,), vjp), targets, input)
 
 
 def _on_device(targets: Targets, like):
     """The targets (N,), -1 where ignored, and their weights (or None), on the device of ``like``."""
-    index = np.where(targets.counted, targets.target, -1).astype(np.int64, copy=False)
+    index = np.where(targets.counted, targets.index, -1).astype(np.int64, copy=False)
     weights = None if targets.weights is None else targets.weights.astype(like.dtype)
     return [None if x is None else np.asarray(x, like=like) for x in (index, weights)]
 
@@ -339,16 +334,16 @@ def linear_cross_entropy(
     target,
     *,
     linear_bias: Tensor | None = None,
-    ignore_index: int = -100,
-    num_targets: float | None = None,
-    weights=None,
+    reduction: str = "mean",
+    **options,
 ) -> Tensor:
     """A chunk of rows at a time, as in ``losses.py``; the division by ``num_targets`` comes last."""
     check_linear(input, linear_weight, linear_bias)
     x = _for_products(contiguous(as_rows(input.data)))  # (N, C)
     w, bias, tf32 = linear_weight.data.astype(x.dtype, copy=False), linear_bias, tf32_allowed()  # (V, C)
     (N, C), V, sums_in = x.shape, len(w), accumulation_dtype(x.dtype)
-    targets = Targets(target, (*input.shape[:-1], V), ignore_index, num_targets, weights)
+    options["reduction"] = check_reduction(reduction)
+    targets = Targets(target, (*input.shape[:-1], V), **options)
     width = -(-V // ALIGNED) * ALIGNED
     step = max(1, LOGITS // width)
     logits = np.empty((min(step, N), width), sums_in, like=x)[:, :V]
@@ -386,4 +381,5 @@ def linear_cross_entropy(
             results[0] = results[0].reshape(shape)
         return results
 
-    return Tensor.from_op(total / targets.number, (input, linear_weight, bias), vjp)
+    loss = Tensor.from_op(total / targets.number, (input, linear_weight, bias), vjp)
+    return smoothed(loss, targets, input, linear_weight, bias)

@@ -4,7 +4,8 @@ Cross-entropy of the next token: loss = Σ_n -log p(target_n) / num_targets with
 targets that are not ``ignore_index``. ``num_targets`` defaults to their number; micro-batches of one step all
 divide by the step's total, so that their gradients add up to those of the whole batch. With ``weights``, an
 array of the targets' shape, each target's loss is multiplied by its weight, and ``num_targets`` defaults to
-the sum of the weights.
+the sum of the weights. As in torch, ``weight`` (V,) has a weight for the targets of each class, and
+``reduction`` is "mean", "sum" (which is not divided) or "none" (the loss of each target).
 """
 
 import math
@@ -27,7 +28,10 @@ def cross_entropy(
     input: Tensor,
     target,
     *,
+    weight=None,
     ignore_index: int = -100,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
     num_targets: float | None = None,
     weights=None,
 ) -> Tensor:
@@ -40,15 +44,19 @@ def cross_entropy(
     so dlogits = (p - onehot(target)) · weight / num_targets, and zero where the target is ignored. An
     untrained model's logits are nearly equal: p_t ≈ 1/V, and the loss is near -ln(1/V) = ln V (10.82 for
     GPT-2's 50257 tokens).
+
+    With label smoothing ε every class c is the target, too, with the weight s_c = ε weight_c / V, and the
+    original one has its weight times 1 - ε. See ``smoothed``. Szegedy et al., arXiv 1512.00567, section 7.
     """
-    targets = Targets(target, input.shape, ignore_index, num_targets, weights)
+    options = ignore_index, num_targets, weights, weight, reduction, label_smoothing
+    targets = Targets(target, input.shape, *options)
     dlogits, shape = as_rows(input.data).copy(), input.shape  # (N, V)
     losses = _into_gradient(dlogits, *targets.columns(dlogits))
 
     def vjp(grad):
-        return ((dlogits * grad).reshape(shape),)
+        return ((dlogits * grad.reshape(-1, 1)).reshape(shape),)
 
-    return Tensor.from_op(losses.sum() / targets.number, (input,), vjp)
+    return smoothed(Tensor.from_op(targets.reduced(losses), (input,), vjp), targets, input)
 
 
 def linear_cross_entropy(
@@ -57,7 +65,10 @@ def linear_cross_entropy(
     target,
     *,
     linear_bias: Tensor | None = None,
+    weight=None,
     ignore_index: int = -100,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
     num_targets: float | None = None,
     weights=None,
 ) -> Tensor:
@@ -65,11 +76,13 @@ def linear_cross_entropy(
 
     x (..., C), W (V, C), targets (...). A chunk of rows at a time, the logits are reduced to their loss and
     replaced in place by their gradient d, which yields dx = d W and the chunk's share of dW = dᵀ x and
-    db = Σ_rows d. This happens in the forward pass; otherwise the logits would have to be computed twice.
+    db = Σ_rows d. This happens in the forward pass; otherwise the logits would have to be computed twice. It
+    needs one dL/d(loss) for all rows: ``reduction`` is "mean" or "sum".
     """
     check_linear(input, linear_weight, linear_bias)
     x, w = as_rows(input.data), linear_weight.data  # (N, C), (V, C)
-    targets = Targets(target, (*input.shape[:-1], len(w)), ignore_index, num_targets, weights)
+    options = ignore_index, num_targets, weights, weight, check_reduction(reduction), label_smoothing
+    targets = Targets(target, (*input.shape[:-1], len(w)), *options)
     columns = targets.columns(x)
     b = None if linear_bias is None else linear_bias.data
     dx = np.empty_like(x) if input.needs_grad else None
@@ -107,7 +120,41 @@ def linear_cross_entropy(
                     d *= grad
         return (None if dx is None else dx.reshape(shape)), dw, db
 
-    return Tensor.from_op(total / targets.number, (input, linear_weight, linear_bias), vjp)
+    loss = Tensor.from_op(total / targets.number, (input, linear_weight, linear_bias), vjp)
+    return smoothed(loss, targets, input, linear_weight, linear_bias)
+
+
+def check_reduction(reduction: str) -> str:
+    if reduction == "none":
+        raise Error("linear_cross_entropy has no reduction='none': use cross_entropy(linear(...), ...)")
+    return reduction
+
+
+def smoothed(loss: Tensor, targets, input: Tensor, weight: Tensor | None = None, bias=None) -> Tensor:
+    """``loss`` and what label smoothing adds to it, for logits z = input (Wᵀ + b).
+
+    A row whose classes have the weights a_c = α [c = t] + s_c, with S = Σ_c s_c, has the loss
+
+        Σ_c a_c (log Σ_j exp(z_j) - z_c) = (α + S) (log Σ_j exp(z_j) - z_t) + S z_t - Σ_c s_c z_c.
+
+    The first term is the usual loss with the weight α + S. The rest is linear in z, and so in the input.
+    """
+    if targets.shares is None:
+        return loss
+    x = input.reshape(-1, input.shape[-1]).astype(loss.dtype)
+    index, shares, each = (
+        np.asarray(a.astype(dtype), like=x.data)
+        for a, dtype in ((targets.index, np.int64), (targets.shares, x.dtype), (targets.each, x.dtype))
+    )
+    if weight is None:
+        at_target, at_all = x[np.arange(len(index), like=index), index], x @ shares
+    else:
+        weight = weight.astype(x.dtype)
+        at_target, at_all = (x * weight[index]).sum(axis=-1), x @ (shares @ weight)
+    if bias is not None:
+        bias = bias.astype(x.dtype)
+        at_target, at_all = at_target + bias[index], at_all + shares @ bias
+    return loss + targets.reduced((at_target * shares.sum().item() - at_all) * each)
 
 
 def _into_gradient(logits, counted, index, scale, weights):
@@ -131,11 +178,28 @@ def _into_gradient(logits, counted, index, scale, weights):
 class Targets:
     """Checked targets and weights as flat arrays; the sum of the losses is divided by ``number``.
 
-    ``counted`` is False for ignored targets, whose weight is 0 (unless ``weights`` is None).
+    ``counted`` is False for ignored targets, whose weight is 0 (unless ``weights`` is None). ``shares`` are
+    the weights of all classes in label smoothing, ``each`` those of the targets without their class's.
     """
 
-    def __init__(self, target, logits_shape, ignore_index, num_targets, weights):
-        target, weights = (_as_array(x) for x in (target, weights))
+    def __init__(
+        self,
+        target,
+        logits_shape,
+        ignore_index=-100,
+        num_targets=None,
+        weights=None,
+        weight=None,
+        reduction="mean",
+        label_smoothing=0.0,
+    ):
+        target, weights, weight = (_as_array(x) for x in (target, weights, weight))
+        if reduction not in ("mean", "sum", "none") or (num_targets is not None and reduction != "mean"):
+            raise Error(f"reduction is {reduction!r}: choose 'mean', or without num_targets 'sum' or 'none'")
+        if not 0 <= label_smoothing <= 1:
+            raise Error(f"label_smoothing is {label_smoothing}: choose a number between 0 and 1")
+        if weight is not None and weight.shape != tuple(logits_shape[-1:]):
+            raise Error(f"weight of shape {weight.shape} does not fit logits of shape {tuple(logits_shape)}")
         if tuple(target.shape) != tuple(logits_shape[:-1]):
             raise Error(
                 f"targets of shape {tuple(target.shape)} do not fit logits of shape {tuple(logits_shape)}; "
@@ -145,20 +209,35 @@ class Targets:
             check_ids(np.where(target == ignore_index, 0, target), logits_shape[-1], name="targets")
         if weights is not None and tuple(weights.shape) != tuple(target.shape):
             raise Error(f"weights of shape {weights.shape} do not fit targets of shape {target.shape}")
-        self.target, self.counted = target.reshape(-1), (target != ignore_index).reshape(-1)
-        weights = None if weights is None else to_memory_of(weights, target)
-        self.weights = None if weights is None else np.where(self.counted, weights.reshape(-1), 0)
-        weights = self.counted if weights is None else self.weights
-        self.number = _num_targets(weights, ignore_index, num_targets)
-        self.scale = weights / self.number
+        self.counted, self.shape, self.reduction = (
+            (target != ignore_index).reshape(-1),
+            target.shape,
+            reduction,
+        )
+        self.index = np.where(self.counted, target.reshape(-1), 0)
+        weights, weight = (None if x is None else to_memory_of(x, target) for x in (weights, weight))
+        weights = None if weights is None else np.where(self.counted, weights.reshape(-1), 0)
+        self.each = self.counted if weights is None else weights
+        weights = weights if weight is None else self.each * weight[self.index]
+        total = self.counted if weights is None else weights
+        self.number = _num_targets(total, ignore_index, num_targets) if reduction == "mean" else 1.0
+        self.shares = None
+        if label_smoothing:
+            weight = np.ones_like(self.counted, shape=logits_shape[-1:]) if weight is None else weight
+            self.shares = weight * (label_smoothing / logits_shape[-1])
+            weights = total * (1 - label_smoothing) + self.each * self.shares.sum()
+        self.weights, self.scale = weights, (self.counted if weights is None else weights) / self.number
 
     def columns(self, like) -> list:
         """Columns (N, 1), as arrays like the logits: counted, valid class index, gradient scale, weights."""
-        index = np.where(self.counted, self.target, 0)
         scale = self.scale.astype(like.dtype)
         weights = None if self.weights is None else self.weights.astype(like.dtype)
-        columns = (self.counted, index, scale, weights)
+        columns = (self.counted, self.index, scale, weights)
         return [None if x is None else np.asarray(x.reshape(-1, 1), like=like) for x in columns]
+
+    def reduced(self, losses):
+        """The result of the op, from the weighted losses of all targets."""
+        return losses.reshape(self.shape) if self.reduction == "none" else losses.sum() / self.number
 
 
 def _as_array(x):
