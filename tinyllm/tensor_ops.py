@@ -331,12 +331,12 @@ def explicit_subscripts(subscripts: str, shapes):
     inputs, arrow, output = subscripts.replace(" ", "").partition("->")
     terms = inputs.split(",")
     axes = [len(shape) - len(term.replace("...", "")) for term, shape in zip(terms, shapes)]  # of each "..."
-    if len(terms) != len(shapes) or any(n < 0 or (n and "..." not in t) for t, n in zip(terms, axes)):
-        raise Error(f"einsum {subscripts!r} needs one term per tensor, with one letter per axis of {shapes}")
-    unused = "".join(c for c in string.ascii_letters if c not in subscripts)[: max(axes)]
+    unused = "".join(c for c in string.ascii_letters if c not in subscripts)[: max(axes, default=0)]
     once = sorted(c for c in set(inputs) - set(".,") if inputs.count(c) == 1)
     output = output if arrow else "".join(["...", *once])
     expanded = [term.replace("...", unused[len(unused) - n :]) for term, n in zip(terms, axes)]
+    if len(terms) != len(shapes) or any(len(t) != len(shape) for t, shape in zip(expanded, shapes)):
+        raise Error(f"einsum {subscripts!r} needs one term per tensor, with one letter per axis of {shapes}")
     return expanded, output.replace("...", unused)
 
 

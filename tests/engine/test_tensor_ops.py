@@ -833,6 +833,7 @@ WRONG_SHAPES = {  # each is an error in NumPy; the shapes that the message names
     "einsum of more axes": (lambda: einsum("ijk->i", leaf(2, 3)), ["(2, 3)", "'ijk->i'"]),
     "einsum of fewer axes": (lambda: einsum("i->i", leaf(2, 3)), ["(2, 3)", "'i->i'"]),
     "einsum of an unknown letter": (lambda: einsum("ij->k", leaf(2, 3)), ["(2, 3)", "k"]),
+    "einsum with two ellipses": (lambda: einsum("......i->i", leaf(2, 3)), ["(2, 3)", "'......i->i'"]),
     "einsum of batches": (lambda: einsum("...i,...i", leaf(2, 3), leaf(4, 3)), ["(2, 3)", "(4, 3)"]),
     "einsum of nothing": (lambda: einsum("i->i"), ["'i->i'"]),
 }

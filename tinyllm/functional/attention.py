@@ -69,7 +69,7 @@ def scaled_dot_product_attention(
     attn_mask = check_attention(q, k, v, attn_mask, dropout_p, enable_gqa)
     (B, H, T, D), (G, S) = q.shape, k.shape[1:3]
     R = H // G if G else 1  # query heads per key-value head
-    scale = 1 / math.sqrt(D) if scale is None else scale
+    scale = 1 / math.sqrt(max(D, 1)) if scale is None else scale
     mask = None if attn_mask is None else np.broadcast_to(attn_mask, (B, H, T, S))
     needs_grad = any(x is not None and x.needs_grad for x in (query, key, value, bias))
     if T == 1 and S and G and not (dropout_p or needs_grad):

@@ -87,7 +87,7 @@ def attention_weights(query, key, attn_mask=None, is_causal=False, scale=None, e
     """
     D, T, S = query.shape[-1], query.shape[-2], key.shape[-2]
     key = repeat_heads(key, query.shape[1]) if enable_gqa else key
-    scores = einsum("...td,...sd->...ts", query, key) * (1 / math.sqrt(D) if scale is None else scale)
+    scores = einsum("...td,...sd->...ts", query, key) * (1 / math.sqrt(max(D, 1)) if scale is None else scale)
     if is_causal:  # the last query is aligned with the last key
         time, keys = np.arange(T, like=query.data), np.arange(S, like=query.data)
         scores = where(keys <= time.reshape(-1, 1) + (S - T), scores, -math.inf)

@@ -211,7 +211,7 @@ def scaled_dot_product_attention(
     address, tf32 = next_address() if dropout_p else None, tf32_allowed()
     (B, H, T, D), (G, S), E = q.shape, k.shape[1:3], v.shape[3]
     R, sums_in = H // G if G else 1, accumulation_dtype(q.dtype)
-    scale = 1 / math.sqrt(D) if scale is None else scale
+    scale = 1 / math.sqrt(max(D, 1)) if scale is None else scale
     step = max(1, QUERY_BLOCK // R)  # of the dropout masks
     bits, threshold, keep_scale = rounded(dropout_p)
     if address is None:

@@ -224,7 +224,7 @@ class Targets:
         self.shares = None
         if label_smoothing:
             weight = np.ones_like(self.counted, shape=logits_shape[-1:]) if weight is None else weight
-            self.shares = weight * (label_smoothing / logits_shape[-1])
+            self.shares = weight * (label_smoothing / max(1, logits_shape[-1]))
             weights = total * (1 - label_smoothing) + self.each * self.shares.sum()
         self.weights, self.scale = weights, (self.counted if weights is None else weights) / self.number
 
