@@ -12,6 +12,7 @@ from tinyllm.backend.device import to_device, to_device_of
 from tinyllm.backend.threads import each_block, one_blas_thread
 from tinyllm.errors import Error
 from tinyllm.nn import Module, loaded
+from tinyllm.nn.module import check_leaf, zero_grad
 from tinyllm.tensor import Tensor
 
 Parameters = Module | Iterable[Tensor] | Iterable[tuple[str, Tensor]]  # accepted by optimizers and clipping
@@ -112,6 +113,7 @@ class AdamW:
         for name, parameter in _named(group["params"]):
             if not parameter.requires_grad:
                 continue
+            check_leaf(name, parameter)
             if any(parameter is other for _, other in self.parameters):
                 raise Error(f"parameter {name} is given twice: list each once, a tied one in one group only")
             name = prefix + name
@@ -137,9 +139,10 @@ class AdamW:
             state[1:] = (to_device(average, device) for average in state[1:])
         return self
 
-    def zero_grad(self) -> None:
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Drop every gradient or, with ``set_to_none=False``, fill it with zeros."""
         for _, parameter in self.parameters:
-            parameter.grad = None
+            zero_grad(parameter, set_to_none)
 
     def step(self) -> None:
         """Update every parameter that has a gradient, in place. The others keep their value and their t."""

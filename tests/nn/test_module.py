@@ -1,14 +1,20 @@
 """Modules: names, strict loading, initial values of layers, and ``observe``."""
 
+import copy
 import math
+import pickle
 import threading
 import tracemalloc
+from collections import OrderedDict, deque
+from dataclasses import dataclass
+from types import MappingProxyType
 
 import numpy as np
 import pytest
 import torch
 
 from tinyllm import GPT2, Error, GPT2Config, Tensor, manual_seed, nn, no_grad
+from tinyllm.optim import AdamW
 
 
 class Tied(nn.Module):
@@ -467,16 +473,135 @@ def test_observe_is_per_thread():
     assert seen == []
 
 
-@pytest.mark.parametrize("held", ["a tuple", "a list in a list", "tensors in a dict in a list"])
-def test_layers_in_unsearched_containers_are_refused(held):
-    layer, module = nn.Linear(2, 2, rng=np.random.default_rng(0)), nn.Module()
-    module.parts = {
-        "a tuple": (layer,),
-        "a list in a list": [[layer]],
-        "tensors in a dict in a list": [{"w": layer.weight}],
-    }[held]
-    with pytest.raises(Error, match=r"Module\.parts"):
-        module.num_parameters()
+@dataclass
+class Held:
+    layer: object
+
+
+class Plain:
+    """Its author forgot to derive it from nn.Module."""
+
+    def __init__(self, value):
+        self.value = value
+
+
+class Scale(Tensor):
+    """A subclass of Tensor is a parameter like any other."""
+
+    __slots__ = ()
+
+
+def parameter():
+    return Tensor(np.ones(2, np.float32), requires_grad=True)
+
+
+SEARCHED = {
+    "a list of Tensors": (lambda: [parameter(), parameter()], ["parts.0", "parts.1"]),
+    "a dict of Tensors": (lambda: {"a": parameter()}, ["parts.a"]),
+    "a list of lists": (lambda: [[nn.RMSNorm(2)], [parameter()]], ["parts.1.0", "parts.0.0.weight"]),
+    "a dict of dicts": (lambda: {"a": {"b": parameter()}}, ["parts.a.b"]),
+    "a dict in a list": (lambda: [{"w": nn.RMSNorm(2)}], ["parts.0.w.weight"]),
+    "an ordered dict": (lambda: OrderedDict(x=parameter()), ["parts.x"]),
+    "a subclass of Tensor": (lambda: Scale(np.ones(2, np.float32), requires_grad=True), ["parts"]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("held", SEARCHED)
+def test_parameters_in_lists_and_dicts_are_found_at_any_depth(held):
+    make, names = SEARCHED[held]
+    module = nn.Module()
+    module.parts = make()
+    assert [name for name, _ in module.named_parameters()] == names == list(module.state_dict())
+    for tensor in module.parameters():
+        tensor.grad = np.ones(2, np.float32)
+    AdamW(module, lr=0.1).step()
+    assert all((tensor.data < 1).all() for tensor in module.parameters())
+    other = nn.Module()
+    other.parts = make()
+    other.load_state_dict(module.state_dict())
+    assert all((tensor.data < 1).all() for tensor in other.parameters())
+
+
+def test_layers_in_nested_lists_are_trained_frozen_and_replaced():
+    module = nn.Module()
+    module.parts = [[nn.Dropout(0.5)], {"a": [nn.Linear(2, 2, rng=0)]}]
+    assert nn.replace(module, "parts.1.a.0", lambda name, layer: nn.LayerNorm(2)) == ["parts.1.a.0"]
+    assert isinstance(module.parts[1]["a"][0], nn.LayerNorm)
+    assert not module.eval().parts[0][0].training
+    assert not any(p.requires_grad for p in module.requires_grad_(False).parameters())
+
+
+UNSEARCHED = {
+    "a tuple": lambda layer: (layer,),
+    "a tuple in a list": lambda layer: [1, (layer,)],
+    "a list in a tuple": lambda layer: ([layer],),
+    "a set": lambda layer: {layer},
+    "a frozen set in a dict": lambda layer: {"a": frozenset([layer.weight])},
+    "a deque": lambda layer: deque([layer]),
+    "a read-only dict": lambda layer: MappingProxyType({"a": layer}),
+    "a dataclass": Held,
+    "an object that is not a Module": Plain,
+    "an object with a parameter": lambda layer: Plain(layer.weight),
+    "an object in a list": lambda layer: [Plain(layer)],
+    "a key that is not a str": lambda layer: {0: layer},
+    "a key with a dot": lambda layer: {"a.b": layer},
+    "a computed tensor": lambda layer: layer.weight * 2,
+}
+
+
+@pytest.mark.parametrize("held", UNSEARCHED)
+def test_parameters_that_would_not_be_trained_are_refused_by_name(held):
+    module = nn.Module()
+    module.parts = UNSEARCHED[held](nn.Linear(2, 2, rng=0))
+    for use in (module.num_parameters, module.state_dict, lambda: AdamW(module)):
+        with pytest.raises(Error, match="parts"):
+            use()
+
+
+def test_parameters_shared_by_a_class_are_refused_by_name():
+    with pytest.raises(Error, match=r"Wrong\.scale"):
+        type("Wrong", (nn.Module,), {"scale": parameter()})
+    with pytest.raises(Error, match=r"Wrong\.__slots__"):
+        type("Wrong", (nn.Module,), {"__slots__": ("scale",)})
+
+
+def test_attributes_without_parameters_may_be_anything():
+    module = nn.Module()
+    module.config, module.pair, module.rng = Held(3), (1, {"a": {2}}), np.random.default_rng(0)
+    module.kind, module.sizes, module.f = nn.Linear, {3: 4, "a.b": 5}, lambda: 1
+    assert module.num_parameters() == 0 and list(module.modules()) == [module]
+
+
+def test_copied_model_keeps_ties_and_frozen_parts_and_shares_no_memory():
+    model = tied()
+    model.first.bias.requires_grad = False
+    for again in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert again.last.weight is again.first.weight is not model.first.weight
+        for (name, p), (other, q) in zip(model.named_parameters(), again.named_parameters(), strict=True):
+            assert name == other and p.requires_grad == q.requires_grad
+            assert np.array_equal(p.data, q.data) and not np.shares_memory(p.data, q.data)
+
+
+def test_zero_grad_can_keep_gradients_as_zeros():
+    model = tied()
+    for drop in (model.zero_grad, AdamW(model).zero_grad):
+        model(Tensor(np.ones((2, 4), np.float32))).sum().backward()
+        drop(set_to_none=False)
+        grads = [p.grad for p in model.parameters()]
+        assert all(grad is not None and not grad.any() for grad in grads)
+        drop(set_to_none=True)
+        assert all(p.grad is None for p in model.parameters())
+
+
+def test_repr_is_a_tree_of_layers_with_their_sizes():
+    lines = repr(small_gpt2()).splitlines()
+    assert lines[0] == "GPT2 (1,896 parameters)"
+    assert "  wte: Embedding weight[11, 8]" in lines and "  drop: Dropout p=0.1" in lines
+    assert "  h.0 … h.1: Block" in lines and "      c_attn: Conv1D weight[24, 8] bias[24]" in lines
+    assert len(lines) == 17
+    model = small_gpt2()
+    model.h[1].mlp = nn.Dropout(0.5)
+    assert {"  h.0: Block", "  h.1: Block"} < set(repr(model).splitlines())
 
 
 def test_integer_tables_keep_their_dtype_and_have_no_gradient():

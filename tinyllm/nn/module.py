@@ -1,14 +1,18 @@
 """How do layers become a model whose parameters have names?
 
-A Module is an object whose attributes are parameters (Tensors), other Modules, or lists and dicts of these.
-The name of a parameter is its path: ``model.h[0].attn.c_attn.weight`` is named ``h.0.attn.c_attn.weight``.
+A Module is an object whose attributes are parameters (Tensors), other Modules, or lists and dicts of these,
+nested or not. The name of a parameter is its path: ``model.h[0].attn.c_attn.weight`` is named
+``h.0.attn.c_attn.weight``.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping, Set
 from typing import Any
+
+import numpy as np
 
 from tinyllm.backend.device import to_device, to_device_of
 from tinyllm.backend.dtypes import dtype_of, is_floating
@@ -30,30 +34,30 @@ class Module:
     def __call__(self, *args, **kwargs):
         return call(self, self.forward, *args, **kwargs)
 
+    def __init_subclass__(cls, **kwargs):
+        super().__init_subclass__(**kwargs)
+        shared = [name for name, value in vars(cls).items() if _holds_parameters(value)]
+        if shared or vars(cls).get("__slots__"):
+            raise Error(
+                f"{cls.__name__}.{(*shared, '__slots__')[0]} would hide parameters from training: set them "
+                "in __init__, as attributes of self"
+            )
+
     def _attributes(self) -> Iterator[tuple[str, Any]]:
         """(name, value) of every attribute. Items of a list or dict are named ``name.0`` or ``name.key``."""
         for name, value in vars(self).items():
-            if isinstance(value, list | dict):
-                items = value.items() if isinstance(value, dict) else enumerate(value)
-                for key, item in items:
-                    self._check_reachable(f"{name}.{key}", item)
-                    yield f"{name}.{key}", item
-            else:
-                self._check_reachable(name, value)
+            if isinstance(value, PLAIN):  # most attributes
                 yield name, value
-
-    def _check_reachable(self, name: str, value) -> None:
-        """Raise ``Error`` for layers in a container that is not searched: they would never be trained."""
-        if isinstance(value, tuple) or (isinstance(value, list | dict) and "." in name):
-            held = value.values() if isinstance(value, dict) else value
-            if any(isinstance(item, Module | Tensor) for item in held):
-                raise Error(
-                    f"{type(self).__name__}.{name} contains layers in a {type(value).__name__}: use a list"
-                )
+            else:
+                yield from _items(f"{type(self).__name__}.", name, value)
 
     def children(self) -> Iterator[tuple[str, Module]]:
         """(name, module) of this module's direct submodules. Those in a list are ``name.0``, ``name.1`` …"""
         return ((name, value) for name, value in self._attributes() if isinstance(value, Module))
+
+    def modules(self) -> Iterator[Module]:
+        """This module and all submodules, in order of definition."""
+        return (module for _, module in self.named_modules())
 
     def named_modules(self, prefix: str = "") -> Iterator[tuple[str, Module]]:
         """(name, module) of this module (named ``prefix``) and all submodules, in order of definition."""
@@ -68,7 +72,13 @@ class Module:
             for name, value in module._attributes():
                 if isinstance(value, Tensor) and id(value) not in seen:
                     seen.add(id(value))
-                    yield (f"{prefix}.{name}" if prefix else name), module, name, value
+                    full_name = f"{prefix}.{name}" if prefix else name
+                    check_leaf(full_name, value)
+                    yield full_name, module, name, value
+
+    def __repr__(self) -> str:
+        """The tree of submodules with their parameters' shapes and their numbers; equal ones in one line."""
+        return f"{type(self).__name__} ({self.num_parameters():,} parameters){_tree(self)}"
 
     def named_parameters(self) -> Iterator[tuple[str, Tensor]]:
         """(name, parameter) of all parameters. A tied one is listed once, by its first name."""
@@ -91,10 +101,10 @@ class Module:
                 parameter.requires_grad = requires_grad
         return self
 
-    def zero_grad(self) -> None:
-        """Drop every gradient, so that the next ``backward()`` starts from zero."""
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Drop every gradient, or fill it with zeros: the next ``backward()`` starts from zero."""
         for parameter in self.parameters():
-            parameter.grad = None
+            zero_grad(parameter, set_to_none)
 
     def train(self, mode: bool = True):
         """Enable dropout (or with ``mode=False`` disable it) in this module and its submodules."""
@@ -158,6 +168,70 @@ class Module:
             parameter.replace(
                 to_device_of(array.astype(parameter.dtype, order="C", copy=True), parameter.data)
             )
+
+
+def check_leaf(name: str, parameter: Tensor) -> None:
+    """Raise ``Error`` for a computed Tensor: its gradient is not kept, so it would not be trained."""
+    if parameter.node is not None and parameter.node.parents != ():
+        raise Error(
+            f"parameter {name} is the result of an op: make it with Tensor(array, requires_grad=True) or, if "
+            "it is not a parameter, store its .data"
+        )
+
+
+PLAIN = Module, Tensor, int, float, str, type(None)  # the attributes to which no search applies
+
+
+def zero_grad(parameter: Tensor, set_to_none: bool = True) -> None:
+    """Drop the gradient or, with ``set_to_none=False``, fill it with zeros."""
+    parameter.grad = None if set_to_none or parameter.grad is None else np.zeros_like(parameter.grad)
+
+
+def _items(owner: str, name: str, value) -> Iterator[tuple[str, Any]]:
+    """(name, value) of an attribute or, for lists and dicts at any depth, of each item.
+
+    Raises ``Error`` for parameters where they would not be found, and so never be trained or saved.
+    """
+    if isinstance(value, list):
+        value = {str(number): item for number, item in enumerate(value)}
+    if isinstance(value, dict):
+        for key, item in value.items():
+            if (not isinstance(key, str) or "." in key) and _holds_parameters(item):
+                raise Error(f"{owner}{name} contains layers under the key {key!r}: use a str without a dot")
+            yield from _items(owner, f"{name}.{key}", item)
+    elif not isinstance(value, PLAIN) and _holds_parameters(value):
+        raise Error(
+            f"{owner}{name} contains layers in a {type(value).__name__}: use a list, a dict or a Module"
+        )
+    else:
+        yield name, value
+
+
+def _holds_parameters(value) -> bool:
+    """Whether a value is a Module or Tensor, or a container or an object of another class that has one."""
+    if isinstance(value, Module | Tensor):
+        return True
+    if isinstance(value, list | tuple | dict | Set | Mapping | deque):
+        return any(map(_holds_parameters, value.values() if isinstance(value, Mapping) else value))
+    parts = () if isinstance(value, type) else getattr(value, "__dict__", {}).values()
+    return any(isinstance(x, Module) or (isinstance(x, Tensor) and x.requires_grad) for x in parts)
+
+
+def _tree(module: Module) -> str:
+    """What follows the name of a module in ``repr``: its own values, then an indented line per submodule."""
+    own, runs = "", []  # runs: [first name, last name, text] of equal neighbours in a list
+    for name, value in module._attributes():
+        if isinstance(value, Module):
+            text = type(value).__name__ + _tree(value)
+            in_list = name.rpartition(".")[0]
+            same = in_list and runs and runs[-1][2] == text and runs[-1][0].startswith(in_list + ".")
+            runs[-1:] = [[runs[-1][0], name, text]] if same else [*runs[-1:], [name, name, text]]
+        elif isinstance(value, Tensor):
+            own += f" {name}{list(value.shape)}"
+        elif isinstance(value, int | float) and not isinstance(value, bool):
+            own += f" {name}={value}"
+    lines = [(first if first == last else f"{first} … {last}") + f": {text}" for first, last, text in runs]
+    return own + "".join("\n  " + line.replace("\n", "\n  ") for line in lines)
 
 
 def _shape(key: str, array) -> tuple[int, ...]:
