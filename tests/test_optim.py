@@ -95,6 +95,16 @@ def test_parameters_are_accepted_in_any_form(form):
     assert (model.weight.data != before).all()
 
 
+def test_tensor_of_two_rows_is_one_parameter():
+    weight = Tensor(np.ones((2, 3)), requires_grad=True)
+    weight.grad = np.full((2, 3), 2.0)
+    assert clip_grad_norm([weight], 1.0) == pytest.approx(2 * math.sqrt(6))
+    assert np.linalg.norm(weight.grad) == pytest.approx(1.0)
+    optimizer = AdamW([weight], lr=0.1, weight_decay=0.0)
+    optimizer.step()
+    assert len(optimizer.parameters) == 1 and np.allclose(weight.data, 0.9)
+
+
 def test_frozen_parameters_are_not_updated_and_take_no_memory():
     ours, theirs = parameters()
     ours["matrix"].requires_grad = False
@@ -128,6 +138,12 @@ WRONG = {
     "nothing": (lambda: AdamW(None), "not a NoneType"),
     "a tensor alone": (lambda: AdamW(Tensor(np.ones((2, 2)), requires_grad=True), 0.1), "list"),
     "a parameter twice": (lambda: AdamW([ROW, ROW], 0.1), "twice"),
+    "a computed tensor": (lambda: AdamW([("w", ROW * 2)], 0.1), "parameter w is the result"),
+    "a list of lists": (lambda: AdamW([[ROW, ROW]], 0.1), "list"),
+    "a list of layers": (lambda: AdamW([nn.Linear(2, 2, rng=0)], 0.1), "Linear"),
+    "a tensor alone as a group": (lambda: AdamW([{"params": ROW}], 0.1), "list"),
+    "an eps that is not a number": (lambda: AdamW([ROW], 0.1, eps=math.nan), "eps=nan"),
+    "an lr that is not a number": (lambda: AdamW([ROW], math.nan), "lr=nan"),
     "one name for two": (
         lambda: AdamW([("w", ROW), ("w", Tensor(np.ones(2), requires_grad=True))], 0.1),
         "two parameters are named w",
@@ -237,6 +253,23 @@ def test_adamw_preserves_float32():
         assert np.allclose(ours[name].data, theirs[name].detach().numpy(), rtol=1e-5, atol=1e-6), name
 
 
+@pytest.mark.parametrize("first", [1e-30, 1e19, 1e20, 5e20, 1e22])
+def test_adamw_in_float32_recovers_from_a_huge_gradient_as_torch(first):
+    """(1 - β₂) g² fits float32 up to g = 5.8e20, although g² alone overflows from 1.8e19."""
+    ours, theirs = Tensor(np.ones(1, np.float32), requires_grad=True), torch.nn.Parameter(torch.ones(1))
+    mine = optim.AdamW([ours], lr=0.1)
+    reference = torch.optim.AdamW([theirs], lr=0.1, weight_decay=0.0)
+    for step in range(199):
+        grad = first if step == 0 else 1.0
+        ours.grad, theirs.grad = np.full(1, grad, np.float32), torch.full((1,), grad)
+        with np.errstate(over="ignore"):
+            mine.step()
+        reference.step()
+    assert ours.data.item() == pytest.approx(theirs.item(), rel=1e-5)
+    if first in (1e19, 1e20):
+        assert ours.data.item() == pytest.approx(0.3994, abs=1e-4)
+
+
 def test_parameter_without_a_gradient_skips_the_step_as_in_torch():
     ours, theirs = on_both_sides()
     mine = optim.AdamW(ours.items(), 1e-2, weight_decay=0.1)
@@ -342,6 +375,22 @@ def test_clip_grad_norm_at_the_bound_equals_torch():
     assert optim.clip_grad_norm([("p", mine)], 5.0) == 5.0
     torch.nn.utils.clip_grad_norm_([theirs], 5.0)
     assert np.allclose(mine.grad, theirs.grad.numpy(), rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("value", [1e-30, 1e18, 1e20, math.inf, math.nan])
+def test_clip_grad_norm_of_extreme_gradients_equals_torch(value, dtype):
+    ours = [Tensor(np.zeros(2, dtype), requires_grad=True) for _ in range(2)]
+    theirs = [torch.nn.Parameter(torch.tensor(p.data)) for p in ours]
+    for mine, other in zip(ours, theirs):
+        mine.grad = np.array([value, 1.0], dtype)
+        other.grad = torch.tensor(mine.grad)
+        mine.grad, value = mine.grad.copy(), 1.0
+    with np.errstate(all="ignore"):
+        norm = optim.clip_grad_norm(ours, 1.0)
+    assert norm == pytest.approx(torch.nn.utils.clip_grad_norm_(theirs, 1.0).item(), rel=1e-6, nan_ok=True)
+    for mine, other in zip(ours, theirs):
+        np.testing.assert_allclose(mine.grad, other.grad.numpy(), rtol=1e-6)
 
 
 def test_clip_grad_norm_scales_any_layout_in_place():

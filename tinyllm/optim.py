@@ -164,8 +164,8 @@ class AdamW:
                 scratch = g * (1 - beta1)
                 m *= beta1
                 m += scratch
-                np.multiply(g, g, out=scratch)
-                scratch *= 1 - beta2
+                np.multiply(g, 1 - beta2, out=scratch)  # before the square, which may overflow in float32
+                scratch *= g
                 v *= beta2
                 v += scratch
                 np.sqrt(v, out=scratch)
@@ -273,7 +273,7 @@ def clip_grad_norm(parameters: Parameters, max_norm: float) -> float:
     else:
         norm = math.sqrt(sum(map(_sum_of_squares, grads)))
     factor = max_norm / (norm + 1e-6)
-    if factor < 1:
+    if not factor >= 1:  # a norm of NaN, too, as in torch: then all gradients become NaN
         scale(grads, factor)
     return norm
 

@@ -277,6 +277,16 @@ def test_many_arrays_are_processed_in_one_launch(monkeypatch, chunk, put):
 
 
 @on_gpus
+def test_adamw_recovers_from_a_gradient_whose_square_overflows(put):
+    parameter = Tensor(put(np.ones(1, np.float32)), requires_grad=True)
+    optimizer = optim.AdamW([parameter], lr=0.1)
+    for step in range(199):
+        parameter.grad = put(np.full(1, 1e20 if step == 0 else 1.0, np.float32))
+        optimizer.step()
+    assert parameter.data.get().item() == pytest.approx(0.3994, abs=1e-4)  # torch's
+
+
+@on_gpus
 def test_unsuitable_arrays_are_not_launched_together(put):
     rows = put(np.zeros((4, 4)))
     assert launch.fit_for_many([rows, rows[1]])

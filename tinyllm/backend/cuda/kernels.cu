@@ -377,7 +377,7 @@ __global__ void adamw(const Int* pointers, const Int* sizes, const Int* blocks, 
     Int n = length_of_part(sizes, blocks, chunk);
     for (Int i = threadIdx.x; i < n; i += blockDim.x) {
         m[i] = T(beta1) * m[i] + T(1 - beta1) * g[i];
-        v[i] = T(beta2) * v[i] + T(1 - beta2) * (g[i] * g[i]);
+        v[i] = T(beta2) * v[i] + T(1 - beta2) * g[i] * g[i];  // g * g may overflow in float
         theta[i] = theta[i] * decay - step_size * (m[i] / (sqrt(v[i]) + eps));
     }
 }
