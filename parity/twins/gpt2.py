@@ -123,4 +123,4 @@ class TorchGPT2(TorchLanguageModel):
 
     @staticmethod
     def can_be_published(config: GPT2Config) -> bool:
-        return config.qkv_bias and not config.lm_head_bias
+        return config.is_standard

@@ -105,6 +105,13 @@ def test_empty_model_of_a_published_size_has_meta_parameters(name):
     assert all(nn.is_meta(parameter.data) for parameter in model.parameters() if parameter.ndim == 2)
 
 
+@pytest.mark.parametrize("name", [None, 3])
+@pytest.mark.parametrize("load", [load_model, empty_model, GPT2.from_pretrained])
+def test_name_of_another_type_is_refused(load, name):
+    with pytest.raises(Error, match=f"{name} does not name a model"):
+        load(name)
+
+
 # ------------------------------------------------------------------------ initial weights and rng
 
 

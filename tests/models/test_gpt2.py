@@ -20,6 +20,7 @@ from support.models import (
 )
 
 from tinyllm import GPT2, Error, GPT2Config, load_model, manual_seed, no_grad
+from tinyllm.models import base
 from tinyllm.models.gpt2 import SIZES, Conv1D
 
 torch = pytest.importorskip("torch")
@@ -471,6 +472,40 @@ def test_saved_folder_loads_in_transformers(tmp_path, tied, n_inner):
     assert isinstance(
         transformers.AutoModelForCausalLM.from_pretrained(tmp_path), transformers.GPT2LMHeadModel
     )
+
+
+OWN_CHOICES = {
+    "head bias": dict(lm_head_bias=True, tie_word_embeddings=False),
+    "tied head with a bias": dict(lm_head_bias=True),
+    "no bias for Q, K and V": dict(qkv_bias=False),
+}
+
+
+@pytest.mark.parametrize("choice", OWN_CHOICES)
+def test_folder_that_transformers_would_compute_differently_is_refused_by_it(tmp_path, choice):
+    """But tinyllm loads it, and those of older versions, which had the model_type of GPT-2."""
+    ours = random_gpt2(GPT2Config(**SMALL, **OWN_CHOICES[choice]))
+    ours.save_pretrained(tmp_path)
+    for auto in (transformers.AutoConfig, transformers.AutoModelForCausalLM):
+        with pytest.raises(ValueError, match="tinyllm-gpt2"):
+            auto.from_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert config["architectures"] == ["tinyllm-GPT2LMHeadModel"]
+    ids, _ = batch(ours.config, (2, 8))
+    for kind in ("tinyllm-gpt2", "gpt2"):
+        (tmp_path / "config.json").write_text(json.dumps(config | {"model_type": kind}))
+        for load in (GPT2.from_pretrained, load_model):
+            assert np.array_equal(load(tmp_path, np.float64)(ids).data, ours(ids).data)
+
+
+def test_saving_what_transformers_would_compute_differently_warns_once(tmp_path, caplog):
+    base._warn_once.cache_clear()
+    random_gpt2(GPT2Config(**SMALL)).save_pretrained(tmp_path / "plain")
+    assert not caplog.records
+    for folder in "ab":
+        random_gpt2(GPT2Config(**SMALL, qkv_bias=False)).save_pretrained(tmp_path / folder)
+    (record,) = caplog.records
+    assert record.levelname == "WARNING" and "tinyllm-gpt2" in record.getMessage()
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ import math
 import numpy as np
 import pytest
 import torch
+import transformers
 from support.models import (
     EVERYTHING,
     NO_DROPOUT,
@@ -466,6 +467,46 @@ def test_replaced_layers_indistinguishable_in_a_folder_are_refused(what, tmp_pat
     with pytest.raises(Error, match=what):
         model.save_pretrained(tmp_path / "model")
     assert not (tmp_path / "model").exists()
+
+
+@pytest.mark.parametrize("change", ["a block more", "a block less"])
+@every_model
+def test_model_with_another_number_of_blocks_is_saved_and_loaded(config, change, tmp_path):
+    model = random_model(config)
+    blocks = getattr(model, model.blocks)
+    if change == "a block more":
+        blocks.extend(getattr(random_model(config), model.blocks)[:1])
+    else:
+        del blocks[1]
+    model.save_pretrained(tmp_path)
+    again = load_model(tmp_path, np.float64)
+    assert len(getattr(again, again.blocks)) == len(blocks) == getattr(again.config, again.depth)
+    ids, _ = batch(config, (2, 8))
+    assert np.array_equal(again(ids).data, model(ids).data)
+    assert text(again, [[1, 2]]) == text(model, [[1, 2]]) == text(model, [[1, 2]], use_cache=False)
+
+
+@every_model
+def test_model_without_blocks_or_with_a_shared_block_is_not_saved_as_another(config, tmp_path):
+    model = random_model(config)
+    blocks = getattr(model, model.blocks)
+    blocks.append(blocks[0])
+    model.save_pretrained(tmp_path / "shared")
+    with pytest.raises(Error, match=rf"{model.blocks}\.2"):
+        load_model(tmp_path / "shared")
+    blocks.clear()
+    with pytest.raises(Error, match=f"{model.depth} must be .* not 0"):
+        model.save_pretrained(tmp_path / "none")
+    assert not (tmp_path / "none").exists()
+
+
+@pytest.mark.parametrize("what", KEPT)
+def test_folder_with_replaced_layers_is_refused_by_transformers(what, tmp_path):
+    model = random_model(CONFIGS["gpt2"])
+    nn.replace(model, what.partition(" ")[0], lambda name, layer: KEPT[what][0](layer))
+    model.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="tinyllm-gpt2"):
+        transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
 
 
 def test_saving_a_score_bias_is_refused(tmp_path):

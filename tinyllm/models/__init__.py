@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 
 from tinyllm.errors import Error
-from tinyllm.models.base import ARCHITECTURES, LanguageModel, ModelConfig, register
+from tinyllm.models.base import ARCHITECTURES, LanguageModel, ModelConfig, model_type_of, register
 from tinyllm.models.gpt2 import GPT2, GPT2Config
 from tinyllm.models.llama import Llama, LlamaConfig
 from tinyllm.weights import hub
@@ -48,7 +48,7 @@ def empty_model(name: str | Path) -> LanguageModel:
 
 
 def _architecture(path: Path) -> type[LanguageModel]:
-    kind = hub.model_config(path).get("model_type")
+    kind = model_type_of(hub.model_config(path))
     if not isinstance(kind, str) or kind not in ARCHITECTURES:
         raise Error(f"{path}: model_type {kind!r} is not supported; supported: {', '.join(ARCHITECTURES)}")
     return ARCHITECTURES[kind]

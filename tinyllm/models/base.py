@@ -9,6 +9,8 @@ Shapes: B batch, T time, S keys, C channels, V vocabulary.
 
 from __future__ import annotations
 
+import functools
+import logging
 from collections.abc import Mapping
 from dataclasses import asdict, fields, replace
 from pathlib import Path
@@ -30,6 +32,16 @@ def register(model_class):
     """Class decorator that adds an architecture to ``load_model`` and ``tinyllm train``."""
     ARCHITECTURES[model_class.config_class.model_type] = model_class
     return model_class
+
+
+# Begins the model_type of a saved model that the class of ``transformers`` would compute differently.
+OWN = "tinyllm-"
+
+
+def model_type_of(config: Mapping, default: str | None = None):
+    """The ``model_type`` of a ``config.json``, without ``OWN``."""
+    kind = config.get("model_type", default)
+    return kind.removeprefix(OWN) if isinstance(kind, str) else kind
 
 
 # Keys of a config.json that change the computation, with the only value that is implemented, unless the
@@ -66,6 +78,7 @@ class ModelConfig:
 
     model_type = ""
     hub_class = ""  # the class in ``transformers``
+    is_standard = True  # whether that class computes the same with this config
     sizes: Mapping[str, dict] = {}  # published sizes: name -> fields
 
     @classmethod
@@ -78,6 +91,7 @@ class ModelConfig:
     @classmethod
     def from_dict(cls, config: Mapping):
         """From the contents of a ``config.json``. A key that might affect the result is never ignored."""
+        config = {**config, "model_type": model_type_of(config, cls.model_type)}
         ours, fixed = {field.name for field in fields(cls)}, FIXED | {"model_type": cls.model_type}
         for key, value in fixed.items():
             if key not in ours and config.get(key, value) != value:
@@ -92,9 +106,11 @@ class ModelConfig:
             )
         return cls(**{key: value for key, value in config.items() if key in ours})
 
-    def to_dict(self) -> dict:
-        """The contents of a ``config.json`` that ``transformers`` can read too."""
-        return {"architectures": [self.hub_class], "model_type": self.model_type, **asdict(self)}
+    def to_dict(self, standard: bool = True) -> dict:
+        """The contents of a ``config.json``, which ``transformers`` refuses unless the model is standard."""
+        own = "" if standard and self.is_standard else OWN
+        names = {"architectures": [own + self.hub_class], "model_type": own + self.model_type}
+        return names | asdict(self)
 
     def check(self, layers: tuple, widths: tuple, probabilities: tuple, positive: tuple, choices: dict):
         """Raise ``Error`` unless the named fields, and all integer fields, have valid values.
@@ -131,6 +147,7 @@ class LanguageModel(nn.Module):
     config_class = ModelConfig
     token_embedding = ""  # the name of the layer that embeds the ids
     blocks = ""  # the name of the list of blocks
+    depth = ""  # the config's field for their number
     prefix = ""  # what published files prepend to every name but the head's
     not_parameters: tuple[str, ...] = ()  # suffixes of keys in published files that are not parameters
     learned_positions = False  # if true, a cache cannot drop its oldest entries: it would change positions
@@ -216,7 +233,7 @@ class LanguageModel(nn.Module):
         """The model at a path returned by ``hub.find_model``, with meta parameters (see ``nn.normal``)."""
         config = hub.model_config(path)
         ours = cls.config_class.model_type
-        kind = config.get("model_type", ours)
+        kind = model_type_of(config, ours)
         if kind != ours:
             raise Error(f"{path} contains a model of type {kind!r}, not {ours!r}: use tinyllm.load_model")
         try:
@@ -227,25 +244,32 @@ class LanguageModel(nn.Module):
     def save_pretrained(self, folder: str | Path, overwrite: bool = False) -> None:
         """Write ``config.json`` and ``model.safetensors`` as ``transformers`` does.
 
-        Parameters of replaced layers are saved under their own names; to load such a model, rebuild it and
-        call ``load_state_dict``. Raises ``Error``, naming the layers, if replaced layers have the names and
-        shapes of the original ones, because the folder would silently load as the plain architecture.
+        The config gets the current number of blocks. Parameters of replaced layers are saved under their own
+        names; to load such a model, rebuild it and call ``load_state_dict``. If ``transformers`` would
+        compute something else, the config has a ``model_type`` that it refuses, and a warning is logged.
+
+        Raises ``Error``, naming the layers, if replaced layers have the names and shapes of the original
+        ones, because the folder would silently load as the plain architecture.
         """
-        config = replace(self.config, tie_word_embeddings=self._is_tied())
-        self._check_replaced_layers(config)
+        changes = {self.depth: len(getattr(self, self.blocks))} if self.depth else {}
+        config = replace(self.config, tie_word_embeddings=self._is_tied(), **changes)
+        contents = config.to_dict(standard=self._is_plain(config))
         for name, parameter in self.named_parameters():
             nn.loaded(parameter, name)
         tensors = {
             name if name.startswith("lm_head.") else self.prefix + name: array
             for name, array in self.state_dict().items()
         }
-        safetensors.save_folder(folder, config.to_dict(), tensors, overwrite=overwrite)
+        safetensors.save_folder(folder, contents, tensors, overwrite=overwrite)
+        if contents["model_type"] != config.model_type:
+            _warn_once(contents["model_type"], config.hub_class)
 
-    def _check_replaced_layers(self, config: ModelConfig) -> None:
+    def _is_plain(self, config: ModelConfig) -> bool:
+        """Whether the parameters are those of ``config``. Raises ``Error`` if only the layers differ."""
         models = self, type(self)(config, rng=None)
         shapes, plain_shapes = ({n: a.shape for n, a in model.state_dict().items()} for model in models)
         if shapes != plain_shapes:
-            return  # loading it reports the names
+            return False  # loading it reports the names
         kinds, plain_kinds = ({n: type(m) for n, m in model.named_modules()} for model in models)
         replaced = [name for name in kinds | plain_kinds if kinds.get(name) is not plain_kinds.get(name)]
         if replaced:
@@ -253,6 +277,7 @@ class LanguageModel(nn.Module):
                 f"the replaced layers {', '.join(replaced)} have the same parameter names and shapes as the "
                 "original ones and would be loaded as those: save model.state_dict() instead"
             )
+        return True
 
     def _is_tied(self) -> bool:
         """Whether the head currently shares a parameter with the embedding, whatever the config says."""
@@ -318,6 +343,14 @@ class LanguageModel(nn.Module):
             rows = np.asarray(rows, dtype=tensor.dtype, like=tensor.data)
             tensor.replace(np.concatenate([tensor.data, rows]))
         self.config = replace(self.config, vocab_size=int(vocab_size))
+
+
+@functools.cache
+def _warn_once(model_type: str, hub_class: str) -> None:
+    logging.getLogger("tinyllm").warning(
+        "the model is saved as model_type %s, which only tinyllm loads, because %s of transformers would "
+        "compute something else", model_type, hub_class,
+    )  # fmt: skip
 
 
 def _is(method, function) -> bool:

@@ -42,7 +42,10 @@ SIZES = {
 
 @dataclass(frozen=True)
 class GPT2Config(ModelConfig):
-    """Hugging Face's field names, and two of tinyllm's own: ``qkv_bias`` and ``lm_head_bias``."""
+    """Hugging Face's field names, and two of tinyllm's own: ``qkv_bias`` and ``lm_head_bias``.
+
+    A model that uses one of these is saved under a ``model_type`` that ``transformers`` refuses.
+    """
 
     vocab_size: int = 50257
     n_positions: int = 1024
@@ -61,6 +64,7 @@ class GPT2Config(ModelConfig):
     lm_head_bias: bool = False
 
     model_type, hub_class, sizes = "gpt2", "GPT2LMHeadModel", SIZES
+    is_standard = property(lambda self: self.qkv_bias and not self.lm_head_bias)
     context = property(lambda self: self.n_positions)
     kv_shape = property(lambda self: (self.n_head, self.n_embd // self.n_head))
 
@@ -146,7 +150,7 @@ class GPT2(LanguageModel):
     of each block from N(0, initializer_range² / (2 n_layer)).
     """
 
-    config_class, token_embedding, blocks = GPT2Config, "wte", "h"
+    config_class, token_embedding, blocks, depth = GPT2Config, "wte", "h", "n_layer"
     prefix, learned_positions = "transformer.", True
     not_parameters = (".attn.bias", ".attn.masked_bias")  # causal masks
 

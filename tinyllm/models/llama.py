@@ -174,7 +174,7 @@ class Llama(LanguageModel):
     Initial weights are from N(0, initializer_range²), as in ``transformers``.
     """
 
-    config_class, token_embedding, blocks = LlamaConfig, "embed_tokens", "layers"
+    config_class, token_embedding, blocks, depth = LlamaConfig, "embed_tokens", "layers", "num_hidden_layers"
     prefix, not_parameters = "model.", ("rotary_emb.inv_freq",)  # frequencies, in old files
 
     def __init__(self, config: LlamaConfig, rng):

@@ -23,6 +23,8 @@ def find_model(name: str | Path) -> Path:
     .gguf; otherwise a name known to ``tinyllm pull``; otherwise a hub id, which is downloaded. Raises
     ``Error`` if there is no such file, if a known model has not been pulled, and as ``find_folder`` does.
     """
+    if not isinstance(name, str | os.PathLike):
+        raise Error(f"{name!r} does not name a model: pass its folder, its .gguf file, or a hub id")
     name = os.fspath(name)
     path = os.path.expanduser(name)
     if name.lower().endswith(".gguf") and not os.path.isdir(path):
