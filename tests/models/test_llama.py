@@ -536,6 +536,17 @@ def test_saved_config_can_be_read_by_transformers(config):
     assert LlamaConfig.from_dict(config.to_dict()) == config == LlamaConfig.from_dict(theirs.to_dict())
 
 
+@pytest.mark.parametrize("rope", ROPES)
+def test_saved_config_has_the_keys_of_transformers_4(rope):
+    """Which reads nothing but these two; it computes with θ = 10,000, unscaled, if they are missing."""
+    found = LlamaConfig(**SMALL_LLAMA, rope_parameters=ROPES[rope]).to_dict()
+    assert found["rope_theta"] == ROPES[rope]["rope_theta"]
+    scaling = found["rope_scaling"] or {"rope_type": "default"}
+    assert scaling | {"rope_theta": found["rope_theta"]} == ROPES[rope]
+    alone = {name: value for name, value in found.items() if name != "rope_parameters"}
+    assert LlamaConfig.from_dict(alone).rope_parameters == ROPES[rope]
+
+
 def test_config_does_not_modify_its_arguments():
     given = dict(rope_theta=7.0)
     config = LlamaConfig(**SMALL_LLAMA, rope_parameters=given)

@@ -8,9 +8,8 @@
    cache smaller by that factor (arXiv 2305.13245).
 
 Otherwise this file follows ``gpt2.py``. There are no biases by default, no dropout except on attention
-weights, and the head is tied only on request.
-Touvron et al., "Llama 2" (arXiv 2307.09288), section 2.2; Llama team, "The Llama 3 Herd of Models"
-(arXiv 2407.21783), section 3.2.
+weights, and the head is tied only on request. Touvron et al., "Llama 2" (arXiv 2307.09288), section 2.2;
+Llama team, "The Llama 3 Herd of Models" (arXiv 2407.21783), section 3.2.
 
 Shapes: B batch, T time, C = hidden_size channels, H query heads and G key-value heads of size D.
 """
@@ -25,16 +24,13 @@ from tinyllm import functional as F
 from tinyllm import nn
 from tinyllm.errors import Error
 from tinyllm.models.base import LanguageModel, ModelConfig, look_back, register
-from tinyllm.models.rope import checked_rope, rope_frequencies, rope_of, rotation
+from tinyllm.models.rope import checked_rope, older_keys, rope_frequencies, rope_of, rotation
 
-LLAMA_3 = dict(
-    vocab_size=128256, hidden_size=4096, intermediate_size=14336, num_key_value_heads=8, rms_norm_eps=1e-5,
-    max_position_embeddings=8192, rope_parameters=dict(rope_theta=500000.0),
-)  # fmt: skip
-LLAMA_3_ROPE = dict(
-    rope_type="llama3", rope_theta=500000.0, low_freq_factor=1.0, high_freq_factor=4.0,
-    original_max_position_embeddings=8192,
-)  # fmt: skip
+LLAMA_3 = dict(vocab_size=128256, hidden_size=4096, intermediate_size=14336, num_key_value_heads=8,
+               rms_norm_eps=1e-5, max_position_embeddings=8192,
+               rope_parameters=dict(rope_theta=500000.0))  # fmt: skip
+LLAMA_3_ROPE = dict(rope_type="llama3", rope_theta=500000.0, low_freq_factor=1.0, high_freq_factor=4.0,
+                    original_max_position_embeddings=8192)  # fmt: skip
 LLAMA_3_1 = LLAMA_3 | dict(max_position_embeddings=131072, rope_parameters=LLAMA_3_ROPE | dict(factor=8.0))
 LLAMA_3_2 = LLAMA_3_1 | dict(
     intermediate_size=8192, rope_parameters=LLAMA_3_ROPE | dict(factor=32.0), tie_word_embeddings=True
@@ -100,6 +96,9 @@ class LlamaConfig(ModelConfig):
     def from_dict(cls, config: Mapping) -> LlamaConfig:
         given = {key: value for key, value in config.items() if key not in ("rope_theta", "rope_scaling")}
         return super().from_dict(given | {"rope_parameters": rope_of(config)})
+
+    def to_dict(self, standard: bool = True) -> dict:
+        return super().to_dict(standard) | older_keys(self.rope_parameters)
 
     @classmethod
     def of_size(cls, vocab_size, *, context, n_layer, n_head, n_embd, n_kv_head=None, dropout=0.0,

@@ -89,6 +89,15 @@ def rope_of(config: Mapping) -> dict:
     return rope
 
 
+def older_keys(rope: Mapping) -> dict:
+    """``rope_parameters`` in the older form, without which transformers 4 would take θ = 10,000, unscaled."""
+    scaling = {name: value for name, value in rope.items() if name != "rope_theta"}
+    return {
+        "rope_theta": rope["rope_theta"],
+        "rope_scaling": None if rope["rope_type"] == "default" else scaling,
+    }
+
+
 def checked_rope(given: Mapping) -> dict:
     """``rope_parameters`` with defaults. Raises ``Error`` if one is missing, unknown or not positive."""
     rope = {"rope_type": "default", "rope_theta": 10000.0, **given}
