@@ -8,13 +8,25 @@ Shapes: B batch, T time, C = n_embd channels, H = n_head heads of size D = C/H, 
 from __future__ import annotations
 
 from dataclasses import asdict
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from parity.twins.base import TorchLanguageModel
-from tinyllm.models.gpt2 import GELU_FORMS, GPT2, GPT2Config
+from tinyllm.models.gpt2 import GPT2, GPT2Config
+
+ACTIVATIONS = {
+    "relu": F.relu,
+    "tanh": torch.tanh,
+    **dict.fromkeys(["silu", "swish"], F.silu),
+    **dict.fromkeys(["gelu", "gelu_python"], F.gelu),
+    **dict.fromkeys(
+        ["gelu_new", "gelu_fast", "gelu_accurate", "gelu_pytorch_tanh", "gelu_python_tanh"],
+        partial(F.gelu, approximate="tanh"),
+    ),
+}
 
 
 class CausalSelfAttention(nn.Module):
@@ -49,10 +61,10 @@ class MLP(nn.Module):
         self.c_fc = nn.Linear(C, inner)
         self.c_proj = nn.Linear(inner, C)
         self.dropout = nn.Dropout(config.resid_pdrop)
-        self.approximate = GELU_FORMS[config.activation_function]
+        self.activation = config.activation_function
 
     def forward(self, x):  # (B, T, C)
-        return self.dropout(self.c_proj(F.gelu(self.c_fc(x), approximate=self.approximate)))  # (B, T, C)
+        return self.dropout(self.c_proj(ACTIVATIONS[self.activation](self.c_fc(x))))  # (B, T, C)
 
 
 class Block(nn.Module):

@@ -21,7 +21,7 @@ from support.models import (
 
 from tinyllm import GPT2, Error, GPT2Config, load_model, manual_seed, no_grad
 from tinyllm.models import base
-from tinyllm.models.gpt2 import SIZES, Conv1D
+from tinyllm.models.gpt2 import ACTIVATIONS, SIZES, Conv1D
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
@@ -508,6 +508,15 @@ def test_saving_what_transformers_would_compute_differently_warns_once(tmp_path,
     assert record.levelname == "WARNING" and "tinyllm-gpt2" in record.getMessage()
 
 
+@pytest.mark.parametrize("name", ACTIVATIONS)
+def test_every_activation_equals_transformers(name, tmp_path):
+    theirs = their_model(activation_function=name)
+    theirs.save_pretrained(tmp_path)
+    ours = GPT2.from_pretrained(tmp_path)
+    assert ours.config.activation_function == name
+    assert_same_logits(ours, theirs)
+
+
 @pytest.mark.parametrize(
     "changes", [{}, dict(tie_word_embeddings=False), dict(qkv_bias=False), dict(lm_head_bias=True),
                 dict(tie_word_embeddings=False, qkv_bias=False, lm_head_bias=True)],
@@ -608,7 +617,7 @@ BAD_CONFIGS = {
     "negative": (dict(n_positions=-4), "n_positions .* not -4"),
     "n_inner": (dict(n_inner=0), "n_inner .* not 0"),
     "dropout": (dict(attn_pdrop=1.0), "attn_pdrop .* not 1.0"),
-    "activation": (dict(activation_function="relu"), "activation_function 'relu' .* gelu_new"),
+    "activation": (dict(activation_function="mish"), "activation_function 'mish' .* gelu_new"),
     "eps": (dict(layer_norm_epsilon=0.0), "layer_norm_epsilon .* not 0.0"),
     "unknown": (dict(n_heads=4, rotary=True), "n_heads, rotary"),
     "scaling": (

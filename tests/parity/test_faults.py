@@ -99,7 +99,7 @@ FAULTS = {
         ("output of h.0.mlp.c_fc", "output of h.0.mlp.c_proj"),
     ),
     "GELU: gelu_new read as the erf form": Fault(
-        faults.erf_by_its_name, (MODEL,), ("output of h.0.mlp.c_fc", "output of h.0.mlp.c_proj")
+        faults.erf_by_its_name, ("MLP", MODEL), ("output of h.0.mlp.c_fc", "output of h.0.mlp.c_proj")
     ),
     "Conv1D: not transposed": Fault(
         faults.square_conv1d_not_transposed,

@@ -114,8 +114,7 @@ def erf_for_tanh(patch):
 
 
 def erf_by_its_name(patch):
-    """The twin reads the same table of names, so only the comparison with ``transformers`` can fail."""
-    patch.setitem(gpt2.GELU_FORMS, "gelu_new", "none")
+    patch.setitem(gpt2.ACTIVATIONS, "gelu_new", functional.gelu)
 
 
 def another_eps(patch):

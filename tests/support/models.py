@@ -7,7 +7,6 @@ import pytest
 from hypothesis import strategies as st
 
 from tinyllm import GPT2, GPT2Config, Llama, LlamaConfig, nn
-from tinyllm.models.gpt2 import GELU_FORMS
 
 torch = pytest.importorskip("torch")
 
@@ -76,7 +75,7 @@ def configs(draw):
         n_layer=draw(st.integers(1, 3)),
         n_head=n_head,
         n_inner=draw(st.none() | st.integers(1, 30)),
-        activation_function=draw(st.sampled_from(sorted(GELU_FORMS))),
+        activation_function=draw(st.sampled_from(["gelu_new", "gelu", "relu", "silu", "tanh"])),
         layer_norm_epsilon=draw(st.sampled_from([1e-5, 1e-6, 1e-12, 0.1])),
         tie_word_embeddings=draw(st.booleans()),
         qkv_bias=draw(st.booleans()),

@@ -29,8 +29,17 @@ from tinyllm.errors import Error
 from tinyllm.models.base import LanguageModel, ModelConfig, look_back, register
 from tinyllm.tensor_ops import split
 
-# Hugging Face's name of an activation -> ``approximate`` of F.gelu
-GELU_FORMS = {"gelu_new": "tanh", "gelu_pytorch_tanh": "tanh", "gelu": "none"}
+# Hugging Face's names of activations. Names of one form of GELU differ in rounding only.
+ACTIVATIONS = {
+    "relu": lambda x: F.relu(x),
+    "tanh": lambda x: x.tanh(),
+    **dict.fromkeys(["silu", "swish"], lambda x: F.silu(x)),
+    **dict.fromkeys(["gelu", "gelu_python"], lambda x: F.gelu(x)),
+    **dict.fromkeys(
+        ["gelu_new", "gelu_fast", "gelu_accurate", "gelu_pytorch_tanh", "gelu_python_tanh"],
+        lambda x: F.gelu(x, approximate="tanh"),
+    ),
+}
 
 SIZES = {
     "124M": dict(n_layer=12, n_head=12, n_embd=768),
@@ -69,7 +78,7 @@ class GPT2Config(ModelConfig):
     kv_shape = property(lambda self: (self.n_head, self.n_embd // self.n_head))
 
     def __post_init__(self):
-        dropouts, choices = ("embd_pdrop", "attn_pdrop", "resid_pdrop"), {"activation_function": GELU_FORMS}
+        dropouts, choices = ("embd_pdrop", "attn_pdrop", "resid_pdrop"), {"activation_function": ACTIVATIONS}
         self.check(("n_layer",), ("n_embd", "n_inner"), dropouts, ("layer_norm_epsilon",), choices)
         if self.n_embd % self.n_head:
             raise Error(f"n_embd ({self.n_embd}) must be divisible by n_head ({self.n_head})")
@@ -113,7 +122,7 @@ class CausalSelfAttention(nn.Module):
 
 
 class MLP(nn.Module):
-    """The position-wise feed-forward network: expand to ``inner`` channels, GELU, project back."""
+    """The position-wise feed-forward network: expand to ``inner`` channels, activate, project back."""
 
     def __init__(self, config: GPT2Config, rng):
         C, std, rng = config.n_embd, config.initializer_range, nn.as_generator(rng)
@@ -121,10 +130,10 @@ class MLP(nn.Module):
         self.c_fc = Conv1D(C, inner, rng=rng, std=std)
         self.c_proj = Conv1D(inner, C, rng=rng, std=std / math.sqrt(2 * config.n_layer))
         self.dropout = nn.Dropout(config.resid_pdrop)
-        self.approximate = GELU_FORMS[config.activation_function]
+        self.activation = config.activation_function
 
     def forward(self, x):  # (B, T, C)
-        return self.dropout(self.c_proj(F.gelu(self.c_fc(x), self.approximate)))  # (B, T, C)
+        return self.dropout(self.c_proj(ACTIVATIONS[self.activation](self.c_fc(x))))  # (B, T, C)
 
 
 class Block(nn.Module):
