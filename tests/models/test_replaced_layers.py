@@ -351,20 +351,33 @@ def test_score_bias_is_converted_and_may_be_a_tensor(dtype):
     assert np.array_equal(model(ids).data, expected)
 
 
-def test_score_bias_that_requires_a_gradient_is_refused():
-    class Learned(ALiBi):
+@both_models
+def test_score_bias_can_be_trained(config):
+    """Its gradient equals a difference quotient, and it is used by a cache and with padding."""
+
+    class Learned(nn.Module):
         def __init__(self, heads):
-            self.slopes = Tensor(np.ones((heads, 1, 1)), requires_grad=True)
+            self.slopes = Tensor(np.linspace(0.1, 1, heads)[:, None, None], requires_grad=True)
 
         def forward(self, distances):
             return self.slopes * distances.astype(float)
 
-    model = random_model(EVERYTHING)
-    model.layers[1].self_attn.score_bias = Learned(6)
-    with pytest.raises(Error, match="Learned"):
-        model(np.array([[1, 2]]))
-    with no_grad():
-        model(np.array([[1, 2]]))
+    model = with_alibi(config)
+    attention = model.h[1].attn if hasattr(model, "h") else model.layers[1].self_attn
+    attention.score_bias = Learned(3 if hasattr(model, "h") else 6)
+    slopes = attention.score_bias.slopes
+    ids, targets = batch(config, (2, 8))
+    assert "score_bias.slopes" in [name.partition("attn.")[2] for name, _ in model.named_parameters()]
+    model.loss(ids, targets).backward()
+    for head in range(len(slopes.data)):
+        losses = []
+        for step in (1e-6, -2e-6):
+            slopes.data[head] += step
+            losses.append(model.loss(ids, targets).item())
+        slopes.data[head] += 1e-6
+        assert slopes.grad[head].item() == pytest.approx((losses[0] - losses[1]) / 2e-6, rel=1e-5)
+    prompts = [[1, 2, 3], [4]]
+    assert text(model, prompts) == text(model, prompts, use_cache=False)
 
 
 def test_position_embedding_can_be_any_module():

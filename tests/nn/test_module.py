@@ -323,9 +323,25 @@ def test_dropout_masks_are_a_function_of_their_address():
         assert not any(np.array_equal(mask, other) for other in others[:i])
 
 
-@pytest.mark.parametrize("p", [-0.1, 1.0, 1.5, math.nan, "a"])
+def test_dropout_with_probability_1_gives_zeros():
+    x = Tensor(np.ones((2, 3)), requires_grad=True)
+    y = nn.Dropout(1.0)(x)
+    y.sum().backward()
+    assert not y.data.any() and not x.grad.any()
+    assert nn.Dropout(1.0).eval()(x) is x
+
+
+@pytest.mark.parametrize("layer", ["LayerNorm", "RMSNorm"])
+def test_norms_over_several_axes_equal_torch(layer):
+    x = np.random.default_rng(0).standard_normal((4, 2, 3))
+    ours = getattr(nn, layer)((2, 3), eps=1e-5).astype(np.float64)
+    theirs = getattr(torch.nn, layer)((2, 3), eps=1e-5).double()(torch.tensor(x))
+    np.testing.assert_allclose(ours(Tensor(x)).data, theirs.detach().numpy(), rtol=1e-12)
+
+
+@pytest.mark.parametrize("p", [-0.1, 1.5, math.nan, "a"])
 def test_dropout_refuses_invalid_probabilities(p):
-    with pytest.raises(Error, match=f"at least 0 and below 1, not {p!r}"):
+    with pytest.raises(Error, match=f"between 0 and 1, not {p!r}"):
         nn.Dropout(p)
 
 

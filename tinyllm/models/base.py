@@ -23,6 +23,7 @@ from tinyllm.backend import compute_dtype
 from tinyllm.errors import Error
 from tinyllm.models.cache import Cache, LayerCache
 from tinyllm.tensor import Tensor
+from tinyllm.tensor_ops import where
 from tinyllm.weights import hub, safetensors
 
 ARCHITECTURES: dict[str, type[LanguageModel]] = {}  # model_type in config.json -> model class
@@ -368,9 +369,9 @@ def look_back(query: Tensor, key: Tensor, value: Tensor, cache: LayerCache | Non
     With a cache, the cached keys and values precede the new ones, and the mask hides padding.
 
     ``score_bias``, a module, is called with the distances (T, S), query position minus key position (negative
-    for future keys). It returns the term to add to the attention scores: an array that broadcasts to
-    (B, H, T, S), or a Tensor without gradient. ALiBi (arXiv 2108.12409) returns -slopes * distances with
-    slopes (H, 1, 1).
+    for future keys). It returns the term to add to the attention scores: an array or, to be trained, a Tensor
+    that broadcasts to (B, H, T, S). ALiBi (arXiv 2108.12409) returns -slopes * distances with slopes
+    (H, 1, 1).
     """
     visible = None
     if cache is not None:
@@ -381,12 +382,9 @@ def look_back(query: Tensor, key: Tensor, value: Tensor, cache: LayerCache | Non
     if not isinstance(score_bias, nn.Module):  # a function would not be saved with the model
         raise Error(f"score_bias is a {type(score_bias).__name__}: use a tinyllm.nn.Module")
     added = score_bias(np.arange(S - T, S)[:, None] - np.arange(S))  # the last query is at the last key
-    if isinstance(added, Tensor):
-        if added.needs_grad:
-            raise Error(f"score_bias, a {type(score_bias).__name__}, cannot be trained: return .detach()")
-        added = added.data
-    added = np.asarray(added, like=query.data)
+    if not isinstance(added, Tensor):
+        added = Tensor(np.asarray(added, like=query.data))
     if added.dtype.kind not in "fiu":
         raise Error(f"score_bias returned {added.dtype}: return numbers to add to the scores")
-    mask = added if visible is None else np.where(visible, added, -np.inf)
-    return key, value, mask.astype(query.dtype, copy=False)
+    mask = added.astype(query.dtype)
+    return key, value, mask if visible is None else where(visible, mask, -np.inf)

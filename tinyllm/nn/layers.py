@@ -56,9 +56,12 @@ def _fill(parameter: Tensor, values: np.ndarray) -> None:
 
 
 class LayerNorm(Module):
-    """``F.layer_norm`` over the last axis. The learned scale starts at 1 and the optional shift at 0."""
+    """``F.layer_norm`` over the last axis, or for a tuple of ``channels`` over as many last axes.
 
-    def __init__(self, channels: int, eps: float = 1e-5, bias: bool = True):
+    The learned scale starts at 1 and the optional shift at 0.
+    """
+
+    def __init__(self, channels: int | tuple[int, ...], eps: float = 1e-5, bias: bool = True):
         self.weight = Tensor(np.ones(channels, np.float32), requires_grad=True)
         self.bias = Tensor(np.zeros(channels, np.float32), requires_grad=True) if bias else None
         self.eps = eps
@@ -68,9 +71,9 @@ class LayerNorm(Module):
 
 
 class RMSNorm(Module):
-    """``F.rms_norm`` over the last axis. The learned scale starts at 1."""
+    """``F.rms_norm`` over the last axis or axes, as for LayerNorm. The learned scale starts at 1."""
 
-    def __init__(self, channels: int, eps: float | None = None):
+    def __init__(self, channels: int | tuple[int, ...], eps: float | None = None):
         self.weight = Tensor(np.ones(channels, np.float32), requires_grad=True)
         self.eps = eps
 
@@ -82,8 +85,8 @@ class Dropout(Module):
     """``F.dropout`` in training mode; the identity in eval mode."""
 
     def __init__(self, p: float):
-        if not (isinstance(p, int | float | np.number) and 0 <= p < 1):
-            raise Error(f"dropout probability must be at least 0 and below 1, not {p!r}")
+        if not (isinstance(p, int | float | np.number) and 0 <= p <= 1):
+            raise Error(f"dropout probability must be between 0 and 1, not {p!r}")
         self.p = p
 
     def forward(self, x):
