@@ -65,7 +65,7 @@ def torch_attention(q, k, v, mask=None, is_causal=False, scale=None, kept=None):
     bias = bias.double().masked_fill(~visible & has_key, -math.inf)
     if kept is None:
         return TF.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=scale) * has_key
-    scores = q @ k.mT * (q.shape[-1] ** -0.5 if scale is None else scale) + bias
+    scores = q @ k.mT * (max(q.shape[-1], 1) ** -0.5 if scale is None else scale) + bias
     return scores.softmax(-1) * torch.tensor(kept) @ v * has_key
 
 
