@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Annotated, ClassVar
 
 from tinyllm.backend.dtypes import autocast
-from tinyllm.cli.options import DeviceOptions, Flag, ModelOptions, SamplingOptions, move, option
+from tinyllm.cli.options import DeviceOptions, Flag, SamplingOptions, TextModelOptions, move, option
 from tinyllm.errors import Error
 from tinyllm.inference.chat import Answer, Conversation
 from tinyllm.weights.pull import KNOWN_MODELS, find_pulled, pull
@@ -25,7 +25,7 @@ HELP = (
 
 
 @dataclass(frozen=True, kw_only=True)
-class ChatConfig(DeviceOptions, SamplingOptions, ModelOptions):
+class ChatConfig(DeviceOptions, SamplingOptions, TextModelOptions):
     """Chat with a model; it offers to download one the first time.
 
     Answers are printed on stdout, everything else on stderr, so that questions can come from a pipe.

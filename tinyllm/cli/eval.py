@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Annotated, ClassVar
 
 from tinyllm.backend.dtypes import autocast
-from tinyllm.cli.options import DeviceOptions, ModelOptions, SpecialOptions, move, option
+from tinyllm.cli.options import DeviceOptions, SpecialOptions, TextModelOptions, move, option
 from tinyllm.data.corpus import open_corpus
 from tinyllm.errors import Error
 from tinyllm.inference.perplexity import check_windows, evaluate_text, ids_on_disk
@@ -27,7 +27,7 @@ class _Text:
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvalConfig(DeviceOptions, SpecialOptions, _Text, ModelOptions):
+class EvalConfig(DeviceOptions, SpecialOptions, _Text, TextModelOptions):
     """Measure loss, perplexity and bits per byte of a text under a model.
 
     Example: tinyllm eval --model smollm2 --text the-verdict --context 512 --stride 256
@@ -41,7 +41,7 @@ def run(config: EvalConfig) -> None:
 
     The text is one stream of tokens, with ``<|endoftext|>`` between documents, as in training. These
     tokens are predicted and count for the loss, but stand for no byte. The bytes are those of the text in
-    UTF-8, without those of its first token, which is not predicted.
+    UTF-8, without those of its first token, which is predicted only from a BOS token.
     """
     for name in ("context", "stride", "batch"):  # what can be checked without the model, which may be large
         value = getattr(config, name)
@@ -57,13 +57,15 @@ def run(config: EvalConfig) -> None:
     move(model, device)
     with ids_on_disk(corpus, tokenizer, config.special) as ids, autocast(config.dtype):
         found = evaluate_text(model, ids, context, stride, batch, progress=True)
-        num_bytes = corpus.num_bytes - len(tokenizer.decode_bytes(ids[:1]))
-    print(f"{corpus.name}: {corpus.num_bytes:,} bytes, {found.tokens + 1:,} tokens")
+        bos = ids[:1].tolist() == tokenizer.with_bos([])
+        num_bytes = corpus.num_bytes - (0 if bos else len(tokenizer.decode_bytes(ids[:1])))
+    print(f"{corpus.name}: {corpus.num_bytes:,} bytes, {found.tokens + (not bos):,} tokens")
+    given = "the first from BOS" if bos else "all but the first"
     windows = f"windows of {context:,} tokens, stride {stride:,}"
     if found.tokens <= context:
         windows = f"one window of {found.tokens:,} tokens"
     print(
-        f"predicted: {num_bytes:,} bytes, {found.tokens:,} tokens (all but the first)\n"
+        f"predicted: {num_bytes:,} bytes, {found.tokens:,} tokens ({given})\n"
         f"{windows}, {config.dtype}\n"
         f"loss {found.loss:.4f} nats per token, perplexity {found.perplexity:.2f}, "
         f"{found.bits_per_byte(num_bytes):.4f} bits per byte"

@@ -13,9 +13,9 @@ from tinyllm.backend.dtypes import autocast
 from tinyllm.cli.options import (
     DeviceOptions,
     Flag,
-    ModelOptions,
     SamplingOptions,
     SpecialOptions,
+    TextModelOptions,
     move,
     option,
 )
@@ -46,7 +46,7 @@ class _Prompt:
 
 
 @dataclass(frozen=True, kw_only=True)
-class GenerateConfig(DeviceOptions, SamplingOptions, SpecialOptions, ModelOptions, _Prompt):
+class GenerateConfig(DeviceOptions, SamplingOptions, SpecialOptions, TextModelOptions, _Prompt):
     """Continue a prompt with a trained model.
 
     Example: tinyllm generate --run runs/python-docs-1 --prompt "The " --top-k 10
@@ -74,9 +74,10 @@ def _prompt(config: GenerateConfig, tokenizer: Tokenizer) -> list[int]:
     if config.chat:
         if tokenizer.chat_template is None:
             raise Error(f"{config.typed} has no chat template: omit --chat, or choose a chat model")
-        return encode_chat(tokenizer, tokenizer.chat_template, [{"role": "user", "content": config.prompt}])
+        message = {"role": "user", "content": config.prompt}
+        return tokenizer.with_bos(encode_chat(tokenizer, tokenizer.chat_template, [message]))
     try:
-        return tokenizer.encode(config.prompt, config.special)
+        return tokenizer.with_bos(tokenizer.encode(config.prompt, config.special))
     except Error as error:
         raise Error(f"--prompt: {error}") from None
 

@@ -58,19 +58,27 @@ class ModelOptions:
         check_model_name(self.model, KNOWN_MODELS)
         return None
 
-    def load(self, dtype) -> tuple[Module, Tokenizer]:
-        """The model, in ``dtype``, and its tokenizer; Error as ``find``."""
-        checkpoint = self.find()
-        if checkpoint is None:
-            return load_model_and_tokenizer(self.model, dtype)
-        model, tokenizer = load_model(checkpoint, dtype), load_tokenizer(checkpoint.parent)
-        check_fits(tokenizer, model)
-        return model, tokenizer
-
     @property
     def typed(self) -> str:
         """The option that chooses the model, as typed."""
         return f"--model {self.model}" if self.run is None else f"--run {self.run}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextModelOptions(ModelOptions):
+    no_bos: Flag = False
+    """Do not begin a text with a BOS token, though the model's files say that it expects one."""
+
+    def load(self, dtype) -> tuple[Module, Tokenizer]:
+        """The model, in ``dtype``, and its tokenizer; Error as ``find``."""
+        checkpoint = self.find()
+        if checkpoint is None:
+            model, tokenizer = load_model_and_tokenizer(self.model, dtype)
+        else:
+            model, tokenizer = load_model(checkpoint, dtype), load_tokenizer(checkpoint.parent)
+            check_fits(tokenizer, model)
+        tokenizer.add_bos &= not self.no_bos
+        return model, tokenizer
 
 
 def find_run(run: Path | None, model: str | None) -> Path | None:

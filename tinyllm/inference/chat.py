@@ -112,10 +112,12 @@ class Conversation:
     def prompt(self, words: str) -> list[int]:
         """The ids of the conversation so far and this user message, up to where the answer begins.
 
+        A BOS token that the model expects is added unless the template already begins with it.
+
         Raises ``Error`` if they do not fit in the model's context, and as ``encode_chat`` does.
         """
         messages = [*self.history(), {"role": "user", "content": words}]
-        ids = encode_chat(self.tokenizer, self.tokenizer.chat_template, messages)
+        ids = self.tokenizer.with_bos(encode_chat(self.tokenizer, self.tokenizer.chat_template, messages))
         if len(ids) >= self.model.context:
             raise Error(
                 f"the conversation has {len(ids):,} tokens, but the model's context is "

@@ -68,11 +68,12 @@ def evaluate_text(
 ) -> TextLoss:
     """The loss of a text with token ids (n,): Σ -log p(ids[i] | earlier ids in its window), i = 1 … n - 1.
 
-    Every token is predicted exactly once, except the first, which has no context (no BOS token is added).
-    A window has ``context`` input tokens (default: the model's context), and its targets are one token later.
-    The next window begins ``stride`` tokens later and scores only its new targets, so each of them is
-    predicted from at least ``context - stride + 1`` tokens. The default, ``stride = context``, is the
-    fastest; half of it takes twice as long and gives a lower loss. The last window ends with the text.
+    Every token is predicted exactly once, except the first, which has no context. For a model that expects a
+    BOS token, pass ``tokenizer.with_bos(ids)``. A window has ``context`` input tokens (default: the model's
+    context), and its targets are one token later. The next window begins ``stride`` tokens later and scores
+    only its new targets, so each of them is predicted from at least ``context - stride + 1`` tokens. The
+    default, ``stride = context``, is the fastest; half of it takes twice as long and gives a lower loss. The
+    last window ends with the text.
 
     The method is that of Hugging Face's guide (huggingface.co/docs/transformers/perplexity). Its windows of
     max_length k correspond to ``context = k - 1`` here, because its max_length includes the last target; with
@@ -165,18 +166,21 @@ def check_windows(
 def ids_on_disk(corpus: Corpus, tokenizer: Tokenizer, special: str = "refuse") -> Iterator[np.ndarray]:
     """The ids of ``encode_documents(tokenizer, corpus.documents(), special)``, in a temporary file.
 
-    A context manager that gives a memory-mapped array (n,) of uint32 and deletes the file at the end.
-    Documents are encoded one at a time: only one is in memory, and the file takes four bytes per token.
-    Raises the errors of ``encode_documents``.
+    They are preceded by a BOS token if the model expects it (``Tokenizer.with_bos``). A context manager that
+    gives a memory-mapped array (n,) of uint32 and deletes the file at the end. Documents are encoded one at a
+    time: only one is in memory, and the file takes four bytes per token. Raises the errors of
+    ``encode_documents``.
     """
-    separator = np.zeros(0, np.uint32)
+    bos, separator = tokenizer.with_bos([]), []
     if corpus.num_documents > 1:
-        separator = np.array([end_of_text_id(tokenizer)], np.uint32)
+        separator = [end_of_text_id(tokenizer)]
     with tempfile.TemporaryFile() as file:
         for number, document in enumerate(corpus.documents()):
-            if number > 0:
-                file.write(separator.tobytes())
-            file.write(tokenizer.encode_array(document, special).tobytes())
+            ids = tokenizer.encode_array(document, special)
+            before = separator if number > 0 else bos
+            if number > 0 or ids[:1].tolist() != bos:
+                file.write(np.array(before, np.uint32).tobytes())
+            file.write(ids.tobytes())
         file.flush()
         # An empty file cannot be memory-mapped.
         yield np.memmap(file, np.uint32, mode="r") if file.tell() else np.zeros(0, np.uint32)

@@ -11,7 +11,8 @@ A published model stores its vocabulary in one of these formats, recognised by t
 - a GGUF file, which contains either kind of vocabulary among its keys.
 
 Each is run by the library it was created with, so that the ids are those the model was trained on. ``encode``
-adds nothing to a text: if a model needs its first token, ``bos_id``, the caller prepends it.
+adds nothing to a text. A model that was trained on texts that begin with a BOS token needs it before a prompt
+too: ``generate(model, [tokenizer.with_bos(tokenizer.encode(prompt))])``.
 """
 
 from __future__ import annotations
@@ -60,10 +61,12 @@ def load_tokenizer(spec: str | Path) -> Tokenizer:
 
     For a published model, the files next to the vocabulary (``tokenizer_config.json``,
     ``generation_config.json``, ``config.json``, ``chat_template.jinja``; in GGUF, the file's keys) set
-    ``bos_id`` (the id that begins a text, or None), ``eos_ids`` (a tuple of the ids that end one, possibly
-    empty) and ``chat_template`` (or None; see ``chat_template.py``). The bos token in
-    ``tokenizer_config.json``, even if null, takes precedence over the other files; ``eos_ids`` combines
-    the ids of all files.
+    ``bos_id`` (the id that begins a text, or None), ``add_bos`` (whether the model expects it before a text),
+    ``eos_ids`` (a tuple of the ids that end one, possibly empty) and ``chat_template`` (or None; see
+    ``chat_template.py``). The bos token in ``tokenizer_config.json``, even if null, takes precedence over the
+    other files; ``eos_ids`` combines the ids of all files. ``add_bos`` is ``add_bos_token`` in
+    ``tokenizer_config.json`` or the GGUF file; otherwise it is true if the template in ``tokenizer.json``
+    begins with a token, and for ``tokenizer.model`` and llama.cpp's Llama vocabularies.
 
     Raises ``Error`` if there is no tokenizer, if it is damaged or of an unsupported kind, or if a package is
     not installed.

@@ -35,6 +35,7 @@ class Tokenizer:
     added_tokens: tuple[str, ...] = ()
     # From the files of a published model, see ``load_tokenizer``.
     bos_id: int | None = None
+    add_bos: bool = False
     eos_ids: tuple[int, ...] = ()
     chat_template: str | None = None
 
@@ -61,6 +62,12 @@ class Tokenizer:
                 "as its id, or to 'text' to encode it as ordinary text"
             )
         return self.encode_around(text, found)
+
+    def with_bos(self, ids: Sequence[int]) -> list[int]:
+        """The ids as the model's input: preceded by ``bos_id`` if ``add_bos``, unless they begin with it."""
+        ids = list(ids)
+        absent = self.add_bos and self.bos_id is not None and ids[:1] != [self.bos_id]
+        return [self.bos_id, *ids] if absent else ids
 
     def find_special(self, text: str) -> list[re.Match]:
         """The matches of special tokens in a text, in order; of two at the same position, the longer one."""

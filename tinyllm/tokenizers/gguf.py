@@ -41,13 +41,17 @@ def read_gguf(path: Path) -> Tokenizer:
             "tokenizer.json of the model's Hugging Face folder"
         )
     names = ("bos_token_id", "eos_token_id", "eot_token_id", "eom_token_id")
-    ids = [file.value(f"tokenizer.ggml.{name}", int | None) for name in names]
+    # llama.cpp's defaults for a SentencePiece vocabulary
+    defaults = {name: i for i, name in ((1, names[0]), (2, names[1])) if types[i : i + 1] == [CONTROL]}
+    defaults = defaults if model == "llama" else {}
+    ids = [file.value(f"tokenizer.ggml.{name}", int | None, defaults.get(name)) for name in names]
     for name, i in zip(names, ids):
         if i is not None and not 0 <= i < len(tokens):
             raise Error(
                 f"{path} has tokenizer.ggml.{name} = {i}, not an id below {len(tokens)}: copy it again"
             )
     tokenizer.bos_id, tokenizer.eos_ids = ids[0], distinct(ids[1:])
+    tokenizer.add_bos = file.value("tokenizer.ggml.add_bos_token", bool, tokenizer.add_bos)
     tokenizer.chat_template = file.value("tokenizer.chat_template", str | None)
     return tokenizer
 
@@ -79,7 +83,9 @@ def _read_byte_level(file: GGUFFile, tokens: list[str], types: list[int]) -> Tok
             tokenizer.add_tokens([library.AddedToken(token, normalized=False, special=False)])
         elif kind in (UNKNOWN, CONTROL):
             tokenizer.add_special_tokens([library.AddedToken(token, normalized=False, special=True)])
-    return TokenizersTokenizer(str(file.path), tokenizer)
+    readable = TokenizersTokenizer(str(file.path), tokenizer)
+    readable.add_bos = pre == "llama-bpe"  # llama.cpp's default
+    return readable
 
 
 def _sentencepiece_model(file: GGUFFile, tokens: list[str], types: list[int]) -> bytes:

@@ -77,6 +77,17 @@ class TokenizersTokenizer(Tokenizer):
         self._byte_level = self._check_decoder()
         symbols = BYTE_OF.keys() - tokenizer.get_vocab(with_added_tokens=False) if self._byte_level else ()
         self._missing = {BYTE_OF[symbol] for symbol in symbols}
+        self.bos_id = self._first_of_template()
+        self.add_bos = self.bos_id is not None
+
+    def _first_of_template(self) -> int | None:
+        """The id of the token that the post-processor's template puts before a text, or None."""
+        processor = self.tokenizer.post_processor
+        definition = {} if processor is None else json.loads(processor.__getstate__())
+        for step in definition.get("processors", [definition]):
+            match step:
+                case {"single": [{"SpecialToken": {"id": name}}, *_], "special_tokens": tokens}:
+                    return tokens[name]["ids"][0]
 
     def _check_model(self) -> None:
         kind = type(self.tokenizer.model).__name__
@@ -227,7 +238,7 @@ def build_byte_level(source: Path, vocabulary: dict[str, int], merges: list[str]
 
 
 def read_configs(tokenizer: Tokenizer, folder: Path) -> None:
-    """Set ``bos_id``, ``eos_ids`` and ``chat_template`` from the configs in a model's folder.
+    """Set ``bos_id``, ``add_bos``, ``eos_ids`` and ``chat_template`` from the configs in a model's folder.
 
     Where the configs have no value, the ids from the vocabulary itself are kept.
     """
@@ -241,6 +252,13 @@ def read_configs(tokenizer: Tokenizer, folder: Path) -> None:
     eos = _ids_of(tokenizer, [own.get("eos_token"), *_as_list(model.get("eos_token_id"))], folder)
     if bos or "bos_token" in own:
         tokenizer.bos_id = bos[0] if bos else None
+    match own.get("add_bos_token"):
+        case bool(add_bos):
+            tokenizer.add_bos = add_bos
+        case other if other is not None:
+            raise Error(
+                f"{folder / 'tokenizer_config.json'} has add_bos_token {other!r}: make it true or false"
+            )
     tokenizer.eos_ids = eos or tokenizer.eos_ids
     tokenizer.chat_template = _chat_template(folder, own)
 

@@ -84,6 +84,7 @@ def read_sentencepiece(file: Path, model: bytes | None = None) -> SentencePieceT
         processor = library.SentencePieceProcessor(model_proto=model)
     tokenizer = SentencePieceTokenizer(str(file), processor)
     tokenizer.bos_id = processor.bos_id() if processor.bos_id() >= 0 else None
+    tokenizer.add_bos = True  # as in Meta's code for Llama 2, and in llama.cpp
     tokenizer.eos_ids = (processor.eos_id(),) if processor.eos_id() >= 0 else ()
     return tokenizer
 

@@ -157,7 +157,7 @@ def read_llama3(file: Path) -> TiktokenTokenizer:
         "llama3", pat_str=LLAMA3_PATTERN, mergeable_ranks=ranks, special_tokens=special_tokens
     )
     tokenizer = TiktokenTokenizer(str(file), encoding)
-    tokenizer.bos_id = special_tokens["<|begin_of_text|>"]
+    tokenizer.bos_id, tokenizer.add_bos = special_tokens["<|begin_of_text|>"], True
     ends = ("<|end_of_text|>", "<|eom_id|>", "<|eot_id|>")
     tokenizer.eos_ids = tuple(special_tokens[name] for name in ends)
     return tokenizer
