@@ -341,7 +341,7 @@ def test_same_size_changes_nothing_and_samples_nothing():
 @pytest.mark.parametrize("vocab_size", [12, 0, -1, 20.0, True, "20", None])
 def test_size_below_the_old_one_is_rejected(vocab_size):
     model = small_gpt2(13)
-    with pytest.raises(Error, match=f"vocab_size {vocab_size!r} does not hold the model's 13 ids"):
+    with pytest.raises(Error, match=f"vocab_size {vocab_size!r} is too small for the model's 13 ids"):
         model.resize_token_embeddings(vocab_size, np.random.default_rng(0))
     assert model.wte.weight.shape == (13, 16)
 

@@ -76,7 +76,7 @@ def test_only_necessary_files_are_downloaded(hub, tmp_path, monkeypatch):
         "tokenizer.model",
     ]
     needed += ["vocab.json", "merges.txt", "special_tokens_map.json"]
-    needed += ["chat_template.jinja", "generation_config.json"]
+    needed += ["chat_template.jinja", "generation_config.json", "added_tokens.json"]
     useless = ["pytorch_model.bin", "tf_model.h5", "onnx/model.onnx", "README.md", "rust_model.ot"]
     useless += ["consolidated.safetensors", "original/tokenizer.py.bak", "flax_model.msgpack", "evil.py"]
     assert list(filter_repo_objects(needed + useless, allow_patterns=hub.patterns)) == needed

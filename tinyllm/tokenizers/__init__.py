@@ -30,6 +30,7 @@ from tinyllm.tokenizers.huggingface import (
     MERGES,
     TOKENIZER_JSON,
     VOCAB,
+    read_added_tokens,
     read_configs,
     read_tokenizer_json,
     read_vocab_and_merges,
@@ -59,8 +60,10 @@ def load_tokenizer(spec: str | Path) -> Tokenizer:
     The name takes precedence over a folder of that name; write ``./gpt2`` for the folder. The name of a model
     that was pulled, such as ``smollm2``, gives that model's tokenizer.
 
-    For a published model, the files next to the vocabulary (``tokenizer_config.json``,
-    ``generation_config.json``, ``config.json``, ``chat_template.jinja``; in GGUF, the file's keys) set
+    For a published model, ``added_tokens.json`` or ``tokenizer_config.json`` may add tokens to a vocabulary
+    other than ``tokenizer.json``, which is complete. The files next to the vocabulary
+    (``tokenizer_config.json``, ``generation_config.json``, ``config.json``, ``chat_template.jinja``; in GGUF,
+    the file's keys) set
     ``bos_id`` (the id that begins a text, or None), ``add_bos`` (whether the model expects it before a text),
     ``eos_ids`` (a tuple of the ids that end one, possibly empty) and ``chat_template`` (or None; see
     ``chat_template.py``). The bos token in ``tokenizer_config.json``, even if null, takes precedence over the
@@ -88,6 +91,8 @@ def load_tokenizer(spec: str | Path) -> Tokenizer:
         return _read_ours(file)
     read = _reader(file)
     tokenizer = read(file)
+    if read not in (read_gguf, read_tokenizer_json):
+        tokenizer = tokenizer.with_file_tokens(read_added_tokens(file.parent))
     if read is not read_gguf:
         read_configs(tokenizer, file.parent)
     return tokenizer

@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -71,10 +71,7 @@ class Tokenizer:
 
     def find_special(self, text: str) -> list[re.Match]:
         """The matches of special tokens in a text, in order; of two at the same position, the longer one."""
-        if not self.special_tokens:
-            return []
-        longest_first = sorted(self.special_tokens, key=len, reverse=True)
-        return list(re.finditer("|".join(map(re.escape, longest_first)), text))
+        return find_names(self.special_tokens, text)
 
     def encode_around(self, text: str, found: list[re.Match]) -> np.ndarray:
         """Encode the special tokens ``found`` as their ids, and the text between them as ordinary text."""
@@ -109,6 +106,14 @@ class Tokenizer:
             extended.vocab_size += 1
         extended.added_tokens = (*self.added_tokens, *names)
         return extended
+
+    def with_file_tokens(self, tokens: Mapping[int, Mapping]) -> Tokenizer:
+        """The tokenizer with the tokens that a model's files add to its vocabulary: id -> properties.
+
+        The properties are those of Hugging Face's ``AddedToken``: ``content``, ``special``, ``lstrip``, …
+        Raises ``Error`` if the vocabulary has another token with one of the ids.
+        """
+        raise NotImplementedError
 
     def _is_token(self, name: str) -> bool:
         """Whether an ordinary token has exactly this text."""
@@ -176,6 +181,12 @@ def check_fits(tokenizer: Tokenizer, model, padded: bool = False) -> None:
             f"the tokenizer {tokenizer.name} has {tokenizer.vocab_size} ids, but the model has {rows}: use "
             "the tokenizer that the model was trained with"
         )
+
+
+def find_names(names: Iterable[str], text: str) -> list[re.Match]:
+    """The matches of the names in a text, in order; of two at the same position, the longer one."""
+    longest_first = sorted(names, key=len, reverse=True)
+    return list(re.finditer("|".join(map(re.escape, longest_first)), text)) if longest_first else []
 
 
 def check_text(text: str, special: str = "refuse") -> None:

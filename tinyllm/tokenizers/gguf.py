@@ -10,7 +10,14 @@ import numpy as np
 from tinyllm.errors import Error
 from tinyllm.tokenizers.base import Tokenizer, require
 from tinyllm.tokenizers.huggingface import TokenizersTokenizer, build_byte_level, distinct
-from tinyllm.tokenizers.sentencepiece import BYTE, CONTROL, UNKNOWN, USER_DEFINED, read_sentencepiece
+from tinyllm.tokenizers.sentencepiece import (
+    BYTE,
+    CONTROL,
+    UNKNOWN,
+    USER_DEFINED,
+    proto_field,
+    read_sentencepiece,
+)
 from tinyllm.weights.gguf import GGUFFile
 
 PRE_TOKENIZERS = ("gpt-2", "smollm", "llama-bpe")
@@ -98,30 +105,14 @@ def _sentencepiece_model(file: GGUFFile, tokens: list[str], types: list[int]) ->
     scores = _numbers(file, "scores", len(tokens))
     if types.count(UNKNOWN) != 1:
         raise Error(f"{file.path} has {types.count(UNKNOWN)} unknown tokens instead of one: copy it again")
-    pieces = b"".join(
-        _field(1, _field(1, token.encode("utf-8")) + b"\x15" + struct.pack("<f", score) + _field(3, kind))
-        for token, score, kind in zip(tokens, scores, types)
-    )
+    pieces = []
+    for token, score, kind in zip(tokens, scores, types):
+        piece = proto_field(1, token.encode("utf-8")) + b"\x15" + struct.pack("<f", score)
+        pieces.append(proto_field(1, piece + proto_field(3, kind)))
     unknown = types.index(UNKNOWN)
-    trainer = _field(3, 2) + _field(4, len(tokens)) + _field(35, int(BYTE in types))
-    trainer += _field(40, unknown) + _field(45, tokens[unknown].encode("utf-8"))
+    trainer = proto_field(3, 2) + proto_field(4, len(tokens)) + proto_field(35, int(BYTE in types))
+    trainer += proto_field(40, unknown) + proto_field(45, tokens[unknown].encode("utf-8"))
     prefix = file.value("tokenizer.ggml.add_space_prefix", bool, True)
     squeeze = file.value("tokenizer.ggml.remove_extra_whitespaces", bool, False)
-    normalizer = _field(1, b"identity") + _field(3, int(prefix)) + _field(4, int(squeeze))
-    return pieces + _field(2, trainer) + _field(3, normalizer)
-
-
-def _field(number: int, value: int | bytes) -> bytes:
-    """One field of a protocol buffer: a varint, or bytes preceded by their length."""
-    if isinstance(value, int):
-        return _varint(number << 3) + _varint(value)
-    return _varint(number << 3 | 2) + _varint(len(value)) + value
-
-
-def _varint(value: int) -> bytes:
-    """A protocol buffer's integer: seven bits per byte, lowest first; the eighth bit means more follow."""
-    low = []
-    while value >= 128:
-        low.append(value % 128 | 128)
-        value //= 128
-    return bytes([*low, value])
+    normalizer = proto_field(1, b"identity") + proto_field(3, int(prefix)) + proto_field(4, int(squeeze))
+    return b"".join(pieces) + proto_field(2, trainer) + proto_field(3, normalizer)

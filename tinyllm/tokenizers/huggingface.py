@@ -10,7 +10,8 @@ characters, writes a space as ``▁``, adds one at the beginning of every text, 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -35,6 +36,8 @@ if TYPE_CHECKING:
     import tokenizers
 
 TOKENIZER_JSON, VOCAB, MERGES = "tokenizer.json", "vocab.json", "merges.txt"
+ADDED_TOKENS = "added_tokens.json"
+FLAGS = ("special", "lstrip", "rstrip", "single_word", "normalized")  # of an added token
 
 # How the library decodes SentencePiece's pieces. A vocabulary that adds no leading space omits the last step.
 _STEPS = [
@@ -156,6 +159,19 @@ class TokenizersTokenizer(Tokenizer):
             extended._added = {**extended._added, extended.special_tokens[name]: name}
         return extended
 
+    def with_file_tokens(self, tokens: Mapping[int, Mapping]) -> TokenizersTokenizer:
+        library = require("tokenizers")
+        new = {i: token for i, token in tokens.items() if self._added.get(i) != token["content"]}
+        if not new:
+            return self
+        tokenizer = type(self.tokenizer).from_str(self.tokenizer.to_str())
+        for i, token in sorted(new.items()):
+            tokenizer.add_tokens([library.AddedToken(**token)])
+            if tokenizer.token_to_id(token["content"]) != i:
+                found = tokenizer.token_to_id(token["content"])
+                raise Error(f"{self.name} gives the added token {token['content']!r} the id {found}, not {i}")
+        return TokenizersTokenizer(self.name, tokenizer)
+
     def _is_token(self, name: str) -> bool:
         return self.tokenizer.token_to_id(name) is not None
 
@@ -235,6 +251,51 @@ def build_byte_level(source: Path, vocabulary: dict[str, int], merges: list[str]
     }[pre]
     tokenizer.decoder = library.decoders.ByteLevel()
     return tokenizer
+
+
+def read_added_tokens(folder: Path) -> dict[int, dict]:
+    """The tokens that a model's folder adds to its vocabulary: id -> properties of an ``AddedToken``.
+
+    They are in ``added_tokens_decoder`` of ``tokenizer_config.json``, or else in ``added_tokens.json``, names
+    and ids without properties. There, those that a config names, such as ``eos_token``, are special.
+    """
+    configs = {
+        name: read_json(folder / name) if (folder / name).exists() else {}
+        for name in ("tokenizer_config.json", ADDED_TOKENS, "special_tokens_map.json")
+    }
+    own, added, special = configs.values()
+    named = {_name_of(token) for config in (own, special) for token in _named_tokens(config)}
+    if "added_tokens_decoder" in own:
+        found, source = own["added_tokens_decoder"], folder / "tokenizer_config.json"
+        entries = list(found.items()) if isinstance(found, dict) else [(None, found)]
+    else:
+        source = folder / ADDED_TOKENS
+        entries = [(i, {"content": name, "normalized": name not in named}) for name, i in added.items()]
+    tokens = {}
+    for key, token in entries:
+        match token:
+            case {"content": str(name)} if name and re.fullmatch("[0-9]{1,9}", str(key)):
+                check_text(name)
+                flags = {flag: token[flag] is True for flag in FLAGS if flag in token}
+                flags["special"] = flags.get("special", False) or name in named
+                tokens[int(key)] = {"content": name, **flags}
+            case _:
+                raise Error(f"{source} adds the token {token!r} with the id {key!r}: correct it")
+    if len({token["content"] for token in tokens.values()}) < len(entries):
+        raise Error(f"{source} adds two tokens with the same name or id: correct it")
+    return tokens
+
+
+def _named_tokens(config: dict) -> list:
+    """The tokens with a name in a config, such as ``eos_token``."""
+    single = [token for key, token in config.items() if key.endswith("_token")]
+    more = [config.get(f"{kind}_special_tokens") for kind in ("additional", "extra")]
+    return single + [token for tokens in more if isinstance(tokens, list) for token in tokens]
+
+
+def _name_of(token) -> str | None:
+    name = token.get("content") if isinstance(token, dict) else token
+    return name if isinstance(name, str) else None
 
 
 def read_configs(tokenizer: Tokenizer, folder: Path) -> None:

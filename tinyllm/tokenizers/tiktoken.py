@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import base64
+import copy
 import hashlib
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -82,16 +83,32 @@ class TiktokenTokenizer(Tokenizer):
             ) from None
 
     def with_special_tokens(self, names: Sequence[str]) -> TiktokenTokenizer:
+        extended = super().with_special_tokens(names)
+        extended.encoding = self._encoding_with(extended.special_tokens)
+        return extended
+
+    def with_file_tokens(self, tokens: Mapping[int, Mapping]) -> TiktokenTokenizer:
+        """See ``Tokenizer``; the tokens may rename special tokens, and all of them are special."""
+        names = {token["content"]: i for i, token in tokens.items()}
+        for name, i in names.items():
+            if i < len(self.encoding._mergeable_ranks):
+                raise Error(f"{self.name} already has a token with the id {i}: correct that of {name!r}")
+        kept = {name: i for name, i in self.special_tokens.items() if i not in tokens and name not in names}
+        extended = copy.copy(self)
+        extended.special_tokens = dict(sorted((kept | names).items(), key=lambda item: item[1]))
+        extended.encoding = self._encoding_with(extended.special_tokens)
+        extended.vocab_size = extended.encoding.n_vocab
+        return extended
+
+    def _encoding_with(self, special_tokens: dict[str, int]) -> tiktoken.Encoding:
         import tiktoken
 
-        extended = super().with_special_tokens(names)
-        extended.encoding = tiktoken.Encoding(  # extended as tiktoken's README does it
+        return tiktoken.Encoding(  # extended as tiktoken's README does it
             self.encoding.name,
             pat_str=self.encoding._pat_str,
             mergeable_ranks=self.encoding._mergeable_ranks,
-            special_tokens=extended.special_tokens,
+            special_tokens=special_tokens,
         )
-        return extended
 
     def _is_token(self, name: str) -> bool:
         try:

@@ -11,8 +11,8 @@ from tinyllm.weights.pull import KNOWN_MODELS, SourceError, find_pulled, snapsho
 from tinyllm.weights.runs import checkpoints, last_checkpoint
 from tinyllm.weights.safetensors import CONFIG, MODEL_FILES, SINGLE_FILE, Weights, read_config
 
-TEXT_FILES = ("tokenizer*", "vocab.json", "merges.txt", "special_tokens_map.json", "chat_template.jinja")
-HUB_FILES = [*MODEL_FILES, *TEXT_FILES, "generation_config.json"]
+TEXT_FILES = ("tokenizer*", "vocab.json", "merges.txt", "added_tokens.json", "special_tokens_map.json")
+HUB_FILES = [*MODEL_FILES, *TEXT_FILES, "chat_template.jinja", "generation_config.json"]
 HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*|gpt2(-medium|-large|-xl)?|distilgpt2", re.ASCII)
 
 

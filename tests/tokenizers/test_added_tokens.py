@@ -1,0 +1,153 @@
+"""Tokens that a model's files add to its vocabulary: ids, spaces and decoding equal those of transformers."""
+
+import json
+
+import pytest
+from support.tokenizers import message_of
+
+from tinyllm.tokenizers import load_tokenizer
+from tinyllm.tokenizers.tiktoken import SYMBOLS
+
+tokenizers = pytest.importorskip("tokenizers")
+transformers = pytest.importorskip("transformers")
+
+CHATML = "<|im_start|>user\nWhat is a  cat?<|im_end|>\n<|im_start|>assistant\n"
+# No space at the beginning: for transformers' class of Llama 2, unlike sentencepiece, that is the added one.
+TEXTS = [
+    CHATML,
+    "cat",
+    "cat <|im_end|> cat",
+    "<|im_start|><|im_end|>",
+    "a <|im_end|>\n b",
+    "",
+    "é 漢字<|im_end|> 1",
+]
+
+
+def added(*ids, **flags):
+    """The ``added_tokens_decoder`` of a tokenizer_config.json."""
+    standard = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
+    names = ("<|im_start|>", "<|im_end|>")
+    return {str(i): {"content": name} | standard | flags for i, name in zip(ids, names)}
+
+
+def write(folder, **files):
+    for name, content in files.items():
+        text = content if isinstance(content, str) else json.dumps(content)
+        suffix = ".txt" if name == "merges" else ".json"
+        (folder / f"{name}{suffix}").write_text(text, encoding="utf-8")
+    return folder
+
+
+@pytest.fixture
+def llama(llama2, tmp_path):
+    """Write a folder with Llama 2's tokenizer.model, 800 pieces, and these files."""
+
+    def make(**files):
+        (tmp_path / "tokenizer.model").write_bytes((llama2 / "tokenizer.model").read_bytes())
+        config = {"tokenizer_class": "LlamaTokenizer"} | files.pop("config", {})
+        return write(tmp_path, config={"model_type": "llama"}, tokenizer_config=config, **files)
+
+    return make
+
+
+def check_equals_transformers(folder, decodes=True):
+    ours, theirs = load_tokenizer(folder), transformers.AutoTokenizer.from_pretrained(folder)
+    for text in TEXTS:
+        ids = theirs(text, add_special_tokens=False).input_ids
+        assert ours.encode(text, "allow") == ids, text
+        if decodes:
+            assert ours.decode(ids) == theirs.decode(ids), text
+    return ours
+
+
+JSON = {"<|im_start|>": 800, "<|im_end|>": 801}
+
+
+@pytest.mark.parametrize(
+    "files",
+    [
+        {"added_tokens": JSON},
+        {"added_tokens": JSON, "special_tokens_map": {"additional_special_tokens": ["<|im_end|>"]}},
+        {"config": {"added_tokens_decoder": added(800, 801)}},
+        {"config": {"added_tokens_decoder": added(800, 801, special=False)}},
+        {"config": {"added_tokens_decoder": added(800, 801, rstrip=True)}},
+        {"config": {"added_tokens_decoder": added(800, 801, lstrip=True)}},
+    ],
+    ids=["json", "json and map", "decoder", "not special", "rstrip", "lstrip"],
+)
+def test_sentencepiece_with_added_tokens_equals_transformers(llama, files):
+    ours = check_equals_transformers(llama(**files))
+    ids = ours.encode(CHATML, "allow")
+    assert (ids[0], ids.count(800), ids.count(801), ours.vocab_size) == (800, 2, 1, 802)
+    assert ours.decode_bytes([800, 801]) == b"<|im_start|><|im_end|>"
+
+
+def test_special_and_ordinary_added_tokens_in_ordinary_text(llama):
+    ordinary = load_tokenizer(llama(added_tokens=JSON))
+    assert ordinary.encode("<|im_end|>") == ordinary.encode("<|im_end|>", "text") == [801]
+    special = load_tokenizer(llama(added_tokens=JSON, config={"eos_token": "<|im_end|>"}))
+    assert special.eos_ids == (801,)
+    assert 801 not in special.encode("<|im_end|>", "text")
+    assert "<|im_end|>" in message_of(special.encode, "<|im_end|>")
+    assert special.encode("<|im_start|>") == [800]
+
+
+def test_ids_without_a_token_are_refused(llama):
+    tokenizer = load_tokenizer(llama(added_tokens={"<|im_start|>": 803}))
+    assert tokenizer.vocab_size == 804
+    assert tokenizer.encode("<|im_start|>") == [803]
+    for decode in (tokenizer.decode, tokenizer.decode_bytes):
+        assert "no token with id 801" in message_of(decode, [801])
+
+
+@pytest.mark.parametrize(
+    "files, said",
+    [
+        ({"added_tokens": {"<x>": 5}}, "the id 5"),
+        ({"added_tokens": {"<x>": "a"}}, "'a'"),
+        ({"added_tokens": {"<x>": -1}}, "-1"),
+        ({"added_tokens": {"": 900}}, "900"),
+        ({"added_tokens": {"<x>": 900, "<y>": 900}}, "same name or id"),
+        ({"added_tokens": {"\ud800": 900}}, "surrogate"),
+        (
+            {"config": {"added_tokens_decoder": {"900": {"content": "a"}, "901": {"content": "a"}}}},
+            "same name",
+        ),
+        ({"config": {"added_tokens_decoder": {"900": "x"}}}, "'x'"),
+        ({"config": {"added_tokens_decoder": ["x"]}}, "'x'"),
+    ],
+)
+def test_malformed_added_tokens_are_refused(llama, files, said):
+    assert said in message_of(load_tokenizer, llama(**files))
+
+
+@pytest.mark.parametrize("kind", ["json", "decoder"])
+def test_vocab_and_merges_with_added_tokens_equal_transformers(tmp_path, kind):
+    vocabulary = {symbol: i for i, symbol in enumerate([*SYMBOLS, "ca", "cat", "<|endoftext|>"])}
+    config, ids = {"tokenizer_class": "GPT2Tokenizer"}, (259, 260)
+    files = {"vocab": vocabulary, "merges": "#version: 0.2\nc a\nca t\n"}
+    if kind == "json":
+        files["added_tokens"] = dict(zip(("<|im_start|>", "<|im_end|>"), ids))
+    else:
+        config["added_tokens_decoder"] = added(*ids)
+    folder = write(tmp_path, tokenizer_config=config, config={"model_type": "gpt2"}, **files)
+    ours = check_equals_transformers(folder, decodes=False)
+    found = ours.encode(CHATML, "allow")
+    assert (found[0], found.count(259), found.count(260), ours.vocab_size) == (259, 2, 1, 261)
+    assert ours.decode(found) == CHATML
+    write(folder, added_tokens={"<x>": 300}, tokenizer_config={})
+    assert "not 300" in message_of(load_tokenizer, folder)
+
+
+def test_llama_3_vocabulary_with_renamed_and_added_tokens(llama3, tmp_path):
+    (tmp_path / "tokenizer.model").write_bytes((llama3 / "tokenizer.model").read_bytes())
+    plain = load_tokenizer(llama3)
+    reserved, new = plain.special_tokens["<|reserved_special_token_0|>"], plain.vocab_size
+    write(tmp_path, tokenizer_config={"added_tokens_decoder": added(reserved, new)})
+    ours = load_tokenizer(tmp_path)
+    assert ours.encode("<|im_start|>a<|im_end|>", "allow") == [reserved, *plain.encode("a"), new]
+    assert ours.vocab_size == new + 1 and "<|reserved_special_token_0|>" not in ours.special_tokens
+    assert ours.decode([reserved, new]) == "<|im_start|><|im_end|>"
+    write(tmp_path, tokenizer_config={"added_tokens_decoder": added(7)})
+    assert "the id 7" in message_of(load_tokenizer, tmp_path)
