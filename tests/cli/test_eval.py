@@ -95,13 +95,23 @@ def test_documents_are_evaluated_as_one_stream(run, corpus, capsys):
     assert bits == pytest.approx(expected.bits_per_byte(size - 1), abs=5e-5)
 
 
+def test_marked_text_has_the_loss_and_bytes_of_a_jsonl_file(run, corpus, tmp_path, capsys):
+    (tmp_path / "marked.txt").write_text(END_OF_TEXT.join(DOCUMENTS), encoding="utf-8")
+    lines = evaluated(capsys, "--run", run, "--text", corpus.name, "--text-field", "t")
+    marked = evaluated(capsys, "--run", run, "--text", str(tmp_path / "marked.txt"), "--special", "allow")
+    assert marked[1:] == lines[1:]
+    predicted = len("".join(DOCUMENTS).encode("utf-8")) - 1
+    assert f"predicted: {predicted} bytes" in lines[0] and f"predicted: {predicted} bytes" in marked[0]
+
+
 def test_special_tokens_are_refused_allowed_or_encoded_as_text(run, tmp_path, capsys):
     path = tmp_path / "special.txt"
     path.write_text("cat<|endoftext|>mat", encoding="utf-8")
     args = ["--run", run, "--text", str(path)]
     assert main(["eval", *args]) == 2
     assert "the text contains the special token '<|endoftext|>'" in capsys.readouterr().err
-    assert "19 bytes, 7 tokens" in evaluated(capsys, *args, "--special", "allow")[0]
+    allowed = evaluated(capsys, *args, "--special", "allow")[0]
+    assert "19 bytes, 7 tokens\npredicted: 5 bytes, 6 tokens" in allowed
     assert "19 bytes, 19 tokens" in evaluated(capsys, *args, "--special", "text")[0]
 
 

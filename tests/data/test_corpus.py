@@ -16,6 +16,7 @@ from tinyllm.data import corpus as corpus_module
 from tinyllm.data import documents as documents_module
 from tinyllm.data.corpus import (
     Piece,
+    count_bytes,
     encode_documents,
     open_corpus,
     train_validation_split,
@@ -284,3 +285,33 @@ def test_documents_without_an_end_of_text_token_are_rejected():
         encode_documents(characters, ["a", "b"])
     extended = characters.with_special_tokens([END_OF_TEXT])
     assert encode_documents(extended, ["a", "b"]).tolist() == [0, 3, 1]
+
+
+# Markers in the text
+
+
+@given(st.lists(NASTY, min_size=1, max_size=5), st.integers(1, 40), st.integers(1, 9))
+@example(["a", "<|endoftext", "|>"], 1, 1)
+@example(["", ""], 3, 1)
+def test_marked_text_has_the_documents_of_a_jsonl_file(tmp_path_factory, documents, block_bytes, size):
+    folder = tmp_path_factory.mktemp("marked")
+    documents = [*"ab ab ab ab ab".split(), *documents]
+    (folder / "a.txt").write_bytes(END_OF_TEXT.join(documents).encode("utf-8"))
+    (folder / "a.jsonl").write_bytes(jsonl({"t": document} for document in documents))
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(corpus_module, "PIECE_CHARACTERS", size)
+        patched.setattr(documents_module, "BLOCK_BYTES", block_bytes)
+        plain, lines = open_corpus(folder / "a.txt"), open_corpus(folder / "a.jsonl", "t")
+        assert list(plain.documents(split=True)) == list(lines.documents()) == documents
+        assert list(plain.pieces(split=True)) == list(lines.pieces())
+        assert plain.sample(9, 0.01, split=True) == lines.sample(9, 0.01)
+        assert list(plain.documents()) == [END_OF_TEXT.join(documents)]
+
+
+def test_special_tokens_stand_for_no_byte():
+    tokenizer = GPT2.with_special_tokens(["<|user|>"])
+    documents = ["<|user|>é", f"a{END_OF_TEXT}b", ""]
+    assert count_bytes(tokenizer, documents, "allow") == 4
+    assert count_bytes(tokenizer, documents) == count_bytes(tokenizer, documents, "text") == 4 + 8 + 13
+    with pytest.raises(Error, match="give a list"):
+        count_bytes(tokenizer, "a")

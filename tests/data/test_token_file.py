@@ -107,6 +107,28 @@ def test_special_tokens_in_the_text(tmp_path):
         assert file.tokens.tolist().count(GPT2.special_tokens[END_OF_TEXT]) == count
 
 
+def test_marked_text_has_the_tokens_and_chunks_of_a_jsonl_file(tmp_path, corpus):
+    documents = list(corpus.documents())
+    (tmp_path / "marked.txt").write_bytes(END_OF_TEXT.join(documents).encode("utf-8"))
+    lines = tokenize_corpus(corpus, GPT2, "allow", tmp_path / "lines")
+    marked = tokenize_corpus(open_corpus(tmp_path / "marked.txt"), GPT2, "allow", tmp_path / "marked")
+    assert marked.tokens.tolist() == lines.tokens.tolist()
+    assert marked.index["chunks"] == lines.index["chunks"]
+    parts = zip(marked.split(0.3), lines.split(0.3))
+    assert all(np.array_equal(ours, theirs) for ours, theirs in parts)  # ids of both parts, and bytes
+
+
+def test_bytes_of_special_tokens_are_missing_only_if_allowed(tmp_path):
+    (tmp_path / "a.txt").write_text(f"one{END_OF_TEXT}two", encoding="utf-8")
+    tokenize_corpus(open_corpus(tmp_path / "a.txt"), GPT2, "allow", tmp_path / "tokens")
+    index = json.loads((tmp_path / "tokens" / INDEX).read_text(encoding="utf-8"))
+    assert index["chunks"] == [[3, 6]] and index["corpus"]["bytes"] == 6 + len(END_OF_TEXT)
+    for change in ({"special": "text"}, {"chunks": [[3, 60]]}):
+        (tmp_path / "tokens" / INDEX).write_text(json.dumps(index | change), encoding="utf-8")
+        with pytest.raises(Error, match="damaged"):
+            TokenFile.open(tmp_path / "tokens")
+
+
 @pytest.mark.parametrize("threads", ["1", "2", "5"])
 def test_order_does_not_depend_on_thread_timing(tmp_path, corpus, monkeypatch, threads):
     def slow_start(tokenizer, documents, special):

@@ -7,7 +7,7 @@ from typing import Annotated, ClassVar
 
 from tinyllm.backend.dtypes import autocast
 from tinyllm.cli.options import DeviceOptions, SpecialOptions, TextModelOptions, move, option
-from tinyllm.data.corpus import open_corpus
+from tinyllm.data.corpus import count_bytes, open_corpus
 from tinyllm.errors import Error
 from tinyllm.inference.perplexity import check_windows, evaluate_text, ids_on_disk
 
@@ -39,9 +39,9 @@ class EvalConfig(DeviceOptions, SpecialOptions, _Text, TextModelOptions):
 def run(config: EvalConfig) -> None:
     """Evaluate the model on the text and print the loss, and how it was measured.
 
-    The text is one stream of tokens, with ``<|endoftext|>`` between documents, as in training. These
-    tokens are predicted and count for the loss, but stand for no byte. The bytes are those of the text in
-    UTF-8, without those of its first token, which is predicted only from a BOS token.
+    The text is one stream of tokens, with ``<|endoftext|>`` between documents, as in training. This and other
+    special tokens are predicted and count for the loss, but stand for no byte. The bytes are those of the
+    text in UTF-8, without those of its first token, which is predicted only from a BOS token.
     """
     for name in ("context", "stride", "batch"):  # what can be checked without the model, which may be large
         value = getattr(config, name)
@@ -58,7 +58,9 @@ def run(config: EvalConfig) -> None:
     with ids_on_disk(corpus, tokenizer, config.special) as ids, autocast(config.dtype):
         found = evaluate_text(model, ids, context, stride, batch, progress=True)
         bos = ids[:1].tolist() == tokenizer.with_bos([])
-        num_bytes = corpus.num_bytes - (0 if bos else len(tokenizer.decode_bytes(ids[:1])))
+        marker = ids[0] in tokenizer.special_tokens.values()
+        num_bytes = count_bytes(tokenizer, corpus.documents(), config.special)
+        num_bytes -= 0 if marker else len(tokenizer.decode_bytes(ids[:1]))
     print(f"{corpus.name}: {corpus.num_bytes:,} bytes, {found.tokens + (not bos):,} tokens")
     given = "the first from BOS" if bos else "all but the first"
     windows = f"windows of {context:,} tokens, stride {stride:,}"

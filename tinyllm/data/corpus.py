@@ -2,7 +2,8 @@
 
 A text is a sequence of documents. ``open_corpus`` reads it once to count and hash it. Later reads start from
 the files again: in ``pieces`` of about a million characters, by ``documents``, or as a whole (``load_text``).
-``encode_documents`` turns documents into ids and separates them with ``<|endoftext|>``.
+``encode_documents`` turns documents into ids and separates them with ``<|endoftext|>``. A text may contain
+that marker itself: read with ``split``, it gives the same documents as a .jsonl file.
 """
 
 from __future__ import annotations
@@ -73,8 +74,10 @@ class Corpus:
         self.num_documents, self.num_characters = measured.documents, measured.characters
         self.num_bytes, self.sha256 = measured.bytes, measured.sha256
 
-    def pieces(self) -> Iterator[Piece]:
+    def pieces(self, split: bool = False) -> Iterator[Piece]:
         """The text in pieces that fit in memory: short documents whole, long documents cut.
+
+        With ``split``, an ``<|endoftext|>`` in the text separates documents and belongs to none of them.
 
         A piece ends at the first position from ``PIECE_CHARACTERS`` on where a character that is not
         whitespace is followed by one that is. The cuts depend only on the text. Raises ``Error`` if there is
@@ -82,7 +85,7 @@ class Corpus:
         changed since the corpus was opened.
         """
         text = ""
-        for block in self._read_again():
+        for block in self._read_again(split):
             text += block.text
             start = 0
             while found := CUT.search(text, start + PIECE_CHARACTERS - 1):
@@ -98,25 +101,30 @@ class Corpus:
                 yield Piece(text, ends_document=True)
                 text = ""
 
-    def documents(self) -> Iterator[str]:
-        """The documents, each as one string. Raises ``Error`` at the end if the files have changed."""
+    def documents(self, split: bool = False) -> Iterator[str]:
+        """The documents, each as one string; ``split`` as for ``pieces``.
+
+        Raises ``Error`` at the end if the files have changed.
+        """
         blocks = []
-        for block in self._read_again():
+        for block in self._read_again(split):
             blocks.append(block.text)
             if block.ends_document:
                 yield "".join(blocks)
                 blocks = []
 
-    def sample(self, characters: int, validation_fraction: float = 0.1) -> list[str]:
+    def sample(self, characters: int, validation_fraction: float = 0.1, split: bool = False) -> list[str]:
         """Pieces that have about ``characters`` characters in total, spread evenly over the training part.
 
         The training part is the first ``1 - validation_fraction`` of the bytes; ``TokenFile.split`` puts none
-        of them into the validation part. Raises ``Error`` if the first piece is already longer than that.
+        of them into the validation part. ``split`` as for ``pieces``. Raises ``Error`` if the first piece is
+        already longer than that.
         """
         check_fraction(validation_fraction)
-        training_bytes = (1 - validation_fraction) * self.num_bytes
+        sizes = (len(piece.text.encode("utf-8")) for piece in self.pieces(split))
+        training_bytes = (1 - validation_fraction) * (sum(sizes) if split else self.num_bytes)
         chosen, taken, position = [], 0, 0
-        for piece in self.pieces():
+        for piece in self.pieces(split):
             size = len(piece.text.encode("utf-8"))
             if position + size > training_bytes:
                 break
@@ -136,13 +144,29 @@ class Corpus:
             return iter([Piece(python_docs(), ends_document=True)])
         return read_documents(self.files, self.field)
 
-    def _read_again(self) -> Iterator[Piece]:
+    def _read_again(self, split: bool) -> Iterator[Piece]:
         measured = _Measure()
-        for block in self._read():
-            measured.add(block)
-            yield block
+
+        def blocks() -> Iterator[Piece]:
+            for block in self._read():
+                measured.add(block)
+                yield block
+
+        yield from _split(blocks()) if split else blocks()
         if measured.sha256 != self.sha256:
             raise Error(f"text {self.name!r} changed while it was in use: do not modify it, and start again")
+
+
+def _split(blocks: Iterable[Piece]) -> Iterator[Piece]:
+    """The blocks, with a document ended at each ``<|endoftext|>``, which is removed."""
+    text = ""
+    for block in blocks:
+        *whole, text = (text + block.text).split(END_OF_TEXT)
+        yield from (Piece(document, ends_document=True) for document in whole)
+        # The end of a block may be a part of the marker.
+        keep = len(text) if block.ends_document else max(0, len(text) - len(END_OF_TEXT) + 1)
+        yield Piece(text[:keep], block.ends_document)
+        text = text[keep:]
 
 
 class _Measure:
@@ -257,6 +281,25 @@ def encode_documents(tokenizer: Tokenizer, documents: Iterable[str], special: st
             parts.append(np.array([end_of_text_id(tokenizer)], dtype=np.uint32))
         parts.append(tokenizer.encode_array(document, special))
     return np.concatenate(parts) if parts else np.zeros(0, dtype=np.uint32)
+
+
+def splits(tokenizer: Tokenizer, special: str) -> bool:
+    """Whether ``<|endoftext|>`` in a text, encoded with this ``special``, separates documents."""
+    return special == "allow" and END_OF_TEXT in tokenizer.special_tokens
+
+
+def count_bytes(tokenizer: Tokenizer, documents: Iterable[str], special: str = "refuse") -> int:
+    """The number of UTF-8 bytes of the documents, without those of special tokens encoded as their ids.
+
+    Such a marker stands for no byte, just as the ``<|endoftext|>`` between documents.
+    """
+    if isinstance(documents, str):
+        raise Error("the documents are a str: give a list of texts")
+    num_bytes = 0
+    for document in documents:
+        markers = tokenizer.find_special(document) if special == "allow" else []
+        num_bytes += len(document.encode("utf-8")) - sum(len(found[0].encode("utf-8")) for found in markers)
+    return num_bytes
 
 
 def end_of_text_id(tokenizer: Tokenizer) -> int:

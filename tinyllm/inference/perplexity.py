@@ -22,7 +22,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from tinyllm.checks import check_at_least, check_ids, is_integer
-from tinyllm.data.corpus import Corpus, end_of_text_id
+from tinyllm.data.corpus import Corpus, end_of_text_id, splits
 from tinyllm.errors import Error
 from tinyllm.nn import Module, evaluating
 from tinyllm.tensor import no_grad
@@ -171,11 +171,10 @@ def ids_on_disk(corpus: Corpus, tokenizer: Tokenizer, special: str = "refuse") -
     time: only one is in memory, and the file takes four bytes per token. Raises the errors of
     ``encode_documents``.
     """
-    bos, separator = tokenizer.with_bos([]), []
-    if corpus.num_documents > 1:
-        separator = [end_of_text_id(tokenizer)]
+    bos = tokenizer.with_bos([])
+    separator = [end_of_text_id(tokenizer)] if corpus.num_documents > 1 or splits(tokenizer, special) else []
     with tempfile.TemporaryFile() as file:
-        for number, document in enumerate(corpus.documents()):
+        for number, document in enumerate(corpus.documents(splits(tokenizer, special))):
             ids = tokenizer.encode_array(document, special)
             before = separator if number > 0 else bos
             if number > 0 or ids[:1].tolist() != bos:
