@@ -1,5 +1,6 @@
 """The task of pretraining: its data, its evaluation, and the same run in torch."""
 
+import json
 import math
 from dataclasses import replace
 
@@ -21,6 +22,7 @@ from support.runs import (
 from tinyllm import GPT2, load_tokenizer
 from tinyllm.data.batches import Batches, Windows
 from tinyllm.errors import Error
+from tinyllm.tokenizers.base import END_OF_TEXT
 from tinyllm.training.run_folder import begun_config
 from tinyllm.training.tasks.pretrain import load_data, mean_loss, parts_of_a_step, train
 from tinyllm.weights.runs import last_checkpoint
@@ -81,6 +83,31 @@ def test_a_large_text_is_encoded_into_a_token_file(tmp_path, monkeypatch):
     with pytest.raises(Error, match=r"corpus"):
         train(replace(config, out=tmp_path / "changed", tokens=folder), progress=False)
     assert not (tmp_path / "changed").exists()
+
+
+@pytest.mark.parametrize(
+    "tokenizer, in_memory",
+    [("char", 100), ("bpe:270", 100), ("gpt2", 100), ("bpe:270", 0), ("gpt2", 0)],
+)
+def test_a_marked_text_gives_the_windows_and_bytes_of_a_jsonl_file(
+    tmp_path, monkeypatch, tokenizer, in_memory
+):
+    monkeypatch.setattr("tinyllm.data.token_file.PIECE_CHARACTERS", 1000)
+    monkeypatch.setattr("tinyllm.data.corpus.PIECE_CHARACTERS", 1000)
+    documents = [f"the {n} mice saw {n * n} cats. " * (n % 7) for n in range(400)]
+    (tmp_path / "a.jsonl").write_text(
+        "".join(json.dumps({"text": document}) + "\n" for document in documents)
+    )
+    (tmp_path / "a.txt").write_text(END_OF_TEXT.join(documents))
+    options = dict(tokenizer=tokenizer, in_memory=in_memory, special="allow")
+    lines = load_data(small(tmp_path / "a.jsonl", tmp_path, text_field="text", **options))
+    marked = load_data(small(tmp_path / "a.txt", tmp_path, **options))
+    assert marked.tokenizer.to_json() == lines.tokenizer.to_json()
+    for ours, theirs in ((marked.train, lines.train), (marked.validation, lines.validation)):
+        assert np.array_equal(ours.tokens, theirs.tokens)
+    assert (marked.bytes_per_token, marked.prompt) == (lines.bytes_per_token, lines.prompt)
+    assert marked.texts == lines.texts
+    assert lines.tokenizer.special_tokens[END_OF_TEXT] in lines.validation.tokens
 
 
 def test_a_large_text_with_a_character_tokenizer_is_refused(text, tmp_path):

@@ -23,7 +23,7 @@ from tinyllm.inference.sampling import check_sampling
 from tinyllm.models import load_model
 from tinyllm.nn import Module
 from tinyllm.tokenizers import load_tokenizer
-from tinyllm.tokenizers.base import Tokenizer, check_fits
+from tinyllm.tokenizers.base import FILE_NAME, Tokenizer, check_fits
 from tinyllm.weights.hub import HUB_ID
 from tinyllm.weights.pull import KNOWN_MODELS
 from tinyllm.weights.runs import checkpoints, last_checkpoint
@@ -76,7 +76,8 @@ class TextModelOptions(ModelOptions):
             model, tokenizer = load_model_and_tokenizer(self.model, dtype)
         else:
             model, tokenizer = load_model(checkpoint, dtype), load_tokenizer(checkpoint.parent)
-            check_fits(tokenizer, model)
+            # A run that started from a published model has its tokenizer, and may have its padding.
+            check_fits(tokenizer, model, padded=not (checkpoint.parent / FILE_NAME).exists())
         tokenizer.add_bos &= not self.no_bos
         return model, tokenizer
 

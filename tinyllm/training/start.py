@@ -28,7 +28,8 @@ from tinyllm.weights.runs import STEP, last_checkpoint
 FINE_TUNING = dict(lr=3e-4, min_lr=3e-5)
 
 VOCABULARY_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt")
-OTHER_TOKENIZER_FILES = ("tokenizer_config.json", "chat_template.jinja")
+ADDED_TOKENS = ("added_tokens.json", "special_tokens_map.json")
+OTHER_TOKENIZER_FILES = (*ADDED_TOKENS, "tokenizer_config.json", "chat_template.jinja")
 
 
 def starting_from(source: str) -> TrainConfig:
@@ -123,7 +124,7 @@ def hash_tokenizer(tokenizer: Tokenizer, place: str | Path) -> str:
     if is_ours(tokenizer):
         return tokenizer_sha256(tokenizer)
     digest = hashlib.sha256()
-    for file in _tokenizer_files(Path(place), VOCABULARY_FILES):
+    for file in _tokenizer_files(Path(place), (*VOCABULARY_FILES, *ADDED_TOKENS)):
         with open(file, "rb") as opened:
             digest.update(hashlib.file_digest(opened, "sha256").digest())
     return digest.hexdigest()

@@ -13,7 +13,14 @@ import numpy as np
 from tinyllm.backend.device import open_device
 from tinyllm.backend.memory import keep_memory
 from tinyllm.data.batches import Batches, Windows
-from tinyllm.data.corpus import Corpus, encode_documents, open_corpus, train_validation_split
+from tinyllm.data.corpus import (
+    Corpus,
+    count_bytes,
+    encode_documents,
+    open_corpus,
+    splits,
+    train_validation_split,
+)
 from tinyllm.data.token_file import tokenize_corpus
 from tinyllm.errors import Error
 from tinyllm.inference.generate import generate
@@ -86,12 +93,14 @@ def load_data(
             f"{corpus.name} has {corpus.num_bytes / 10**6:,.0f} MB, too much for the tokenizer "
             f"{config.tokenizer}: choose bpe:VOCAB or gpt2, or a larger --in-memory"
         )
-    parts = [] if large else train_validation_split(corpus.documents(), VALIDATION_FRACTION)
+    # A learned tokenizer has <|endoftext|>.
+    split = config.special == "allow" if tokenizer is None else splits(tokenizer, config.special)
+    parts = [] if large else train_validation_split(corpus.documents(split), VALIDATION_FRACTION)
     texts = None if large else tuple("".join(part).encode("utf-8") for part in parts)
     if not large:  # no tokenizer makes more tokens than bytes, and one between documents
         _check_length(config, corpus, len(texts[1]) + len(parts[1]) - 1, "bytes")
     tokenizer = tokenizer or _learn_tokenizer(config, corpus, *parts)
-    prompt = _default_prompt(corpus) if config.prompt is None else config.prompt
+    prompt = _default_prompt(corpus, split) if config.prompt is None else config.prompt
     prompt_ids = _encode_prompt(config, tokenizer, prompt)
     if large:
         default = Path(f"{corpus.name.rstrip('/')}.{tokenizer.name.replace(':', '-')}.tokens")
@@ -100,7 +109,7 @@ def load_data(
     else:
         _check_special(config, corpus, tokenizer, [*parts[0], *parts[1]])
         train, validation = (encode_documents(tokenizer, part, config.special) for part in parts)
-        validation_bytes = len(texts[1])
+        validation_bytes = count_bytes(tokenizer, parts[1], config.special)
     _check_length(config, corpus, len(validation), "tokens")
     bytes_per_token = validation_bytes / len(validation)
     train = Windows(train, config.context, config.stride or max(1, config.context // 4))
@@ -157,10 +166,10 @@ def _learn_tokenizer(config: TrainConfig, corpus: Corpus, train=(), validation=(
         return loaded
     if config.tokenizer == "char":
         tokenizer = CharTokenizer.from_text("".join([*train, *validation]))
-        if corpus.num_documents > 1:
+        if max(corpus.num_documents, len(train), len(validation)) > 1:
             tokenizer = tokenizer.with_special_tokens([END_OF_TEXT])  # to separate them
     else:
-        sample = train or corpus.sample(BPE_CHARACTERS)
+        sample = train or corpus.sample(BPE_CHARACTERS, VALIDATION_FRACTION, config.special == "allow")
         try:
             tokenizer = BPETokenizer(train_bpe(sample, parse_bpe(config.tokenizer)))
         except Error as error:
@@ -168,9 +177,9 @@ def _learn_tokenizer(config: TrainConfig, corpus: Corpus, train=(), validation=(
     return tokenizer.with_special_tokens(config.special_tokens)
 
 
-def _default_prompt(corpus: Corpus) -> str:
+def _default_prompt(corpus: Corpus, split: bool) -> str:
     """The if it occurs at the beginning of the text, else the first word (of at most ten characters)."""
-    first = next(piece.text for piece in corpus.pieces() if piece.text.strip())
+    first = next(piece.text for piece in corpus.pieces(split) if piece.text.strip())
     return "The" if "The" in first else first.split()[0][:10]
 
 
