@@ -234,9 +234,9 @@ def test_a_gpu_gives_the_same_answers(chat, monkeypatch):
     cupy, seen = fake_cupy(monkeypatch), []
     generate = inference.generate
 
-    def see(model, *args):
+    def see(model, *args, **options):
         seen.extend(type(parameter.data) for parameter in model.parameters())
-        return generate(model, *args)
+        return generate(model, *args, **options)
 
     monkeypatch.setattr(inference, "generate", see)
     code, out, err = chat("Hello\nAnd you?\n", "--device", "auto", "--gpu-memory", "0.5")

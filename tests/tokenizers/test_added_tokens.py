@@ -151,3 +151,19 @@ def test_llama_3_vocabulary_with_renamed_and_added_tokens(llama3, tmp_path):
     assert ours.decode([reserved, new]) == "<|im_start|><|im_end|>"
     write(tmp_path, tokenizer_config={"added_tokens_decoder": added(7)})
     assert "the id 7" in message_of(load_tokenizer, tmp_path)
+
+
+def test_unused_ids_include_gaps(llama, llama3, byte_level, tmp_path):
+    """A model's rows that no token has, also between tokens."""
+    assert load_tokenizer("gpt2").unused_ids(50260) == [50257, 50258, 50259]
+    assert load_tokenizer(llama(added_tokens={"<|im_start|>": 803})).unused_ids(805) == [800, 801, 802, 804]
+    size = load_tokenizer(llama3).vocab_size
+    assert load_tokenizer(llama3).unused_ids(size) == []
+    definition = json.loads((byte_level / "tokenizer.json").read_text(encoding="utf-8"))
+    definition["model"]["vocab"] = {
+        token: i + 5 * (i > 1) for token, i in definition["model"]["vocab"].items()
+    }
+    definition["added_tokens"] = definition["added_tokens"][:2]
+    (tmp_path / "gap").mkdir()
+    tokenizer = load_tokenizer(write(tmp_path / "gap", tokenizer=definition))
+    assert tokenizer.unused_ids(tokenizer.vocab_size + 1) == [2, 3, 4, 5, 6, tokenizer.vocab_size]

@@ -7,8 +7,6 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Annotated, ClassVar
 
-import numpy as np
-
 from tinyllm.backend.dtypes import autocast
 from tinyllm.cli.options import (
     DeviceOptions,
@@ -83,15 +81,16 @@ def _prompt(config: GenerateConfig, tokenizer: Tokenizer) -> list[int]:
 
 
 def _print_text(config: GenerateConfig, model: Module, tokenizer: Tokenizer, ids: list[int]) -> None:
-    rng = np.random.default_rng(config.seed)
-    steps = generate(
-        model, [ids], config.max_new_tokens, *config.sampling, rng, tokenizer.eos_ids, slide=config.slide
-    )
+    unused = tokenizer.unused_ids(model.config.vocab_size)
+    options = config.max_new_tokens, *config.sampling, config.seed, tokenizer.eos_ids
+    steps = generate(model, [ids], *options, slide=config.slide, suppress_ids=unused)
     if len(ids) + config.max_new_tokens > model.context:
         print(_context_note(model, config.slide), file=sys.stderr)
     if config.show_probabilities:
-        bars = watch_probabilities(tokenizer, steps, *config.sampling, blocks=shows_blocks(sys.stdout))
-        for step in bars:
+        blocks = shows_blocks(sys.stdout)
+        for step in watch_probabilities(
+            tokenizer, steps, *config.sampling, blocks=blocks, suppress_ids=unused
+        ):
             print(step, flush=True)
         return
     if not config.chat:
@@ -113,9 +112,10 @@ def print_stream(tokenizer: Tokenizer, steps: Iterable[Sequence[int]]) -> None:
 
 
 def _print_grid(config: GenerateConfig, model: Module, tokenizer: Tokenizer, ids: list[int]) -> None:
+    unused = tokenizer.unused_ids(model.config.vocab_size)
     for top_k in GRID_TOP_K:
         for temperature in GRID_TEMPERATURE:
-            rng = np.random.default_rng(config.seed)
-            steps = generate(model, [ids], config.max_new_tokens, temperature, top_k, config.top_p, rng)
-            text = tokenizer.decode([int(tokens[0]) for tokens in steps])
+            options = temperature, top_k, config.top_p, config.seed, tokenizer.eos_ids
+            steps = generate(model, [ids], config.max_new_tokens, *options, suppress_ids=unused)
+            text = "".join(text_stream(tokenizer, steps, tokenizer.eos_ids))
             print(f"top-k {top_k:3}  temperature {temperature:.1f}  {' '.join(text.split())}", flush=True)

@@ -132,7 +132,9 @@ class Conversation:
         was and KeyboardInterrupt is raised. Raises ``Error`` as ``prompt`` and ``generate`` do.
         """
         stop_ids, ids = self.tokenizer.eos_ids, self.prompt(words)
-        steps = generate(self.model, [ids], self.max_new_tokens, *self.sampling, self.rng, stop_ids)
+        unused = self.tokenizer.unused_ids(self.model.config.vocab_size)
+        options = self.max_new_tokens, *self.sampling, self.rng, stop_ids
+        steps = generate(self.model, [ids], *options, suppress_ids=unused)
         tokens, times, pieces = [], [time.perf_counter()], []
 
         def timed() -> Iterator[np.ndarray]:

@@ -16,7 +16,7 @@ from tinyllm.backend.dtypes import accumulation_dtype
 from tinyllm.backend.threads import step_of_few_rows
 from tinyllm.checks import as_generator, check_at_least, check_ids
 from tinyllm.errors import Error
-from tinyllm.inference.sampling import check_sampling, choose_tokens
+from tinyllm.inference.sampling import check_sampling, choose_tokens, suppress
 from tinyllm.nn import evaluating
 from tinyllm.tensor import Tensor, no_grad
 
@@ -32,6 +32,7 @@ def generate(
     stop_ids: Sequence[int] = (),
     use_cache: bool = True,
     slide: bool = False,
+    suppress_ids: Sequence[int] = (),
 ) -> Iterator[np.ndarray]:
     """Continue the prompts ``ids``: yields the sampled token ids (B,) of each step.
 
@@ -41,6 +42,9 @@ def generate(
     that has sampled one of ``stop_ids`` repeats it; generation ends when all rows have, or after
     ``max_new_tokens``. ``use_cache=False`` processes the whole text again at every step: the same tokens,
     more slowly.
+
+    ``suppress_ids`` have probability 0. A model with more ids than its tokenizer has tokens needs
+    ``suppress_ids=tokenizer.unused_ids(model.config.vocab_size)``.
 
     When the longest row has filled the model's context:
 
@@ -58,16 +62,21 @@ def generate(
     freed with the iterator.
     """
     ids, padding = _check_prompts(ids, model)
-    if not isinstance(stop_ids, Sequence | np.ndarray):
-        raise Error(f"stop_ids is {stop_ids!r}: give a list of token ids")
-    stop_ids = check_ids(stop_ids, model.config.vocab_size, name="stop_ids") if len(stop_ids) else ()
+    stop_ids = _check_list(stop_ids, model, "stop_ids")
+    suppress_ids = _check_list(suppress_ids, model, "suppress_ids")
     max_new_tokens = check_at_least(max_new_tokens, 0, "max_new_tokens")
     check_sampling(temperature, top_k, top_p)
     rng = np.random.default_rng() if rng is None else as_generator(rng)
     if not (slide or model.learned_positions):
         max_new_tokens = min(max_new_tokens, model.context - ids.shape[1] + 1)
     sampling = (temperature, top_k, top_p)
-    return _steps(model, ids, padding, max_new_tokens, sampling, rng, stop_ids, use_cache)
+    return _steps(model, ids, padding, max_new_tokens, sampling, rng, stop_ids, use_cache, suppress_ids)
+
+
+def _check_list(ids, model, name: str) -> np.ndarray:
+    if not isinstance(ids, Sequence | np.ndarray):
+        raise Error(f"{name} is {ids!r}: give a list of token ids")
+    return check_ids(ids, model.config.vocab_size, name=name) if len(ids) else np.zeros(0, np.int64)
 
 
 def _check_prompts(ids, model) -> tuple[np.ndarray, np.ndarray]:
@@ -97,7 +106,7 @@ def _is_ragged(ids) -> bool:
     return len({len(row) for row in lists}) > 1
 
 
-def _steps(model, ids, padding, max_new_tokens, sampling, rng, stop_ids, use_cache):
+def _steps(model, ids, padding, max_new_tokens, sampling, rng, stop_ids, use_cache, suppress_ids):
     B, T = ids.shape
     cache = model.new_cache(B, T + max_new_tokens, padding) if use_cache else None
     modules = [module for _, module in model.named_modules()]
@@ -115,6 +124,7 @@ def _steps(model, ids, padding, max_new_tokens, sampling, rng, stop_ids, use_cac
             )
         with evaluating(model, modules):
             logits = _window_logits(model, ids, padding) if cache is None else _logits(model, new, cache)
+        logits = suppress(logits, suppress_ids)
         tokens = choose_tokens(logits, rng.random(B), *sampling)
         tokens = np.where(finished, ids[:, -1], tokens)  # (B,)
         ids = np.concatenate([ids, tokens[:, None]], axis=1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -19,6 +20,15 @@ def check_sampling(temperature: float, top_k: int | None, top_p: float | None) -
         raise Error(f"top_k is {top_k!r}: choose a whole number of at least 1, or none")
     if top_p is not None and (not isinstance(top_p, numbers) or not 0 < top_p <= 1):
         raise Error(f"top_p is {top_p!r}: choose a number above 0 and at most 1, or none")
+
+
+def suppress(logits: np.ndarray, ids: Sequence[int]) -> np.ndarray:
+    """The logits (B, V) with -inf, so that these ids have probability 0; ids from V on are ignored."""
+    ids = np.asarray(ids, dtype=np.int64)
+    if len(ids):
+        logits = logits.copy()
+        logits[:, ids[ids < logits.shape[1]]] = -np.inf
+    return logits
 
 
 def choose_tokens(

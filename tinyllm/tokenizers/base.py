@@ -115,6 +115,14 @@ class Tokenizer:
         """
         raise NotImplementedError
 
+    def token_ids(self) -> set[int]:
+        """The ids that have a token: some vocabularies have gaps below ``vocab_size``."""
+        return set(range(self.vocab_size))
+
+    def unused_ids(self, rows: int) -> list[int]:
+        """The ids without a token among the ``rows`` of a model, which must never be sampled."""
+        return sorted(set(range(rows)) - self.token_ids())
+
     def _is_token(self, name: str) -> bool:
         """Whether an ordinary token has exactly this text."""
         raise NotImplementedError

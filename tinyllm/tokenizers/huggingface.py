@@ -172,6 +172,9 @@ class TokenizersTokenizer(Tokenizer):
                 raise Error(f"{self.name} gives the added token {token['content']!r} the id {found}, not {i}")
         return TokenizersTokenizer(self.name, tokenizer)
 
+    def token_ids(self) -> set[int]:
+        return set(self.tokenizer.get_vocab(with_added_tokens=True).values())
+
     def _is_token(self, name: str) -> bool:
         return self.tokenizer.token_to_id(name) is not None
 

@@ -80,6 +80,9 @@ class SentencePieceTokenizer(Tokenizer):
         added = {token["id"]: name for name, token in self._added.items()}
         return {i: name for name, i in self.special_tokens.items()} | added
 
+    def token_ids(self) -> set[int]:
+        return {*range(len(self.processor)), *self._names()}
+
     def encode_around(self, text: str, found: list[re.Match]) -> np.ndarray:
         ordinary = find_names(self._added.keys() - self.special_tokens.keys(), text)
         ids, end, processor = [], 0, self.processor

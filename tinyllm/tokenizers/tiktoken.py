@@ -100,6 +100,9 @@ class TiktokenTokenizer(Tokenizer):
         extended.vocab_size = extended.encoding.n_vocab
         return extended
 
+    def token_ids(self) -> set[int]:
+        return {*self.encoding._mergeable_ranks.values(), *self.special_tokens.values()}
+
     def _encoding_with(self, special_tokens: dict[str, int]) -> tiktoken.Encoding:
         import tiktoken
 

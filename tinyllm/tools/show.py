@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
@@ -11,6 +11,7 @@ from tinyllm.backend.device import to_device
 from tinyllm.checks import check_ids, is_integer
 from tinyllm.errors import Error
 from tinyllm.inference.sampling import probabilities as sampling_probabilities
+from tinyllm.inference.sampling import suppress
 from tinyllm.nn import observe
 from tinyllm.tokenizers.base import Tokenizer
 from tinyllm.tools.console import EIGHTHS
@@ -151,11 +152,12 @@ def watch_probabilities(
     top_p: float | None = None,
     top: int = 5,
     blocks: bool = True,
+    suppress_ids: Sequence[int] = (),
 ) -> Iterator[str]:
     """``show_probabilities`` for every step of ``generate``, followed by an empty line.
 
-    ``steps`` is the result of ``generate``, and the next three arguments are those it was called with.
-    The rows of a batch follow one another.
+    ``steps`` is the result of ``generate``; the next three arguments and ``suppress_ids`` are those it was
+    called with. The rows of a batch follow one another.
     """
     logits = []
 
@@ -168,7 +170,9 @@ def watch_probabilities(
             tokens = next(steps, None)
         if tokens is None:
             return
-        rows = sampling_probabilities(to_device(logits[0], "cpu"), temperature, top_k, top_p)  # (B, V)
+        allowed = suppress(to_device(logits[0], "cpu"), suppress_ids)
+        rows = sampling_probabilities(allowed, temperature, top_k, top_p)  # (B, V)
+        rows = rows[:, : tokenizer.vocab_size] if len(suppress_ids) else rows
         yield "".join(
             show_probabilities(tokenizer, p, token, top, blocks) + "\n" for p, token in zip(rows, tokens)
         )

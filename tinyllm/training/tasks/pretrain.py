@@ -287,7 +287,8 @@ class Pretraining(Task):
         length = max(FEWEST_SAMPLE_TOKENS, trained // BATCHED_TOKENS_PER_GENERATED)
         length = SAMPLE_TOKENS if final else min(SAMPLE_TOKENS, length)
         rng, ids = np.random.default_rng([config.seed, step]), list(prompt)
-        for token in generate(model, [prompt], length, temperature=0.8, top_k=40, rng=rng):
+        unused = self.text.tokenizer.unused_ids(model.config.vocab_size)
+        for token in generate(model, [prompt], length, 0.8, top_k=40, rng=rng, suppress_ids=unused):
             check()
             ids.append(int(token[0]))
         return self.text.tokenizer.decode(ids)
