@@ -365,3 +365,14 @@ def test_registered_architecture_trains_saves_loads_and_generates(tmp_path):
         del ARCHITECTURES["bag"]
     with pytest.raises(Error, match="'bag'"):
         load_model(tmp_path)
+
+
+def test_config_keys_of_other_tools_and_null_keys_are_ignored():
+    ours = LlamaConfig.preset("Llama-3.2-1B").to_dict()
+    foreign = {"unsloth_version": "2025.1", "unsloth_fixed": True, "_attn_implementation_autoset": True}
+    generation = {"temperature": 0.7, "top_p": 0.9, "do_sample": True, "torchscript": False}
+    nulls = {"quantization_config": None, "sliding_window": None}
+    assert LlamaConfig.from_dict(ours | foreign | generation | nulls) == LlamaConfig.from_dict(ours)
+    for key, value in (("quantization_config", {"bits": 4}), ("sliding_window", 4096)):
+        with pytest.raises(Error, match=key):
+            LlamaConfig.from_dict(ours | {key: value})

@@ -60,11 +60,18 @@ FIXED = {
 
 # Keys of a config.json that do not affect the logits
 BOOKKEEPING = set(
-    "_name_or_path _num_labels architectures bos_token_id chunk_size_feed_forward dtype eos_token_id "
-    "gradient_checkpointing id2label is_llama_config label2id max_sequence_length n_ctx n_special "
-    "output_attentions output_hidden_states output_past pad_token_id predict_special_tokens pretraining_tp "
-    "problem_type return_dict summary_activation summary_first_dropout summary_proj_to_labels summary_type "
-    "summary_use_proj task_specific_params torch_dtype transformers.js_config transformers_version "
+    "_attn_implementation _attn_implementation_autoset _name_or_path _num_labels architectures "
+    "bad_words_ids begin_suppress_tokens bos_token_id chunk_size_feed_forward "
+    "decoder_start_token_id diversity_penalty do_sample dtype early_stopping encoder_no_repeat_ngram_size "
+    "eos_token_id exponential_decay_length_penalty finetuning_task forced_bos_token_id "
+    "forced_eos_token_id gradient_checkpointing id2label is_decoder is_llama_config label2id "
+    "length_penalty max_length max_sequence_length min_length n_ctx n_special no_repeat_ngram_size "
+    "num_beam_groups num_beams num_return_sequences output_attentions output_hidden_states output_past "
+    "output_scores pad_token_id predict_special_tokens prefix pretraining_tp problem_type "
+    "remove_invalid_values repetition_penalty return_dict return_dict_in_generate sep_token_id "
+    "summary_activation summary_first_dropout summary_proj_to_labels summary_type summary_use_proj "
+    "suppress_tokens task_specific_params temperature tf_legacy_loss tie_encoder_decoder tokenizer_class "
+    "top_k top_p torch_dtype torchscript transformers.js_config transformers_version typical_p "
     "use_cache".split()
 )
 
@@ -100,6 +107,7 @@ class ModelConfig:
                     f"{cls.__name__} supports only {key}={value!r}, but the config has {config[key]!r}"
                 )
         unknown = config.keys() - ours - fixed.keys() - BOOKKEEPING
+        unknown = [key for key in unknown if config[key] is not None and not key.startswith("unsloth_")]
         if unknown:
             raise Error(
                 f"unknown config keys: {', '.join(sorted(unknown))}; remove them if they do not affect "
