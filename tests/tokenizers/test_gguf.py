@@ -16,6 +16,7 @@ from tinyllm.errors import Error
 from tinyllm.tokenizers import load_tokenizer
 from tinyllm.tokenizers.tiktoken import (
     BYTE_OF,
+    LLAMA3_PATTERN,
     SYMBOLS,
 )
 
@@ -63,6 +64,31 @@ def test_gguf_smollm_splits_digits(byte_level, tmp_path):
     keys = {"model": "gpt2", "tokens": ["1", "2", "12"], "merges": ["1 2"]}
     assert load_tokenizer(write_gguf(tmp_path / "b.gguf", **keys, pre="gpt-2")).encode("12") == [2]
     assert load_tokenizer(write_gguf(tmp_path / "b.gguf", **keys, pre="smollm")).encode("12") == [0, 1]
+
+
+def test_gguf_with_llama3_pieces_and_all_merges(byte_level, tmp_path):
+    """As in llama.cpp, whose rule smaug-bpe splits a text as Llama 3's does, but does not add BOS."""
+    reference = tokenizers.Tokenizer.from_file(str(byte_level / "tokenizer.json"))
+    reference.no_truncation()
+    reference.no_padding()
+    split = tokenizers.pre_tokenizers
+    pieces = split.Split(tokenizers.Regex(LLAMA3_PATTERN), "isolated")
+    whole = split.ByteLevel(add_prefix_space=False, use_regex=False)
+    reference.pre_tokenizer = split.Sequence([pieces, whole])
+    for pre, add_bos in (("smaug-bpe", False), ("falcon3", True)):
+        ours = load_tokenizer(gguf_of_byte_level(byte_level, tmp_path / "a.gguf", pre=pre))
+        assert ours.add_bos is add_bos
+        for text in nasty_strings(COUNT, seed=7):
+            check_same(ours, reference, text)
+    keys = {"model": "gpt2", "tokens": ["a", "b", "c", "abc", "bc"], "merges": ["b c"]}
+    assert load_tokenizer(write_gguf(tmp_path / "b.gguf", **keys, pre="smaug-bpe")).encode("abc") == [0, 4]
+
+
+@pytest.mark.parametrize("keys", [{}, {"pre": "default"}])
+def test_gguf_that_names_no_pre_tokenizer_is_refused_with_a_remedy(tmp_path, keys):
+    path = write_gguf(tmp_path / "a.gguf", model="gpt2", tokens=["a", "b"], merges=["a b"], **keys)
+    said = message_of(load_tokenizer, path)
+    assert "a.gguf does not say" in said and "Hugging Face folder" in said and "None" not in said
 
 
 def test_gguf_llama3_does_not_merge_a_piece_that_is_a_token(tmp_path):

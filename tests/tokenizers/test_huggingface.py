@@ -212,7 +212,16 @@ def test_ids_and_template_from_the_config_files(byte_level, tmp_path):
     assert read(tokenizer_config={"chat_template": several}).chat_template == "d"
     assert "chat_template" in message_of(read, tokenizer_config={"chat_template": several[:1]})
     assert "'<x>'" in message_of(read, tokenizer_config={"eos_token": "<x>"})
-    assert "5000" in message_of(read, config={"eos_token_id": 5000})
+    gpt2 = transformers.GPT2Config(vocab_size=400).to_dict()  # with the ids of its usual vocabulary
+    assert gpt2["eos_token_id"] == 50256
+    for config, named in (
+        (gpt2, "50256"),
+        ({"eos_token_id": -1}, "-1"),
+        ({"eos_token_id": [5000, 1]}, "5000"),
+    ):
+        with pytest.warns(UserWarning, match=f"{named}, which is ignored"):
+            tokenizer = read(config=config)
+        assert (tokenizer.bos_id, tokenizer.eos_ids) == (None, (1,) if named == "5000" else ())
 
 
 def test_config_files_take_precedence_over_the_vocabulary(llama2, tmp_path):

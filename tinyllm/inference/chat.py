@@ -22,7 +22,7 @@ from tinyllm.models import empty_model, load_model
 from tinyllm.nn import Module
 from tinyllm.tokenizers import load_tokenizer
 from tinyllm.tokenizers.base import Tokenizer, check_fits, check_text
-from tinyllm.tokenizers.chat_template import encode_chat
+from tinyllm.tokenizers.chat_template import encode_chat, end_of_answer
 from tinyllm.weights.hub import find_model
 
 TOKENIZER_FILES = ("*tokenizer*", "vocab.json", "*.gguf")
@@ -92,6 +92,7 @@ class Conversation:
         self.max_new_tokens = check_at_least(max_new_tokens, 1, "max_new_tokens")
         self.sampling = (temperature, top_k, top_p)
         self.rng = np.random.default_rng(seed)
+        self.stop_ids = (*tokenizer.eos_ids, *end_of_answer(tokenizer))
         self.messages: list[dict[str, str]] = []
 
     def history(self) -> list[dict[str, str]]:
@@ -131,7 +132,7 @@ class Conversation:
         Ctrl-C ends the answer and keeps the text so far. If there is none yet, the conversation stays as it
         was and KeyboardInterrupt is raised. Raises ``Error`` as ``prompt`` and ``generate`` do.
         """
-        stop_ids, ids = self.tokenizer.eos_ids, self.prompt(words)
+        stop_ids, ids = self.stop_ids, self.prompt(words)
         unused = self.tokenizer.unused_ids(self.model.config.vocab_size)
         options = self.max_new_tokens, *self.sampling, self.rng, stop_ids
         steps = generate(self.model, [ids], *options, suppress_ids=unused)

@@ -100,6 +100,22 @@ def encode_chat(
     return tokenizer.encode(text, special="allow")
 
 
+def end_of_answer(tokenizer: Tokenizer) -> tuple[int, ...]:
+    """The id of the special token that the chat template writes after an answer, or ().
+
+    A model trained on such texts ends its answers with it, even if the model's files do not say so.
+    """
+    answer = "0a1b2c"
+    messages = [{"role": "user", "content": "question"}, {"role": "assistant", "content": answer}]
+    try:
+        text = render_chat(tokenizer.chat_template, messages, False, *_bos_and_eos(tokenizer))
+    except Error:  # not a template for this conversation
+        return ()
+    _, found, rest = text.rpartition(answer)
+    ends = tokenizer.find_special(rest) if found else []
+    return tuple(tokenizer.special_tokens[end[0]] for end in ends[:1] if not rest[: end.start()].strip())
+
+
 def _bos_and_eos(tokenizer: Tokenizer) -> tuple[str | None, str | None]:
     """The names of the tokenizer's ``bos_id`` and of the first of its ``eos_ids``."""
     names = {i: name for name, i in tokenizer.special_tokens.items()}

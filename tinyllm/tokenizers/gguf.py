@@ -9,7 +9,12 @@ import numpy as np
 
 from tinyllm.errors import Error
 from tinyllm.tokenizers.base import Tokenizer, require
-from tinyllm.tokenizers.huggingface import TokenizersTokenizer, build_byte_level, distinct
+from tinyllm.tokenizers.huggingface import (
+    TokenizersTokenizer,
+    build_byte_level,
+    distinct,
+    end_of_turn_ids,
+)
 from tinyllm.tokenizers.sentencepiece import (
     BYTE,
     CONTROL,
@@ -20,7 +25,13 @@ from tinyllm.tokenizers.sentencepiece import (
 )
 from tinyllm.weights.gguf import GGUFFile
 
-PRE_TOKENIZERS = ("gpt-2", "smollm", "llama-bpe")
+# llama.cpp's names of pre-tokenizers (src/llama-vocab.cpp), and of the one that splits a text in the same way
+PRE_TOKENIZERS = {
+    "smollm": "smollm",
+    **dict.fromkeys(("gpt-2", "phi-2", "gigachat", "mellum", "exaone4", "a.x-4.0"), "gpt-2"),
+    **dict.fromkeys(("llama-bpe", "llama3", "llama-v3", "falcon3", "pixtral", "midm-2.0"), "llama-bpe"),
+    **dict.fromkeys(("smaug-bpe", "dbrx"), "smaug-bpe"),  # Llama 3's pieces, with all merges
+}
 
 
 def read_gguf(path: Path) -> Tokenizer:
@@ -57,7 +68,8 @@ def read_gguf(path: Path) -> Tokenizer:
             raise Error(
                 f"{path} has tokenizer.ggml.{name} = {i}, not an id below {len(tokens)}: copy it again"
             )
-    tokenizer.bos_id, tokenizer.eos_ids = ids[0], distinct(ids[1:])
+    tokenizer.bos_id = ids[0]
+    tokenizer.eos_ids = distinct([*ids[1:], *end_of_turn_ids(tokenizer)])
     tokenizer.add_bos = file.value("tokenizer.ggml.add_bos_token", bool, tokenizer.add_bos)
     tokenizer.chat_template = file.value("tokenizer.chat_template", str | None)
     return tokenizer
@@ -75,12 +87,17 @@ def _numbers(file: GGUFFile, key: str, count: int, default: np.ndarray | None = 
 
 def _read_byte_level(file: GGUFFile, tokens: list[str], types: list[int]) -> TokenizersTokenizer:
     pre = file.value("tokenizer.ggml.pre", str | None)
-    pre = "llama-bpe" if pre in ("llama3", "llama-v3") else pre  # synonyms in llama.cpp
+    if pre in (None, "default"):
+        raise Error(
+            f"{file.path} does not say how its tokenizer splits a text (tokenizer.ggml.pre is missing or "
+            "'default'): convert the model with a newer llama.cpp, or use its Hugging Face folder"
+        )
     if pre not in PRE_TOKENIZERS:
         raise Error(
             f"{file.path} has the pre-tokenizer {pre!r}, but only {', '.join(PRE_TOKENIZERS)} are supported: "
             "use the tokenizer.json of the model's Hugging Face folder"
         )
+    pre = PRE_TOKENIZERS[pre]
     vocabulary = {token: i for i, token in enumerate(tokens)}
     merges = file.value("tokenizer.ggml.merges", list)
     tokenizer = build_byte_level(file.path, vocabulary, merges, pre)

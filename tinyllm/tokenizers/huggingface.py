@@ -15,6 +15,7 @@ from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
+from warnings import warn
 
 import numpy as np
 
@@ -48,6 +49,13 @@ _STEPS = [
 ]
 
 SENTENCEPIECE_DECODERS = [{"type": "Sequence", "decoders": steps} for steps in (_STEPS, _STEPS[:3])]
+
+# Special tokens that end a turn of a chat, by the names that llama.cpp looks for. Older files name only the
+# token that ends a text as eos.
+END_OF_TURN = (
+    *("<|eot_id|>", "<|im_end|>", "<|end|>", "<end_of_turn>", "<|eom_id|>", "<|return|>", "<|call|>"),
+    *("<EOT>", "_<EOT>", "[EOT]", "<end_of_utterance>", "<turn|>"),
+)
 
 SPARE_IDS = 2**20  # the most unused ids of a vocabulary; the library allocates memory for each
 
@@ -232,7 +240,7 @@ def read_vocab_and_merges(file: Path) -> TokenizersTokenizer:
 def build_byte_level(source: Path, vocabulary: dict[str, int], merges: list[str], pre: str):
     """The library's byte-level BPE for a vocabulary in byte symbols and merges such as ``"Ġ t"``.
 
-    ``pre`` is llama.cpp's name of the pre-tokenizer, which splits a text into pieces.
+    ``pre``, a value of ``PRE_TOKENIZERS``, is llama.cpp's name of the pre-tokenizer, which splits a text.
     """
     library = require("tokenizers")
     split = library.pre_tokenizers
@@ -251,6 +259,7 @@ def build_byte_level(source: Path, vocabulary: dict[str, int], merges: list[str]
         "gpt-2": gpt2_pieces,
         "smollm": split.Sequence([split.Digits(individual_digits=True), gpt2_pieces]),
         "llama-bpe": split.Sequence([llama3_pieces, whole]),
+        "smaug-bpe": split.Sequence([llama3_pieces, whole]),
     }[pre]
     tokenizer.decoder = library.decoders.ByteLevel()
     return tokenizer
@@ -323,8 +332,15 @@ def read_configs(tokenizer: Tokenizer, folder: Path) -> None:
             raise Error(
                 f"{folder / 'tokenizer_config.json'} has add_bos_token {other!r}: make it true or false"
             )
-    tokenizer.eos_ids = eos or tokenizer.eos_ids
     tokenizer.chat_template = _chat_template(folder, own)
+    ends = end_of_turn_ids(tokenizer, tokenizer.chat_template or "")
+    tokenizer.eos_ids = distinct([*(eos or tokenizer.eos_ids), *ends])
+
+
+def end_of_turn_ids(tokenizer: Tokenizer, template: str | None = None) -> list[int]:
+    """The ids of the special tokens in ``END_OF_TURN``; with a chat template, of those that it contains."""
+    names = [name for name in END_OF_TURN if template is None or name in template]
+    return [tokenizer.special_tokens[name] for name in names if name in tokenizer.special_tokens]
 
 
 def distinct(ids: list[int | None]) -> tuple[int, ...]:
@@ -354,6 +370,14 @@ def _ids_of(tokenizer: Tokenizer, found: list, folder: Path) -> tuple[int, ...]:
     for token in found:
         name = token.get("content") if isinstance(token, dict) else token
         i = tokenizer.special_tokens.get(name) if isinstance(name, str) else name
+        if is_integer(token) and not 0 <= token < tokenizer.vocab_size:
+            # transformers writes the ids of GPT-2's vocabulary into the config of any GPT-2; -1 means none.
+            warn(
+                f"a config in {folder} has the special token {token}, which is ignored: the tokenizer has "
+                f"{tokenizer.vocab_size} ids",
+                stacklevel=2,
+            )
+            continue
         if token is not None and not (is_integer(i) and 0 <= i < tokenizer.vocab_size):
             raise Error(
                 f"a config in {folder} has the special token {token!r}, which is not in {tokenizer.name}: "
