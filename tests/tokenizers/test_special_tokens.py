@@ -8,7 +8,7 @@ import tiktoken
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from tinyllm import GPT2, GPT2Config, Tensor, functional, nn, optim
+from tinyllm import GPT2, GPT2Config, Llama, LlamaConfig, Tensor, functional, nn, optim
 from tinyllm.errors import Error
 from tinyllm.tokenizers import load_tokenizer
 from tinyllm.tokenizers.base import END_OF_TEXT, FILE_NAME, check_fits, extend_vocabulary
@@ -321,6 +321,27 @@ def test_new_rows_are_initialized_as_in_the_config(head):
         assert not model.lm_head.bias.data[13:].any()
     assert model.config == GPT2Config(**config.__dict__ | {"vocab_size": 2013})
     assert config.vocab_size == 13
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_llama_is_extended_with_a_published_tokenizer(any_tokenizer, tied):
+    config = LlamaConfig(
+        vocab_size=any_tokenizer.vocab_size,
+        hidden_size=8,
+        intermediate_size=8,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        max_position_embeddings=16,
+        tie_word_embeddings=tied,
+    )
+    model = Llama(config, rng=0)
+    extended = extend_vocabulary(model, any_tokenizer, ["<|user|>", "<|bot|>"], np.random.default_rng(0))
+    assert model.config.vocab_size == extended.vocab_size == any_tokenizer.vocab_size + 2
+    ids = extended.encode("<|user|>a<|bot|>", "allow")
+    assert model([ids]).shape == (1, len(ids), extended.vocab_size)
+    assert [ids[0], ids[-1]] == [any_tokenizer.vocab_size, any_tokenizer.vocab_size + 1]
+    assert extended.decode(ids).replace(" ", "") == "<|user|>a<|bot|>"  # Llama 2 may add a space
 
 
 def test_new_rows_have_the_dtype_of_the_old_rows():
