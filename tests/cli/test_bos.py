@@ -3,12 +3,15 @@
 import io
 import json
 import re
+import shutil
 import sys
 
+import numpy as np
 import pytest
 from support.chat_model import BYTE_ID, START, Script, write_model
 
 from tinyllm.cli import main
+from tinyllm.cli.options import TextModelOptions
 from tinyllm.inference.chat import Conversation, load_model_and_tokenizer
 
 torch = pytest.importorskip("torch")
@@ -105,3 +108,12 @@ def test_chat_feeds_bos_once(folder, tmp_path, capsys, monkeypatch):
         assert main(["chat", "--model", str(path), *options]) == 0
     hi = [BYTE_ID[byte] for byte in b"hi"]
     assert script.prompts == [[START, *hi], hi]
+
+
+def test_runs_expect_bos_only_if_they_start_from_a_model_that_does(folder, tmp_path):
+    shutil.copytree(folder, tmp_path / "step-000001")
+    for file in ("tokenizer.json", "tokenizer_config.json"):
+        (tmp_path / "step-000001" / file).rename(tmp_path / file)
+    for about, expected in (({}, False), ({"start": {"from": "llama"}}, True)):
+        (tmp_path / "config.json").write_text(json.dumps({"train": {}} | about), encoding="utf-8")
+        assert TextModelOptions(run=tmp_path).load(np.float32)[1].add_bos is expected

@@ -45,3 +45,7 @@ def test_chat_stops_at_the_token_that_the_template_writes_after_an_answer(folder
         monkeypatch.setattr(sys, "stdin", io.StringIO("hello\n"))
         assert main(["chat", "--model", str(folder)]) == 0
         assert capsys.readouterr().out == "Rome\n"
+        script.append([*b"Rome", END, *b"and so on"])
+        monkeypatch.setattr("tinyllm.cli.generate.generate", script.generate)
+        assert main(["generate", "--chat", "--model", str(folder), "--prompt", "hello"]) == 0
+        assert capsys.readouterr().out == "Rome\n"

@@ -57,7 +57,7 @@ class Script(list):
 
     prompts = ()
 
-    def generate(self, model, ids, max_new_tokens, temperature, top_k, top_p, rng, stop_ids, suppress_ids):
+    def generate(self, model, ids, max_new_tokens, temperature, top_k, top_p, rng, stop_ids, **_):
         self.prompts = [*self.prompts, list(ids[0])]
         answer = self.pop(0)
         answer = [*answer.encode("utf-8"), END] if isinstance(answer, str) else answer

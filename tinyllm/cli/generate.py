@@ -22,7 +22,7 @@ from tinyllm.inference.chat import text_stream
 from tinyllm.inference.generate import generate
 from tinyllm.nn import Module
 from tinyllm.tokenizers.base import Tokenizer
-from tinyllm.tokenizers.chat_template import encode_chat
+from tinyllm.tokenizers.chat_template import encode_chat, end_of_answer
 from tinyllm.tools.console import shows_blocks
 from tinyllm.tools.show import watch_probabilities
 
@@ -63,6 +63,8 @@ def run(config: GenerateConfig) -> None:
     device = config.open_device()
     model, tokenizer = config.load(config.weights_dtype)
     ids = _prompt(config, tokenizer)
+    if config.chat:
+        tokenizer.eos_ids = (*tokenizer.eos_ids, *end_of_answer(tokenizer))
     move(model, device)
     with autocast(config.dtype):
         (_print_grid if config.grid else _print_text)(config, model, tokenizer, ids)

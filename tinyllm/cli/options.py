@@ -78,6 +78,8 @@ class TextModelOptions(ModelOptions):
             model, tokenizer = load_model(checkpoint, dtype), load_tokenizer(checkpoint.parent)
             # A run that started from a published model has its tokenizer, and may have its padding.
             check_fits(tokenizer, model, padded=not (checkpoint.parent / FILE_NAME).exists())
+            # Other runs are trained on texts without BOS, whatever tokenizer they use.
+            tokenizer.add_bos = tokenizer.add_bos and "start" in read_config(checkpoint.parent)
         tokenizer.add_bos &= not self.no_bos
         return model, tokenizer
 
