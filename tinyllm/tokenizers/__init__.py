@@ -25,13 +25,12 @@ from tinyllm.files import read_file, read_json
 from tinyllm.tokenizers.base import END_OF_TEXT, FILE_NAME, Tokenizer, extend_vocabulary
 from tinyllm.tokenizers.bpe import BPETokenizer, train_bpe
 from tinyllm.tokenizers.char import CharTokenizer
+from tinyllm.tokenizers.configs import read_added_tokens, read_configs
 from tinyllm.tokenizers.gguf import read_gguf
 from tinyllm.tokenizers.huggingface import (
     MERGES,
     TOKENIZER_JSON,
     VOCAB,
-    read_added_tokens,
-    read_configs,
     read_tokenizer_json,
     read_vocab_and_merges,
 )

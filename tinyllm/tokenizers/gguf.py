@@ -9,12 +9,8 @@ import numpy as np
 
 from tinyllm.errors import Error
 from tinyllm.tokenizers.base import Tokenizer, require
-from tinyllm.tokenizers.huggingface import (
-    TokenizersTokenizer,
-    build_byte_level,
-    distinct,
-    end_of_turn_ids,
-)
+from tinyllm.tokenizers.configs import distinct, end_of_turn_ids
+from tinyllm.tokenizers.huggingface import TokenizersTokenizer, build_byte_level
 from tinyllm.tokenizers.sentencepiece import (
     BYTE,
     CONTROL,

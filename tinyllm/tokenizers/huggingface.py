@@ -10,12 +10,10 @@ characters, writes a space as ``▁``, adds one at the beginning of every text, 
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
-from warnings import warn
 
 import numpy as np
 
@@ -37,8 +35,6 @@ if TYPE_CHECKING:
     import tokenizers
 
 TOKENIZER_JSON, VOCAB, MERGES = "tokenizer.json", "vocab.json", "merges.txt"
-ADDED_TOKENS = "added_tokens.json"
-FLAGS = ("special", "lstrip", "rstrip", "single_word", "normalized")  # of an added token
 
 # How the library decodes SentencePiece's pieces. A vocabulary that adds no leading space omits the last step.
 _STEPS = [
@@ -49,13 +45,6 @@ _STEPS = [
 ]
 
 SENTENCEPIECE_DECODERS = [{"type": "Sequence", "decoders": steps} for steps in (_STEPS, _STEPS[:3])]
-
-# Special tokens that end a turn of a chat, by the names that llama.cpp looks for. Older files name only the
-# token that ends a text as eos.
-END_OF_TURN = (
-    *("<|eot_id|>", "<|im_end|>", "<|end|>", "<end_of_turn>", "<|eom_id|>", "<|return|>", "<|call|>"),
-    *("<EOT>", "_<EOT>", "[EOT]", "<end_of_utterance>", "<turn|>"),
-)
 
 SPARE_IDS = 2**20  # the most unused ids of a vocabulary; the library allocates memory for each
 
@@ -265,89 +254,6 @@ def build_byte_level(source: Path, vocabulary: dict[str, int], merges: list[str]
     return tokenizer
 
 
-def read_added_tokens(folder: Path) -> dict[int, dict]:
-    """The tokens that a model's folder adds to its vocabulary: id -> properties of an ``AddedToken``.
-
-    They are in ``added_tokens_decoder`` of ``tokenizer_config.json``, or else in ``added_tokens.json``, names
-    and ids without properties. There, those that a config names, such as ``eos_token``, are special.
-    """
-    configs = {
-        name: read_json(folder / name) if (folder / name).exists() else {}
-        for name in ("tokenizer_config.json", ADDED_TOKENS, "special_tokens_map.json")
-    }
-    own, added, special = configs.values()
-    named = {_name_of(token) for config in (own, special) for token in _named_tokens(config)}
-    if "added_tokens_decoder" in own:
-        found, source = own["added_tokens_decoder"], folder / "tokenizer_config.json"
-        entries = list(found.items()) if isinstance(found, dict) else [(None, found)]
-    else:
-        source = folder / ADDED_TOKENS
-        entries = [(i, {"content": name, "normalized": name not in named}) for name, i in added.items()]
-    tokens = {}
-    for key, token in entries:
-        match token:
-            case {"content": str(name)} if name and re.fullmatch("[0-9]{1,9}", str(key)):
-                check_text(name)
-                flags = {flag: token[flag] is True for flag in FLAGS if flag in token}
-                flags["special"] = flags.get("special", False) or name in named
-                tokens[int(key)] = {"content": name, **flags}
-            case _:
-                raise Error(f"{source} adds the token {token!r} with the id {key!r}: correct it")
-    if len({token["content"] for token in tokens.values()}) < len(entries):
-        raise Error(f"{source} adds two tokens with the same name or id: correct it")
-    return tokens
-
-
-def _named_tokens(config: dict) -> list:
-    """The tokens with a name in a config, such as ``eos_token``."""
-    single = [token for key, token in config.items() if key.endswith("_token")]
-    more = [config.get(f"{kind}_special_tokens") for kind in ("additional", "extra")]
-    return single + [token for tokens in more if isinstance(tokens, list) for token in tokens]
-
-
-def _name_of(token) -> str | None:
-    name = token.get("content") if isinstance(token, dict) else token
-    return name if isinstance(name, str) else None
-
-
-def read_configs(tokenizer: Tokenizer, folder: Path) -> None:
-    """Set ``bos_id``, ``add_bos``, ``eos_ids`` and ``chat_template`` from the configs in a model's folder.
-
-    Where the configs have no value, the ids from the vocabulary itself are kept.
-    """
-    configs = {
-        name: read_json(folder / name) if (folder / name).exists() else {}
-        for name in ("tokenizer_config.json", "generation_config.json", "config.json")
-    }
-    own = configs["tokenizer_config.json"]
-    model = configs["generation_config.json"] or configs["config.json"]
-    bos = _ids_of(tokenizer, [own.get("bos_token", model.get("bos_token_id"))], folder)
-    eos = _ids_of(tokenizer, [own.get("eos_token"), *_as_list(model.get("eos_token_id"))], folder)
-    if bos or "bos_token" in own:
-        tokenizer.bos_id = bos[0] if bos else None
-    match own.get("add_bos_token"):
-        case bool(add_bos):
-            tokenizer.add_bos = add_bos
-        case other if other is not None:
-            raise Error(
-                f"{folder / 'tokenizer_config.json'} has add_bos_token {other!r}: make it true or false"
-            )
-    tokenizer.chat_template = _chat_template(folder, own)
-    ends = end_of_turn_ids(tokenizer, tokenizer.chat_template or "")
-    tokenizer.eos_ids = distinct([*(eos or tokenizer.eos_ids), *ends])
-
-
-def end_of_turn_ids(tokenizer: Tokenizer, template: str | None = None) -> list[int]:
-    """The ids of the special tokens in ``END_OF_TURN``; with a chat template, of those that it contains."""
-    names = [name for name in END_OF_TURN if template is None or name in template]
-    return [tokenizer.special_tokens[name] for name in names if name in tokenizer.special_tokens]
-
-
-def distinct(ids: list[int | None]) -> tuple[int, ...]:
-    """The ids that are not None, in order, without repetitions."""
-    return tuple(dict.fromkeys(i for i in ids if i is not None))
-
-
 def _check_vocabulary(source: Path, vocabulary: dict) -> None:
     """Raise ``Error`` unless ids are distinct and not much larger than the number of tokens.
 
@@ -358,46 +264,3 @@ def _check_vocabulary(source: Path, vocabulary: dict) -> None:
             raise Error(f"{source} gives the token {token!r} the id {i!r}: copy it again")
     if len(set(vocabulary.values())) < len(vocabulary):
         raise Error(f"{source} gives two tokens the same id: copy it again")
-
-
-def _as_list(value) -> list:
-    return value if isinstance(value, list) else [value]
-
-
-def _ids_of(tokenizer: Tokenizer, found: list, folder: Path) -> tuple[int, ...]:
-    """The ids of tokens given as ids, names, or Hugging Face's dicts with the name as ``content``."""
-    ids = []
-    for token in found:
-        name = token.get("content") if isinstance(token, dict) else token
-        i = tokenizer.special_tokens.get(name) if isinstance(name, str) else name
-        if is_integer(token) and not 0 <= token < tokenizer.vocab_size:
-            # transformers writes the ids of GPT-2's vocabulary into the config of any GPT-2; -1 means none.
-            warn(
-                f"a config in {folder} has the special token {token}, which is ignored: the tokenizer has "
-                f"{tokenizer.vocab_size} ids",
-                stacklevel=2,
-            )
-            continue
-        if token is not None and not (is_integer(i) and 0 <= i < tokenizer.vocab_size):
-            raise Error(
-                f"a config in {folder} has the special token {token!r}, which is not in {tokenizer.name}: "
-                "correct or remove it"
-            )
-        ids.append(i)
-    return distinct(ids)
-
-
-def _chat_template(folder: Path, tokenizer_config: dict) -> str | None:
-    """The template in ``chat_template.jinja`` or else ``tokenizer_config.json``, where it may be a list."""
-    file = folder / "chat_template.jinja"
-    if file.exists():
-        return read_text(file)
-    match tokenizer_config.get("chat_template"):
-        case None | str() as template:
-            return template
-        case list(templates):
-            for entry in templates:
-                match entry:
-                    case {"name": "default", "template": str(template)}:
-                        return template
-    raise Error(f"{folder / 'tokenizer_config.json'} has a chat_template that is not a text: correct it")
