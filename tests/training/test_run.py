@@ -1,5 +1,6 @@
 """A complete run: its files, its reproducibility, and how it is stopped."""
 
+import io
 import json
 import math
 import os
@@ -22,6 +23,10 @@ from tinyllm.training.checkpoint import verify
 from tinyllm.training.config import TrainConfig
 from tinyllm.training.tasks.pretrain import load_data, mean_loss, train
 from tinyllm.weights.runs import last_checkpoint
+
+STOPPED = {"SIGINT": 130, "SIGTERM": 143, "SIGHUP": 129}  # signal -> exit code
+
+posix = pytest.mark.skipif(os.name == "nt", reason="Windows has other signals, pipes and terminals")
 
 
 @pytest.fixture(scope="module")
@@ -271,7 +276,7 @@ def test_a_loss_or_gradient_that_is_not_finite_never_reaches_the_weights(text, t
         assert np.array_equal(parameter.data, found[2][name])
 
 
-@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
+@pytest.mark.parametrize("name", [name for name in STOPPED if hasattr(signal, name)])
 @pytest.mark.parametrize("during", ["a step", "an evaluation", "the last evaluation"])
 def test_a_signal_abandons_the_step_and_nothing_is_written_twice(text, tmp_path, monkeypatch, name, during):
     """Step 3 is abandoned just before its update; after an evaluation there is no step to abandon."""
@@ -293,10 +298,10 @@ def test_a_signal_abandons_the_step_and_nothing_is_written_twice(text, tmp_path,
 
     monkeypatch.setattr(tinyllm.training.step, "clip_grad_norm", clip_and_signal)
     monkeypatch.setattr(tinyllm.training.run_folder.RunFolder, "_plot", plot_and_signal)
-    handlers = [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)]
+    handlers = signal.getsignal(number)
     with pytest.raises(KeyboardInterrupt) as raised:
         train(config, progress=False)
-    assert [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)] == handlers
+    assert signal.getsignal(number) == handlers
     received, said = raised.value.args
     last = {"a step": 2, "an evaluation": 4, "the last evaluation": 6}[during]
     assert received == number
@@ -324,28 +329,31 @@ def test_a_stopped_run_has_the_same_records_until_then(run, text, tmp_path):
     assert values(stopped.out) == values(config.out)[:8]
 
 
-@pytest.mark.skipif(os.name == "nt", reason="Windows has no signals to send to one process")
-@pytest.mark.parametrize(("name", "code"), [("SIGINT", 130), ("SIGTERM", 143)])
-def test_a_signal_from_another_process_stops_the_run(text, tmp_path, name, code):
-    out = tmp_path / "run"
+def command(text, out, steps):
     options = (
         f"--text {text} --out {out} --tokenizer char --n-layer 1 --n-head 2 --n-embd 16 --context {CONTEXT} "
-        "--batch 4 --steps 1000000 --warmup 0 --eval-every 1000 --prompt the"
+        f"--batch 4 --steps {steps} --warmup 0 --eval-every 1000 --prompt the"
     )
+    return [sys.executable, "-m", "tinyllm", "train", *options.split()]
+
+
+def wait_for_steps(process, out):
+    patience, metrics = time.monotonic() + 60, out / "metrics.jsonl"
+    while not metrics.exists() or len(metrics.read_bytes().splitlines()) < 5:
+        assert process.poll() is None
+        assert time.monotonic() < patience
+        time.sleep(0.02)
+
+
+@posix
+@pytest.mark.parametrize(("name", "code"), STOPPED.items())
+def test_a_signal_from_another_process_stops_the_run(text, tmp_path, name, code):
+    out = tmp_path / "run"
     process = subprocess.Popen(
-        [sys.executable, "-m", "tinyllm", "train", *options.split()],
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
+        command(text, out, 10**6), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
     )
     try:
-        patience = time.monotonic() + 60
-        while (
-            not (out / "metrics.jsonl").exists() or len((out / "metrics.jsonl").read_bytes().splitlines()) < 5
-        ):
-            assert process.poll() is None
-            assert time.monotonic() < patience
-            time.sleep(0.02)
+        wait_for_steps(process, out)
         process.send_signal(getattr(signal, name))
         _, said = process.communicate(timeout=60)
     finally:
@@ -359,3 +367,73 @@ def test_a_signal_from_another_process_stops_the_run(text, tmp_path, name, code)
     assert [r["step"] for r in records(out)] == list(range(last["step"] + 1))
     assert verify(checkpoint)["step"] == last["step"]
     assert "val_loss" not in last  # the sender of the signal may not wait for an evaluation
+
+
+# Output that cannot be written
+
+
+@posix
+@pytest.mark.parametrize("ignored", [False, True], ids=["SIGHUP", "nohup"])
+def test_a_closed_terminal_stops_the_run_unless_its_signal_is_ignored(text, tmp_path, ignored):
+    """The terminal is gone: every later print fails, also that of the progress bar."""
+    import fcntl
+    import termios
+
+    out, steps = tmp_path / "run", 2000 if ignored else 10**6
+    terminal, ours = os.openpty()
+
+    def in_terminal():
+        os.setsid()
+        fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+        signal.signal(signal.SIGHUP, signal.SIG_IGN if ignored else signal.SIG_DFL)
+
+    process = subprocess.Popen(
+        command(text, out, steps), stdin=ours, stdout=ours, stderr=ours, preexec_fn=in_terminal
+    )
+    try:
+        os.close(ours)
+        wait_for_steps(process, out)
+        os.close(terminal)
+        assert process.wait(timeout=60) == (0 if ignored else 129)
+    finally:
+        process.kill()
+        process.wait()
+    last = verify(last_checkpoint(out))["step"]
+    assert [r["step"] for r in records(out)] == list(range(last + 1))
+    if ignored:
+        assert last == steps
+        lost = {r.get(f"{name}_error") for r in records(out) for name in ("stdout", "stderr")}
+        assert "Input/output error" in lost
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="only Linux has a device that is always full")
+@pytest.mark.parametrize(
+    ("where", "reason"),
+    [
+        (">/dev/full 2>&1", "No space left on device"),
+        (">&-", "Bad file descriptor"),
+        (">&- 2>&- <&-", "Bad file descriptor"),
+        ("2>/dev/full", None),
+        ("2>&-", None),
+    ],
+)
+def test_output_that_cannot_be_written_does_not_end_the_run(text, tmp_path, where, reason):
+    out = tmp_path / "run"
+    done = subprocess.run(
+        ["sh", "-c", f'exec "$@" {where}', "sh", *command(text, out, 3)], capture_output=True, timeout=60
+    )
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert last_checkpoint(out).name == "step-000003"
+    assert [r.get("stdout_error") for r in records(out)] == [reason, None, None, None]
+
+
+def test_a_stream_that_python_closed_does_not_end_the_run(text, tmp_path, monkeypatch):
+    closed = io.StringIO()
+    closed.close()
+    monkeypatch.setattr(sys, "stdout", closed)
+    monkeypatch.setattr(sys, "stderr", None)
+    config = small(text, tmp_path / "run", steps=2, warmup=0)
+    train(config)
+    assert last_checkpoint(config.out).name == "step-000002"
+    assert "closed" in records(config.out)[0]["stdout_error"]
+    assert (sys.stdout, sys.stderr) == (closed, None)

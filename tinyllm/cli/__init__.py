@@ -13,6 +13,7 @@ from tinyllm.cli import chat, eval, generate, info, plot, pull, tokenize, train
 from tinyllm.cli.options import as_typed, did_you_mean, parse_options
 from tinyllm.errors import Error
 from tinyllm.training.config import TrainConfig
+from tinyllm.training.loggers import robust_output, silence
 from tinyllm.version import __version__
 
 __all__ = ["COMMANDS", "main", "parse_options"]
@@ -67,9 +68,37 @@ def _parse(args: list[str]):
 
 def main(args: list[str] | None = None) -> int:
     """Run a command line and return its exit code: 0 done, 1 the run failed, 2 the request was wrong."""
+    _reopen_closed_streams()
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # a terminal that cannot show a character shows a ?
             stream.reconfigure(errors="replace")
+    with robust_output("stderr"):
+        try:
+            try:
+                return _main(args)
+            finally:
+                sys.stdout.flush()
+        except BrokenPipeError:  # the reader of our output closed the pipe, as `head` does
+            silence(sys.stdout)
+            return DONE
+        except OSError as error:
+            silence(sys.stdout)
+            of_stdout = error.filename is None and error.errno is not None
+            return _fail(f"the output cannot be written ({error.strerror})" if of_stdout else error, FAILED)
+
+
+def _reopen_closed_streams() -> None:
+    """Replace streams that the caller closed: a file opened later would get their number, and our messages.
+
+    The new ones cannot be written, as the caller expects.
+    """
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            null = os.open(os.devnull, os.O_RDONLY)
+            setattr(sys, name, open(null, mode, encoding="utf-8"))  # noqa: SIM115
+
+
+def _main(args: list[str] | None) -> int:
     config = None
     try:
         config = _parse(sys.argv[1:] if args is None else list(args))
@@ -77,9 +106,7 @@ def main(args: list[str] | None = None) -> int:
         run(config)
     except Error as error:
         return _fail(str(error) if config is None else as_typed(str(error), config), WRONG)
-    except BrokenPipeError:  # the reader of our output closed the pipe, as `head` does
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except (FloatingPointError, OSError) as error:
+    except FloatingPointError as error:
         return _fail(error, FAILED)
     except MemoryError as error:
         return _fail(_out_of_memory(error, config), FAILED)

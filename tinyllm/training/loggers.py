@@ -12,6 +12,7 @@ optional, and imported only when they are used.
 
 import html
 import importlib
+import io
 import itertools
 import json
 import math
@@ -23,8 +24,9 @@ import sys
 import time
 import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager, redirect_stderr, redirect_stdout, suppress
 from pathlib import Path
+from typing import TextIO
 
 from tinyllm.errors import Error
 
@@ -189,10 +191,60 @@ def say(text: str, indent: int | None = None) -> None:
     """Print a text above the progress bar; with an ``indent`` it is wrapped, which would break a command."""
     from tqdm import tqdm
 
-    try:
-        tqdm.write(text if indent is None else "\n".join(wrap(text, indent)))
-    except BrokenPipeError:  # the output is no longer read; the run can continue
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    tqdm.write(text if indent is None else "\n".join(wrap(text, indent)))
+
+
+class Output:
+    """A text stream that drops what cannot be written, so that this never ends a run.
+
+    The reader of a pipe may be gone, a disk full, a terminal or the stream itself (None) closed.
+    """
+
+    def __init__(self, stream: TextIO | None):
+        self.stream, self.error = stream or io.StringIO(), None if stream else "it is closed"
+
+    def __getattr__(self, name: str):
+        return getattr(self.stream, name)
+
+    def write(self, text: str) -> int:
+        try:
+            self.stream.write(text)
+            self.stream.flush()
+        except ValueError as error:  # it is closed, or cannot encode the text
+            self.error = str(error)
+        except OSError as error:
+            self.error = str(error.strerror)
+            silence(self.stream)
+        return len(text)
+
+    def flush(self) -> None:
+        """Do nothing: ``write`` flushes."""
+
+
+def silence(stream: TextIO) -> None:
+    """Make the null device of a stream that cannot be written, or Python fails to flush it at exit."""
+    with suppress(OSError, AttributeError), open(os.devnull, "wb") as nothing:
+        os.dup2(nothing.fileno(), stream.fileno())
+
+
+@contextmanager
+def robust_output(*names: str) -> Iterator[None]:
+    """Within this context, what stdout and stderr, or one of them, cannot write is dropped."""
+    redirect = {"stdout": redirect_stdout, "stderr": redirect_stderr}
+    with ExitStack() as stack:
+        for name in names or redirect:
+            stream = getattr(sys, name)
+            stack.enter_context(redirect[name](stream if isinstance(stream, Output) else Output(stream)))
+        yield
+
+
+def output_errors() -> dict[str, str]:
+    """Why stdout or stderr could not be written since the last call, as entries of a step's record."""
+    found = {}
+    for name, stream in (("stdout", sys.stdout), ("stderr", sys.stderr)):
+        if reason := getattr(stream, "error", None):
+            found[f"{name}_error"], stream.error = reason, None
+    return found
 
 
 def wrap(line: str, indent: int) -> list[str]:

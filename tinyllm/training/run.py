@@ -17,7 +17,7 @@ from tinyllm.backend.memory import keep_memory, out_of_memory, peak_memory
 from tinyllm.nn import Module
 from tinyllm.optim import AdamW, warmup_cosine
 from tinyllm.training.config import RunOptions
-from tinyllm.training.loggers import Log, check_logs, open_logs, say
+from tinyllm.training.loggers import Log, check_logs, open_logs, output_errors, robust_output, say
 from tinyllm.training.loop import CompletedStep, training_steps
 from tinyllm.training.run_folder import RunFolder
 from tinyllm.training.step import Check
@@ -35,18 +35,20 @@ def run_task(task: Task, progress: bool = True, callback: Log | None = None) -> 
     to the run's folder (``run_folder.py``), to the logs in ``config.log`` (``loggers.py``) and to
     ``callback``.
 
-    SIGINT and SIGTERM interrupt the step or the evaluation; a checkpoint of the last complete step is
+    SIGINT, SIGTERM and SIGHUP interrupt the step or the evaluation; a checkpoint of the last complete step is
     written, and KeyboardInterrupt raised with the signal's number as its argument. A loss or gradient norm
     that is not finite never reaches the weights: more than ``config.skip_nonfinite`` in a row raise
     FloatingPointError, after a checkpoint of the last finite step. A checkpoint that cannot be written raises
     OSError; the one before it stays complete. MemoryError, of the CPU or of the GPU, is raised after a
     checkpoint of the last complete step, if that can be written, with options that need less memory.
 
+    Output that cannot be written is dropped; the next record has its stdout_error or stderr_error.
+
     In float16 a gradient that overflows while the loss scale (``LossScale``) is above 1 skips the update,
     and the run continues.
     """
     check_logs(task.config.log)
-    with closing(RunFolder(task)) as run:
+    with closing(RunFolder(task)) as run, robust_output():
         try:
             return _run(run, progress, callback)
         except MemoryError as error:
@@ -115,6 +117,7 @@ def _steps(run: RunFolder, logs: list[Log], check: Check, progress: bool) -> Non
             if is_evaluated(record["step"]):
                 record |= _evaluation(task, run.model, record["step"], check)
         finally:  # the step's own numbers are recorded even if its evaluation fails
+            record |= output_errors()
             for log in logs:
                 log(record)
 
@@ -188,20 +191,23 @@ class _Stopped(Exception):
 
 @contextmanager
 def _signals():
-    """Defer SIGINT and SIGTERM until the function that this yields is called, which raises ``_Stopped``.
+    """Defer SIGINT, SIGTERM and SIGHUP until the function that this yields is called: it raises ``_Stopped``.
 
     So no update and no checkpoint is interrupted half-way. Only the main thread can set handlers; in another
-    thread signals are left alone.
+    thread signals are left alone, as is a SIGHUP that nohup ignores.
     """
     arrived: list[int] = []
     before = {}
+    numbers = [signal.SIGINT, signal.SIGTERM]
+    if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
+        numbers.append(signal.SIGHUP)
 
     def check() -> None:
         if arrived:
             raise _Stopped(arrived[0])
 
     if threading.current_thread() is threading.main_thread():
-        for number in (signal.SIGINT, signal.SIGTERM):
+        for number in numbers:
             before[number] = signal.signal(number, lambda received, _: arrived.append(received))
     try:
         yield check

@@ -6,7 +6,8 @@ metrics.jsonl         one object per step: step, tokens, train_loss, lr, grad_no
                       train_eval_loss and val_bits_per_byte, mean_tokens_per_s (of the run so far) and
                       peak_memory (in bytes; of the GPU if the run uses one). A step whose loss or gradient
                       was not finite has ``skipped`` instead of train_loss. In float16 a step has its
-                      loss_scale, and one whose gradients overflowed has ``overflow`` instead of grad_norm
+                      loss_scale, and one whose gradients overflowed has ``overflow`` instead of grad_norm.
+                      stdout_error and stderr_error say why output before this step was lost
 samples.txt           the text generated at each evaluation
 loss.png              the loss curves
 step-000135/          a checkpoint: the model in Hugging Face's layout, and the state to resume from
