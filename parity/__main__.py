@@ -35,6 +35,9 @@ def main(arguments: list[str]) -> int:
     except Error as error:
         print(error, file=sys.stderr)
         return 2
+    except OSError as error:  # of a file or of stdout
+        print(error, file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         return 130  # 128 + SIGINT
 

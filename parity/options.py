@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from tinyllm.errors import Error
+from tinyllm.files import write_whole
 
 
 def check_at_least(least: int, name: str, value: int) -> None:
@@ -42,4 +43,4 @@ def check_installed(command: str, modules: Iterable[str]) -> None:
 def write_json(path: Path | None, result: dict) -> None:
     """Write the complete result to the file of ``--json``, if one was given."""
     if path:
-        path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        write_whole(path, f"{json.dumps(result, indent=1)}\n".encode())

@@ -17,6 +17,8 @@ import math
 import os
 import re
 import stat
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
@@ -54,10 +56,42 @@ def write_synced(path: Path, data: bytes) -> None:
 
 def write_whole(path: Path, data: bytes) -> None:
     """Write or replace a file atomically: a reader sees the old contents or the new, never a mixture."""
+    with replacing(path) as new, open(new, "wb") as file:
+        file.write(data)
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """The path of a new file to write, which then replaces ``path`` atomically, or is removed on failure.
+
+    A link to a file stays a link; a device or a pipe is written directly.
+    """
+    path = Path(os.path.realpath(path))
+    if path.exists() and not path.is_file():
+        yield path
+        return
     new = path.with_name(SAVING + path.name)
-    write_synced(new, data)
-    os.replace(new, path)
+    try:
+        yield new
+        with open(new, "rb+") as file:
+            sync(file)
+        os.replace(new, path)
+    except Exception:
+        new.unlink(missing_ok=True)
+        raise
     sync_folder(path.parent)
+
+
+def append_whole(path: Path, data: bytes) -> None:
+    """Append to a file. Raises OSError, and leaves the file as it was, if the disk is full, say."""
+    size = path.stat().st_size if path.exists() else 0
+    try:
+        with open(path, "ab") as file:
+            file.write(data)
+    except OSError as error:
+        with suppress(OSError):
+            os.truncate(path, size)
+        raise OSError(f"{path} cannot be written ({error.strerror or error})") from error
 
 
 def lock(path: Path, busy: str) -> BaseFileLock:

@@ -8,6 +8,7 @@ import tyro
 
 from parity.options import check_at_least, check_installed, check_writable
 from tinyllm.errors import Error
+from tinyllm.files import write_whole
 from tinyllm.models import ARCHITECTURES
 from tinyllm.weights import hub
 
@@ -58,7 +59,7 @@ class Report:
         findings.notes.append(source)
         print(findings)
         try:
-            self.out.write_text(page.render(findings), encoding="utf-8")
+            write_whole(self.out, page.render(findings).encode())
         except OSError as error:
             problem = f"--out {self.out} cannot be written ({error.strerror})"
             raise Error(f"{problem}: choose another file") from error

@@ -11,6 +11,7 @@ import pytest
 from support.chat_model import START, Script, write_model
 from support.device_array import DeviceArray
 from support.fake_cupy import OutOfMemoryError, fake_cupy
+from support.runs import full_disk
 
 from tinyllm.cli import main
 from tinyllm.cli.chat import HELP
@@ -83,6 +84,13 @@ def test_save_writes_the_conversation_and_reports_failures(chat, answers, tmp_pa
     text = file.read_text(encoding="utf-8")
     assert json.loads(text) == said and "größer 👍" in text and text.endswith("]\n")
     assert json.loads((tmp_path / "mine.json").read_text(encoding="utf-8")) == said[:1]
+
+
+def test_save_writes_whole_or_not_at_all(chat, answers, tmp_path):
+    with full_disk(30):
+        code, _, err = chat(f"/system Be brief, but complete.\n/save {tmp_path / 'it.json'}\n")
+    assert code == 0 and "it.json' cannot be written (File too large)" in err
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_system_sets_and_resets_the_instructions(chat, answers):

@@ -13,6 +13,7 @@ transformers = pytest.importorskip("transformers")
 
 from support.compare import scaled_gradient  # noqa: E402
 from support.models import SMALL, batch, configs, random_gpt2  # noqa: E402
+from support.runs import full_disk  # noqa: E402
 
 from parity.__main__ import main  # noqa: E402
 from parity.compare import report  # noqa: E402
@@ -74,6 +75,15 @@ def test_page_has_no_external_files(tmp_path, capsys):
     assert not re.search(r"https?:|//|src=|@import|url\(|<link|<script", text)
     assert set(re.findall(r'href="([^"]*)"', text)) <= {"#first"}
     assert "1e-10" in text and 'class="bound"' in text and "order of computation" in text
+
+
+def test_a_full_disk_keeps_the_page_of_before(tmp_path, capsys):
+    page = tmp_path / "page.html"
+    page.write_text("before")
+    with full_disk(1000):
+        code, _, err = run(capsys, "--random", *TINY, "--out", str(page))
+    assert code == 2 and "page.html cannot be written (File too large)" in err and err.count("\n") == 1
+    assert page.read_text() == "before" and list(tmp_path.iterdir()) == [page]
 
 
 def test_a_fault_in_forward_is_located_with_exit_code_1(tmp_path, capsys, monkeypatch):

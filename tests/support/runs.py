@@ -2,6 +2,7 @@
 
 import json
 import signal
+from contextlib import contextmanager
 from dataclasses import replace
 from unittest import mock
 
@@ -131,6 +132,18 @@ def contents(folder):
 
 
 # Runs that are stopped
+
+
+@contextmanager
+def full_disk(size=0):
+    """Files cannot grow beyond ``size`` bytes; as on a full disk, the bytes before are written."""
+    resource = pytest.importorskip("resource")  # not on Windows
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 class Alarm:

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
+from support.runs import full_disk
 from support.tokenizers import (
     message_of,
     texts,
@@ -136,6 +137,14 @@ def test_added_special_tokens(any_tokenizer):
     assert "already" in message_of(extended.with_special_tokens, ["<|user|>"])
     ordinary = any_tokenizer.decode(any_tokenizer.encode("e")[-1:])
     assert "already" in message_of(any_tokenizer.with_special_tokens, [ordinary])
+
+
+def test_a_full_disk_keeps_the_file_of_before(tmp_path):
+    CharTokenizer("ab").save(tmp_path)
+    with full_disk(10), pytest.raises(OSError, match="File too large"):
+        CharTokenizer("abc").save(tmp_path)
+    assert load_tokenizer(tmp_path).vocab_size == 2
+    assert [path.name for path in tmp_path.iterdir()] == [FILE_NAME]
 
 
 def test_published_tokenizer_cannot_be_saved(any_tokenizer, tmp_path):

@@ -15,6 +15,7 @@ from support.pictures import (
     saved_figures,
     write_run,
 )
+from support.runs import full_disk
 
 import tinyllm.tools.plot
 from tinyllm.errors import Error
@@ -272,3 +273,13 @@ def test_wrong_requests_are_refused(tmp_path):
     assert not out.exists()
     plot_runs([run] * most, out)
     assert is_png(out)
+
+
+def test_a_full_disk_keeps_the_plot_of_before(tmp_path):
+    pytest.importorskip("matplotlib")
+    run, out = write_run(tmp_path / "run"), tmp_path / "runs.png"
+    out.write_bytes(b"before")
+    with full_disk(1000), pytest.raises(Error, match=r"runs\.png cannot be written \(File too large"):
+        plot_runs([run], out)
+    assert out.read_bytes() == b"before"
+    assert {path.name for path in tmp_path.iterdir()} == {"run", "runs.png"}

@@ -5,11 +5,12 @@ import itertools
 import json
 import os
 import shutil
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from support.runs import contents, left, records, small, stopped_after, tiny
+from support.runs import contents, full_disk, left, records, small, stopped_after, tiny
 
 import tinyllm.training.run_folder
 import tinyllm.training.tasks.pretrain
@@ -17,7 +18,7 @@ from tinyllm.cli import main
 from tinyllm.errors import Error
 from tinyllm.files import lock, read_sealed, sealed
 from tinyllm.training.checkpoint import verify
-from tinyllm.training.loggers import wrap
+from tinyllm.training.loggers import plot_losses, wrap
 from tinyllm.training.run_folder import begun_config
 from tinyllm.training.tasks.pretrain import train
 from tinyllm.weights.runs import checkpoints, last_checkpoint
@@ -326,14 +327,18 @@ def test_a_picture_is_replaced_only_by_a_complete_one(text, tmp_path, monkeypatc
     out = tmp_path / "run"
     stopped_after(tiny(text, out), 2)
 
-    def half(history, path, *_):
+    def half(figure, path, **_):
         path.write_bytes(b"half")
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(tinyllm.training.run_folder, "plot_losses", half)
-    with pytest.raises(OSError, match="No space left"):
+    pytest.importorskip("matplotlib")
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", half)
+    monkeypatch.setattr(tinyllm.training.run_folder, "plot_losses", plot_losses)
+    with pytest.raises(OSError, match=r"No space left.*--resume"):
         train(begun_config(out), progress=False)
     assert (out / "loss.png").read_bytes() == b"picture"
+    assert not list(out.glob(".*"))
+    assert last_checkpoint(out).name == "step-000004"  # of the evaluation, although no checkpoint was due
 
 
 # Two processes, full disks
@@ -390,6 +395,37 @@ def test_a_disk_too_full_for_a_checkpoint_stops_the_run_which_can_resume(
     assert err.count("\n") == 1
     free[0] = 10**9
     assert main(["train", "--resume", str(out)]) == 0
+    assert left(out) == left(whole)
+
+
+def test_a_disk_that_fills_cuts_no_record_and_the_run_can_resume(text, tmp_path, whole):
+    """The record of step 4, or its sample, has no space; those before are complete."""
+    for name, samples in (("metrics.jsonl", 3), ("samples.txt", 2)):
+        out = tmp_path / name
+
+        def fill(record, out=out, name=name):
+            if record["step"] == 3:
+                stack.enter_context(full_disk((out / name).stat().st_size + 10))
+
+        with (
+            ExitStack() as stack,
+            pytest.raises(OSError, match=rf"{name} cannot be written.* --resume {out}$"),
+        ):
+            train(tiny(text, out, checkpoint_every=2), progress=False, callback=fill)
+        assert [r["step"] for r in records(out)] == list(range(4))
+        generated = (out / "samples.txt").read_bytes()
+        assert generated.count(b"--- step") == samples
+        assert (whole / "samples.txt").read_bytes().startswith(generated)
+        train(begun_config(out), progress=False)
+        assert left(out) == left(whole)
+
+
+def test_a_run_whose_tokenizer_cannot_be_written_leaves_an_empty_folder(text, tmp_path, whole):
+    out = tmp_path / "run"
+    with full_disk(10), pytest.raises(OSError, match=r"File too large.* choose another --out"):
+        train(tiny(text, out), progress=False)
+    assert [path.name for path in out.iterdir()] == ["lock"]
+    train(tiny(text, out), progress=False)
     assert left(out) == left(whole)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import os
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import Annotated, ClassVar
 from tinyllm.backend.dtypes import autocast
 from tinyllm.cli.options import DeviceOptions, Flag, SamplingOptions, TextModelOptions, move, option
 from tinyllm.errors import Error
+from tinyllm.files import write_whole
 from tinyllm.inference.chat import Answer, Conversation
 from tinyllm.weights.pull import KNOWN_MODELS, find_pulled, pull
 
@@ -148,9 +150,11 @@ def _command(conversation: Conversation, line: str) -> str:
 def _save(conversation: Conversation, name: str) -> None:
     """Write the messages to a new JSON file, in the form that ``apply_chat_template`` takes."""
     try:
-        with open(Path(name).expanduser(), "x", encoding="utf-8") as file:
-            json.dump(conversation.history(), file, ensure_ascii=False, indent=2)
-            file.write("\n")
+        path = Path(name).expanduser()
+        if os.path.lexists(path):
+            raise FileExistsError("File exists")
+        text = json.dumps(conversation.history(), ensure_ascii=False, indent=2)
+        write_whole(path, f"{text}\n".encode())
     except (OSError, ValueError, RuntimeError) as error:  # an invalid name, or a home that does not exist
         reason = getattr(error, "strerror", None) or error
         raise Error(f"{name!r} cannot be written ({reason}): choose another file") from None

@@ -17,6 +17,7 @@ import numpy as np
 
 from tinyllm.checks import check_ids, pip_install
 from tinyllm.errors import Error
+from tinyllm.files import write_whole
 
 FILE_NAME = "tinyllm_tokenizer.json"
 END_OF_TEXT = "<|endoftext|>"
@@ -159,7 +160,7 @@ class Tokenizer:
         definition = json.dumps(self.to_json())
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / FILE_NAME).write_text(definition + "\n", encoding="utf-8")
+        write_whole(folder / FILE_NAME, f"{definition}\n".encode())
 
 
 def extend_vocabulary(

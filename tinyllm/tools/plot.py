@@ -15,6 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from tinyllm.errors import Error
+from tinyllm.files import replacing
 from tinyllm.training.loggers import (
     COLORS,
     DPI,
@@ -133,7 +134,8 @@ def title(axes, text: str) -> None:
 def save(figure, path: Path) -> None:
     """Write the figure; raises Error if that fails."""
     try:
-        figure.savefig(path, dpi=DPI)
+        with replacing(path) as new:
+            figure.savefig(new, dpi=DPI)
     except OSError as error:
         raise Error(f"{path} cannot be written ({error.strerror or error}): choose another path") from None
 

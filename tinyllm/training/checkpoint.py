@@ -154,13 +154,13 @@ def remove_left_overs(run: Path) -> None:
             path.unlink()
 
 
-def check_space(run: Path, model: Module, remedy: str) -> None:
+def check_space(run: Path, model: Module) -> None:
     """Raise OSError if the disk has no space for a checkpoint: the weights and AdamW's two averages."""
     needed = 3 * sum(parameter.data.nbytes for parameter in model.parameters())
     free = shutil.disk_usage(run).free
     if free < needed + LOG_BYTES:
         sizes = f"{free / 1e6:,.1f} MB left; a checkpoint needs {needed / 1e6:,.1f} MB, and the logs 1 MB"
-        raise OSError(f"the disk of {run} has {sizes}: {remedy}")
+        raise OSError(f"the disk of {run} has {sizes}")
 
 
 def machine(device: str) -> dict[str, str | int]:

@@ -29,6 +29,7 @@ from pathlib import Path
 from typing import TextIO
 
 from tinyllm.errors import Error
+from tinyllm.files import replacing, write_whole
 
 PLOT = "loss.png"
 
@@ -177,7 +178,7 @@ def _wandb_id(folder: Path) -> str:
     """The run's id at W&B, from its folder; a new one is written there."""
     file = folder / WANDB_ID
     if not file.exists():
-        file.write_text(secrets.token_hex(4) + "\n", encoding="utf-8")
+        write_whole(file, f"{secrets.token_hex(4)}\n".encode())
     found = file.read_text(encoding="utf-8", errors="replace").strip()
     if not (found.isascii() and found.isalnum()):
         raise Error(f"{file} has no W&B id: remove it to log to a new W&B run")
@@ -328,7 +329,8 @@ def plot_losses(
     axes.locator_params(axis="x", integer=True)
     quiet_axes(axes)
     figure.legend(loc="outside upper left", ncols=2, frameon=False, fontsize="small")
-    figure.savefig(path, dpi=DPI)
+    with replacing(Path(path)) as new:
+        figure.savefig(new, dpi=DPI)
 
 
 def best_record(records: Iterable[dict], key: str) -> dict | None:

@@ -38,9 +38,10 @@ def run_task(task: Task, progress: bool = True, callback: Log | None = None) -> 
     SIGINT, SIGTERM and SIGHUP interrupt the step or the evaluation; a checkpoint of the last complete step is
     written, and KeyboardInterrupt raised with the signal's number as its argument. A loss or gradient norm
     that is not finite never reaches the weights: more than ``config.skip_nonfinite`` in a row raise
-    FloatingPointError, after a checkpoint of the last finite step. A checkpoint that cannot be written raises
-    OSError; the one before it stays complete. MemoryError, of the CPU or of the GPU, is raised after a
-    checkpoint of the last complete step, if that can be written, with options that need less memory.
+    FloatingPointError, after a checkpoint of the last finite step. A checkpoint or log that cannot be
+    written raises OSError; the checkpoint before it stays complete. MemoryError, of the CPU or of the GPU,
+    has options that need less memory. Both are raised after a checkpoint of the last complete step, if that
+    can be written.
 
     Output that cannot be written is dropped; the next record has its stdout_error or stderr_error.
 
@@ -75,9 +76,13 @@ def _run(run: RunFolder, progress: bool, callback: Log | None) -> Module:
     keep_memory()
     run.start(model, optimizer)
     optimizer.reserve()
-    with open_logs(config.log, run.folder, run.about) as log, _signals() as check, autocast(config.dtype):
-        logs = [each for each in (run, log, callback) if each is not None]
-        _train(run, logs, check, progress)
+    try:
+        with open_logs(config.log, run.folder, run.about) as log, _signals() as check, autocast(config.dtype):
+            logs = [each for each in (run, log, callback) if each is not None]
+            _train(run, logs, check, progress)
+    except OSError as error:
+        remedy = f"free some space, then continue with tinyllm train --resume {run.folder}"
+        raise OSError(f"{error}: {remedy}") from error
     for lines in (task.conclusion(run.history[-1]), run.summary()):
         if lines:
             say(lines)
@@ -95,7 +100,7 @@ def _train(run: RunFolder, logs: list[Log], check: Check, progress: bool) -> Non
     except FloatingPointError as error:
         where = run.save()
         raise FloatingPointError(f"{error} (the weights after step {run.step} are in {where})") from None
-    except MemoryError as error:
+    except (MemoryError, OSError) as error:
         error.__traceback__ = None  # it references the step's arrays, and saving needs memory
         if run.is_between_updates():
             with suppress(OSError):

@@ -21,7 +21,6 @@ and the files of the task, such as tinyllm_tokenizer.json.
 
 import itertools
 import json
-import os
 import platform
 import time
 from collections.abc import Iterator
@@ -32,7 +31,7 @@ import numpy as np
 
 from tinyllm.backend.device import describe_device, pick_device
 from tinyllm.errors import Error
-from tinyllm.files import SAVING, lock, read_sealed, sealed, sync, write_whole
+from tinyllm.files import append_whole, lock, read_sealed, sealed, sync, write_whole
 from tinyllm.nn import Module
 from tinyllm.optim import AdamW, LossScale, NoLossScale
 from tinyllm.training.checkpoint import (
@@ -45,7 +44,7 @@ from tinyllm.training.checkpoint import (
     set_aside,
     verify,
 )
-from tinyllm.training.config import RunOptions, TrainConfig, check_continues
+from tinyllm.training.config import RunOptions, TrainConfig, check_continues, check_writable
 from tinyllm.training.loggers import PLOT, best_record, plot_losses, say
 from tinyllm.training.loop import CompletedStep
 from tinyllm.training.metrics import METRICS, parse_records
@@ -129,14 +128,19 @@ class RunFolder:
         self.folder.mkdir(parents=True, exist_ok=True)
         self._take_lock()
         self._check_empty()  # another process may have started a run before the lock was taken
-        check_space(self.folder, self.model, "free some space, or choose another --out")
-        task.save(self.folder)
         asked = {"task": config.task, "train": config.to_json() | {"out": str(self.folder)}}
         found = {"parameters": parameters, "steps_per_epoch": task.steps_per_epoch}
         versions = {"tinyllm": __version__, "numpy": np.__version__, "python": platform.python_version()}
         about = asked | task.data() | found | {"versions": versions}
-        # Written last: it makes the folder a run.
-        write_whole(self.folder / RUN_CONFIG, sealed(about))
+        try:
+            check_space(self.folder, self.model)
+            task.save(self.folder)
+            write_whole(self.folder / RUN_CONFIG, sealed(about))  # last: it makes the folder a run
+        except OSError as error:
+            for path in self.folder.iterdir():
+                if path.name != LOCK:
+                    path.unlink()
+            raise OSError(f"{error}: free some space, or choose another --out") from error
         self.about = read_sealed(self.folder / RUN_CONFIG)
         device = describe_device(pick_device(config.device))
         model = (
@@ -256,15 +260,14 @@ class RunFolder:
     # Every step
 
     def __call__(self, record: dict) -> None:
+        metrics = {key: value for key, value in record.items() if key != "sample"}
+        if "sample" in record:  # before the metrics, so that a recorded val_loss implies a sample
+            text = f"--- step {record['step']}\n{record['sample']}\n"
+            append_whole(self.folder / SAMPLES, text.encode())
+        append_whole(self.folder / METRICS, _line(metrics))
+        self.history.append(metrics)
         self.step, self.tokens = record["step"], record["tokens"]
         self._updates = self.optimizer.state_dict()["t"]
-        metrics = {key: value for key, value in record.items() if key != "sample"}
-        self.history.append(metrics)
-        if "sample" in record:  # before the metrics, so that a recorded val_loss implies a sample
-            with open(self.folder / SAMPLES, "ab") as file:
-                file.write(f"--- step {record['step']}\n{record['sample']}\n".encode())
-        with open(self.folder / METRICS, "ab") as file:
-            file.write(_line(metrics))
         if "val_loss" in record:
             self._plot()
             for line in self._describe(record):
@@ -275,10 +278,7 @@ class RunFolder:
         started = time.monotonic()
         if started - self._plotted_at < self._plotting and self.step < self.config.steps:
             return
-        picture = self.folder / (SAVING + PLOT)
-        plot_losses(self.history, picture, *self.task.picture())
-        if picture.exists():  # without matplotlib there is none
-            os.replace(picture, self.folder / PLOT)
+        plot_losses(self.history, self.folder / PLOT, *self.task.picture())
         self._plotted_at = time.monotonic()
         self._plotting = self._plotted_at - started
 
@@ -307,7 +307,7 @@ class RunFolder:
 
     def is_between_updates(self) -> bool:
         """Whether the weights are those of the last record, that is, no later update was interrupted."""
-        return self.optimizer.state_dict()["t"] == self._updates
+        return bool(self.history) and self.optimizer.state_dict()["t"] == self._updates
 
     def not_finite(self, completed: CompletedStep) -> str:
         """Save the batch, and return what was not finite; FloatingPointError if it is one time too many."""
@@ -354,12 +354,8 @@ class RunFolder:
         here |= {"run": self.about["sha256"], "versions": self.about["versions"], "machine": self._machine()}
         if scale := self.loss_scale.state_dict():
             here["loss_scale"] = scale
-        remedy = f"free some space, then continue with tinyllm train --resume {self.folder}"
-        check_space(self.folder, self.model, remedy)
-        try:
-            save_checkpoint(folder, self.model, self.optimizer, here)
-        except OSError as error:
-            raise OSError(f"{error}: {remedy}") from error
+        check_space(self.folder, self.model)
+        save_checkpoint(folder, self.model, self.optimizer, here)
         self._saved_at = time.monotonic()
         self._remove_old_checkpoints()
         return folder
@@ -377,15 +373,6 @@ class RunFolder:
 
 def _line(record: dict) -> bytes:
     return json.dumps(record).encode() + b"\n"
-
-
-def check_writable(folder: Path, option: str) -> None:
-    """Raise ``Error``, naming the option, if the folder cannot be made or written to."""
-    existing = next(path for path in (folder, *folder.absolute().parents) if os.path.lexists(path))
-    if not existing.is_dir():
-        raise Error(f"{option} {folder}: {existing} is not a folder: choose another {option}")
-    if not os.access(existing, os.R_OK | os.W_OK | os.X_OK):
-        raise Error(f"{option} {folder}: {existing} cannot be written to: choose another {option}")
 
 
 def new_folder(name: str) -> Path:

@@ -30,10 +30,9 @@ from tinyllm.tokenizers import END_OF_TEXT, BPETokenizer, CharTokenizer, Tokeniz
 from tinyllm.tokenizers.base import check_fits
 from tinyllm.tokenizers.bpe import parse_bpe
 from tinyllm.training import baselines
-from tinyllm.training.config import TrainConfig
+from tinyllm.training.config import TrainConfig, check_writable
 from tinyllm.training.loggers import Log, say
 from tinyllm.training.run import run_task
-from tinyllm.training.run_folder import check_writable
 from tinyllm.training.start import (
     check_architecture,
     describe_start,
