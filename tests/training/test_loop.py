@@ -146,6 +146,13 @@ def test_a_loss_that_is_not_finite_raises_before_the_update():
     assert np.array_equal(model.outer.weight.data, weights[1])
 
 
+def test_weights_that_an_update_made_not_finite_raise():
+    model = Net(np.random.default_rng(0))
+    optimizer = AdamW(model, 1e308, weight_decay=10.0)
+    with pytest.raises(FloatingPointError, match="the weights after step 1 are not finite: use a smaller lr"):
+        fit(model, points, 1, loss_fn=squared, count=lambda batch: len(batch[0]), optimizer=optimizer)
+
+
 def test_in_float16_a_step_that_overflows_is_skipped(monkeypatch):
     """The scale is halved until the gradients are finite."""
     monkeypatch.setattr(loop, "compute_dtype", lambda: np.dtype(np.float16))
@@ -215,7 +222,7 @@ def test_a_model_without_a_loss_or_without_parameters_is_refused():
         fit(Net(np.random.default_rng(0)), points)
     model = Net(np.random.default_rng(0), frozen=True)
     model.outer.weight, model.outer.bias = (Tensor(p.data) for p in (model.outer.weight, model.outer.bias))
-    with pytest.raises(Error, match="requires a gradient"):
+    with pytest.raises(Error, match="no parameter to train"):
         fit(model, points, loss_fn=squared)
 
 

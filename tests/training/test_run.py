@@ -9,10 +9,11 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import numpy as np
 import pytest
+from safetensors.numpy import load_file
 from support.runs import CONTEXT, RHYME, records, rhyme, same_arrays, small, values, weights
 
 import tinyllm.training.run_folder
@@ -22,7 +23,7 @@ from tinyllm.data.corpus import load_text
 from tinyllm.training.checkpoint import verify
 from tinyllm.training.config import TrainConfig
 from tinyllm.training.tasks.pretrain import load_data, mean_loss, train
-from tinyllm.weights.runs import last_checkpoint
+from tinyllm.weights.runs import checkpoints, last_checkpoint
 
 STOPPED = {"SIGINT": 130, "SIGTERM": 143, "SIGHUP": 129}  # signal -> exit code
 
@@ -274,6 +275,19 @@ def test_a_loss_or_gradient_that_is_not_finite_never_reaches_the_weights(text, t
     for name, parameter in saved.items():
         assert np.isfinite(parameter.data).all()
         assert np.array_equal(parameter.data, found[2][name])
+
+
+@pytest.mark.parametrize("skip", [0, 5])
+def test_weights_that_an_update_made_not_finite_are_never_saved(text, tmp_path, skip):
+    """The learning rate rises from 0: the second update overflows float32."""
+    for every, said in ((1, "step-000001"), (None, "")):
+        config = small(text, tmp_path / f"{every}", lr=1e308, initial_lr=0.0, warmup=3, skip_nonfinite=skip)
+        config = replace(config, checkpoint_every=every, eval_every=12, weight_decay=0.0)
+        with pytest.raises(FloatingPointError, match=r"weights .* are not finite: .* --lr") as raised:
+            train(config, progress=False)
+        assert said in str(raised.value)
+        for folder in checkpoints(config.out):
+            assert all(np.isfinite(array).all() for array in load_file(folder / "model.safetensors").values())
 
 
 @pytest.mark.parametrize("name", [name for name in STOPPED if hasattr(signal, name)])

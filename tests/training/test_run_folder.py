@@ -4,11 +4,15 @@ import errno
 import itertools
 import json
 import os
+import re
 import shutil
+import subprocess
+import sys
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 from support.runs import contents, full_disk, left, records, small, stopped_after, tiny
 
@@ -104,6 +108,19 @@ def test_an_invalid_config_with_a_valid_hash_is_refused(whole, tmp_path, change,
     (tmp_path / "config.json").write_bytes(sealed({"train": about["train"]}))
     with pytest.raises(Error, match="was not written by this version"):
         begun_config(tmp_path)
+
+
+def test_another_simd_level_causes_a_warning(text, tmp_path):
+    """Other kernels of NumPy round differently."""
+    out = tmp_path / "run"
+    stopped_after(tiny(text, out), 2)
+    found = np.show_config(mode="dicts")["SIMD Extensions"].get("found", [])
+    if not found:
+        pytest.skip("this processor has no more than NumPy's baseline")
+    command = [sys.executable, "-m", "tinyllm", "train", "--resume", str(out)]
+    environment = os.environ | {"NPY_DISABLE_CPU_FEATURES": " ".join(found)}
+    said = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
+    assert re.search(r"warning: simd was .*\b" + found[0], " ".join(said.split()))
 
 
 def test_another_machine_causes_a_warning(text, tmp_path, monkeypatch, capsys):

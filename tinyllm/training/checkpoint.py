@@ -170,11 +170,14 @@ def machine(device: str) -> dict[str, str | int]:
     found = [blas for blas in threadpool_info() if blas["user_api"] == "blas"]
     # Other packages may have loaded a BLAS of their own.
     of_numpy = [blas for blas in found if "numpy" in blas["filepath"]] or found
+    simd = np.show_config(mode="dicts")["SIMD Extensions"]  # of this process, not of the build
     about_it = "{internal_api} {version}, {architecture}, threads: {num_threads}"
     return {
         "tinyllm": __version__,
         "numpy": np.__version__,
         "processor": platform.machine(),
+        "simd": " ".join(simd.get("baseline", []) + simd.get("found", [])),
+        "libc": " ".join(platform.libc_ver()),
         "blas": "; ".join(about_it.format_map({"architecture": None} | blas) for blas in of_numpy),
         "threads": num_threads(),
         "device": describe_device(device),

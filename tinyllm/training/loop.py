@@ -17,7 +17,7 @@ from tinyllm.errors import Error
 from tinyllm.nn import Module
 from tinyllm.optim import AdamW, LossScale, NoLossScale
 from tinyllm.tensor import Tensor
-from tinyllm.training.step import count_targets, language_model_loss, training_step
+from tinyllm.training.step import count_targets, language_model_loss, training_step, weights_are_finite
 
 LEARNING_RATE = 3e-4
 
@@ -101,9 +101,9 @@ def fit(
     so ``micro_batch`` does not change it. ``on_step(model, optimizer, record)`` is called after every step.
 
     Raises ``Error`` for an invalid argument, batch or loss, and FloatingPointError, before the update, if the
-    loss or the gradient norm is not finite. The dtype of products is that of the enclosing
-    ``backend.autocast``; in float16 the loss is scaled, and a step whose gradients overflow is skipped (its
-    grad_norm is not finite).
+    loss or the gradient norm is not finite, and at the end if the weights are not. The dtype of products is
+    that of the enclosing ``backend.autocast``; in float16 the loss is scaled, and a step whose gradients
+    overflow is skipped (its grad_norm is not finite).
     """
     if not callable(batch_at):
         raise Error(f"batch_at is a {type(batch_at).__name__}: give a function of the step's number")
@@ -139,6 +139,8 @@ def fit(
             if on_step is not None:
                 on_step(model, optimizer, records[-1])
                 model.train()  # on_step may have changed the mode
+        if not weights_are_finite(model):
+            raise FloatingPointError(f"the weights after step {steps} are not finite: use a smaller lr")
     finally:
         optimizer.lr = first_lr
         for module, mode in modes:

@@ -38,7 +38,8 @@ def run_task(task: Task, progress: bool = True, callback: Log | None = None) -> 
     SIGINT, SIGTERM and SIGHUP interrupt the step or the evaluation; a checkpoint of the last complete step is
     written, and KeyboardInterrupt raised with the signal's number as its argument. A loss or gradient norm
     that is not finite never reaches the weights: more than ``config.skip_nonfinite`` in a row raise
-    FloatingPointError, after a checkpoint of the last finite step. A checkpoint or log that cannot be
+    FloatingPointError, after a checkpoint of the last finite step. So do weights that an update made not
+    finite, which are never saved. A checkpoint or log that cannot be
     written raises OSError; the checkpoint before it stays complete. MemoryError, of the CPU or of the GPU,
     has options that need less memory. Both are raised after a checkpoint of the last complete step, if that
     can be written.
@@ -103,7 +104,7 @@ def _train(run: RunFolder, logs: list[Log], check: Check, progress: bool) -> Non
     except (MemoryError, OSError) as error:
         error.__traceback__ = None  # it references the step's arrays, and saving needs memory
         if run.is_between_updates():
-            with suppress(OSError):
+            with suppress(OSError, FloatingPointError):
                 run.save()
         raise
 

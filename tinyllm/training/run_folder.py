@@ -48,6 +48,7 @@ from tinyllm.training.config import RunOptions, TrainConfig, check_continues, ch
 from tinyllm.training.loggers import PLOT, best_record, plot_losses, say
 from tinyllm.training.loop import CompletedStep
 from tinyllm.training.metrics import METRICS, parse_records
+from tinyllm.training.step import weights_are_finite
 from tinyllm.training.tasks.base import Task, is_evaluation
 from tinyllm.version import __version__
 from tinyllm.weights.runs import checkpoint_folder, checkpoints, step_of
@@ -316,7 +317,7 @@ class RunFolder:
         batch = self.task.describe_batch(completed.batch)
         write_whole(path, _line({"step": completed.step, **numbers, "lr": completed.lr, **batch}))
         before = itertools.takewhile(lambda record: "skipped" in record, reversed(self.history))
-        if sum(1 for _ in before) >= self.config.skip_nonfinite:
+        if sum(1 for _ in before) >= self.config.skip_nonfinite or not weights_are_finite(self.model):
             raise FloatingPointError(
                 f"step {completed.step}: {what}: start again with a smaller --lr or --clip, or --resume "
                 f"{self.folder} with --skip-nonfinite (the batch is in {path})"
@@ -338,11 +339,17 @@ class RunFolder:
     def save(self) -> Path:
         """Write the checkpoint of the last step, unless it exists; returns its folder.
 
-        Raises OSError if the disk is too full or fails; the checkpoint before is then unchanged.
+        Raises FloatingPointError if the weights are not finite, and OSError if the disk is too full or fails;
+        the checkpoint before is then unchanged.
         """
         folder = checkpoint_folder(self.folder, self.step)
         if folder.exists():
             return folder
+        if not weights_are_finite(self.model):
+            remedy = "start again with a smaller --lr or --weight-decay"
+            if saved := checkpoints(self.folder):
+                remedy += f", for example with tinyllm train --from {saved[-1]}"
+            raise FloatingPointError(f"the weights after step {self.step} are not finite: {remedy}")
         samples = self.folder / SAMPLES
         for path in (self.folder / METRICS, samples):  # on disk before the checkpoint that refers to them
             with open(path, "ab") as file:

@@ -17,6 +17,8 @@ import math
 from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
+import numpy as np
+
 from tinyllm.backend.random import manual_seed
 from tinyllm.errors import Error
 from tinyllm.nn import Module, evaluating
@@ -32,6 +34,11 @@ class StepResult(NamedTuple):
     loss: float
     grad_norm: float  # before clipping
     updated: bool  # False if one of the two is not finite: the weights are unchanged
+
+
+def weights_are_finite(model: Module) -> bool:
+    """Whether all parameters are finite. After a finite gradient they are not if a huge rate overflowed."""
+    return all(np.isfinite(parameter.data).all().item() for parameter in model.parameters())
 
 
 def language_model_loss(model: Module, ids, targets, num_targets: int) -> Tensor:
