@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -290,6 +291,22 @@ def test_preset_gpt2_verdict_has_the_published_options():
     assert model.num_parameters() == 162_469_969
 
 
+def test_warmup_follows_the_steps_if_only_they_are_given():
+    for preset in PRESETS:
+        config = _parse(["train", "--preset", preset, "--steps", "30"])
+        assert config.warmup_steps == 5
+        assert _parse(["train", "--steps=30", "--preset", preset, "--warmup", "7"]).warmup_steps == 7
+
+
+@pytest.mark.parametrize("content", ["emma olivia ava ", "3 14 15 926 ", "天地玄黃宇宙洪荒"])
+def test_any_text_is_trained_on_without_a_prompt(tmp_path, capsys, content):
+    (tmp_path / "names.txt").write_text(content * 40, encoding="utf-8")
+    assert main(["train", *TINY, "--text", str(tmp_path / "names.txt"), "--out", str(tmp_path / "run")]) == 0
+    command = capsys.readouterr().out.split("tinyllm generate ")[1].splitlines()[0]
+    assert main(["generate", *shlex.split(command)]) == 0
+    assert capsys.readouterr().out.startswith(content.split()[0])
+
+
 @pytest.mark.parametrize("after", [True, False])
 def test_options_override_the_preset(after):
     options = "--lr 0.001 --n-layer 3 --tie-head --text python-docs --out x".split()
@@ -365,7 +382,14 @@ def test_every_option_can_be_given():
         (["train", "--lr", "fast"], "--lr.*'fast'"),
         (["train", "--tie-head", "maybe"], "maybe"),
         (["train", "--preset", "large"], "'large' is unknown: choose one of small, ten-minutes"),
-        (["train", "--preset"], "--preset '' is unknown: choose one of small"),
+        (["train", "--preset", "smal"], r"'smal' is unknown \(did you mean small\?\): choose one of small"),
+        (["train", "--preset"], "--preset needs a value; see tinyllm train --help"),
+        (["train", "--preset", "--steps", "3"], "--preset needs a value"),
+        (["train", "--from="], "--from needs a value"),
+        (["train", "--resume"], "--resume needs a value"),
+        (["train", "--form", "x"], r"--form \(did you mean --from\?\)"),
+        (["train", "--resum=x"], r"--resum \(did you mean --resume\?\)"),
+        (["info", "--preset", "smal"], r"did you mean small\?"),
         (["generate"], "--prompt is missing"),
         (["generate", "--prompt", "a", "--run"], "--run"),
         (["generate", "--prompt", "a", "--speed", "9"], "--speed"),

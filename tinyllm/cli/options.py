@@ -24,6 +24,7 @@ from tinyllm.models import load_model
 from tinyllm.nn import Module
 from tinyllm.tokenizers import load_tokenizer
 from tinyllm.tokenizers.base import FILE_NAME, Tokenizer, check_fits
+from tinyllm.training.config import flag
 from tinyllm.weights.hub import HUB_ID
 from tinyllm.weights.pull import KNOWN_MODELS
 from tinyllm.weights.runs import checkpoints, last_checkpoint
@@ -176,11 +177,6 @@ def move(model: Module, device: str) -> None:
 # ---------------------------------------------------------------------------------- parsing
 
 
-def flag(name: str) -> str:
-    """An option as it is typed."""
-    return f"--{name.replace('_', '-')}"
-
-
 def did_you_mean(word: str, known: Iterable[str]) -> str:
     """`` (did you mean …?)`` with the known word that is most alike, or nothing."""
     known = {name.lower(): name for name in known}
@@ -194,7 +190,7 @@ def parse_options(options: type, program: str, args: list[str], **more):
     Raises Error where tyro would print a box and exit. After ``--help`` the process exits with code 0.
     """
     if not {"-h", "--help"} & set(args):
-        _check_names(options, program, args, more.get("description", ""))
+        _check_names(options, program, args)
     box = io.StringIO()
     try:
         with contextlib.redirect_stderr(box):
@@ -216,12 +212,11 @@ def parse_options(options: type, program: str, args: list[str], **more):
     raise Error(f"{sentence}; see {program} --help")
 
 
-def _check_names(options: type, program: str, args: list[str], description: str) -> None:
+def _check_names(options: type, program: str, args: list[str]) -> None:
     """Raise Error for an unknown option, or for a required one that is missing."""
     given = [word.partition("=")[0].replace("_", "-") for word in args if re.match(r"--\w\S*$", word)]
     named = {flag(field.name): field for field in fields(options)}
-    elsewhere = re.findall(r"--\w[\w-]*", description)  # options that the command parses itself
-    known = [*named, *elsewhere, *(flag(f"no_{name.strip('-')}") for name in named)]
+    known = [*named, *(flag(f"no_{name.strip('-')}") for name in named)]
     for word in given:
         if word not in known:
             raise Error(f"unknown option {word}{did_you_mean(word, known)}; see {program} --help")

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import tyro
 
-from tinyllm.cli.options import parse_options
+from tinyllm.cli.options import did_you_mean, parse_options
 from tinyllm.errors import Error
 from tinyllm.tools.profile import profile
 from tinyllm.training.config import PRESETS, TrainConfig
@@ -44,7 +44,8 @@ def run(config: TrainConfig) -> None:
 
 def preset(name: str) -> TrainConfig:
     if name not in PRESETS:
-        raise Error(f"--preset {name!r} is unknown: choose one of {', '.join(PRESETS)}")
+        known = ", ".join(PRESETS)
+        raise Error(f"--preset {name!r} is unknown{did_you_mean(name, PRESETS)}: choose one of {known}")
     return TrainConfig(**PRESETS[name])
 
 
@@ -61,16 +62,18 @@ def parse(args: list[str]) -> TrainConfig:
     taken, rest, words = {}, [], iter(args)
     for word in words:
         option, equals, value = word.partition("=")
-        if option in SOURCES:
-            taken[option] = value if equals else next(words, "")
-        else:
+        if option not in SOURCES:
             rest.append(word)
+            continue
+        taken[option] = value if equals else next(words, "")
+        if not taken[option] or taken[option].startswith("--"):
+            raise Error(f"{option} needs a value; see tinyllm train --help")
     if len(taken) > 1:
         raise Error(f"{' and '.join(taken)} both set the defaults of the other options: give one of them")
     source, value = next(iter(taken.items()), ("--preset", "small"))
-    if not value and source != "--preset":
-        raise Error(f"{source} is empty: give the folder of a run")
-    default = _values(SOURCES[source](value))
+    default, given = _values(SOURCES[source](value)), {word.partition("=")[0] for word in rest}
+    if source == "--preset" and "--steps" in given and "--warmup" not in given:
+        default["warmup"] = None  # that of the preset suits its own steps
     options = parse_options(
         _Options,
         "tinyllm train",
