@@ -72,7 +72,7 @@ def test_resume_refuses_folders_that_are_not_runs(tmp_path, whole, capsys):
         assert main(["train", "--resume", name]) == 2
         assert "is not a run folder" in capsys.readouterr().err
     assert main(["train", "--resume"]) == 2
-    assert "--resume is empty" in capsys.readouterr().err
+    assert "--resume needs a value" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
 
 

@@ -237,6 +237,11 @@ CONFIG_NAMES = dict(
     hidden_size="n_embd",
     max_position_embeddings="context",
     n_positions="context",
+    resid_pdrop="dropout",
+    attention_dropout="dropout",
+    tie_word_embeddings="tie_head",
+    lm_head_bias="head_bias",
+    model_type="arch",
 )
 
 

@@ -125,10 +125,9 @@ class RunFolder:
     def _begin(self) -> None:
         """Make the folder. Raises ``Error`` if it is not empty, OSError if the disk is too full."""
         task, config, parameters = self.task, self.config, self.model.num_parameters()
-        self._check_empty()
         self.folder.mkdir(parents=True, exist_ok=True)
         self._take_lock()
-        self._check_empty()  # another process may have started a run before the lock was taken
+        self._check_empty()  # again: another process may have started a run since ``check_new``
         asked = {"task": config.task, "train": config.to_json() | {"out": str(self.folder)}}
         found = {"parameters": parameters, "steps_per_epoch": task.steps_per_epoch}
         versions = {"tinyllm": __version__, "numpy": np.__version__, "python": platform.python_version()}

@@ -18,7 +18,7 @@ from tinyllm.files import read_file
 from tinyllm.models import LanguageModel, ModelConfig, empty_model
 from tinyllm.tokenizers import Tokenizer
 from tinyllm.tokenizers.base import FILE_NAME
-from tinyllm.training.config import TrainConfig, flag
+from tinyllm.training.config import CONFIG_NAMES, TrainConfig, flag
 from tinyllm.training.metrics import METRICS
 from tinyllm.training.run_folder import begun_config
 from tinyllm.weights.hub import find_model, open_weights
@@ -150,18 +150,12 @@ def _find(source: str) -> tuple[Path, Path | None]:
 
 
 def _options_of(config: ModelConfig) -> dict:
-    """A model's config as options of ``tinyllm train``."""
-
-    def value(*names: str):
-        return next(getattr(config, name) for name in names if hasattr(config, name))
-
-    options = dict(arch=config.model_type, tie_head=config.tie_word_embeddings)
-    options |= dict(n_layer=value("n_layer", "num_hidden_layers"), n_embd=value("n_embd", "hidden_size"))
-    options |= dict(n_head=value("n_head", "num_attention_heads"))
-    options |= dict(dropout=value("resid_pdrop", "attention_dropout"))
-    only = {"n_kv_head": "num_key_value_heads", "qkv_bias": "qkv_bias", "head_bias": "lm_head_bias"}
-    defaults = {name: getattr(TrainConfig, name) for name in only}
-    return options | {name: getattr(config, theirs, defaults[name]) for name, theirs in only.items()}
+    """A model's config as options of ``tinyllm train``, without the context."""
+    names = {name: name for name in ("n_layer", "n_head", "n_embd", "qkv_bias")} | CONFIG_NAMES
+    found = {option: getattr(config, name) for name, option in names.items() if hasattr(config, name)}
+    del found["context"]  # that of a run may be shorter
+    only_of_one = {name: getattr(TrainConfig, name) for name in ("n_kv_head", "qkv_bias", "head_bias")}
+    return only_of_one | found
 
 
 def _tokenizer_files(place: Path, names: tuple[str, ...]) -> list[Path]:
