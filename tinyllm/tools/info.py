@@ -224,7 +224,7 @@ def _attentions(model: Module) -> list[tuple]:
 
     def watch(out, parents):
         if op_and_module()[0] == "scaled_dot_product_attention":
-            found.append(tuple(parent.shape for parent in parents))
+            found.append(tuple(parent.shape for parent in parents[:3]))  # the fourth is the bias
 
     with watching(watch), first_task_only():
         _meta_copy(model, np.dtype(np.float32))(np.zeros((1, 1), np.int64))
