@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[1]
 LAYERS = """
 version errors checks files
 backend
-tensor tensor_ops
+tensor tensor_ops tensor_einsum
 functional
 nn
 optim

@@ -21,7 +21,7 @@ import threading
 import numpy as np
 
 from tinyllm.backend.cuda.launch import check_one_device
-from tinyllm.backend.dtypes import accumulation_dtype, is_floating
+from tinyllm.backend.dtypes import accumulation_dtype, is_floating, mixed_dtypes
 from tinyllm.errors import Error, names_shapes
 from tinyllm.tensor_ops import ArrayAlgebra, At, as_array, as_rows, vector_matmul
 
@@ -128,7 +128,7 @@ class Tensor(ArrayAlgebra):
         out = Tensor(data)
         dtypes = [parent.data.dtype for parent in parents if parent is not None]
         if dtypes.count(dtypes[0]) < len(dtypes) and not _mixed_precision(dtypes):
-            raise Error(f"an op cannot mix {', '.join(map(str, dtypes))}: convert to one dtype with astype()")
+            raise Error(mixed_dtypes(*dtypes))
         if mode.recording:
             nodes = tuple(None if parent is None else parent.node for parent in parents)
             if any(node is not None for node in nodes):
@@ -224,7 +224,7 @@ class Tensor(ArrayAlgebra):
         if type(self.data) is not np.ndarray or type(other.data) is not np.ndarray:
             check_one_device(self, other)
         if other.dtype != self.dtype:
-            raise Error(f"cannot mix {self.dtype} and {other.dtype}; convert one with astype()")
+            raise Error(mixed_dtypes(self.dtype, other.dtype))
         return other
 
     # ------------------------------------------------------------------------ arithmetic

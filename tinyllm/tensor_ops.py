@@ -9,7 +9,6 @@ import itertools
 import math
 import operator
 import re
-import string
 
 import einops
 import numpy as np
@@ -19,10 +18,15 @@ from tinyllm.backend.device import scatter_add, to_device, to_device_of
 from tinyllm.backend.dtypes import is_half
 from tinyllm.checks import check_at_least
 from tinyllm.errors import Error, names_shapes
+from tinyllm.tensor_einsum import diagonal, explicit_subscripts
 
 
 class At:
-    """A gradient that is zero except at ``index``: the engine adds it into the parent's buffer."""
+    """A gradient that is zero except at ``index``: the engine adds it into the parent's buffer.
+
+    ``index`` is any NumPy index of the parent, and ``array`` has the shape of ``parent.data[index]`` and the
+    parent's dtype. If integer arrays select an element several times, its gradients add up.
+    """
 
     def __init__(self, index, array):
         self.index, self.array = index, array
@@ -198,15 +202,30 @@ class ArrayAlgebra:
         """A Tensor of the same array without its graph."""
         return type(self)(self.data)
 
+    @names_shapes
     def item(self) -> float:
-        """The only element, as a Python number."""
+        """The only element, as a Python number; so do ``float``, ``int``, ``bool`` and ``f"{loss:.3f}"``."""
         return self.data.item()
 
-    def __repr__(self):
-        return f"Tensor({self.data!r}{', requires_grad=True' if self.requires_grad else ''})"
+    def __float__(self):
+        return float(self.item())
+
+    def __int__(self):
+        return int(self.item())
+
+    def __format__(self, spec):
+        return format(self.item(), spec) if spec else repr(self)
 
     def __bool__(self):
-        raise Error("a Tensor has no truth value: compare .data, or use .item()")
+        if self.size != 1:
+            raise Error(f"a Tensor of shape {self.shape} has no truth value: compare .data, or use .item()")
+        return bool(self.item())
+
+    def __repr__(self):
+        """The values, abbreviated by NumPy if there are many, the shape and the dtype."""
+        values = np.array2string(to_device(self.data, "cpu"), separator=", ", prefix="Tensor(")
+        grad = ", requires_grad=True" if self.requires_grad else ""
+        return f"Tensor({values}, shape={self.shape}, dtype={self.dtype}{grad})"
 
     def __array__(self, *args, **kwargs):
         raise Error("a Tensor is not converted to an array implicitly: use .data")
@@ -216,7 +235,11 @@ class ArrayAlgebra:
 
 
 def vector_matmul(a, b):
-    """``a @ b`` where a, b or both are vectors: a row on the left, a column on the right."""
+    """``a @ b`` where a, b or both are vectors: a row on the left, a column on the right.
+
+    (K,) @ (K,) -> (), (K,) @ (..., K, N) -> (..., N) and (..., M, K) @ (K,) -> (..., M). The gradient is that
+    of the ops it is composed of: for c = a · b, da = dc b and db = dc a; otherwise that of a matrix product.
+    """
     if a.shape[-1] != b.shape[-2:][0]:
         raise Error(f"@ needs rows on the left as long as columns on the right, not {a.shape} and {b.shape}")
     if a.ndim == b.ndim == 1:
@@ -320,37 +343,6 @@ def einsum(subscripts: str, *tensors):
         tuple(tensors),
         lambda grad: [gradient_of(k, grad) if needed[k] else None for k in range(len(arrays))],
     )
-
-
-def explicit_subscripts(subscripts: str, shapes):
-    """The terms and the output of an einsum, with one letter per axis.
-
-    "..." becomes unused letters, aligned at its last axis. A missing output is "..." and then, in
-    alphabetical order, the letters that occur once.
-    """
-    inputs, arrow, output = subscripts.replace(" ", "").partition("->")
-    terms = inputs.split(",")
-    axes = [len(shape) - len(term.replace("...", "")) for term, shape in zip(terms, shapes)]  # of each "..."
-    unused = "".join(c for c in string.ascii_letters if c not in subscripts)[: max(axes, default=0)]
-    once = sorted(c for c in set(inputs) - set(".,") if inputs.count(c) == 1)
-    output = output if arrow else "".join(["...", *once])
-    expanded = [term.replace("...", unused[len(unused) - n :]) for term, n in zip(terms, axes)]
-    if len(terms) != len(shapes) or any(len(t) != len(shape) for t, shape in zip(expanded, shapes)):
-        raise Error(f"einsum {subscripts!r} needs one term per tensor, with one letter per axis of {shapes}")
-    return expanded, output.replace("...", unused)
-
-
-def diagonal(tensor, term: str):
-    """The elements of ``tensor`` where axes of one letter of ``term`` have one index: an axis per letter."""
-    sizes = dict(zip(term, tensor.shape))
-    if len(sizes) == len(term):
-        return tensor
-    if any(sizes[c] != n for c, n in zip(term, tensor.shape)):
-        raise Error(f"einsum: a letter that {term!r} repeats has two sizes in shape {tensor.shape}")
-    index = {
-        c: np.arange(sizes[c], like=tensor.data).reshape([-1 if d == c else 1 for d in sizes]) for c in sizes
-    }
-    return tensor[tuple(index[c] for c in term)]
 
 
 # ------------------------------------------------------------------------- helpers for arrays

@@ -795,7 +795,7 @@ def test_backward_in_several_threads_at_once():
 
 F32, F64 = Tensor(np.ones(3, np.float32), requires_grad=True), Tensor(np.ones(3), requires_grad=True)
 REJECTED = {
-    "float32 + float64": (lambda: F32 + F64, "cannot mix float32 and float64"),
+    "float32 + float64": (lambda: F32 + F64, "add cannot mix float32 and float64.*Tensor.x.astype"),
     "float64 - float32 array": (lambda: F64 - np.ones(3, np.float32), "cannot mix"),
     "float32 * float64 array": (lambda: F32 * np.ones(3), "cannot mix"),
     "float64 array * float32": (lambda: np.ones(3) * F32, "cannot mix"),
@@ -805,6 +805,11 @@ REJECTED = {
     "where of float32 and float64": (lambda: tinyllm.where(np.ones(3, bool), F32, F64), "cannot mix"),
     "bool()": (lambda: bool(F64), "no truth value"),
     "if tensor": (lambda: 1 if F64 else 0, "no truth value"),
+    "float() of several elements": (lambda: float(F64), r"item of shapes \(3,\)"),
+    "int() of several elements": (lambda: int(F64), r"item of shapes \(3,\)"),
+    "a format of several elements": (lambda: f"{F64:.3f}", r"item of shapes \(3,\)"),
+    "float() of none": (lambda: float(Tensor(np.ones(0))), r"item of shapes \(0,\)"),
+    "a dtype as device": (lambda: F64.to(np.float32), r"float32.*astype"),
     "np.asarray": (lambda: np.asarray(F64), "use .data"),
     "np.array": (lambda: np.array(F64), "use .data"),
     "Tensor(tensor)": (lambda: Tensor(F64), "ambiguous"),
@@ -825,6 +830,24 @@ REJECTED = {
 def test_tensor_rejects(action, message):
     with pytest.raises(Error, match=message):
         action()
+
+
+@pytest.mark.parametrize("shape", [(), (1,), (1, 1)])
+def test_single_element_converts_to_python_number(shape):
+    x = Tensor(np.full(shape, 2.75, np.float32), requires_grad=True)
+    assert (float(x), int(x), f"{x:.1f}", f"{x:8.3f}") == (2.75, 2, "2.8", "   2.750")
+    assert x and not Tensor(np.zeros(shape))
+
+
+def test_repr_has_shape_and_dtype_and_abbreviates_values():
+    x = Tensor(np.arange(6, dtype=np.float32).reshape(2, 3), requires_grad=True)
+    assert repr(x) == (
+        "Tensor([[0., 1., 2.],\n        [3., 4., 5.]], shape=(2, 3), dtype=float32, requires_grad=True)"
+    )
+    assert f"{x}" == str(x) == repr(x)
+    assert repr(Tensor(np.array(1.5))) == "Tensor(1.5, shape=(), dtype=float64)"
+    text = repr(Tensor(np.zeros((1000, 1000))))
+    assert "..." in text and "shape=(1000, 1000), dtype=float64" in text and len(text) < 1000
 
 
 def test_hash_is_identity_although_equality_is_elementwise():

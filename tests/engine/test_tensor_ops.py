@@ -21,7 +21,7 @@ from support.suite import proven
 import tinyllm
 from parity.ops import strategies as some
 from parity.ops.cases import Case, assert_close, check_direction, check_float32, check_torch
-from tinyllm import Tensor, chunk, concatenate, einsum, split, stack, tensor, tensor_ops, where
+from tinyllm import Tensor, chunk, concatenate, einsum, split, stack, tensor, tensor_einsum, tensor_ops, where
 from tinyllm.errors import Error
 from tinyllm.tensor_ops import ArrayAlgebra
 
@@ -462,7 +462,7 @@ def test_float32_results_are_float32_and_close_to_float64(op, data):
     check_float32(data.draw(CASES[op]))
 
 
-NOT_OPS = {"__init__", "__repr__", "__bool__", "__array__"}  # operators that compute nothing
+NOT_OPS = {f"__{name}__" for name in "init repr bool float int format array".split()}  # compute nothing
 NOT_OPS |= {"from_op", "saved", "backward"}  # the graph
 NOT_OPS |= {"replace", "detach", "item", "no_grad", "retain_grad"}  # without a gradient
 NOT_OPS |= {f"__{name}__" for name in "eq ne lt le gt ge hash".split()}
@@ -766,7 +766,7 @@ ERRORS = {  # mistake -> (call, words in its message: the value and the remedy)
     "where of two numbers": (lambda: where(np.ones(2, bool), 1.0, 2.0), ["1.0", "2.0", "np.where"]),
     "an op of two dtypes": (
         lambda: Tensor.from_op(np.ones(2), (leaf(2), leaf(2, dtype=np.float32)), None),
-        ["float64, float32", "astype()"],
+        ["float64 and float32", "astype()"],
     ),
     "retain_grad of a constant": (lambda: Tensor(np.ones(2)).retain_grad(), ["requires_grad=True"]),
     "@ with a number": (lambda: leaf(2) @ 3, ["@", "use *"]),
@@ -857,7 +857,7 @@ def test_error_names_the_value_and_the_remedy(name):
         assert word in str(caught.value)
 
 
-@pytest.mark.parametrize("module", [tensor, tensor_ops])
+@pytest.mark.parametrize("module", [tensor, tensor_ops, tensor_einsum])
 def test_every_error_of_the_engine_is_tested(module):
     places = {place_of_error(call) for call, _ in ERRORS.values()}
     raised = sum(path == module.__file__ for path, _ in places)

@@ -23,6 +23,8 @@ def pick_device(name: str) -> str:
 
     Raises ``Error`` for an unknown name, and for a GPU that does not exist or that CuPy cannot use.
     """
+    if not isinstance(name, str):
+        raise Error(f"a device is a name such as cuda:1, not {name!r}; to convert the dtype use astype()")
     if name == "auto":
         try:
             return pick_device("cuda")

@@ -8,6 +8,7 @@ Micikevicius et al., "Mixed Precision Training", arXiv 1710.03740, section 3.
 from __future__ import annotations
 
 import contextlib
+import sys
 from contextvars import ContextVar
 from typing import Literal, get_args
 
@@ -51,8 +52,22 @@ def accumulation_dtype(dtype: np.dtype) -> np.dtype:
 
 
 def weights_dtype(dtype: Precision) -> np.dtype:
-    """The dtype of the weights in inference when products are computed in ``dtype``."""
+    """The dtype of the weights in inference when products are computed in ``dtype``.
+
+    float32 for "tf32", which rounds operands only within a product; otherwise ``dtype`` itself, so "bfloat16"
+    and "float16" halve the weights' memory.
+    """
     return dtype_of("float32" if dtype == "tf32" else dtype)
+
+
+def mixed_dtypes(*dtypes) -> str:
+    """The message of an op, the caller of the function that calls this one, on operands of these dtypes."""
+    op = sys._getframe(2).f_code.co_name.strip("_")
+    mixed = " and ".join(map(str, dict.fromkeys(dtypes)))
+    return (
+        f"{op} cannot mix {mixed}: convert to one dtype with astype(), such as Tensor(x.astype(np.float32)) "
+        "for a NumPy array, which is float64 by default"
+    )
 
 
 _products: ContextVar[str] = ContextVar("dtype of products", default="float32")
