@@ -1,10 +1,13 @@
 """The wheel: it holds every file that the program needs, and trains where there is no checkout."""
 
+import ast
 import os
+import re
 import shutil
 import subprocess
 import sys
 import sysconfig
+import tomllib
 import zipfile
 from pathlib import Path
 
@@ -35,6 +38,24 @@ def wheel(tmp_path_factory):
 
 def test_tinyllm_is_the_tests_own_checkout():
     assert Path(tinyllm.__file__).is_relative_to(ROOT)
+
+
+def test_packages_that_ops_and_layers_import_are_dependencies():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    required = {re.match(r"[\w-]+", line)[0] for line in project["dependencies"]}
+    files = [path for name in ("functional", "nn") for path in (ROOT / "tinyllm" / name).glob("*.py")]
+    imported = {
+        name
+        for path in [*files, *(ROOT / "tinyllm").glob("*.py")]
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Import | ast.ImportFrom)
+        for name in (
+            [getattr(node, "module", None)] if hasattr(node, "module") else [a.name for a in node.names]
+        )
+    }
+    packages = {name.partition(".")[0] for name in imported} - sys.stdlib_module_names
+    assert {"numpy", "scipy", "einops"} <= packages
+    assert packages - {"tinyllm", "cupy"} <= required
 
 
 def test_wheel_holds_every_package_and_data_file(wheel):

@@ -19,7 +19,7 @@ CUBIC = 0.044715 * LINEAR
 def gelu(input: Tensor, approximate: str = "none") -> Tensor:
     """y = x Φ(x), where Φ is the distribution function of the standard normal.
 
-    ``approximate="none"`` is exact and needs scipy: Φ(x) = ½ (1 + erf(x/√2)) is the integral of the density
+    ``approximate="none"`` is exact: Φ(x) = ½ (1 + erf(x/√2)) is the integral of the density
     φ(x) = exp(-x²/2) / sqrt(2π), so Φ' = φ, and the product rule gives dy/dx = Φ(x) + x φ(x).
 
     ``"tanh"`` is GPT-2's: Φ(x) ≈ ½ (1 + tanh u) with u = sqrt(2/π) (x + 0.044715 x³). As
@@ -81,7 +81,7 @@ def _gelu_tanh_slope(x):
 
 
 def _normal_cdf(x):
-    from scipy.special import erf  # imported on first use: scipy is large, and GPT-2 does not need erf
+    from scipy.special import erf  # imported on first use: it is slow, and GPT-2 does not need erf
 
     return 0.5 * (1 + erf(x * math.sqrt(0.5)))
 
