@@ -469,8 +469,27 @@ def rotate(x, angles, dtype=np.float64):
     return F.rope(leaf(*x), np.ones(angles, dtype), np.ones(angles, dtype))
 
 
+@pytest.mark.parametrize("name", [name for name in F.__all__ if name != "embedding"])
+@pytest.mark.parametrize("array", [np.ones((2, 3)), [1.0, 2.0]], ids=["array", "list"])
+def test_every_op_refuses_an_array_as_tensor(name, array):
+    first, *others = inspect.signature(op := getattr(F, name)).parameters.values()
+    others = {p.name: leaf(2, 3) for p in others if p.default is inspect.Parameter.empty}
+    for call in (lambda: op(array, **others), lambda: op(**{first.name: array}, **others)):
+        with pytest.raises(Error, match=f"^{name} takes Tensors, not {type(array).__name__}"):
+            call()
+
+
 ERRORS = {  # mistake -> (call, words in its message: the value and the remedy)
     "an unknown gelu": (lambda: F.gelu(leaf(2), "erf"), ["'erf'", "'none' or 'tanh'"]),
+    "an exact gelu in plain form": (lambda: composed.gelu(leaf(2), "none"), ["'none'", "functional.gelu"]),
+    "an input in NumPy's dtype": (
+        lambda: F.linear(leaf(2, 3), leaf(5, 3).astype(np.float32)),
+        ["linear cannot mix float64 and float32", "Tensor(x.astype(np.float32))", "default"],
+    ),
+    "a norm in two dtypes": (
+        lambda: F.layer_norm(leaf(2, 3), 3, leaf(3).astype(np.float32)),
+        ["layer_norm", "float64 and float32"],
+    ),
     "negative dropout": (lambda: F.dropout(leaf(2), -0.1), ["-0.1", "between 0 and 1"]),
     "attention without an axis of heads": (
         lambda: attend(k=(1, 3, 4), v=(1, 3, 4)),

@@ -7,8 +7,12 @@ import shutil
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 from support.suite import ROOT
+
+from tinyllm import GPT2, GPT2Config, nn, no_grad
+from tinyllm.functional import composed
 
 PAGE = (ROOT / "tinyllm" / "functional" / "README.md").read_text(encoding="utf-8")
 
@@ -17,6 +21,7 @@ BLOCKS = [
     (re.findall(r"`((?:tinyllm|parity)/\S+\.py)`", PAGE[: block.start()])[-1:], *block.groups())
     for block in re.finditer(r"^```(\w+)\n(.*?)^```$", PAGE, re.MULTILINE | re.DOTALL)
 ]
+ATTENTION, BLOCKS = BLOCKS[0], BLOCKS[1:]
 CODE = {file[0]: code for file, language, code in BLOCKS if language == "python"}
 CASES = "parity/ops/functional.py"
 
@@ -51,6 +56,21 @@ def follow(tmp_path):
         )
 
     return run
+
+
+def test_observed_attention_weights_give_the_output_of_attention():
+    model = GPT2(GPT2Config(n_layer=2, n_head=4, n_embd=16, n_positions=8, vocab_size=11), rng=0)
+    model.astype(np.float64).eval()
+    seen, ids = {}, [[1, 2, 3], [4, 5, 6]]
+    names = dict(model=model, ids=ids, nn=nn, no_grad=no_grad, composed=composed)
+    exec(ATTENTION[2], names)
+    with no_grad(), nn.observe(lambda o: seen.update({o.name: o})):
+        model(ids)
+    assert names["weights"].keys() == {"h.0.attn.c_attn", "h.1.attn.c_attn"}
+    for name, weights in names["weights"].items():
+        value = seen[name].output[..., 32:].rearrange("b t (h d) -> b h t d", h=4).data
+        mixed = (weights @ value).swapaxes(1, 2).reshape(2, 3, 16)
+        assert np.allclose(mixed, seen[name.replace("c_attn", "c_proj")].inputs[0].data, rtol=1e-12)
 
 
 def test_example_has_under_40_lines_in_one_place_each():

@@ -20,36 +20,46 @@ from tinyllm.tensor_ops import in_float32
 Op = TypeVar("Op", bound=Callable[..., Tensor])
 
 
-def accelerated(op: Op) -> Op:
-    """``op``, or the function of the same name in ``cuda.py`` if the arrays are on a GPU."""
-    op_on_gpu = getattr(cuda, op.__name__)
-    kinds = [parameter.annotation for parameter in inspect.signature(op).parameters.values()]
+def checked(op: Op) -> Op:
+    """``op``, with an ``Error`` for an array in the place of a Tensor, and for shapes that do not fit."""
+    kinds = {name: parameter.annotation for name, parameter in inspect.signature(op).parameters.items()}
 
     @names_shapes
     @functools.wraps(op)
     def call(*args, **kwargs):
-        for kind, x in zip(kinds, args):
-            if kind is Tensor and not isinstance(x, Tensor):
+        for name, x in (*zip(kinds, args), *kwargs.items()):
+            if kinds.get(name) is Tensor and not isinstance(x, Tensor):
                 what = type(x).__name__
                 raise Error(f"{op.__name__} takes Tensors, not {what}: wrap the array with Tensor(array)")
+        return op(*args, **kwargs)
+
+    return call
+
+
+def accelerated(op: Op) -> Op:
+    """``op``, or the function of the same name in ``cuda.py`` if the arrays are on a GPU."""
+    op_on_gpu = getattr(cuda, op.__name__)
+
+    @functools.wraps(op)
+    def call(*args, **kwargs):
         tensors = [x for x in (*args, *kwargs.values()) if isinstance(x, Tensor)]
         return (op_on_gpu if on_gpu(*tensors) else op)(*args, **kwargs)
 
-    return call
+    return checked(call)
 
 
 def summed_in_float32(op: Op) -> Op:
     """``op``, computed in float32 if the input is half precision: see ``tensor_ops.in_float32``."""
 
-    @names_shapes
     @functools.wraps(op)
     def call(input, *args, **kwargs):
         return in_float32(op, input, *args, **kwargs) if is_half(input.dtype) else op(input, *args, **kwargs)
 
-    return call
+    return checked(call)
 
 
-# One line for each public op: ``accelerated`` if cuda.py has it, else as it is.
+# One line for each public op: ``accelerated`` if cuda.py has it, ``summed_in_float32`` if half
+# precision is computed in float32, else ``checked``.
 linear = accelerated(projections.linear)
 embedding = accelerated(projections.embedding)
 layer_norm = accelerated(norms.layer_norm)
@@ -59,7 +69,7 @@ relu = summed_in_float32(activations.relu)
 silu = summed_in_float32(activations.silu)
 swiglu = accelerated(activations.swiglu)
 softmax = summed_in_float32(activations.softmax)
-dropout = activations.dropout
+dropout = checked(activations.dropout)
 rope = accelerated(attention.rope)
 scaled_dot_product_attention = accelerated(attention.scaled_dot_product_attention)
 cross_entropy = accelerated(losses.cross_entropy)

@@ -10,6 +10,7 @@ import math
 import numpy as np
 
 from tinyllm.backend.random import dropout_mask, next_address
+from tinyllm.errors import Error
 from tinyllm.tensor import Tensor
 from tinyllm.tensor_ops import concatenate, einsum, where
 
@@ -44,9 +45,12 @@ def rms_norm(input, normalized_shape, weight=None, eps=None):
 
 
 def gelu(input, approximate="tanh"):
-    """½ x (1 + tanh(sqrt(2/π) (x + 0.044715 x³))), the form in GPT-2; the exact form needs erf."""
+    """½ x (1 + tanh(sqrt(2/π) (x + 0.044715 x³))), the form in GPT-2.
+
+    The exact form, the default of ``functional.gelu``, needs erf, which Tensor lacks: here it is an Error.
+    """
     if approximate != "tanh":
-        raise ValueError("composed.gelu has only approximate='tanh': Tensor has no erf")
+        raise Error(f"composed.gelu has only approximate='tanh', not {approximate!r}: use functional.gelu")
     cubic = input + 0.044715 * (input * input * input)
     return 0.5 * input * (1 + (math.sqrt(2 / math.pi) * cubic).tanh())
 
