@@ -202,9 +202,25 @@ def test_layers_without_weights_cannot_be_called():
 
 def test_an_array_as_weight_is_refused():
     layer = nn.Linear(2, 3, rng=0)
-    layer.weight = np.ones((3, 2), np.float32)
-    with pytest.raises(Error, match="linear takes Tensors, not ndarray"):
-        layer(Tensor(np.ones((1, 2), np.float32)))
+    before = layer.weight
+    for value in (np.ones((3, 2), np.float32), [[1.0]], 1.0):
+        with pytest.raises(Error, match=rf"Linear.weight .*{type(value).__name__}.*weight.replace\(array\)"):
+            layer.weight = value
+    assert layer.weight is before
+    layer.weight, layer.bias = Tensor(np.ones((3, 2), np.float32), requires_grad=True), None
+    assert [name for name, _ in layer.named_parameters()] == ["weight"]
+
+
+def test_a_dtype_is_not_a_device():
+    with pytest.raises(Error, match=r"float64.*astype\(\)"):
+        nn.Linear(2, 3, rng=0).to(np.float64)
+
+
+def test_a_layer_of_another_width_is_named_with_both_shapes():
+    model = GPT2(GPT2Config(n_layer=1, n_head=2, n_embd=16, n_positions=8, vocab_size=11), rng=0)
+    nn.replace(model, "h.0.mlp.c_proj", lambda name, layer: nn.Linear(64, 12, rng=0))
+    with pytest.raises(Error, match=r"add of shapes \(1, 2, 16\), \(1, 2, 12\)"):
+        model([[1, 2]])
 
 
 def test_meta_parameters_are_converted_without_memory():

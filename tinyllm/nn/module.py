@@ -34,6 +34,15 @@ class Module:
     def __call__(self, *args, **kwargs):
         return call(self, self.forward, *args, **kwargs)
 
+    def __setattr__(self, name: str, value) -> None:
+        """Set an attribute. Raises ``Error`` for an array in the place of a parameter."""
+        if isinstance(vars(self).get(name), Tensor) and not isinstance(value, Tensor | Module | None):
+            raise Error(
+                f"{type(self).__name__}.{name} is a parameter, not a {type(value).__name__}: call "
+                f"{name}.replace(array), or set a Tensor"
+            )
+        super().__setattr__(name, value)
+
     def __init_subclass__(cls, **kwargs):
         super().__init_subclass__(**kwargs)
         shared = [name for name, value in vars(cls).items() if _holds_parameters(value)]
