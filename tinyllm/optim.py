@@ -66,7 +66,8 @@ class AdamW:
     ratio to ``lr``, so that one schedule serves all groups.
 
     λ is ``weight_decay`` for parameters of two or more axes and 0 for biases and norms, unless the
-    parameter's group has a weight_decay of its own.
+    parameter's group has a weight_decay of its own. The paper decays every parameter; the exception is common
+    practice since BERT's code: decay limits a matrix's gain, but a norm's neutral scale is 1 and not 0.
     """
 
     def __init__(
@@ -262,8 +263,10 @@ def clip_grad_norm(parameters: Parameters, max_norm: float) -> float:
     Then ‖c g‖ = c ‖g‖ < max_norm, and c g has the direction of g: the step becomes shorter but still goes
     along the negative gradient. A separate factor per parameter would change the direction.
 
-    Returns the norm before scaling. Pascanu, Mikolov and Bengio, arXiv 1211.5063, algorithm 1; the 1e-6 is
-    torch's.
+    Returns the norm before scaling. If it is infinite, finite gradients become 0 and infinite ones NaN; if it
+    is NaN, all become NaN, as in torch: check ``math.isfinite(norm)`` before the step. Raises ``Error``
+    unless ``max_norm`` is a positive number. Pascanu, Mikolov and Bengio, arXiv 1211.5063, algorithm 1; the
+    1e-6 is torch's.
     """
     if not (isinstance(max_norm, int | float | np.number) and max_norm > 0):
         raise Error(f"max_norm must be a positive number, not {max_norm!r}")

@@ -35,15 +35,17 @@ def scaled_dot_product_attention(
 ) -> Tensor:
     """softmax(Q Kᵀ · scale + mask) V for Q (B, H, T, D), K (B, H, S, D), V (B, H, S, E) -> (B, H, T, E).
 
-    Inputs (B, T, D) are one head. ``scale`` defaults to 1/sqrt(D). ``attn_mask`` broadcasts to (B, H, T, S):
-    boolean (True: may be attended to), or numbers that are added to the scores, such as position biases; a
-    Tensor of them gets the gradient dS, a whole (B, H, T, S) array until the engine sums it over the axes
-    that were broadcast. With ``is_causal`` query t attends to the
-    keys up to t; if T ≠ S the *last* query is aligned with the *last* key, as a KV cache needs (torch aligns
-    the first with the first). A query without a visible key gets zeros. ``dropout_p`` drops weights as
-    ``dropout`` does; pass 0 outside training. With ``enable_gqa`` K and V may have G heads, G a divisor of H:
-    query heads 0 to H/G - 1 share the first, and so on (Ainslie et al., "GQA", arXiv 2305.13245). K and V
-    are not repeated: the queries of a group are stacked in one product, whose gradient sums over the group.
+    Inputs (B, T, D) are one head. ``scale`` defaults to 1/sqrt(D): the product q · k of D independent
+    components of mean 0 and variance 1 has variance D, and at large scores the softmax saturates and its
+    gradient vanishes. ``attn_mask`` broadcasts to (B, H, T, S): boolean (True: may be attended to), or
+    numbers that are added to the scores, such as position biases; a Tensor of them gets the gradient dS, a
+    whole (B, H, T, S) array until the engine sums it over the axes that were broadcast. With ``is_causal``
+    query t attends to the keys up to t; if T ≠ S the *last* query is aligned with the *last* key, as a KV
+    cache needs (torch aligns the first with the first). A query without a visible key gets zeros.
+    ``dropout_p`` drops weights as ``dropout`` does; pass 0 outside training. With ``enable_gqa`` K and V may
+    have G heads, G a divisor of H: query heads 0 to H/G - 1 share the first, and so on (Ainslie et al.,
+    "GQA", arXiv 2305.13245). K and V are not repeated: the queries of a group are stacked in one product,
+    whose gradient sums over the group.
 
     Per head, S = Q Kᵀ · scale + mask, P_ts = exp(S_ts) / Σ_k exp(S_tk), and O_te = Σ_s P_ts V_se. With
     g = dL/dO the last sum gives dV_se = Σ_t P_ts g_te and dP_ts = Σ_e g_te V_se: dV = Pᵀ g, dP = g Vᵀ. Row t

@@ -152,7 +152,7 @@ class SwiGLU(nn.Module):
 
 
 class LlamaBlock(nn.Module):
-    """Attention, then the MLP. Each reads the normalized residual stream and adds its output to it."""
+    """Attention, then the MLP. Each reads the normalized residual stream (B, T, C) and adds to it."""
 
     def __init__(self, config: LlamaConfig, rng):
         rng = nn.as_generator(rng)

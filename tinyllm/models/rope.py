@@ -39,7 +39,8 @@ def rope_frequencies(config) -> np.ndarray:
     little more than 1/θ for the last, which varies slowly over the whole context. For contexts longer than
     those in training, "linear" divides every frequency by ``factor``. "llama3" divides those whose wavelength
     exceeds the trained context / ``low_freq_factor``, keeps those whose wavelength is below the trained
-    context / ``high_freq_factor``, and interpolates in between.
+    context / ``high_freq_factor``, and interpolates in between. ``factor`` and the other parameters are in
+    ``config.rope_parameters``; ``checked_rope``, which the config calls, raises ``Error`` for another type.
     """
     rope, D = config.rope_parameters, config.head_dim
     frequencies = rope["rope_theta"] ** (-np.arange(0, D, 2) / D)

@@ -256,7 +256,11 @@ def dropout_kept(
 
 
 class Many:
-    """Lists of arrays, the n-th of each list of equal size, for a kernel that processes all in one launch."""
+    """Lists of arrays, for a kernel that processes all of them in one launch: a block per CHUNK of elements.
+
+    All lists have the same length, their n-th arrays the same size; all arrays are contiguous, of one dtype
+    and on one GPU (``fit_for_many``).
+    """
 
     def __init__(self, *lists: Sequence):
         sizes = [array.size for array in lists[0]]
