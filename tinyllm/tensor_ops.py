@@ -104,6 +104,13 @@ class ArrayAlgebra:
         index = tuple(map(array_of, index)) if isinstance(index, tuple) else array_of(index)
         return self.from_op(self.data[index], (self,), lambda grad: (At(index, grad),))
 
+    @names_shapes
+    def __len__(self):
+        return self.shape[0]
+
+    def __iter__(self):
+        return map(self.__getitem__, range(len(self)))
+
     # --------------------------------------------------------------------------- elementwise
 
     def exp(self):

@@ -809,6 +809,8 @@ REJECTED = {
     "int() of several elements": (lambda: int(F64), r"item of shapes \(3,\)"),
     "a format of several elements": (lambda: f"{F64:.3f}", r"item of shapes \(3,\)"),
     "float() of none": (lambda: float(Tensor(np.ones(0))), r"item of shapes \(0,\)"),
+    "len() of a scalar": (lambda: len(F64.sum()), r"len of shapes \(\)"),
+    "iteration over a scalar": (lambda: list(F64.sum()), r"len of shapes \(\)"),
     "a dtype as device": (lambda: F64.to(np.float32), r"float32.*astype"),
     "np.asarray": (lambda: np.asarray(F64), "use .data"),
     "np.array": (lambda: np.array(F64), "use .data"),
@@ -837,6 +839,14 @@ def test_single_element_converts_to_python_number(shape):
     x = Tensor(np.full(shape, 2.75, np.float32), requires_grad=True)
     assert (float(x), int(x), f"{x:.1f}", f"{x:8.3f}") == (2.75, 2, "2.8", "   2.750")
     assert x and not Tensor(np.zeros(shape))
+
+
+def test_iteration_ends_after_the_last_row_and_has_gradients():
+    x = Tensor(np.arange(6.0).reshape(2, 3), requires_grad=True)
+    first, second = x
+    assert len(x) == len(list(x)) == 2 and np.array_equal(second.data, [3, 4, 5])
+    (first * 2 + second * 3).sum().backward()
+    assert np.array_equal(x.grad, [[2, 2, 2], [3, 3, 3]])
 
 
 def test_repr_has_shape_and_dtype_and_abbreviates_values():

@@ -462,7 +462,7 @@ def test_float32_results_are_float32_and_close_to_float64(op, data):
     check_float32(data.draw(CASES[op]))
 
 
-NOT_OPS = {f"__{name}__" for name in "init repr bool float int format array".split()}  # compute nothing
+NOT_OPS = {f"__{name}__" for name in "init repr bool float int format len iter array".split()}
 NOT_OPS |= {"from_op", "saved", "backward"}  # the graph
 NOT_OPS |= {"replace", "detach", "item", "no_grad", "retain_grad"}  # without a gradient
 NOT_OPS |= {f"__{name}__" for name in "eq ne lt le gt ge hash".split()}

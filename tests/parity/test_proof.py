@@ -122,7 +122,7 @@ def test_a_page_without_markers_gives_one_sentence_and_exit_code_2(tmp_path, mon
 
 # ---- The subjects of the proof ----
 
-NOT_OPS = {f"__{name}__" for name in "init repr bool float int format array".split()}  # compute nothing
+NOT_OPS = {f"__{name}__" for name in "init repr bool float int format len iter array".split()}
 NOT_OPS |= {"from_op", "saved", "backward", "no_grad"}  # bookkeeping of the graph
 NOT_OPS |= {"replace", "detach", "item", "to", "retain_grad"}  # access to arrays, moving them to a device
 NOT_OPS |= {f"__{name}__" for name in "eq ne lt le gt ge hash".split()}  # without a gradient
