@@ -1,5 +1,7 @@
 """Tokenizers in GGUF files: comparison with the original files and libraries."""
 
+import time
+
 import pytest
 from hypothesis import example, given
 from support.tokenizers import (
@@ -101,6 +103,25 @@ def test_gguf_llama3_does_not_merge_a_piece_that_is_a_token(tmp_path):
     assert load_tokenizer(path).encode("abc") == [3]
     write_gguf(path, **keys, pre="gpt-2")
     assert load_tokenizer(path).encode("abc") == [0, 4]
+
+
+def test_time_of_control_tokens_is_linear(tmp_path):
+    """The library rebuilds its index of added tokens in each call: one per token took 30 seconds here."""
+    names, symbols = [f"<|{i}|>" for i in range(6000)], [*BYTE_OF, "ab"]
+    types = [1] * len(symbols) + [3] * 5000 + [4] * 1000
+    keys = {
+        "model": "gpt2",
+        "pre": "gpt-2",
+        "tokens": symbols + names,
+        "merges": ["a b"],
+        "token_type": types,
+    }
+    path = write_gguf(tmp_path / "many.gguf", **keys)
+    started = time.process_time()
+    ours = load_tokenizer(path)
+    assert time.process_time() - started < 3  # 0.1
+    assert ours.special_tokens == {name: len(symbols) + i for i, name in enumerate(names[:5000])}
+    assert ours.encode("<|4999|><|5000|>", "allow") == [257 + 4999, 257 + 5000]
 
 
 def test_gguf_sentencepiece_equals_its_model(llama2, tmp_path):

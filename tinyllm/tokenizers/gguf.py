@@ -98,11 +98,10 @@ def _read_byte_level(file: GGUFFile, tokens: list[str], types: list[int]) -> Tok
     merges = file.value("tokenizer.ggml.merges", list)
     tokenizer = build_byte_level(file.path, vocabulary, merges, pre)
     library = require("tokenizers")
-    for token, kind in zip(tokens, types):
-        if kind == USER_DEFINED:
-            tokenizer.add_tokens([library.AddedToken(token, normalized=False, special=False)])
-        elif kind in (UNKNOWN, CONTROL):
-            tokenizer.add_special_tokens([library.AddedToken(token, normalized=False, special=True)])
+    for kinds, special in (((USER_DEFINED,), False), ((UNKNOWN, CONTROL), True)):
+        named = (token for token, kind in zip(tokens, types) if kind in kinds)
+        # All in one call: after each call the library rebuilds its index of all of them.
+        tokenizer.add_tokens([library.AddedToken(name, normalized=False, special=special) for name in named])
     readable = TokenizersTokenizer(str(file.path), tokenizer)
     readable.add_bos = pre == "llama-bpe"  # llama.cpp's default
     return readable

@@ -62,12 +62,12 @@ class Weights(StoredTensors):
 
     def _read_header(self, path: Path) -> list[str]:
         with _open_safetensors(path) as file:
-            names = list(file.keys())
+            names, written = list(file.keys()), path.stat().st_mtime_ns
             for name in names:
                 header = file.get_slice(name)
                 self.shapes[name] = tuple(header.get_shape())
                 self.dtypes[name] = header.get_dtype()
-                self._sources[name] = path, path.stat().st_mtime_ns
+                self._sources[name] = path, written
         return names
 
     def __getitem__(self, name: str) -> np.ndarray:
