@@ -2,14 +2,20 @@
 
 import json
 import os
+import re
 import threading
+import time
+from pathlib import Path
 
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
+from tinyllm import files
+from tinyllm.data.corpus import open_corpus
 from tinyllm.errors import Error
 from tinyllm.files import check_is_file, parse_json, read_file, read_json, read_text
+from tinyllm.weights.gguf_format import read_header
 
 posix = pytest.mark.skipif(os.name != "posix", reason="Windows has no pipes with names and no /dev/zero")
 
@@ -43,6 +49,57 @@ def test_reading_a_pipe_or_device_does_not_block(tmp_path):
         assert messages and str(tmp_path / name) in messages.pop() and not reader.is_alive()
 
 
+ENDLESS = Path("/proc/self/pagemap")  # a regular file of size 0, from which gigabytes can be read
+
+
+@pytest.mark.skipif(not ENDLESS.exists(), reason="only Linux has /proc")
+def test_files_of_the_kernel_are_as_empty_as_their_size_says(tmp_path):
+    (tmp_path / "config.json").symlink_to(ENDLESS)
+    assert read_file(tmp_path / "config.json") == b""
+    assert "is not JSON" in message_of(read_json, tmp_path / "config.json")
+    (tmp_path / "text.txt").symlink_to(ENDLESS)
+    (tmp_path / "more.txt").write_text("words")
+    assert list(open_corpus(tmp_path).documents()) == ["words", ""]
+    (tmp_path / "model.gguf").symlink_to(ENDLESS)
+    assert "is not a complete GGUF file" in message_of(read_header, tmp_path / "model.gguf")
+
+
+@posix
+@pytest.mark.parametrize("name", ["text.txt", "text.txt.gz", "text.jsonl"])
+def test_a_pipe_that_replaced_a_file_after_the_check_is_refused(tmp_path, monkeypatch, name):
+    """Neither waits for a writer, which open() would do."""
+    (tmp_path / name).write_bytes(b"x")
+    os.mkfifo(tmp_path / "pipe")
+    check = files.check_is_file
+
+    def swap(path):
+        status = check(path)
+        os.replace(tmp_path / "pipe", tmp_path / name)
+        monkeypatch.setattr(files, "check_is_file", check)
+        return status
+
+    monkeypatch.setattr(files, "check_is_file", swap)
+    with pytest.raises(OSError, match="regular file"):
+        files.open_regular(tmp_path / name)
+
+
+def test_a_file_too_large_for_memory_is_refused(tmp_path):
+    with open(tmp_path / "config.json", "wb") as file:
+        file.truncate(files.MAX_BYTES + 1)  # sparse: it takes no space
+    assert "more than 536,870,912 bytes" in message_of(read_json, tmp_path / "config.json")
+    assert read_file(tmp_path / "config.json", 3) == bytes(3)
+
+
+JUST_WRITTEN = {"files.py", "weights/pull.py"}  # these may open a file by name
+
+
+def test_every_reader_opens_files_with_open_regular():
+    package, unsafe = Path(files.__file__).parent, re.compile(r'(?<![\w.])open\([^)]*"r?b"\)|\.open\("r')
+    for path in package.rglob("*.py"):
+        if path.relative_to(package).as_posix() not in JUST_WRITTEN:
+            assert unsafe.findall(path.read_text(encoding="utf-8")) == [], path
+
+
 @posix
 def test_symbolic_links_are_followed(tmp_path):
     """As in the hub's cache: snapshots/REVISION/config.json is a link to ../../blobs/HASH."""
@@ -50,6 +107,14 @@ def test_symbolic_links_are_followed(tmp_path):
     (tmp_path / "blobs" / "abc").write_bytes(b'{"a": 1}')
     (tmp_path / "config.json").symlink_to("blobs/abc")
     assert read_json(tmp_path / "config.json") == {"a": 1}
+
+
+def test_time_of_a_repeated_key_is_linear():
+    data = b"{" + b",".join(b'"%d":1' % i for i in range(200_000)) + b',"199999":1}'
+    started = time.process_time()
+    with pytest.raises(ValueError, match="'199999' occurs twice"):
+        parse_json(data)
+    assert time.process_time() - started < 5  # 0.2; half an hour if every key were counted
 
 
 @pytest.mark.parametrize(

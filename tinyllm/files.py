@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from filelock import BaseFileLock
 
 SAVING = ".saving-"  # prefix of the names of incomplete files
+MAX_BYTES = 2**29  # of a file that is read into memory at once: a large tokenizer.json has 2**25
 
 
 def sync(file: BinaryIO) -> None:
@@ -139,18 +140,46 @@ def _as_json(content: dict) -> bytes:
     return json.dumps(content, indent=2, allow_nan=False).encode("utf-8") + b"\n"
 
 
-def check_is_file(path: str | Path) -> None:
-    """Raise OSError unless the path names a regular file."""
-    if not stat.S_ISREG(os.stat(path).st_mode):
-        raise OSError(errno.EINVAL, "it is a folder, a pipe or a device, not a regular file", os.fspath(path))
+def check_is_file(path: str | Path | int) -> os.stat_result:
+    """Raise OSError unless the path, or the descriptor of an open file, is that of a regular file."""
+    status = os.stat(path)
+    if not stat.S_ISREG(status.st_mode):
+        raise OSError(errno.EINVAL, "it is a folder, a pipe or a device, not a regular file", str(path))
+    return status
 
 
-def read_file(path: str | Path, size: int = -1) -> bytes:
-    """Read a file, or its first ``size`` bytes. Raises ``Error``, naming it, if it cannot be read."""
+def open_regular(path: str | Path) -> BinaryIO:
+    """Open a regular file for reading, without ever waiting for a pipe or a device. Raises OSError.
+
+    The path is checked before it is opened, because opening a device may have an effect, and the open file
+    again, because the path may have been replaced in between.
+    """
+    # Files in /proc have size 0, but may be endless, or wait: they are read as empty files.
+    empty = check_is_file(path).st_size == 0
+    return open(os.devnull, "rb") if empty else open(path, "rb", opener=_open_without_waiting)
+
+
+def _open_without_waiting(path: str, flags: int) -> int:
+    descriptor = os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
     try:
-        check_is_file(path)
-        with open(path, "rb") as file:
-            return file.read(size)
+        check_is_file(descriptor)
+    except OSError:
+        os.close(descriptor)
+        raise
+    return descriptor
+
+
+def read_file(path: str | Path, size: int = MAX_BYTES) -> bytes:
+    """Read a file, or its first ``size`` bytes. Raises ``Error``, naming it, if it cannot be read.
+
+    A file is refused if it has more than ``MAX_BYTES``: it is not read into memory to find out what it is.
+    """
+    try:
+        with open_regular(path) as file:
+            found = os.fstat(file.fileno()).st_size
+            if size == MAX_BYTES < found:
+                raise OSError(errno.EFBIG, f"it has more than {MAX_BYTES:,} bytes", str(path))
+            return file.read(min(size, found))  # read() allocates as much as it is asked for
     except OSError as error:
         raise Error(f"{path} cannot be read ({error.strerror}): check the path or copy it again") from error
 
@@ -202,8 +231,9 @@ def parse_json(data: bytes):
 def _object(pairs: list[tuple[str, object]]) -> dict:
     found = dict(pairs)
     if len(found) < len(pairs):
-        keys = [key for key, _ in pairs]
-        raise ValueError(f"the key {next(key for key in keys if keys.count(key) > 1)!r} occurs twice")
+        seen = set()
+        twice = next(key for key, _ in pairs if key in seen or seen.add(key))
+        raise ValueError(f"the key {twice!r} occurs twice")
     return found
 
 

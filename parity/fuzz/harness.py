@@ -316,15 +316,16 @@ def _kilobytes(key: str) -> int:
 class _Watch:
     """Records forbidden operations between ``begin`` and ``end``, with Python's audit events (PEP 578).
 
-    Reading Python's own files is always allowed, because modules may be imported late. A link in the folder
-    counts as inside: only a user with access to the folder can create it.
+    Reading Python's own files is always allowed, because modules may be imported late, and so is the null
+    device, which is read instead of an empty file. A link in the folder counts as inside: only a user with
+    access to the folder can create it.
     """
 
     def __init__(self, writes: bool):
         self.folder, self.writes, self.seen = None, writes, []
         paths = sysconfig.get_paths()
         roots = [paths[name] for name in ("stdlib", "platstdlib", "purelib", "platlib")]
-        self.own = [*roots, *(os.path.dirname(package.__file__) for package in (tinyllm, parity))]
+        self.own = [os.devnull, *roots, *(os.path.dirname(package.__file__) for package in (tinyllm, parity))]
         sys.addaudithook(self._hook)
 
     def begin(self, folder: Path) -> None:

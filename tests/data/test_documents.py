@@ -7,6 +7,7 @@ import json
 import os
 import re
 import threading
+import tracemalloc
 from pathlib import Path
 
 import pytest
@@ -305,6 +306,30 @@ def test_damaged_gzip_is_rejected(tmp_path):
         assert "\n" not in str(raised.value)
 
 
+def test_a_line_too_long_to_parse_in_memory_is_rejected(tmp_path, monkeypatch):
+    assert documents_module.LONGEST_LINE == 67_108_864
+    longest = 2**20
+    monkeypatch.setattr(documents_module, "LONGEST_LINE", longest)
+    with gzip.open(tmp_path / "bomb.jsonl.gz", "wb", 1) as file:
+        file.write(b'{"text": "good"}\n{"text": "')
+        for _ in range(50):
+            file.write(bytes(2**20))
+    tracemalloc.start()
+    try:
+        with pytest.raises(Error, match=f"line 2 of .*bomb.jsonl.gz' has more than {longest:,} bytes"):
+            open_corpus(tmp_path / "bomb.jsonl.gz", field="text")
+        assert tracemalloc.get_traced_memory()[1] < 4 * longest
+    finally:
+        tracemalloc.stop()
+    line = b'{"text": "%s"}\n' % (b"a" * 1000)
+    (tmp_path / "fits.jsonl").write_bytes(line * 2)
+    monkeypatch.setattr(documents_module, "LONGEST_LINE", len(line))
+    assert open_corpus(tmp_path / "fits.jsonl", field="text").num_documents == 2
+    monkeypatch.setattr(documents_module, "LONGEST_LINE", len(line) - 1)
+    with pytest.raises(Error, match="line 1 "):
+        open_corpus(tmp_path / "fits.jsonl", field="text")
+
+
 # Folders
 
 
@@ -440,6 +465,6 @@ def test_unreadable_files_and_folders_are_reported(tmp_path, monkeypatch):
     with monkeypatch.context() as patched, pytest.raises(Error, match=r"folder .* cannot be read .*denied"):
         patched.setattr(os, "scandir", refuse)
         open_corpus(tmp_path)
-    monkeypatch.setattr(documents_module, "open", lambda path, mode: refuse(path), raising=False)
+    monkeypatch.setattr(documents_module, "open_regular", refuse)
     with pytest.raises(Error, match=r"a.txt' cannot be read .*denied"):
         open_corpus(tmp_path / "a.txt")

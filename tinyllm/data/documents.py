@@ -23,6 +23,7 @@ from pathlib import Path, PurePosixPath
 from typing import BinaryIO
 
 from tinyllm.errors import Error
+from tinyllm.files import open_regular
 from tinyllm.tokenizers.base import check_text
 
 KNOWN_TEXTS = ("python-docs", "the-verdict")
@@ -33,6 +34,7 @@ SUFFIXES = (
     ".jsonl.gz",
 )  # the files read from a folder unless a pattern is given
 BLOCK_BYTES = 2**20
+LONGEST_LINE = 2**26  # bytes of a line in a .jsonl file, which is parsed in memory
 
 # Edith Wharton, 1908, public domain: the training text of Raschka's "Build a Large Language Model (From
 # Scratch)".
@@ -155,10 +157,10 @@ def _open(path: Path) -> Iterator[BinaryIO]:
         if path.suffix.lower() == ".gz":
             if path.stat().st_size == 0:  # gzip.open would return an empty text
                 raise EOFError("the file is empty")
-            with gzip.open(path) as file:
+            with open_regular(path) as packed, gzip.open(packed) as file:
                 yield file
         else:
-            with open(path, "rb") as file:
+            with open_regular(path) as file:
                 yield file
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise Error(f"{str(path)!r} is damaged or truncated ({error}): compress the text again") from None
@@ -185,7 +187,11 @@ def _read_plain(path: Path) -> Iterator[Piece]:
 
 def _read_jsonl(path: Path, field: str) -> Iterator[Piece]:
     with _open(path) as file:
-        for number, line in enumerate(file, 1):
+        for number, line in enumerate(iter(partial(file.readline, LONGEST_LINE + 1), b""), 1):
+            if len(line) > LONGEST_LINE:
+                raise Error(
+                    f"line {number} of {str(path)!r} has more than {LONGEST_LINE:,} bytes: split its document"
+                )
             if not line.isspace():
                 yield Piece(_document(line, field, f"line {number} of {str(path)!r}"), ends_document=True)
 

@@ -40,7 +40,16 @@ from tinyllm.data.corpus import (
     splits,
 )
 from tinyllm.errors import Error
-from tinyllm.files import check_is_file, lock, parse_json, read_file, sync, sync_folder, write_whole
+from tinyllm.files import (
+    check_is_file,
+    lock,
+    open_regular,
+    parse_json,
+    read_file,
+    sync,
+    sync_folder,
+    write_whole,
+)
 from tinyllm.tokenizers.base import Tokenizer
 
 FORMAT = 1
@@ -75,7 +84,7 @@ class TokenFile:
         try:
             for name in (INDEX, TOKENS):
                 check_is_file(folder / name)
-            index = parse_json((folder / INDEX).read_bytes())
+            index = parse_json(read_file(folder / INDEX))
             size = (folder / TOKENS).stat().st_size
         except FileNotFoundError:
             raise Error(
@@ -296,7 +305,7 @@ def _are_chunks(found) -> bool:
 
 
 def _check_range(folder: Path, dtype: str, tokenizer: Tokenizer) -> None:
-    with open(folder / TOKENS, "rb") as file:  # a memory map would count towards the process's memory
+    with open_regular(folder / TOKENS) as file:  # a memory map would count towards the process's memory
         while data := file.read(CHECKED_AT_ONCE):
             largest = np.frombuffer(data, dtype).max()
             if largest >= tokenizer.vocab_size:

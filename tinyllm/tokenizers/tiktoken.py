@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from tinyllm.errors import Error
+from tinyllm.files import read_file
 from tinyllm.tokenizers.base import END_OF_TEXT, Tokenizer, check_sequence
 
 if TYPE_CHECKING:
@@ -186,7 +187,7 @@ def read_llama3(file: Path) -> TiktokenTokenizer:
 def _read_ranks(file: Path) -> dict[bytes, int]:
     """The rank of every token, from 0 on. Checks for all 256 single bytes: tiktoken panics without them."""
     ranks: dict[bytes, int] = {}
-    for number, line in enumerate(file.read_bytes().splitlines(), start=1):
+    for number, line in enumerate(read_file(file).splitlines(), start=1):
         try:
             token, rank = line.split()
             token, rank = base64.b64decode(token, validate=True), int(rank)

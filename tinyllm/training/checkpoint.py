@@ -35,7 +35,7 @@ import numpy as np
 from tinyllm.backend.device import describe_device
 from tinyllm.backend.threads import num_threads
 from tinyllm.errors import Error
-from tinyllm.files import SAVING, read_sealed, sealed, sync_folder, write_synced
+from tinyllm.files import SAVING, open_regular, read_sealed, sealed, sync_folder, write_synced
 from tinyllm.nn import Module
 from tinyllm.optim import AdamW
 from tinyllm.version import __version__
@@ -84,7 +84,7 @@ def save_checkpoint(folder: Path, model: Module, optimizer: AdamW, about: dict) 
 
 
 def _fingerprint(path: Path) -> dict:
-    with open(path, "rb") as file:
+    with open_regular(path) as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     return {"bytes": path.stat().st_size, "sha256": digest}
 

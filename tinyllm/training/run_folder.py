@@ -31,7 +31,7 @@ import numpy as np
 
 from tinyllm.backend.device import describe_device, pick_device
 from tinyllm.errors import Error
-from tinyllm.files import append_whole, lock, read_sealed, sealed, sync, write_whole
+from tinyllm.files import append_whole, lock, read_file, read_sealed, sealed, sync, write_whole
 from tinyllm.nn import Module
 from tinyllm.optim import AdamW, LossScale, NoLossScale
 from tinyllm.training.checkpoint import (
@@ -175,7 +175,7 @@ class RunFolder:
         self._find_checkpoint()
         remove_left_overs(self.folder)
         metrics, last = self.folder / METRICS, self.step if self.state else -1
-        lines = metrics.read_bytes().split(b"\n")[:-1] if metrics.exists() else []  # not a partial last line
+        lines = read_file(metrics).split(b"\n")[:-1] if metrics.exists() else []  # not a partial last line
         records, _ = parse_records(lines)
         self.history = [record for record in records if record["step"] <= last]
         if not self.is_finished():
@@ -218,7 +218,7 @@ class RunFolder:
             self.history.append({key: last[key] for key in last if not is_evaluation(key)})
         self._rewrite_metrics()
         if samples.exists():
-            write_whole(samples, samples.read_bytes()[: self.state.get("samples_bytes", 0)])
+            write_whole(samples, read_file(samples, self.state.get("samples_bytes", 0)))
 
     def _rewrite_metrics(self) -> None:
         write_whole(self.folder / METRICS, b"".join(map(_line, self.history)))

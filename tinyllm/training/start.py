@@ -14,7 +14,7 @@ import numpy as np
 
 from tinyllm.data.token_file import tokenizer_sha256
 from tinyllm.errors import Error
-from tinyllm.files import read_file
+from tinyllm.files import open_regular, read_file
 from tinyllm.models import LanguageModel, ModelConfig, empty_model
 from tinyllm.tokenizers import Tokenizer
 from tinyllm.tokenizers.base import FILE_NAME
@@ -125,7 +125,7 @@ def hash_tokenizer(tokenizer: Tokenizer, place: str | Path) -> str:
         return tokenizer_sha256(tokenizer)
     digest = hashlib.sha256()
     for file in _tokenizer_files(Path(place), (*VOCABULARY_FILES, *ADDED_TOKENS)):
-        with open(file, "rb") as opened:
+        with open_regular(file) as opened:
             digest.update(hashlib.file_digest(opened, "sha256").digest())
     return digest.hexdigest()
 

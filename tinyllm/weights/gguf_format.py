@@ -19,7 +19,7 @@ import numpy as np
 
 from tinyllm.checks import pip_install
 from tinyllm.errors import Error
-from tinyllm.files import check_is_file
+from tinyllm.files import open_regular
 
 MAGIC, VERSIONS = b"GGUF", (2, 3)
 MAX_DIMS, ALIGNMENT = 4, 32
@@ -61,8 +61,7 @@ class Header:
 def read_header(path: Path) -> Header:
     """The header of a GGUF file. Raises ``Error`` if it cannot be read, is not GGUF or is incomplete."""
     try:
-        check_is_file(path)
-        with open(path, "rb") as file:
+        with open_regular(path) as file:
             mtime_ns = os.fstat(file.fileno()).st_mtime_ns
             return Header(*_read(_Fields(file)), mtime_ns)
     except OSError as error:
@@ -82,7 +81,7 @@ def read_tensor(path: Path, header: Header, entry: Entry) -> np.ndarray:
     rows = array.reshape(-1, entry.shape[-1])
     step = max(1, BLOCK // entry.shape[-1])
     try:
-        with open(path, "rb") as file:
+        with open_regular(path) as file:
             if os.fstat(file.fileno()).st_mtime_ns != header.mtime_ns:
                 raise Error(f"{path} was replaced while it was being read: load the model again")
             file.seek(entry.offset)
@@ -175,18 +174,19 @@ def _read_tensor_info(fields: _Fields) -> tuple[str, tuple[int, ...], int, int]:
     name, dims = fields.text(), fields.number("I")
     if not 1 <= dims <= MAX_DIMS:
         raise ValueError(f"{name!r} has {dims} dimensions")
-    shape = tuple(fields.number("Q") for _ in range(dims))[::-1]
-    return name, shape, fields.number("I"), fields.number("Q")
+    *shape, code, offset = struct.unpack(f"<{dims}QIQ", fields.take(8 * dims + 12))
+    return name, tuple(shape[::-1]), code, offset
 
 
 def _locate(fields: _Fields, start: int, name: str, shape: tuple[int, ...], code: int, offset: int) -> Entry:
     gguf = _import_gguf()
-    if code not in gguf.GGMLQuantizationType.__members__.values():
+    try:
+        type_ = gguf.GGMLQuantizationType(code)
+    except ValueError:
         raise Error(
             f"{fields.file.name} stores {name!r} as type {code}, which the installed gguf does not support: "
             "update gguf, or convert the file to F16 or Q8_0"
-        )
-    type_ = gguf.GGMLQuantizationType(code)
+        ) from None
     block_length, block_bytes = gguf.GGML_QUANT_SIZES[type_]
     if min(shape) < 1 or shape[-1] % block_length:
         raise ValueError(f"{name!r} has the shape {shape}, not whole blocks of {block_length} ({type_.name})")
