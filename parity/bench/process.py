@@ -24,8 +24,14 @@ def with_threads(threads: int) -> dict[str, str]:
 
 def in_own_process(module: str, request: list, environment: dict) -> subprocess.CompletedProcess:
     """Run ``python -m module`` with the request as a JSON argument and wait for it."""
-    command = [sys.executable, "-m", module, json.dumps(request)]
-    return subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True)
+    command = [sys.executable, "-P", "-m", module, json.dumps(request)]
+    return subprocess.run(command, env=environment | python_path(), stdout=subprocess.PIPE, text=True)
+
+
+def python_path() -> dict[str, str]:
+    """PYTHONPATH with the folder of this package first: ``python -P`` does not search the working folder."""
+    folders = str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")
+    return {"PYTHONPATH": os.pathsep.join(filter(None, folders))}
 
 
 def result_of(child: subprocess.CompletedProcess, name: str, number: int) -> dict:
@@ -77,7 +83,8 @@ def machine() -> dict:
         widest = {"avx512f": "AVX-512", "avx2": "AVX2"}  # in order of preference
         instructions = next((name for flag, name in widest.items() if f" {flag} " in about), instructions)
     elif sys.platform == "darwin":
-        cpu = subprocess.check_output(["sysctl", "-n", "machdep.cpu.brand_string"], text=True).strip()
+        command = ["/usr/sbin/sysctl", "-n", "machdep.cpu.brand_string"]
+        cpu = subprocess.check_output(command, text=True).strip()
     return {
         "cpu": cpu,
         "instructions": instructions,

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
+from parity.bench.process import python_path
 from parity.durability.faults import KILL, KILLED, die, writing
 from parity.durability.runs import OPTIONS, Figures, damage, difference, left, progress_bar, quick, write_text
 from tinyllm import cli
@@ -121,9 +122,9 @@ def _run(arguments: list[str], dies_at: int, moment: float | None) -> tuple[int,
 
     It kills itself before call ``dies_at`` of ``writing``, or is killed ``moment`` seconds after the imports.
     """
-    command = [sys.executable, "-m", "parity.durability.kill", str(dies_at), *arguments]
+    command = [sys.executable, "-P", "-m", "parity.durability.kill", str(dies_at), *arguments]
     streams = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, encoding="utf-8", errors="replace")
-    with subprocess.Popen(command, **streams) as process:
+    with subprocess.Popen(command, env=os.environ | python_path(), **streams) as process:
         output = process.stdout.readline().removeprefix(READY)
         started = time.perf_counter()
         try:

@@ -3,6 +3,7 @@
 import datetime
 import json
 import os
+import subprocess
 import sys
 from contextlib import contextmanager
 from pathlib import Path
@@ -346,9 +347,27 @@ def test_missing_jinja2_is_reported(monkeypatch, tmp_path):
 
 
 def test_child_process_ignores_modules_in_the_working_folder(monkeypatch, tmp_path):
-    (tmp_path / "json.py").write_text("raise SystemExit", encoding="utf-8")
+    for name in ("json", "jinja2", "resource", "markupsafe"):
+        (tmp_path / f"{name}.py").write_text("raise SystemExit", encoding="utf-8")
     monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)  # as `python -m` does
+    monkeypatch.syspath_prepend("")
+    monkeypatch.setenv("PYTHONPATH", f".{os.pathsep}{tmp_path}")
     assert render_chat("{{ messages[0].content }}", CAPITAL) == CAPITAL[0]["content"]
+
+
+def test_child_process_inherits_no_secrets_and_no_folder(monkeypatch, tmp_path):
+    run, seen = subprocess.run, {}
+
+    def watch(command, **options):
+        seen.update(options)
+        return run(command, **options)
+
+    monkeypatch.setattr(subprocess, "run", watch)
+    monkeypatch.setenv("HF_TOKEN", "secret")
+    render_chat(CHATML, CAPITAL)
+    assert seen["cwd"] != os.getcwd() and not os.path.exists(seen["cwd"])
+    assert "PATH" in seen["env"] and "secret" not in seen["env"].values()
 
 
 # Bad input

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from tinyllm.errors import Error
+from tinyllm.weights import hub as hub_module
 from tinyllm.weights import pull
 from tinyllm.weights.hub import find_folder, find_model, model_config, open_weights
 from tinyllm.weights.safetensors import save_folder
@@ -25,10 +26,11 @@ def hub(monkeypatch):
 
     class Hub:
         def __init__(self):
-            self.requests, self.patterns, self.answer = [], [], None
+            self.requests, self.revisions, self.patterns, self.answer = [], [], [], None
 
-        def snapshot_download(self, repo_id, *, allow_patterns):
+        def snapshot_download(self, repo_id, *, revision, allow_patterns):
             self.requests.append(repo_id)
+            self.revisions.append(revision)
             self.patterns = allow_patterns
             if isinstance(self.answer, Exception):
                 raise self.answer
@@ -36,6 +38,7 @@ def hub(monkeypatch):
 
     hub = Hub()
     monkeypatch.setattr(huggingface_hub, "snapshot_download", hub.snapshot_download)
+    monkeypatch.setattr(hub_module, "REVISIONS", {})
     return hub
 
 
@@ -60,6 +63,19 @@ def test_hub_id_is_downloaded(hub, tmp_path, monkeypatch, name):
     hub.answer = str(tmp_path / "snapshot")
     assert find_folder(name) == tmp_path / "snapshot"
     assert hub.requests == [name]
+
+
+def test_revision_is_printed_once_and_kept_for_the_process(hub, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    first, second = "607a30d783dfa663caf39e06633721c8d4cfcd7e", "11c5a3d5811f50298f278a704980280950aedb10"
+    hub.answer = str(tmp_path / "snapshots" / first)
+    assert find_folder("gpt2") == find_folder("gpt2")
+    assert hub.revisions == [None, first]  # somebody may push between the weights and the tokenizer
+    assert capsys.readouterr().err.count(first) == 2  # one line: the revision, and its folder
+    hub.answer = str(tmp_path / "snapshots" / second)
+    assert find_folder(f"gpt2@{second}") == tmp_path / "snapshots" / second
+    assert hub.requests == ["gpt2"] * 3 and hub.revisions[-1] == second
+    assert second in capsys.readouterr().err
 
 
 def test_only_necessary_files_are_downloaded(hub, tmp_path, monkeypatch):

