@@ -183,8 +183,35 @@ def make_sentencepiece_json(folder: Path) -> None:
     write_json(folder / TOKENIZER_JSON, definition)
 
 
+# Components that crash the library, never return, or fill the memory, unless they are refused
+HOSTILE_COMPONENTS = [
+    {"normalizer": {"type": "Replace", "pattern": {"String": ""}, "content": "x"}},
+    {"normalizer": {"type": "Replace", "pattern": {"Regex": "(.+)+$"}, "content": "x"}},
+    {"normalizer": {"type": "Prepend", "prepend": ""}},
+    {"normalizer": {"type": "Precompiled", "precompiled_charsmap": "AAEAAAAA"}},
+    {"normalizer": {"type": "Sequence", "normalizers": [{"type": "ByteLevel"}] * 60}},
+    {"pre_tokenizer": {"type": "FixedLength", "length": 0}},
+    {
+        "post_processor": {
+            "type": "TemplateProcessing",
+            "single": [{"Sequence": {"id": "B", "type_id": 0}}],
+            "pair": [{"Sequence": {"id": "A", "type_id": 0}}],
+            "special_tokens": {},
+        }
+    },
+]
+
+
+def _with(part: dict) -> Mutation:
+    def change(data: bytes) -> bytes:
+        return json.dumps(json.loads(data) | part).encode("utf-8")
+
+    return fixed_edit(TOKENIZER_JSON, f"has the component {json.dumps(part)[:80]}", change)
+
+
 def tokenizer_json_mutations(folder: Path) -> list[Mutation]:
     return [
+        *map(_with, HOSTILE_COMPONENTS),
         *json_mutations(TOKENIZER_JSON, read_json(folder / TOKENIZER_JSON)),
         *byte_mutations((folder / TOKENIZER_JSON).read_bytes(), TOKENIZER_JSON),
         *file_mutations(TOKENIZER_JSON),

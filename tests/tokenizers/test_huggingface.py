@@ -17,7 +17,9 @@ from support.tokenizers import (
     write_json,
 )
 
+from tinyllm.errors import Error
 from tinyllm.tokenizers import load_tokenizer
+from tinyllm.tokenizers.base import library_errors
 from tinyllm.tokenizers.tiktoken import (
     BYTE_OF,
     BYTE_ORDER,
@@ -162,8 +164,10 @@ def test_library_panic_becomes_an_error(tmp_path):
     model = {"continuing_subword_prefix": "a long prefix", "merges": [["a", "b"]]}
     definition = a_tokenizer(model=model)
     definition["model"]["vocab"] |= {"ab": 256}
-    said = message_of(load_tokenizer, write_json(tmp_path, definition))
-    assert "tokenizer.json is not a complete tokenizer" in said and "\n" not in said
+    with pytest.raises(Error, match=r"^it is damaged ") as caught, library_errors("it is damaged"):
+        tokenizers.Tokenizer.from_str(json.dumps(definition))
+    assert "\n" not in str(caught.value)
+    assert "'a long prefix'" in message_of(load_tokenizer, write_json(tmp_path, definition))
 
 
 @pytest.mark.parametrize("name", ["tokenizer_config.json", "generation_config.json"])

@@ -28,6 +28,7 @@ from tinyllm.tokenizers.base import (
     library_errors,
     require,
 )
+from tinyllm.tokenizers.components import check_components
 from tinyllm.tokenizers.sentencepiece import piece_bytes
 from tinyllm.tokenizers.tiktoken import BYTE_OF, LLAMA3_PATTERN
 
@@ -136,7 +137,8 @@ class TokenizersTokenizer(Tokenizer):
         return ids
 
     def _encode(self, tokenizer: tokenizers.Tokenizer, text: str) -> np.ndarray:
-        ids = tokenizer.encode(text, add_special_tokens=False).ids
+        with library_errors(f"{self.name} cannot encode this text"):
+            ids = tokenizer.encode(text, add_special_tokens=False).ids
         data = text.encode("utf-8")
         if not self._missing.isdisjoint(data) and self.decode_bytes(ids) != data:
             lost = next(c for c in text if not self._missing.isdisjoint(c.encode("utf-8")))
@@ -207,6 +209,8 @@ def read_tokenizer_json(file: Path) -> TokenizersTokenizer:
     match definition:
         case {"model": {"vocab": dict(vocabulary)}}:
             _check_vocabulary(file, vocabulary)
+    check_components(file, definition)
+    definition |= {"truncation": None, "padding": None}
     with library_errors(f"{file} is not a complete tokenizer"):
         tokenizer = library.Tokenizer.from_str(json.dumps(definition))
     return TokenizersTokenizer(str(file), tokenizer)
