@@ -139,7 +139,9 @@ class Config:
         ({"n_layer": 1.0}, "n_layer must be .*, not 1.0"),
         ({"n_layer": True}, "n_layer must be .*, not True"),
         ({"n_layer": None}, "n_layer must be .*, not None"),
-        ({"n_layer": 2**12 + 1}, "n_layer must be at most 4,096, not 4097"),
+        ({"n_layer": 2**10 + 1}, "n_layer must be at most 1,024, not 1025"),
+        ({"n_layer": 2**10, "width": 2**15}, "1,024 layers of width 32,768 are too large: .* n_layer, width"),
+        ({"n_layer": 1, "width": 2**20}, "1 layers of width 1,048,576 are too large"),
         ({"width": 2**20 + 1}, "width must be at most 1,048,576, not 1048577"),
         ({"width": "wide"}, "width must be .*, not 'wide'"),
         ({"eps": float("inf")}, "eps must be at most .*, not inf"),
@@ -154,6 +156,10 @@ def test_check_fields_names_the_field_and_its_value(changes, message):
     check_fields(Config(rope={}), layers=("n_layer",), widths=("width",))
     with pytest.raises(Error, match=message):
         check_fields(Config(**{"rope": {}} | changes), layers=("n_layer",), widths=("width",))
+
+
+def test_sizes_of_the_largest_published_model_are_accepted():
+    check_fields(Config(rope={}, n_layer=126, width=53_248), layers=("n_layer",), widths=("width",))
 
 
 def test_check_names_and_shapes_lists_every_problem_in_one_error():

@@ -85,7 +85,8 @@ def _first(array: np.ndarray, wrong: np.ndarray, name: str) -> tuple[str, object
 
 
 # Far above the sizes of any real model. Layers and widths take memory even in a model without weights.
-MAX_LAYERS, MAX_WIDTH, MAX_SIZE = 2**12, 2**20, 2**31 - 1
+MAX_LAYERS, MAX_WIDTH, MAX_SIZE = 2**10, 2**20, 2**31 - 1
+MAX_WEIGHTS = 2**39  # layers x width²: Llama 3.1 405B with 126 layers and 53,248 channels has 2**38.4
 
 FIELD_TYPES = {
     "int": int,
@@ -112,6 +113,12 @@ def check_fields(config, layers: tuple[str, ...], widths: tuple[str, ...]) -> No
             raise Error(f"{name} must be {kind}, not {value!r}")
         if isinstance(value, int | float) and not abs(value) <= limits.get(name, MAX_SIZE):
             raise Error(f"{name} must be at most {limits.get(name, MAX_SIZE):,}, not {value!r}")
+    deepest, widest = (
+        max((getattr(config, name) or 1 for name in names), default=1) for names in (layers, widths)
+    )
+    if deepest * widest**2 > MAX_WEIGHTS:
+        names = ", ".join((*layers, *widths))
+        raise Error(f"{deepest:,} layers of width {widest:,} are too large: correct {names}")
 
 
 def check_names_and_shapes(expected: dict[str, tuple], found: dict[str, tuple], source: str) -> None:
