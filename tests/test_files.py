@@ -101,6 +101,16 @@ def test_every_reader_opens_files_with_open_regular():
 
 
 @posix
+def test_a_lock_that_is_a_link_to_a_file_leaves_the_file_alone(tmp_path):
+    """Before 3.20.1 filelock emptied it."""
+    (tmp_path / "diary").write_text("precious")
+    (tmp_path / "lock").symlink_to("diary")
+    with pytest.raises(OSError):
+        files.lock(tmp_path / "lock", "busy")
+    assert (tmp_path / "diary").read_text() == "precious"
+
+
+@posix
 def test_symbolic_links_are_followed(tmp_path):
     """As in the hub's cache: snapshots/REVISION/config.json is a link to ../../blobs/HASH."""
     (tmp_path / "blobs").mkdir()

@@ -76,6 +76,7 @@ def llama2_json(llama2, tmp_path_factory):
     """The same vocabulary as a tokenizer.json, like Llama 2's on the hub."""
     tokenizers = pytest.importorskip("tokenizers")
     sentencepiece = pytest.importorskip("sentencepiece")
+    pytest.importorskip("transformers")
     from transformers.tokenization_utils_base import generate_merges
 
     processor = sentencepiece.SentencePieceProcessor(model_file=str(llama2 / "tokenizer.model"))
@@ -122,6 +123,7 @@ def llama3(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def llama3_reference(llama3):
+    pytest.importorskip("transformers")
     from transformers.convert_slow_tokenizer import TikTokenConverter
 
     converter = TikTokenConverter(
