@@ -211,6 +211,22 @@ def test_every_command_accepts_a_run_as_model(run, text, capsys):
 
 
 @pytest.mark.parametrize("which", ["--run", "--model"])
+@pytest.mark.parametrize("command", ["generate --prompt the", "eval --text {}", "info"])
+def test_a_checkpoint_has_the_tokenizer_of_its_run(run, text, tmp_path, capsys, command, which):
+    copy = tmp_path / "run"
+    shutil.copytree(run, copy)
+    best, last = copy / "step-000003", last_checkpoint(copy)
+    shutil.copytree(last, best)
+    args = command.format(text).split()
+    assert main([*args, which, str(best)]) == 0
+    assert capsys.readouterr().out
+    (best / "model.safetensors").unlink()
+    assert main([*args, which, str(last)]) == 0
+    if command != "info":  # which reads only the config
+        assert main([*args, which, str(best)]) == 2
+
+
+@pytest.mark.parametrize("which", ["--run", "--model"])
 def test_chat_of_a_run_names_generate(refused, run, which):
     assert f"tinyllm generate {which} {run} --prompt" in refused("chat", which, run)
     assert "omit --chat" in refused("generate", which, run, "--prompt", "a", "--chat")
@@ -228,8 +244,9 @@ def test_runs_and_models_are_told_apart(refused, run, tmp_path, command):
     shutil.copy(Path(run) / "config.json", young)
     assert "has no checkpoint" in message("--model", young)
     assert f"such as --run {run}" in message("--run", Path(run).parent)
-    checkpoint = last_checkpoint(run)
-    assert f"use --model {checkpoint}" in message("--run", checkpoint)
+    model = tmp_path / "step-000004"  # copied out of its run
+    shutil.copytree(last_checkpoint(run), model)
+    assert f"use --model {model}" in message("--run", model)
 
 
 # Options

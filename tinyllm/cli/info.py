@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
-from tinyllm.cli.options import ModelOptions, check_model_name, find_run, option
+from tinyllm.cli.options import ModelOptions, check_model_name, find_checkpoint, option
 from tinyllm.cli.train import preset
 from tinyllm.errors import Error
 from tinyllm.models import ARCHITECTURES, LanguageModel, empty_model
@@ -13,7 +13,6 @@ from tinyllm.tokenizers.bpe import parse_bpe
 from tinyllm.tools.info import describe
 from tinyllm.training.config import PRESETS
 from tinyllm.weights.pull import KNOWN_MODELS
-from tinyllm.weights.runs import last_checkpoint
 
 SIZES = [size for architecture in ARCHITECTURES.values() for size in architecture.config_class.sizes]
 
@@ -60,8 +59,7 @@ def run(config: InfoConfig) -> None:
 
 
 def _model(config: InfoConfig) -> LanguageModel:
-    run = find_run(config.run, config.model)
-    if run is not None:
-        return empty_model(last_checkpoint(run))
-    check_model_name(config.model, [*SIZES, *KNOWN_MODELS])
-    return empty_model(config.model)
+    checkpoint = find_checkpoint(config.run, config.model)
+    if checkpoint is None:
+        check_model_name(config.model, [*SIZES, *KNOWN_MODELS])
+    return empty_model(checkpoint or config.model)

@@ -27,7 +27,7 @@ from tinyllm.tokenizers.base import FILE_NAME, Tokenizer, check_fits
 from tinyllm.training.config import flag
 from tinyllm.weights.hub import HUB_ID
 from tinyllm.weights.pull import KNOWN_MODELS
-from tinyllm.weights.runs import checkpoints, last_checkpoint
+from tinyllm.weights.runs import STEP, checkpoints, last_checkpoint
 from tinyllm.weights.safetensors import read_config
 
 
@@ -42,7 +42,7 @@ Flag = Annotated[bool, tyro.conf.arg(help_behavior_hint="")]
 @dataclass(frozen=True, kw_only=True)
 class ModelOptions:
     run: Annotated[Path | None, option("DIR", "")] = None
-    """Folder of a run, such as runs/python-docs-1; its newest checkpoint is used."""
+    """Folder of a run, such as runs/python-docs-1, whose newest checkpoint is used, or of a checkpoint."""
     model: Annotated[str | None, option("NAME", "")] = None
     """Instead of --run: smollm2, a model's folder, a .gguf file, or a Hugging Face hub id such as gpt2."""
 
@@ -53,11 +53,10 @@ class ModelOptions:
         """
         if (self.run is None) == (self.model is None):
             raise Error("choose the model with either --run DIR or --model NAME")
-        run = find_run(self.run, self.model)
-        if run is not None:
-            return last_checkpoint(run)
-        check_model_name(self.model, KNOWN_MODELS)
-        return None
+        checkpoint = find_checkpoint(self.run, self.model)
+        if checkpoint is None:
+            check_model_name(self.model, KNOWN_MODELS)
+        return checkpoint
 
     @property
     def typed(self) -> str:
@@ -85,8 +84,8 @@ class TextModelOptions(ModelOptions):
         return model, tokenizer
 
 
-def find_run(run: Path | None, model: str | None) -> Path | None:
-    """The run that --run names, or --model; None if --model names a model.
+def find_checkpoint(run: Path | None, model: str | None) -> Path | None:
+    """The checkpoint that --run or --model names, the newest of a run; None if --model names a model.
 
     Raises Error if --run names a model or does not exist, or for a folder that contains runs.
     """
@@ -94,17 +93,24 @@ def find_run(run: Path | None, model: str | None) -> Path | None:
     if run is not None and not folder.exists():
         siblings = [str(path) for path in folder.parent.glob("*") if checkpoints(path)]
         raise Error(f"there is no run {run}{did_you_mean(str(folder), siblings)}: check the path")
-    config = {}
-    with contextlib.suppress(Error):
-        config = read_config(folder)
-    if "train" in config or (checkpoints(folder) and not any(folder.glob("model.safetensors*"))):
+    if STEP.fullmatch(folder.name) and folder.exists() and "train" in _config(folder.parent):
         return folder
+    config = _config(folder)
+    if "train" in config or (checkpoints(folder) and not any(folder.glob("model.safetensors*"))):
+        return last_checkpoint(folder)
     runs = sorted(path for path in folder.glob("*") if checkpoints(path))
     if runs:
         raise Error(f"{folder} is not a run but contains runs: choose one, such as --run {runs[-1]}")
     if run is not None and "model_type" in config:
         raise Error(f"--run {run} is a model's folder, not a run: use --model {run}")
-    return run
+    return None if run is None else last_checkpoint(run)
+
+
+def _config(folder: Path) -> dict:
+    try:
+        return read_config(folder)
+    except Error:
+        return {}
 
 
 def check_model_name(name: str, known: Iterable[str]) -> None:
