@@ -6,7 +6,7 @@ from parity.bench.command import BenchDecode, BenchDevice, BenchScaling, BenchTr
 from parity.compare.command import Report
 from parity.durability.command import Reliability
 from parity.ops.command import Proof
-from tinyllm.cli import parse_options
+from tinyllm.cli.options import did_you_mean, parse_options, readable, wrap_help
 from tinyllm.errors import Error
 
 # The words of a command -> the dataclass of its options, whose run() returns the exit code
@@ -21,14 +21,14 @@ COMMANDS = {
 }
 
 EXIT_CODES = """\
-Exit codes: 0 success; 1 a layer differs, a check fails or a target is not met; 2 wrong arguments;
-130 interrupted."""
+Exit codes: 0 success; 1 a layer differs, a check fails or a target is not met;
+2 wrong arguments; 130 interrupted."""
 
 
 def main(arguments: list[str]) -> int:
     """Run one command and return its exit code (``EXIT_CODES``)."""
     if not arguments or arguments[0] in ("--help", "-h"):
-        print(overview())
+        print(wrap_help(overview()), end="")
         return 0
     try:
         return parse(arguments).run()
@@ -59,12 +59,18 @@ def parse(arguments: list[str]):
         if words == "bench" and not (rest and rest[0].startswith("-")):
             continue  # it has options only; a word after it would be a subcommand
         if arguments[:length] == words.split():
-            return parse_options(options, f"python -m parity {words}", rest)
+            return parse_options(readable(options), f"python -m parity {words}", rest)
     if arguments[0] == "bench":
-        kinds = ", ".join(words.removeprefix("bench ") for words in COMMANDS if words.startswith("bench "))
-        raise Error(f"'{' '.join(arguments)}' is not a command: choose bench with {kinds} or --device cuda")
-    known = ", ".join(dict.fromkeys(words.split()[0] for words in COMMANDS))
-    raise Error(f"'{arguments[0]}' is not a command: choose one of {known}, or see python -m parity --help")
+        kinds = [words.removeprefix("bench ") for words in COMMANDS if words.startswith("bench ")]
+        meant, kinds = did_you_mean(" ".join(arguments[1:2]), kinds), ", ".join(kinds)
+        raise Error(
+            f"'{' '.join(arguments)}' is not a command{meant}: choose bench with {kinds} or --device cuda"
+        )
+    known = list(dict.fromkeys(words.split()[0] for words in COMMANDS))
+    meant, known = did_you_mean(arguments[0], known), ", ".join(known)
+    raise Error(
+        f"'{arguments[0]}' is not a command{meant}: choose one of {known}, or see python -m parity --help"
+    )
 
 
 if __name__ == "__main__":

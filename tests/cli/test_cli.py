@@ -1,5 +1,6 @@
 """The command line: exit codes, one line for every wrong request, and streamed text."""
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -13,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import parity.__main__ as parity
 from tinyllm import GPT2, GPT2Config, load_tokenizer
 from tinyllm.backend.device import pick_device
 from tinyllm.cli import COMMANDS, _parse, main
@@ -279,8 +281,30 @@ def test_help_lists_the_commands(args, capsys):
     out = capsys.readouterr().out
     for command, (options, _) in COMMANDS.items():
         assert f"  {command} " in out
-        assert options.__doc__.splitlines()[0] in out
-    assert max(map(len, out.splitlines())) <= 88
+        assert options.__doc__.splitlines()[0] in " ".join(out.split())
+
+
+@pytest.mark.parametrize(
+    ("run", "words"),
+    [(main, words) for words in ("", *COMMANDS)] + [(parity.main, words) for words in ("", *parity.COMMANDS)],
+    ids=lambda value: value if isinstance(value, str) else value.__module__,
+)
+def test_help_fits_in_80_columns_and_names_no_type(run, words, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    with contextlib.suppress(SystemExit):
+        assert run([*words.split(), "--help"]) == 0
+    out = capsys.readouterr().out
+    assert [line for line in out.splitlines() if len(line) > 80] == []
+    assert not re.search(r"None\}|default: None|default: \)|\b(STR|INT|FLOAT)\b", out)
+
+
+def test_help_of_train_has_an_example(capsys):
+    with pytest.raises(SystemExit):
+        main(["train", "--help"])
+    out = capsys.readouterr().out
+    example = re.search("Example: tinyllm (.*)", out)[1]
+    assert _parse(example.split()).steps == 500
+    assert "--steps N" in out and "(default: 300)" in out
 
 
 def test_version(capsys):
@@ -603,8 +627,8 @@ def test_exactly_one_of_run_and_model_is_required(refused, run):
 
 
 def test_a_tokenizer_of_another_size_is_refused(refused, run, tmp_path):
-    said = refused("generate", "--model", last_checkpoint(run), "--prompt", "the")
-    assert "has no tokenizer" in said
+    alone = shutil.copytree(last_checkpoint(run), tmp_path / "alone")
+    assert "has no tokenizer" in refused("generate", "--model", alone, "--prompt", "the")
     run_of_its_own = tmp_path / "run"
     shutil.copytree(run, run_of_its_own)
     CharTokenizer("abc").save(run_of_its_own)

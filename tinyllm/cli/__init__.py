@@ -10,7 +10,7 @@ import tyro
 
 from tinyllm.backend.memory import out_of_memory
 from tinyllm.cli import chat, eval, generate, info, plot, pull, tokenize, train
-from tinyllm.cli.options import as_typed, did_you_mean, parse_options
+from tinyllm.cli.options import as_typed, did_you_mean, parse_options, wrap_help
 from tinyllm.errors import Error
 from tinyllm.training.config import TrainConfig
 from tinyllm.training.loggers import robust_output, silence
@@ -52,7 +52,7 @@ def _parse(args: list[str]):
     """The options of a command line, as an instance of one of the classes in COMMANDS."""
     name, *rest = args or ["--help"]
     if name in ("--help", "-h", "help"):
-        print(_help())
+        print(wrap_help(_help()), end="")
         sys.exit(DONE)
     if name == "--version":
         print(f"tinyllm {__version__}")

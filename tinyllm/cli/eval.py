@@ -28,9 +28,9 @@ class _Text:
 
 @dataclass(frozen=True, kw_only=True)
 class EvalConfig(DeviceOptions, SpecialOptions, _Text, TextModelOptions):
-    """Measure loss, perplexity and bits per byte of a text under a model.
+    """Measure a model's loss, perplexity and bits per byte of a text.
 
-    Example: tinyllm eval --model smollm2 --text the-verdict --context 512 --stride 256
+    Example: tinyllm eval --model smollm2 --text the-verdict --context 512
     """
 
     smaller: ClassVar = ["a smaller --batch", "a shorter --context"]

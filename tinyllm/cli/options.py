@@ -7,10 +7,13 @@ import difflib
 import io
 import itertools
 import re
+import shutil
+import sys
+import textwrap
 from collections.abc import Iterable
 from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal, get_args, get_origin, get_type_hints
 
 import tyro
 
@@ -34,6 +37,33 @@ from tinyllm.weights.safetensors import read_config
 def option(metavar: str, default: str | None = None, help: str | None = None):
     """How ``--help`` shows an option: the name of its value, and its default in words ("": no default)."""
     return tyro.conf.arg(metavar=metavar, help_behavior_hint=default and f"(default: {default})", help=help)
+
+
+METAVARS = {int: "N", float: "X", str: "NAME", Path: "PATH"}
+
+
+def readable(options: type, **metavars: str) -> type:
+    """A dataclass whose options without ``option`` look the same in ``--help`` as those that have it.
+
+    A default such as None is not shown: the option's text says what it stands for.
+    """
+    hidden, switch = ("", "None"), {"True": "on", "False": "off"}
+
+    def hint(default: str) -> str:
+        return "" if default in hidden else f"(default: {switch.get(default, default)})"
+
+    for name, kind in get_type_hints(options, include_extras=True).items():
+        if get_origin(kind) is ClassVar or "help_behavior_hint" in str(kind):
+            continue
+        value, *extras = get_args(kind) if get_origin(kind) is Annotated else (kind,)
+        shown = next((METAVARS[each] for each in METAVARS if value in (each, each | None)), None)
+        if get_origin(value) is tuple:
+            shown = f"[{METAVARS[get_args(value)[0]]} ...]"
+        elif extras and shown:  # positional
+            shown = f"[{shown}]"
+        looks = tyro.conf.arg(metavar=metavars.get(name, shown), help_behavior_hint=hint)
+        options.__annotations__[name] = Annotated[kind, looks]
+    return options
 
 
 Flag = Annotated[bool, tyro.conf.arg(help_behavior_hint="")]
@@ -197,12 +227,13 @@ def parse_options(options: type, program: str, args: list[str], **more):
     """
     if not {"-h", "--help"} & set(args):
         _check_names(options, program, args)
-    box = io.StringIO()
+    box, page = io.StringIO(), _Page()
     try:
-        with contextlib.redirect_stderr(box):
+        with contextlib.redirect_stderr(box), contextlib.redirect_stdout(page):
             return tyro.cli(options, prog=program, args=args, **more)
     except SystemExit as stop:
         if not stop.code:
+            print(wrap_help(page.getvalue()), end="")
             raise
     rows = [row.strip("│ ") for row in box.getvalue().splitlines()[1:]]
     # In a terminal without UTF-8, a line of hyphens also follows the title.
@@ -216,6 +247,32 @@ def parse_options(options: type, program: str, args: list[str], **more):
         sentence = f"{name} is {value}{did_you_mean(value.strip(chr(39)), known.split(', '))}: choose {known}"
     sentence = re.sub(r"^Missing value for argument '(\S+)'.*", r"\1 needs a value", sentence)
     raise Error(f"{sentence}; see {program} --help")
+
+
+class _Page(io.StringIO):
+    """A help text, in the colours and characters that stdout supports."""
+
+    def __init__(self):
+        super().__init__()
+        self.isatty, self._encoding = sys.stdout.isatty, getattr(sys.stdout, "encoding", None)
+
+    @property
+    def encoding(self):
+        return self._encoding
+
+
+def wrap_help(text: str) -> str:
+    """The text with the lines that are too long for the terminal wrapped between words and options."""
+    width, lines = max(40, shutil.get_terminal_size().columns), []
+    for line in text.splitlines():
+        plain = re.sub(r"\x1b\[[\d;]*m", "", line)
+        if len(plain) > width:
+            plain = re.sub(r"\[[^][]*\]", lambda option: option[0].replace(" ", "\0"), plain)
+            indent = re.match(r"(usage: |  [\w -]+?   *|  )?", plain)[0]
+            found = textwrap.wrap(plain, width, subsequent_indent=" " * len(indent), break_on_hyphens=False)
+            line = "\n".join(found).replace("\0", " ")
+        lines.append(line)
+    return "\n".join(lines) + "\n"
 
 
 def _check_names(options: type, program: str, args: list[str]) -> None:

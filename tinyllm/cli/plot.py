@@ -15,7 +15,7 @@ from tinyllm.tools.plot import plot_runs, summary
 
 @dataclass(frozen=True)
 class PlotConfig:
-    """Plot the loss curves of runs in one picture, and print a table of them.
+    """Plot the loss curves of runs in one picture, and print a table.
 
     Example: tinyllm plot runs/small runs/llama --y bits-per-byte --out compared.png
     """

@@ -27,7 +27,7 @@ class _Text:
 
 @dataclass(frozen=True, kw_only=True)
 class TokenizeConfig(SpecialOptions, _Text):
-    """Show how a tokenizer splits a text: the tokens in colours, and their ids.
+    """Show the tokens of a text in colours, and their ids.
 
     Example: tinyllm tokenize --text "Every effort moves you"
     """

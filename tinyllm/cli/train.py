@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
 import tyro
 
-from tinyllm.cli.options import did_you_mean, parse_options
+from tinyllm.cli.options import did_you_mean, parse_options, readable
 from tinyllm.errors import Error
 from tinyllm.tools.profile import profile
 from tinyllm.training.config import PRESETS, TrainConfig
@@ -25,10 +26,16 @@ class _Preset:
 
 
 @dataclass(frozen=True)
+@partial(readable, text="TEXT", prompt="TEXT", pattern="GLOB", gpu_memory="GB")
 class _Options(TrainConfig, _Preset):
-    """The options as they are typed."""
+    """Train a model on a text; everything the run writes is in one folder.
 
-    start_from: Annotated[str | None, tyro.conf.arg(name="from", metavar="RUN|MODEL")] = None
+    Example: tinyllm train --text book.txt --steps 500
+    """
+
+    start_from: Annotated[
+        str | None, tyro.conf.arg(name="from", metavar="RUN|MODEL", help_behavior_hint="")
+    ] = None
     """Start from the weights and the tokenizer of a run, a model's folder, a .gguf file or a hub id."""
 
 
@@ -79,7 +86,6 @@ def parse(args: list[str]) -> TrainConfig:
         "tinyllm train",
         rest,
         default=_Options(**default, preset=value if source == "--preset" else "small"),
-        description=TrainConfig.__doc__,
     )
     return TrainConfig(**{name: value for name, value in _values(options).items() if name in default})
 

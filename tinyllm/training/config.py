@@ -30,9 +30,9 @@ class RunOptions:
     resume: Path | None = None
     """Resume the run in this folder instead of starting one; the defaults are then its own options."""
     batch: int = 32
-    """Rows per step; for `tinyllm train`, windows of the text."""
+    """Training examples per step, such as windows of a text."""
     micro_batch: int | None = None
-    """Rows per forward and backward pass, whose gradients are accumulated; by default the whole batch."""
+    """Examples per forward and backward pass; gradients are accumulated. By default the whole batch."""
     steps: int = 300
     """Updates of the weights."""
     lr: float = 3e-3
@@ -152,7 +152,7 @@ class ModelOptions:
     context: int = 128
     """The longest sequence the model takes, and the length of a training window, in tokens."""
     dropout: float = 0.1
-    """Dropout probability, at the three places of a GPT-2 and the one of a Llama."""
+    """Dropout probability: of a GPT-2's embeddings, attention and residuals, or a Llama's attention."""
     tie_head: bool = True
     """Use the token embedding as the output layer's weight."""
     qkv_bias: bool = True
@@ -185,7 +185,7 @@ class TextOptions:
     in_memory: int = 100
     """Largest text, in megabytes, to read into memory; a larger one is tokenised once into a file."""
     tokens: Path | None = None
-    """Folder of that file; by default next to the text."""
+    """Folder for the token ids of a text larger than --in-memory; by default next to the text."""
     tokenizer: str = "bpe:1024"
     """bpe:VOCAB (learned from the text), gpt2, char (an id per character), or the folder or file of one."""
     special: str = "refuse"
@@ -195,7 +195,7 @@ class TextOptions:
     stride: int | None = None
     """Tokens from the start of a training window to the next; by default a quarter of the context."""
     eval_windows: int = 128
-    """Most windows of each part to evaluate; before the end no more than are trained on in between."""
+    """Maximum number of windows to evaluate in each text, training and validation; fewer before the end."""
     prompt: str | None = None
     """Beginning of the sample at each evaluation; by default The, or the text's first word."""
     profile: bool = False
