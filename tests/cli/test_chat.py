@@ -301,7 +301,9 @@ def test_yes_downloads_the_model_once(hub, chat, answers, yes):
 def test_any_other_answer_downloads_nothing(hub, chat, tmp_path, lines):
     code, out, err = chat(lines, model=None)
     assert (code, out, hub) == (2, "", [])
-    assert err.endswith("tinyllm: smollm2 was not pulled: answer yes, or pass the path of a local model\n")
+    question, last = err.splitlines()[-2:]
+    assert question.startswith("Download it?")
+    assert last.startswith("tinyllm: the model was not downloaded") and "--yes" in last
     assert not (tmp_path / "cache").exists()
 
 

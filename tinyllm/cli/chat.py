@@ -163,6 +163,13 @@ def _save(conversation: Conversation, name: str) -> None:
 def _ask(text: str) -> bool:
     print(f"{text}\nDownload it? [y/N] ", end="", file=sys.stderr, flush=True)
     try:
-        return input().strip().lower() in ("y", "yes")
+        answer = input()
     except EOFError:
-        return False
+        answer = ""
+    if not sys.stdin.isatty() or not answer:
+        print(file=sys.stderr)
+    if answer.strip().lower() in ("y", "yes"):
+        return True
+    raise Error(
+        "the model was not downloaded: answer yes, give --yes, or --model with the path of a local model"
+    )
