@@ -268,10 +268,11 @@ def test_wrong_requests_are_refused(tmp_path):
         with pytest.raises(Error, match="give a list of at least one run folder"):
             plot_runs(runs, out)
     most = len(tinyllm.tools.plot.COLORS)
+    runs = [write_run(tmp_path / f"run-{n}") for n in range(most + 1)]
     with pytest.raises(Error, match=f"{most + 1} runs, too many for one plot: give at most {most}"):
-        plot_runs([run] * (most + 1), out)
+        plot_runs(runs, out)
     assert not out.exists()
-    plot_runs([run] * most, out)
+    plot_runs(runs[:most], out)
     assert is_png(out)
 
 
@@ -283,3 +284,14 @@ def test_a_full_disk_keeps_the_plot_of_before(tmp_path):
         plot_runs([run], out)
     assert out.read_bytes() == b"before"
     assert {path.name for path in tmp_path.iterdir()} == {"run", "runs.png"}
+
+
+def test_a_run_that_is_given_twice_is_refused(tmp_path):
+    run = write_run(tmp_path / "one")
+    with pytest.raises(Error, match="one is given more than once"):
+        plot_runs([run, f"{run}/../one"], tmp_path / "runs.png")
+
+
+def test_the_start_of_a_run_is_shown_as_its_option(tmp_path):
+    runs = [write_run(tmp_path / "one"), write_run(tmp_path / "two", start_from="one")]
+    assert summary(runs).splitlines()[-2:] == ["one: --from not given", "two: --from=one"]

@@ -16,6 +16,7 @@ from pathlib import Path
 
 from tinyllm.errors import Error
 from tinyllm.files import replacing
+from tinyllm.training.config import flag
 from tinyllm.training.loggers import (
     COLORS,
     DPI,
@@ -44,6 +45,9 @@ def _read_runs(folders: Sequence[str | Path]) -> list[RecordedRun]:
     """The runs with distinct names: the folder's name, or its whole path where two names are equal."""
     if isinstance(folders, str | Path) or not folders:
         raise Error(f"runs is {folders!r}: give a list of at least one run folder")
+    places = [Path(folder).expanduser().resolve() for folder in folders]
+    if repeated := [str(f) for f, place in zip(folders, places) if places.count(place) > 1]:
+        raise Error(f"the run {repeated[-1]} is given more than once: give each run once")
     runs = [read_run(folder) for folder in folders]
     names = [run.name for run in runs]
     shared = [names.count(name) > 1 for name in names]
@@ -60,6 +64,7 @@ def _differences(runs: list[RecordedRun]) -> list[list[str]]:
 
 
 def _option(name: str, value) -> str:
+    name = flag(name) if name == "start_from" else name
     if value is None:
         return f"{name} not given"
     return f"{name}={' '.join(str(value).split())}"
