@@ -134,6 +134,19 @@ def test_the_verdict_without_network_states_the_remedy(small_verdict):
     with pytest.raises(Error, match=r"put http://127.0.0.1:1/the-verdict.txt .* TINYLLM_DATA") as raised:
         load_text("the-verdict")
     assert "\n" not in str(raised.value)
+    assert str(raised.value).endswith("(no network connection to 127.0.0.1:1)")
+
+
+def test_the_runs_in_a_folder_are_no_part_of_its_text(tmp_path):
+    folder = tmp_path / "runs" / "one" / "wandb"
+    folder.mkdir(parents=True)
+    for name in ("config.json", "metrics.jsonl", "samples.txt", "wandb/log.txt"):
+        (folder.parent / name).write_text("{}", encoding="utf-8")
+    (tmp_path / "a.txt").write_text("a", encoding="utf-8")
+    (tmp_path / "runs" / "b.txt").write_text("b", encoding="utf-8")
+    corpus = open_corpus(tmp_path)
+    assert [path.name for path in corpus.files] == ["a.txt", "b.txt"]
+    assert folder.parent / "samples.txt" in corpus.left_out
 
 
 def test_the_verdict_is_read_from_tinyllm_data_first(small_verdict, tmp_path, monkeypatch):

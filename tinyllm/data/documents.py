@@ -59,7 +59,7 @@ def find_files(name: str | Path, pattern: str | None = None) -> tuple[tuple[Path
     From a folder and the folders below it, sorted by path: the files that match the glob ``pattern``, or by
     default those that end in one of ``SUFFIXES``. Case is ignored. A pattern with a slash, such as
     ``docs/*.md``, is matched against the end of the path, as in ``PurePath.match``. Raises ``Error`` if there
-    are none, or if a path cannot be read or is neither a file nor a folder.
+    are none, or if a path cannot be read or is neither a file nor a folder. Training runs are left out.
     """
     if pattern is not None and not (isinstance(pattern, str) and PurePosixPath(pattern).parts):
         raise Error(f"pattern {pattern!r} matches nothing: give a glob pattern such as '*.py'")
@@ -117,6 +117,8 @@ def the_verdict() -> Path:
         return Path(pooch.retrieve(VERDICT_URL, "sha256:" + VERDICT_SHA256, VERDICT_FILE, cache))
     except (OSError, ValueError) as error:  # no network, a refused download, or a wrong hash
         reason = " ".join(str(error).split())
+        if "NewConnectionError" in reason or "NameResolutionError" in reason:
+            reason = f"no network connection to {VERDICT_URL.split('/')[2]}"
         raise Error(
             f"the-verdict could not be downloaded: put {VERDICT_URL} into a folder as {VERDICT_FILE!r} "
             f"and set TINYLLM_DATA to that folder ({reason})"
@@ -138,6 +140,10 @@ def _files_in(folder: Path, pattern: str | None) -> tuple[tuple[Path, ...], tupl
 
     top, files, left_out = folder.absolute().name.lower(), [], []
     for root, folders, names in os.walk(folder, onerror=refuse):
+        if root != os.fspath(folder) and {"config.json", "metrics.jsonl"} <= {*names}:  # a training run
+            left_out += [Path(root, name) for name in [*folders, *names]]
+            folders.clear()
+            continue
         left_out += [Path(root, name) for name in folders if os.path.islink(Path(root, name))]
         for name in names:
             path = Path(root, name)
