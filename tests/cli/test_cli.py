@@ -9,6 +9,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -169,8 +170,8 @@ def test_info_of_a_size_a_preset_a_folder_and_a_run(run, capsys):
 
 def test_plot_writes_a_picture(run, tmp_path, capsys):
     pytest.importorskip("matplotlib")
-    picture = tmp_path / "both.png"
-    assert main(["plot", run, run, "--out", str(picture), "--x", "tokens", "--y", "bits-per-byte"]) == 0
+    picture, other = tmp_path / "both.png", str(shutil.copytree(run, tmp_path / "other"))
+    assert main(["plot", run, other, "--out", str(picture), "--x", "tokens", "--y", "bits-per-byte"]) == 0
     assert str(picture) in capsys.readouterr().out
     assert picture.read_bytes().startswith(b"\x89PNG")
 
@@ -416,11 +417,15 @@ def test_every_option_can_be_given():
         (["pull", "smollm"], r"'smollm' \(did you mean smollm2\?\)"),
         (["train", "--bogus", "1"], "--bogus"),
         (["train", "--step", "3"], "--step"),  # no abbreviations
-        (["train", "word"], "word"),
-        (["train", "--steps", "abc"], "--steps.*'abc'"),
-        (["train", "--steps", "1.5"], "--steps.*'1.5'"),
+        (["train", "word"], "'word' .*did you mean --text word"),
+        (["pull", "smollm2", "word"], "'word' is not an option; see"),
+        (["train", "--steps", "abc"], "--steps is 'abc': give a whole number;"),
+        (["train", "--steps", "1.5"], "--steps is '1.5': give a whole number;"),
+        (["train", "--warmup", "a"], "--warmup is 'a': give a whole number, or None;"),
         (["train", "--steps"], "--steps needs a value"),
-        (["train", "--lr", "fast"], "--lr.*'fast'"),
+        (["train", "--lr", "fast"], "--lr is 'fast': give a number;"),
+        (["train", "--from", "nowhere"], "--from: .*'nowhere'.* a run's folder"),
+        (["train", "--resume", "nowhere"], r"nowhere is not a run folder (?!.*--out)"),
         (["train", "--tie-head", "maybe"], "maybe"),
         (["train", "--preset", "large"], "'large' is unknown: choose one of small, ten-minutes"),
         (["train", "--preset", "smal"], r"'smal' is unknown \(did you mean small\?\): choose one of small"),
@@ -723,6 +728,30 @@ def test_a_diverging_run_exits_with_1(text, tmp_path, lr, eval_every):
     assert str(last_checkpoint(out)) in said
     assert said.startswith("tinyllm: ")
     assert said.count("\n") == 1, said
+    assert ") (" not in said
+
+
+@pytest.mark.parametrize("tokenizer", ["bpe:1024", "bpe:270", "gpt2", "char"])
+@pytest.mark.parametrize("words", [90, 200])
+def test_the_remedy_for_a_short_text_is_complete(tmp_path, capsys, tokenizer, words):
+    path = tmp_path / "text.txt"
+    path.write_text(" ".join(f"w{n}" for n in range(words)), encoding="utf-8")
+    sizes = "--n-layer 1 --n-head 1 --n-embd 8 --steps 2 --text".split()
+    args = ["train", *sizes, str(path), "--out", str(tmp_path / "run"), "--tokenizer", tokenizer]
+    assert main(args) == 2
+    remedy = re.search(r"use a longer text, or (--.*)", capsys.readouterr().err)[1]
+    assert main([*args, *remedy.split()]) == 0
+
+
+def test_a_warning_is_one_line(monkeypatch, capsys):
+    def warn(_):
+        warnings.warn("the file\nis old", UserWarning, stacklevel=2)
+
+    monkeypatch.setitem(COMMANDS, "tokenize", (COMMANDS["tokenize"][0], warn))
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        assert main(["tokenize", "--text", "a"]) == 0
+    assert capsys.readouterr().err == "tinyllm: warning: the file is old\n"
 
 
 def test_a_full_disk_exits_with_1(text, tmp_path, capsys, monkeypatch):

@@ -23,8 +23,9 @@ from tinyllm import GPT2, load_tokenizer
 from tinyllm.data.batches import Batches, Windows
 from tinyllm.errors import Error
 from tinyllm.tokenizers.base import END_OF_TEXT
+from tinyllm.training.config import TrainConfig
 from tinyllm.training.run_folder import begun_config
-from tinyllm.training.tasks.pretrain import load_data, mean_loss, parts_of_a_step, train
+from tinyllm.training.tasks.pretrain import Pretraining, load_data, mean_loss, parts_of_a_step, train
 from tinyllm.weights.runs import last_checkpoint
 
 
@@ -334,3 +335,9 @@ def test_resuming_with_another_text_or_tokenizer_is_refused(tmp_path):
     (tmp_path / "moved").mkdir()
     train(replace(begun_config(out), text=str(rhyme(tmp_path / "moved", 12))), progress=False)
     assert last_checkpoint(out).name == "step-000006"
+
+
+def test_large_losses_are_shown_with_four_digits():
+    record = dict(train_eval_loss=1.5e18, val_loss=1e300, val_bits_per_byte=2.5)
+    line = Pretraining(TrainConfig()).describe_evaluation(record)
+    assert line == "train 1.5e+18  val 1e+300 = perplexity inf = 2.500 bits/byte"

@@ -131,7 +131,7 @@ def test_the_output_of_a_run(whole, tmp_path, capsys):
     train(options(tmp_path / "run"))
     said = capsys.readouterr().out.splitlines()
     assert said[0] == "Net, 25 parameters, on cpu; 6 steps of 4 points, 3 an epoch"
-    assert said[1] == f"the run is saved in {tmp_path / 'run'}"
+    assert said[1] == f"the run will be saved in {tmp_path / 'run'}"
     evaluations = [line.split()[:3] for line in said if line.startswith("step")]
     assert evaluations == [["step", str(n), "val_loss"] for n in (0, 2, 4, 6)]
     assert said[-2:] == [f"run: {tmp_path / 'run'}", f"loss curves: {tmp_path / 'run' / 'loss.png'}"]

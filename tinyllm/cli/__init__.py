@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import os
 import sys
+import warnings
 
 import tyro
 
@@ -72,7 +73,8 @@ def main(args: list[str] | None = None) -> int:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # a terminal that cannot show a character shows a ?
             stream.reconfigure(errors="replace")
-    with robust_output("stderr"):
+    with robust_output("stderr"), warnings.catch_warnings():
+        warnings.showwarning = _show_warning
         try:
             try:
                 return _main(args)
@@ -114,6 +116,10 @@ def _main(args: list[str] | None) -> int:
         number, message = interrupt.args if len(interrupt.args) == 2 else (2, "interrupted")
         return _fail(message, 128 + number)
     return DONE
+
+
+def _show_warning(message, *_) -> None:
+    print(f"tinyllm: warning: {' '.join(str(message).split())}", file=sys.stderr)
 
 
 def _fail(message, code: int) -> int:

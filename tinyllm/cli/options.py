@@ -246,6 +246,15 @@ def parse_options(options: type, program: str, args: list[str], **more):
         known = known.replace(", 'None'", "").replace("'", "")
         sentence = f"{name} is {value}{did_you_mean(value.strip(chr(39)), known.split(', '))}: choose {known}"
     sentence = re.sub(r"^Missing value for argument '(\S+)'.*", r"\1 needs a value", sentence)
+    if kind := re.match(r"Error parsing (\S+): .*?(int|float)\b.*: ('.*')", sentence):
+        number = "a whole number" if kind[2] == "int" else "a number"
+        sentence = f"{kind[1]} is {kind[3]}: give {number}"
+    if kind := re.match(r"Error parsing (\S+): no type matching {None}\|(\w+) .* from \[(.*)\]", sentence):
+        number = {"INT": "a whole number", "FLOAT": "a number"}.get(kind[2], kind[2])
+        sentence = f"{kind[1]} is {kind[3]}: give {number}, or None"
+    if word := re.match(r"Unrecognized options: (?!-)(.*)", sentence):
+        meant = "text" in options.__dataclass_fields__
+        sentence = f"{word[1]!r} is not an option{f' (did you mean --text {word[1]}?)' * meant}"
     raise Error(f"{sentence}; see {program} --help")
 
 

@@ -100,7 +100,7 @@ def _train(run: RunFolder, logs: list[Log], check: Check, progress: bool) -> Non
         raise KeyboardInterrupt(stop.args[0], said) from None
     except FloatingPointError as error:
         where = run.save()
-        raise FloatingPointError(f"{error} (the weights after step {run.step} are in {where})") from None
+        raise FloatingPointError(f"{error}; the weights after step {run.step} are in {where}") from None
     except (MemoryError, OSError) as error:
         error.__traceback__ = None  # it references the step's arrays, and saving needs memory
         if run.is_between_updates():

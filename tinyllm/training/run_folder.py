@@ -68,7 +68,9 @@ def begun_config(folder: Path, options: type[RunOptions] = TrainConfig) -> RunOp
 
 def _read_about(folder: Path, task: str) -> dict:
     if not (folder / RUN_CONFIG).exists():
-        raise Error(f"{folder} is not a run folder (it has no {RUN_CONFIG}): give the --out of a run")
+        raise Error(
+            f"{folder} is not a run folder (it has no {RUN_CONFIG}): give a run's folder, as in runs/NAME-1"
+        )
     match read_sealed(folder / RUN_CONFIG):
         case {"train": dict(), "versions": dict()} as about:
             if about.get("task", task) != task:
@@ -149,7 +151,7 @@ class RunFolder:
         )
         for line in (*task.introduction(), model):
             say(line, indent=0)
-        say(f"the run is saved in {self.folder}")
+        say(f"the run will be saved in {self.folder}")
 
     def _check_empty(self) -> None:
         if not self.folder.exists():
@@ -319,7 +321,7 @@ class RunFolder:
         if sum(1 for _ in before) >= self.config.skip_nonfinite or not weights_are_finite(self.model):
             raise FloatingPointError(
                 f"step {completed.step}: {what}: start again with a smaller --lr or --clip, or --resume "
-                f"{self.folder} with --skip-nonfinite (the batch is in {path})"
+                f"{self.folder} with --skip-nonfinite; the batch is in {path}"
             )
         say(f"step {completed.step}: {what}: the update is skipped (the batch is in {path})")
         return what

@@ -43,7 +43,8 @@ def starting_from(source: str) -> TrainConfig:
         weights, run = _find(source)
         config = empty_model(weights).config
     except Error as error:
-        raise Error(f"--from: {error}") from None
+        or_run = ", or a run's folder" * str(error).startswith("no folder")
+        raise Error(f"--from: {error}{or_run}") from None
     options = _options_of(config) | {"start_from": source, "warmup": None, "init": "gpt2"}
     if run is not None:
         begun = begun_config(run)

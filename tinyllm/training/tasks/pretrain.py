@@ -54,6 +54,8 @@ BPE_CHARACTERS = 10_000_000  # learn the vocabulary of a larger text from a samp
 
 VALIDATION_FRACTION = 0.1
 
+SHORTEST_CONTEXT = 8  # that is worth suggesting
+
 
 @dataclass(frozen=True)
 class Data:
@@ -96,8 +98,8 @@ def load_data(
     split = config.special == "allow" if tokenizer is None else splits(tokenizer, config.special)
     parts = [] if large else train_validation_split(corpus.documents(split), VALIDATION_FRACTION)
     texts = None if large else tuple("".join(part).encode("utf-8") for part in parts)
-    if not large:  # no tokenizer makes more tokens than bytes, and one between documents
-        _check_length(config, corpus, len(texts[1]) + len(parts[1]) - 1, "bytes")
+    if not large and _is_learned(config):  # not more tokens than bytes, and one between documents
+        _check_length(config, corpus, parts, len(texts[1]) + len(parts[1]) - 1, "bytes")
     tokenizer = tokenizer or _learn_tokenizer(config, corpus, *parts)
     prompt = _default_prompt(corpus, split) if config.prompt is None else config.prompt
     prompt_ids = _encode_prompt(config, tokenizer, prompt)
@@ -109,7 +111,7 @@ def load_data(
         _check_special(config, corpus, tokenizer, [*parts[0], *parts[1]])
         train, validation = (encode_documents(tokenizer, part, config.special) for part in parts)
         validation_bytes = count_bytes(tokenizer, parts[1], config.special)
-    _check_length(config, corpus, len(validation), "tokens")
+    _check_length(config, corpus, parts, len(validation), "tokens")
     bytes_per_token = validation_bytes / len(validation)
     train = Windows(train, config.context, config.stride or max(1, config.context // 4))
     validation = Windows(validation, config.context)
@@ -126,13 +128,25 @@ def _open_text(config: TrainConfig) -> Corpus:
         raise
 
 
-def _check_length(config: TrainConfig, corpus: Corpus, size: int, unit: str) -> None:
+def _check_length(config: TrainConfig, corpus: Corpus, parts: list, size: int, unit: str) -> None:
     if size <= config.context:
         raise Error(
             f"the text {corpus.name} is too short: its last tenth, for validation, has {size} {unit}, and a "
-            f"window of --context {config.context} needs {config.context + 1} tokens: use a longer text or a "
-            "smaller --context"
+            f"window of --context {config.context} needs {config.context + 1} tokens: use a longer text"
+            + _options_for_short(config, parts, size)
         )
+
+
+def _options_for_short(config: TrainConfig, parts: list, size: int = 0) -> str:
+    """Options with which a short text can be trained on, if there are any."""
+    learned = _is_learned(config)
+    if learned and parts:
+        size = sum(map(len, parts[1])) + len(parts[1]) - 1  # with the tokenizer char
+    context = min(config.context, 1 << max(size - 1, 1).bit_length() - 1)
+    options = "--tokenizer char " * (learned and config.tokenizer != "char")
+    if context < config.context:
+        options += f"--context {context}"
+    return f", or {options.strip()}" if context >= SHORTEST_CONTEXT else ""
 
 
 def _check_special(config: TrainConfig, corpus: Corpus, tokenizer: Tokenizer, documents: list[str]) -> None:
@@ -146,12 +160,15 @@ def _check_special(config: TrainConfig, corpus: Corpus, tokenizer: Tokenizer, do
             )
 
 
+def _is_learned(config: TrainConfig) -> bool:
+    return config.tokenizer == "char" or config.tokenizer.startswith("bpe:")
+
+
 def _load_tokenizer(config: TrainConfig) -> Tokenizer | None:
     """The tokenizer that ``config`` names; None for one that is learned from the text."""
     if config.tokenizer.startswith("bpe:"):
         parse_bpe(config.tokenizer)
-        return None
-    if config.tokenizer == "char":
+    if _is_learned(config):
         return None
     tokenizer = load_tokenizer(config.tokenizer)
     if config.special_tokens and not is_ours(tokenizer):
@@ -172,7 +189,13 @@ def _learn_tokenizer(config: TrainConfig, corpus: Corpus, train=(), validation=(
         try:
             tokenizer = BPETokenizer(train_bpe(sample, parse_bpe(config.tokenizer)))
         except Error as error:
-            raise Error(f"--tokenizer {config.tokenizer}: {error}") from None
+            most = re.search(r"a vocab_size of at most (\d+)", str(error))
+            if most is None:
+                raise Error(f"--tokenizer {config.tokenizer}: {error}") from None
+            raise Error(
+                f"the text {corpus.name} is too short for --tokenizer {config.tokenizer} (bpe:{most[1]} at "
+                f"most): use a longer text{_options_for_short(config, [train, validation])}"
+            ) from None
     return tokenizer.with_special_tokens(config.special_tokens)
 
 
@@ -322,10 +345,9 @@ class Pretraining(Task):
     def describe_evaluation(self, record: dict) -> str:
         with np.errstate(over="ignore"):  # a diverging run's perplexity is inf
             perplexity = np.exp(record["val_loss"])
-        return (
-            f"train {record['train_eval_loss']:.4f}  val {record['val_loss']:.4f} = perplexity "
-            f"{perplexity:.1f} = {record['val_bits_per_byte']:.3f} bits/byte"
-        )
+        train, val = (_number(record[key], 4) for key in ("train_eval_loss", "val_loss"))
+        bits = _number(record["val_bits_per_byte"], 3)
+        return f"train {train}  val {val} = perplexity {_number(perplexity, 1)} = {bits} bits/byte"
 
     def describe_batch(self, batch: tuple) -> dict:
         ids, targets = batch
@@ -346,6 +368,10 @@ class Pretraining(Task):
             f"tinyllm generate --run {run} --prompt {prompt}",
             f"tinyllm train --from {run} --steps {self.config.steps}",
         ]
+
+
+def _number(value: float, decimals: int) -> str:
+    return f"{value:.{decimals}f}" if value < 1e6 else f"{value:.4g}"
 
 
 def mean_loss(model: Module, windows: Windows, most: int, batch: int, check: Check = do_nothing) -> float:
