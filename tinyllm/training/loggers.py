@@ -248,6 +248,11 @@ def output_errors() -> dict[str, str]:
     return found
 
 
+def number(value: float, decimals: int) -> str:
+    """The value with these decimals, or four digits if it is large, as in a run that diverges."""
+    return f"{value:.{decimals}f}" if value < 1e6 else f"{value:.4g}"
+
+
 def wrap(line: str, indent: int) -> list[str]:
     """The line broken at spaces into lines of at most ``LINE`` columns, all but the first indented.
 

@@ -31,7 +31,7 @@ from tinyllm.tokenizers.base import check_fits
 from tinyllm.tokenizers.bpe import parse_bpe
 from tinyllm.training import baselines
 from tinyllm.training.config import TrainConfig, check_writable
-from tinyllm.training.loggers import Log, say
+from tinyllm.training.loggers import Log, number, say
 from tinyllm.training.run import run_task
 from tinyllm.training.start import (
     check_architecture,
@@ -345,9 +345,9 @@ class Pretraining(Task):
     def describe_evaluation(self, record: dict) -> str:
         with np.errstate(over="ignore"):  # a diverging run's perplexity is inf
             perplexity = np.exp(record["val_loss"])
-        train, val = (_number(record[key], 4) for key in ("train_eval_loss", "val_loss"))
-        bits = _number(record["val_bits_per_byte"], 3)
-        return f"train {train}  val {val} = perplexity {_number(perplexity, 1)} = {bits} bits/byte"
+        train, val = (number(record[key], 4) for key in ("train_eval_loss", "val_loss"))
+        bits = number(record["val_bits_per_byte"], 3)
+        return f"train {train}  val {val} = perplexity {number(perplexity, 1)} = {bits} bits/byte"
 
     def describe_batch(self, batch: tuple) -> dict:
         ids, targets = batch
@@ -368,10 +368,6 @@ class Pretraining(Task):
             f"tinyllm generate --run {run} --prompt {prompt}",
             f"tinyllm train --from {run} --steps {self.config.steps}",
         ]
-
-
-def _number(value: float, decimals: int) -> str:
-    return f"{value:.{decimals}f}" if value < 1e6 else f"{value:.4g}"
 
 
 def mean_loss(model: Module, windows: Windows, most: int, batch: int, check: Check = do_nothing) -> float:
