@@ -77,7 +77,7 @@ def test_wheel_trains_and_generates_outside_the_checkout(wheel, tmp_path):
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", environment], check=True)
     scripts = environment / ("Scripts" if os.name == "nt" else "bin")
     packages = sysconfig.get_path("purelib", vars={"base": environment, "platbase": environment})
-    install = ["install", "--no-deps", "--no-index", "--prefix", environment, wheel]
+    install = ["install", "--ignore-installed", "--no-deps", "--no-index", "--prefix", environment, wheel]
     subprocess.run([sys.executable, "-m", "pip", *install], check=True, capture_output=True)
     (Path(packages) / "requirements.pth").write_text(sysconfig.get_path("purelib"))
     work.mkdir()
