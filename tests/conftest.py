@@ -29,6 +29,7 @@ from support.device_array import DeviceArray  # noqa: E402
 from tinyllm import Error  # noqa: E402
 from tinyllm.backend.cuda import launch  # noqa: E402
 from tinyllm.backend.device import pick_device  # noqa: E402
+from tinyllm.data.corpus import load_text  # noqa: E402
 
 settings.register_profile("ci", derandomize=True, deadline=None, max_examples=40)
 settings.register_profile("thorough", deadline=None, max_examples=400)
@@ -60,3 +61,14 @@ def put(request, monkeypatch):
     if request.param == "simulated GPU":
         monkeypatch.setitem(launch.LIBRARIES, DeviceArray, Simulator())
     return DeviceArray.of
+
+
+@pytest.fixture(scope="session")
+def verdict():
+    """The classic run's text. Its tests are skipped without TINYLLM_DATA, a cached copy and a network."""
+    if not (Path(os.environ.get("TINYLLM_DATA", "")) / "the-verdict.txt").is_file():
+        try:
+            load_text("the-verdict")
+        except Error as error:
+            pytest.skip(f"neither TINYLLM_DATA nor the network has it: {error}")
+    return load_text("the-verdict")

@@ -115,7 +115,7 @@ def test_special_tokens_are_refused_allowed_or_encoded_as_text(run, tmp_path, ca
     assert "19 bytes, 19 tokens" in evaluated(capsys, *args, "--special", "text")[0]
 
 
-def test_known_text_under_an_untrained_model_folder(tmp_path, capsys):
+def test_known_text_under_an_untrained_model_folder(verdict, tmp_path, capsys):
     config = GPT2Config(vocab_size=50257, n_embd=4, n_layer=1, n_head=1, n_positions=512)
     GPT2(config, rng=np.random.default_rng(0)).save_pretrained(tmp_path / "gpt2")
     args = ["--model", str(tmp_path / "gpt2"), "--text", "the-verdict"]
@@ -125,7 +125,7 @@ def test_known_text_under_an_untrained_model_folder(tmp_path, capsys):
     assert evaluated(capsys, *args, "--dtype", "float64")[1] == pytest.approx(loss, abs=2e-4)
 
 
-def test_float64_weights_are_not_rounded_to_float32(tmp_path, capsys, monkeypatch):
+def test_float64_weights_are_not_rounded_to_float32(verdict, tmp_path, capsys, monkeypatch):
     config = GPT2Config(vocab_size=50257, n_embd=4, n_layer=1, n_head=1, n_positions=8)
     model, seen = GPT2(config, rng=np.random.default_rng(0)).astype(np.float64), []
     model.wte.weight.data += 1e-12  # lost in float32

@@ -49,17 +49,6 @@ def test_python_docs_is_always_available():
     assert load_text("python-docs") == docs
 
 
-@pytest.fixture(scope="module")
-def verdict():
-    folder = os.environ.get("TINYLLM_DATA")
-    if folder and (Path(folder) / "the-verdict.txt").exists():
-        return load_text("the-verdict")  # outside the try: an error here must fail, not skip
-    try:
-        return load_text("the-verdict")
-    except Error as error:
-        pytest.skip(f"neither TINYLLM_DATA nor the network has it: {error}")
-
-
 def test_the_verdict_gives_the_known_counts(verdict):
     assert verdict.name == "the-verdict"
     assert verdict.sha256 == documents_module.VERDICT_SHA256

