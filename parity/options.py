@@ -5,6 +5,7 @@ import json
 from collections.abc import Iterable
 from pathlib import Path
 
+from tinyllm.checks import pip_install
 from tinyllm.errors import Error
 from tinyllm.files import write_whole
 
@@ -37,7 +38,7 @@ def check_installed(command: str, modules: Iterable[str]) -> None:
     """Raise ``Error`` if one of the packages that a command needs is not installed."""
     for module in modules:
         if not importlib.util.find_spec(module):
-            raise Error(f"{command} needs {module}: pip install 'tinyllm-numpy[test]'")
+            raise Error(f"{command} needs {module}: {pip_install('test')}")
 
 
 def write_json(path: Path | None, result: dict) -> None:

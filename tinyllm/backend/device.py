@@ -12,6 +12,7 @@ import numpy as np
 
 from tinyllm.backend.cuda import launch
 from tinyllm.backend.dtypes import Precision
+from tinyllm.checks import pip_install
 from tinyllm.errors import Error
 
 FOR_A_GPU = ("tf32", "bfloat16", "float16")  # slower than float32 on a CPU
@@ -46,7 +47,7 @@ def _count_gpus(name: str) -> int:
         import cupy
     except ModuleNotFoundError:
         raise Error(
-            f"device {name!r} needs a GPU and CuPy: pip install 'tinyllm-numpy[gpu12]' for CUDA 12 or gpu13 "
+            f"device {name!r} needs a GPU and CuPy: {pip_install('gpu12')} for CUDA 12 or gpu13 "
             "for CUDA 13, or choose cpu"
         ) from None
     except ImportError as error:  # the message is long; its beginning names the cause

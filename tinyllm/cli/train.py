@@ -9,7 +9,7 @@ from typing import Annotated
 
 import tyro
 
-from tinyllm.cli.options import did_you_mean, parse_options, readable
+from tinyllm.cli.options import did_you_mean, option, parse_options, readable
 from tinyllm.errors import Error
 from tinyllm.tools.profile import profile
 from tinyllm.training.config import PRESETS, TrainConfig
@@ -21,8 +21,10 @@ from tinyllm.training.tasks.pretrain import parts_of_a_step, train
 
 @dataclass(frozen=True)
 class _Preset:
-    preset: str = "small"
-    """A preset (small, ten-minutes, gpt2-verdict, gpt2-124m) sets the defaults of the other options."""
+    preset: Annotated[
+        str,
+        option("NAME", "small", f"A preset ({', '.join(PRESETS)}) sets the defaults of the other options."),
+    ] = "small"
 
 
 @dataclass(frozen=True)
@@ -68,13 +70,13 @@ def parse(args: list[str]) -> TrainConfig:
     """The options of a command line. Those in ``SOURCES`` are read first, wherever they are written."""
     taken, rest, words = {}, [], iter(args)
     for word in words:
-        option, equals, value = word.partition("=")
-        if option not in SOURCES:
+        name, equals, value = word.partition("=")
+        if name not in SOURCES:
             rest.append(word)
             continue
-        taken[option] = value if equals else next(words, "")
-        if not taken[option] or taken[option].startswith("--"):
-            raise Error(f"{option} needs a value; see tinyllm train --help")
+        taken[name] = value if equals else next(words, "")
+        if not taken[name] or taken[name].startswith("--"):
+            raise Error(f"{name} needs a value; see tinyllm train --help")
     if len(taken) > 1:
         raise Error(f"{' and '.join(taken)} both set the defaults of the other options: give one of them")
     source, value = next(iter(taken.items()), ("--preset", "small"))

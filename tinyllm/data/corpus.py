@@ -31,7 +31,7 @@ from tinyllm.errors import Error
 from tinyllm.tokenizers.base import END_OF_TEXT, Tokenizer
 
 PIECE_CHARACTERS = 2**20  # a longer document is cut at the first possible position from here on
-LONGEST_PIECE = 16 * 2**20  # an error if there is none up to here
+LONGEST_PIECE = 16 * 2**20  # characters; an error if there is no such position before
 
 # A document may be cut between a character that is not whitespace and one that is. GPT-2's pattern never
 # joins the two and has no lookbehind, so the pieces have the same tokens as the whole document.

@@ -209,11 +209,8 @@ class Targets:
             check_ids(np.where(target == ignore_index, 0, target), logits_shape[-1], name="targets")
         if weights is not None and tuple(weights.shape) != tuple(target.shape):
             raise Error(f"weights of shape {weights.shape} do not fit targets of shape {target.shape}")
-        self.counted, self.shape, self.reduction = (
-            (target != ignore_index).reshape(-1),
-            target.shape,
-            reduction,
-        )
+        self.shape, self.reduction = target.shape, reduction
+        self.counted = (target != ignore_index).reshape(-1)
         self.index = np.where(self.counted, target.reshape(-1), 0)
         weights, weight = (None if x is None else to_memory_of(x, target) for x in (weights, weight))
         weights = None if weights is None else np.where(self.counted, weights.reshape(-1), 0)

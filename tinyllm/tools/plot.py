@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from tinyllm.checks import pip_install
 from tinyllm.errors import Error
 from tinyllm.files import replacing
 from tinyllm.training.config import flag
@@ -23,6 +24,7 @@ from tinyllm.training.loggers import (
     FIGURE_SIZE,
     GREY,
     LIGHT,
+    LINE,
     Y_AXES,
     best_record,
     quiet_axes,
@@ -35,8 +37,6 @@ __all__ = ["COLORS", "GREY", "LIGHT", "new_figure", "plot_runs", "save", "summar
 PICTURES = (".png", ".svg", ".pdf")
 
 X_AXES = ("step", "tokens", "time")
-
-LINE = 88  # columns of a table
 
 OPTIONS_SHOWN = 5  # in the legend; the table lists all
 
@@ -118,7 +118,7 @@ def _figure_class() -> type:
     try:
         from matplotlib.figure import Figure
     except ImportError:
-        raise Error("plots need matplotlib: pip install 'tinyllm-numpy[plot]'") from None
+        raise Error(f"plots need matplotlib: {pip_install('plot')}") from None
     return Figure
 
 

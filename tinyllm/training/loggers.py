@@ -28,8 +28,9 @@ from contextlib import ExitStack, closing, contextmanager, redirect_stderr, redi
 from pathlib import Path
 from typing import TextIO
 
+from tinyllm.checks import pip_install
 from tinyllm.errors import Error
-from tinyllm.files import replacing, write_whole
+from tinyllm.files import read_file, replacing, write_whole
 
 PLOT = "loss.png"
 
@@ -54,7 +55,7 @@ def check_logs(names: Sequence[str]) -> None:
         try:
             importlib.import_module(PACKAGES[name])
         except ImportError:
-            raise Error(f"--log {name} needs {PACKAGES[name]}: pip install 'tinyllm-numpy[{name}]'") from None
+            raise Error(f"--log {name} needs {PACKAGES[name]}: {pip_install(name)}") from None
 
 
 @contextmanager
@@ -179,7 +180,7 @@ def _wandb_id(folder: Path) -> str:
     file = folder / WANDB_ID
     if not file.exists():
         write_whole(file, f"{secrets.token_hex(4)}\n".encode())
-    found = file.read_text(encoding="utf-8", errors="replace").strip()
+    found = read_file(file).decode("utf-8", errors="replace").strip()
     if not (found.isascii() and found.isalnum()):
         raise Error(f"{file} has no W&B id: remove it to log to a new W&B run")
     return found

@@ -30,6 +30,7 @@ from pathlib import Path
 import numpy as np
 
 from tinyllm.backend.device import describe_device, pick_device
+from tinyllm.checks import pip_install
 from tinyllm.errors import Error
 from tinyllm.files import append_whole, lock, read_file, read_sealed, sealed, sync, write_whole
 from tinyllm.nn import Module
@@ -303,7 +304,7 @@ class RunFolder:
         """The lines at the end of a run: where its folder and picture are, and how to continue."""
         picture = self.folder / PLOT
         if not picture.exists():
-            picture = f"no {PLOT}, which needs matplotlib: pip install 'tinyllm-numpy[plot]'"
+            picture = f"no {PLOT}, which needs matplotlib: {pip_install('plot')}"
         commands = "".join(f"\n  {command}" for command in self.task.next_commands(self.folder))
         return f"run: {self.folder}\nloss curves: {picture}" + (commands and f"\nnext:{commands}")
 
