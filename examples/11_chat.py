@@ -119,8 +119,9 @@ for temperature in (0, 0.2, 1):
 
 # %% [markdown]
 # ## A conversation
-# The model keeps no state between answers. The prompt of each turn contains the whole conversation so far, so
-# it grows. `tinyllm chat` does the same interactively.
+# The prompt of each turn contains the whole conversation so far, so it grows. It begins with the prompt of
+# the turn before, whose keys and values are still in the cache: only the new tokens are processed. `tinyllm
+# chat` does the same interactively.
 
 # %%
 most = 8 if SMALL and path is None else 60

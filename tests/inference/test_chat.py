@@ -1,5 +1,7 @@
 """Conversations: prompts, Ctrl-C, the end of an answer, and streaming text."""
 
+import itertools
+
 import numpy as np
 import pytest
 from hypothesis import example, given
@@ -109,6 +111,29 @@ def test_answer_equals_the_output_of_generate(conversation, parts):
     text = tokenizer.decode([token for token in tokens if token != END])
     assert conversation.messages[1]["content"] == text == "".join(written)
     assert text
+
+
+def test_second_turn_processes_only_what_is_new(parts):
+    """The answers are those of a conversation whose cache is dropped before every turn."""
+    model, tokenizer = parts
+    kept, plain = (Conversation(model, tokenizer, max_new_tokens=6, temperature=1.0) for _ in range(2))
+    before = []
+    for words in ("hi", "and you?", "hello again", "why?"):
+        plain.cache = None
+        ids = kept.prompt(words)
+        found, expected = kept.answer(words, str), plain.answer(words, str)
+        assert kept.messages == plain.messages
+        assert expected.prompt_tokens == len(ids) == found.prompt_tokens + len(before)
+        cached = kept.cache.texts[0]
+        assert cached[: len(ids)] == ids and kept.cache.capacity <= model.context
+        after = kept.prompt("x")
+        before = [a for a, b in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(cached, after))]
+        assert len(before) >= len(ids)
+    kept.instruct("Be brief.")
+    plain.instruct("Be brief.")
+    plain.cache = None
+    assert kept.answer("hi", str).prompt_tokens < plain.answer("hi", str).prompt_tokens
+    assert kept.messages == plain.messages
 
 
 def test_answer_reports_tokens_and_times(conversation, answers, monkeypatch):

@@ -164,25 +164,26 @@ def test_logits_do_not_depend_on_how_the_text_is_split(config, chunks, dtype, bo
     cache, parts = model.new_cache(2), []
     for part in np.split(ids, np.cumsum(chunks)[:-1], axis=1):
         parts.append(logits_of(model, part, cache=cache))
-    assert cache.length == 8
+    assert cache.texts == ids.tolist()
     assert np.abs(np.concatenate(parts, axis=1) - whole).max() <= bound * np.abs(whole).max()
 
 
 @both_models
-def test_padding_is_never_attended_to(config):
+def test_rows_of_different_length_are_independent(config):
+    """Filled one by one, then extended together, by one and by two tokens."""
     model = build(config)
-    padding = np.array([3, 0, 5])
     rng = np.random.default_rng(0)
-    ids, other = rng.integers(0, 13, (2, 3, 6))
-    other = np.where(np.arange(6) < padding[:, None], other, ids)
-    results = []
-    for given_ids in (ids, other):
-        cache = model.new_cache(3, 8, padding)
-        first = logits_of(model, given_ids, cache=cache)[:, -1]
-        results.append(np.stack([first, logits_of(model, [[1], [2], [3]], cache=cache)[:, 0]], axis=1))
-    assert np.array_equal(*results)
-    for row, fill, result in zip(ids, padding, results[0]):
-        alone = logits_of(model, [[*row[fill:], 1 + list(padding).index(fill)]])[0, -2:]
+    prompts = [rng.integers(0, 13, length).tolist() for length in (3, 5, 1)]
+    cache = model.new_cache(3)
+    for i, prompt in enumerate(prompts):
+        logits_of(model, [prompt], cache=cache[i : i + 1])
+    assert cache.texts == prompts and cache.lengths.tolist() == [3, 5, 1]
+    one = logits_of(model, [[1], [2], [3]], cache=cache)
+    two = logits_of(model, [[4, 5], [6, 7], [8, 9]], cache=cache)
+    for row, prompt in enumerate(prompts):
+        text = [*prompt, 1 + row, 4 + 2 * row, 5 + 2 * row]
+        alone = logits_of(model, [text])[0, -3:]
+        result = np.concatenate([one[row], two[row]])
         assert np.abs(result - alone).max() <= 1e-13 * np.abs(alone).max()
 
 
@@ -192,7 +193,7 @@ def test_prompt_is_prefilled_once_and_decoding_computes_one_token(config):
     with mock.patch.object(type(model), "forward", autospec=True, side_effect=type(model).forward) as forward:
         text(model, [[1, 2, 3], [4]], 5)
         seen = [call.args[1].shape for call in forward.call_args_list]
-    assert seen == [(2, 3)] + [(2, 1)] * 4
+    assert seen == [(1, 3), (1, 1)] + [(2, 1)] * 4
 
 
 # ----------------------------------------------------------------------- the end of the context
@@ -253,12 +254,12 @@ def test_sliding_llama_differs_from_recomputing_the_window():
 
 def test_sliding_batch_continues_every_row():
     model = build(LLAMA_CONFIG)
-    tokens = text(model, [[1, 2, 3, 4, 5, 6, 7], [8]], 40, slide=True, rng=np.random.default_rng(0))
+    prompts, table = [[1, 2, 3, 4, 5, 6, 7], [8]], np.random.default_rng(0).random((40, 2))
+    tokens = text(model, prompts, 40, slide=True, rng=Uniforms(table))
     assert tokens.shape == (40, 2)
-    # The padded row first loses its padding: until then its tokens are those it generates alone.
-    table = np.random.default_rng(0).random((40, 2))
-    alone = text(model, [[8]], 8, rng=Uniforms(table[:, [1]]))[:, 0]
-    assert tokens[:8, 1].tolist() == alone.tolist()
+    for i, prompt in enumerate(prompts):
+        alone = text(model, [prompt], 40, slide=True, rng=Uniforms(table[:, [i]]))[:, 0]
+        assert tokens[:, i].tolist() == alone.tolist()
 
 
 def test_slide_has_no_effect_on_gpt2():
@@ -289,7 +290,7 @@ def test_cache_size_is_that_of_keys_and_values(config):
     for entries in cache.keys + cache.values:
         assert (entries.shape, entries.dtype) == ((3, heads, 5, 4), np.float32)
     assert len(cache.keys) == len(cache.values) == 2  # layers
-    assert (cache.length, cache.capacity) == (0, 5)
+    assert (cache.texts, cache.capacity) == ([[], [], []], 5)
     assert model.new_cache(1).capacity == model.new_cache(1, 10**9).capacity == 8  # the context
 
 
@@ -331,7 +332,7 @@ def test_attention_reads_cached_keys_without_a_copy():
     new = [Tensor(np.random.default_rng(i).standard_normal((2, 2, 4, 4))) for i in range(2)]
     for kept, whole, given_now in zip((cache.keys[1], cache.values[1]), layer.extend(*new), new):
         assert np.shares_memory(whole.data, kept) and np.array_equal(whole.data, given_now.data)
-    assert cache.length == 0  # until the forward pass is complete
+    assert cache.texts == [[], []]  # until the forward pass is complete
 
 
 @both_models
@@ -343,7 +344,7 @@ def test_failed_forward_pass_leaves_the_cache_unchanged(config):
     failing = mock.patch.object(F, "scaled_dot_product_attention", side_effect=ZeroDivisionError)
     with failing, pytest.raises(ZeroDivisionError):
         logits_of(model, [[4]], cache=cache)
-    assert cache.length == 3
+    assert cache.texts == [[1, 2, 3]]
     expected = logits_of(model, [[1, 2, 3, 5]])[:, -1]
     result = logits_of(model, [[5]], cache=cache)[:, 0]
     assert np.abs(result - expected).max() <= 1e-13 * np.abs(expected).max()
@@ -355,27 +356,27 @@ def test_ids_that_exceed_the_cache_are_refused(config):
     cache = model.new_cache(2, 5)
     logits_of(model, [[1, 2, 3], [4, 5, 6]], cache=cache)
     for ids in ([[1, 2, 3], [4, 5, 6]], [[1]]):
-        with pytest.raises(Error, match="cache of 2 rows that holds 3 of at most 5 tokens"):
+        with pytest.raises(Error, match="cache of 2 rows that hold 3 of at most 5 tokens"):
             logits_of(model, ids, cache=cache)
     with pytest.raises(Error, match=r"under no_grad\(\)"):
         model(np.array([[1], [2]]), cache=cache)
-    assert cache.length == 3
+    assert cache.texts == [[1, 2, 3], [4, 5, 6]]
 
 
 def test_drop_oldest_preserves_positions():
-    cache = build(LLAMA_CONFIG).new_cache(2, 6, padding=[0, 3])
+    model = build(LLAMA_CONFIG)
+    cache = model.new_cache(2, 6)
+    logits_of(model, np.ones((2, 4), int), cache=cache)
+    logits_of(model, [[2, 3]], cache=cache[:1])
     for entries in cache.keys + cache.values:
         entries[...] = np.arange(6)[:, None]
-    cache.length = 6
-    assert cache.mask(0)[:, 0, 0].tolist() == [[True] * 6, [False] * 3 + [True] * 3]
-    assert cache.positions(2).tolist() == [[6, 7], [3, 4]]
-    cache.drop_oldest(2)
-    assert cache.length == 4 and cache.positions(1).tolist() == [[6], [3]]
-    assert cache.mask(0)[:, 0, 0].tolist() == [[True] * 4, [False] + [True] * 3]
+    assert cache.positions(2).tolist() == [[6, 7], [4, 5]] and cache.free.tolist() == [0, 2]
+    cache.drop_oldest([2, 0])
+    assert cache.positions(1).tolist() == [[6], [4]] and cache.free.tolist() == [2, 2]
     for entries in cache.keys + cache.values:
-        assert (entries[:, :, :4] == np.arange(2, 6)[:, None]).all()
-    cache.drop_oldest(2)
-    assert cache.mask(1) is None
+        assert (entries[0, :, :4] == np.arange(2, 6)[:, None]).all()
+        assert (entries[1, :, :4] == np.arange(4)[:, None]).all()
+    assert cache.layers(2, 1)[0].place.mask is None  # both rows hold four entries
 
 
 @both_models

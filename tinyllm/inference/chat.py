@@ -1,8 +1,8 @@
 """How does a model hold a conversation?
 
-The model keeps no state between answers. For each answer it continues a prompt that contains the whole
-conversation so far, in the format of its training data (``tokenizers/chat_template.py``), and ends where the
-answer begins.
+For each answer the model continues a prompt that contains the whole conversation so far, in the format of its
+training data (``tokenizers/chat_template.py``), and ends where the answer begins. The prompt of a turn begins
+with that of the turn before, whose keys and values are kept in a cache: only the new tokens are processed.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from tinyllm.checks import check_at_least
 from tinyllm.errors import Error
 from tinyllm.inference.generate import generate
 from tinyllm.models import empty_model, load_model
+from tinyllm.models.cache import Cache
 from tinyllm.nn import Module
 from tinyllm.tokenizers import load_tokenizer
 from tinyllm.tokenizers.base import Tokenizer, check_fits, check_text
@@ -61,7 +62,7 @@ def text_stream(tokenizer: Tokenizer, steps: Iterator[np.ndarray], stop_ids: Seq
 class Answer(NamedTuple):
     """Statistics of an answer: tokens and times of prefill and decoding, and why it ended."""
 
-    prompt_tokens: int
+    prompt_tokens: int  # processed: those of earlier turns are cached
     prompt_seconds: float  # prefill: until the first token of the answer
     tokens: int
     seconds: float  # decoding: from the first token of the answer to the last
@@ -94,6 +95,7 @@ class Conversation:
         self.rng = np.random.default_rng(seed)
         self.stop_ids = (*tokenizer.eos_ids, *end_of_answer(tokenizer))
         self.messages: list[dict[str, str]] = []
+        self.cache: Cache | None = None  # of the last turn
 
     def history(self) -> list[dict[str, str]]:
         """The system message, if there is one, and the messages so far: the input of a chat template."""
@@ -135,7 +137,9 @@ class Conversation:
         stop_ids, ids = self.stop_ids, self.prompt(words)
         unused = self.tokenizer.unused_ids(self.model.config.vocab_size)
         options = self.max_new_tokens, *self.sampling, self.rng, stop_ids
-        steps = generate(self.model, [ids], *options, suppress_ids=unused)
+        cache = self._cache_for(ids)
+        new_tokens = len(ids) - len(cache.texts[0])
+        steps = generate(self.model, [ids], *options, suppress_ids=unused, cache=cache)
         tokens, times, pieces = [], [time.perf_counter()], []
 
         def timed() -> Iterator[np.ndarray]:
@@ -158,4 +162,16 @@ class Conversation:
             {"role": "user", "content": words},
             {"role": "assistant", "content": "".join(pieces)},
         ]
-        return Answer(len(ids), times[1] - times[0], len(tokens), times[-1] - times[1], end)
+        return Answer(new_tokens, times[1] - times[0], len(tokens), times[-1] - times[1], end)
+
+    def _cache_for(self, ids: list[int]) -> Cache:
+        """The cache of earlier turns, with what it has in common with the prompt, and large enough."""
+        tokens = min(len(ids) + self.max_new_tokens, self.model.context)
+        if self.cache is None:
+            self.cache = self.model.new_cache(1, tokens)
+        elif self.cache.capacity < tokens:  # at least doubled, so that it is not copied at every turn
+            self.cache = self.cache.with_capacity(
+                min(max(tokens, 2 * self.cache.capacity), self.model.context)
+            )
+        self.cache.keep_prefix([ids])
+        return self.cache

@@ -7,6 +7,7 @@ position and runs the model on that token. The keys and values of earlier tokens
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 
 import numpy as np
@@ -17,6 +18,7 @@ from tinyllm.backend.threads import step_of_few_rows
 from tinyllm.checks import as_generator, check_at_least, check_ids
 from tinyllm.errors import Error
 from tinyllm.inference.sampling import check_sampling, choose_tokens, suppress
+from tinyllm.models.cache import Cache
 from tinyllm.nn import evaluating
 from tinyllm.tensor import Tensor, no_grad
 
@@ -33,6 +35,7 @@ def generate(
     use_cache: bool = True,
     slide: bool = False,
     suppress_ids: Sequence[int] = (),
+    cache: Cache | None = None,
 ) -> Iterator[np.ndarray]:
     """Continue the prompts ``ids``: yields the sampled token ids (B,) of each step.
 
@@ -43,6 +46,10 @@ def generate(
     ``max_new_tokens``. ``use_cache=False`` processes the whole text again at every step: the same tokens,
     more slowly.
 
+    A ``cache`` of an earlier call may be given again, with the rows in the same order: what its rows have in
+    common with the prompts is not processed again, so the second turn of a conversation begins at once. It
+    must have been filled by the same model with the same weights.
+
     ``suppress_ids`` have probability 0. A model with more ids than its tokenizer has tokens needs
     ``suppress_ids=tokenizer.unused_ids(model.config.vocab_size)``.
 
@@ -51,26 +58,31 @@ def generate(
     - GPT-2 continues with a sliding window. The oldest token is dropped, and the others are processed again,
       because their learned positions have changed. From then on there is no cache.
     - Llama stops. Its last token is sampled from a full context.
-    - Llama with ``slide`` continues. Whenever the cache is full, its oldest quarter is dropped. The keys and
-      values that remain were computed with the dropped tokens in context, so the result differs from running
-      the model on the remaining window alone (``slide`` with ``use_cache=False``). Keys keep their rotation
-      and positions keep counting from the beginning of the text: RoPE depends only on distances, and none
-      exceeds the context. With rows of different lengths the longest decides when to drop.
+    - Llama with ``slide`` continues. Whenever the cache of a row is full, its oldest quarter is dropped. The
+      keys and values that remain were computed with the dropped tokens in context, so the result differs from
+      running the model on the remaining window alone (``slide`` with ``use_cache=False``). Keys keep their
+      rotation and positions keep counting from the beginning of the text: RoPE depends only on distances, and
+      none exceeds the context.
 
     The arguments are checked at the call, not at the first step; invalid ones raise ``Error``. The model is
     in eval mode and without gradients only during a step; between steps its mode is restored. The cache is
-    freed with the iterator.
+    freed with the iterator, unless it was given.
     """
-    ids, padding = _check_prompts(ids, model)
+    prompts = _check_prompts(ids, model)
     stop_ids = _check_list(stop_ids, model, "stop_ids")
     suppress_ids = _check_list(suppress_ids, model, "suppress_ids")
     max_new_tokens = check_at_least(max_new_tokens, 0, "max_new_tokens")
     check_sampling(temperature, top_k, top_p)
     rng = np.random.default_rng() if rng is None else as_generator(rng)
+    longest = max(map(len, prompts))
     if not (slide or model.learned_positions):
-        max_new_tokens = min(max_new_tokens, model.context - ids.shape[1] + 1)
+        max_new_tokens = min(max_new_tokens, model.context - longest + 1)
+    if cache is not None:
+        _check_cache(cache, len(prompts), min(longest + max_new_tokens, model.context))
+    elif use_cache:
+        cache = model.new_cache(len(prompts), longest + max_new_tokens)
     sampling = (temperature, top_k, top_p)
-    return _steps(model, ids, padding, max_new_tokens, sampling, rng, stop_ids, use_cache, suppress_ids)
+    return _steps(model, prompts, max_new_tokens, sampling, rng, stop_ids, cache, suppress_ids)
 
 
 def _check_list(ids, model, name: str) -> np.ndarray:
@@ -79,8 +91,8 @@ def _check_list(ids, model, name: str) -> np.ndarray:
     return check_ids(ids, model.config.vocab_size, name=name) if len(ids) else np.zeros(0, np.int64)
 
 
-def _check_prompts(ids, model) -> tuple[np.ndarray, np.ndarray]:
-    """The prompts padded on the left to the same length (B, T), and the padding of each row (B,)."""
+def _check_prompts(ids, model) -> list[list[int]]:
+    """The prompts, a list of ids for each row."""
     vocab_size, context = model.config.vocab_size, model.context
     if _is_ragged(ids):
         rows = [check_ids(row, vocab_size, name=f"prompt ids[{i}]") for i, row in enumerate(ids)]
@@ -94,8 +106,7 @@ def _check_prompts(ids, model) -> tuple[np.ndarray, np.ndarray]:
             f"the prompt ids have shape {shape}: give (batch, time) with at most {context} tokens, the "
             "model's context"
         )
-    padding = np.array([longest - row.size for row in rows])
-    return np.stack([np.pad(row, (fill, 0)) for row, fill in zip(rows, padding)]), padding
+    return [row.tolist() for row in rows]
 
 
 def _is_ragged(ids) -> bool:
@@ -106,35 +117,69 @@ def _is_ragged(ids) -> bool:
     return len({len(row) for row in lists}) > 1
 
 
-def _steps(model, ids, padding, max_new_tokens, sampling, rng, stop_ids, use_cache, suppress_ids):
-    B, T = ids.shape
-    cache = model.new_cache(B, T + max_new_tokens, padding) if use_cache else None
+def _check_cache(cache: Cache, rows: int, tokens: int) -> None:
+    if not isinstance(cache, Cache):
+        raise Error(f"cache is a {type(cache).__name__}: give one that model.new_cache() returned")
+    if len(cache.texts) != rows or cache.capacity < tokens:
+        raise Error(
+            f"the cache has {len(cache.texts)} rows of up to {cache.capacity} tokens, but {rows} of up to "
+            f"{tokens} are needed: create one with new_cache(), or with cache.with_capacity() for more tokens"
+        )
+
+
+def _steps(model, texts, max_new_tokens, sampling, rng, stop_ids, cache, suppress_ids):
+    if cache is not None:
+        cache.keep_prefix(texts)
     modules = [module for _, module in model.named_modules()]
-    new, finished = ids, np.zeros(B, bool)
+    tokens, finished = np.zeros(len(texts), np.int64), np.zeros(len(texts), bool)
     for _ in range(max_new_tokens):
-        if cache is not None and cache.length + new.shape[1] > cache.capacity:  # the context is full
-            if model.learned_positions:
-                cache = None
-            else:
-                cache.drop_oldest(max(1, cache.capacity // 4))
-        if (new >= model.config.vocab_size).any():
+        if (tokens >= model.config.vocab_size).any():
             raise Error(
-                f"the model's head sampled class {new.max()}, but the model's ids are below "
+                f"the model's head sampled class {tokens.max()}, but the model's ids are below "
                 f"{model.config.vocab_size}: give it a head with one class per id"
             )
+        if cache is not None and not _make_room(model, texts, cache):
+            cache = None
         with evaluating(model, modules):
-            logits = _window_logits(model, ids, padding) if cache is None else _logits(model, new, cache)
-        logits = suppress(logits, suppress_ids)
-        tokens = choose_tokens(logits, rng.random(B), *sampling)
-        tokens = np.where(finished, ids[:, -1], tokens)  # (B,)
-        ids = np.concatenate([ids, tokens[:, None]], axis=1)
-        new, finished = ids[:, -1:], finished | np.isin(tokens, stop_ids)
+            logits = _next_logits(model, texts, cache)
+        sampled = choose_tokens(suppress(logits, suppress_ids), rng.random(len(texts)), *sampling)
+        tokens = np.where(finished, tokens, sampled)  # (B,)
+        finished |= np.isin(tokens, stop_ids)
+        for text, token in zip(texts, tokens.tolist()):
+            text.append(token)
         yield tokens
         if finished.all():
             return
 
 
-def _logits(model, ids, cache=None) -> np.ndarray:
+def _make_room(model, texts, cache: Cache) -> bool:
+    """Drop the oldest tokens of rows whose cache is full; False if that would change positions."""
+    full = np.array(list(map(len, texts))) - cache.lengths > cache.free
+    if full.any() and not model.learned_positions:
+        cache.drop_oldest(np.where(full, max(1, cache.capacity // 4), 0))
+    return not (full.any() and model.learned_positions)
+
+
+def _next_logits(model, texts, cache: Cache | None) -> np.ndarray:
+    """The logits (B, V) after each text, from its tokens that are not in the cache.
+
+    Without a cache they are those after the last tokens that fit the context. Neighbouring rows with equally
+    many tokens to process are one batch, so there is no padding.
+    """
+    if cache is None:
+        new = [text[-model.context :] for text in texts]
+    else:
+        new = [text[len(cached) :] for text, cached in zip(texts, cache.texts)]
+    parts, first = [], 0
+    for _, rows in itertools.groupby(new, len):
+        ids = np.array(list(rows))  # (rows, T)
+        some = slice(first, first + len(ids))
+        parts.append(_logits(model, ids, cache if cache is None or len(ids) == len(texts) else cache[some]))
+        first = some.stop
+    return parts[0] if len(parts) == 1 else np.concatenate(parts)
+
+
+def _logits(model, ids, cache: Cache | None = None) -> np.ndarray:
     """The next-token logits (B, V), on the host, after the ids (B, T), which continue those in the cache."""
     with no_grad(), step_of_few_rows():
         logits = model(ids, last_only=True, cache=cache)
@@ -143,12 +188,3 @@ def _logits(model, ids, cache=None) -> np.ndarray:
             raise Error(f"the model's head returned {found}: generate needs a Tensor (batch, 1, classes)")
         logits = to_device(logits.data[:, 0], "cpu")
     return logits.astype(accumulation_dtype(logits.dtype), copy=False)
-
-
-def _window_logits(model, ids, padding) -> np.ndarray:
-    """The next-token logits (B, V) after the last tokens that fit the context, without a cache."""
-    window = ids[:, -model.context :]
-    padding = np.maximum(padding - (ids.shape[1] - window.shape[1]), 0)
-    if not padding.any():
-        return _logits(model, window)
-    return np.concatenate([_logits(model, row[None, fill:]) for row, fill in zip(window, padding)])

@@ -23,7 +23,6 @@ from tinyllm.backend import compute_dtype
 from tinyllm.errors import Error
 from tinyllm.models.cache import Cache, LayerCache
 from tinyllm.tensor import Tensor
-from tinyllm.tensor_ops import where
 from tinyllm.weights import hub, safetensors
 
 ARCHITECTURES: dict[str, type[LanguageModel]] = {}  # model_type in config.json -> model class
@@ -88,6 +87,9 @@ class ModelConfig:
     hub_class = ""  # the class in ``transformers``
     is_standard = True  # whether that class computes the same with this config
     sizes: Mapping[str, dict] = {}  # published sizes: name -> fields
+
+    def window_of(self, layer: int) -> int | None:
+        """How many positions, its own included, a query of this layer attends to; None for all up to it."""
 
     @classmethod
     def preset(cls, size: str, **changes):
@@ -202,12 +204,13 @@ class LanguageModel(nn.Module):
         """The maximum sequence length."""
         return self.config.context
 
-    def new_cache(self, batch: int, capacity: int | None = None, padding=None) -> Cache:
+    def new_cache(self, batch: int, capacity: int | None = None) -> Cache:
         """An empty ``Cache`` for ``batch`` rows of at most ``capacity`` tokens (default: the context)."""
-        layers, (heads, head_size) = len(getattr(self, self.blocks)), self.config.kv_shape
+        windows = [self.config.window_of(i) for i in range(len(getattr(self, self.blocks)))]
+        heads, head_size = self.config.kv_shape
         capacity = self.context if capacity is None else min(capacity, self.context)
         like = next(self.parameters()).data
-        return Cache(layers, batch, heads, capacity, head_size, like, padding, compute_dtype(like))
+        return Cache(windows, batch, heads, capacity, head_size, like, compute_dtype(like))
 
     def start(self, ids, cache: Cache | None) -> tuple[np.ndarray, np.ndarray, list[LayerCache | None]]:
         """The inputs of ``hidden_states``: validated ids (B, T), their positions, and every layer's cache."""
@@ -369,30 +372,3 @@ def _is(method, function) -> bool:
 
 def _has_rows(tensor, rows: int, ndim: int) -> bool:
     return isinstance(tensor, Tensor) and tensor.ndim == ndim and tensor.shape[0] == rows
-
-
-def look_back(query: Tensor, key: Tensor, value: Tensor, cache: LayerCache | None, score_bias=None):
-    """The keys and values (B, G, S, D) for the queries (B, H, T, D), and a mask or None.
-
-    With a cache, the cached keys and values precede the new ones, and the mask hides padding.
-
-    ``score_bias``, a module, is called with the distances (T, S), query position minus key position (negative
-    for future keys). It returns the term to add to the attention scores: an array or, to be trained, a Tensor
-    that broadcasts to (B, H, T, S). ALiBi (arXiv 2108.12409) returns -slopes * distances with slopes
-    (H, 1, 1).
-    """
-    visible = None
-    if cache is not None:
-        (key, value), visible = cache.extend(key, value), cache.mask
-    if score_bias is None:
-        return key, value, visible
-    T, S = query.shape[2], key.shape[2]
-    if not isinstance(score_bias, nn.Module):  # a function would not be saved with the model
-        raise Error(f"score_bias is a {type(score_bias).__name__}: use a tinyllm.nn.Module")
-    added = score_bias(np.arange(S - T, S)[:, None] - np.arange(S))  # the last query is at the last key
-    if not isinstance(added, Tensor):
-        added = Tensor(np.asarray(added, like=query.data))
-    if added.dtype.kind not in "fiu":
-        raise Error(f"score_bias returned {added.dtype}: return numbers to add to the scores")
-    mask = added.astype(query.dtype)
-    return key, value, mask if visible is None else where(visible, mask, -np.inf)

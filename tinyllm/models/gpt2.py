@@ -26,7 +26,8 @@ from dataclasses import dataclass
 from tinyllm import functional as F
 from tinyllm import nn
 from tinyllm.errors import Error
-from tinyllm.models.base import LanguageModel, ModelConfig, look_back, register
+from tinyllm.models.base import LanguageModel, ModelConfig, register
+from tinyllm.models.cache import look_back
 from tinyllm.tensor_ops import split
 
 # Hugging Face's names of activations. Names of one form of GELU differ in rounding only.
@@ -182,5 +183,5 @@ class GPT2(LanguageModel):
         for block, layer_cache in zip(self.h, caches):
             x = block(x, layer_cache)
         if cache is not None:
-            cache.length += ids.shape[1]
+            cache.advance(ids)
         return self.ln_f(x)

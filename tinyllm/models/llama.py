@@ -23,7 +23,8 @@ from dataclasses import dataclass, field
 from tinyllm import functional as F
 from tinyllm import nn
 from tinyllm.errors import Error
-from tinyllm.models.base import LanguageModel, ModelConfig, look_back, register
+from tinyllm.models.base import LanguageModel, ModelConfig, register
+from tinyllm.models.cache import look_back
 from tinyllm.models.rope import checked_rope, older_keys, rope_frequencies, rope_of, rotation
 
 LLAMA_3 = dict(vocab_size=128256, hidden_size=4096, intermediate_size=14336, num_key_value_heads=8,
@@ -195,5 +196,5 @@ class Llama(LanguageModel):
         for layer, layer_cache in zip(self.layers, caches):
             x = layer(x, angles, layer_cache)
         if cache is not None:
-            cache.length += ids.shape[1]
+            cache.advance(ids)
         return self.norm(x)
