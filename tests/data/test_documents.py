@@ -145,7 +145,7 @@ def test_the_verdict_is_read_from_tinyllm_data_first(small_verdict, tmp_path, mo
     (tmp_path / "the-verdict.txt").write_bytes(small_verdict)
     assert load_text("the-verdict").text.encode("utf-8") == small_verdict
     (tmp_path / "the-verdict.txt").write_bytes(small_verdict + b"more")
-    with pytest.raises(Error, match=r"the-verdict.txt' is not the expected text"):
+    with pytest.raises(Error, match=r"the-verdict.txt' is not the expected file"):
         load_text("the-verdict")
 
 

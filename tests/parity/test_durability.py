@@ -116,8 +116,8 @@ def test_deleting_the_previous_checkpoint_too_early_is_detected(monkeypatch):
     assert any(failure.endswith("previous checkpoint is gone") for failure in failures(failing_disk(30)))
 
 
-def load_without_moments(folder, about, model, optimizer, device="cpu"):
-    LOAD(folder, about, model, optimizer, device)
+def load_without_moments(folder, about, model, optimizer, *args):
+    LOAD(folder, about, model, optimizer, *args)
     for _, m, _ in optimizer.state.values():
         m[...] = 0
 

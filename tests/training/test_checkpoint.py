@@ -331,11 +331,11 @@ def test_check_space_needs_the_size_of_a_checkpoint_and_of_the_logs(tmp_path, mo
     for free, enough in ((numbers + 2**20, True), (numbers + 2**20 - 1, False)):
         monkeypatch.setattr(shutil, "disk_usage", lambda path, free=free: usage._replace(free=free))
         if enough:
-            check_space(tmp_path, model)
+            check_space(tmp_path, model.parameters())
         else:
             said = rf"has {free / 1e6:.1f} MB left; a checkpoint needs {numbers / 1e6:.1f} MB"
             with pytest.raises(OSError, match=said) as raised:
-                check_space(tmp_path, model)
+                check_space(tmp_path, model.parameters())
             assert str(tmp_path) in str(raised.value)
 
 

@@ -10,7 +10,7 @@ import warnings
 import tyro
 
 from tinyllm.backend.memory import out_of_memory
-from tinyllm.cli import chat, eval, generate, info, plot, pull, tokenize, train
+from tinyllm.cli import chat, eval, finetune, generate, info, plot, pull, tokenize, train
 from tinyllm.cli.options import as_typed, did_you_mean, parse_options, wrap_help
 from tinyllm.errors import Error
 from tinyllm.training.config import TrainConfig
@@ -23,6 +23,7 @@ DONE, FAILED, WRONG = 0, 1, 2  # exit codes; 128 + signal when interrupted
 
 COMMANDS = {
     "train": (TrainConfig, train.run),
+    "finetune": (finetune.FinetuneOptions, finetune.run),
     "generate": (generate.GenerateConfig, generate.run),
     "chat": (chat.ChatConfig, chat.run),
     "eval": (eval.EvalConfig, eval.run),
@@ -31,6 +32,9 @@ COMMANDS = {
     "info": (info.InfoConfig, info.run),
     "plot": (plot.PlotConfig, plot.run),
 }
+
+
+PARSERS = {"train": train.parse, "finetune": finetune.parse}  # of commands with options that set others
 
 
 def _help() -> str:
@@ -61,8 +65,8 @@ def _parse(args: list[str]):
     if name not in COMMANDS:
         known = ", ".join(COMMANDS)
         raise Error(f"unknown command {name!r}{did_you_mean(name, COMMANDS)}: choose one of {known}")
-    if name == "train":
-        return train.parse(rest)
+    if name in PARSERS:
+        return PARSERS[name](rest)
     only_positive_flags = (tyro.conf.FlagCreatePairsOff,)
     return parse_options(COMMANDS[name][0], f"tinyllm {name}", rest, config=only_positive_flags)
 
@@ -104,7 +108,7 @@ def _main(args: list[str] | None) -> int:
     config = None
     try:
         config = _parse(sys.argv[1:] if args is None else list(args))
-        run = next(function for options, function in COMMANDS.values() if options is type(config))
+        run = next(function for options, function in COMMANDS.values() if isinstance(config, options))
         run(config)
     except Error as error:
         return _fail(str(error) if config is None else as_typed(str(error), config), WRONG)

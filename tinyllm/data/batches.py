@@ -11,6 +11,8 @@ from numpy.lib.stride_tricks import sliding_window_view
 from tinyllm.checks import check_at_least, check_integers
 from tinyllm.errors import Error
 
+GROUPED_BATCHES = 50  # in which examples are sorted by length, as ``group_by_length`` of transformers does
+
 
 class Windows:
     """The (input, target) windows of a token sequence.
@@ -66,23 +68,42 @@ class Batches:
     a counter-based generator (Philox), so a run resumed at any step gets the same batches as one that was
     never interrupted. (NumPy does not guarantee that a generator's numbers stay the same between versions,
     but in practice they have.) Raises ``Error`` if batch_size is below 1 or seed is outside 0..2**64-1.
+
+    ``windows`` may be any sequence that takes an array of indices and returns a tuple of arrays, such as
+    examples padded to the longest of the batch. Their ``lengths`` then group examples of similar length, so
+    that little is padded: of every 50 batches in the shuffled order, the examples are sorted by length before
+    they are cut into batches, and the batches of an epoch are shuffled once more.
     """
 
-    def __init__(self, windows: Windows, batch_size: int, seed: int):
-        self.windows = windows
+    def __init__(self, windows: Windows, batch_size: int, seed: int, lengths=None):
+        self.windows, self.lengths = windows, lengths
         self.batch_size = check_at_least(batch_size, 1, "batch_size")
         self.seed = check_at_least(seed, 0, "seed")
         if self.seed >= 2**64:
             raise Error(f"seed is {seed}: choose one below 2**64")
         self.steps_per_epoch = -(-len(windows) // self.batch_size)
-        self._epoch, self._order = -1, None
+        self._epoch, self._batches = -1, []
 
     def at(self, step: int) -> tuple[np.ndarray, np.ndarray]:
         """Inputs and targets of a step (counted from 0), int64, each (B, context)."""
         epoch, position = divmod(check_at_least(step, 0, "step"), self.steps_per_epoch)
         if epoch != self._epoch:
-            key = np.array([self.seed, epoch], dtype=np.uint64)
-            order = np.random.Generator(np.random.Philox(key=key)).permutation(len(self.windows))
-            self._epoch, self._order = epoch, order
-        first = position * self.batch_size
-        return self.windows[self._order[first : first + self.batch_size]]
+            self._epoch, self._batches = epoch, self._shuffled(epoch)
+        return self.windows[self._batches[position]]
+
+    def _shuffled(self, epoch: int) -> list[np.ndarray]:
+        """The indices of every batch of an epoch."""
+        rng = np.random.Generator(np.random.Philox(key=np.array([self.seed, epoch], dtype=np.uint64)))
+        order = rng.permutation(len(self.windows))
+        if self.lengths is None:
+            return _cut(order, self.batch_size)
+        groups = [
+            group[np.argsort(self.lengths[group], kind="stable")]
+            for group in _cut(order, GROUPED_BATCHES * self.batch_size)
+        ]
+        batches = [batch for group in groups for batch in _cut(group, self.batch_size)]
+        return [batches[i] for i in rng.permutation(len(batches))]
+
+
+def _cut(order: np.ndarray, size: int) -> list[np.ndarray]:
+    return [order[first : first + size] for first in range(0, len(order), size)]

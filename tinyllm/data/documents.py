@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import codecs
 import gzip
-import hashlib
 import itertools
 import json
 import os
@@ -22,6 +21,7 @@ from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import BinaryIO
 
+from tinyllm.data.named import BOOK, PublishedFile
 from tinyllm.errors import Error
 from tinyllm.files import open_regular
 from tinyllm.tokenizers.base import check_text
@@ -40,9 +40,7 @@ LONGEST_LINE = 2**26  # bytes of a line in a .jsonl file, which is parsed in mem
 # Scratch)".
 VERDICT_FILE = "the-verdict.txt"
 VERDICT_SHA256 = "b41e41a68f0398a3154ae69e2e4c0e2694e17fe0d66730536837f1b01935b31f"
-VERDICT_URL = (
-    "https://raw.githubusercontent.com/rasbt/LLMs-from-scratch/main/ch02/01_main-chapter-code/the-verdict.txt"
-)
+VERDICT_URL = f"{BOOK}/ch02/01_main-chapter-code/the-verdict.txt"
 
 
 @dataclass(frozen=True)
@@ -100,29 +98,7 @@ def python_docs() -> str:
 
 def the_verdict() -> Path:
     """The path of "The Verdict": in the folder TINYLLM_DATA, or downloaded once and cached."""
-    folder = os.environ.get("TINYLLM_DATA")
-    if folder and (path := Path(folder, VERDICT_FILE)).exists():
-        with _open(path) as file:
-            found = hashlib.file_digest(file, "sha256").hexdigest()
-        if found != VERDICT_SHA256:
-            raise Error(
-                f"{str(path)!r} is not the expected text (SHA-256 {found}, not {VERDICT_SHA256}): "
-                f"replace it with {VERDICT_URL}, or remove it"
-            )
-        return path
-    import pooch
-
-    cache = pooch.os_cache("tinyllm")
-    try:
-        return Path(pooch.retrieve(VERDICT_URL, "sha256:" + VERDICT_SHA256, VERDICT_FILE, cache))
-    except (OSError, ValueError) as error:  # no network, a refused download, or a wrong hash
-        reason = " ".join(str(error).split())
-        if "NewConnectionError" in reason or "NameResolutionError" in reason:
-            reason = f"no network connection to {VERDICT_URL.split('/')[2]}"
-        raise Error(
-            f"the-verdict could not be downloaded: put {VERDICT_URL} into a folder as {VERDICT_FILE!r} "
-            f"and set TINYLLM_DATA to that folder ({reason})"
-        ) from None
+    return PublishedFile(VERDICT_FILE, VERDICT_URL, VERDICT_SHA256).find("the-verdict")
 
 
 def _files_in(folder: Path, pattern: str | None) -> tuple[tuple[Path, ...], tuple[Path, ...]]:

@@ -3,8 +3,8 @@
 A checkpoint is a folder ``step-000135`` in the run's folder, with everything that the next step depends on:
 
     config.json, model.safetensors    the model in Hugging Face's layout (config.json only for a language
-                                      model)
-    optimizer.safetensors             AdamW's averages, ``m.NAME`` and ``v.NAME`` for every parameter
+                                      model), or what the task writes instead, such as an adapter
+    optimizer.safetensors             AdamW's averages, ``m.NAME`` and ``v.NAME`` for every trained parameter
     checkpoint.json                   the step, all other state, and the SHA-256 of every file and of itself
 
 Batches and dropout are functions of (seed, step), so the step is also the position in the data, and no
@@ -28,6 +28,7 @@ import hashlib
 import os
 import platform
 import shutil
+from collections.abc import Callable, Iterable
 from pathlib import Path, PureWindowsPath
 
 import numpy as np
@@ -38,6 +39,7 @@ from tinyllm.errors import Error
 from tinyllm.files import SAVING, open_regular, read_sealed, sealed, sync_folder, write_synced
 from tinyllm.nn import Module
 from tinyllm.optim import AdamW
+from tinyllm.tensor import Tensor
 from tinyllm.version import __version__
 from tinyllm.weights.safetensors import SINGLE_FILE, Weights, write_safetensors
 
@@ -54,7 +56,26 @@ REMOVING, DAMAGED = ".removing-", "damaged-"
 LOG_BYTES = 2**20  # to keep free in addition to a checkpoint, for logs and the picture
 
 
-def save_checkpoint(folder: Path, model: Module, optimizer: AdamW, about: dict) -> None:
+def save_weights(model: Module, folder: Path) -> None:
+    """Write a whole model into a folder: the form of a checkpoint's weights unless the task has another."""
+    if hasattr(model, "save_pretrained"):
+        model.save_pretrained(folder)
+    else:  # not a language model
+        write_safetensors(folder / SINGLE_FILE, model.state_dict())
+
+
+def load_weights(model: Module, folder: Path) -> None:
+    """Load what ``save_weights`` wrote; raises ``Error`` if it belongs to another model."""
+    model.load_state_dict(Weights(folder), source=str(folder))
+
+
+def save_checkpoint(
+    folder: Path,
+    model: Module,
+    optimizer: AdamW,
+    about: dict,
+    save_weights: Callable[[Module, Path], None] = save_weights,
+) -> None:
     """Write a checkpoint to ``folder``, which must not exist, atomically.
 
     ``about`` has the entries of checkpoint.json other than the files' hashes and the optimizer's t. Raises
@@ -64,10 +85,7 @@ def save_checkpoint(folder: Path, model: Module, optimizer: AdamW, about: dict) 
     state = optimizer.state_dict()
     try:
         new.mkdir()
-        if hasattr(model, "save_pretrained"):
-            model.save_pretrained(new)
-        else:  # not a language model
-            write_safetensors(new / SINGLE_FILE, model.state_dict())
+        save_weights(model, new)
         averages = {f"{key}.{name}": array for key in "mv" for name, array in state[key].items()}
         write_safetensors(new / OPTIMIZER, averages)
         # Reading the files again is as fast as hashing while writing (0.12 and 0.11 s for 200 MB).
@@ -76,7 +94,7 @@ def save_checkpoint(folder: Path, model: Module, optimizer: AdamW, about: dict) 
         sync_folder(new)
         os.replace(new, folder)
         sync_folder(folder.parent)
-    # save_pretrained raises Error with the OSError as its cause; a GPU may have no memory for a copy.
+    # save_weights raises Error with the OSError as its cause; a GPU may have no memory for a copy.
     except (OSError, MemoryError, Error) as error:
         shutil.rmtree(new, ignore_errors=True)
         reason = error.__cause__ if isinstance(error, Error) else error
@@ -111,7 +129,14 @@ def verify(folder: Path) -> dict:
     return about
 
 
-def load_checkpoint(folder: Path, about: dict, model: Module, optimizer: AdamW, device: str = "cpu") -> None:
+def load_checkpoint(
+    folder: Path,
+    about: dict,
+    model: Module,
+    optimizer: AdamW,
+    device: str = "cpu",
+    load_weights: Callable[[Module, Path], None] = load_weights,
+) -> None:
     """Load a checkpoint into the model and its optimizer, bit-exact, on the device.
 
     ``about`` is what ``verify`` returned. Raises ``Error`` if it is a checkpoint of another model.
@@ -119,7 +144,7 @@ def load_checkpoint(folder: Path, about: dict, model: Module, optimizer: AdamW, 
     from safetensors import SafetensorError
     from safetensors.numpy import load_file
 
-    model.load_state_dict(Weights(folder), source=str(folder))
+    load_weights(model, folder)
     model.to(device)
     try:
         averages = load_file(folder / OPTIMIZER)
@@ -154,9 +179,9 @@ def remove_left_overs(run: Path) -> None:
             path.unlink()
 
 
-def check_space(run: Path, model: Module) -> None:
-    """Raise OSError if the disk has no space for a checkpoint: the weights and AdamW's two averages."""
-    needed = 3 * sum(parameter.data.nbytes for parameter in model.parameters())
+def check_space(run: Path, saved: Iterable[Tensor]) -> None:
+    """Raise OSError if the disk has no space for a checkpoint: the ``saved`` weights and AdamW's averages."""
+    needed = sum((3 if tensor.requires_grad else 1) * tensor.data.nbytes for tensor in saved)
     free = shutil.disk_usage(run).free
     if free < needed + LOG_BYTES:
         sizes = f"{free / 1e6:,.1f} MB left; a checkpoint needs {needed / 1e6:,.1f} MB, and the logs 1 MB"

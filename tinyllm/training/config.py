@@ -69,6 +69,9 @@ class RunOptions:
     """Limit on the GPU memory used, in gigabytes (10^9 bytes); by default all of it."""
 
     task = None  # its name in the run's config.json
+    command = "tinyllm train"  # that runs it
+    restart = "tinyllm train --from"  # and begins a new run from the weights of this one
+    length_option = "--context"  # that bounds the tokens of a row
 
     # The options that a resumed run may change, because its numbers stay the same.
     free = frozenset(
@@ -82,8 +85,9 @@ class RunOptions:
             self._require(name, 0 < getattr(self, name) < math.inf, "above 0")
         self._require("micro_batch", self.batch % self.at_once == 0, f"a divisor of the batch, {self.batch}")
         self._require("seed", 0 <= self.seed < 2**64, "from 0 to 2**64 - 1")
-        least = f"at least 0 and below the {self.steps} steps of the run"
-        self._require("warmup", 0 <= self.warmup_steps < self.steps, least)
+        if self.steps is not None:  # else it follows from the data
+            least = f"at least 0 and below the {self.steps} steps of the run"
+            self._require("warmup", 0 <= self.warmup_steps < self.steps, least)
         self._require("dtype", self.dtype in PRECISIONS, f"one of {', '.join(PRECISIONS)}")
 
     def _require_at_least(self, least: int, names: str) -> None:
@@ -281,7 +285,7 @@ def check_continues(begun: RunOptions, asked: RunOptions) -> None:
         )
         raise Error(
             f"the run was started with {was}, not {wanted}: omit that, or start a new run from its weights "
-            f"with tinyllm train --from {begun.out}"
+            f"with {begun.restart} {begun.out}"
         )
 
 

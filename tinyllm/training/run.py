@@ -64,7 +64,7 @@ def _run(run: RunFolder, progress: bool, callback: Log | None) -> Module:
         if run.is_finished():
             say(
                 f"{run.folder} is finished: its {config.steps:,} steps are done; a new run starts from its "
-                f"weights with tinyllm train --from {run.folder}"
+                f"weights with {config.restart} {run.folder}"
             )
             return task.trained(last_checkpoint(run.folder))
     else:
@@ -72,6 +72,7 @@ def _run(run: RunFolder, progress: bool, callback: Log | None) -> Module:
         task.check()
     device = open_device(config.device, config.dtype, config.gpu_memory)
     task.load(run.folder, run.about)
+    config = task.config
     model = task.model().to(device)
     optimizer = AdamW(model, config.lr, weight_decay=config.weight_decay)
     keep_memory()
@@ -82,7 +83,7 @@ def _run(run: RunFolder, progress: bool, callback: Log | None) -> Module:
             logs = [each for each in (run, log, callback) if each is not None]
             _train(run, logs, check, progress)
     except OSError as error:
-        remedy = f"free some space, then continue with tinyllm train --resume {run.folder}"
+        remedy = f"free some space, then continue with {config.command} --resume {run.folder}"
         raise OSError(f"{error}: {remedy}") from error
     for lines in (task.conclusion(run.history[-1]), run.summary()):
         if lines:
@@ -96,7 +97,8 @@ def _train(run: RunFolder, logs: list[Log], check: Check, progress: bool) -> Non
         _steps(run, logs, check, progress)
     except _Stopped as stop:
         where = run.save()
-        said = f"stopped after step {run.step}; tinyllm train --resume {run.folder} continues from {where}"
+        command = f"{run.config.command} --resume {run.folder}"
+        said = f"stopped after step {run.step}; {command} continues from {where}"
         raise KeyboardInterrupt(stop.args[0], said) from None
     except FloatingPointError as error:
         where = run.save()
@@ -175,7 +177,7 @@ def _outcome(run: RunFolder, completed: CompletedStep) -> dict:
 
 def what_to_try(config: RunOptions, error: MemoryError) -> str:
     """The message when memory runs out, with options that need less."""
-    remedies = [*config.smaller_micro_batch, "a new run with a shorter --context"]
+    remedies = [*config.smaller_micro_batch, f"a new run with a shorter {config.length_option}"]
     return out_of_memory(error, config.dtype, remedies)
 
 
@@ -184,7 +186,7 @@ def _out_of_memory(run: RunFolder, error: MemoryError) -> str:
     said = what_to_try(run.config, error)
     if not run.about:  # there is no run yet
         return said
-    command = " ".join([f"tinyllm train --resume {run.folder}", *run.config.smaller_micro_batch])
+    command = " ".join([f"{run.config.command} --resume {run.folder}", *run.config.smaller_micro_batch])
     saved = checkpoints(run.folder)
     if not saved:
         return f"{said}; {command} starts again"

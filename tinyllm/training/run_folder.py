@@ -67,14 +67,19 @@ def begun_config(folder: Path, options: type[RunOptions] = TrainConfig) -> RunOp
     return replace(begun, out=folder, resume=folder)
 
 
-def _read_about(folder: Path, task: str) -> dict:
+def begun_task(folder: Path) -> str:
+    """The task of the run in a folder; raises ``Error`` as ``begun_config`` does."""
+    return _read_about(folder, None).get("task", TrainConfig.task)
+
+
+def _read_about(folder: Path, task: str | None) -> dict:
     if not (folder / RUN_CONFIG).exists():
         raise Error(
             f"{folder} is not a run folder (it has no {RUN_CONFIG}): give a run's folder, as in runs/NAME-1"
         )
     match read_sealed(folder / RUN_CONFIG):
         case {"train": dict(), "versions": dict()} as about:
-            if about.get("task", task) != task:
+            if task is not None and about.get("task", task) != task:
                 raise Error(f"{folder} is a run of the task {about['task']}, not {task}: use its own command")
             return about
     raise Error(f"{folder / RUN_CONFIG} was not written by this version of tinyllm: start a new run")
@@ -93,7 +98,7 @@ class RunFolder:
     """
 
     def __init__(self, task: Task):
-        self.task, self.config = task, task.config
+        self.task = task
         self.folder = self.config.resume or self.config.out or new_folder(task.name)
         self.history: list[dict] = []
         self.about: dict = {}  # config.json
@@ -103,6 +108,11 @@ class RunFolder:
         self._lock = None
         self._saved_at = self._plotted_at = time.monotonic()
         self._plotting = 0.0  # seconds that the last picture took
+
+    @property
+    def config(self) -> RunOptions:
+        """The task's options, which ``Task.load`` may complete."""
+        return self.task.config
 
     def close(self) -> None:
         if self._lock is not None:
@@ -136,7 +146,7 @@ class RunFolder:
         versions = {"tinyllm": __version__, "numpy": np.__version__, "python": platform.python_version()}
         about = asked | task.data() | found | {"versions": versions}
         try:
-            check_space(self.folder, self.model)
+            check_space(self.folder, task.saved_parameters(self.model))
             task.save(self.folder)
             write_whole(self.folder / RUN_CONFIG, sealed(about))  # last: it makes the folder a run
         except OSError as error:
@@ -246,7 +256,8 @@ class RunFolder:
             return
         folder, config = checkpoint_folder(self.folder, self.step), self.config
         say(f"resuming from {folder}, after step {self.step:,} of {config.steps:,}")
-        load_checkpoint(folder, self.state, self.model, self.optimizer, pick_device(config.device))
+        device, load_weights = pick_device(config.device), self.task.load_weights
+        load_checkpoint(folder, self.state, self.model, self.optimizer, device, load_weights)
         if "loss_scale" in self.state:
             self.loss_scale.load_state_dict(self.state["loss_scale"])
         here, there = self._machine(), self.state["machine"]
@@ -350,7 +361,7 @@ class RunFolder:
         if not weights_are_finite(self.model):
             remedy = "start again with a smaller --lr or --weight-decay"
             if saved := checkpoints(self.folder):
-                remedy += f", for example with tinyllm train --from {saved[-1]}"
+                remedy += f", for example with {self.config.restart} {saved[-1]}"
             raise FloatingPointError(f"the weights after step {self.step} are not finite: {remedy}")
         samples = self.folder / SAMPLES
         for path in (self.folder / METRICS, samples):  # on disk before the checkpoint that refers to them
@@ -363,8 +374,8 @@ class RunFolder:
         here |= {"run": self.about["sha256"], "versions": self.about["versions"], "machine": self._machine()}
         if scale := self.loss_scale.state_dict():
             here["loss_scale"] = scale
-        check_space(self.folder, self.model)
-        save_checkpoint(folder, self.model, self.optimizer, here)
+        check_space(self.folder, self.task.saved_parameters(self.model))
+        save_checkpoint(folder, self.model, self.optimizer, here, self.task.save_weights)
         self._saved_at = time.monotonic()
         self._remove_old_checkpoints()
         return folder

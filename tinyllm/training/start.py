@@ -40,7 +40,7 @@ def starting_from(source: str) -> TrainConfig:
     Raises ``Error`` if there is no such run or model.
     """
     try:
-        weights, run = _find(source)
+        weights, run = find_source(source)
         config = empty_model(weights).config
     except Error as error:
         or_run = ", or a run's folder" * str(error).startswith("no folder")
@@ -51,9 +51,8 @@ def starting_from(source: str) -> TrainConfig:
         options |= {"context": begun.context, "special_tokens": (), "tokenizer": str(run)}
         return replace(begun, out=None, resume=None, **options)
     context = min(config.context, TrainConfig.context)
-    bare = weights.is_dir() and not _tokenizer_files(weights, (FILE_NAME, *VOCABULARY_FILES, "*.gguf"))
-    place = "gpt2" if bare and config.vocab_size == 50257 else weights
-    return TrainConfig(**options, **FINE_TUNING, context=context, tokenizer=str(place))
+    place = tokenizer_place(weights, config.vocab_size)
+    return TrainConfig(**options, **FINE_TUNING, context=context, tokenizer=place)
 
 
 def starting_model(config: TrainConfig, checkpoint: Path | None) -> LanguageModel:
@@ -61,11 +60,10 @@ def starting_model(config: TrainConfig, checkpoint: Path | None) -> LanguageMode
 
     Raises ``Error``, naming it, for an option that contradicts the source's architecture.
     """
-    weights = checkpoint or _find(config.start_from)[0]
+    weights = checkpoint or find_source(config.start_from)[0]
     model = check_architecture(config, weights)
     if config.dropout != _options_of(model.config)["dropout"]:
-        names = [field.name for field in fields(model.config) if field.name.endswith(("pdrop", "dropout"))]
-        model = type(model)(replace(model.config, **dict.fromkeys(names, config.dropout)), rng=None)
+        model = with_dropout(model, config.dropout)
     model = model.astype(config.parameter_dtype)
     model.load_state_dict(open_weights(weights), source=str(weights))
     return model
@@ -76,7 +74,7 @@ def check_architecture(config: TrainConfig, weights: Path | None = None) -> Lang
 
     Raises ``Error``, naming the option, if one contradicts it.
     """
-    model = empty_model(weights or _find(config.start_from)[0])
+    model = empty_model(weights or find_source(config.start_from)[0])
     fixed = _options_of(model.config) | {"init": "gpt2", "special_tokens": ()}
     for name, value in fixed.items():
         if name != "dropout" and getattr(config, name) != value:
@@ -97,14 +95,35 @@ def check_architecture(config: TrainConfig, weights: Path | None = None) -> Lang
     return model
 
 
-def describe_start(config: TrainConfig, model: LanguageModel) -> dict:
+def with_dropout(model: LanguageModel, dropout: float) -> LanguageModel:
+    """A model of meta parameters with the same config but for its dropout probabilities."""
+    names = [field.name for field in fields(model.config) if field.name.endswith(("pdrop", "dropout"))]
+    return type(model)(replace(model.config, **dict.fromkeys(names, dropout)), rng=None)
+
+
+def describe_start(source: str, model: LanguageModel) -> dict:
     """What config.json records: the source, the path of its weights, and the SHA-256 of their numbers."""
     digest = hashlib.sha256()
     for name, array in model.state_dict().items():
         digest.update(name.encode())
         digest.update(np.ascontiguousarray(array))
-    weights = _find(config.start_from)[0]
-    return {"from": config.start_from, "weights": str(weights), "sha256": digest.hexdigest()}
+    weights = find_source(source)[0]
+    return {"from": source, "weights": str(weights), "sha256": digest.hexdigest()}
+
+
+def check_start(found: dict, begun: dict | None) -> None:
+    """Raise ``Error`` if a resumed run began from other weights; both are results of ``describe_start``."""
+    if begun is not None and found["sha256"] != begun["sha256"]:
+        raise Error(
+            f"the weights in {found['weights']} are not those that the run was started with: restore them, "
+            "or start a new run"
+        )
+
+
+def tokenizer_place(weights: Path, vocab_size: int) -> str:
+    """Where a model's tokenizer is: in its folder or file, or GPT-2's for a folder without one."""
+    bare = weights.is_dir() and not _tokenizer_files(weights, (FILE_NAME, *VOCABULARY_FILES, "*.gguf"))
+    return "gpt2" if bare and vocab_size == 50257 else str(weights)
 
 
 def save_tokenizer(tokenizer: Tokenizer, place: str, folder: Path) -> None:
@@ -140,7 +159,7 @@ def is_ours(tokenizer: Tokenizer) -> bool:
     return True
 
 
-def _find(source: str) -> tuple[Path, Path | None]:
+def find_source(source: str) -> tuple[Path, Path | None]:
     """The path of a source's weights, and the folder of its run if they belong to one."""
     path = Path(source).expanduser()
     if STEP.fullmatch(path.name) and (path.parent / METRICS).exists():

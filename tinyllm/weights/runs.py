@@ -24,11 +24,11 @@ def checkpoints(run: str | Path) -> list[Path]:
 
 
 def last_checkpoint(run: str | Path) -> Path:
-    """The newest checkpoint folder of a run that contains a model. Its hashes are not checked.
+    """The newest checkpoint folder of a run that contains a model or an adapter. No hash is checked.
 
     Raises ``Error`` if there is none.
     """
-    with_weights = [folder for folder in checkpoints(run) if any(folder.glob("model.safetensors*"))]
+    with_weights = [folder for folder in checkpoints(run) if any(folder.glob("*model.safetensors*"))]
     if not with_weights:
         raise Error(f"{run} has no checkpoint (step-…/model.safetensors): give a run that saved one")
     return with_weights[-1]

@@ -4,11 +4,13 @@
 """
 
 import math
+from collections.abc import Iterable
 from pathlib import Path
 
 from tinyllm.models import load_model
 from tinyllm.nn import Module
 from tinyllm.tensor import Tensor
+from tinyllm.training.checkpoint import load_weights, save_weights
 from tinyllm.training.config import RunOptions
 from tinyllm.training.step import Check, count_targets, language_model_loss
 
@@ -32,7 +34,9 @@ class Task:
         """Raise ``Error`` for options that can be refused before ``load``, of a new run."""
 
     def load(self, folder: Path, about: dict) -> None:
-        """Load the data. ``about`` is the config.json of the run in ``folder`` that is resumed, else {}.
+        """Load the data, and complete ``config`` if its steps depend on them.
+
+        ``about`` is the config.json of the run in ``folder`` that is resumed, else {}.
 
         Raises ``Error`` if a resumed run was started with other data.
         """
@@ -45,6 +49,20 @@ class Task:
     def trained(self, checkpoint: Path) -> Module:
         """The model in a checkpoint of a finished run; no data was loaded."""
         return load_model(checkpoint, self.config.parameter_dtype)
+
+    # Its checkpoints
+
+    def saved_parameters(self, model: Module) -> Iterable[Tensor]:
+        """The parameters that ``save_weights`` writes."""
+        return model.parameters()
+
+    def save_weights(self, model: Module, folder: Path) -> None:
+        """Write the model into the folder of a new checkpoint."""
+        save_weights(model, folder)
+
+    def load_weights(self, model: Module, folder: Path) -> None:
+        """Load what ``save_weights`` wrote, bit-exact; raises ``Error`` if it belongs to another model."""
+        load_weights(model, folder)
 
     # A step
 

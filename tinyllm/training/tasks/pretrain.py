@@ -35,6 +35,7 @@ from tinyllm.training.loggers import Log, number, say
 from tinyllm.training.run import run_task
 from tinyllm.training.start import (
     check_architecture,
+    check_start,
     describe_start,
     hash_tokenizer,
     is_ours,
@@ -273,12 +274,8 @@ class Pretraining(Task):
     def _starting_model(self) -> Module:
         model = starting_model(self.config, self.checkpoint)
         if self.checkpoint is None:
-            found = describe_start(self.config, model)
-            if self.start is not None and found["sha256"] != self.start["sha256"]:
-                raise Error(
-                    f"the weights in {found['weights']} are not those that the run was started with: restore "
-                    "them, or start a new run"
-                )
+            found = describe_start(self.config.start_from, model)
+            check_start(found, self.start)
             self.start = found
         return model
 

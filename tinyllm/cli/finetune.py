@@ -1,0 +1,83 @@
+"""``tinyllm finetune``: teach a pretrained model a task, or resume such a run."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Annotated
+
+from tinyllm.cli.options import did_you_mean, option, parse_options, readable
+from tinyllm.errors import Error
+from tinyllm.training.run import run_task
+from tinyllm.training.run_folder import begun_config, begun_task
+from tinyllm.training.tasks.finetune import FinetuneOptions, Finetuning
+from tinyllm.training.tasks.instruct import InstructionTuning, InstructOptions
+
+TASKS: dict[str, tuple[type[FinetuneOptions], type[Finetuning]]] = {
+    options.task: (options, task) for options, task in ((InstructOptions, InstructionTuning),)
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Shared(FinetuneOptions):
+    """Teach a pretrained model a task. These options are those of every task.
+
+    A task has more: tinyllm finetune --task instruct --help
+    """
+
+    task: Annotated[str, option("TASK", "", f"The task: {' or '.join(TASKS)}.")]
+
+
+def run(config: FinetuneOptions) -> None:
+    _, task = TASKS[config.task]
+    run_task(task(config))
+
+
+def parse(args: list[str]) -> FinetuneOptions:
+    """The options of a command line. --task, or the run of --resume, decides which there are."""
+    task, args = _taken("--task", args)
+    folder, args = _taken("--resume", args)
+    if task is None and folder is None:
+        if {"-h", "--help"} & {*args}:
+            parse_options(_shown(_Shared), "tinyllm finetune", ["--help"])
+        raise Error(f"--task is missing: choose one of {', '.join(TASKS)}")
+    if folder is not None:
+        begun = begun_task(Path(folder))
+        if task not in (None, begun):
+            raise Error(f"{folder} is a run of the task {begun}, not {task}: omit --task")
+        task = begun
+    if task not in TASKS:
+        raise Error(
+            f"--task {task!r} is unknown{did_you_mean(task, TASKS)}: choose one of {', '.join(TASKS)}"
+        )
+    options, given = TASKS[task][0], {}
+    shown = _shown(options)
+    if folder is not None:
+        given["default"] = shown(**_values(begun_config(Path(folder), options)))
+    return options(**_values(parse_options(shown, f"tinyllm finetune --task {task}", args, **given)))
+
+
+def _taken(name: str, args: list[str]) -> tuple[str | None, list[str]]:
+    """The value of an option, and the other arguments."""
+    value, rest, words = None, [], iter(args)
+    for word in words:
+        found, equals, after = word.partition("=")
+        if found != name:
+            rest.append(word)
+            continue
+        value = after if equals else next(words, "")
+        if not value or value.startswith("--"):
+            raise Error(f"{name} needs a value; see tinyllm finetune --help")
+    return value, rest
+
+
+def _shown(options: type[FinetuneOptions]) -> type[FinetuneOptions]:
+    """The class with its options as ``--help`` shows them."""
+    shown = dataclass(frozen=True, kw_only=True)(
+        type(options.__name__, (options,), {"__doc__": options.__doc__})
+    )
+    return readable(shown, gpu_memory="GB", train="WHAT", data="DATA", targets="[NAME ...]")
+
+
+def _values(options) -> dict:
+    return {field.name: getattr(options, field.name) for field in fields(options)}
