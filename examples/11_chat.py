@@ -130,7 +130,8 @@ for words in (question, "And of Italy?"):
     print("you:   ", words)
     print("model: ", end="")
     answer = conversation.answer(words, lambda piece: print(piece, end="", flush=True))
-    print(f"\n(prefill: {answer.prompt_tokens} tokens in {answer.prompt_seconds:.1f} s)")
+    new = answer.prompt_tokens - answer.cached_tokens
+    print(f"\n(prefill: {new} of {answer.prompt_tokens} tokens in {answer.prompt_seconds:.1f} s)")
 if path is not None:
     assert "Paris" in conversation.messages[1]["content"]
 

@@ -148,8 +148,8 @@ def test_a_full_context_is_reported_and_the_chat_continues(tmp_path, chat):
     code, out, err = chat(lines, "--max-new-tokens", 46, "--temperature", 0, model=short)
     first, past, much, reset, again = err.splitlines()  # 44 tokens in the context, and the 45th sampled
     assert code == 0 and out[: len(out) // 2] * 2 == out
-    for line in (first, again):
-        assert line.startswith("(prefill 20 tokens in ")
+    for line, tokens in ((first, "20"), (again, "1 of 20")):
+        assert line.startswith(f"(prefill {tokens} tokens in ")
         assert line.endswith("the context of 64 tokens is full: /reset starts a new conversation)")
     for line in (past, much):
         assert line.startswith("(the conversation has ") and "tokens, but the model's context is 64: " in line

@@ -123,7 +123,8 @@ def test_second_turn_processes_only_what_is_new(parts):
         ids = kept.prompt(words)
         found, expected = kept.answer(words, str), plain.answer(words, str)
         assert kept.messages == plain.messages
-        assert expected.prompt_tokens == len(ids) == found.prompt_tokens + len(before)
+        assert expected.prompt_tokens == found.prompt_tokens == len(ids)
+        assert (expected.cached_tokens, found.cached_tokens) == (0, len(before))
         cached = kept.cache.texts[0]
         assert cached[: len(ids)] == ids and kept.cache.capacity <= model.context
         after = kept.prompt("x")
@@ -132,7 +133,7 @@ def test_second_turn_processes_only_what_is_new(parts):
     kept.instruct("Be brief.")
     plain.instruct("Be brief.")
     plain.cache = None
-    assert kept.answer("hi", str).prompt_tokens < plain.answer("hi", str).prompt_tokens
+    assert kept.answer("hi", str).cached_tokens > plain.answer("hi", str).cached_tokens == 0
     assert kept.messages == plain.messages
 
 
@@ -141,7 +142,7 @@ def test_answer_reports_tokens_and_times(conversation, answers, monkeypatch):
     monkeypatch.setattr(chat.time, "perf_counter", lambda: next(clock))
     answers.append("né")  # n, two bytes of é, the stop id
     answer = conversation.answer("hi", lambda piece: None)
-    assert answer == (len(answers.prompts[0]), 2.5, 4, 1.5, "stop")
+    assert answer == (len(answers.prompts[0]), 0, 2.5, 4, 1.5, "stop")
 
 
 def test_text_before_ctrl_c_is_kept(conversation, parts, answers):

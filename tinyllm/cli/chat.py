@@ -118,7 +118,9 @@ def _answer_line(conversation: Conversation, line: str) -> None:
 
 
 def _statistics(conversation: Conversation, answer: Answer) -> str:
-    note = f"prefill {answer.prompt_tokens:,} tokens in {answer.prompt_seconds:.1f} s"
+    new = answer.prompt_tokens - answer.cached_tokens
+    of_all = f" of {answer.prompt_tokens:,}" if answer.cached_tokens else ""
+    note = f"prefill {new:,}{of_all} tokens in {answer.prompt_seconds:.1f} s"
     if answer.tokens > 1:
         note += f", decoding {(answer.tokens - 1) / answer.seconds:.1f} tokens/s"
     context = conversation.model.context

@@ -62,7 +62,8 @@ def text_stream(tokenizer: Tokenizer, steps: Iterator[np.ndarray], stop_ids: Seq
 class Answer(NamedTuple):
     """Statistics of an answer: tokens and times of prefill and decoding, and why it ended."""
 
-    prompt_tokens: int  # processed: those of earlier turns are cached
+    prompt_tokens: int
+    cached_tokens: int  # of the prompt, from earlier turns: the others are processed
     prompt_seconds: float  # prefill: until the first token of the answer
     tokens: int
     seconds: float  # decoding: from the first token of the answer to the last
@@ -138,7 +139,7 @@ class Conversation:
         unused = self.tokenizer.unused_ids(self.model.config.vocab_size)
         options = self.max_new_tokens, *self.sampling, self.rng, stop_ids
         cache = self._cache_for(ids)
-        new_tokens = len(ids) - len(cache.texts[0])
+        cached = len(cache.texts[0])
         steps = generate(self.model, [ids], *options, suppress_ids=unused, cache=cache)
         tokens, times, pieces = [], [time.perf_counter()], []
 
@@ -162,7 +163,7 @@ class Conversation:
             {"role": "user", "content": words},
             {"role": "assistant", "content": "".join(pieces)},
         ]
-        return Answer(new_tokens, times[1] - times[0], len(tokens), times[-1] - times[1], end)
+        return Answer(len(ids), cached, times[1] - times[0], len(tokens), times[-1] - times[1], end)
 
     def _cache_for(self, ids: list[int]) -> Cache:
         """The cache of earlier turns, with what it has in common with the prompt, and large enough."""
