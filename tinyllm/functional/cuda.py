@@ -59,9 +59,10 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     if bias is not None:  # added before the sum is rounded
         sums, b, y = y, contiguous(bias.data), y if y.dtype == x.dtype else np.empty_like(y, x.dtype)
         elementwise(y, "add_row", (sums.dtype, b.dtype, y.dtype), y.size, sums, b, y, y.size, y.shape[1])
-    saved, input_dtype, weight_dtype = input.saved(), input.dtype, weight.dtype
+    input_dtype, weight_dtype = input.dtype, weight.dtype
     bias_dtype = None if bias is None else bias.dtype
     needs = [_required(tensor) for tensor in (input, weight, bias)]
+    saved = input.saved() if needs[1] else None
 
     def vjp(grad):
         g = contiguous(as_rows(grad)).astype(w.dtype, copy=False)  # (N, C_out)

@@ -26,8 +26,8 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     x, w = as_rows(input.data), weight.data  # (N, C_in): one large product, not one per batch element
     lead = input.shape[:-1]
     y = matmul(x, w.T, bias=None if bias is None else bias.data)
-    saved = input.saved()  # for dW
     needs = [input.requires_grad, weight.requires_grad, bias is not None and bias.requires_grad]
+    saved = input.saved() if needs[1] else None  # for dW: a frozen layer does not keep x
 
     def vjp(grad):
         grad = as_rows(grad)  # (N, C_out)
