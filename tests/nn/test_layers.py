@@ -25,6 +25,7 @@ from parity.ops.attention import addresses, kept_weights, torch_attention
 from parity.ops.cases import FLOOR, assert_close, upstream
 from parity.twins import gpt2 as torch_gpt2
 from parity.twins import llama as torch_llama
+from parity.twins.lora import TorchLoRA
 from tinyllm import GPT2Config, Tensor, manual_seed, models, nn
 from tinyllm import functional as F
 from tinyllm.backend.random import next_address
@@ -130,6 +131,17 @@ def linear(draw, ours=nn.Linear):
 
 
 @st.composite
+def lora(draw):
+    """Around a Linear, of which also W and b get a gradient."""
+    lead, c_in, c_out, rank = draw(some.shapes(min_side=1)), *(draw(st.integers(1, 5)) for _ in range(3))
+    base = nn.Linear(c_in, c_out, bias=draw(st.booleans()), rng=0)
+    alpha, dropout = draw(st.sampled_from([rank, 3, 0.5])), draw(st.sampled_from([0.0, 0.3]))
+    options = rank, alpha, dropout, draw(st.booleans())
+    twin = TorchLoRA(torch.nn.Linear(c_in, c_out, bias=base.bias is not None), *options)
+    return draw(layers(nn.LoRA(base, *options, rng=1), twin, draw(some.arrays((*lead, c_in)))))
+
+
+@st.composite
 def embedding(draw):
     rows, channels = draw(st.integers(1, 6)), draw(st.integers(1, 4))
     ids = np.random.default_rng(draw(some.SEEDS)).integers(0, rows, draw(some.shapes(min_side=1)))
@@ -223,6 +235,7 @@ def llama_model(draw):
 
 CASES = {
     "Linear": linear(),
+    "LoRA": lora(),
     "Embedding": embedding(),
     "LayerNorm": layer_norm(),
     "RMSNorm": rms_norm(),

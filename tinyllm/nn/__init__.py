@@ -3,6 +3,7 @@
 from tinyllm.nn.hooks import Observation, call, observe
 from tinyllm.nn.init import as_generator, initialize_as_torch, is_meta, loaded, normal
 from tinyllm.nn.layers import Dropout, Embedding, LayerNorm, Linear, RMSNorm
+from tinyllm.nn.lora import LoRA, adapter_modules, add_lora, lora_layers, merge_lora, unmerge_lora
 from tinyllm.nn.module import Module, evaluating
 from tinyllm.nn.surgery import replace
 
@@ -11,16 +12,22 @@ __all__ = [
     "Embedding",
     "LayerNorm",
     "Linear",
+    "LoRA",
     "Module",
     "Observation",
     "RMSNorm",
+    "adapter_modules",
+    "add_lora",
     "as_generator",
     "call",
     "evaluating",
     "initialize_as_torch",
     "is_meta",
     "loaded",
+    "lora_layers",
+    "merge_lora",
     "normal",
     "observe",
     "replace",
+    "unmerge_lora",
 ]
