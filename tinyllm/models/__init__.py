@@ -9,6 +9,9 @@ from tinyllm.models.base import ARCHITECTURES, LanguageModel, ModelConfig, model
 from tinyllm.models.gpt2 import GPT2, GPT2Config
 from tinyllm.models.llama import Llama, LlamaConfig
 from tinyllm.weights import hub
+from tinyllm.weights.adapter_config import base_of, check_causal_lm
+from tinyllm.weights.adapters import load_adapter
+from tinyllm.weights.safetensors import is_adapter
 
 __all__ = [
     "ARCHITECTURES",
@@ -29,21 +32,30 @@ def load_model(name: str | Path, dtype=np.float32) -> LanguageModel:
 
     ``name`` is a folder in Hugging Face's layout, a .gguf file, the folder of a run, a model of
     ``tinyllm pull``, or a hub id. Weights are read one at a time, so that little more memory than the model's
-    own is needed.
+    own is needed. In a folder with a LoRA adapter (see ``weights/adapters.py``) the model is the one that the
+    adapter's config names, with the adapter on it.
     """
     path = hub.find_model(name)
+    if is_adapter(path):
+        check_causal_lm(path)
+        model = load_model(base_of(path), dtype)
+        load_adapter(model, path)
+        return model.eval()
     return _architecture(path).from_pretrained(path, dtype)
 
 
 def empty_model(name: str | Path) -> LanguageModel:
     """The model that ``load_model`` would load, with meta parameters, which take no memory.
 
-    ``name`` may also be a published size, such as "124M" or "Llama-3.2-1B".
+    ``name`` may also be a published size, such as "124M" or "Llama-3.2-1B". For an adapter it is the base
+    model, without the adapter.
     """
     for architecture in ARCHITECTURES.values():
         if name in architecture.config_class.sizes:
             return architecture(architecture.config_class.preset(name), rng=None)
     path = hub.find_model(name)
+    if is_adapter(path):
+        path = hub.find_model(base_of(path))
     return _architecture(path).without_weights(path)
 
 

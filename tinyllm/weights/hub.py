@@ -10,10 +10,20 @@ from tinyllm.weights import StoredTensors
 from tinyllm.weights.gguf import GGUFFile
 from tinyllm.weights.pull import KNOWN_MODELS, SourceError, find_pulled, snapshot
 from tinyllm.weights.runs import checkpoints, last_checkpoint
-from tinyllm.weights.safetensors import CONFIG, MODEL_FILES, SINGLE_FILE, Weights, read_config
+from tinyllm.weights.safetensors import (
+    ADAPTER_CONFIG,
+    ADAPTER_WEIGHTS,
+    CONFIG,
+    MODEL_FILES,
+    SINGLE_FILE,
+    Weights,
+    is_adapter,
+    read_config,
+)
 
 TEXT_FILES = ("tokenizer*", "vocab.json", "merges.txt", "added_tokens.json", "special_tokens_map.json")
 HUB_FILES = [*MODEL_FILES, *TEXT_FILES, "chat_template.jinja", "generation_config.json"]
+HUB_FILES += [ADAPTER_CONFIG, ADAPTER_WEIGHTS]
 HUB_ID = re.compile(
     r"(?P<id>\w[\w.-]*/\w[\w.-]*|gpt2(-medium|-large|-xl)?|distilgpt2)(@(?P<revision>\w[\w.-]*))?", re.ASCII
 )
@@ -48,8 +58,12 @@ def find_model(name: str | Path) -> Path:
 def model_config(path: Path) -> dict:
     """The content of ``config.json``, or its equivalent for a GGUF file, at a path from ``find_model``.
 
-    Raises ``Error`` as ``read_config`` and ``GGUFFile`` do.
+    Raises ``Error`` as ``read_config`` and ``GGUFFile`` do, and for an adapter.
     """
+    if is_adapter(path):
+        raise Error(
+            f"{path} is an adapter, not a whole model: use load_model, or make it one with `tinyllm merge`"
+        )
     return read_config(path) if path.is_dir() else GGUFFile(path).config
 
 

@@ -21,6 +21,7 @@ from tinyllm.weights import StoredTensors
 
 CONFIG, SINGLE_FILE, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 MODEL_FILES = (CONFIG, SINGLE_FILE, INDEX, "model-*-of-*.safetensors")
+ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
 DTYPES = {"F64": "float64", "F32": "float32", "BF16": "bfloat16", "F16": "float16"}  # in a file's order
 CODES = {name: code for code, name in DTYPES.items()}
@@ -31,8 +32,13 @@ def read_config(folder: str | Path) -> dict:
     return read_json(Path(folder) / CONFIG)
 
 
+def is_adapter(path: Path) -> bool:
+    """Whether a folder has an adapter (see ``adapters.py``), and no whole model."""
+    return (path / ADAPTER_CONFIG).is_file() and not any(path.glob("model*.safetensors"))
+
+
 class Weights(StoredTensors):
-    """The tensors of a model's folder, read-only.
+    """The tensors of a model's folder, or of one .safetensors file, read-only.
 
     The constructor reads only headers; ``dtypes`` has safetensors' codes, such as "F32". ``weights[name]``
     reads a tensor as a new array in its stored dtype. No file stays open or memory-mapped, so a model can be
@@ -46,7 +52,9 @@ class Weights(StoredTensors):
         folder = Path(folder)
         self.shapes, self.dtypes = {}, {}
         self._sources: dict[str, tuple[Path, int]] = {}  # the file, and its modification time
-        if (folder / SINGLE_FILE).exists():
+        if folder.suffix == ".safetensors" and not folder.is_dir():
+            self._read_header(folder)
+        elif (folder / SINGLE_FILE).exists():
             self._read_header(folder / SINGLE_FILE)
         elif (folder / INDEX).exists():
             for shard, listed in _read_index(folder / INDEX).items():
