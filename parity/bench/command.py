@@ -11,6 +11,8 @@ from parity.bench import decode, scaling, targets, train
 from parity.bench.cuda import measure
 from parity.bench.cuda.variants import VARIANTS
 from parity.bench.cuda.works import PRECISIONS, WORKS
+from parity.bench.isa import Isa, check_isa
+from parity.bench.process import machine
 from parity.bench.train_variants import what_is_missing
 from parity.options import check_at_least, check_installed, check_names, check_writable, write_json
 from tinyllm.backend.device import pick_device
@@ -34,6 +36,7 @@ class BenchTrain:
     warmup: int = 4  # untimed steps at the start of each measurement
     steps: int = 5  # timed steps of each measurement
     threads: int = 2  # threads of every variant
+    isa: Isa = "native"  # avx2 holds both sides to AVX2 on a processor that has more
     json: Path | None = None  # also write the complete result to this file
     write: bool = False  # also write the tables into parity/bench/README.md; measures every work
 
@@ -42,6 +45,7 @@ class BenchTrain:
         if self.work is not None:
             check_names("work", [self.work], train.WORKS)
         _check_counts(self, rounds=1, warmup=0, steps=1, threads=1)
+        check_isa(self.isa, machine())
         variants = self._variants()
         _check_variants({variant for chosen in variants.values() for variant in chosen}, self.warmup)
         if self.write and (self.work or self.variants):
@@ -49,7 +53,7 @@ class BenchTrain:
         if self.write:
             tables.check_page(tables.BENCH_PAGE, "train")
 
-        result = train.train(variants, self.rounds, self.warmup, self.steps, self.threads)
+        result = train.train(variants, self.rounds, self.warmup, self.steps, self.threads, self.isa)
         print(train.report(result))
         write_json(self.json, result)
         if self.write:
@@ -82,6 +86,7 @@ class BenchScaling:
     rounds: int = 1  # measurements of every point
     warmup: int = 3  # untimed steps at the start of each measurement
     steps: int = 5  # timed steps of each measurement
+    isa: Isa = "native"  # avx2 holds both sides to AVX2 on a processor that has more
     json: Path | None = None  # also write the complete result to this file
     write: bool = False  # also write the table into parity/bench/README.md; needs all axes
 
@@ -89,6 +94,7 @@ class BenchScaling:
         """Check the arguments, measure, print the tables and write the plot; return the exit code."""
         check_names("axes", self.axes, scaling.AXES)
         _check_counts(self, rounds=1, warmup=0, steps=1)
+        check_isa(self.isa, machine())
         if self.write and set(self.axes) != set(scaling.AXES):
             raise Error("--write needs every axis: omit --axes")
         if self.write:
@@ -103,7 +109,7 @@ class BenchScaling:
 
         axes = {axis: scaling.AXES[axis] for axis in self.axes}
         labels = {axis: label for axis, (label, *_) in axes.items()}
-        result = scaling.scaling(axes, scaling.BASE, self.rounds, self.warmup, self.steps)
+        result = scaling.scaling(axes, scaling.BASE, self.rounds, self.warmup, self.steps, self.isa)
         print(scaling.report(result, labels))
         write_json(self.json, result)
         scaling.plot(result, labels, self.out / "scaling.png")
@@ -124,6 +130,7 @@ class BenchDecode:
     model: str | None = None  # folder, .gguf file or hub id; default: SmolLM2-135M with random weights
     rounds: int = 3  # measurements of each side
     threads: int = 2  # threads of each side
+    isa: Isa = "native"  # avx2 holds both sides to AVX2 on a processor that has more
     json: Path | None = None  # also write the complete result to this file
     write: bool = False  # also write the table into parity/bench/README.md
 

@@ -70,6 +70,8 @@ def libraries() -> dict[str, str]:
         found["torch"] = f"{torch.__version__} with {blas[1] if blas else 'unknown BLAS'} {kernels}"
     if transformers := sys.modules.get("transformers"):
         found["transformers"] = transformers.__version__
+    if xllamacpp := sys.modules.get("xllamacpp"):
+        found["xllamacpp"] = xllamacpp.__version__
     return found
 
 

@@ -12,6 +12,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 from parity import tables
+from parity.bench.isa import Isa, processor
 from parity.bench.process import describe, machine, spread
 from parity.bench.train import measure
 from parity.bench.train_variants import Work
@@ -48,9 +49,9 @@ COSTS = {
 }
 
 
-def scaling(axes: dict, base: Work, rounds: int, warmup: int, steps: int) -> dict:
+def scaling(axes: dict, base: Work, rounds: int, warmup: int, steps: int, isa: Isa = "native") -> dict:
     """Measure every point of the ``axes`` (as ``AXES``); return the result for JSON."""
-    counts, before = {"rounds": rounds, "warmup": warmup, "steps": steps}, machine()
+    counts, before = {"rounds": rounds, "warmup": warmup, "steps": steps, "isa": isa}, machine()
     measured, tables = {}, {}
     for axis, (_, sizes, others) in axes.items():
         tables[axis] = []
@@ -133,7 +134,7 @@ def markdown(result: dict, labels: dict[str, str]) -> str:
             (labels[axis], sizes, *exponents(points, "seconds"), *exponents(points, "training_bytes"))
         )
     about = (
-        f"{facts['cpu']} ({facts['instructions']})",
+        processor(request["isa"], facts),
         *(f"{name} {text}" for name, text in result["libraries"]["torch-eager"].items()),
         f"{request['rounds']} rounds of {request['steps']} steps",
     )

@@ -17,6 +17,7 @@ from dataclasses import asdict
 from statistics import median
 
 from parity import tables
+from parity.bench.isa import Isa, check_obeyed, held_to, processor
 from parity.bench.process import (
     describe,
     in_own_process,
@@ -64,9 +65,12 @@ def run_variant(variant: str, work: Work, warmup: int, steps: int, threads: int)
 # ---- All measurements ----
 
 
-def train(variants: dict[str, list[str]], rounds: int, warmup: int, steps: int, threads: int) -> dict:
+def train(
+    variants: dict[str, list[str]], rounds: int, warmup: int, steps: int, threads: int, isa: Isa = "native"
+) -> dict:
     """Measure the variants of each work (name in ``WORKS`` -> variants); return the result for JSON."""
-    counts, works, before = {"warmup": warmup, "steps": steps, "threads": threads}, {}, machine()
+    counts = {"warmup": warmup, "steps": steps, "threads": threads, "isa": isa}
+    works, before = {}, machine()
     for name, chosen in variants.items():
         print(f"{name}:", file=sys.stderr)
         runs = measure(WORKS[name], chosen, rounds, **counts)
@@ -80,19 +84,20 @@ def train(variants: dict[str, list[str]], rounds: int, warmup: int, steps: int, 
     }
 
 
-def measure(work: Work, variants: list[str], rounds: int, warmup: int, steps: int, threads: int) -> dict:
+def measure(
+    work: Work, variants: list[str], rounds: int, warmup: int, steps: int, threads: int, isa: Isa = "native"
+) -> dict:
     """Measure the variants in turn; return variant -> [result of ``run_variant``, one per round].
 
-    If a variant fails, its message is on stderr and the program exits with code 1.
+    If a variant fails or does not obey ``isa``, its message is on stderr and the program exits with code 1.
     """
-    environment = with_threads(threads)
+    environment = with_threads(threads) | held_to(isa)
     runs = {variant: [] for variant in variants}
     for number in range(1, rounds + 1):
         for variant in variants:
             print(f"round {number}/{rounds}: {variant} …", end=" ", file=sys.stderr, flush=True)
-            child = in_own_process(
-                "parity.bench.train", [variant, asdict(work), warmup, steps, threads], environment
-            )
+            request = [variant, asdict(work), warmup, steps, threads, isa]
+            child = in_own_process("parity.bench.train", request, environment)
             runs[variant].append(result_of(child, variant, number))
             print(f"{median(runs[variant][-1]['seconds']):.4g} s per step", file=sys.stderr)
     return runs
@@ -179,7 +184,7 @@ def markdown(result: dict) -> str:
         counts = [w["variants"][variant]["page_faults"]["median"] for w in works.values()]
         faults.append(f"{variant} {min(counts):,.0f} to {max(counts):,.0f}")
     about = (
-        f"{facts['cpu']} ({facts['instructions']})",
+        processor(request["isa"], facts),
         f"{request['threads']} threads",
         *(f"{name} {text}" for name, text in loaded.items()),
         f"medians of {request['rounds']} rounds of {request['steps']} steps",
@@ -196,5 +201,7 @@ def markdown(result: dict) -> str:
 
 if __name__ == "__main__":  # a variant's own process, started by ``measure``
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # on Ctrl-C this process just ends; the parent reports
-    variant, work, *counts = json.loads(sys.argv[1])
-    print(json.dumps(run_variant(variant, Work(**work), *counts)))
+    variant, work, *counts, isa = json.loads(sys.argv[1])
+    result = run_variant(variant, Work(**work), *counts)
+    check_obeyed(isa)
+    print(json.dumps(result))
