@@ -1,5 +1,6 @@
 """Options of the ``python -m parity bench`` commands."""
 
+import importlib.util
 import shlex
 import tempfile
 from dataclasses import dataclass, fields
@@ -7,11 +8,12 @@ from pathlib import Path
 from typing import Literal
 
 from parity import tables
-from parity.bench import decode, scaling, targets, train
+from parity.bench import decode, llamacpp, scaling, targets, train
 from parity.bench.cuda import measure
 from parity.bench.cuda.variants import VARIANTS
 from parity.bench.cuda.works import PRECISIONS, WORKS
-from parity.bench.isa import Isa, check_isa
+from parity.bench.decode_texts import prompts
+from parity.bench.isa import Isa, check_isa, in_use
 from parity.bench.process import machine
 from parity.bench.train_variants import what_is_missing
 from parity.options import check_at_least, check_installed, check_names, check_writable, write_json
@@ -121,39 +123,73 @@ class BenchScaling:
 
 @dataclass(frozen=True)
 class BenchDecode:
-    """Time greedy decoding and prefill with tinyllm and transformers.
+    """Time decoding and prefill with tinyllm, and compare them with transformers.
 
-    Measures the time per token, the matrix-vector products of a step by themselves, the prefill of a long
-    prompt, and the time from starting Python to the first token. Exit code 1 if a target is not met.
+    Measures a step against its products, a token, prefills, the second turn of a chat, speculative decoding,
+    several rows at once, and the time from starting Python to the first token; llama.cpp is printed beside.
+    Speculation and llama.cpp need a trained model: --model smollm2. Exit code 1 if a target is not met.
     """
 
-    model: str | None = None  # folder, .gguf file or hub id; default: SmolLM2-135M with random weights
+    model: str | None = (
+        None  # smollm2, folder, .gguf file or hub id; default: SmolLM2-135M with random weights
+    )
+    works: tuple[str, ...] = decode.WORKS  # what to measure
     rounds: int = 3  # measurements of each side
     threads: int = 2  # threads of each side
     isa: Isa = "native"  # avx2 holds both sides to AVX2 on a processor that has more
     json: Path | None = None  # also write the complete result to this file
-    write: bool = False  # also write the table into parity/bench/README.md
+    write: bool = False  # also write the table into parity/bench/README.md; needs a model and every work
 
     def run(self) -> int:
         """Check the arguments, measure and print the report; return the exit code."""
+        check_names("works", self.works, decode.WORKS)
         _check_counts(self, rounds=1, threads=1)
+        check_isa(self.isa, facts := machine())
+        table = f"decode-{in_use(self.isa, facts).replace('-', '').lower()}"  # decode-avx2, decode-avx512
+        if self.write and (self.model is None or set(self.works) != set(decode.WORKS)):
+            raise Error("--write needs a trained model and every work: give --model smollm2 and omit --works")
         if self.write:
-            tables.check_page(tables.BENCH_PAGE, "decode")
+            tables.check_page(tables.BENCH_PAGE, table)
         check_installed("bench decode", ("torch", "transformers"))
         path = None if self.model is None else hub.find_model(self.model)
         with tempfile.TemporaryDirectory() as folder:
-            if path is None:
-                decode.write_smollm2(Path(folder) / "model")
-            elif path.is_file():  # a GGUF file: both sides load its weights from one folder
-                load_model(path).save_pretrained(Path(folder) / "model")
-            source = path if path is not None and path.is_dir() else Path(folder) / "model"
-            name = self.model or "SmolLM2-135M's shape with random weights"
-            result = decode.decode(source, name, self.rounds, self.threads)
+            result = self._measure(path, Path(folder))
         print(decode.report(result))
         write_json(self.json, result)
         if self.write:
-            tables.write(tables.BENCH_PAGE, "decode", decode.markdown(result))
+            tables.write(tables.BENCH_PAGE, table, decode.markdown(result))
         return int(targets.any_not_met(result))
+
+    def _measure(self, path: Path | None, folder: Path) -> dict:
+        """Prepare the sides' models (``path``, None for random weights) in ``folder`` and measure them."""
+        model, texts, omitted = folder / "model", {}, []
+        if path is None:
+            decode.write_smollm2(model)
+        elif path.is_file():  # a GGUF file: tinyllm and transformers load its weights from one folder
+            load_model(path).save_pretrained(model)
+        else:
+            model = path
+        sources = {"tinyllm": str(model)}
+        if decode.BY_TRANSFORMERS & {*self.works}:
+            sources["transformers"] = str(model)
+        if "speculation" in self.works:
+            if path is None:
+                omitted.append(
+                    "Speculation was not measured: random weights write no text (--model smollm2)."
+                )
+            else:
+                texts = prompts(path)
+        if "llama.cpp" in self.works:
+            if path is None or not path.is_file():
+                omitted.append("llama.cpp was not measured: it needs a GGUF file (--model smollm2).")
+            elif not importlib.util.find_spec("xllamacpp"):
+                omitted.append("llama.cpp was not measured: it needs xllamacpp (pip install xllamacpp).")
+            else:
+                sources |= llamacpp.files(path, folder)
+        name = self.model or "SmolLM2-135M's shape with random weights"
+        return decode.decode(
+            sources, name, self.rounds, self.threads, self.isa, self.works, texts, tuple(omitted)
+        )
 
 
 @dataclass(frozen=True)

@@ -1,28 +1,21 @@
-"""Time of decoding: tinyllm against transformers, and against the matrix-vector products alone.
+"""Time of decoding: tinyllm against transformers, and each of its means of being fast against going without.
 
-``python -m parity bench decode`` measures one sequence in float32, decoded greedily. It reports the time per
-token after a short prompt; the time of a step's matrix-vector products by themselves, which read every weight
-once and cannot be avoided; the prefill of a long prompt; and the time from starting Python to the first
-token. Each measurement runs in a process of its own, and the two sides take turns.
-
-At its top this module imports the standard library only, so that a side's process loads that side's libraries
-and no others. Its imports are part of the cold start.
+``python -m parity bench decode`` measures SmolLM2-135M or another model in float32. ``decode_sides.py`` has
+the measurements; each side runs in a process of its own, and the sides take turns in every round. Ratios are
+formed within a round. The report has every ratio with its target for the instruction set in use.
 """
 
-import json
-import signal
 import sys
 import time
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
 
 from parity import tables
-from parity.bench.process import describe, in_own_process, libraries, machine, result_of, with_threads
-from parity.bench.targets import Target, ratio_table, row_of, target_table
-
-SIDES = ("tinyllm", "transformers")
+from parity.bench.decode_sides import SIZES, Side, Sizes
+from parity.bench.isa import Isa, held_to, in_use, processor
+from parity.bench.process import describe, in_own_process, machine, result_of, with_threads
+from parity.bench.targets import Target, not_met, row_of, target_table
 
 # The sizes of SmolLM2-135M (134,515,008 parameters); random weights take the same time as trained ones.
 SMOLLM2 = dict(
@@ -38,157 +31,69 @@ SMOLLM2 = dict(
     tie_word_embeddings=True,
 )
 
+WORKS = ("step", "token", "prefill", "second-turn", "speculation", "rows", "cold-start", "llama.cpp")
+
+BY_TRANSFORMERS = {"token", "prefill", "cold-start"}  # the works that it does, too
+
 
 @dataclass(frozen=True)
-class Sizes:
-    """Numbers of tokens and repetitions."""
+class Comparison:
+    """tinyllm's cost ``ours``, in seconds, divided by the cost ``theirs`` of ``side``."""
 
-    prompt: int = 64
-    new: int = 128  # tokens decoded after the prompt
-    long_prompt: int = 512
-    repeats: int = 5  # of the prefill of the long prompt
-    steps: int = 32  # decoding steps, each timed together with its products
+    work: str  # one of WORKS
+    name: str
+    against: str
+    ours: str
+    theirs: str
+    unit: str  # of the table: tokens/s, ms or s
+    avx2: tuple[float, float | None]  # the ratio is at most the first; the second is a stretch target
+    avx512: tuple[float, float | None]
+    side: str = "tinyllm"
 
+    def target(self, instructions: str) -> Target:
+        """The target for an instruction set (``isa.in_use``). Without AVX-512 it is that of AVX2."""
+        at_most, stretch = self.avx512 if instructions == "AVX-512" else self.avx2
+        return Target(self.name, "time", (self.against,), at_most, stretch)
 
-# Every target with the function that gives its ratio for one round: (result of each side) -> ratio
-TARGETS: tuple[tuple[Target, Callable[[dict, dict], float]], ...] = (
-    (
-        Target("decode", "time per token", ("transformers",), 0.50),
-        lambda ours, theirs: ours["token_s"] / theirs["token_s"],
-    ),
-    (
-        Target("decode", "time per step", ("its products",), 1.25),  # 80% of the products' tokens/s
-        lambda ours, theirs: median(ours["step_s"]) / products_seconds(ours),
-    ),
-    (
-        Target("prefill", "time", ("transformers",), 1.00),
-        lambda ours, theirs: median(ours["prefill_s"]) / median(theirs["prefill_s"]),
-    ),
-    (
-        Target("cold start", "time to first", ("transformers",), 1.00),
-        lambda ours, theirs: ours["first_token_s"] / theirs["first_token_s"],
-    ),
-)
+    def ratio(self, runs: dict[str, dict]) -> float | None:
+        """The ratio in one round (side -> its result); None if one of the two was not measured."""
+        ours, theirs = (runs.get(side, {"seconds": {}})["seconds"] for side in ("tinyllm", self.side))
+        if self.ours not in ours or self.theirs not in theirs:
+            return None
+        return median(ours[self.ours]) / median(theirs[self.theirs])
 
 
-def products_seconds(run: dict) -> float:
-    """Seconds of a step's matrix-vector products: the faster of one BLAS thread and all threads."""
-    return min(median(run["products_1_s"]), median(run["products_s"]))
+def comparisons(sizes: Sizes) -> list[Comparison]:
+    """Every row of the report. Targets are ratios of time: 1.3 times the tokens/s is 0.769 of the time."""
+    repeats, elsewhere, many = (0.769, 0.625), (1.03, None), f"{sizes.rows} rows"
+    return [
+        Comparison("step", "a step", "its products", "step", "products", "ms", *2 * [(1.20, 1.10)]),
+        _with_transformers("token", "a token", "token", "tokens/s", (0.55, 0.45), (0.42, 0.38)),
+        *(
+            _with_transformers(
+                "prefill", f"prefill of {n} tokens", f"prefill {n}", "s", (1.00, 0.85), (0.70, 0.60)
+            )
+            for n in sizes.prefills
+        ),
+        Comparison(
+            "second-turn", "second turn of a chat, first token", "nothing kept",
+            "second turn kept", "second turn anew", "s", *2 * [(0.35, None)],
+        ),
+        _speculation("edit of code", repeats),
+        _speculation("summary", elsewhere),
+        _speculation("poem", elsewhere),
+        Comparison("rows", f"{many} at once", "one row", many, "1 rows", "tokens/s", *2 * [(0.333, None)]),
+        _with_transformers("cold-start", "cold start to first token", "cold start", "s", *2 * [(1.00, None)]),
+    ]  # fmt: skip
 
 
-# ---- One measurement: runs in the side's own process ----
+def _with_transformers(work: str, name: str, cost: str, unit: str, *targets) -> Comparison:
+    return Comparison(work, name, "transformers", cost, cost, unit, *targets, side="transformers")
 
 
-def run_side(side: str, folder: str, sizes: Sizes, threads: int, started: float) -> dict:
-    """Measure one side; ``started`` is the time.time() at which its process was started.
-
-    Returns seconds: ``first_token_s`` since the start; ``token_s`` per new token, including the prefill of
-    the short prompt; every ``prefill_s`` of the long prompt; for tinyllm also ``step_s`` and, in turn with
-    it, ``products_s`` and ``products_1_s`` (on one thread). Also returns the generated ``tokens``.
-    """
-    return {"tinyllm": run_tinyllm, "transformers": run_transformers}[side](folder, sizes, threads, started)
-
-
-def run_tinyllm(folder: str, sizes: Sizes, threads: int, started: float) -> dict:
-    """``run_side`` for tinyllm. ``measure`` sets the number of threads in the environment."""
-    from tinyllm import generate, load_model, no_grad
-    from tinyllm.backend.memory import keep_memory
-
-    keep_memory()  # as ``tinyllm generate`` does
-    model = load_model(folder)
-    prompt, long_prompt = ([ids_of(count)] for count in (sizes.prompt, sizes.long_prompt))
-    next(generate(model, prompt, sizes.new, temperature=0))
-    first_token_s = time.time() - started
-
-    def prefill():
-        with no_grad():
-            model(long_prompt, last_only=True, cache=model.new_cache(1, sizes.long_prompt))
-
-    start = time.perf_counter()
-    tokens = [int(token[0]) for token in generate(model, prompt, sizes.new, temperature=0)]
-    token_s = (time.perf_counter() - start) / sizes.new
-    return {
-        "first_token_s": first_token_s,
-        "token_s": token_s,
-        "prefill_s": timed(prefill, sizes.repeats),
-        **steps_and_products(model, prompt, sizes.steps),
-        "tokens": tokens,
-        "libraries": libraries(),
-    }
-
-
-def steps_and_products(model, prompt, count: int) -> dict[str, list[float]]:
-    """``count`` decoding steps, each followed by its products alone under the same load."""
-    import numpy as np
-
-    from tinyllm import generate, nn
-    from tinyllm.backend.threads import one_blas_thread
-
-    weights = [module.weight.data for _, module in model.named_modules() if isinstance(module, nn.Linear)]
-    inputs = {w.shape[1]: np.ones((1, w.shape[1]), w.dtype) for w in weights}
-    steps = generate(model, prompt, count + 1, temperature=0)
-    next(steps)  # the prefill
-
-    def products():
-        for w in weights:
-            np.matmul(inputs[w.shape[1]], w.T)
-
-    seconds = {"step_s": [], "products_s": [], "products_1_s": []}
-    for _ in range(count):
-        seconds["step_s"] += timed(lambda: next(steps), 1, warmup=0)
-        seconds["products_s"] += timed(products, 1, warmup=0)
-        with one_blas_thread():  # last: BLAS's idle threads spin for a while and would slow down the step
-            seconds["products_1_s"] += timed(products, 1, warmup=0)
-    return seconds
-
-
-def run_transformers(folder: str, sizes: Sizes, threads: int, started: float) -> dict:
-    """``run_side`` for transformers: its ``generate`` with default options."""
-    import torch
-    import transformers
-
-    torch.set_num_threads(threads)
-    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    model.generation_config.eos_token_id = None  # generate exactly ``new`` tokens
-    prompt, long_prompt = (torch.tensor([ids_of(count)]) for count in (sizes.prompt, sizes.long_prompt))
-
-    def decode(count):
-        mask = torch.ones_like(prompt)
-        return model.generate(
-            prompt, attention_mask=mask, max_new_tokens=count, do_sample=False, pad_token_id=0
-        )
-
-    def prefill():
-        with torch.no_grad():
-            model(long_prompt, use_cache=True, logits_to_keep=1)
-
-    decode(1)
-    first_token_s = time.time() - started
-    start = time.perf_counter()
-    tokens = decode(sizes.new)[0, sizes.prompt :].tolist()
-    token_s = (time.perf_counter() - start) / sizes.new
-    return {
-        "first_token_s": first_token_s,
-        "token_s": token_s,
-        "prefill_s": timed(prefill, sizes.repeats),
-        "tokens": tokens,
-        "libraries": libraries(),
-    }
-
-
-def ids_of(count: int) -> list[int]:
-    """A prompt of ``count`` token ids below 53, so that any vocabulary contains them."""
-    return [3 + 7 * i % 50 for i in range(count)]
-
-
-def timed(function: Callable[[], object], repeats: int, warmup: int = 1) -> list[float]:
-    """Seconds of each of ``repeats`` calls, after ``warmup`` untimed ones."""
-    seconds = []
-    for _ in range(warmup + repeats):
-        start = time.perf_counter()
-        function()
-        seconds.append(time.perf_counter() - start)
-    return seconds[warmup:]
+def _speculation(text: str, target) -> Comparison:
+    costs = f"{text} speculative", f"{text} plain"
+    return Comparison("speculation", f"{text}, speculative", "plain", *costs, "tokens/s", target, target)
 
 
 # ---- All measurements ----
@@ -203,123 +108,179 @@ def write_smollm2(folder: Path) -> None:
     Llama(LlamaConfig(**SMOLLM2), rng=np.random.default_rng(0)).save_pretrained(folder)
 
 
-def decode(folder: Path, name: str, rounds: int, threads: int, sizes: Sizes = Sizes()) -> dict:
-    """Measure both sides on the model in ``folder``; return the result for JSON."""
+def decode(
+    sources: dict[str, str],
+    name: str,
+    rounds: int,
+    threads: int,
+    isa: Isa = "native",
+    works: tuple[str, ...] = WORKS,
+    texts: dict[str, dict] | None = None,
+    omitted: tuple[str, ...] = (),
+    sizes: Sizes = SIZES,
+) -> dict:
+    """Measure every side (``sources``: side -> its model); return the result for JSON.
+
+    ``texts`` are those of ``decode_texts.prompts``, none if the model has no tokenizer; ``omitted`` has a
+    sentence on everything that cannot be measured, for the report.
+    """
     before = machine()
-    runs = measure(folder, rounds, threads, sizes)
+    request = {"model": name, "rounds": rounds, "threads": threads, "isa": isa, "works": works}
+    runs = measure(sources, rounds, threads, isa, works, texts or {}, sizes)
     return {
-        "request": {"model": name, "rounds": rounds, "threads": threads, **asdict(sizes)},
+        "request": request,
+        "sizes": asdict(sizes),
         "machine": before,
+        "omitted": omitted,
         "runs": runs,
-        "targets": target_rows(runs),
+        "targets": target_rows(runs, works, sizes, in_use(isa, before)),
     }
 
 
-def measure(folder: Path, rounds: int, threads: int, sizes: Sizes) -> dict[str, list[dict]]:
+def measure(
+    sources: dict[str, str],
+    rounds: int,
+    threads: int,
+    isa: Isa,
+    works: tuple[str, ...],
+    texts: dict[str, dict],
+    sizes: Sizes,
+) -> dict[str, list[dict]]:
     """Measure the sides in turn; return side -> [result of ``run_side``, one per round].
 
-    If a side fails, its message is on stderr and the program exits with code 1.
+    If a side fails or does not obey ``isa``, its message is on stderr and the program exits with code 1.
     """
-    environment = with_threads(threads)
-    runs = {side: [] for side in SIDES}
+    environment = with_threads(threads) | held_to(isa)
+    runs = {side: [] for side in sources}
     for number in range(1, rounds + 1):
-        for side in SIDES:
-            print(f"round {number}/{rounds}: {side} …", end=" ", file=sys.stderr, flush=True)
-            request = [side, str(folder), asdict(sizes), threads, time.time()]
-            child = in_own_process("parity.bench.decode", request, environment)
-            runs[side].append(result_of(child, side, number))
-            print(f"{1 / runs[side][-1]['token_s']:.1f} tokens/s", file=sys.stderr)
+        for name, source in sources.items():
+            print(f"round {number}/{rounds}: {name} …", end=" ", file=sys.stderr, flush=True)
+            side_works = ("token", "prefill") if name.startswith("llama.cpp") else works
+            side = Side(name, source, side_works, texts, sizes, threads, started=time.time())
+            child = in_own_process("parity.bench.decode_sides", [asdict(side), isa], environment)
+            runs[name].append(result_of(child, name, number))
+            print(f"{time.time() - side.started:.0f} s", file=sys.stderr)
     return runs
 
 
 # ---- The report ----
 
 
-def target_rows(runs: dict[str, list[dict]]) -> list[dict]:
-    """Every target with its measured ratios, as ``parity.bench.targets.row_of``."""
-    both = list(zip(runs["tinyllm"], runs["transformers"]))
-    return [row_of(target, [ratio(*results) for results in both]) for target, ratio in TARGETS]
-
-
-def seconds_of(runs: dict[str, list[dict]]) -> dict[str, dict[str, float]]:
-    """Medians over the rounds: side -> seconds per token, of the prefill, and to the first token."""
-    return {
-        side: {
-            "token": median(run["token_s"] for run in rounds),
-            "prefill": median(median(run["prefill_s"]) for run in rounds),
-            "first token": median(run["first_token_s"] for run in rounds),
-        }
-        for side, rounds in runs.items()
-    }
-
-
-def step_seconds(runs: dict[str, list[dict]]) -> tuple[float, float]:
-    """Medians over the rounds: seconds of one of tinyllm's steps, and of its products alone."""
-    ours = runs["tinyllm"]
-    return median(median(run["step_s"]) for run in ours), median(products_seconds(run) for run in ours)
+def target_rows(
+    runs: dict[str, list[dict]], works: tuple[str, ...], sizes: Sizes, instructions: str
+) -> list[dict]:
+    """Every comparison of the ``works`` with its ratios, as ``parity.bench.targets.row_of``."""
+    rounds = [dict(zip(runs, results)) for results in zip(*runs.values(), strict=True)]
+    rows = []
+    for comparison in comparisons(sizes):
+        if comparison.work in works:
+            ratios = [comparison.ratio(results) for results in rounds]
+            rows.append(row_of(comparison.target(instructions), [] if None in ratios else ratios))
+    return rows
 
 
 def report(result: dict) -> str:
-    """The text that ``python -m parity bench decode`` prints: times of each side, then the targets."""
+    """The text that ``python -m parity bench decode`` prints: costs, then ratios and targets, by round."""
     request, runs = result["request"], result["runs"]
-    lines = [describe(request), describe(result["machine"])]
+    lines = [describe(result[name]) for name in ("request", "sizes", "machine")]
+    lines += [processor(request["isa"], result["machine"])]
     lines += [f"{side}: {describe(rounds[0]['libraries'])}" for side, rounds in runs.items()]
-    row = "{:<16}{:>12}{:>12}{:>20}{:>16}".format
-    prefill = f"prefill of {request['long_prompt']}, s"
-    lines += ["", row("", "tokens/s", "ms/token", prefill, "first token, s")]
-    for side, seconds in seconds_of(runs).items():
-        rate, ms = f"{1 / seconds['token']:.1f}", f"{1000 * seconds['token']:.2f}"
-        lines.append(row(side, rate, ms, f"{seconds['prefill']:.3f}", f"{seconds['first token']:.2f}"))
-    for label, seconds in zip(("one step", "its products"), step_seconds(runs)):
-        lines.append(row(label, f"{1 / seconds:.1f}", f"{1000 * seconds:.2f}", "", ""))
-    lines += ["", agreement(result), "", *target_table(result["targets"])]
+    form = "{:<36}{:<10}{:>10}   {:<14}{:>10}".format
+    lines += ["", form("medians", "", "tinyllm", "against", "")]
+    lines += [form(*row) for row in cost_rows(result)]
+    lines += ["", *target_table(result["targets"]), "", *sentences(result)]
+    if others := llamacpp_rows(result):
+        form = ("{:<36}" + "{:>16}" * (len(others[0]) - 1)).format
+        lines += ["", *(form(*row) for row in others)]
     return "\n".join(line.rstrip() for line in lines)
 
 
-def agreement(result: dict) -> str:
-    """A sentence on how many tokens agree."""
-    same, new = same_tokens(result["runs"]), result["request"]["new"]
-    return f"The first {same} of {new} greedy tokens are the same on both sides."
-
-
 def markdown(result: dict) -> str:
-    """The tables for the page: the costs of both sides and tinyllm's ratios."""
-    request, runs, facts = result["request"], result["runs"], result["machine"]
-    ours, theirs = (seconds_of(runs)[side] for side in SIDES)
-    step, products = step_seconds(runs)
-    long_prompt = f"prefill of {request['long_prompt']} tokens"
+    """The tables for the page: costs, ratios by round and targets; then llama.cpp."""
+    request, facts, loaded = result["request"], result["machine"], {}
+    for rounds in result["runs"].values():
+        loaded |= rounds[0]["libraries"]
     about = (
         request["model"],
-        f"{facts['cpu']} ({facts['instructions']})",
+        processor(request["isa"], facts),
         f"{request['threads']} threads",
-        *(f"{name} {text}" for name, text in runs["transformers"][0]["libraries"].items()),
-        f"medians of {request['rounds']} rounds of {request['prompt']} + {request['new']} tokens",
+        *(f"{name} {text}" for name, text in loaded.items()),
+        f"medians of {request['rounds']} rounds",
     )
-    rows = [
-        ("decode", "tokens/s", f"{1 / ours['token']:.1f}", f"{1 / theirs['token']:.1f}"),
-        (long_prompt, "s", f"{ours['prefill']:.3f}", f"{theirs['prefill']:.3f}"),
-        ("cold start to first token", "s", f"{ours['first token']:.2f}", f"{theirs['first token']:.2f}"),
-        ("decoding step", "ms", f"{1000 * step:.1f}", ""),
-        ("its matrix-vector products alone", "ms", f"{1000 * products:.1f}", ""),
+    rows = []
+    for row, costs in zip(result["targets"], cost_rows(result), strict=True):
+        rounds = ", ".join(f"{ratio:.2f}" for ratio in row["rounds"]) or "not measured"
+        stretch = f" ({row['stretch']:g})" if row["stretch"] else ""
+        ratio = f"{row['measured']:.3f}" if row["rounds"] else ""
+        rows.append((*costs, ratio, rounds, f"{row['at_most']:g}{stretch}"))
+    head = "", "", "tinyllm", "compared with", "", "ratio of times", "by round", "at most (stretch)"
+    parts = [
+        tables.measured("bench decode", *about),
+        tables.markdown(head, rows),
+        not_met(result["targets"]),
+        "\n".join(sentences(result)),
     ]
-    return "\n\n".join(
-        [
-            tables.measured("bench decode", *about),
-            tables.markdown(("", "", *SIDES), rows),
-            ratio_table(result["targets"]),
-            agreement(result),
-        ]
-    )
+    if others := llamacpp_rows(result):
+        parts.append(tables.markdown(others[0], others[1:]))
+    return "\n\n".join(filter(None, parts))
 
 
-def same_tokens(runs: dict[str, list[dict]]) -> int:
-    """The number of tokens before the first that differs between the two sides, in the first round."""
-    ours, theirs = (runs[side][0]["tokens"] for side in SIDES)
-    alike = [a == b for a, b in zip(ours, theirs, strict=True)]
+def cost_rows(result: dict) -> list[tuple[str, ...]]:
+    """(name, unit, tinyllm's median, what it is compared with, that median) of every comparison."""
+    runs, rows = result["runs"], []
+    for comparison in comparisons(Sizes(**result["sizes"])):
+        if comparison.work in result["request"]["works"]:
+            ours = shown(runs, "tinyllm", comparison.ours, comparison.unit)
+            theirs = shown(runs, comparison.side, comparison.theirs, comparison.unit)
+            rows.append((comparison.name, comparison.unit, ours, comparison.against, theirs))
+    return rows
+
+
+def shown(runs: dict[str, list[dict]], side: str, cost: str, unit: str) -> str:
+    """The median of one cost over the rounds in this unit; a dash if it was not measured."""
+    measured = [run["seconds"][cost] for run in runs.get(side, []) if cost in run["seconds"]]
+    if not measured:
+        return "–"
+    seconds = median(map(median, measured))
+    return {"tokens/s": f"{1 / seconds:.1f}", "ms": f"{1000 * seconds:.1f}", "s": f"{seconds:.3f}"}[unit]
+
+
+def llamacpp_rows(result: dict) -> list[tuple[str, ...]]:
+    """A table of tinyllm in float32 beside llama.cpp, its head first; empty if llama.cpp was not measured."""
+    runs = result["runs"]
+    sides = [side for side in runs if side.startswith("llama.cpp")]
+    if not sides:
+        return []
+    costs = [("a token", "token", "tokens/s")]
+    costs += [(f"prefill of {n} tokens", f"prefill {n}", "s") for n in result["sizes"]["prefills"]]
+    return [
+        ("", "", "tinyllm F32", *sides),
+        *((name, unit, *(shown(runs, side, cost, unit) for side in ("tinyllm", *sides)))
+          for name, cost, unit in costs),
+    ]  # fmt: skip
+
+
+def sentences(result: dict) -> list[str]:
+    """Which of the generated tokens agree, and what was not measured."""
+    ours = result["runs"]["tinyllm"][0]["tokens"]
+    theirs = result["runs"].get("transformers", [{"tokens": {}}])[0]["tokens"]
+    lines = []
+    if "token" in theirs:
+        pair = ours["token"], theirs["token"]
+        lines.append(f"The {_alike(*pair)} of tinyllm and transformers are the same.")
+    for name in ours:
+        for faster, plain in (" speculative", " plain"), (" kept", " anew"):
+            if name.endswith(faster):
+                other = ours[name.removesuffix(faster) + plain]
+                lines.append(f"{name.capitalize()}: the {_alike(ours[name], other)} are those of{plain}.")
+    return [*lines, *result["omitted"]]
+
+
+def _alike(ours: list[int], theirs: list[int]) -> str:
+    return f"first {same_tokens(ours, theirs)} of {max(len(ours), len(theirs))} tokens"
+
+
+def same_tokens(ours: list[int], theirs: list[int]) -> int:
+    """The number of tokens before the first that differs."""
+    alike = [a == b for a, b in zip(ours, theirs)]
     return alike.index(False) if False in alike else len(alike)
-
-
-if __name__ == "__main__":  # a side's own process, started by ``measure``
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # on Ctrl-C this process just ends; the parent reports
-    side, folder, sizes, threads, started = json.loads(sys.argv[1])
-    print(json.dumps(run_side(side, folder, Sizes(**sizes), threads, started)))

@@ -71,13 +71,13 @@ def processor(isa: Isa, facts: dict) -> str:
 
 
 def check_obeyed(isa: Isa) -> None:
-    """Exit with code 1 if a library that this process loaded uses more than it was held to, or does not say."""
+    """Exit with code 1 if a library of this process uses more than it was held to, or does not say."""
     if isa == "avx2" and (wrong := not_avx2()):
         sys.exit(f"--isa avx2: this process was not held to AVX2, so its times are not valid: {wrong}.")
 
 
 def not_avx2() -> str:
-    """The libraries of this process whose kernels are not known to be AVX2's, in words; "" if there are none."""
+    """The libraries of this process whose kernels are not known to be AVX2's, in words; "" if none."""
     return ", ".join(f"{library} uses {kernel}" for library, (kernel, avx2) in kernels().items() if not avx2)
 
 
@@ -136,8 +136,7 @@ def _verbose(library, function: Callable[[], object]) -> None:
 def _named(found: re.Match | None) -> tuple[str, bool]:
     """The kernels that a library printed, and whether they are at most AVX2's.
 
-    On processors that are not Intel's, MKL prints "Intel(R) Architecture processors"; it has no kernels beyond
-    AVX2 for them.
+    On processors that are not Intel's, MKL names "Intel(R) Architecture processors", which is accepted.
     """
     if not found:
         return UNNAMED, False

@@ -141,13 +141,19 @@ def ratio_table(rows: list[dict]) -> str:
         (row["work"], row["cost"], _peers(row), f"{_number(row, row['measured'])} ({_range(row)})")
         for row in ratios
     ]
+    return f"{tables.markdown(head, cells)}\n\n{not_met(rows)}"
+
+
+def not_met(rows: list[dict]) -> str:
+    """A sentence on the targets that are not met or not measured."""
     below = [
         f"{row['cost']} on {row['work']} ({_number(row, row['measured'])}, target {row['at_most']:g})"
         for row in rows
         if row["verdict"] == NOT_MET
     ]
-    sentence = f"Not met: {'; '.join(below)}." if below else "Every target is met."
-    return f"{tables.markdown(head, cells)}\n\n{sentence}"
+    missing = [f"{row['cost']} on {row['work']}" for row in rows if row["verdict"] == NOT_MEASURED]
+    text = f"Not met: {'; '.join(below)}." if below else "Every measured target is met."
+    return f"{text} Not measured: {'; '.join(missing)}." if missing else text
 
 
 def _peers(row: dict) -> str:

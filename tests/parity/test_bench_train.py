@@ -41,7 +41,7 @@ def tiny(tmp_path_factory):
 
 def test_variants_take_turns_in_every_round(tiny):
     done, result = tiny
-    assert result["request"] == {"rounds": 2, "warmup": 2, "steps": 3, "threads": 1}
+    assert result["request"] == {"rounds": 2, "warmup": 2, "steps": 3, "threads": 1, "isa": "native"}
     assert list(result["works"]) == ["tiny"]
     runs = result["works"]["tiny"]["runs"]
     assert list(runs) == ["tinyllm", "torch-eager"]
