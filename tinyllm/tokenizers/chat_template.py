@@ -24,6 +24,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 from tinyllm.checks import pip_install
 from tinyllm.errors import Error
@@ -56,8 +57,8 @@ def render_chat(
     leave the sandbox or rejects the messages, if the messages are malformed, and if jinja2 is not installed.
     """
     _check_template(template)
-    variables = _variables(add_generation_prompt, bos_token, eos_token)
-    return _render(template, [_check_messages(messages)], variables)[0]
+    conversation = _conversation(_check_messages(messages), add_generation_prompt)
+    return _render(template, [conversation], _variables(bos_token, eos_token))[0]
 
 
 def encode_chat(
@@ -82,25 +83,70 @@ def encode_chat(
     as ``render_chat`` and ``tokenizer.encode`` do.
     """
     _check_template(template)
-    messages = _check_messages(messages)
-    bos_token, eos_token = _bos_and_eos(tokenizer)
-    placeholders = _placeholders(tokenizer, [template, *(message["content"] for message in messages)])
-    marked_messages = [
-        message | {"content": message["content"].translate(placeholders)} for message in messages
+    return render_chats(tokenizer, template, [(messages, add_generation_prompt)])[0].encode(tokenizer)
+
+
+class RenderedChat(NamedTuple):
+    """The text of a conversation, and the special tokens in it that come from the template."""
+
+    text: str
+    special: list[re.Match] | None  # None: all that are in the text
+
+    def encode(self, tokenizer: Tokenizer) -> list[int]:
+        """The ids of the text; special tokens in messages are encoded as ordinary text."""
+        if self.special is None:
+            return tokenizer.encode(self.text, special="allow")
+        return tokenizer.encode_around(self.text, self.special).tolist()
+
+
+class RenderError(Error):
+    """A template failed; ``number`` is that of the conversation, from 0."""
+
+    def __init__(self, message: str, number: int):
+        super().__init__(message)
+        self.number = number
+
+
+def render_chats(
+    tokenizer: Tokenizer,
+    template: str,
+    conversations: Sequence[tuple[Sequence[Mapping[str, str]], bool]],
+) -> list[RenderedChat]:
+    """Render many conversations, each with its ``add_generation_prompt``, in one process; see ``encode_chat``.
+
+    Raises ``RenderError`` if the template fails for one of them.
+    """
+    _check_template(template)
+    checked = [_conversation(_check_messages(messages), flag) for messages, flag in conversations]
+    texts = (message["content"] for each in checked for message in each["messages"])
+    placeholders = _placeholders(tokenizer, [template, *texts])
+    marked = [
+        each | {"messages": [m | {"content": m["content"].translate(placeholders)} for m in each["messages"]]}
+        for each in checked
     ]
-    variables = _variables(add_generation_prompt, bos_token, eos_token)
-    text, marked = _render(template, [messages, marked_messages], variables)
-    every, own = tokenizer.find_special(text), tokenizer.find_special(marked)
+    both = [each for pair in zip(checked, marked) for each in pair]
+    rendered = _render(template, both, _variables(*_bos_and_eos(tokenizer)))
     back = {ord(placeholder): character for character, placeholder in placeholders.items()}
+    return [
+        _own_special(tokenizer, rendered[2 * i], rendered[2 * i + 1], back, i) for i in range(len(checked))
+    ]
+
+
+def _own_special(
+    tokenizer: Tokenizer, text: str, marked: str, back: dict[int, str], number: int
+) -> RenderedChat:
+    """Which special tokens of a text come from the template: those that ``marked`` has too."""
+    every, own = tokenizer.find_special(text), tokenizer.find_special(marked)
     if marked.translate(back) == text:
         if [found.span() for found in every] != [found.span() for found in own]:
-            return tokenizer.encode_around(text, own).tolist()
+            return RenderedChat(text, own)
     elif [found[0] for found in every] != [found[0] for found in own]:
-        raise Error(
+        raise RenderError(
             "a message contains a special token, which cannot be told apart from the template's own because "
-            "the template transforms the messages: remove the token from the message"
+            "the template transforms the messages: remove the token from the message",
+            number,
         )
-    return tokenizer.encode(text, special="allow")
+    return RenderedChat(text, None)
 
 
 def end_of_answer(tokenizer: Tokenizer) -> tuple[int, ...]:
@@ -134,8 +180,12 @@ def _placeholders(tokenizer: Tokenizer, texts: list[str]) -> dict[int, str]:
     return dict(zip(sorted(characters), free))
 
 
-def _variables(add_generation_prompt: bool, bos_token: str | None, eos_token: str | None) -> dict:
-    variables = {"add_generation_prompt": add_generation_prompt, "tools": None, "documents": None}
+def _conversation(messages: list[dict[str, str]], add_generation_prompt: bool) -> dict:
+    return {"messages": messages, "add_generation_prompt": add_generation_prompt}
+
+
+def _variables(bos_token: str | None, eos_token: str | None) -> dict:
+    variables = {"tools": None, "documents": None}
     for name, token in (("bos_token", bos_token), ("eos_token", eos_token)):
         if token is not None:
             check_text(token)
@@ -169,8 +219,11 @@ def _check_messages(messages: Sequence[Mapping[str, str]]) -> list[dict[str, str
     return [dict(message) for message in messages]
 
 
-def _render(template: str, conversations: list[list[dict[str, str]]], variables: dict) -> list[str]:
-    """The rendered text of each conversation, in one process, so that dates in the template are the same."""
+def _render(template: str, conversations: list[dict], variables: dict) -> list[str]:
+    """The rendered text of each conversation, in one process, so that dates in the template are the same.
+
+    Of two that follow each other, the second is the first with placeholders; see ``render_chats``.
+    """
     job = dict(template=template, conversations=conversations, variables=variables, limit=MAX_CHARACTERS)
     job["missing"] = f"a chat template needs jinja2: {pip_install('models')}"
     # Passed as source code, so that the process does not import tinyllm and NumPy: 0.1 s instead of 0.3.
@@ -199,7 +252,7 @@ def _render(template: str, conversations: list[list[dict[str, str]]], variables:
             "the chat template crashed its process or ran out of memory: use another template"
         ) from None
     if "error" in answer:
-        raise Error(answer["error"])
+        raise RenderError(answer["error"], answer.get("number", 0) // 2)
     return answer["texts"]
 
 
@@ -227,7 +280,7 @@ def _child() -> None:
             reason = f"{type(error).__name__}: {error}"
             remedy = "change the messages or use another template"
             answer = {"error": f"the chat template failed ({reason}): {remedy}"}
-    print(json.dumps(answer))
+    print(json.dumps(answer | {"number": job.get("number", 0)}))
 
 
 def _render_all(job: dict) -> list[str]:
@@ -239,9 +292,9 @@ def _render_all(job: dict) -> list[str]:
         pass
     template = _environment().from_string(job["template"])
     texts = []
-    for messages in job["conversations"]:
-        text = ""
-        for piece in template.generate(messages=messages, **job["variables"]):
+    for conversation in job["conversations"]:
+        job["number"], text = len(texts), ""  # the number is for the message if it fails
+        for piece in template.generate(**conversation, **job["variables"]):
             text += piece
             if len(text) > job["limit"]:
                 raise ValueError(f"its output has more than {job['limit']:,} characters")
