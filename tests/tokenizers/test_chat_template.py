@@ -122,7 +122,7 @@ def in_process():
 
     def render(template, many, variables):
         compiled = chat._environment().from_string(template)
-        return [compiled.render(messages=messages, **variables) for messages in many]
+        return [compiled.render(**conversation, **variables) for conversation in many]
 
     with pytest.MonkeyPatch.context() as monkeypatch:
         monkeypatch.setattr(chat, "_render", render)

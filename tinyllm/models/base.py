@@ -22,6 +22,7 @@ from tinyllm import functional as F
 from tinyllm.backend import compute_dtype
 from tinyllm.errors import Error
 from tinyllm.models.cache import Cache, LayerCache
+from tinyllm.models.packed import Packed
 from tinyllm.tensor import Tensor
 from tinyllm.weights import hub, safetensors
 
@@ -183,19 +184,20 @@ class LanguageModel(nn.Module):
         h = self.hidden_states(ids, cache)  # (B, T, C)
         return self.lm_head(h[:, -1:] if last_only else h)
 
-    def loss(self, ids, targets, num_targets=None, weights=None) -> Tensor:
+    def loss(self, ids, targets, num_targets=None, weights=None, cache: Packed | None = None) -> Tensor:
         """Σ cross-entropy over all targets but -100, divided by ``num_targets`` (default: their number).
 
-        ``weights``, an array of the targets' shape, multiplies each target's loss.
+        ``weights``, an array of the targets' shape, multiplies each target's loss. ``Packed`` in place of a
+        cache keeps the sequences that share a row apart.
         """
-        return nn.call(self, self._loss, ids, targets, num_targets, weights)
+        return nn.call(self, self._loss, ids, targets, num_targets, weights, cache)
 
-    def _loss(self, ids, targets, num_targets, weights):
+    def _loss(self, ids, targets, num_targets, weights, cache):
         head, options = self.lm_head, {"num_targets": num_targets, "weights": weights}
         plain_head = _is(head.forward, nn.Linear.forward) and _is(head.__call__, nn.Module.__call__)
         if not (plain_head and _is(self.forward, LanguageModel.forward)):
-            return F.cross_entropy(self.forward(ids), targets, **options)
-        h, weight = self.hidden_states(ids), nn.loaded(head.weight)  # (B, T, C), (V, C)
+            return F.cross_entropy(self.forward(ids, cache=cache), targets, **options)
+        h, weight = self.hidden_states(ids, cache), nn.loaded(head.weight)  # (B, T, C), (V, C)
         # Fused with the head: the full logits (B, T, V) are never in memory.
         return F.linear_cross_entropy(h, weight, targets, linear_bias=head.bias, **options)
 

@@ -21,11 +21,11 @@ import os
 from pathlib import Path
 
 from tinyllm.errors import Error
-from tinyllm.files import read_file, read_json
+from tinyllm.files import read_file, read_json, read_text
 from tinyllm.tokenizers.base import END_OF_TEXT, FILE_NAME, Tokenizer, extend_vocabulary
 from tinyllm.tokenizers.bpe import BPETokenizer, train_bpe
 from tinyllm.tokenizers.char import CharTokenizer
-from tinyllm.tokenizers.configs import read_added_tokens, read_configs
+from tinyllm.tokenizers.configs import CHAT_TEMPLATE, read_added_tokens, read_configs
 from tinyllm.tokenizers.gguf import read_gguf
 from tinyllm.tokenizers.huggingface import (
     MERGES,
@@ -86,14 +86,14 @@ def load_tokenizer(spec: str | Path) -> Tokenizer:
         )
     path = Path(spec)
     file = _find_file(path) if path.is_dir() else path
-    if file.name == FILE_NAME:
-        return _read_ours(file)
-    read = _reader(file)
+    read = _read_ours if file.name == FILE_NAME else _reader(file)
     tokenizer = read(file)
-    if read not in (read_gguf, read_tokenizer_json):
+    if read not in (_read_ours, read_gguf, read_tokenizer_json):
         tokenizer = tokenizer.with_file_tokens(read_added_tokens(file.parent))
-    if read is not read_gguf:
+    if read not in (_read_ours, read_gguf):
         read_configs(tokenizer, file.parent)
+    elif (file.parent / CHAT_TEMPLATE).exists():  # of a run that chose one
+        tokenizer.chat_template = read_text(file.parent / CHAT_TEMPLATE)
     return tokenizer
 
 

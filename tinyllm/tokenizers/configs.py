@@ -11,7 +11,7 @@ from tinyllm.errors import Error
 from tinyllm.files import read_json, read_text
 from tinyllm.tokenizers.base import Tokenizer, check_text
 
-ADDED_TOKENS = "added_tokens.json"
+ADDED_TOKENS, CHAT_TEMPLATE = "added_tokens.json", "chat_template.jinja"
 FLAGS = ("special", "lstrip", "rstrip", "single_word", "normalized")  # of an added token
 
 # Special tokens that end a turn of a chat, by the names that llama.cpp looks for. Older files name only the
@@ -134,7 +134,7 @@ def _ids_of(tokenizer: Tokenizer, found: list, folder: Path) -> tuple[int, ...]:
 
 def _chat_template(folder: Path, tokenizer_config: dict) -> str | None:
     """The template in ``chat_template.jinja`` or else ``tokenizer_config.json``, where it may be a list."""
-    file = folder / "chat_template.jinja"
+    file = folder / CHAT_TEMPLATE
     if file.exists():
         return read_text(file)
     match tokenizer_config.get("chat_template"):

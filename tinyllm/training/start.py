@@ -18,6 +18,7 @@ from tinyllm.files import open_regular, read_file
 from tinyllm.models import LanguageModel, ModelConfig, empty_model
 from tinyllm.tokenizers import Tokenizer
 from tinyllm.tokenizers.base import FILE_NAME
+from tinyllm.tokenizers.huggingface import TokenizersTokenizer
 from tinyllm.training.config import CONFIG_NAMES, TrainConfig, flag
 from tinyllm.training.metrics import METRICS
 from tinyllm.training.run_folder import begun_config
@@ -120,21 +121,33 @@ def check_start(found: dict, begun: dict | None) -> None:
         )
 
 
+def has_tokenizer(weights: Path) -> bool:
+    """Whether a model's folder or file has its tokenizer."""
+    return not weights.is_dir() or bool(_tokenizer_files(weights, (FILE_NAME, *VOCABULARY_FILES, "*.gguf")))
+
+
 def tokenizer_place(weights: Path, vocab_size: int) -> str:
     """Where a model's tokenizer is: in its folder or file, or GPT-2's for a folder without one."""
-    bare = weights.is_dir() and not _tokenizer_files(weights, (FILE_NAME, *VOCABULARY_FILES, "*.gguf"))
-    return "gpt2" if bare and vocab_size == 50257 else str(weights)
+    return "gpt2" if vocab_size == 50257 and not has_tokenizer(weights) else str(weights)
 
 
 def save_tokenizer(tokenizer: Tokenizer, place: str, folder: Path) -> None:
-    """Save the tokenizer in a run's folder: one of ours as JSON, a published one as a copy of its files."""
+    """Save the tokenizer in a run's folder: one of ours as JSON, a published one as a copy of its files.
+
+    One that got additional special tokens is written as a ``tokenizer.json``.
+    """
     if is_ours(tokenizer):
         tokenizer.save(folder)
         return
-    for file in _tokenizer_files(Path(place), (*VOCABULARY_FILES, *OTHER_TOKENIZER_FILES)):
-        known = file.name in (*VOCABULARY_FILES, *OTHER_TOKENIZER_FILES) or file.suffix == ".gguf"
-        name = "tokenizer.json" if read_file(file, 1) == b"{" else "tokenizer.model"
-        shutil.copyfile(file, folder / (file.name if known else name))
+    if tokenizer.added_tokens:
+        (folder / "tokenizer.json").write_bytes(_extended_json(tokenizer))
+        config = json.dumps({"add_bos_token": tokenizer.add_bos})
+        (folder / "tokenizer_config.json").write_text(config + "\n", encoding="utf-8")
+    else:
+        for file in _tokenizer_files(Path(place), (*VOCABULARY_FILES, *OTHER_TOKENIZER_FILES)):
+            known = file.name in (*VOCABULARY_FILES, *OTHER_TOKENIZER_FILES) or file.suffix == ".gguf"
+            name = "tokenizer.json" if read_file(file, 1) == b"{" else "tokenizer.model"
+            shutil.copyfile(file, folder / (file.name if known else name))
     ids = {"bos_token_id": tokenizer.bos_id, "eos_token_id": list(tokenizer.eos_ids)}
     (folder / "generation_config.json").write_text(json.dumps(ids) + "\n", encoding="utf-8")
 
@@ -144,10 +157,23 @@ def hash_tokenizer(tokenizer: Tokenizer, place: str | Path) -> str:
     if is_ours(tokenizer):
         return tokenizer_sha256(tokenizer)
     digest = hashlib.sha256()
+    if tokenizer.added_tokens:  # as that of the file in which it is saved
+        digest.update(hashlib.sha256(_extended_json(tokenizer)).digest())
+        return digest.hexdigest()
     for file in _tokenizer_files(Path(place), (*VOCABULARY_FILES, *ADDED_TOKENS)):
         with open_regular(file) as opened:
             digest.update(hashlib.file_digest(opened, "sha256").digest())
     return digest.hexdigest()
+
+
+def _extended_json(tokenizer: Tokenizer) -> bytes:
+    """The ``tokenizer.json`` of a published tokenizer with additional special tokens.
+
+    Raises ``Error`` if it is not one that Hugging Face's library runs, which can write it.
+    """
+    if not isinstance(tokenizer, TokenizersTokenizer):
+        raise Error(f"special tokens cannot be added to the published tokenizer {tokenizer.name}: omit them")
+    return tokenizer.tokenizer.to_str().encode()
 
 
 def is_ours(tokenizer: Tokenizer) -> bool:

@@ -18,7 +18,7 @@ from tinyllm import nn
 from tinyllm.data.batches import Batches
 from tinyllm.data.examples import Examples, open_examples
 from tinyllm.errors import Error
-from tinyllm.models import LanguageModel, empty_model, load_model
+from tinyllm.models import LanguageModel, empty_model
 from tinyllm.nn import Module
 from tinyllm.tensor import Tensor
 from tinyllm.tokenizers import Tokenizer, load_tokenizer
@@ -28,6 +28,7 @@ from tinyllm.training.start import (
     check_start,
     describe_start,
     find_source,
+    has_tokenizer,
     hash_tokenizer,
     save_tokenizer,
     tokenizer_place,
@@ -35,6 +36,11 @@ from tinyllm.training.start import (
 )
 from tinyllm.training.step import Check, evaluate
 from tinyllm.training.tasks.base import Task
+from tinyllm.weights.adapters import base_of, load_adapter, save_adapter
+from tinyllm.weights.hub import open_weights
+from tinyllm.weights.safetensors import is_adapter
+
+LONGEST = 1024  # tokens of an example unless --max-length says otherwise, as in TRL
 
 LAST_BLOCKS = re.compile(r"last-blocks:([1-9]\d*)")
 
@@ -158,12 +164,17 @@ class Finetuning(Task):
         """The part of the model that ``--train head`` trains."""
         return model.lm_head
 
+    def trained_whole(self, model: LanguageModel) -> list[str]:
+        """The names of layers to train whole whatever ``--train`` says, such as a new head."""
+        return []
+
     # The start model and the data
 
     def check(self) -> None:
         config = self.config
         try:
-            model = empty_model(find_source(config.model)[0])
+            base, _ = self._find_start()
+            model = empty_model(base)
         except Error as error:
             raise Error(f"--model: {error}") from None
         if (config.max_length or 0) > model.context:
@@ -176,23 +187,33 @@ class Finetuning(Task):
             if int(found[1]) > blocks:
                 raise Error(f"--train {config.train}: {config.model} has {blocks} blocks: choose no more")
 
+    def _find_start(self) -> tuple[Path, Path | None]:
+        """The weights of the start model, and the adapter on them if it has one."""
+        weights, _ = find_source(self.config.model)
+        return (find_source(base_of(weights))[0], weights) if is_adapter(weights) else (weights, None)
+
     def load(self, folder: Path, about: dict) -> None:
-        config = self.config
-        weights, run = find_source(config.model)
-        self.architecture, self.start = empty_model(weights), about.get("start")
-        rows = self.architecture.config.vocab_size
-        self.place = str(folder if about else run or tokenizer_place(weights, rows))
+        config, self.resumed, self.start = self.config, bool(about), about.get("start")
+        self.base, self.adapter = self._find_start()
+        architecture = empty_model(self.base)
+        self.place = str(folder) if about else self._tokenizer_place(architecture.config.vocab_size)
         self.tokenizer = load_tokenizer(self.place)
         if about and hash_tokenizer(self.tokenizer, self.place) != about["tokenizer"]["sha256"]:
             raise Error(f"the tokenizer in {folder} changed since the run was started: copy it back")
-        if not about:
-            check_fits(self.tokenizer, self.architecture, padded=True)
-        self.max_length = config.max_length or min(self.architecture.context, 1024)
+        if not about and not self.adapter:  # an adapter may extend the vocabulary
+            check_fits(self.tokenizer, architecture, padded=True)
+        self.max_length = config.max_length or min(architecture.context, LONGEST)
         self.examples = self.open_examples()
         self.train_rows, self.valid_rows = self.encode()
         batches = Batches(self.train_rows, config.batch, config.seed, self.train_rows.lengths)
         self.steps_per_epoch, self.batch_at = batches.steps_per_epoch, batches.at
         self.config = config.with_steps(self.steps_per_epoch)
+
+    def _tokenizer_place(self, rows: int) -> str:
+        weights, run = find_source(self.config.model)
+        if run is None and self.adapter and not has_tokenizer(weights):
+            weights, run = find_source(base_of(self.adapter))
+        return str(run or tokenizer_place(weights, rows))
 
     def open_examples(self) -> Examples:
         """The examples that ``config.data`` names, in their parts."""
@@ -211,35 +232,56 @@ class Finetuning(Task):
         return model.train()
 
     def _start_model(self) -> LanguageModel:
-        """The model as published, with the dropout asked for, in eval mode."""
-        weights, _ = find_source(self.config.model)
-        model = load_model(weights, self.config.parameter_dtype)
-        arrays = model.state_dict()
-        model = with_dropout(model, self.config.dropout).astype(self.config.parameter_dtype)
-        model.load_state_dict(arrays, source=str(weights))
+        """The model as published, adapter included, with the dropout asked for."""
+        dtype = self.config.parameter_dtype
+        model = with_dropout(empty_model(self.base), self.config.dropout).astype(dtype)
+        model.load_state_dict(open_weights(self.base), source=str(self.base))
+        if self.adapter:
+            load_adapter(model, self.adapter)
+            if self.config.train != "lora":  # otherwise it is trained further
+                nn.merge_lora(model)
         return model.eval()
 
     def _choose(self, model: LanguageModel, rng: np.random.Generator) -> None:
         """Freeze what is not trained, and add LoRA's matrices."""
-        train = self.config.train
-        if train == "all":
-            return
-        model.requires_grad_(False)
-        if train == "lora":
-            self._add_lora(model, rng)
-        elif train == "head":
-            self.head(model).requires_grad_()
-        else:
-            last = int(LAST_BLOCKS.fullmatch(train)[1])
-            for block in getattr(model, model.blocks)[-last:]:
-                block.requires_grad_()
-            for norm in _between_blocks_and_head(model):
-                norm.requires_grad_()
+        config, whole = self.config, self.trained_whole(model)
+        if config.train == "all":
+            model.requires_grad_()
+        elif config.train != "lora":
+            model.requires_grad_(False)
+            layers = dict(model.named_modules())
+            for layer in [*self._chosen_layers(model), *(layers[name] for name in whole)]:
+                layer.requires_grad_()
+        elif not self.adapter:
+            targets = "all-linear" if config.targets == ("all-linear",) else config.targets
+            options = dict(dropout=config.lora_dropout, modules_to_save=whole, rng=rng)
+            nn.add_lora(model, config.rank, config.alpha, targets, **options)
+        elif whole:
+            raise Error(
+                f"{config.model} has an adapter, which cannot train {', '.join(whole)} in addition: merge it "
+                "first, or choose another --train"
+            )
+        trained = sum(parameter.size for parameter in model.parameters() if parameter.requires_grad)
+        self.trains = f"trains {trained:,} of {model.num_parameters():,} parameters: {self._what(model)}"
+        if whole:
+            self.trains += f"; {' and '.join(whole)} whole"
 
-    def _add_lora(self, model: LanguageModel, rng: np.random.Generator) -> None:
-        config = self.config
-        targets = "all-linear" if config.targets == ("all-linear",) else config.targets
-        nn.add_lora(model, config.rank, config.alpha, targets, config.lora_dropout, rng=rng)
+    def _chosen_layers(self, model: LanguageModel) -> list[Module]:
+        """The layers that --train head or last-blocks:N trains."""
+        found = LAST_BLOCKS.fullmatch(self.config.train)
+        if found is None:
+            return [self.head(model)]
+        blocks = getattr(model, model.blocks)
+        children = [child for _, child in model.children()]
+        after = children[children.index(blocks[-1]) + 1 :]  # the final norm, and the head
+        return [*blocks[-int(found[1]) :], *(layer for layer in after if layer is not model.lm_head)]
+
+    def _what(self, model: LanguageModel) -> str:
+        if self.config.train != "lora":
+            return self.config.train
+        layers = nn.lora_layers(model)
+        ranks = ", ".join(str(rank) for rank in sorted({layer.rank for layer in layers.values()}))
+        return f"LoRA of rank {ranks} on {len(layers):,} layers" + " of the adapter" * bool(self.adapter)
 
     # Checkpoints
 
@@ -249,17 +291,14 @@ class Finetuning(Task):
         return (parameter for parameter in model.parameters() if parameter.requires_grad)
 
     def save_weights(self, model: Module, folder: Path) -> None:
-        if self.config.train == "lora":
-            from tinyllm.weights.adapters import save_adapter
-
-            save_adapter(model, folder, base=self.start["weights"])
-        else:
+        if self.config.train != "lora":
             super().save_weights(model, folder)
+            return
+        _, run = find_source(self.config.model)
+        save_adapter(model, folder, base=self.base if self.adapter or run else self.config.model)
 
     def load_weights(self, model: Module, folder: Path) -> None:
         if self.config.train == "lora":
-            from tinyllm.weights.adapters import load_adapter
-
             load_adapter(model, folder)
         else:
             super().load_weights(model, folder)
@@ -296,17 +335,4 @@ class Finetuning(Task):
         save_tokenizer(self.tokenizer, self.place, folder)
 
     def introduction(self) -> list[str]:
-        return [f"starts from {self.start['weights']}", self.examples.describe()]
-
-
-def _between_blocks_and_head(model: LanguageModel) -> list[Module]:
-    """The layers after the last block that are not the head: the final norm."""
-    children = list(model.children())
-    last = max(i for i, (name, _) in enumerate(children) if name.startswith(f"{model.blocks}."))
-    return [child for _, child in children[last + 1 :] if child is not model.lm_head]
-
-
-def describe_trained(model: Module) -> str:
-    """How many of a model's parameters are trained."""
-    trained = sum(parameter.size for parameter in model.parameters() if parameter.requires_grad)
-    return f"trains {trained:,} of {model.num_parameters():,} parameters"
+        return [f"starts from {self.start['weights']}; {self.trains}", self.examples.describe()]

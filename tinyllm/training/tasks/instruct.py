@@ -2,9 +2,41 @@
 
 from __future__ import annotations
 
+import shlex
+from collections.abc import Sequence
 from dataclasses import dataclass
+from hashlib import sha256
+from pathlib import Path
 
-from tinyllm.training.tasks.finetune import FinetuneOptions, Finetuning
+import numpy as np
+
+from tinyllm.data.examples import Row
+from tinyllm.data.instructions import (
+    CHATML,
+    Shortened,
+    alpaca,
+    check_template,
+    conversations,
+    encode_conversations,
+    encode_text,
+    recognise,
+    shorten,
+)
+from tinyllm.data.padded import PackedExamples, PaddedExamples
+from tinyllm.errors import Error
+from tinyllm.files import read_text, write_whole
+from tinyllm.inference.generate import generate
+from tinyllm.models import LanguageModel
+from tinyllm.models.packed import Packed
+from tinyllm.nn import Module
+from tinyllm.tensor import Tensor
+from tinyllm.tokenizers.chat_template import encode_chat, end_of_answer
+from tinyllm.tokenizers.configs import CHAT_TEMPLATE
+from tinyllm.training.start import hash_tokenizer
+from tinyllm.training.step import Check
+from tinyllm.training.tasks.finetune import FinetuneOptions, Finetuning, Rows
+
+QUESTIONS, ANSWER_TOKENS = 3, 60  # of a sample
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -14,8 +46,147 @@ class InstructOptions(FinetuneOptions):
     Example: tinyllm finetune --task instruct --model smollm2 --data instruction-data --epochs 2
     """
 
+    template: str | None = None
+    """Chat template: alpaca, chatml, or a Jinja file; by default the model's own, or alpaca if it has none."""
+    train_on_prompt: bool = False
+    """Learn the prompts too, not only the answers."""
+    pack: bool = False
+    """Put several examples into one row of --max-length; each sees itself only."""
+    special_tokens: tuple[str, ...] = ()
+    """New special tokens, for example of a chat format; embedding and head are then trained whole."""
+    questions: tuple[str, ...] = ()
+    """Questions to answer at each evaluation; by default the first three of the validation examples."""
+
     task = "instruct"
+
+    free = FinetuneOptions.free | {"questions"}
 
 
 class InstructionTuning(Finetuning):
     """The next token of every answer is learned; the prompts before them are only read."""
+
+    config: InstructOptions
+
+    # The data
+
+    def encode(self) -> tuple[Rows, Rows]:
+        if self.config.special_tokens and not self.resumed:
+            self.tokenizer = self.tokenizer.with_special_tokens(self.config.special_tokens)
+            hash_tokenizer(self.tokenizer, self.place)  # raises an error if it cannot be saved
+        train, valid = self.examples.train, self.examples.valid
+        self.format = recognise([*train, *valid])
+        if self.format.messages:
+            self._set_template()
+        parts, self.notes = [self._encoded(part) for part in (train, valid)], [self._describe()]
+        for name, part in zip(("training", "validation"), parts):
+            self.notes += part.notes(name, self.config.length_option, self.max_length)
+        rows = [PaddedExamples(part.examples) for part in parts]
+        if self.config.pack:
+            rows[0] = PackedExamples(rows[0], self.max_length)
+            self.notes.append(f"{len(parts[0].examples):,} examples are packed into {len(rows[0]):,} rows")
+        self.questions = self._questions(valid)
+        return tuple(rows)
+
+    def _set_template(self) -> None:
+        """Give the tokenizer the template asked for; a resumed run has it in its folder."""
+        chosen = self.config.template
+        if not self.resumed:
+            if chosen == "alpaca" or (chosen is None and self.tokenizer.chat_template is None):
+                self.tokenizer.chat_template = alpaca(self.tokenizer)
+            elif chosen is not None:
+                self.tokenizer.chat_template = CHATML if chosen == "chatml" else read_text(chosen)
+        check_template(self.tokenizer)
+
+    def _encoded(self, rows: Sequence[Row]) -> Shortened:
+        """The examples of a part, of at most ``max_length`` targets."""
+        if self.format.messages is None:
+            found = [encode_text(self.tokenizer, row) for row in rows]
+        else:
+            found = encode_conversations(self.tokenizer, rows, conversations(rows, self.format))
+        if self.config.train_on_prompt:
+            found = [each._replace(learned=np.ones_like(each.learned)) for each in found]
+        return shorten(found, self.max_length + 1, rows)
+
+    def _describe(self) -> str:
+        form, learned = self.format, "every token" if self.config.train_on_prompt else "the answers"
+        used = {*form.keys, *form.optional}
+        unused = dict.fromkeys(key for row in self.examples.train for key in row.values if key not in used)
+        line = f"format {form.name}: {{{', '.join((*form.keys, *form.optional))}}}"
+        line += f" ({', '.join(unused)} not used)" if unused else ""
+        if form.messages is None:
+            return f"{line}; every token is learned"
+        own = {alpaca(self.tokenizer): "alpaca", CHATML: "chatml"} if not self.config.template else {}
+        name = self.config.template or own.get(self.tokenizer.chat_template, "of the model")
+        return f"{line}; chat template: {name}; learned: {learned}"
+
+    def _questions(self, valid: Sequence[Row]) -> list[list[dict[str, str]]]:
+        """The conversations that a sample continues."""
+        if self.format.messages is None:
+            if self.config.questions:
+                raise Error("--questions need a chat template, which texts do not have: omit them")
+            return []
+        if self.config.questions:
+            return [[{"role": "user", "content": question}] for question in self.config.questions]
+        chats = conversations(valid[:QUESTIONS], self.format)
+        return [
+            chat[: next(i for i in range(1, len(chat)) if chat[i]["role"] == "assistant")] for chat in chats
+        ]
+
+    # The model
+
+    def prepare(self, model: LanguageModel, rng: np.random.Generator) -> None:
+        if self.tokenizer.vocab_size > model.config.vocab_size:
+            model.resize_token_embeddings(self.tokenizer.vocab_size, rng)
+
+    def trained_whole(self, model: LanguageModel) -> list[str]:
+        return [model.token_embedding, "lm_head"] if self.config.special_tokens else []
+
+    def loss(self, model: Module, *rows, num_targets: int) -> Tensor:
+        ids, *segments, targets = rows
+        cache = Packed(segments[0], model) if segments else None
+        return model.loss(ids, targets, num_targets=num_targets, cache=cache)
+
+    def sample(self, model: Module, step: int, check: Check, final: bool) -> str | None:
+        """The model's most likely answers to fixed questions."""
+        if not self.questions:
+            return None
+        tokenizer, lines = self.tokenizer, []
+        stop = {*tokenizer.eos_ids, *end_of_answer(tokenizer)}
+        for question in self.questions:
+            ids = tokenizer.with_bos(encode_chat(tokenizer, tokenizer.chat_template, question))
+            lines.append(f"Q: {question[-1]['content']}\nA: {self._answer(model, ids, stop, check)}")
+        return "\n".join(lines)
+
+    def _answer(self, model: Module, ids: list[int], stop: set[int], check: Check) -> str:
+        if len(ids) >= model.context:
+            return "(the question fills the context)"
+        unused, answer = self.tokenizer.unused_ids(model.config.vocab_size), []
+        steps = generate(model, [ids], ANSWER_TOKENS, 0.0, stop_ids=tuple(stop), suppress_ids=unused)
+        for token in steps:
+            check()
+            answer.append(int(token[0]))
+        return self.tokenizer.decode([i for i in answer if i not in stop])
+
+    # Records and messages
+
+    def data(self) -> dict[str, dict]:
+        found = super().data() | {"format": {"name": self.format.name}}
+        if self.format.messages:
+            template = self.tokenizer.chat_template.encode()
+            found["template"] = {"sha256": sha256(template).hexdigest()}
+        return found
+
+    def save(self, folder: Path) -> None:
+        super().save(folder)
+        if self.format.messages:
+            write_whole(folder / CHAT_TEMPLATE, self.tokenizer.chat_template.encode())
+
+    def introduction(self) -> list[str]:
+        return [*super().introduction(), *self.notes]
+
+    def describe_batch(self, batch: tuple) -> dict:
+        return super().describe_batch(batch) | {"text": [self.tokenizer.decode(row) for row in batch[0]]}
+
+    def next_commands(self, folder: Path) -> list[str]:
+        run = shlex.quote(str(folder))
+        return [f"tinyllm chat --run {run}"] if self.format.messages else [f"tinyllm generate --run {run}"]

@@ -1,0 +1,351 @@
+"""How does a conversation become ids and targets, of which only the answers are learned?
+
+Rows in one of five formats, recognised by their keys → messages of ``role`` and ``content`` → the text of a
+chat template → ids, and a mask of those that the model shall learn to write: every answer, and the special
+token that ends it. The target of every other position is -100.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from tinyllm.data.examples import Row
+from tinyllm.errors import Error
+from tinyllm.tokenizers.base import END_OF_TEXT, Tokenizer
+from tinyllm.tokenizers.chat_template import RenderedChat, RenderError, end_of_answer, render_chats
+
+Message = dict[str, str]
+
+# The template of Stanford's Alpaca, without its second preamble for rows with an input, as in Raschka's
+# chapter 7. END stands for the tokenizer's token that ends a text.
+ALPACA = (
+    "{% if messages[0]['role'] == 'system' %}{{ messages[0]['content'] }}{% else %}"
+    "Below is an instruction that describes a task. "
+    "Write a response that appropriately completes the request."
+    "{% endif %}{% for message in messages %}"
+    "{% if message['role'] == 'user' %}{{ '\n\n### Instruction:\n' + message['content'] }}"
+    "{% elif message['role'] == 'assistant' %}"
+    "{{ '\n\n### Response:\n' + message['content'] + 'END' }}"
+    "{% elif not loop.first or message['role'] != 'system' %}"
+    "{{ raise_exception('the alpaca template knows the roles user and assistant, and system at first') }}"
+    "{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '\n\n### Response:\n' }}{% endif %}"
+)
+
+CHATML = (
+    "{% for message in messages %}"
+    "{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+
+TOKEN_LIKE = re.compile(r"<\|[\w./-]+\|>|<(?:start|end)_of_turn>")  # in a template, meant as special tokens
+
+RENDERED_AT_ONCE = 1000  # conversations in one process
+
+ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
+
+
+# ------------------------------------------------------------------------------------------- formats
+
+
+def _of_messages(values: dict) -> list[Message]:
+    return [_message(turn, "role", "content") for turn in _list(values, "messages")]
+
+
+def _of_sharegpt(values: dict) -> list[Message]:
+    turns = [_message(turn, "from", "value") for turn in _list(values, "conversations")]
+    for turn in turns:
+        if turn["role"] not in ROLES:
+            raise Error(f"a turn is from {turn['role']!r}: use one of {', '.join(ROLES)}")
+        turn["role"] = ROLES[turn["role"]]
+    return turns
+
+
+def _of_alpaca(values: dict) -> list[Message]:
+    instruction, given, output = (_text(values, key) for key in ("instruction", "input", "output"))
+    question = f"{instruction}\n\n### Input:\n{given}" if given else instruction
+    return [{"role": "user", "content": question}, {"role": "assistant", "content": output}]
+
+
+def _of_completion(values: dict) -> list[Message]:
+    prompt, completion = values["prompt"], values["completion"]
+    if isinstance(prompt, list) and isinstance(completion, list):  # TRL's conversational form
+        return [_message(turn, "role", "content") for turn in [*prompt, *completion]]
+    return [
+        {"role": "user", "content": _text(values, "prompt")},
+        {"role": "assistant", "content": _text(values, "completion")},
+    ]
+
+
+class Format(NamedTuple):
+    """How rows with these keys become messages; None for a text, which has no roles."""
+
+    name: str
+    keys: tuple[str, ...]
+    optional: tuple[str, ...]
+    messages: Callable[[dict], list[Message]] | None
+
+
+FORMATS = (
+    Format("messages", ("messages",), (), _of_messages),
+    Format("sharegpt", ("conversations",), (), _of_sharegpt),
+    Format("alpaca", ("instruction", "output"), ("input",), _of_alpaca),
+    Format("prompt-completion", ("prompt", "completion"), (), _of_completion),
+    Format("text", ("text",), (), None),
+)
+
+
+def recognise(rows: Sequence[Row]) -> Format:
+    """The format of the rows, by the keys of the first. Raises ``Error``, naming a row without them."""
+    known = " or ".join("{" + ", ".join(form.keys) + "}" for form in FORMATS)
+    found = next((form for form in FORMATS if rows[0].values.keys() >= {*form.keys}), None)
+    if found is None:
+        raise Error(f"{rows[0].where} has the keys {_keys(rows[0])}: its format must have {known}")
+    for row in rows:
+        missing = [key for key in found.keys if key not in row.values]
+        if missing:
+            raise Error(
+                f"{row.where} has no {missing[0]!r}, which the format {found.name} of the first row needs; "
+                f"its keys are {_keys(row)}: correct the row"
+            )
+    return found
+
+
+def conversations(rows: Sequence[Row], form: Format) -> list[list[Message]]:
+    """The messages of every row. Raises ``Error``, naming the row, for one without an answer to learn."""
+    found = []
+    for row in rows:
+        try:
+            messages = form.messages(row.values)
+            if not any(message["role"] == "assistant" for message in messages[1:]):
+                raise Error("there is no answer, a turn of the role assistant after a first one: add it")
+        except Error as error:
+            raise Error(f"{row.where}: {error}") from None
+        found.append(messages)
+    return found
+
+
+def _keys(row: Row) -> str:
+    return ", ".join(map(repr, row.values)) or "none"
+
+
+def _list(values: dict, key: str) -> list:
+    if not isinstance(values[key], list) or not values[key]:
+        raise Error(f"{key!r} is {str(values[key])[:40]!r}: give a list of turns")
+    return values[key]
+
+
+def _message(turn, role: str, content: str) -> Message:
+    match turn:
+        case {**keys} if isinstance(keys.get(role), str) and isinstance(keys.get(content), str):
+            return {"role": keys[role], "content": keys[content]}
+    raise Error(f"a turn is {str(turn)[:60]}: give an object with {role!r} and {content!r}, both texts")
+
+
+def _text(values: dict, key: str) -> str:
+    text = values.get(key, "")
+    if not isinstance(text, str):
+        raise Error(f"{key!r} is {str(text)[:40]}: give a text")
+    return text
+
+
+# ----------------------------------------------------------------------------------------- templates
+
+
+def check_template(tokenizer: Tokenizer) -> None:
+    """Raise ``Error`` if the tokenizer lacks special tokens that its chat template writes or ends an answer
+    with."""
+    probe = [{"role": "user", "content": "0"}, {"role": "assistant", "content": "0"}]
+    (rendered,) = render_chats(tokenizer, tokenizer.chat_template, [(probe, False)])
+    written = dict.fromkeys(TOKEN_LIKE.findall(rendered.text))
+    missing = [name for name in written if name not in tokenizer.special_tokens]
+    if missing:
+        names = " ".join(f"'{name}'" for name in missing)
+        raise Error(
+            f"the chat template writes {', '.join(missing)}, which {tokenizer.name} does not have as special "
+            f"tokens: add them with --special-tokens {names}, or choose --template alpaca"
+        )
+    if not end_of_answer(tokenizer):
+        raise Error(
+            "the chat template ends an answer without a special token, so the model would not learn to stop: "
+            "choose --template alpaca or chatml"
+        )
+
+
+def alpaca(tokenizer: Tokenizer) -> str:
+    """The template ``ALPACA`` with the token that ends a text. Raises ``Error`` if there is none."""
+    return ALPACA.replace("END", end_of_text(tokenizer)[0])
+
+
+def end_of_text(tokenizer: Tokenizer) -> tuple[str, int]:
+    """The special token that ends a text, its name and id; raises ``Error`` if the tokenizer has none."""
+    by_id = {i: name for name, i in tokenizer.special_tokens.items()}
+    ids = [*tokenizer.eos_ids, tokenizer.special_tokens.get(END_OF_TEXT)]
+    for i in ids:
+        if i in by_id:
+            return by_id[i], i
+    raise Error(
+        f"{tokenizer.name} has no token that ends a text: add one with --special-tokens '{END_OF_TEXT}'"
+    )
+
+
+# ------------------------------------------------------------------------------------ ids and targets
+
+
+class Encoded(NamedTuple):
+    """An example: its ids (n,) and which of them are learned (n,), and whether a token was divided."""
+
+    ids: np.ndarray
+    learned: np.ndarray
+    divided: bool = False
+
+
+def encode_text(tokenizer: Tokenizer, row: Row) -> Encoded:
+    """A text and the token that ends it, all of them learned; special tokens in it are encoded as such."""
+    try:
+        ids = tokenizer.encode(_text(row.values, "text"), special="allow")
+    except Error as error:
+        raise Error(f"{row.where}: {error}") from None
+    end = end_of_text(tokenizer)[1]
+    ids = tokenizer.with_bos(ids if ids[-1:] == [end] else [*ids, end])
+    return Encoded(np.array(ids), np.ones(len(ids), bool))
+
+
+def encode_conversations(
+    tokenizer: Tokenizer, rows: Sequence[Row], chats: Sequence[list[Message]]
+) -> list[Encoded]:
+    """The ids of conversations, of which every answer is learned, up to the special token that ends it.
+
+    An answer is what follows the prompt that ``generate`` would get, the conversation before it and
+    ``add_generation_prompt``. So the template is rendered with and without every answer, and the ids of a
+    prompt must begin those of the whole conversation. If a token would cross the border between a prompt and
+    an answer, as a tokenizer may merge the end of one with the beginning of the other, both are encoded on
+    their own, as in generation, and the example is marked as ``divided``.
+
+    Raises ``Error``, naming the row, if the template renders an earlier part differently once a later one
+    follows, because then no position in the whole text is the answer's.
+    """
+    wanted, owners = [], []  # the parts to render, and the row of each
+    for number, messages in enumerate(chats):
+        for parts in _parts(messages):
+            wanted.append(parts)
+            owners.append(number)
+    rendered = _render_all(tokenizer, rows, wanted, owners)
+    by_row: list[list[RenderedChat]] = [[] for _ in chats]
+    for owner, part in zip(owners, rendered):
+        by_row[owner].append(part)
+    found = []
+    for row, parts in zip(rows, by_row):
+        try:
+            found.append(_encode(tokenizer, *parts))
+        except Error as error:
+            raise Error(f"{row.where}: {error}") from None
+    return found
+
+
+def _parts(messages: list[Message]) -> Iterable[tuple[list[Message], bool]]:
+    """What is rendered of a conversation: the whole, then every answer's prompt and the text that it ends."""
+    last = max(i for i, message in enumerate(messages) if message["role"] == "assistant")
+    yield messages[: last + 1], False  # what follows the last answer teaches nothing
+    for i, message in enumerate(messages):
+        if i and message["role"] == "assistant":  # a first one would have no prompt
+            yield messages[:i], True
+            yield messages[: i + 1], False
+
+
+def _render_all(tokenizer, rows, wanted, owners) -> list[RenderedChat]:
+    rendered = []
+    for first in range(0, len(wanted), RENDERED_AT_ONCE):
+        part = wanted[first : first + RENDERED_AT_ONCE]
+        try:
+            rendered += render_chats(tokenizer, tokenizer.chat_template, part)
+        except RenderError as error:
+            raise Error(f"{rows[owners[first + error.number]].where}: {error}") from None
+    return rendered
+
+
+def _encode(tokenizer: Tokenizer, whole: RenderedChat, *parts: RenderedChat) -> Encoded:
+    borders = [len(part.text) for part in parts]  # where each prompt and each answer ends in the text
+    if not all(whole.text.startswith(part.text) for part in parts):
+        raise Error(
+            "the chat template renders a turn differently when another follows, so the answers cannot be "
+            "found in the text: choose --template, or give every answer a row of its own"
+        )
+    ids, prefixes = whole.encode(tokenizer), [part.encode(tokenizer) for part in parts]
+    divided = any(ids[: len(prefix)] != prefix for prefix in prefixes)
+    if divided:
+        prefixes = []
+        for start, end in zip([0, *borders], borders):
+            piece = _encode_piece(tokenizer, whole, start, end)
+            prefixes.append([*(prefixes or [[]])[-1], *piece])
+        ids = prefixes[-1]
+    ends = [len(prefix) for prefix in prefixes]
+    offset = len(tokenizer.with_bos(ids)) - len(ids)
+    special, learned = {*tokenizer.special_tokens.values()}, np.zeros(offset + len(ids), bool)
+    for start, end in zip(ends[::2], ends[1::2]):
+        # Only the template writes special tokens: the last of them ends the answer.
+        while end > start and ids[end - 1] not in special:
+            end -= 1
+        if end == start:
+            raise Error("the chat template does not end an answer with a special token: choose --template")
+        learned[offset + start : offset + end] = True
+    return Encoded(np.array(tokenizer.with_bos(ids)), learned, divided)
+
+
+def _encode_piece(tokenizer: Tokenizer, whole: RenderedChat, start: int, end: int) -> list[int]:
+    text = whole.text[start:end]
+    if whole.special is None:
+        return tokenizer.encode(text, special="allow")
+    own = {found.start() for found in whole.special}
+    return tokenizer.encode_around(
+        text, [found for found in tokenizer.find_special(text) if start + found.start() in own]
+    ).tolist()
+
+
+class Shortened(NamedTuple):
+    """The examples that are used, as pairs of ids and ``learned``, and what was done to them."""
+
+    examples: list[tuple[np.ndarray, np.ndarray]]
+    cut: int
+    left_out: int
+    divided: int
+
+    def notes(self, part: str, option: str, length: int) -> list[str]:
+        """A sentence for each of them, if there are any."""
+        said = []
+        if self.cut:
+            said.append(
+                f"{self.cut:,} {part} examples are longer than {length:,} tokens ({option}) and are cut; "
+                f"{self.left_out:,} of them have no answer left and are left out"
+            )
+        if self.divided:
+            said.append(
+                f"in {self.divided:,} {part} examples a token would cross the border between a prompt and an "
+                "answer: they are encoded on their own, as in generation"
+            )
+        return said
+
+
+def shorten(examples: Sequence[Encoded], most: int, rows: Sequence[Row]) -> Shortened:
+    """Cut the examples to ``most`` ids, and leave out those in which then nothing is learned.
+
+    Raises ``Error`` if none is left.
+    """
+    cut = [Encoded(each.ids[:most], each.learned[:most], each.divided) for each in examples]
+    kept = [each for each in cut if each.learned[1:].any()]
+    if not kept:
+        raise Error(
+            f"no example has an answer within the first {most - 1:,} tokens, not even {rows[0].where}: choose a "
+            "larger --max-length, or shorter examples"
+        )
+    longer = sum(len(each.ids) > most for each in examples)
+    return Shortened(
+        [(each.ids, each.learned) for each in kept],
+        longer,
+        len(cut) - len(kept),
+        sum(each.divided for each in kept),
+    )
