@@ -226,7 +226,7 @@ def parse_options(options: type, program: str, args: list[str], **more):
     Raises Error where tyro would print a box and exit. After ``--help`` the process exits with code 0.
     """
     if not {"-h", "--help"} & set(args):
-        _check_names(options, program, args)
+        _check_names(options, program, args, complete="default" in more)
     box, page = io.StringIO(), _Page()
     try:
         with contextlib.redirect_stderr(box), contextlib.redirect_stdout(page):
@@ -284,8 +284,8 @@ def wrap_help(text: str) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _check_names(options: type, program: str, args: list[str]) -> None:
-    """Raise Error for an unknown option, or for a required one that is missing."""
+def _check_names(options: type, program: str, args: list[str], complete: bool) -> None:
+    """Raise Error for an unknown option, or for a required one that is missing unless ``complete``."""
     given = [word.partition("=")[0].replace("_", "-") for word in args if re.match(r"--\w\S*$", word)]
     named = {flag(field.name): field for field in fields(options)}
     known = [*named, *(flag(f"no_{name.strip('-')}") for name in named)]
@@ -294,7 +294,7 @@ def _check_names(options: type, program: str, args: list[str]) -> None:
             raise Error(f"unknown option {word}{did_you_mean(word, known)}; see {program} --help")
     for name, field in named.items():
         required = field.default is MISSING and field.default_factory is MISSING
-        if required and "Positional" not in str(field.type) and name not in given:
+        if required and not complete and "Positional" not in str(field.type) and name not in given:
             raise Error(f"{name} is missing; see {program} --help")
 
 

@@ -129,6 +129,11 @@ def conversations(rows: Sequence[Row], form: Format) -> list[list[Message]]:
     return found
 
 
+def prompt_of(messages: list[Message]) -> list[Message]:
+    """The messages before the first answer."""
+    return messages[: next(i for i, turn in enumerate(messages) if i and turn["role"] == "assistant")]
+
+
 def _keys(row: Row) -> str:
     return ", ".join(map(repr, row.values)) or "none"
 
@@ -339,8 +344,8 @@ def shorten(examples: Sequence[Encoded], most: int, rows: Sequence[Row]) -> Shor
     kept = [each for each in cut if each.learned[1:].any()]
     if not kept:
         raise Error(
-            f"no example has an answer within the first {most - 1:,} tokens, not even {rows[0].where}: choose a "
-            "larger --max-length, or shorter examples"
+            f"no example has an answer within the first {most - 1:,} tokens, not even {rows[0].where}: "
+            "choose a larger --max-length, or shorter examples"
         )
     longer = sum(len(each.ids) > most for each in examples)
     return Shortened(

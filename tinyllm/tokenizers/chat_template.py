@@ -112,7 +112,7 @@ def render_chats(
     template: str,
     conversations: Sequence[tuple[Sequence[Mapping[str, str]], bool]],
 ) -> list[RenderedChat]:
-    """Render many conversations, each with its ``add_generation_prompt``, in one process; see ``encode_chat``.
+    """Render conversations, each with its ``add_generation_prompt``, in one process; see ``encode_chat``.
 
     Raises ``RenderError`` if the template fails for one of them.
     """

@@ -20,6 +20,7 @@ from tinyllm.data.examples import Examples, open_examples
 from tinyllm.errors import Error
 from tinyllm.models import LanguageModel, empty_model
 from tinyllm.nn import Module
+from tinyllm.nn.lora import ALL_LINEAR
 from tinyllm.tensor import Tensor
 from tinyllm.tokenizers import Tokenizer, load_tokenizer
 from tinyllm.tokenizers.base import check_fits
@@ -36,7 +37,8 @@ from tinyllm.training.start import (
 )
 from tinyllm.training.step import Check, evaluate
 from tinyllm.training.tasks.base import Task
-from tinyllm.weights.adapters import base_of, load_adapter, save_adapter
+from tinyllm.weights.adapter_config import base_of
+from tinyllm.weights.adapters import load_adapter, save_adapter
 from tinyllm.weights.hub import open_weights
 from tinyllm.weights.safetensors import is_adapter
 
@@ -186,6 +188,8 @@ class Finetuning(Task):
             blocks = len(getattr(model, model.blocks))
             if int(found[1]) > blocks:
                 raise Error(f"--train {config.train}: {config.model} has {blocks} blocks: choose no more")
+        if config.train == "lora":
+            nn.add_lora(model, config.rank, config.alpha, self._targets, rng=None)  # raises an error
 
     def _find_start(self) -> tuple[Path, Path | None]:
         """The weights of the start model, and the adapter on them if it has one."""
@@ -253,9 +257,8 @@ class Finetuning(Task):
             for layer in [*self._chosen_layers(model), *(layers[name] for name in whole)]:
                 layer.requires_grad_()
         elif not self.adapter:
-            targets = "all-linear" if config.targets == ("all-linear",) else config.targets
             options = dict(dropout=config.lora_dropout, modules_to_save=whole, rng=rng)
-            nn.add_lora(model, config.rank, config.alpha, targets, **options)
+            nn.add_lora(model, config.rank, config.alpha, self._targets, **options)
         elif whole:
             raise Error(
                 f"{config.model} has an adapter, which cannot train {', '.join(whole)} in addition: merge it "
@@ -263,8 +266,13 @@ class Finetuning(Task):
             )
         trained = sum(parameter.size for parameter in model.parameters() if parameter.requires_grad)
         self.trains = f"trains {trained:,} of {model.num_parameters():,} parameters: {self._what(model)}"
-        if whole:
+        if whole and config.train != "all":
             self.trains += f"; {' and '.join(whole)} whole"
+
+    @property
+    def _targets(self) -> str | tuple[str, ...]:
+        targets = self.config.targets
+        return ALL_LINEAR if targets == (ALL_LINEAR,) else targets
 
     def _chosen_layers(self, model: LanguageModel) -> list[Module]:
         """The layers that --train head or last-blocks:N trains."""

@@ -19,6 +19,7 @@ from tinyllm.data.instructions import (
     conversations,
     encode_conversations,
     encode_text,
+    prompt_of,
     recognise,
     shorten,
 )
@@ -47,7 +48,7 @@ class InstructOptions(FinetuneOptions):
     """
 
     template: str | None = None
-    """Chat template: alpaca, chatml, or a Jinja file; by default the model's own, or alpaca if it has none."""
+    """Chat template: alpaca, chatml, or a Jinja file; by default the model's own, or else alpaca."""
     train_on_prompt: bool = False
     """Learn the prompts too, not only the answers."""
     pack: bool = False
@@ -90,11 +91,13 @@ class InstructionTuning(Finetuning):
     def _set_template(self) -> None:
         """Give the tokenizer the template asked for; a resumed run has it in its folder."""
         chosen = self.config.template
-        if not self.resumed:
-            if chosen == "alpaca" or (chosen is None and self.tokenizer.chat_template is None):
-                self.tokenizer.chat_template = alpaca(self.tokenizer)
-            elif chosen is not None:
-                self.tokenizer.chat_template = CHATML if chosen == "chatml" else read_text(chosen)
+        if chosen is None and self.tokenizer.chat_template is None:
+            chosen = "alpaca"
+        self.template_name = chosen or "that of the model"
+        if chosen is not None and not self.resumed:
+            templates = {"alpaca": alpaca, "chatml": lambda _: CHATML}
+            read = templates.get(chosen, lambda _: read_text(chosen))
+            self.tokenizer.chat_template = read(self.tokenizer)
         check_template(self.tokenizer)
 
     def _encoded(self, rows: Sequence[Row]) -> Shortened:
@@ -115,9 +118,7 @@ class InstructionTuning(Finetuning):
         line += f" ({', '.join(unused)} not used)" if unused else ""
         if form.messages is None:
             return f"{line}; every token is learned"
-        own = {alpaca(self.tokenizer): "alpaca", CHATML: "chatml"} if not self.config.template else {}
-        name = self.config.template or own.get(self.tokenizer.chat_template, "of the model")
-        return f"{line}; chat template: {name}; learned: {learned}"
+        return f"{line}; chat template: {self.template_name}; learned: {learned}"
 
     def _questions(self, valid: Sequence[Row]) -> list[list[dict[str, str]]]:
         """The conversations that a sample continues."""
@@ -127,10 +128,7 @@ class InstructionTuning(Finetuning):
             return []
         if self.config.questions:
             return [[{"role": "user", "content": question}] for question in self.config.questions]
-        chats = conversations(valid[:QUESTIONS], self.format)
-        return [
-            chat[: next(i for i in range(1, len(chat)) if chat[i]["role"] == "assistant")] for chat in chats
-        ]
+        return [prompt_of(chat) for chat in conversations(valid[:QUESTIONS], self.format)]
 
     # The model
 
