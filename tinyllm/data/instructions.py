@@ -16,7 +16,7 @@ import numpy as np
 from tinyllm.data.examples import Row
 from tinyllm.errors import Error
 from tinyllm.tokenizers.base import END_OF_TEXT, Tokenizer
-from tinyllm.tokenizers.chat_template import RenderedChat, RenderError, end_of_answer, render_chats
+from tinyllm.tokenizers.chat_template import RenderedChat, RenderError, end_after, render_chats
 
 Message = dict[str, str]
 
@@ -161,10 +161,13 @@ def _text(values: dict, key: str) -> str:
 # ----------------------------------------------------------------------------------------- templates
 
 
-def check_template(tokenizer: Tokenizer) -> None:
-    """Raise ``Error`` if the tokenizer lacks special tokens that its chat template writes or ends an answer
-    with."""
-    probe = [{"role": "user", "content": "0"}, {"role": "assistant", "content": "0"}]
+def check_template(tokenizer: Tokenizer) -> tuple[int, ...]:
+    """The ids that end an answer: that of the chat template, and those that end a text.
+
+    Raises ``Error`` if the tokenizer lacks special tokens that the template writes, or if none ends answers.
+    """
+    answer = "0a1b2c"
+    probe = [{"role": "user", "content": "question"}, {"role": "assistant", "content": answer}]
     (rendered,) = render_chats(tokenizer, tokenizer.chat_template, [(probe, False)])
     written = dict.fromkeys(TOKEN_LIKE.findall(rendered.text))
     missing = [name for name in written if name not in tokenizer.special_tokens]
@@ -174,11 +177,13 @@ def check_template(tokenizer: Tokenizer) -> None:
             f"the chat template writes {', '.join(missing)}, which {tokenizer.name} does not have as special "
             f"tokens: add them with --special-tokens {names}, or choose --template alpaca"
         )
-    if not end_of_answer(tokenizer):
+    ends = end_after(tokenizer, rendered.text, answer)
+    if not ends:
         raise Error(
             "the chat template ends an answer without a special token, so the model would not learn to stop: "
             "choose --template alpaca or chatml"
         )
+    return (*ends, *tokenizer.eos_ids)
 
 
 def alpaca(tokenizer: Tokenizer) -> str:

@@ -160,6 +160,11 @@ def end_of_answer(tokenizer: Tokenizer) -> tuple[int, ...]:
         text = render_chat(tokenizer.chat_template, messages, False, *_bos_and_eos(tokenizer))
     except Error:  # not a template for this conversation
         return ()
+    return end_after(tokenizer, text, answer)
+
+
+def end_after(tokenizer: Tokenizer, text: str, answer: str) -> tuple[int, ...]:
+    """The id of the special token after the last ``answer`` in a rendered text, or ()."""
     _, found, rest = text.rpartition(answer)
     ends = tokenizer.find_special(rest) if found else []
     return tuple(tokenizer.special_tokens[end[0]] for end in ends[:1] if not rest[: end.start()].strip())

@@ -77,7 +77,7 @@ class FinetuneOptions(RunOptions):
     split_seed: int = 0
     """Seed of the split into training, validation and test examples, where the data has none."""
     eval_examples: int = 256
-    """Maximum number of validation examples to evaluate before the end; at the end all."""
+    """Maximum number of validation examples to evaluate, the same each time."""
     batch: int = 8
     """Examples per step."""
     steps: int | None = None
@@ -314,12 +314,12 @@ class Finetuning(Task):
     # An evaluation
 
     def evaluate(self, model: Module, check: Check, final: bool) -> dict[str, float]:
-        return {"val_loss": evaluate(model, self.validation_batches(final), self.loss, self.count, check)}
+        return {"val_loss": evaluate(model, self.validation_batches(), self.loss, self.count, check)}
 
-    def validation_batches(self, final: bool) -> Iterable[tuple[np.ndarray, ...]]:
-        """Validation rows in batches: at the end all, before that ``eval_examples`` evenly spread ones."""
+    def validation_batches(self) -> Iterable[tuple[np.ndarray, ...]]:
+        """Validation rows in batches: all, or ``eval_examples`` evenly spread ones."""
         rows, config = self.valid_rows, self.config
-        number = len(rows) if final else min(len(rows), config.eval_examples)
+        number = min(len(rows), config.eval_examples)
         chosen = np.linspace(0, len(rows) - 1, number).astype(int)
         chosen = chosen[np.argsort(rows.lengths[chosen], kind="stable")]  # little padding
         for first in range(0, number, config.at_once):

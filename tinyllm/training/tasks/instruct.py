@@ -13,7 +13,7 @@ import numpy as np
 from tinyllm.data.examples import Row
 from tinyllm.data.instructions import (
     CHATML,
-    Shortened,
+    Encoded,
     alpaca,
     check_template,
     conversations,
@@ -31,7 +31,7 @@ from tinyllm.models import LanguageModel
 from tinyllm.models.packed import Packed
 from tinyllm.nn import Module
 from tinyllm.tensor import Tensor
-from tinyllm.tokenizers.chat_template import encode_chat, end_of_answer
+from tinyllm.tokenizers.chat_template import render_chats
 from tinyllm.tokenizers.configs import CHAT_TEMPLATE
 from tinyllm.training.start import hash_tokenizer
 from tinyllm.training.step import Check
@@ -78,14 +78,21 @@ class InstructionTuning(Finetuning):
         self.format = recognise([*train, *valid])
         if self.format.messages:
             self._set_template()
-        parts, self.notes = [self._encoded(part) for part in (train, valid)], [self._describe()]
+        elif self.config.questions:
+            raise Error("--questions need a chat template, which texts do not have: omit them")
+        every = self._encoded([*train, *valid])
+        parts = [
+            shorten(found, self.max_length + 1, rows)
+            for found, rows in ((every[: len(train)], train), (every[len(train) :], valid))
+        ]
+        self.notes = [self._describe()]
         for name, part in zip(("training", "validation"), parts):
             self.notes += part.notes(name, self.config.length_option, self.max_length)
         rows = [PaddedExamples(part.examples) for part in parts]
         if self.config.pack:
             rows[0] = PackedExamples(rows[0], self.max_length)
             self.notes.append(f"{len(parts[0].examples):,} examples are packed into {len(rows[0]):,} rows")
-        self.questions = self._questions(valid)
+        self.questions = self._questions(valid) if self.format.messages else []
         return tuple(rows)
 
     def _set_template(self) -> None:
@@ -98,17 +105,16 @@ class InstructionTuning(Finetuning):
             templates = {"alpaca": alpaca, "chatml": lambda _: CHATML}
             read = templates.get(chosen, lambda _: read_text(chosen))
             self.tokenizer.chat_template = read(self.tokenizer)
-        check_template(self.tokenizer)
+        self.stop_ids = check_template(self.tokenizer)
 
-    def _encoded(self, rows: Sequence[Row]) -> Shortened:
-        """The examples of a part, of at most ``max_length`` targets."""
+    def _encoded(self, rows: Sequence[Row]) -> list[Encoded]:
         if self.format.messages is None:
             found = [encode_text(self.tokenizer, row) for row in rows]
         else:
             found = encode_conversations(self.tokenizer, rows, conversations(rows, self.format))
         if self.config.train_on_prompt:
             found = [each._replace(learned=np.ones_like(each.learned)) for each in found]
-        return shorten(found, self.max_length + 1, rows)
+        return found
 
     def _describe(self) -> str:
         form, learned = self.format, "every token" if self.config.train_on_prompt else "the answers"
@@ -120,15 +126,16 @@ class InstructionTuning(Finetuning):
             return f"{line}; every token is learned"
         return f"{line}; chat template: {self.template_name}; learned: {learned}"
 
-    def _questions(self, valid: Sequence[Row]) -> list[list[dict[str, str]]]:
-        """The conversations that a sample continues."""
-        if self.format.messages is None:
-            if self.config.questions:
-                raise Error("--questions need a chat template, which texts do not have: omit them")
-            return []
+    def _questions(self, valid: Sequence[Row]) -> list[tuple[str, list[int]]]:
+        """The questions that a sample answers, and the ids of their prompts."""
         if self.config.questions:
-            return [[{"role": "user", "content": question}] for question in self.config.questions]
-        return [prompt_of(chat) for chat in conversations(valid[:QUESTIONS], self.format)]
+            chats = [[{"role": "user", "content": question}] for question in self.config.questions]
+        else:
+            chats = [prompt_of(chat) for chat in conversations(valid[:QUESTIONS], self.format)]
+        tokenizer = self.tokenizer
+        rendered = render_chats(tokenizer, tokenizer.chat_template, [(chat, True) for chat in chats])
+        prompts = [tokenizer.with_bos(each.encode(tokenizer)) for each in rendered]
+        return [(chat[-1]["content"], ids) for chat, ids in zip(chats, prompts)]
 
     # The model
 
@@ -148,22 +155,18 @@ class InstructionTuning(Finetuning):
         """The model's most likely answers to fixed questions."""
         if not self.questions:
             return None
-        tokenizer, lines = self.tokenizer, []
-        stop = {*tokenizer.eos_ids, *end_of_answer(tokenizer)}
-        for question in self.questions:
-            ids = tokenizer.with_bos(encode_chat(tokenizer, tokenizer.chat_template, question))
-            lines.append(f"Q: {question[-1]['content']}\nA: {self._answer(model, ids, stop, check)}")
-        return "\n".join(lines)
+        answers = (self._answer(model, ids, check) for _, ids in self.questions)
+        return "\n".join(f"Q: {text}\nA: {answer}" for (text, _), answer in zip(self.questions, answers))
 
-    def _answer(self, model: Module, ids: list[int], stop: set[int], check: Check) -> str:
+    def _answer(self, model: Module, ids: list[int], check: Check) -> str:
         if len(ids) >= model.context:
             return "(the question fills the context)"
         unused, answer = self.tokenizer.unused_ids(model.config.vocab_size), []
-        steps = generate(model, [ids], ANSWER_TOKENS, 0.0, stop_ids=tuple(stop), suppress_ids=unused)
-        for token in steps:
+        options = dict(temperature=0.0, stop_ids=self.stop_ids, suppress_ids=unused)
+        for token in generate(model, [ids], ANSWER_TOKENS, **options):
             check()
             answer.append(int(token[0]))
-        return self.tokenizer.decode([i for i in answer if i not in stop])
+        return self.tokenizer.decode([i for i in answer if i not in self.stop_ids])
 
     # Records and messages
 
