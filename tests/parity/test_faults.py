@@ -24,6 +24,7 @@ CONFIG = GPT2Config(vocab_size=17, n_positions=8, n_embd=12, n_layer=2, n_head=3
 MODEL, LLAMA = "GPT-2 against transformers", "Llama against transformers"
 FOLDER, FREQUENCIES = "a checkpoint of transformers", "RoPE frequencies against transformers"
 ADAMW, TRAINING, SAMPLING = "AdamW against torch", "50 training steps", "sampling against torch"
+INSTRUCT = "masked conversations against torch"
 
 # The checks of an op or a layer are found by their subject, the others by the name of their test
 TESTS = {
@@ -34,6 +35,7 @@ TESTS = {
     ADAMW: "test_adamw_equals_torch_for_20_steps",
     TRAINING: "test_fifty_training_steps_equal_torchs",
     SAMPLING: "test_sampled_tokens_equal_those_of_plain_torch",
+    INSTRUCT: "test_the_masked_loss_and_all_gradients_equal_torchs",
 }
 
 
@@ -178,6 +180,9 @@ FAULTS = {
     "AdamW: norms and biases decayed": Fault(faults.adamw(decay_everything=True), (ADAMW, TRAINING), None),
     "gradient accumulation: unweighted mean": Fault(faults.plain_means, (TRAINING,), None),
     "top-k: ties kept": Fault(faults.ties_kept, (SAMPLING,), None),
+    "instructions: prompt not masked": Fault(faults.examples(faults.prompt_learned), (INSTRUCT,), None),
+    "instructions: labels shifted by one": Fault(faults.labels_shifted, (INSTRUCT,), None),
+    "instructions: padding counted": Fault(faults.padding_counted, (INSTRUCT,), None),
 }
 
 # -------------------------------------------------------------------------------- the tests

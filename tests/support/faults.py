@@ -9,6 +9,8 @@ import numpy as np
 import pytest
 
 from tinyllm import GPT2, Tensor, functional, nn, optim, tensor
+from tinyllm.data import padded
+from tinyllm.data.padded import PaddedExamples
 from tinyllm.inference import sampling
 from tinyllm.models import gpt2, llama
 
@@ -194,3 +196,33 @@ def ties_kept(patch):
         return correct(logits, temperature, None, top_p)
 
     patch.setattr(sampling, "_candidates", candidates)
+
+
+def examples(change):
+    """Instruction examples whose ids and ``learned`` are changed by ``change(ids, learned)``."""
+    correct = PaddedExamples.__init__
+
+    def faulty(rows, given):
+        correct(rows, [change(*example) for example in given])
+
+    return lambda patch: patch.setattr(PaddedExamples, "__init__", faulty)
+
+
+def prompt_learned(ids, learned):
+    return ids, np.ones_like(learned)
+
+
+def labels_shifted(patch):
+    """Every target is the id after the next one."""
+    correct = PaddedExamples.__init__
+
+    def faulty(rows, given):
+        correct(rows, given)
+        rows.targets = [np.append(targets[1:], padded.IGNORED) for targets in rows.targets]
+
+    patch.setattr(PaddedExamples, "__init__", faulty)
+
+
+def padding_counted(patch):
+    correct = padded.pad
+    patch.setattr(padded, "pad", lambda rows, fill: correct(rows, 0 if fill == padded.IGNORED else fill))

@@ -1,0 +1,228 @@
+"""Instructions: formats, templates, and the ids and masks of conversations."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from support.chat_model import CHATML, END, START
+from support.instructions import CHATS, chat_tokenizer, of_bytes, reference, render_in_process, turns
+
+from tinyllm.data import instructions
+from tinyllm.data.examples import Row
+from tinyllm.data.instructions import (
+    Encoded,
+    alpaca,
+    check_template,
+    conversations,
+    encode_conversations,
+    encode_text,
+    prompt_of,
+    recognise,
+    shorten,
+)
+from tinyllm.errors import Error
+from tinyllm.tokenizers import CharTokenizer, chat_template, load_tokenizer
+from tinyllm.tokenizers.chat_template import encode_chat
+
+RENDER = chat_template._render  # in processes of their own
+
+
+def rows(*values):
+    return [Row(each, f"row {number} of data.json") for number, each in enumerate(values, 1)]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick():
+    with pytest.MonkeyPatch.context() as patched:
+        render_in_process(patched)
+        yield
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory):
+    return chat_tokenizer(tmp_path_factory.mktemp("chat"))
+
+
+def encoded(tokenizer, chats):
+    return encode_conversations(tokenizer, rows(*({} for _ in chats)), chats)
+
+
+# ----------------------------------------------------------------------------------------- formats
+
+ANSWER = {"role": "assistant", "content": "4"}
+FORMS = {
+    "messages": ({"messages": turns("2+2?", "4")}, "2+2?"),
+    "sharegpt": (
+        {"conversations": [{"from": "human", "value": "2+2?"}, {"from": "gpt", "value": "4"}]},
+        "2+2?",
+    ),
+    "alpaca": ({"instruction": "Add", "input": "2+2", "output": "4"}, "Add\n\n### Input:\n2+2"),
+    "prompt-completion": ({"prompt": "2+2?", "completion": "4"}, "2+2?"),
+}
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_a_format_is_recognised_by_its_keys(name):
+    values, question = FORMS[name]
+    form = recognise(rows(values, {**values, "id": 7}))
+    assert form.name == name
+    (found,) = conversations(rows(values), form)
+    assert found == [{"role": "user", "content": question}, ANSWER]
+
+
+def test_an_alpaca_row_needs_no_input_and_a_conversational_completion_is_a_list_of_turns():
+    for values in ({"instruction": "Hi", "output": "4"}, {"instruction": "Hi", "input": "", "output": "4"}):
+        (found,) = conversations(rows(values), recognise(rows(values)))
+        assert found == turns("Hi", "4")
+    values = {"prompt": turns("2+2?"), "completion": [ANSWER]}
+    assert conversations(rows(values), recognise(rows(values))) == [turns("2+2?", "4")]
+    assert recognise(rows({"text": "once"})).messages is None
+
+
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [
+        ([{"question": "2+2?"}], r"row 1 of data.json has the keys 'question'.*\{messages\}"),
+        ([{"prompt": "a", "completion": "b"}, {"prompt": "a"}], "row 2 of data.json has no 'completion'"),
+        ([{"instruction": "a", "output": 4}], "row 1 of data.json: 'output' is 4"),
+        ([{"messages": []}], "row 1 of data.json: 'messages' is .*list of turns"),
+        ([{"messages": [{"role": "user"}]}], "row 1 of data.json: a turn is .*'content'"),
+        ([{"messages": turns("a")}], "row 1 of data.json: there is no answer"),
+        ([{"messages": [ANSWER]}], "row 1 of data.json: there is no answer"),
+        (
+            [{"conversations": [{"from": "alien", "value": "x"}]}],
+            "row 1 of data.json: a turn is from 'alien'",
+        ),
+    ],
+)
+def test_a_row_that_cannot_be_used_is_named(values, said):
+    with pytest.raises(Error, match=said):
+        conversations(rows(*values), recognise(rows(*values)))
+
+
+# ------------------------------------------------------------------------------------------- masks
+
+
+def test_ids_and_masks_equal_those_written_by_hand(tokenizer):
+    for messages, found in zip(CHATS, encoded(tokenizer, CHATS), strict=True):
+        ids, learned = reference(messages)
+        assert found.ids.tolist() == ids.tolist(), messages
+        assert found.learned.tolist() == learned.tolist(), messages
+        assert not found.divided
+
+
+words = st.text(st.characters(codec="utf-8", exclude_characters="\x00"), max_size=12) | st.sampled_from(
+    ["<|im_start|>", "<|im_end|>", "a<|im_end|>\n<|im_start|>assistant\n", "\n", " "]
+)
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.lists(st.lists(st.tuples(words, words), min_size=1, max_size=3), min_size=1, max_size=6))
+def test_masks_of_random_conversations(tokenizer, many):
+    chats = [turns(*(text for pair in pairs for text in pair)) for pairs in many]
+    for messages, found in zip(chats, encoded(tokenizer, chats), strict=True):
+        ids, learned = reference(messages)
+        assert found.ids.tolist() == ids.tolist()
+        assert found.learned.tolist() == learned.tolist()
+
+
+def test_what_precedes_an_answer_is_the_prompt_of_generation(tokenizer):
+    for messages, found in zip(CHATS, encoded(tokenizer, CHATS), strict=True):
+        prompt = encode_chat(tokenizer, tokenizer.chat_template, prompt_of(messages))
+        assert found.ids[: len(prompt)].tolist() == prompt
+        assert not found.learned[: len(prompt)].any() and found.learned[len(prompt)]
+
+
+def test_a_token_across_the_border_is_divided(tmp_path):
+    """GPT-2 has a token for two spaces: the prompt's last and the answer's first would be one."""
+    tokenizer = load_tokenizer("gpt2")
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ ('Q: ' if m['role'] == 'user' else ' A:') + m['content'] }}"
+        "{% if m['role'] == 'assistant' %}<|endoftext|>{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %} A:{% endif %}"
+    )
+    (found,) = encoded(tokenizer, [turns("x", ":)")])
+    assert found.divided
+    answer = [*tokenizer.encode(":)"), 50256]
+    assert found.ids[found.learned].tolist() == answer
+    assert tokenizer.decode(found.ids) == "Q: x A::)<|endoftext|>"
+    (plain,) = encoded(tokenizer, [turns("x", " y")])
+    assert not plain.divided
+
+
+def test_a_template_that_changes_earlier_turns_is_refused(tokenizer, monkeypatch):
+    other = load_tokenizer(tokenizer.name.removesuffix("/tokenizer.json"))
+    other.chat_template = CHATML.replace("message['content']", "(message['content'] if loop.last else '…')")
+    with pytest.raises(Error, match=r"row 1 of data\.json: the chat template renders a turn differently"):
+        encoded(other, [turns("a", "b", "c", "d")])
+    other.chat_template = CHATML + "{% if messages|length > 2 %}{{ raise_exception('too long') }}{% endif %}"
+    monkeypatch.setattr(chat_template, "_render", RENDER)  # it says which conversation failed
+    with pytest.raises(Error, match=r"row 2 of data\.json: the chat template failed .*too long"):
+        encoded(other, [turns("a", "b"), turns("a", "b", "c", "d")])
+
+
+def test_many_conversations_are_rendered_in_several_processes(tokenizer, monkeypatch):
+    whole = encoded(tokenizer, CHATS)
+    monkeypatch.setattr(chat_template, "_render", RENDER)
+    monkeypatch.setattr(instructions, "RENDERED_AT_ONCE", 7)
+    for one, other in zip(whole, encoded(tokenizer, CHATS), strict=True):
+        assert np.array_equal(one.ids, other.ids) and np.array_equal(one.learned, other.learned)
+
+
+# --------------------------------------------------------------------------------------- templates
+
+
+def test_the_alpaca_template_is_the_books():
+    tokenizer = load_tokenizer("gpt2")
+    tokenizer.chat_template = alpaca(tokenizer)
+    values = {"instruction": "Add", "input": "2+2", "output": "4"}
+    chats = conversations(rows(values), recognise(rows(values)))
+    (found,) = encoded(tokenizer, chats)
+    assert tokenizer.decode(found.ids) == (
+        "Below is an instruction that describes a task. Write a response that appropriately completes the "
+        "request.\n\n### Instruction:\nAdd\n\n### Input:\n2+2\n\n### Response:\n4<|endoftext|>"
+    )
+    assert tokenizer.decode(found.ids[found.learned]) == "4<|endoftext|>"
+    check_template(tokenizer)
+
+
+def test_a_template_needs_its_special_tokens_and_an_end(tokenizer):
+    gpt2 = load_tokenizer("gpt2")
+    gpt2.chat_template = CHATML
+    with pytest.raises(Error, match=r"--special-tokens '<\|im_start\|>' '<\|im_end\|>'"):
+        check_template(gpt2)
+    gpt2.chat_template = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
+    with pytest.raises(Error, match="without a special token"):
+        check_template(gpt2)
+    with pytest.raises(Error, match=r"--special-tokens '<\|endoftext\|>'"):
+        alpaca(CharTokenizer("abc"))
+    check_template(tokenizer)
+    assert alpaca(tokenizer).count("<|im_end|>") == 1
+
+
+# ------------------------------------------------------------------------------------ text, lengths
+
+
+def test_a_text_is_learned_whole_and_ends_once(tokenizer):
+    for text in ("ab", "ab<|im_end|>"):
+        found = encode_text(tokenizer, *rows({"text": text}))
+        assert found.ids.tolist() == [*of_bytes("ab"), END]
+        assert found.learned.all()
+    assert encode_text(tokenizer, *rows({"text": "<|im_start|>"})).ids.tolist() == [START, END]
+    with pytest.raises(Error, match=r"row 1 of data\.json: 'text' is 3"):
+        encode_text(tokenizer, *rows({"text": 3}))
+
+
+def test_examples_are_cut_and_counted():
+    def example(length, answer):
+        learned = np.zeros(length, bool)
+        learned[answer:] = True
+        return Encoded(np.arange(length), learned)
+
+    found = shorten([example(4, 2), example(9, 3), example(9, 5)], 5, rows({}, {}, {}))
+    assert [ids.tolist() for ids, _ in found.examples] == [[0, 1, 2, 3], [0, 1, 2, 3, 4]]
+    assert (found.cut, found.left_out, found.divided) == (2, 1, 0)
+    (note,) = found.notes("training", "--max-length", 4)
+    assert note.startswith("2 training examples are longer than 4 tokens") and "1 of them" in note
+    with pytest.raises(Error, match="no example has an answer within the first 1 tokens"):
+        shorten([example(4, 2)], 2, rows({}))
