@@ -46,7 +46,7 @@ def test_a_run_can_be_resumed_generated_from_evaluated_and_chatted_with(run, cap
     assert "bits per byte" in capsys.readouterr().out
     monkeypatch.setattr("sys.stdin", io.StringIO("Hi\n/quit\n"))
     assert main(["chat", "--run", run, "--max-new-tokens", "3"]) == 0
-    assert main(["plot", run]) == 0
+    assert main(["plot", run, "--out", str(tmp_path / "runs.png")]) == 0
 
 
 def test_a_resumed_run_keeps_its_options(run):

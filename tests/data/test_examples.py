@@ -93,6 +93,7 @@ def test_a_folder_has_its_own_parts(tmp_path):
     write(tmp_path / "dev.json", numbered(3))
     given = open_examples(tmp_path)
     assert (len(given.train), len(given.valid), given.split) == (40, 3, "as given")
+    assert given.describe().endswith("(as given); 3 of the latter two are training examples too")
     assert given.sha256 != found.sha256
     write(tmp_path / "test.jsonl", {"text": "1"})
     assert len(open_examples(tmp_path).test) == 1

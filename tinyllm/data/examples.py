@@ -45,9 +45,12 @@ class Examples:
     split: str
 
     def describe(self) -> str:
-        """The counts, in one line."""
+        """The counts, in one line, also of rows that would be evaluated after they were learned."""
         parts = f"{len(self.train):,} training, {len(self.valid):,} validation and {len(self.test):,} test"
-        return f"{self.name}: {parts} examples ({self.split})"
+        learned = {_content(row) for row in self.train}
+        seen = sum(_content(row) in learned for row in [*self.valid, *self.test])
+        again = f"; {seen:,} of the latter two are training examples too" if seen else ""
+        return f"{self.name}: {parts} examples ({self.split}){again}"
 
 
 def open_examples(name: str | Path, seed: int = 0, label: Callable[[Row], object] | None = None) -> Examples:
@@ -123,6 +126,10 @@ def _find(name: str | Path) -> dict[str, Path]:
             f"{path} has no training part: put train{', train'.join(READERS)} into it, or give one file"
         )
     return found
+
+
+def _content(row: Row) -> str:
+    return json.dumps(row.values, sort_keys=True)
 
 
 def read_rows(path: Path) -> list[Row]:

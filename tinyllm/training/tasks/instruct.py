@@ -190,4 +190,6 @@ class InstructionTuning(Finetuning):
 
     def next_commands(self, folder: Path) -> list[str]:
         run = shlex.quote(str(folder))
-        return [f"tinyllm chat --run {run}"] if self.format.messages else [f"tinyllm generate --run {run}"]
+        if self.format.messages:
+            return [f"tinyllm chat --run {run}"]
+        return [f'tinyllm generate --run {run} --prompt "The"']
