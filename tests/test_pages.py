@@ -9,6 +9,7 @@ from support.suite import ROOT
 
 from parity.__main__ import COMMANDS as PARITY
 from tinyllm.cli import COMMANDS
+from tinyllm.cli.finetune import TASKS
 
 PAGES = [
     page
@@ -31,11 +32,13 @@ def code(text: str) -> list[str]:
 def options_of(program: str, words: list[str]) -> set[str]:
     """The options of the command that ``words`` begin with; KeyError if there is none."""
     if program == "tinyllm":
-        known = COMMANDS[words[0]][0]
+        known = [COMMANDS[words[0]][0]]
     else:
-        known = PARITY[next(name for name in (" ".join(words[:2]), words[0]) if name in PARITY)]
-    names = [field.name.replace("_", "-") for field in fields(known)]
-    return {"help", "preset", "from", *names, *(f"no-{name}" for name in names)}
+        known = [PARITY[next(name for name in (" ".join(words[:2]), words[0]) if name in PARITY)]]
+    if words[0] == "finetune":
+        known += [options for options, _ in TASKS.values()]
+    names = [field.name.replace("_", "-") for options in known for field in fields(options)]
+    return {"help", "preset", "from", "task", *names, *(f"no-{name}" for name in names)}
 
 
 @pytest.mark.parametrize("page", PAGES, ids=str)
