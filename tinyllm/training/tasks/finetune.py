@@ -199,10 +199,12 @@ class Finetuning(Task):
     def load(self, folder: Path, about: dict) -> None:
         config, self.resumed, self.start = self.config, bool(about), about.get("start")
         self.base, self.adapter = self._find_start()
+        _, run = find_source(config.model)
+        self.base_name = str(self.base) if self.adapter or run else config.model  # in the adapter's config
         architecture = empty_model(self.base)
         self.place = str(folder) if about else self._tokenizer_place(architecture.config.vocab_size)
         self.tokenizer = load_tokenizer(self.place)
-        if about and hash_tokenizer(self.tokenizer, self.place) != about["tokenizer"]["sha256"]:
+        if about and self._hash_tokenizer() != about["tokenizer"]["sha256"]:
             raise Error(f"the tokenizer in {folder} changed since the run was started: copy it back")
         if not about and not self.adapter:  # an adapter may extend the vocabulary
             check_fits(self.tokenizer, architecture, padded=True)
@@ -242,6 +244,8 @@ class Finetuning(Task):
         model.load_state_dict(open_weights(self.base), source=str(self.base))
         if self.adapter:
             load_adapter(model, self.adapter)
+            for layer in nn.lora_layers(model).values():
+                layer.dropout.p = self.config.lora_dropout
             if self.config.train != "lora":  # otherwise it is trained further
                 nn.merge_lora(model)
         return model.eval()
@@ -301,9 +305,8 @@ class Finetuning(Task):
     def save_weights(self, model: Module, folder: Path) -> None:
         if self.config.train != "lora":
             super().save_weights(model, folder)
-            return
-        _, run = find_source(self.config.model)
-        save_adapter(model, folder, base=self.base if self.adapter or run else self.config.model)
+        else:
+            save_adapter(model, folder, self.base_name)
 
     def load_weights(self, model: Module, folder: Path) -> None:
         if self.config.train == "lora":
@@ -332,12 +335,12 @@ class Finetuning(Task):
         counts = {part: len(getattr(found, part)) for part in ("train", "valid", "test")}
         return {
             "data": {"name": found.name, "sha256": found.sha256, **counts},
-            "tokenizer": {
-                "name": self.tokenizer.name,
-                "sha256": hash_tokenizer(self.tokenizer, self.place),
-            },
+            "tokenizer": {"name": self.tokenizer.name, "sha256": self._hash_tokenizer()},
             "start": self.start,
         }
+
+    def _hash_tokenizer(self) -> str:
+        return hash_tokenizer(self.tokenizer, self.place)
 
     def save(self, folder: Path) -> None:
         save_tokenizer(self.tokenizer, self.place, folder)
