@@ -251,16 +251,17 @@ def encode_conversations(
     found = []
     for row, parts in zip(rows, by_row):
         try:
-            found.append(_encode(tokenizer, *parts))
+            found.append(_encode(tokenizer, parts))
         except Error as error:
             raise Error(f"{row.where}: {error}") from None
     return found
 
 
 def _parts(messages: list[Message]) -> Iterable[tuple[list[Message], bool]]:
-    """What is rendered of a conversation: the whole, then every answer's prompt and the text that it ends."""
-    last = max(i for i, message in enumerate(messages) if message["role"] == "assistant")
-    yield messages[: last + 1], False  # what follows the last answer teaches nothing
+    """What is rendered of a conversation: every answer's prompt, and the text that the answer ends.
+
+    The last of these is the example: what follows the last answer teaches nothing.
+    """
     for i, message in enumerate(messages):
         if i and message["role"] == "assistant":  # a first one would have no prompt
             yield messages[:i], True
@@ -278,14 +279,16 @@ def _render_all(tokenizer, rows, wanted, owners) -> list[RenderedChat]:
     return rendered
 
 
-def _encode(tokenizer: Tokenizer, whole: RenderedChat, *parts: RenderedChat) -> Encoded:
-    borders = [len(part.text) for part in parts]  # where each prompt and each answer ends in the text
+def _encode(tokenizer: Tokenizer, parts: list[RenderedChat]) -> Encoded:
+    """An example from the results of ``_parts``, rendered."""
+    whole, borders = parts[-1], [len(part.text) for part in parts]  # where prompts and answers end
     if not all(whole.text.startswith(part.text) for part in parts):
         raise Error(
             "the chat template renders a turn differently when another follows, so the answers cannot be "
             "found in the text: choose --template, or give every answer a row of its own"
         )
-    ids, prefixes = whole.encode(tokenizer), [part.encode(tokenizer) for part in parts]
+    prefixes = [part.encode(tokenizer) for part in parts]
+    ids = prefixes[-1]
     divided = any(ids[: len(prefix)] != prefix for prefix in prefixes)
     if divided:
         prefixes = []
