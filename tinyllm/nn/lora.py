@@ -117,7 +117,7 @@ def add_lora(
 
     def wrapped(name: str, layer: Module) -> LoRA:
         if not isinstance(layer, Linear):
-            raise Error(f"the targets match {name}, a {type(layer).__name__}: LoRA applies to Linear layers")
+            raise Error(f"the targets match {name} ({type(layer).__name__}): LoRA applies to Linear layers")
         r, a = first_match(rank_pattern, name, rank), first_match(alpha_pattern, name, alpha)
         return LoRA(layer, r, a, dropout, use_rslora, rng=rng)
 

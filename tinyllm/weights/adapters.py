@@ -216,7 +216,7 @@ def _check_fits(model, plain, config, wanted, shapes, rows, folder) -> None:
     for name, (rank, _) in wanted.items():
         if not isinstance(plain[name], Linear):
             kind = type(plain[name]).__name__
-            raise Error(f"the adapter in {folder} has LoRA on {name}, a {kind}: only a Linear is supported")
+            raise Error(f"the adapter in {folder} has LoRA on {name} ({kind}): only a Linear is supported")
         outputs, inputs = plain[name].weight.shape
         match [shapes.get(f"{name}.lora_{factor}.weight") for factor in "AB"]:
             case [(stored, _), (_, other)] if stored == other != rank:
@@ -232,16 +232,16 @@ def _check_fits(model, plain, config, wanted, shapes, rows, folder) -> None:
         if matches(config["modules_to_save"] or [], _published(model, name)):
             for inner, array in module.state_dict().items():
                 expected.setdefault(f"{name}.{inner}", array.shape)
-    wrong = [f"it has no {name}" for name in expected if name not in shapes]
+    wrong = [] if wanted else [f"no layer is named {config['target_modules']}"]
+    wrong += [f"it has no {name}" for name in expected if name not in shapes]
     wrong += [f"the model has no {name}" for name in shapes if name not in expected]
     wrong += [
         f"{name} is {shapes[name]}, not {shape}"
         for name, shape in expected.items()
         if shapes.get(name, shape) != shape
     ]
-    if wrong or not wanted:
-        more = f", and {len(wrong) - 1} more" if len(wrong) > 1 else ""
-        reason = f"{wrong[0]}{more}" if wrong else f"no layer is named {config['target_modules']}"
+    if wrong:
+        reason = wrong[0] + (f", and {len(wrong) - 1} more" if len(wrong) > 1 else "")
         base = config["base_model_name_or_path"] or "another model"
         raise Error(f"the adapter in {folder} does not fit the model ({reason}): load its base model, {base}")
 

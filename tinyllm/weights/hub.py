@@ -60,19 +60,22 @@ def model_config(path: Path) -> dict:
 
     Raises ``Error`` as ``read_config`` and ``GGUFFile`` do, and for an adapter.
     """
-    if is_adapter(path):
-        raise Error(
-            f"{path} is an adapter, not a whole model: use load_model, or make it one with `tinyllm merge`"
-        )
+    _check_whole(path)
     return read_config(path) if path.is_dir() else GGUFFile(path).config
 
 
 def open_weights(path: Path) -> StoredTensors:
     """The tensors of the model at a path from ``find_model``, under the names of a Hugging Face folder.
 
-    Raises ``Error`` as ``Weights`` and ``GGUFFile`` do.
+    Raises ``Error`` as ``Weights`` and ``GGUFFile`` do, and for an adapter.
     """
+    _check_whole(path)
     return Weights(path) if path.is_dir() else GGUFFile(path)
+
+
+def _check_whole(path: Path) -> None:
+    if is_adapter(path):
+        raise Error(f"{path} is an adapter, not a whole model: make it one with `tinyllm merge`")
 
 
 def find_folder(name: str | Path) -> Path:
