@@ -21,17 +21,19 @@ from tinyllm.backend.device import open_device
 from tinyllm.backend.dtypes import Precision, weights_dtype
 from tinyllm.backend.memory import keep_memory
 from tinyllm.errors import Error
-from tinyllm.inference.chat import load_model_and_tokenizer
+from tinyllm.inference.chat import load_model_and_tokenizer, own_tokenizer
 from tinyllm.inference.sampling import check_sampling
 from tinyllm.models import load_model
-from tinyllm.nn import Module
+from tinyllm.nn import Module, lora_layers
 from tinyllm.tokenizers import load_tokenizer
 from tinyllm.tokenizers.base import FILE_NAME, Tokenizer, check_fits
 from tinyllm.training.config import flag
+from tinyllm.weights.adapter_config import find_adapter, read_adapter_config
+from tinyllm.weights.adapters import load_adapter
 from tinyllm.weights.hub import HUB_ID
 from tinyllm.weights.pull import KNOWN_MODELS
 from tinyllm.weights.runs import STEP, checkpoints, last_checkpoint
-from tinyllm.weights.safetensors import read_config
+from tinyllm.weights.safetensors import is_adapter, read_config
 
 
 def option(metavar: str, default: str | None = None, help: str | None = None):
@@ -95,7 +97,27 @@ class ModelOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
-class TextModelOptions(ModelOptions):
+class AdapterOptions(ModelOptions):
+    adapter: Annotated[str | None, option("DIR", "")] = None
+    """Put a LoRA adapter on the model: a folder of PEFT, a run that trained one, or a hub id."""
+
+    def find(self) -> Path | None:
+        if self.adapter is not None:
+            read_adapter_config(find_adapter(self.adapter))
+        return super().find()
+
+    def put_adapter(self, model: Module) -> None:
+        """Put the adapter of --adapter, if there is one, on the model."""
+        if self.adapter is None:
+            return
+        if lora_layers(model):
+            raise Error(f"{self.typed} has an adapter already: omit --adapter")
+        load_adapter(model, find_adapter(self.adapter))
+        model.eval()
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextModelOptions(AdapterOptions):
     no_bos: Flag = False
     """Do not begin a text with a BOS token, though the model's files say that it expects one."""
 
@@ -110,6 +132,11 @@ class TextModelOptions(ModelOptions):
             check_fits(tokenizer, model, padded=not (checkpoint.parent / FILE_NAME).exists())
             # Other runs are trained on texts without BOS, whatever tokenizer they use.
             tokenizer.add_bos = tokenizer.add_bos and "start" in read_config(checkpoint.parent)
+        if self.adapter is not None:
+            self.put_adapter(model)
+            if (trained_with := own_tokenizer(self.adapter)) is not None:  # may have more tokens
+                tokenizer = load_tokenizer(trained_with)
+                check_fits(tokenizer, model, padded=True)
         tokenizer.add_bos &= not self.no_bos
         return model, tokenizer
 
@@ -131,7 +158,7 @@ def find_checkpoint(run: Path | None, model: str | None) -> Path | None:
     runs = sorted(path for path in folder.glob("*") if checkpoints(path))
     if runs:
         raise Error(f"{folder} is not a run but contains runs: choose one, such as --run {runs[-1]}")
-    if run is not None and "model_type" in config:
+    if run is not None and ("model_type" in config or is_adapter(folder)):
         raise Error(f"--run {run} is a model's folder, not a run: use --model {run}")
     return None if run is None else last_checkpoint(run)
 

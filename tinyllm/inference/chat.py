@@ -24,7 +24,9 @@ from tinyllm.nn import Module
 from tinyllm.tokenizers import load_tokenizer
 from tinyllm.tokenizers.base import Tokenizer, check_fits, check_text
 from tinyllm.tokenizers.chat_template import encode_chat, end_of_answer
+from tinyllm.weights.adapter_config import base_of
 from tinyllm.weights.hub import find_model
+from tinyllm.weights.safetensors import is_adapter
 
 TOKENIZER_FILES = ("*tokenizer*", "vocab.json", "*.gguf")
 
@@ -32,17 +34,39 @@ TOKENIZER_FILES = ("*tokenizer*", "vocab.json", "*.gguf")
 def load_model_and_tokenizer(name: str, dtype=np.float32) -> tuple[Module, Tokenizer]:
     """Load a model in ``dtype``, as ``load_model`` does, and its tokenizer.
 
-    A training run has its tokenizer in the run's folder, next to the checkpoints. For a model folder without
-    a tokenizer, such as ``GPT2.save_pretrained`` writes, GPT-2's is used if the model has 50,257 ids. Raises
-    ``Error`` as ``load_model`` and ``load_tokenizer`` do, and if the tokenizer has more ids than the model.
+    Raises ``Error`` as ``load_model`` and ``load_tokenizer`` do, and if the tokenizer has more ids than the
+    model.
     """
-    path = find_model(name)
-    folder = path.parent if path.parent == Path(name).expanduser() else path  # a run, or the model itself
-    bare = folder.is_dir() and not any(next(folder.glob(files), None) for files in TOKENIZER_FILES)
-    tokenizer = load_tokenizer("gpt2" if bare and empty_model(path).config.vocab_size == 50257 else folder)
-    model = load_model(path, dtype)
+    tokenizer = load_tokenizer(find_tokenizer(name))
+    model = load_model(name, dtype)
     check_fits(tokenizer, model, padded=True)
     return model, tokenizer
+
+
+def find_tokenizer(name: str | Path) -> str | Path:
+    """The argument of ``load_tokenizer`` for the model that ``load_model(name)`` loads.
+
+    An adapter without a tokenizer has that of its base model. For a model folder without one, such as
+    ``GPT2.save_pretrained`` writes, GPT-2's is used if the model has 50,257 ids.
+    """
+    if (folder := own_tokenizer(name)) is not None:
+        return folder
+    path = find_model(name)
+    if is_adapter(path):
+        return find_tokenizer(base_of(path))
+    return "gpt2" if empty_model(path).config.vocab_size == 50257 else path
+
+
+def own_tokenizer(name: str | Path) -> Path | None:
+    """The folder or file with the tokenizer of a model, an adapter or a run; None if there is none.
+
+    A training run has its tokenizer in the run's folder, next to the checkpoints.
+    """
+    path = find_model(name)
+    folder = path.parent if path.parent == Path(name).expanduser() else path
+    if folder.is_dir() and not any(next(folder.glob(files), None) for files in TOKENIZER_FILES):
+        return None
+    return folder
 
 
 def text_stream(tokenizer: Tokenizer, steps: Iterator[np.ndarray], stop_ids: Sequence[int]) -> Iterator[str]:
