@@ -139,6 +139,17 @@ def test_a_layer_trained_whole_gets_no_lora():
     assert names == ["h.1.attn.c_attn"]
 
 
+def test_a_head_with_two_names_gets_no_lora_by_either():
+    model = nn.Module()
+    model.transformer, model.score = random_gpt2(CONFIGS["gpt2"]), nn.Linear(12, 2, rng=0)
+    model.transformer.lm_head = model.score
+    whole = dict(targets=["lm_head", "c_fc"], modules_to_save=["score"])
+    for options in (dict(targets="all-linear"), whole):
+        names = nn.add_lora(model, **options, rng=0)
+        assert names and not [name for name in names if "lm_head" in name or "score" in name]
+        nn.merge_lora(model)
+
+
 @pytest.mark.parametrize(
     ("options", "said"),
     [

@@ -25,6 +25,7 @@ MODEL, LLAMA = "GPT-2 against transformers", "Llama against transformers"
 FOLDER, FREQUENCIES = "a checkpoint of transformers", "RoPE frequencies against transformers"
 ADAMW, TRAINING, SAMPLING = "AdamW against torch", "50 training steps", "sampling against torch"
 INSTRUCT = "masked conversations against torch"
+LORA_TRAINING, ADAPTER = "50 training steps of LoRA", "an adapter of peft"
 
 # The checks of an op or a layer are found by their subject, the others by the name of their test
 TESTS = {
@@ -34,6 +35,8 @@ TESTS = {
     FREQUENCIES: "test_frequencies_of_every_rope_type_equal_transformers",
     ADAMW: "test_adamw_equals_torch_for_20_steps",
     TRAINING: "test_fifty_training_steps_equal_torchs",
+    LORA_TRAINING: "test_fifty_steps_of_lora_equal_torchs",
+    ADAPTER: "test_an_adapter_of_peft_loads_here_and_back",
     SAMPLING: "test_sampled_tokens_equal_those_of_plain_torch",
     INSTRUCT: "test_the_masked_loss_and_all_gradients_equal_torchs",
 }
@@ -179,6 +182,7 @@ FAULTS = {
     "AdamW: no bias correction": Fault(faults.adamw(bias_correction=False), (ADAMW, TRAINING), None),
     "AdamW: norms and biases decayed": Fault(faults.adamw(decay_everything=True), (ADAMW, TRAINING), None),
     "gradient accumulation: unweighted mean": Fault(faults.plain_means, (TRAINING,), None),
+    "LoRA: α instead of α / r": Fault(faults.unscaled_lora, ("LoRA", LORA_TRAINING, ADAPTER), None),
     "top-k: ties kept": Fault(faults.ties_kept, (SAMPLING,), None),
     "instructions: prompt not masked": Fault(faults.examples(faults.prompt_learned), (INSTRUCT,), None),
     "instructions: labels shifted by one": Fault(faults.labels_shifted, (INSTRUCT,), None),
@@ -216,8 +220,8 @@ def test_a_fault_is_caught_and_located(name, monkeypatch, record_property):
     caught, where = failing(fault.caught_by), located(fault.config)
     if where:
         place = f"{where[1]} (last to agree: {where[0]})"
-    elif TRAINING in caught:
-        place = str(caught[TRAINING]).partition(":")[0]
+    elif recipes := [check for check in caught if check in (TRAINING, LORA_TRAINING)]:
+        place = str(caught[recipes[0]]).partition(":")[0]
     else:
         place = "outside the model's layers"
     for column in ("fault", name), ("caught by", ", ".join(caught)), ("located at", place):

@@ -226,3 +226,8 @@ def labels_shifted(patch):
 def padding_counted(patch):
     correct = padded.pad
     patch.setattr(padded, "pad", lambda rows, fill: correct(rows, 0 if fill == padded.IGNORED else fill))
+
+
+def unscaled_lora(patch):
+    """LoRA's product is multiplied by α instead of α / r."""
+    patch.setattr(nn.LoRA, "scaling", property(lambda layer: layer.alpha))

@@ -1,8 +1,8 @@
 """Fifty training steps of tinyllm and of torch from the same weights on the same batches.
 
 AdamW with weight decay of the matrices, clipping, warm-up, cosine decay, and steps of three micro-batches
-with different numbers of targets. torch's side is ``transformers``' GPT-2 with torch's own loss, optimiser,
-clipping and schedules.
+with different numbers of targets. torch's side is the model of ``transformers``, or the twin with LoRA, with
+torch's own loss, optimiser, clipping and schedules.
 """
 
 import functools
@@ -11,15 +11,17 @@ from dataclasses import dataclass, replace
 import numpy as np
 import pytest
 import torch
-from support.models import EVERYTHING, NO_DROPOUT, random_gpt2, random_llama
+from support.models import EVERYTHING, NO_DROPOUT, random_gpt2, random_llama, random_model
 
 from parity.ops.cases import assert_close
 from parity.twins import bridge
-from tinyllm import GPT2Config, optim
+from parity.twins.lora import add_lora
+from tinyllm import GPT2Config, nn, optim
 
 STEPS, WARMUP, PEAK_LR, INITIAL_LR, MIN_LR, DECAY, CLIP = 50, 10, 1e-2, 1e-4, 1e-3, 0.1, 1.0
 BETAS, EPS = (0.9, 0.99), 1e-8
 CONFIG = GPT2Config(vocab_size=17, n_positions=8, n_embd=12, n_layer=2, n_head=3, **NO_DROPOUT)
+LLAMA = replace(EVERYTHING, vocab_size=CONFIG.vocab_size)
 UNTIED = GPT2Config(**vars(CONFIG) | dict(tie_word_embeddings=False))
 
 
@@ -27,7 +29,7 @@ UNTIED = GPT2Config(**vars(CONFIG) | dict(tie_word_embeddings=False))
 class Step:
     loss: float
     grad_norm: float  # before clipping
-    parameters: dict[str, np.ndarray]  # after the update, in the checkpoint's layout
+    parameters: dict[str, np.ndarray]  # those trained, after the update, in the checkpoint's layout
 
 
 def micro_batches(step: int) -> list[tuple[np.ndarray, np.ndarray]]:
@@ -54,7 +56,7 @@ def start(config: GPT2Config, dtype):
 def tinyllm_run(model) -> list[Step]:
     optimizer = optim.AdamW(model, PEAK_LR, BETAS, EPS, DECAY)
     lr_at = optim.warmup_cosine(PEAK_LR, INITIAL_LR, MIN_LR, WARMUP, STEPS)
-    steps = []
+    trained, steps = {name for name, p in model.named_parameters() if p.requires_grad}, []
     for step in range(STEPS):
         batches, loss = micro_batches(step), 0.0
         for ids, targets in batches:
@@ -65,16 +67,23 @@ def tinyllm_run(model) -> list[Step]:
         optimizer.lr = lr_at(step)
         optimizer.step()
         optimizer.zero_grad()
-        steps.append(Step(loss, norm, {name: array.copy() for name, array in model.state_dict().items()}))
+        arrays = model.state_dict()
+        steps.append(Step(loss, norm, {name: arrays[name].copy() for name in arrays if name in trained}))
     return steps
 
 
 def torch_run(model) -> list[Step]:
     """The same with the ``transformers`` model with the weights of ``model``."""
-    theirs = bridge.to_transformers(model).train()
+    theirs = bridge.to_transformers(model)
+    return torch_steps(theirs, lambda ids: theirs(ids).logits, f"{theirs.base_model_prefix}.")
+
+
+def torch_steps(theirs, logits_of, prefix="") -> list[Step]:
+    """The steps of a model of torch, whose parameters' names may begin with ``prefix``."""
+    trained = {n.removeprefix(prefix): p for n, p in theirs.train().named_parameters() if p.requires_grad}
     groups = [
-        {"params": [p for p in theirs.parameters() if p.ndim >= 2], "weight_decay": DECAY},
-        {"params": [p for p in theirs.parameters() if p.ndim < 2], "weight_decay": 0.0},
+        {"params": [p for p in trained.values() if p.ndim >= 2], "weight_decay": DECAY},
+        {"params": [p for p in trained.values() if p.ndim < 2], "weight_decay": 0.0},
     ]
     optimizer = torch.optim.AdamW(groups, PEAK_LR, BETAS, EPS)
     rise = torch.optim.lr_scheduler.LinearLR(optimizer, INITIAL_LR / PEAK_LR, total_iters=WARMUP)
@@ -84,7 +93,7 @@ def torch_run(model) -> list[Step]:
     for step in range(STEPS):
         # Accumulation as it should be: the mean over all targets of the step that count, in one graph.
         batches = [[torch.from_numpy(array) for array in batch] for batch in micro_batches(step)]
-        logits = torch.cat([theirs(ids).logits for ids, _ in batches]).flatten(0, 1)
+        logits = torch.cat([logits_of(ids) for ids, _ in batches]).flatten(0, 1)
         targets = torch.cat([targets for _, targets in batches]).flatten()
         loss = torch.nn.functional.cross_entropy(logits, targets, ignore_index=-100)
         optimizer.zero_grad()
@@ -92,10 +101,7 @@ def torch_run(model) -> list[Step]:
         norm = torch.nn.utils.clip_grad_norm_(theirs.parameters(), CLIP)
         optimizer.step()
         schedule.step()
-        parameters = {
-            name.removeprefix(f"{theirs.base_model_prefix}."): p.detach().numpy().copy()
-            for name, p in theirs.named_parameters()
-        }
+        parameters = {name: p.detach().numpy().copy() for name, p in trained.items()}
         steps.append(Step(loss.item(), norm.item(), parameters))
     return steps
 
@@ -124,10 +130,21 @@ def test_fifty_training_steps_equal_torchs(config):
 
 @pytest.mark.proof("Llama")
 def test_fifty_training_steps_of_llama_equal_torchs():
-    model = random_llama(replace(EVERYTHING, vocab_size=CONFIG.vocab_size)).train()
+    model = random_llama(LLAMA).train()
     theirs = torch_run(model)
     check_run(tinyllm_run(model), theirs, 1e-9)
     assert theirs[-1].loss < theirs[0].loss / 2
+
+
+@pytest.mark.proof("LoRA")
+@pytest.mark.parametrize("config", [CONFIG, LLAMA], ids=["gpt2", "llama"])
+def test_fifty_steps_of_lora_equal_torchs(config):
+    model, twin = random_model(config).train(), bridge.to_torch(random_model(config))
+    heads = {"modules_to_save": ["lm_head"]} if config is LLAMA else {}  # one that is not tied
+    nn.add_lora(model, rank=4, alpha=12, **heads, rng=0)
+    theirs = torch_steps(add_lora(twin, model), twin)
+    check_run(tinyllm_run(model), theirs, 1e-9)
+    assert theirs[-1].loss < 0.8 * theirs[0].loss
 
 
 def test_the_curves_in_float32_equal_torchs():

@@ -107,11 +107,13 @@ def add_lora(
         wanted for wanted in modules_to_save if not any(matches([wanted], name) for name in whole)
     ):
         raise Error(f"no layer of the model is named {unknown!r} (modules_to_save); the layers are {layers}")
+    excluded = {id(inner) for name in whole for inner in modules[name].modules()}
     if targets == ALL_LINEAR:
-        names = [name for name, layer in modules.items() if isinstance(layer, Linear) and "." in name]
+        excluded |= {id(child) for _, child in model.children()}  # the head
+        names = [name for name, layer in modules.items() if isinstance(layer, Linear)]
     else:
         names = [name for name in modules if matches(DEFAULT_TARGETS if targets is None else targets, name)]
-    names = [name for name in names if not any(f"{name}.".startswith(f"{other}.") for other in whole)]
+    names = [name for name in names if id(modules[name]) not in excluded]
     if not names:
         raise Error(f"no layer of the model matches the targets {targets!r}; the layers are {layers}")
 
