@@ -299,10 +299,11 @@ def held_after_forward(layer, shape) -> int:
     return held
 
 
-def test_lora_keeps_the_small_product_only():
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+def test_lora_keeps_the_small_product_only(dropout):
     holder = nn.Module()
     holder.layer = nn.Linear(256, 256, rng=0)
-    nn.add_lora(holder, 4, targets=["layer"], rng=0)
+    nn.add_lora(holder, 4, targets=["layer"], dropout=dropout, rng=0)
     rows = 512
     product = rows * 4 * 4  # s x Aᵀ in float32
     assert product <= held_after_forward(holder.layer, (rows, 256)) < 2 * product + 20_000

@@ -196,16 +196,23 @@ def dropout(input: Tensor, p: float = 0.5, training: bool = True) -> Tensor:
     with the same mask m; for p = 1 both are 0. Without ``training``, or with p = 0, the result is the input.
 
     The mask is a function of ``tinyllm.manual_seed(seed, step, first_row)``: the backward pass generates it
-    again instead of keeping it. Axis 0 of x is the row of the batch, and each row has random bits of its own,
-    so that splitting a batch does not change which elements are dropped. In both places p is rounded to a
-    multiple of 2^-16, near 0 and 1 of 2^-32. Srivastava et al., "Dropout", JMLR 15 (2014).
+    again instead of keeping it, and an op that needs y there computes y again. Axis 0 of x is the row of the
+    batch, and each row has random bits of its own, so that splitting a batch does not change which elements
+    are dropped. In both places p is rounded to a multiple of 2^-16, near 0 and 1 of 2^-32. Srivastava et
+    al., "Dropout", JMLR 15 (2014).
     """
     check_probability(p)
     if not training or p == 0:
         return input
-    address, shape, x = next_address(), input.shape, input.data
-    out = x * dropout_mask(address, shape, p, like=x)
-    return Tensor.from_op(out, (input,), lambda grad: (grad * dropout_mask(address, shape, p, like=grad),))
+    address, shape, saved = next_address(), input.shape, input.saved()
+
+    def masked(x):
+        return x * dropout_mask(address, shape, p, like=x)
+
+    def result():
+        return masked(saved())
+
+    return Tensor.from_op(masked(input.data), (input,), lambda grad: (masked(grad),), recompute=result)
 
 
 def check_probability(p: float) -> None:
