@@ -367,6 +367,9 @@ def rewrite(folder, change):
     save_file(change(load_file(path)), path)
 
 
+WTE = np.zeros((13, 12), np.float32)
+
+
 def without_the_first(arrays):
     arrays.pop(sorted(arrays)[0])
     return arrays
@@ -377,6 +380,8 @@ def without_the_first(arrays):
     [
         (without_the_first, "it has no h.0.attn.c_attn.lora_A.weight"),
         (lambda arrays: arrays | {"extra": np.zeros(2, np.float32)}, "the model has no extra"),
+        (lambda arrays: arrays | {"lm_head.base_layer.weight": WTE}, "no lm_head.base_layer.weight"),
+        (lambda arrays: arrays | {"h.0.attn.c_attn.weight": WTE}, "no h.0.attn.c_attn.weight"),
         (lambda arrays: arrays | {"wpe.weight": np.zeros((9, 12), np.float32)}, "wpe.weight is (9, 12)"),
         (
             lambda arrays: arrays | {key.removeprefix("base_model.model."): arrays[key] for key in arrays},

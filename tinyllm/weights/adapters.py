@@ -225,7 +225,7 @@ def _check_fits(model, plain, config, wanted, shapes, rows, folder) -> None:
     for name in sorted(shapes.keys() - expected.keys()):
         owner, _, local = name.replace(".base_layer.", ".").rpartition(".")
         parameter = getattr(plain.get(owner), local, None)
-        if isinstance(parameter, Tensor):
+        if isinstance(parameter, Tensor) and (owner in wanted) == (".base_layer." in name):
             shape = plain[owner].layout(local, parameter.data).shape
             expected[name] = (rows, *shape[1:]) if rows and owner in by_id else shape
     for name, module in plain.items():
