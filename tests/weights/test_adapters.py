@@ -10,6 +10,7 @@ from safetensors.numpy import load_file, save_file
 from support.adapters import CONFIGS, load_in_peft, randomize, with_lora, with_peft
 from support.models import batch, random_gpt2, random_llama, random_model
 
+from parity.twins import bridge
 from tinyllm import GPT2, Error, GPT2Config, load_model, nn, optim
 from tinyllm.models import empty_model
 from tinyllm.weights.adapter_config import find_adapter
@@ -117,6 +118,35 @@ def test_the_config_is_as_short_as_pefts(tmp_path):
     written = json.loads((tmp_path / ADAPTER_CONFIG).read_text(encoding="utf-8"))
     assert written["target_modules"] == ["c_attn", "c_fc"]
     assert (written["rank_pattern"], written["alpha_pattern"], written["modules_to_save"]) == ({}, {}, None)
+
+
+def test_a_classifier_and_its_score(tmp_path):
+    peft, transformers = pytest.importorskip("peft"), pytest.importorskip("transformers")
+    published = bridge.to_transformers(random_gpt2(GPT))
+
+    def classifier():
+        config = transformers.GPT2Config(**vars(published.config) | dict(num_labels=3, pad_token_id=0))
+        model = transformers.GPT2ForSequenceClassification(config).double().eval()
+        model.transformer.load_state_dict(published.transformer.state_dict())
+        return model
+
+    model, ids = nn.Module(), torch.tensor([[1, 2, 3, 4]])
+    model.score = nn.Linear(GPT.n_embd, 3, bias=False, rng=0).astype(np.float64)
+    model.transformer = random_gpt2(GPT)
+    model.transformer.lm_head = model.score
+    options = dict(task_type="SEQ_CLS", fan_in_fan_out=True)
+    theirs = peft.get_peft_model(classifier(), peft.LoraConfig(**options)).eval()
+    with torch.no_grad():
+        for parameter in theirs.parameters():
+            parameter.add_(0.3 * torch.randn_like(parameter) * parameter.requires_grad)
+        expected = theirs(ids).logits.numpy()
+    theirs.save_pretrained(tmp_path / "theirs")
+    load_adapter(model, tmp_path / "theirs")
+    found = model.transformer(ids.numpy(), last_only=True).data[:, 0]
+    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-12 * np.abs(expected).max())
+    save_adapter(model, tmp_path / "ours", None, task_type="SEQ_CLS")
+    again = peft.PeftModel.from_pretrained(classifier(), tmp_path / "ours").eval()
+    assert torch.equal(again(ids).logits, theirs(ids).logits)
 
 
 def test_dtypes_follow_the_model(tmp_path):
