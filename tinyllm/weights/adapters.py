@@ -18,7 +18,7 @@ from pathlib import Path
 
 import numpy as np
 
-from tinyllm.backend.device import to_device_of
+from tinyllm.backend.device import to_device, to_device_of
 from tinyllm.errors import Error
 from tinyllm.files import replacing, write_whole
 from tinyllm.nn import Linear, Module, adapter_modules, add_lora, loaded, lora_layers
@@ -258,9 +258,9 @@ def _untie(plain: Mapping[str, Module], keys: Mapping[str, str], weights: Weight
         shared, trained = getattr(*places[0][:2]), []
         for layer, local, key in places:
             if key is not None:
-                array = to_device_of(layer.layout(local, weights[key]).astype(shared.dtype), shared.data)
+                array = layer.layout(local, weights[key]).astype(shared.dtype)
                 # PEFT also stores W of a head with LoRA (base_layer), which was not trained
-                if ".base_layer." not in key or not np.array_equal(array, shared.data):
+                if ".base_layer." not in key or not np.array_equal(array, to_device(shared.data, "cpu")):
                     trained.append((layer, local, array))
         if len(trained) < len(places) or not all(np.array_equal(trained[0][2], x) for *_, x in trained):
             for layer, local, _ in trained:
