@@ -103,10 +103,9 @@ def add_lora(
         raise Error("the model has LoRA layers already: merge them into its weights first (nn.merge_lora)")
     layers = ", ".join(name for name in modules if name)
     whole = [name for name in modules if matches(list(modules_to_save), name)]
-    for unknown in (
-        wanted for wanted in modules_to_save if not any(matches([wanted], name) for name in whole)
-    ):
-        raise Error(f"no layer of the model is named {unknown!r} (modules_to_save); the layers are {layers}")
+    for wanted in modules_to_save:
+        if not any(matches([wanted], name) for name in whole):
+            raise Error(f"modules_to_save: the model has no layer {wanted!r}; its layers are {layers}")
     excluded = {id(inner) for name in whole for inner in modules[name].modules()}
     if targets == ALL_LINEAR:
         excluded |= {id(child) for _, child in model.children()}  # the head
@@ -165,9 +164,7 @@ def merge_lora(model: Module) -> dict[str, LoRA]:
         if sum(value is W for module in {*model.modules()} for _, value in module._attributes()) > 1:
             layer = copy.copy(layer)
             layer.weight = Tensor(W.data, requires_grad=W.requires_grad)
-            logging.getLogger("tinyllm").warning(
-                "%s is no longer tied: it differs now that LoRA is merged", name
-            )
+            logging.getLogger("tinyllm").warning("%s is no longer tied: LoRA was merged into it", name)
         _add(layer.weight, lora.delta())
         replace(model, escape(name), lambda _, __, layer=layer: layer)
     return merged
