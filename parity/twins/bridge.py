@@ -11,12 +11,13 @@ import numpy as np
 import torch
 
 from parity.twins.base import TorchLanguageModel
+from parity.twins.classifier import TorchSequenceClassifier
 from parity.twins.gpt2 import TorchGPT2
 from parity.twins.llama import TorchLlama
 from tinyllm.backend.device import to_device
 from tinyllm.checks import check_names_and_shapes
 from tinyllm.errors import Error
-from tinyllm.models import load_model
+from tinyllm.models import SequenceClassifier, load_model
 from tinyllm.nn import Module
 
 TWINS = {twin.ours: twin for twin in (TorchGPT2, TorchLlama)}  # tinyllm's class -> its twin
@@ -34,16 +35,22 @@ def twin_of(model: Module) -> type[TorchLanguageModel]:
 
 def to_torch(model: Module) -> torch.nn.Module:
     """The PyTorch twin with the weights, dtype and mode of a tinyllm model, on the CPU."""
-    kind = twin_of(model)
     arrays = {name: to_device(parameter.data, "cpu") for name, parameter in model.named_parameters()}
     dtype = _dtype(array.dtype.name for array in arrays.values())
-    twin = kind(model.config).to(getattr(torch, dtype))
+    twin = _new_twin(model).to(getattr(torch, dtype))
     parameters = dict(twin.named_parameters())
     _check(parameters, arrays, "the tinyllm model")
     with torch.no_grad():
         for name, parameter in parameters.items():
             parameter.copy_(torch.tensor(np.array(arrays[name])))
     return twin.train(model.training)
+
+
+def _new_twin(model: Module) -> torch.nn.Module:
+    """The twin of a model, with weights of its own."""
+    if isinstance(model, SequenceClassifier):
+        return TorchSequenceClassifier(_new_twin(model.language_model), len(model.labels), model.pooling)
+    return twin_of(model)(model.config)
 
 
 def from_torch(twin: torch.nn.Module) -> Module:

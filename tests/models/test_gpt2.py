@@ -20,7 +20,7 @@ from support.models import (
 )
 
 from tinyllm import GPT2, Error, GPT2Config, load_model, manual_seed, no_grad
-from tinyllm.models import base
+from tinyllm.models import saving
 from tinyllm.models.gpt2 import ACTIVATIONS, SIZES, Conv1D
 
 torch = pytest.importorskip("torch")
@@ -499,7 +499,7 @@ def test_folder_that_transformers_would_compute_differently_is_refused_by_it(tmp
 
 
 def test_saving_what_transformers_would_compute_differently_warns_once(tmp_path, caplog):
-    base._warn_once.cache_clear()
+    saving._warn_once.cache_clear()
     random_gpt2(GPT2Config(**SMALL)).save_pretrained(tmp_path / "plain")
     assert not caplog.records
     for folder in "ab":

@@ -5,7 +5,8 @@ from pathlib import Path
 import numpy as np
 
 from tinyllm.errors import Error
-from tinyllm.models.base import ARCHITECTURES, LanguageModel, ModelConfig, model_type_of, register
+from tinyllm.models.base import ARCHITECTURES, LanguageModel, ModelConfig, architecture_of, register
+from tinyllm.models.classifier import SequenceClassifier, is_classifier
 from tinyllm.models.gpt2 import GPT2, GPT2Config
 from tinyllm.models.llama import Llama, LlamaConfig
 from tinyllm.weights import hub
@@ -21,6 +22,7 @@ __all__ = [
     "Llama",
     "LlamaConfig",
     "ModelConfig",
+    "SequenceClassifier",
     "empty_model",
     "load_model",
     "register",
@@ -60,7 +62,6 @@ def empty_model(name: str | Path) -> LanguageModel:
 
 
 def _architecture(path: Path) -> type[LanguageModel]:
-    kind = model_type_of(hub.model_config(path))
-    if not isinstance(kind, str) or kind not in ARCHITECTURES:
-        raise Error(f"{path}: model_type {kind!r} is not supported; supported: {', '.join(ARCHITECTURES)}")
-    return ARCHITECTURES[kind]
+    if is_classifier(hub.model_config(path)):
+        raise Error(f"{path} contains a classifier, not a language model: use tinyllm classify")
+    return architecture_of(path)

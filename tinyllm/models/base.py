@@ -9,8 +9,6 @@ Shapes: B batch, T time, S keys, C channels, V vocabulary.
 
 from __future__ import annotations
 
-import functools
-import logging
 from collections.abc import Mapping
 from dataclasses import asdict, fields, replace
 from pathlib import Path
@@ -23,8 +21,9 @@ from tinyllm.backend import compute_dtype
 from tinyllm.errors import Error
 from tinyllm.models.cache import Cache, LayerCache
 from tinyllm.models.packed import Packed
+from tinyllm.models.saving import OWN, is_plain, save_model
 from tinyllm.tensor import Tensor
-from tinyllm.weights import hub, safetensors
+from tinyllm.weights import hub
 
 ARCHITECTURES: dict[str, type[LanguageModel]] = {}  # model_type in config.json -> model class
 
@@ -35,14 +34,18 @@ def register(model_class):
     return model_class
 
 
-# Begins the model_type of a saved model that the class of ``transformers`` would compute differently.
-OWN = "tinyllm-"
-
-
 def model_type_of(config: Mapping, default: str | None = None):
     """The ``model_type`` of a ``config.json``, without ``OWN``."""
     kind = config.get("model_type", default)
     return kind.removeprefix(OWN) if isinstance(kind, str) else kind
+
+
+def architecture_of(path: Path) -> type[LanguageModel]:
+    """The class that the config at a path returned by ``hub.find_model`` names."""
+    kind = model_type_of(hub.model_config(path))
+    if not isinstance(kind, str) or kind not in ARCHITECTURES:
+        raise Error(f"{path}: model_type {kind!r} is not supported; supported: {', '.join(ARCHITECTURES)}")
+    return ARCHITECTURES[kind]
 
 
 # Keys of a config.json that change the computation, with the only value that is implemented, unless the
@@ -79,9 +82,9 @@ BOOKKEEPING = set(
 class ModelConfig:
     """Base class of every architecture's config, a frozen dataclass with Hugging Face's field names.
 
-    A subclass also defines ``context``, the maximum sequence length; ``kv_shape``, (key-value heads, head
-    size); and ``of_size``, which maps the options of ``tinyllm train`` to fields and raises ``Error`` for
-    one that the architecture does not have.
+    A subclass also defines ``context``, the maximum sequence length; ``hidden_size``, the channels of the
+    hidden states; ``kv_shape``, (key-value heads, head size); and ``of_size``, which maps the options of
+    ``tinyllm train`` to fields and raises ``Error`` for one that the architecture does not have.
     """
 
     model_type = ""
@@ -265,33 +268,18 @@ class LanguageModel(nn.Module):
         Raises ``Error``, naming the layers, if replaced layers have the names and shapes of the original
         ones, because the folder would silently load as the plain architecture.
         """
-        changes = {self.depth: len(getattr(self, self.blocks))} if self.depth else {}
-        config = replace(self.config, tie_word_embeddings=self._is_tied(), **changes)
-        contents = config.to_dict(standard=self._is_plain(config))
-        for name, parameter in self.named_parameters():
-            nn.loaded(parameter, name)
+        config = self.current_config()
+        contents = config.to_dict(standard=is_plain(self, type(self)(config, rng=None)))
         tensors = {
             name if name.startswith("lm_head.") else self.prefix + name: array
             for name, array in self.state_dict().items()
         }
-        safetensors.save_folder(folder, contents, tensors, overwrite=overwrite)
-        if contents["model_type"] != config.model_type:
-            _warn_once(contents["model_type"], config.hub_class)
+        save_model(folder, self, contents, tensors, overwrite)
 
-    def _is_plain(self, config: ModelConfig) -> bool:
-        """Whether the parameters are those of ``config``. Raises ``Error`` if only the layers differ."""
-        models = self, type(self)(config, rng=None)
-        shapes, plain_shapes = ({n: a.shape for n, a in model.state_dict().items()} for model in models)
-        if shapes != plain_shapes:
-            return False  # loading it reports the names
-        kinds, plain_kinds = ({n: type(m) for n, m in model.named_modules()} for model in models)
-        replaced = [name for name in kinds | plain_kinds if kinds.get(name) is not plain_kinds.get(name)]
-        if replaced:
-            raise Error(
-                f"the replaced layers {', '.join(replaced)} have the same parameter names and shapes as the "
-                "original ones and would be loaded as those: save model.state_dict() instead"
-            )
-        return True
+    def current_config(self) -> ModelConfig:
+        """The config with the current number of blocks, tied if the head is."""
+        changes = {self.depth: len(getattr(self, self.blocks))} if self.depth else {}
+        return replace(self.config, tie_word_embeddings=self._is_tied(), **changes)
 
     def _is_tied(self) -> bool:
         """Whether the head currently shares a parameter with the embedding, whatever the config says."""
@@ -357,14 +345,6 @@ class LanguageModel(nn.Module):
             rows = np.asarray(rows, dtype=tensor.dtype, like=tensor.data)
             tensor.replace(np.concatenate([tensor.data, rows]))
         self.config = replace(self.config, vocab_size=int(vocab_size))
-
-
-@functools.cache
-def _warn_once(model_type: str, hub_class: str) -> None:
-    logging.getLogger("tinyllm").warning(
-        "the model is saved as model_type %s, which only tinyllm loads, because %s of transformers would "
-        "compute something else", model_type, hub_class,
-    )  # fmt: skip
 
 
 def _is(method, function) -> bool:

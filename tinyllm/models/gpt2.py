@@ -76,6 +76,7 @@ class GPT2Config(ModelConfig):
     model_type, hub_class, sizes = "gpt2", "GPT2LMHeadModel", SIZES
     is_standard = property(lambda self: self.qkv_bias and not self.lm_head_bias)
     context = property(lambda self: self.n_positions)
+    hidden_size = property(lambda self: self.n_embd)
     kv_shape = property(lambda self: (self.n_head, self.n_embd // self.n_head))
 
     def __post_init__(self):
