@@ -16,7 +16,7 @@ KNOWN = {
     "parity/bench/process.py": 2,
     "parity/durability/kill.py": 1,
     "tinyllm/tokenizers/chat_template.py": 1,
-    "tinyllm/weights/pull.py": 1,
+    "tinyllm/weights/wheels.py": 1,
 }
 
 

