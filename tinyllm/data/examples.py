@@ -1,7 +1,7 @@
-"""Examples for fine-tuning: rows of JSON from a file, a folder or a known name, in three parts.
+"""Examples for fine-tuning: rows from a file, a folder or a known name, in three parts.
 
 A row is a JSON object, such as ``{"instruction": …, "input": …, "output": …}``; the task knows its keys. A
-file holds a list of rows, or one row a line.
+file holds a list of rows, or one row a line, or it is a table (``tables.py``), whose columns are the keys.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from typing import NamedTuple
 import numpy as np
 
 from tinyllm.data.named import DATA_SETS
+from tinyllm.data.tables import read_table
 from tinyllm.errors import Error
 from tinyllm.files import parse_json, read_file
 
@@ -53,13 +54,18 @@ class Examples:
         return f"{self.name}: {parts} examples ({self.split}){again}"
 
 
-def open_examples(name: str | Path, seed: int = 0, label: Callable[[Row], object] | None = None) -> Examples:
+def open_examples(
+    name: str | Path,
+    seed: int = 0,
+    label: Callable[[Row], object] | None = None,
+    validation: int = VALIDATION,
+) -> Examples:
     """The examples in a file, a folder or a data set known by ``name``, in three parts.
 
     A folder has train.json and optionally valid.json and test.json (or .jsonl, …). Parts that are missing are
-    split off with ``seed``: from a single file 5% for validation and 10% for the test, from a folder without
-    validation rows 5%. With ``label``, every part gets its share of the rows of each label. Raises ``Error``
-    if there are no such files, and if one is damaged or has too few rows.
+    split off with ``seed``: from a single file ``validation`` percent and 10% for the test, from a folder
+    without validation rows ``validation`` percent. With ``label``, every part gets its share of the rows of
+    each label. Raises ``Error`` if there are no such files, and if one is damaged or has too few rows.
     """
     files = _find(name)
     parts = {part: read_rows(path) for part, path in files.items()}
@@ -68,9 +74,9 @@ def open_examples(name: str | Path, seed: int = 0, label: Callable[[Row], object
             raise Error(f"{files[part]} has no rows: give a file with at least one")
     split = "as given" if "valid" in parts else f"split with seed {seed}"
     if "all" in parts:
-        parts = dict(zip(PARTS, divide(parts["all"], seed, label)))
+        parts = dict(zip(PARTS, divide(parts["all"], seed, label, validation=validation)))
     elif "valid" not in parts:
-        parts["train"], parts["valid"], _ = divide(parts["train"], seed, label, test=0)
+        parts["train"], parts["valid"], _ = divide(parts["train"], seed, label, 0, validation)
     if not parts["train"] or not parts["valid"]:
         raise Error(f"{name} has too few rows to train and to validate: give at least two")
     digests = "".join(hashlib.sha256(read_file(path)).hexdigest() for path in files.values())
@@ -84,20 +90,22 @@ def divide(
     seed: int,
     label: Callable[[Row], object] | None = None,
     test: int = TEST,
+    validation: int = VALIDATION,
 ) -> tuple[list[Row], list[Row], list[Row]]:
     """Split rows, shuffled with ``seed``, into a training, a validation and a test part.
 
-    The training part has 95 - ``test`` percent of the rows and the test part ``test`` percent, both rounded
-    down, the validation part the rest; with ``label`` this holds for the rows of each label. The rows of a
-    part keep their order.
+    The test part has ``test`` percent of the rows and the training part what ``validation`` percent leave,
+    both rounded down, the validation part the rest; with ``label`` this holds for the rows of each label. The
+    rows of a part keep their order.
     """
     order = np.random.Generator(np.random.Philox(key=seed)).permutation(len(rows)).tolist()
+    labels = [label(row) if label else None for row in rows]
     groups: dict[object, list[int]] = {}
     for i in order:
-        groups.setdefault(label(rows[i]) if label else None, []).append(i)
+        groups.setdefault(labels[i], []).append(i)
     train, valid, tested = [], [], []
     for group in groups.values():
-        kept, trained = (len(group) * percent // 100 for percent in (test, 100 - VALIDATION - test))
+        kept, trained = (len(group) * percent // 100 for percent in (test, 100 - validation - test))
         tested += group[:kept]
         train += group[kept : kept + trained]
         valid += group[kept + trained :]
@@ -170,4 +178,7 @@ def _read_json(path: Path) -> Iterator[object]:
                 raise Error(f"row {number} of {path} is not JSON ({error}): correct it") from None
 
 
-READERS: dict[str, Callable[[Path], Iterator[object]]] = {".json": _read_json, ".jsonl": _read_json}
+READERS: dict[str, Callable[[Path], Iterator[object]]] = {
+    **dict.fromkeys((".json", ".jsonl"), _read_json),
+    **dict.fromkeys((".csv", ".tsv"), read_table),
+}

