@@ -7,12 +7,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.models import EVERYTHING, NO_DROPOUT, SMALL, assert_close, configs, llama_configs
+from support.suite import proven
 
 from parity.ops import cases
 from parity.twins import bridge
-from tinyllm import Error, GPT2Config, LlamaConfig, load_model
+from tinyllm import Error, GPT2Config, LlamaConfig, load_model, nn
 from tinyllm.models import ARCHITECTURES, SequenceClassifier, empty_model
 from tinyllm.models.classifier import POOLINGS
+from tinyllm.weights.adapters import load_adapter, save_adapter
 from tinyllm.weights.safetensors import Weights
 
 torch = pytest.importorskip("torch")
@@ -67,7 +69,7 @@ def check_against_the_twin(model, ids, lengths, targets):
         cases.assert_close(parameter.grad, expected[name].numpy(), f"gradient of {name}", floor=floor)
 
 
-@pytest.mark.proof("SequenceClassifier")
+@proven("subject", ["SequenceClassifier"])
 @settings(deadline=None, max_examples=15)
 @given(
     config=configs() | llama_configs(),
@@ -76,17 +78,17 @@ def check_against_the_twin(model, ids, lengths, targets):
     pooling=st.sampled_from(POOLINGS),
     seed=st.integers(0, 2**32 - 1),
 )
-def test_logits_loss_and_gradients_equal_torchs(config, rows, classes, pooling, seed):
+def test_logits_loss_and_gradients_equal_torchs(subject, config, rows, classes, pooling, seed):
     labels = [str(number) for number in range(classes)]
     model = random_classifier(config, labels, pooling, seed)
     longest = int(np.random.default_rng(seed).integers(1, config.context + 1))
     check_against_the_twin(model, *padded(config, rows, longest, classes, seed))
 
 
-@pytest.mark.proof("SequenceClassifier")
+@proven("subject", ["SequenceClassifier"])
 @pytest.mark.parametrize("pooling", POOLINGS)
 @every_model
-def test_a_padded_batch_equals_torchs(config, pooling):
+def test_a_padded_batch_equals_torchs(subject, config, pooling):
     check_against_the_twin(random_classifier(config, pooling=pooling), *padded(config, 5, 8))
 
 
@@ -269,3 +271,33 @@ def test_the_score_is_the_models_head_and_its_only_new_parameter():
         assert model.language_model is base and base.lm_head is model.score
         found = {name for name, _ in model.named_parameters()}
         assert found == {base.prefix + name for name in names} | {"score.weight"}
+
+
+# ------------------------------------------------------------------------------ adapters of peft
+
+
+@pytest.mark.parametrize("config", [CONFIGS["gpt2"], EVERYTHING], ids=["gpt2", "llama"])
+def test_an_adapter_of_a_classifier_is_exchanged_with_peft(tmp_path, config):
+    """LoRA and score: from here to PEFT, and what PEFT saves back again."""
+    peft = pytest.importorskip("peft")
+    model = random_classifier(config, dtype=np.float32)
+    base, rng = model.language_model, np.random.default_rng(1)
+    published = ARCHITECTURES[config.model_type](config, rng=0)
+    body = {name: array for name, array in base.state_dict().items() if name != "lm_head.weight"}
+    published.load_state_dict(published.state_dict() | body)
+    published.save_pretrained(tmp_path / "base")
+    nn.add_lora(base, rank=2, targets="all-linear", modules_to_save=["lm_head"], rng=rng)
+    for layer in nn.lora_layers(model).values():
+        layer.lora_B.weight.replace(rng.standard_normal(layer.lora_B.weight.shape).astype(np.float32))
+    save_adapter(model, tmp_path / "ours", tmp_path / "base", "SEQ_CLS")
+    theirs = transformers.AutoModelForSequenceClassification.from_pretrained(
+        tmp_path / "base", num_labels=3, pad_token_id=0, dtype=torch.float32
+    )
+    theirs = peft.PeftModel.from_pretrained(theirs, tmp_path / "ours").eval()
+    ids, lengths, _ = padded(config, 5, 8)
+    logits = theirs(torch.from_numpy(ids)).logits
+    assert_close(model(ids, lengths).data, logits, "logits in PEFT", 1e-5)
+    theirs.save_pretrained(tmp_path / "theirs")
+    again = SequenceClassifier(load_model(tmp_path / "base"), LABELS, None)
+    load_adapter(again, tmp_path / "theirs")
+    assert np.array_equal(again.eval()(ids, lengths).data, model(ids, lengths).data)

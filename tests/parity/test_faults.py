@@ -26,6 +26,7 @@ FOLDER, FREQUENCIES = "a checkpoint of transformers", "RoPE frequencies against 
 ADAMW, TRAINING, SAMPLING = "AdamW against torch", "50 training steps", "sampling against torch"
 INSTRUCT = "masked conversations against torch"
 LORA_TRAINING, ADAPTER = "50 training steps of LoRA", "an adapter of peft"
+CLASSIFIER, CLASSES = "a classifier of transformers", "50 training steps of a classifier"
 
 # The checks of an op or a layer are found by their subject, the others by the name of their test
 TESTS = {
@@ -37,6 +38,8 @@ TESTS = {
     TRAINING: "test_fifty_training_steps_equal_torchs",
     LORA_TRAINING: "test_fifty_steps_of_lora_equal_torchs",
     ADAPTER: "test_an_adapter_of_peft_loads_here_and_back",
+    CLASSIFIER: "test_classifier::test_a_folder_of_transformers_loads",
+    CLASSES: "test_fifty_steps_of_classification_equal_torchs",
     SAMPLING: "test_sampled_tokens_equal_those_of_plain_torch",
     INSTRUCT: "test_the_masked_loss_and_all_gradients_equal_torchs",
 }
@@ -183,6 +186,9 @@ FAULTS = {
     "AdamW: norms and biases decayed": Fault(faults.adamw(decay_everything=True), (ADAMW, TRAINING), None),
     "gradient accumulation: unweighted mean": Fault(faults.plain_means, (TRAINING,), None),
     "LoRA: α instead of α / r": Fault(faults.unscaled_lora, ("LoRA", LORA_TRAINING, ADAPTER), None),
+    "classification: last padded instead of last real token": Fault(
+        faults.last_padded, ("SequenceClassifier", CLASSIFIER, CLASSES), None
+    ),
     "top-k: ties kept": Fault(faults.ties_kept, (SAMPLING,), None),
     "instructions: prompt not masked": Fault(faults.examples(faults.prompt_learned), (INSTRUCT,), None),
     "instructions: labels shifted by one": Fault(faults.labels_shifted, (INSTRUCT,), None),
@@ -220,7 +226,7 @@ def test_a_fault_is_caught_and_located(name, monkeypatch, record_property):
     caught, where = failing(fault.caught_by), located(fault.config)
     if where:
         place = f"{where[1]} (last to agree: {where[0]})"
-    elif recipes := [check for check in caught if check in (TRAINING, LORA_TRAINING)]:
+    elif recipes := [check for check in caught if check in (TRAINING, LORA_TRAINING, CLASSES)]:
         place = str(caught[recipes[0]]).partition(":")[0]
     else:
         place = "outside the model's layers"

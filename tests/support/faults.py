@@ -12,7 +12,7 @@ from tinyllm import GPT2, Tensor, functional, nn, optim, tensor
 from tinyllm.data import padded
 from tinyllm.data.padded import PaddedExamples
 from tinyllm.inference import sampling
-from tinyllm.models import gpt2, llama
+from tinyllm.models import SequenceClassifier, gpt2, llama
 
 FACTOR = 1 + 1e-8  # a gradient wrong in the ninth digit
 
@@ -231,3 +231,8 @@ def padding_counted(patch):
 def unscaled_lora(patch):
     """LoRA's product is multiplied by α instead of α / r."""
     patch.setattr(nn.LoRA, "scaling", property(lambda layer: layer.alpha))
+
+
+def last_padded(patch):
+    """A text is classified by the last position of its row, which may be padding."""
+    patch.setattr(SequenceClassifier, "pool", lambda model, h, lengths=None: h[:, -1])

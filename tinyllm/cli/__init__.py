@@ -10,7 +10,7 @@ import warnings
 import tyro
 
 from tinyllm.backend.memory import out_of_memory
-from tinyllm.cli import chat, eval, finetune, generate, info, merge, plot, pull, tokenize, train
+from tinyllm.cli import chat, classify, eval, finetune, generate, info, merge, plot, pull, tokenize, train
 from tinyllm.cli.options import as_typed, did_you_mean, parse_options, wrap_help
 from tinyllm.errors import Error
 from tinyllm.training.config import TrainConfig
@@ -26,6 +26,7 @@ COMMANDS = {
     "finetune": (finetune.FinetuneOptions, finetune.run),
     "generate": (generate.GenerateConfig, generate.run),
     "chat": (chat.ChatConfig, chat.run),
+    "classify": (classify.ClassifyConfig, classify.run),
     "eval": (eval.EvalConfig, eval.run),
     "merge": (merge.MergeConfig, merge.run),
     "pull": (pull.PullConfig, pull.run),

@@ -10,11 +10,13 @@ from tinyllm.cli.options import did_you_mean, option, parse_options, readable
 from tinyllm.errors import Error
 from tinyllm.training.run import run_task
 from tinyllm.training.run_folder import begun_config, begun_task
+from tinyllm.training.tasks.classify import Classification, ClassifyOptions
 from tinyllm.training.tasks.finetune import FinetuneOptions, Finetuning
 from tinyllm.training.tasks.instruct import InstructionTuning, InstructOptions
 
 TASKS: dict[str, tuple[type[FinetuneOptions], type[Finetuning]]] = {
-    options.task: (options, task) for options, task in ((InstructOptions, InstructionTuning),)
+    options.task: (options, task)
+    for options, task in ((InstructOptions, InstructionTuning), (ClassifyOptions, Classification))
 }
 
 

@@ -10,6 +10,8 @@ from pathlib import Path
 from tinyllm.errors import Error
 from tinyllm.files import parse_json, read_file
 from tinyllm.tokenizers.base import FILE_NAME as TOKENIZER
+from tinyllm.training.loggers import best_record
+from tinyllm.weights.runs import checkpoints, last_checkpoint, step_of
 
 CONFIG, METRICS = "config.json", "metrics.jsonl"  # of a run folder
 
@@ -152,3 +154,11 @@ def _what_is_wrong(record: dict | None, before: dict | None) -> str | None:
 
 def same_tokenizer(runs: list[RecordedRun]) -> bool:
     return all(run.tokenizer == runs[0].tokenizer for run in runs)
+
+
+def best_checkpoint(run: Path) -> Path:
+    """The checkpoint of a run with the lowest val_loss; the newest if none was evaluated."""
+    saved = {step_of(folder): folder for folder in checkpoints(run)}
+    records, _ = parse_records(read_file(run / METRICS).splitlines())
+    best = best_record((record for record in records if record["step"] in saved), "val_loss")
+    return last_checkpoint(run) if best is None else saved[best["step"]]

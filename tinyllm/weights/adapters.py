@@ -250,7 +250,8 @@ def _untie(plain: Mapping[str, Module], keys: Mapping[str, str], weights: Weight
     """Give layers that share a parameter one each, unless the file has the same array for all of them."""
     owners = {}  # id of a parameter -> the layers that have it, each as (layer, name in it, key or None)
     names = {name.replace(".base_layer.", "."): key for name, key in keys.items()}
-    for name, layer in plain.items():
+    first = {id(layer): (name, layer) for name, layer in reversed(plain.items())}  # of one in two places
+    for name, layer in first.values():
         for local, value in vars(layer).items():
             if isinstance(value, Tensor):
                 owners.setdefault(id(value), []).append((layer, local, names.get(f"{name}.{local}")))

@@ -145,6 +145,7 @@ class Finetuning(Task):
     """
 
     rows = "examples"
+    adapter_type = "CAUSAL_LM"  # PEFT's name for the kind of task
 
     config: FinetuneOptions
     tokenizer: Tokenizer
@@ -306,7 +307,7 @@ class Finetuning(Task):
         if self.config.train != "lora":
             super().save_weights(model, folder)
         else:
-            save_adapter(model, folder, self.base_name)
+            save_adapter(model, folder, self.base_name, self.adapter_type)
 
     def load_weights(self, model: Module, folder: Path) -> None:
         if self.config.train == "lora":
