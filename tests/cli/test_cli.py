@@ -377,7 +377,7 @@ def test_every_option_can_be_given():
     # A Llama has no head_bias; resume and start_from bring options of their own.
     assert left == {"head_bias", "resume", "start_from"}
     generate = "--prompt p --run r --model m --max-new-tokens 7 --temperature 2 --top-k 3 --top-p 0.5"
-    generate += " --seed 9 --grid --special text --show-probabilities --chat --slide --no-bos"
+    generate += " --seed 9 --grid --special text --show-probabilities --chat --slide --no-bos --speculate s"
     generate += " --device cuda:1 --dtype tf32 --gpu-memory 0.5"
     given = dataclasses.asdict(_parse(["generate", *generate.split()]))
     assert given == dict(
@@ -394,6 +394,7 @@ def test_every_option_can_be_given():
         slide=True,
         grid=True,
         no_bos=True,
+        speculate="s",
         show_probabilities=True,
         device="cuda:1",
         dtype="tf32",

@@ -12,7 +12,15 @@ from pathlib import Path
 from typing import Annotated, ClassVar
 
 from tinyllm.backend.dtypes import autocast
-from tinyllm.cli.options import DeviceOptions, Flag, SamplingOptions, TextModelOptions, move, option
+from tinyllm.cli.options import (
+    DeviceOptions,
+    Flag,
+    SamplingOptions,
+    SpeculationOptions,
+    TextModelOptions,
+    move,
+    option,
+)
 from tinyllm.errors import Error
 from tinyllm.files import write_whole
 from tinyllm.inference.chat import Answer, Conversation
@@ -27,7 +35,7 @@ HELP = (
 
 
 @dataclass(frozen=True, kw_only=True)
-class ChatConfig(DeviceOptions, SamplingOptions, TextModelOptions):
+class ChatConfig(DeviceOptions, SpeculationOptions, SamplingOptions, TextModelOptions):
     """Chat with a model; it offers to download one the first time.
 
     Answers are printed on stdout, everything else on stderr, so that questions can come from a pipe.
@@ -62,6 +70,7 @@ def run(config: ChatConfig) -> None:
         config = replace(config, model=DEFAULT_MODEL)
     device = config.open_device()
     config.find()
+    config.find_draft()
     if config.model in KNOWN_MODELS and not Path(config.model).exists() and find_pulled(config.model) is None:
         pull(config.model, ask=None if config.yes else _ask)
     model, tokenizer = config.load(config.weights_dtype)
@@ -69,9 +78,9 @@ def run(config: ChatConfig) -> None:
         remedy = f"continue a text with `tinyllm generate {config.typed} --prompt TEXT`"
         raise Error(f"{config.typed} has no chat template: {remedy}, or choose a chat model")
     move(model, device)
-    conversation = Conversation(
-        model, tokenizer, config.system, config.max_new_tokens, *config.sampling, config.seed
-    )
+    draft = config.load_draft(config.weights_dtype, device)
+    options = config.max_new_tokens, *config.sampling, config.seed, draft
+    conversation = Conversation(model, tokenizer, config.system, *options)
     conversation.prompt("")  # raises Error now if the template cannot be used
     with autocast(config.dtype):
         name = config.run or config.model

@@ -13,6 +13,7 @@ from tinyllm.cli.options import (
     Flag,
     SamplingOptions,
     SpecialOptions,
+    SpeculationOptions,
     TextModelOptions,
     move,
     option,
@@ -44,7 +45,9 @@ class _Prompt:
 
 
 @dataclass(frozen=True, kw_only=True)
-class GenerateConfig(DeviceOptions, SamplingOptions, SpecialOptions, TextModelOptions, _Prompt):
+class GenerateConfig(
+    DeviceOptions, SpeculationOptions, SamplingOptions, SpecialOptions, TextModelOptions, _Prompt
+):
     """Continue a prompt with a trained model.
 
     Example: tinyllm generate --run runs/python-docs-1 --prompt "The " --top-k 10
@@ -56,18 +59,22 @@ class GenerateConfig(DeviceOptions, SamplingOptions, SpecialOptions, TextModelOp
 def run(config: GenerateConfig) -> None:
     if config.grid and config.show_probabilities:
         raise Error("--grid and --show-probabilities print different things: choose one")
+    if config.speculate and config.show_probabilities:
+        raise Error("--show-probabilities shows plain steps: omit it, or --speculate")
     if not config.prompt:
         raise Error("--prompt is empty: give at least one character to continue")
     config.check_sampling()
     config.find()
+    config.find_draft()
     device = config.open_device()
     model, tokenizer = config.load(config.weights_dtype)
     ids = _prompt(config, tokenizer)
     if config.chat:
         tokenizer.eos_ids = (*tokenizer.eos_ids, *end_of_answer(tokenizer))
     move(model, device)
+    draft = config.load_draft(config.weights_dtype, device)
     with autocast(config.dtype):
-        (_print_grid if config.grid else _print_text)(config, model, tokenizer, ids)
+        (_print_grid if config.grid else _print_text)(config, model, tokenizer, ids, draft)
 
 
 def _prompt(config: GenerateConfig, tokenizer: Tokenizer) -> list[int]:
@@ -82,10 +89,10 @@ def _prompt(config: GenerateConfig, tokenizer: Tokenizer) -> list[int]:
         raise Error(f"--prompt: {error}") from None
 
 
-def _print_text(config: GenerateConfig, model: Module, tokenizer: Tokenizer, ids: list[int]) -> None:
+def _print_text(config: GenerateConfig, model: Module, tokenizer: Tokenizer, ids: list[int], draft) -> None:
     unused = tokenizer.unused_ids(model.config.vocab_size)
     options = config.max_new_tokens, *config.sampling, config.seed, tokenizer.eos_ids
-    steps = generate(model, [ids], *options, slide=config.slide, suppress_ids=unused)
+    steps = generate(model, [ids], *options, slide=config.slide, suppress_ids=unused, speculate=draft)
     if len(ids) + config.max_new_tokens > model.context:
         print(_context_note(model, config.slide), file=sys.stderr)
     if config.show_probabilities:
@@ -113,11 +120,12 @@ def print_stream(tokenizer: Tokenizer, steps: Iterable[Sequence[int]]) -> None:
     print()
 
 
-def _print_grid(config: GenerateConfig, model: Module, tokenizer: Tokenizer, ids: list[int]) -> None:
+def _print_grid(config: GenerateConfig, model: Module, tokenizer: Tokenizer, ids: list[int], draft) -> None:
     unused = tokenizer.unused_ids(model.config.vocab_size)
     for top_k in GRID_TOP_K:
         for temperature in GRID_TEMPERATURE:
             options = temperature, top_k, config.top_p, config.seed, tokenizer.eos_ids
-            steps = generate(model, [ids], config.max_new_tokens, *options, suppress_ids=unused)
+            more = dict(suppress_ids=unused, speculate=draft)
+            steps = generate(model, [ids], config.max_new_tokens, *options, **more)
             text = "".join(text_stream(tokenizer, steps, tokenizer.eos_ids))
             print(f"top-k {top_k:3}  temperature {temperature:.1f}  {' '.join(text.split())}", flush=True)

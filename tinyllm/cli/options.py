@@ -208,6 +208,26 @@ class SamplingOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
+class SpeculationOptions:
+    speculate: Annotated[str | None, option("NAME", "off")] = None
+    """Check several tokens at once, guessed from the text so far (prompt) or by a smaller model, named as for
+    --model or a run's folder: the same text, faster where guesses are right."""
+
+    def find_draft(self) -> None:
+        """Raise Error if --speculate names neither prompt nor a model, before any is loaded."""
+        if self.speculate not in (None, "prompt") and find_checkpoint(None, self.speculate) is None:
+            check_model_name(self.speculate, ("prompt", *KNOWN_MODELS))
+
+    def load_draft(self, dtype, device: str) -> Module | str | None:
+        """The argument ``speculate`` of ``generate``: a model on its device, "prompt" or None."""
+        if self.speculate in (None, "prompt"):
+            return self.speculate
+        draft = load_model(find_checkpoint(None, self.speculate) or self.speculate, dtype)
+        move(draft, device)
+        return draft
+
+
+@dataclass(frozen=True, kw_only=True)
 class SpecialOptions:
     special: Literal["refuse", "allow", "text"] = "refuse"
     """Special tokens such as <|endoftext|> in the text: refuse, allow (one id each), or encode as text."""

@@ -98,8 +98,8 @@ class Conversation:
     """A chat with a model: the messages so far, and the settings for sampling the next answer.
 
     ``system`` holds the instructions (a system message) or None; ``messages`` the turns as dicts of role and
-    content. The sampling arguments are those of ``generate``, with one generator, seeded by ``seed``, for all
-    answers.
+    content. The sampling arguments and ``speculate`` are those of ``generate``, with one generator, seeded by
+    ``seed``, for all answers.
     """
 
     def __init__(
@@ -112,12 +112,14 @@ class Conversation:
         top_k: int | None = None,
         top_p: float | None = 0.9,
         seed: int = 0,
+        speculate=None,
     ):
         self.model, self.tokenizer = model, tokenizer
         self.system = system
         self.max_new_tokens = check_at_least(max_new_tokens, 1, "max_new_tokens")
         self.sampling = (temperature, top_k, top_p)
         self.rng = np.random.default_rng(seed)
+        self.speculate = speculate
         self.stop_ids = (*tokenizer.eos_ids, *end_of_answer(tokenizer))
         self.messages: list[dict[str, str]] = []
         self.cache: Cache | None = None  # of the last turn
@@ -164,7 +166,8 @@ class Conversation:
         options = self.max_new_tokens, *self.sampling, self.rng, stop_ids
         cache = self._cache_for(ids)
         cached = len(cache.texts[0])
-        steps = generate(self.model, [ids], *options, suppress_ids=unused, cache=cache)
+        more = dict(suppress_ids=unused, cache=cache, speculate=self.speculate)
+        steps = generate(self.model, [ids], *options, **more)
         tokens, times, pieces = [], [time.perf_counter()], []
 
         def timed() -> Iterator[np.ndarray]:

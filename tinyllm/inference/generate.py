@@ -18,6 +18,7 @@ from tinyllm.backend.threads import step_of_few_rows
 from tinyllm.checks import as_generator, check_at_least, check_ids
 from tinyllm.errors import Error
 from tinyllm.inference.sampling import check_sampling, choose_tokens, suppress
+from tinyllm.inference.speculative import Speculation, speculation
 from tinyllm.models.cache import Cache
 from tinyllm.nn import evaluating
 from tinyllm.tensor import Tensor, no_grad
@@ -36,6 +37,7 @@ def generate(
     slide: bool = False,
     suppress_ids: Sequence[int] = (),
     cache: Cache | None = None,
+    speculate=None,
 ) -> Iterator[np.ndarray]:
     """Continue the prompts ``ids``: yields the sampled token ids (B,) of each step.
 
@@ -52,6 +54,10 @@ def generate(
 
     ``suppress_ids`` have probability 0. A model with more ids than its tokenizer has tokens needs
     ``suppress_ids=tokenizer.unused_ids(model.config.vocab_size)``.
+
+    ``speculate`` gives the same text faster where the next tokens can be guessed (``speculative.py``): from
+    the text so far with "prompt", or by a smaller model with the same vocabulary. It needs a cache and one
+    prompt.
 
     When the longest row has filled the model's context:
 
@@ -77,12 +83,17 @@ def generate(
     longest = max(map(len, prompts))
     if not (slide or model.learned_positions):
         max_new_tokens = min(max_new_tokens, model.context - longest + 1)
+    if speculate is not None:
+        if cache is None and not use_cache:
+            raise Error("speculate needs a cache: omit use_cache=False, or speculate")
+        speculate = speculation(speculate, model, prompts, longest + max_new_tokens)
     if cache is not None:
         _check_cache(cache, len(prompts), min(longest + max_new_tokens, model.context))
     elif use_cache:
         cache = model.new_cache(len(prompts), longest + max_new_tokens)
     sampling = (temperature, top_k, top_p)
-    return _steps(model, prompts, max_new_tokens, sampling, rng, stop_ids, cache, suppress_ids)
+    steps = _steps(model, prompts, max_new_tokens, sampling, rng, stop_ids, cache, suppress_ids, speculate)
+    return steps if speculate is None else speculate.tidy(steps, prompts[0], cache)
 
 
 def _check_list(ids, model, name: str) -> np.ndarray:
@@ -127,12 +138,12 @@ def _check_cache(cache: Cache, rows: int, tokens: int) -> None:
         )
 
 
-def _steps(model, texts, max_new_tokens, sampling, rng, stop_ids, cache, suppress_ids):
+def _steps(model, texts, max_new_tokens, sampling, rng, stop_ids, cache, suppress_ids, speculate):
     if cache is not None:
         cache.keep_prefix(texts)
     modules = [module for _, module in model.named_modules()]
     tokens, finished = np.zeros(len(texts), np.int64), np.zeros(len(texts), bool)
-    for _ in range(max_new_tokens):
+    for left in range(max_new_tokens, 0, -1):
         if (tokens >= model.config.vocab_size).any():
             raise Error(
                 f"the model's head sampled class {tokens.max()}, but the model's ids are below "
@@ -141,7 +152,7 @@ def _steps(model, texts, max_new_tokens, sampling, rng, stop_ids, cache, suppres
         if cache is not None and not _make_room(model, texts, cache):
             cache = None
         with evaluating(model, modules):
-            logits = _next_logits(model, texts, cache)
+            logits = _next_logits(model, texts, cache, speculate, left - 1)
         sampled = choose_tokens(suppress(logits, suppress_ids), rng.random(len(texts)), *sampling)
         tokens = np.where(finished, tokens, sampled)  # (B,)
         finished |= np.isin(tokens, stop_ids)
@@ -160,12 +171,21 @@ def _make_room(model, texts, cache: Cache) -> bool:
     return not (full.any() and model.learned_positions)
 
 
-def _next_logits(model, texts, cache: Cache | None) -> np.ndarray:
+def _next_logits(model, texts, cache: Cache | None, speculate: Speculation | None, left: int) -> np.ndarray:
     """The logits (B, V) after each text, from its tokens that are not in the cache.
 
     Without a cache they are those after the last tokens that fit the context. Neighbouring rows with equally
-    many tokens to process are one batch, so there is no padding.
+    many tokens to process are one batch, so there is no padding. Speculation, for one text, computes the
+    logits after up to ``left`` candidates, too.
     """
+    if speculate is not None and cache is not None:
+        logits = speculate.accepted(texts[0], cache)
+        if logits is not None:
+            return logits
+        candidates = speculate.propose(texts[0], cache, left)
+        if candidates:
+            ids = np.array([[texts[0][-1], *candidates]])
+            return speculate.keep(candidates, _logits(model, ids, cache, last_only=False)[0])
     if cache is None:
         new = [text[-model.context :] for text in texts]
     else:
@@ -174,17 +194,23 @@ def _next_logits(model, texts, cache: Cache | None) -> np.ndarray:
     for _, rows in itertools.groupby(new, len):
         ids = np.array(list(rows))  # (rows, T)
         some = slice(first, first + len(ids))
-        parts.append(_logits(model, ids, cache if cache is None or len(ids) == len(texts) else cache[some]))
+        part = cache if cache is None or len(ids) == len(texts) else cache[some]
+        parts.append(_logits(model, ids, part)[:, 0])
         first = some.stop
     return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
 
-def _logits(model, ids, cache: Cache | None = None) -> np.ndarray:
-    """The next-token logits (B, V), on the host, after the ids (B, T), which continue those in the cache."""
+def _logits(model, ids, cache: Cache | None, last_only: bool = True) -> np.ndarray:
+    """The logits (B, T, V), or the last ones (B, 1, V), on the host, for the ids (B, T) that continue those
+    in the cache.
+    """
+    count = 1 if last_only else ids.shape[1]
     with no_grad(), step_of_few_rows():
-        logits = model(ids, last_only=True, cache=cache)
-        if not isinstance(logits, Tensor) or logits.ndim != 3:
+        logits = model(ids, last_only=last_only, cache=cache)
+        if not isinstance(logits, Tensor) or logits.ndim != 3 or logits.shape[1] != count:
             found = f"a Tensor {logits.shape}" if isinstance(logits, Tensor) else f"a {type(logits).__name__}"
-            raise Error(f"the model's head returned {found}: generate needs a Tensor (batch, 1, classes)")
-        logits = to_device(logits.data[:, 0], "cpu")
+            raise Error(
+                f"the model's head returned {found}: generate needs a Tensor (batch, {count}, classes)"
+            )
+        logits = to_device(logits.data, "cpu")
     return logits.astype(accumulation_dtype(logits.dtype), copy=False)
