@@ -196,13 +196,18 @@ class LanguageModel(nn.Module):
         return nn.call(self, self._loss, ids, targets, num_targets, weights, cache)
 
     def _loss(self, ids, targets, num_targets, weights, cache):
+        if _is(self.forward, LanguageModel.forward):
+            return self.head_loss(self.hidden_states(ids, cache), targets, num_targets, weights)
+        logits = self.forward(ids, cache=cache)
+        return F.cross_entropy(logits, targets, num_targets=num_targets, weights=weights)
+
+    def head_loss(self, h, targets, num_targets=None, weights=None) -> Tensor:
+        """``loss`` of hidden states (..., C), of which some may be omitted, and their targets (...)."""
         head, options = self.lm_head, {"num_targets": num_targets, "weights": weights}
-        plain_head = _is(head.forward, nn.Linear.forward) and _is(head.__call__, nn.Module.__call__)
-        if not (plain_head and _is(self.forward, LanguageModel.forward)):
-            return F.cross_entropy(self.forward(ids, cache=cache), targets, **options)
-        h, weight = self.hidden_states(ids, cache), nn.loaded(head.weight)  # (B, T, C), (V, C)
-        # Fused with the head: the full logits (B, T, V) are never in memory.
-        return F.linear_cross_entropy(h, weight, targets, linear_bias=head.bias, **options)
+        if not (_is(head.forward, nn.Linear.forward) and _is(head.__call__, nn.Module.__call__)):
+            return F.cross_entropy(head(h), targets, **options)
+        # Fused with the head: the full logits (..., V) are never in memory.
+        return F.linear_cross_entropy(h, nn.loaded(head.weight), targets, linear_bias=head.bias, **options)
 
     @property
     def context(self) -> int:
