@@ -13,7 +13,7 @@ from tinyllm.cli import main
 from tinyllm.cli.finetune import TASKS, parse
 from tinyllm.errors import Error
 from tinyllm.training.config import flag
-from tinyllm.training.tasks import instruct
+from tinyllm.training.tasks import chat
 from tinyllm.training.tasks.instruct import InstructionTuning, InstructOptions
 
 
@@ -30,7 +30,7 @@ def run(files, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patched:
         no_pictures(patched)
         render_in_process(patched)
-        patched.setattr(instruct, "ANSWER_TOKENS", 5)
+        patched.setattr(chat, "ANSWER_TOKENS", 5)
         assert main(["finetune", "--task", "instruct", *files, "--steps", "3", "--out", str(out)]) == 0
     return str(out)
 

@@ -19,7 +19,7 @@ from tinyllm.tokenizers.chat_template import encode_chat
 from tinyllm.training.run import run_task
 from tinyllm.training.run_folder import begun_config, begun_task
 from tinyllm.training.step import accumulate_gradients, evaluate
-from tinyllm.training.tasks import instruct
+from tinyllm.training.tasks import chat
 from tinyllm.training.tasks.instruct import InstructionTuning, InstructOptions
 from tinyllm.weights.runs import last_checkpoint
 from tinyllm.weights.safetensors import Weights
@@ -30,7 +30,7 @@ def quick():
     with pytest.MonkeyPatch.context() as patched:
         no_pictures(patched)
         render_in_process(patched)
-        patched.setattr(instruct, "ANSWER_TOKENS", 5)
+        patched.setattr(chat, "ANSWER_TOKENS", 5)
         yield
 
 

@@ -322,12 +322,14 @@ class Finetuning(Task):
 
     def validation_batches(self) -> Iterable[tuple[np.ndarray, ...]]:
         """Validation rows in batches: all, or ``eval_examples`` evenly spread ones."""
-        rows, config = self.valid_rows, self.config
-        number = min(len(rows), config.eval_examples)
+        return (self.valid_rows[chosen] for chosen in self.spread(self.valid_rows, self.config.eval_examples))
+
+    def spread(self, rows: Rows, most: int) -> list[np.ndarray]:
+        """The indices of at most ``most`` evenly spread rows, in batches of similar length."""
+        number, size = min(len(rows), most), self.config.at_once
         chosen = np.linspace(0, len(rows) - 1, number).astype(int)
         chosen = chosen[np.argsort(rows.lengths[chosen], kind="stable")]  # little padding
-        for first in range(0, number, config.at_once):
-            yield rows[chosen[first : first + config.at_once]]
+        return [chosen[first : first + size] for first in range(0, number, size)]
 
     # Records and messages
 
