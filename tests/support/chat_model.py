@@ -24,7 +24,7 @@ def turn(role, words):
     return f"<|im_start|>{role}\n{words}<|im_end|>\n"
 
 
-def write_model(folder, template=CHATML, context=256):
+def write_model(folder, template=CHATML, context=256, seed=0):
     """Write a random Llama in the hub's layout, with a byte-level tokenizer and a chat template."""
     config = LlamaConfig(
         vocab_size=258,
@@ -36,7 +36,7 @@ def write_model(folder, template=CHATML, context=256):
         max_position_embeddings=context,
         initializer_range=0.3,
     )
-    Llama(config, rng=np.random.default_rng(0)).save_pretrained(folder)
+    Llama(config, rng=np.random.default_rng(seed)).save_pretrained(folder)
     vocabulary = {symbol: i for i, symbol in enumerate(SYMBOLS)}
     tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE(vocab=vocabulary, merges=[]))
     tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)

@@ -119,8 +119,8 @@ def val_losses(out):
     return {record["step"]: record["val_loss"] for record in records(out) if "val_loss" in record}
 
 
-def weights(out):
-    return load_file(last_checkpoint(out) / "model.safetensors")
+def weights(out, file="model.safetensors"):
+    return load_file(last_checkpoint(out) / file)
 
 
 def same_arrays(a, b):

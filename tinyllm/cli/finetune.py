@@ -11,12 +11,14 @@ from tinyllm.errors import Error
 from tinyllm.training.run import run_task
 from tinyllm.training.run_folder import begun_config, begun_task
 from tinyllm.training.tasks.classify import Classification, ClassifyOptions
+from tinyllm.training.tasks.dpo import PreferenceOptions, PreferenceTuning
 from tinyllm.training.tasks.finetune import FinetuneOptions, Finetuning
 from tinyllm.training.tasks.instruct import InstructionTuning, InstructOptions
 
 TASKS: dict[str, tuple[type[FinetuneOptions], type[Finetuning]]] = {
     options.task: (options, task)
     for options, task in ((InstructOptions, InstructionTuning), (ClassifyOptions, Classification))
+    for options, task in ((InstructOptions, InstructionTuning), (PreferenceOptions, PreferenceTuning))
 }
 
 
