@@ -27,6 +27,7 @@ ADAMW, TRAINING, SAMPLING = "AdamW against torch", "50 training steps", "samplin
 INSTRUCT = "masked conversations against torch"
 LORA_TRAINING, ADAPTER = "50 training steps of LoRA", "an adapter of peft"
 CLASSIFIER, CLASSES = "a classifier of transformers", "50 training steps of a classifier"
+DPO = "50 DPO steps"
 
 # The checks of an op or a layer are found by their subject, the others by the name of their test
 TESTS = {
@@ -40,6 +41,7 @@ TESTS = {
     ADAPTER: "test_an_adapter_of_peft_loads_here_and_back",
     CLASSIFIER: "test_classifier::test_a_folder_of_transformers_loads",
     CLASSES: "test_fifty_steps_of_classification_equal_torchs",
+    DPO: "test_fifty_dpo_steps_equal_torchs",
     SAMPLING: "test_sampled_tokens_equal_those_of_plain_torch",
     INSTRUCT: "test_the_masked_loss_and_all_gradients_equal_torchs",
 }
@@ -193,6 +195,7 @@ FAULTS = {
     "instructions: prompt not masked": Fault(faults.examples(faults.prompt_learned), (INSTRUCT,), None),
     "instructions: labels shifted by one": Fault(faults.labels_shifted, (INSTRUCT,), None),
     "instructions: padding counted": Fault(faults.padding_counted, (INSTRUCT,), None),
+    "DPO: reference drifting": Fault(faults.reference_drifting, (DPO,), None),
 }
 
 # -------------------------------------------------------------------------------- the tests

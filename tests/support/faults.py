@@ -14,6 +14,10 @@ from tinyllm.data.padded import PaddedExamples
 from tinyllm.inference import sampling
 from tinyllm.models import SequenceClassifier, gpt2, llama
 
+
+from tinyllm.models import gpt2, llama
+from tinyllm.training import preference
+
 FACTOR = 1 + 1e-8  # a gradient wrong in the ninth digit
 
 
@@ -236,3 +240,13 @@ def unscaled_lora(patch):
 def last_padded(patch):
     """A text is classified by the last position of its row, which may be padding."""
     patch.setattr(SequenceClassifier, "pool", lambda model, h, lengths=None: h[:, -1])
+
+
+def reference_drifting(patch):
+    """DPO's reference is the model at every step, not the one before the first step."""
+    correct = preference.preferences
+
+    def drifting(log_probs, reference, beta):
+        return correct(log_probs, log_probs, beta)
+
+    patch.setattr(preference, "preferences", drifting)
