@@ -11,6 +11,7 @@ import tyro
 
 from tinyllm.backend.memory import out_of_memory
 from tinyllm.cli import chat, classify, eval, finetune, generate, info, merge, plot, pull, tokenize, train
+from tinyllm.cli import chat, eval, finetune, generate, info, judge, merge, plot, pull, tokenize, train
 from tinyllm.cli.options import as_typed, did_you_mean, parse_options, wrap_help
 from tinyllm.errors import Error
 from tinyllm.training.config import TrainConfig
@@ -29,6 +30,7 @@ COMMANDS = {
     "classify": (classify.ClassifyConfig, classify.run),
     "eval": (eval.EvalConfig, eval.run),
     "merge": (merge.MergeConfig, merge.run),
+    "judge": (judge.JudgeConfig, judge.run),
     "pull": (pull.PullConfig, pull.run),
     "tokenize": (tokenize.TokenizeConfig, tokenize.run),
     "info": (info.InfoConfig, info.run),

@@ -1,0 +1,173 @@
+"""``tinyllm judge`` from the command line, with a small server as the judge."""
+
+import json
+
+import pytest
+from support.chat_model import write_model
+from support.model_server import FakeServer
+
+from tinyllm import cli
+
+ROWS = [{"instruction": f"Say {i}.", "input": "", "output": str(i)} for i in range(20)]
+QUESTIONS = [{"question": f"{i}?", "choices": ["yes", "no", "perhaps"], "answer": i % 3} for i in range(4)]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return write_model(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture
+def judge(tmp_path, model, capsys, monkeypatch):
+    """Run the command on three rows; returns its exit code, stdout and stderr."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("tinyllm.inference.model_server.PAUSE", 0.001)
+    data = tmp_path / "rows.json"
+    data.write_text(json.dumps(ROWS), encoding="utf-8")
+
+    def run(*arguments, data=data, rows=3, part="train"):
+        command = ["judge", "--model", model, "--data", data, "--part", part, "--rows", rows]
+        code = cli.main([*map(str, [*command, "--max-new-tokens", 4, *arguments])])
+        return code, *capsys.readouterr()
+
+    return run
+
+
+def lines(path):
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def server_options(server, path="/api/chat"):
+    return "--server", server.url + path, "--judge", "llama", "--retries", 1, "--timeout", 5
+
+
+@pytest.mark.parametrize("path", ["/api/chat", "/v1/chat/completions"])
+def test_scores_are_kept_and_summarised(judge, tmp_path, path):
+    replies = ["ready", "80", "nice", "Score: 70"]  # the first one to the check
+    with FakeServer(lambda _: replies.pop(0)) as server:
+        code, out, _ = judge(*server_options(server, path), "--out", tmp_path / "judged")
+    assert (code, replies) == (0, [])
+    assert "model: score 75.00 (70.00 to 80.00) (2 rows, 1 without" in out
+    judged = lines(tmp_path / "judged" / "judged.jsonl")
+    assert [record["score"] for record in judged] == [80, None, 70]
+    assert [record["replies"] for record in judged] == [["80"], ["nice"], ["Score: 70"]]
+    answers = lines(tmp_path / "judged" / "answers.jsonl")
+    assert [(a["prompt"], a["reference"]) for a in answers] == [(f"Say {i}.", str(i)) for i in (0, 1, 2)]
+    for question, answer in zip(server.asked[1:], answers):
+        assert all(answer[key] in question for key in ("prompt", "reference", "answer"))
+    summary = json.loads((tmp_path / "judged" / "summary.json").read_text(encoding="utf-8"))
+    assert summary["model"]["score"]["mean"] == 75 and summary["model"]["score"]["without"] == 1
+
+
+def test_a_pair_is_judged_in_both_orders(judge, model, tmp_path):
+    other = write_model(tmp_path / "other", seed=1)
+    verdicts = ["ready", "A", "B", "B", "B", "tie", "hm"]
+    with FakeServer(lambda _: verdicts.pop(0)) as server:
+        code, out, _ = judge(*server_options(server), "--by", "pair", "--against", other)
+    assert code == 0
+    assert "model: win 0.75 (0.50 to 1.00) (2 rows, 1 without" in out
+    assert "depended on the order in 1 of 3" in out
+    judged = lines(tmp_path / "judged" / "rows-1" / "judged.jsonl")
+    assert [record["win"] for record in judged] == [1.0, 0.5, None]
+
+
+@pytest.mark.parametrize(
+    ("failure", "said"), [(500, "failed 2 times"), (b"garbage", "no message"), (30.0, "no reply in time")]
+)
+def test_a_server_that_fails_later_stops_and_the_same_command_continues(judge, tmp_path, failure, said):
+    out_folder = tmp_path / "judged"
+    replies = ["ready", "80", failure, failure]
+    with FakeServer(lambda _: replies.pop(0)) as server:
+        options = *server_options(server)[:-1], 0.5, "--out", out_folder
+        code, _, err = judge(*options)
+        assert code == 1 and said in err and f"--out {out_folder} continues" in err
+        assert [record["score"] for record in lines(out_folder / "judged.jsonl")] == [80]
+        before = (out_folder / "answers.jsonl").read_bytes()
+        replies += ["ready", "60", "70"]
+        code, out, _ = judge(*options)
+    assert code == 0 and "score 70.00" in out
+    assert (out_folder / "answers.jsonl").read_bytes() == before
+
+
+def test_an_absent_server_is_reported_before_anything_is_written(judge, tmp_path):
+    with FakeServer() as server:
+        options = server_options(server)
+    code, out, err = judge(*options, "--out", tmp_path / "judged")
+    assert (code, out) == (2, "") and err.count("\n") == 1 and "no model server replies" in err
+    assert not (tmp_path / "judged").exists()
+
+
+def test_no_score_at_all_is_reported(judge, tmp_path):
+    with FakeServer() as server:
+        code, _, err = judge(*server_options(server), "--out", tmp_path / "judged")
+    assert code == 2 and "none of the 3 rows has a score" in err
+    assert len(lines(tmp_path / "judged" / "judged.jsonl")) == 3
+
+
+def test_match_needs_no_server_and_compares_two_models(judge, tmp_path):
+    other = write_model(tmp_path / "other", seed=1)
+    code, out, _ = judge("--by", "match", "--against", other, "--out", tmp_path / "judged")
+    assert code == 0
+    for name in ("model", "against", "difference"):
+        for number in ("exact_match", "f1"):
+            assert f"{name}: {number} 0.00 (0.00 to 0.00) (3 rows;" in out
+    assert len(lines(tmp_path / "judged" / "answers.jsonl")) == 6
+
+
+@pytest.mark.parametrize("options", [(), ("--choices", "text"), ("--choices", "text", "--per-byte")])
+def test_multiple_choice(judge, tmp_path, options):
+    data = tmp_path / "questions.jsonl"
+    data.write_text("\n".join(map(json.dumps, QUESTIONS)), encoding="utf-8")
+    code, out, _ = judge(
+        "--by", "choice", *options, "--out", tmp_path / "judged", data=data, rows=4, part="all"
+    )
+    judged = lines(tmp_path / "judged" / "judged.jsonl")
+    assert code == 0 and len(judged) == 4
+    for record in judged:
+        lengths = [3, 2, 7] if "--per-byte" in options else [1, 1, 1]
+        scores = [log_prob / length for log_prob, length in zip(record["log_probs"], lengths)]
+        assert record["chosen"] == scores.index(max(scores))
+        assert all(log_prob < 0 for log_prob in record["log_probs"])
+    right = sum(record["correct"] for record in judged) / 4
+    assert f"model: correct {right:.2f}" in out
+
+
+def test_pairs_of_answers_and_messages_are_prompts(judge, tmp_path):
+    pairs = [{"instruction": "Hi", "chosen": "Hello", "rejected": "No"}] * 4
+    turns = [{"role": role, "content": role[0]} for role in ("user", "assistant", "user", "assistant")]
+    for name, rows in (("pairs", pairs), ("messages", [{"messages": turns}] * 4)):
+        data = tmp_path / f"{name}.json"
+        data.write_text(json.dumps(rows), encoding="utf-8")
+        out = tmp_path / f"judged-{name}"
+        assert judge("--by", "match", "--out", out, data=data, rows=1)[0] == 0
+    (pair,) = lines(tmp_path / "judged-pairs" / "answers.jsonl")
+    assert (pair["prompt"], pair["reference"]) == ("Hi", "Hello")
+    (chat,) = lines(tmp_path / "judged-messages" / "answers.jsonl")
+    assert (chat["prompt"], chat["reference"]) == ("user: u\n\nassistant: a\n\nuser: u", "a")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--by", "pair", "--judge", "x"], "--against"),
+        ([], "--judge"),
+        (["--rows", "0", "--by", "match"], "--rows is 0"),
+        (["--timeout", "0", "--judge", "x"], "--timeout is 0"),
+        (["--per-byte", "--by", "match"], "--per-byte"),
+        (["--server", "localhost", "--judge", "x"], "'localhost' is not the URL"),
+        (["--by", "match", "--against", "nobody/nothing/x"], "there is no model"),
+        (["--by", "choice"], "row 1 of"),
+        (["--by", "match", "--data", "none.json"], "none.json"),
+    ],
+)
+def test_wrong_requests_are_one_sentence(judge, tmp_path, arguments, said):
+    code, out, err = judge(*arguments)
+    assert (code, out) == (2, "") and said in err and err.count("\n") == 1
+    assert not (tmp_path / "judged").exists()
+
+
+def test_a_prompt_longer_than_the_context_names_the_numbers(judge, tmp_path):
+    data = tmp_path / "long.json"
+    data.write_text(json.dumps([{"prompt": "x" * 400, "completion": "y"}] * 4), encoding="utf-8")
+    code, _, err = judge("--by", "match", data=data)
+    assert code == 2 and "row 1 of" in err and "context is 256" in err
