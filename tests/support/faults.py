@@ -13,9 +13,6 @@ from tinyllm.data import padded
 from tinyllm.data.padded import PaddedExamples
 from tinyllm.inference import sampling
 from tinyllm.models import SequenceClassifier, gpt2, llama
-
-
-from tinyllm.models import gpt2, llama
 from tinyllm.training import preference
 
 FACTOR = 1 + 1e-8  # a gradient wrong in the ninth digit

@@ -10,8 +10,20 @@ import warnings
 import tyro
 
 from tinyllm.backend.memory import out_of_memory
-from tinyllm.cli import chat, classify, eval, finetune, generate, info, merge, plot, pull, tokenize, train
-from tinyllm.cli import chat, eval, finetune, generate, info, judge, merge, plot, pull, tokenize, train
+from tinyllm.cli import (
+    chat,
+    classify,
+    eval,
+    finetune,
+    generate,
+    info,
+    judge,
+    merge,
+    plot,
+    pull,
+    tokenize,
+    train,
+)
 from tinyllm.cli.options import as_typed, did_you_mean, parse_options, wrap_help
 from tinyllm.errors import Error
 from tinyllm.training.config import TrainConfig

@@ -17,8 +17,11 @@ from tinyllm.training.tasks.instruct import InstructionTuning, InstructOptions
 
 TASKS: dict[str, tuple[type[FinetuneOptions], type[Finetuning]]] = {
     options.task: (options, task)
-    for options, task in ((InstructOptions, InstructionTuning), (ClassifyOptions, Classification))
-    for options, task in ((InstructOptions, InstructionTuning), (PreferenceOptions, PreferenceTuning))
+    for options, task in (
+        (InstructOptions, InstructionTuning),
+        (ClassifyOptions, Classification),
+        (PreferenceOptions, PreferenceTuning),
+    )
 }
 
 
