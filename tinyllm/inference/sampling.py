@@ -83,7 +83,7 @@ def _candidates(
     if temperature == 0:
         largest = logits.argmax(axis=-1)[:, None]
         return largest, np.ones(largest.shape)
-    order = np.argsort(-logits, axis=-1, kind="stable")[:, :top_k]  # stable: ties stay in order of id
+    order = _largest(logits, top_k)
     kept = np.take_along_axis(logits, order, axis=-1).astype(np.float64)
     with np.errstate(over="ignore"):  # a tiny temperature gives -inf for all but the largest: weight 0
         weights = np.exp((kept - kept[:, :1]) / temperature)
@@ -92,3 +92,20 @@ def _candidates(
         before = np.cumsum(weights, axis=-1) - weights  # the sum over all tokens of higher rank
         weights[before >= top_p] = 0
     return order, weights
+
+
+def _largest(logits: np.ndarray, count: int | None) -> np.ndarray:
+    """The ids of each row's ``count`` largest logits (None: of all), in decreasing order, ties by id.
+
+    A few of many are found by partition: sorting the 49,152 logits of SmolLM2 takes a tenth of a step.
+    """
+    vocab_size = logits.shape[1]
+    if count is None or count >= vocab_size:
+        return np.argsort(-logits, axis=-1, kind="stable")  # stable: ties stay in order of id
+    rows = []
+    for row in logits:
+        least = np.partition(row, vocab_size - count)[vocab_size - count]
+        above = np.flatnonzero(row > least)
+        kept = np.concatenate([above, np.flatnonzero(row == least)[: count - len(above)]])
+        rows.append(kept[np.argsort(-row[kept], kind="stable")])
+    return np.stack(rows)
