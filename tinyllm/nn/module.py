@@ -258,11 +258,11 @@ def evaluating(model: Module, modules: Iterable[Module] | None = None):
     """
     if modules is None:
         modules = (module for _, module in model.named_modules())
-    before = [(module, module.training) for module in modules]
-    for module, _ in before:
+    training = [module for module in modules if module.training]  # a loaded model has none
+    for module in training:
         module.training = False
     try:
         yield
     finally:
-        for module, mode in before:
-            module.training = mode
+        for module in training:
+            module.training = True
