@@ -96,6 +96,16 @@ def first_task_only():
         _Workers.busy.first_task_only = False
 
 
+@contextlib.contextmanager
+def in_this_thread():
+    """Within this block ``run_tasks`` runs all tasks in this thread."""
+    before, _Workers.busy.flag = in_task(), True
+    try:
+        yield
+    finally:
+        _Workers.busy.flag = before
+
+
 def in_task() -> bool:
     """Whether this thread is running a task of ``run_tasks`` in parallel with others."""
     return getattr(_Workers.busy, "flag", False)

@@ -17,6 +17,7 @@ from tinyllm.backend.dtypes import accumulation_dtype
 from tinyllm.backend.threads import step_of_few_rows
 from tinyllm.checks import as_generator, check_at_least, check_ids
 from tinyllm.errors import Error
+from tinyllm.inference.decoding import DecodingSteps
 from tinyllm.inference.sampling import check_sampling, choose_tokens, suppress
 from tinyllm.inference.speculative import Speculation, speculation
 from tinyllm.models.cache import Cache
@@ -142,6 +143,7 @@ def _steps(model, texts, max_new_tokens, sampling, rng, stop_ids, cache, suppres
     if cache is not None:
         cache.keep_prefix(texts)
     modules = [module for _, module in model.named_modules()]
+    run = DecodingSteps(model, max_new_tokens)
     tokens, finished = np.zeros(len(texts), np.int64), np.zeros(len(texts), bool)
     for left in range(max_new_tokens, 0, -1):
         if (tokens >= model.config.vocab_size).any():
@@ -152,7 +154,7 @@ def _steps(model, texts, max_new_tokens, sampling, rng, stop_ids, cache, suppres
         if cache is not None and not _make_room(model, texts, cache):
             cache = None
         with evaluating(model, modules):
-            logits = _next_logits(model, texts, cache, speculate, left - 1)
+            logits = _next_logits(model, run, texts, cache, speculate, left - 1)
         sampled = choose_tokens(suppress(logits, suppress_ids), rng.random(len(texts)), *sampling)
         tokens = np.where(finished, tokens, sampled)  # (B,)
         finished |= np.isin(tokens, stop_ids)
@@ -171,7 +173,9 @@ def _make_room(model, texts, cache: Cache) -> bool:
     return not (full.any() and model.learned_positions)
 
 
-def _next_logits(model, texts, cache: Cache | None, speculate: Speculation | None, left: int) -> np.ndarray:
+def _next_logits(
+    model, run: DecodingSteps, texts, cache: Cache | None, speculate: Speculation | None, left: int
+) -> np.ndarray:
     """The logits (B, V) after each text, from its tokens that are not in the cache.
 
     Without a cache they are those after the last tokens that fit the context. Neighbouring rows with equally
@@ -185,7 +189,7 @@ def _next_logits(model, texts, cache: Cache | None, speculate: Speculation | Non
         candidates = speculate.propose(texts[0], cache, left)
         if candidates:
             ids = np.array([[texts[0][-1], *candidates]])
-            return speculate.keep(candidates, _logits(model, ids, cache, last_only=False)[0])
+            return speculate.keep(candidates, _logits(run, ids, cache, last_only=False)[0])
     if cache is None:
         new = [text[-model.context :] for text in texts]
     else:
@@ -195,18 +199,18 @@ def _next_logits(model, texts, cache: Cache | None, speculate: Speculation | Non
         ids = np.array(list(rows))  # (rows, T)
         some = slice(first, first + len(ids))
         part = cache if cache is None or len(ids) == len(texts) else cache[some]
-        parts.append(_logits(model, ids, part)[:, 0])
+        parts.append(_logits(run, ids, part)[:, 0])
         first = some.stop
     return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
 
-def _logits(model, ids, cache: Cache | None, last_only: bool = True) -> np.ndarray:
+def _logits(run: DecodingSteps, ids, cache: Cache | None, last_only: bool = True) -> np.ndarray:
     """The logits (B, T, V), or the last ones (B, 1, V), on the host, for the ids (B, T) that continue those
     in the cache.
     """
     count = 1 if last_only else ids.shape[1]
     with no_grad(), step_of_few_rows():
-        logits = model(ids, last_only=last_only, cache=cache)
+        logits = run(ids, cache, last_only)
         if not isinstance(logits, Tensor) or logits.ndim != 3 or logits.shape[1] != count:
             found = f"a Tensor {logits.shape}" if isinstance(logits, Tensor) else f"a {type(logits).__name__}"
             raise Error(

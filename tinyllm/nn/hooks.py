@@ -45,6 +45,11 @@ def observe(callback: Callable[[Observation], None], model=None):
         _watch.callback, _watch.names = before
 
 
+def is_observed() -> bool:
+    """Whether this thread is within a block of ``observe``."""
+    return _watch.callback is not None
+
+
 def _names(model) -> dict[int, str]:
     return {id(module): name for name, module in model.named_modules()}
 

@@ -1,0 +1,249 @@
+"""Steps that repeat recorded NumPy calls give the model's logits, and stop when anything changes."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tests.support.models import NO_DROPOUT, Wrapped
+from tinyllm import GPT2, GPT2Config, Llama, LlamaConfig, Tensor, generate, nn, no_grad
+from tinyllm.inference.decoding import DecodingSteps, adjacent
+from tinyllm.nn.hooks import observe
+
+SIZES = dict(vocab_size=23, hidden_size=12, intermediate_size=20, num_hidden_layers=2, num_attention_heads=4)
+LLAMA = LlamaConfig(**SIZES, num_key_value_heads=2, head_dim=4, max_position_embeddings=64)
+CONFIGS = {
+    "gpt2": GPT2Config(23, 64, 12, n_layer=2, n_head=3, **NO_DROPOUT),
+    "gpt2, erf": GPT2Config(23, 64, 12, n_layer=1, n_head=3, activation_function="gelu", **NO_DROPOUT),
+    "llama": LLAMA,
+    "llama with biases": replace(LLAMA, attention_bias=True, mlp_bias=True, tie_word_embeddings=True),
+}
+
+
+class Windowed(LlamaConfig):
+    def window_of(self, layer):
+        return 7 if layer else None
+
+
+def build(config, dtype=np.float64, seed=0):
+    """A model with perturbed parameters, because biases of 0 and norm weights of 1 hide mistakes."""
+    rng = np.random.default_rng(seed)
+    model = (GPT2 if isinstance(config, GPT2Config) else Llama)(config, rng=rng).astype(dtype).eval()
+    for parameter in model.parameters():
+        parameter.data += (0.3 * rng.standard_normal(parameter.shape)).astype(dtype)
+    return model
+
+
+def decode(model, steps=20, rows=1, between=lambda step, cache: None):
+    """Logits of every step, with ``between`` called before it, and the object that ran them."""
+    cache, run = model.new_cache(rows, 60), DecodingSteps(model, 100)
+    ids = np.random.default_rng(rows).integers(0, 23, (steps + 1, rows, 1))
+    logits = []
+    with no_grad():
+        model(np.tile([[1, 2, 3]], (rows, 1)), cache=cache)
+        for step in range(steps):
+            between(step, cache)
+            logits.append(run(ids[step], cache).data)
+    return np.array(logits), run
+
+
+def plainly(*args, **kwargs):
+    """``decode`` by the model alone."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(DecodingSteps, "_columns", lambda *args: None)
+        return decode(*args, **kwargs)[0]
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize("dtype", [np.float64, np.float32])
+@pytest.mark.parametrize("name", CONFIGS)
+def test_repeated_steps_give_the_logits_of_the_model(name, dtype, rows):
+    model = build(CONFIGS[name], dtype)
+    expected = plainly(model, rows=rows)
+    logits, run = decode(model, rows=rows)
+    assert run.is_checked
+    assert logits.dtype == dtype
+    tolerance = 1e-12 if dtype == np.float64 else 1e-5
+    assert np.abs(logits - expected).max() <= tolerance * np.abs(expected).max()
+
+
+def test_repeated_steps_run_no_module(monkeypatch):
+    model, seen = build(LLAMA), []
+    call = nn.Module.__call__
+
+    def counted(module, *args, **kwargs):
+        seen.append("model" if module is model else "layer")
+        return call(module, *args, **kwargs)
+
+    monkeypatch.setattr(nn.Module, "__call__", counted)
+    decode(model, between=lambda step, cache: seen.append(step))
+    assert seen.count("model") == 4  # the prompt, two steps that are recorded and one for comparison
+    assert seen[-17:] == list(range(3, 20))
+
+
+def test_lora_is_repeated():
+    model = build(LLAMA)
+    nn.add_lora(model, rank=2, targets="all-linear", rng=0)
+    for name, parameter in model.named_parameters():
+        parameter.data += 0.1 if "lora_B" in name else 0
+    expected = plainly(model)
+    logits, run = decode(model)
+    assert run.is_checked
+    np.testing.assert_allclose(logits, expected, rtol=1e-11, atol=1e-12)
+
+
+# ----------------------------------------------------------------- the model itself must run
+
+
+def test_a_module_of_somebody_else_always_runs():
+    """Its Python code may do more than call NumPy."""
+    model = build(LLAMA)
+    expected, calls = plainly(model), []
+
+    class Adapter(Wrapped):
+        def forward(self, x):
+            calls.append(x)
+            return super().forward(x)
+
+    nn.replace(model, "layers.1.mlp.up_proj", lambda name, layer: Adapter(layer))
+    logits, run = decode(model)
+    assert run.plan is None
+    assert len(calls) == 21  # the prompt and every step
+    np.testing.assert_array_equal(logits, expected)
+
+
+def test_a_forward_of_somebody_else_always_runs():
+    model = build(LLAMA)
+    layer = model.layers[0].mlp
+    layer.forward = lambda x: type(layer).forward(layer, x)
+    assert decode(model)[1].plan is None
+
+
+def test_an_observer_sees_every_step():
+    model = build(LLAMA)
+    expected, seen = plainly(model), []
+    with observe(lambda observation: seen.append(observation.name)):
+        logits, _ = decode(model)
+    assert seen.count("norm") == 21
+    np.testing.assert_array_equal(logits, expected)
+
+
+def test_an_observer_may_come_and_go():
+    model = build(LLAMA)
+    expected, seen, blocks = plainly(model), [], []
+
+    def between(step, cache):
+        if step == 8:
+            blocks.append(observe(lambda observation: seen.append(observation.name)))
+            blocks[0].__enter__()
+        if step == 11:
+            blocks[0].__exit__(None, None, None)
+
+    logits, run = decode(model, between=between)
+    assert run.is_checked
+    assert seen.count("norm") == 3
+    np.testing.assert_allclose(logits, expected, rtol=1e-12)
+
+
+def change_weight(model):
+    weight = model.layers[1].self_attn.k_proj.weight
+    weight.replace(weight.data * 2)
+
+
+def change_in_place(model):
+    model.layers[1].mlp.up_proj.weight.data[3] *= 2
+    model.layers[1].self_attn.v_proj.weight.data -= 0.5
+
+
+def change_layer(model):
+    model.layers[0].mlp = build(LLAMA, seed=1).layers[0].mlp
+
+
+def change_list(model):
+    model.layers[0] = build(LLAMA, seed=1).layers[0]
+
+
+def change_number(model):
+    model.norm.eps = 0.5
+
+
+def change_to_somebody_elses(model):
+    model.layers[0].mlp = Wrapped(model.layers[0].mlp)
+
+
+def add_bias(model):
+    model.layers[0].mlp.up_proj.bias = Tensor(np.full(20, 0.5))
+
+
+CHANGES = [change_weight, change_in_place, change_layer, change_list, change_number, change_to_somebody_elses]
+
+
+@pytest.mark.parametrize("change", [*CHANGES, add_bias])
+@pytest.mark.parametrize("step", [1, 2, 3, 9])
+def test_a_change_takes_effect_at_the_next_step(change, step):
+    models = build(LLAMA), build(LLAMA)
+    expected = plainly(models[0], between=lambda n, cache: change(models[0]) if n == step else None)
+    logits, _ = decode(models[1], between=lambda n, cache: change(models[1]) if n == step else None)
+    np.testing.assert_allclose(logits, expected, rtol=1e-10)
+
+
+USES = ["step"] * 12 + ["rollback", "several tokens", "clear a row", "drop"]
+
+
+@settings(deadline=None, max_examples=40)
+@given(
+    st.lists(
+        st.sampled_from(["step"] * 12 + ["rollback", "several tokens", "clear a row", "drop"]), max_size=40
+    ),
+    st.sampled_from(["full", "windowed"]),
+    st.sampled_from([1, 2]),
+)
+def test_any_use_of_the_cache_gives_the_logits_of_the_model(uses, kind, rows):
+    """Rollbacks, more tokens at once, cleared rows and dropped tokens between the steps."""
+    model = build(Windowed(**vars(LLAMA)) if kind == "windowed" else LLAMA)
+
+    def apply(step, cache):
+        use = uses[step]
+        if use == "rollback" and cache.lengths.min() > 3:
+            cache.rollback(2)
+        if use == "several tokens" and cache.free.min() > 8:
+            model(np.full((rows, 3), 7), cache=cache)
+        if use == "clear a row":
+            cache[:1].clear()
+        if use == "drop" and (cache.lengths - cache.dropped[None]).min() > 3:
+            cache.drop_oldest(2)
+
+    expected = plainly(model, len(uses), rows, apply)
+    logits, _ = decode(model, len(uses), rows, apply)
+    np.testing.assert_allclose(logits, expected, rtol=1e-10, atol=1e-10)
+
+
+# ------------------------------------------------------------------------------ the parameters
+
+
+def test_parameters_become_neighbours_and_keep_their_values():
+    model = build(LLAMA)
+    before = {name: array.copy() for name, array in model.state_dict().items()}
+    decode(model)
+    for name, array in model.state_dict().items():
+        np.testing.assert_array_equal(array, before[name])
+        assert array.flags.c_contiguous, name
+    attention = model.layers[0].self_attn
+    arrays = [layer.weight.data for layer in (attention.q_proj, attention.k_proj, attention.v_proj)]
+    assert len({id(array.base) for array in arrays}) == 1
+    joined = adjacent(model)(arrays)
+    assert np.shares_memory(joined, arrays[1])  # a second text copies nothing
+    np.testing.assert_array_equal(joined, np.concatenate(arrays))
+    assert [id(layer.weight.data) for layer in (attention.q_proj, attention.k_proj)] == list(
+        map(id, arrays[:2])
+    )
+
+
+def test_generate_repeats_steps_and_writes_the_same_text():
+    model = build(LLAMA, np.float32)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(DecodingSteps, "_columns", lambda *args: None)
+        expected = [tokens.tolist() for tokens in generate(model, [[1, 2, 3]], 50, temperature=0)]
+    assert [tokens.tolist() for tokens in generate(model, [[1, 2, 3]], 50, temperature=0)] == expected
