@@ -102,7 +102,7 @@ def test_numpy_error_state_applies_in_every_thread():
         threads.run_tasks(overflow, [0, 1, 2])
 
 
-@pytest.mark.parametrize("rows, columns", [(40, 3), (5, 3), (0, 3), (2000, 700)])
+@pytest.mark.parametrize("rows, columns", [(40, 3), (5, 3), (0, 3), (2000, 700), (20, 7000)])
 def test_matmul_adds_the_bias_to_every_row(rows, columns):
     rng = np.random.default_rng(0)
     a, b, bias = (rng.standard_normal(shape) for shape in ((rows, 8), (8, columns), (columns,)))
