@@ -71,7 +71,13 @@ def _elementwise(input: Tensor, value, slope) -> Tensor:
 
 
 def _gelu_tanh(x):
-    return x * _sigmoid(x * (LINEAR + CUBIC * x * x))
+    u = x * x
+    u *= CUBIC
+    u += LINEAR
+    u *= x
+    y = _sigmoid(u)
+    y *= x
+    return y
 
 
 def _gelu_tanh_slope(x):
@@ -109,7 +115,9 @@ def silu(input: Tensor) -> Tensor:
 
 
 def _silu(x):
-    return x * _sigmoid(x)
+    s = _sigmoid(x)
+    s *= x
+    return s
 
 
 def _silu_slope(x):
@@ -118,8 +126,11 @@ def _silu_slope(x):
 
 
 def _sigmoid(x):
+    s = -x
     with np.errstate(over="ignore"):  # exp(large) = inf gives the right limit, 0
-        return 1 / (1 + np.exp(-x))
+        np.exp(s, out=s)
+    s += 1  # in place: new arrays would not stay in the cache
+    return np.divide(1, s, out=s)
 
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:

@@ -102,7 +102,8 @@ def scaled_dot_product_attention(
         for number, start in enumerate(range(0, T, step)):
             rows = slice(start, min(start + step, T))
             seen = max(0, rows.stop + S - T) if is_causal else S
-            yield rows, seen, None if mask is None else mask[bg][..., rows, :seen], number
+            if seen:
+                yield rows, seen, None if mask is None else mask[bg][..., rows, :seen], number
 
     def scores_of(bg, rows, seen, block_mask):
         """(Q · scale) and Q Kᵀ · scale + mask of one block, -inf where a key is masked."""
@@ -130,24 +131,23 @@ def scaled_dot_product_attention(
     log_sum = np.zeros((B, G, R, T, 1), q.dtype, like=q)
     lowest = float(np.finfo(q.dtype).min)
 
-    def forward(bg):
-        for rows, seen, block_mask, number in blocks(bg):
-            if seen == 0:
-                continue
-            _, p = scores_of(bg, rows, seen, block_mask)
-            # A finite maximum even where every score is -inf: all weights are exp(-inf) = 0 then.
-            peak = np.maximum(p.max(axis=-1, keepdims=True), lowest)
-            p -= peak
-            np.exp(p, out=p)
-            # The largest weight is exp(0) = 1, so a sum below 1 is 0: the query has no visible key.
-            total = np.maximum(p.sum(axis=-1, keepdims=True), 1)
-            log_sum[bg][..., rows, :] = peak + np.log(total)
-            if dropout_p:
-                p *= dropped(bg, number, p.shape)
-            out[bg][..., rows, :] = unstacked(stacked(p) @ v[bg][:, :, :seen]) / total
+    def forward(task):
+        bg, (rows, seen, block_mask, number) = task
+        _, p = scores_of(bg, rows, seen, block_mask)
+        # A finite maximum even where every score is -inf: all weights are exp(-inf) = 0 then.
+        peak = np.maximum(p.max(axis=-1, keepdims=True), lowest)
+        p -= peak
+        np.exp(p, out=p)
+        # The largest weight is exp(0) = 1, so a sum below 1 is 0: the query has no visible key.
+        total = np.maximum(p.sum(axis=-1, keepdims=True), 1)
+        log_sum[bg][..., rows, :] = peak + np.log(total)
+        if dropout_p:
+            p *= dropped(bg, number, p.shape)
+        out[bg][..., rows, :] = unstacked(stacked(p) @ v[bg][:, :, :seen]) / total
 
+    # Blocks are independent here, so that one text is processed by all threads; the longest come first.
     with one_blas_thread():
-        run_tasks(forward, tasks)
+        run_tasks(forward, [(bg, block) for bg in tasks for block in reversed([*blocks(bg)])])
 
     def vjp(grad):
         dq, grad = zeros_grouped(D), grouped(grad)
@@ -157,8 +157,6 @@ def scaled_dot_product_attention(
         def backward(bg):
             delta = (grad[bg] * out[bg]).sum(axis=-1, keepdims=True)  # (b, g, R, T, 1)
             for rows, seen, block_mask, number in blocks(bg):
-                if seen == 0:
-                    continue
                 q_scaled, p = scores_of(bg, rows, seen, block_mask)
                 p -= log_sum[bg][..., rows, :]
                 np.exp(p, out=p)
