@@ -25,6 +25,7 @@ from parity.ops.attention import addresses, kept_weights, torch_attention
 from parity.ops.cases import FLOOR, assert_close, upstream
 from parity.twins import gpt2 as torch_gpt2
 from parity.twins import llama as torch_llama
+from parity.twins.classifier import TorchSequenceClassifier
 from parity.twins.lora import TorchLoRA
 from tinyllm import GPT2Config, Tensor, manual_seed, models, nn
 from tinyllm import functional as F
@@ -65,9 +66,10 @@ def check_layer(case: LayerCase) -> None:
     theirs = [x.requires_grad_() if kind == "f" else x for x, kind in zip(theirs, kinds)]
     theirs = [tuple(map(torch.tensor, x)) if isinstance(x, tuple) else x for x in theirs]
     manual_seed(*case.address[:3])
-    out = layer(*ours) if len(ours) == 1 or not isinstance(layer, LanguageModel) else layer.loss(*ours)
+    with_loss = len(ours) > 1 and isinstance(layer, LanguageModel)
+    out = layer.loss(*ours) if with_loss else layer(*ours)
     with same_masks(case.address):
-        their_out = twin.loss(*theirs) if hasattr(twin, "loss") and len(theirs) > 1 else twin(*theirs)
+        their_out = twin.loss(*theirs) if with_loss else twin(*theirs)
     assert_close(out.data, their_out.detach().numpy(), "output")
 
     grad = upstream(out.shape, np.float64, case.seed)
@@ -233,6 +235,19 @@ def llama_model(draw):
     return LayerCase(model, torch_llama.TorchLlama(config), inputs, draw(addresses()), seed)
 
 
+@st.composite
+def classifier(draw):
+    """Logits of the last real token, of the first, or of the mean of all real tokens."""
+    config, seed = draw(dropping_llama_configs()), draw(some.SEEDS)
+    pooling, labels = draw(st.sampled_from(models.classifier.POOLINGS)), ["a", "b", "c"]
+    model = models.SequenceClassifier(random_llama(config, seed), labels, rng=seed, pooling=pooling)
+    twin = TorchSequenceClassifier(torch_llama.TorchLlama(config), len(labels), pooling)
+    B, T = draw(st.integers(1, 3)), draw(st.integers(1, config.max_position_embeddings))
+    ids, lengths = batch(config, (B, T), seed)[0], draw(st.lists(st.integers(1, T), min_size=B, max_size=B))
+    model.train(draw(st.booleans()))
+    return LayerCase(model, twin, (ids, np.array(lengths)), draw(addresses()), seed)
+
+
 CASES = {
     "Linear": linear(),
     "LoRA": lora(),
@@ -249,6 +264,7 @@ CASES = {
     "SwiGLU": llama_part(llama.SwiGLU, torch_llama.SwiGLU, rotates=False),
     "LlamaBlock": llama_part(llama.LlamaBlock, torch_llama.LlamaBlock),
     "Llama": llama_model(),
+    "SequenceClassifier": classifier(),
 }
 
 
