@@ -9,6 +9,7 @@ import pytest
 import threadpoolctl
 
 from tinyllm.backend import threads
+from tinyllm.backend.recording import Plan, recorded, recording
 
 
 @pytest.mark.parametrize("pool", ["1", "2", "3"])
@@ -16,7 +17,7 @@ from tinyllm.backend import threads
 @pytest.mark.parametrize("rows", [0, 1, 2, 15, 16, 17])
 def test_products_of_many_rows_use_the_pool_and_of_few_rows_blas(monkeypatch, rows, columns, pool):
     monkeypatch.setenv("OMP_NUM_THREADS", pool)
-    monkeypatch.setattr(threads, "SMALL_PRODUCT", 0)
+    monkeypatch.setattr(threads, "SMALL_PRODUCT", 0 if rows >= threads.FEW_ROWS else 10**9)
     shared_out, run_tasks = [], threads.run_tasks
 
     def recording(function, tasks):
@@ -71,3 +72,35 @@ def test_blas_timeout_is_set_only_before_numpy_is_imported(imports, falls_asleep
 
     assert run() == [str(falls_asleep), "20" if falls_asleep else "None"]
     assert run(OPENBLAS_THREAD_TIMEOUT="7") == ["True", "7"]  # the user's setting is kept
+
+
+@pytest.mark.parametrize("rows", [2, 3, 8, 15])
+@pytest.mark.parametrize(("outputs", "inputs"), [(1500, 700), (64, 20_000), (67, 9_001), (4099, 300)])
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_products_of_few_rows_in_blocks_equal_whole_ones(rows, outputs, inputs, dtype):
+    """Also with an ``out``, a bias, and numbers of rows that the blocks do not divide."""
+    rng = np.random.default_rng(0)
+    w, x, bias = (
+        rng.standard_normal(shape).astype(dtype) for shape in ((outputs, inputs), (rows, inputs), outputs)
+    )
+    expected = x.astype(np.float64) @ w.T + bias
+    found, out = threads.matmul(x, w.T, bias=bias), np.empty((rows, outputs), dtype)
+    assert threads.matmul(x, w.T, out=out, bias=bias) is out and np.array_equal(found, out)
+    assert found.dtype == dtype
+    assert (
+        np.abs(found - expected).max() <= 30 * np.finfo(dtype).eps * np.sqrt(inputs) * np.abs(expected).max()
+    )
+
+
+def test_few_rows_are_recorded_as_one_call_and_repeated():
+    rng = np.random.default_rng(0)
+    w, x = rng.standard_normal((1500, 700)), rng.standard_normal((4, 700))
+    calls = []
+    for _ in range(2):
+        with recording() as some:
+            result = threads.matmul(recorded(x), w.T)
+        calls.append(some)
+    assert [len(some) for some in calls] == [1, 1]
+    plan = Plan(*calls, result.view(np.ndarray), 5)
+    x[...] = rng.standard_normal(x.shape)
+    assert np.array_equal(plan(1), threads.matmul(x, w.T))

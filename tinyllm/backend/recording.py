@@ -14,6 +14,7 @@ else that differs, such as a number that was computed outside the recording, rai
 from __future__ import annotations
 
 import contextlib
+import functools
 import operator
 import threading
 from collections.abc import Callable
@@ -87,6 +88,22 @@ def _result(result, function, *args, **kwargs):
     if not any(isinstance(x, np.ndarray) and np.may_share_memory(array, x) for x in args):
         _record(_assign, (array, function, *args), kwargs, array)
     return recorded(array)
+
+
+def as_one_call(function):
+    """``function(*args)``, which writes into its last argument and returns it, recorded as a single call.
+
+    For a function that does more than call NumPy, such as using several threads.
+    """
+
+    @functools.wraps(function)
+    def call(*args):
+        plain = _plain(args)
+        function(*plain)
+        _record(function, plain, {}, plain[-1])
+        return args[-1]
+
+    return call
 
 
 # Functions of NumPy that only read their arguments, and that return one array or a Python value.

@@ -12,9 +12,13 @@ from concurrent.futures import ThreadPoolExecutor, wait
 import numpy as np
 from threadpoolctl import ThreadpoolController
 
+from tinyllm.backend.recording import as_one_call
+
 SMALL_PRODUCT = 2**20  # multiplications; below, a second thread costs more than it saves
 WIDE = 3  # columns per row of a result from which its columns are split among threads
 FEW_ROWS = 16  # below, a product is limited by reading its matrix
+UNPACKED = 10**6  # multiplications, below which OpenBLAS with AVX-512 does not copy the operands first
+LARGE_MATRIX = 2**20  # elements from which reading a matrix takes much longer than starting a second thread
 BLOCK = (
     128 * 1024
 )  # elements: small enough for the cache, large enough to keep the GIL from being a bottleneck
@@ -132,18 +136,18 @@ def one_blas_thread():
         _Workers.busy.one_blas_thread = False
 
 
-def step_of_few_rows():
+def step_of_few_rows(rows: int):
     """Context manager for a forward pass over few rows, such as a decoding step.
 
-    The time of its products is that of reading every weight once. BLAS's threads, still spinning after the
-    previous product, start in two microseconds, the pool's threads in fifty: a token of SmolLM2-135M takes
-    18 ms instead of 27 on two cores. But OpenBLAS's threads spin for 2**26 clock ticks and yield their core
-    meanwhile. If another program takes it, each product waits until it is returned: 600 ms per token. With
-    OPENBLAS_THREAD_TIMEOUT=20 (2**20 ticks) it is 40 to 70 ms. OpenBLAS reads the variable when it is loaded,
-    and ``import tinyllm`` sets it unless NumPy was imported before. Without it BLAS uses one thread in this
-    block.
+    The time of its products is that of reading every weight once. With one row, BLAS's threads, still
+    spinning after the previous product, start in two microseconds, the pool's threads in fifty: a token of
+    SmolLM2-135M takes 18 ms instead of 27 on two cores. But OpenBLAS's threads spin for 2**26 clock ticks and
+    yield their core meanwhile. If another program takes it, each product waits until it is returned: 600 ms
+    per token. With OPENBLAS_THREAD_TIMEOUT=20 (2**20 ticks) it is 40 to 70 ms. OpenBLAS reads the variable
+    when it is loaded, and ``import tinyllm`` sets it unless NumPy was imported before. Without it, and with
+    several rows (see ``_few_rows``), BLAS uses one thread in this block.
     """
-    return contextlib.nullcontext() if _BLAS_THREADS_SLEEP else one_blas_thread()
+    return contextlib.nullcontext() if rows == 1 and _BLAS_THREADS_SLEEP else one_blas_thread()
 
 
 _BLAS_THREADS_SLEEP = "OPENBLAS_THREAD_TIMEOUT" in os.environ
@@ -160,13 +164,17 @@ def matmul(a, b, out=None, bias=None):
     that follows. After a product of few rows there is little such work, so BLAS runs it with its own threads
     (see ``step_of_few_rows``).
     """
-    if not isinstance(a, np.ndarray) or len(a) < FEW_ROWS:
-        out = np.matmul(a, b, out=out)
+    on_host = isinstance(a, np.ndarray)
+    if out is None and on_host:
+        out = np.empty((a.shape[0], b.shape[1]), a.dtype, like=a)
+    if not on_host or len(a) < FEW_ROWS:
+        if on_host and len(a) > 1 and len(a) * b.size > SMALL_PRODUCT and b.T.flags.c_contiguous:
+            out = _few_rows(a, b.T, out)
+        else:
+            out = np.matmul(a, b, out=out)
         if bias is not None:
             out += bias
         return out
-    if out is None:
-        out = np.empty((a.shape[0], b.shape[1]), a.dtype, like=a)
 
     def multiply(part):
         rows, columns = part
@@ -183,6 +191,32 @@ def matmul(a, b, out=None, bias=None):
         parts = [(share, every) for share in _shares(rows)]
     with one_blas_thread():
         run_tasks(multiply, parts)
+    return out
+
+
+@as_one_call
+def _few_rows(a, w, out):
+    """``out`` = a wᵀ for few rows a (M, in) and a large matrix w (out, in), a block of rows of w at a time.
+
+    BLAS copies w into the order in which it reads it, which takes longer than multiplying it by few rows: 8
+    rows cost as much as 5 products of one row. OpenBLAS's kernels for small products do not copy, and others
+    copy a block that is still in the cache when it is read: 2.3 such products with AVX-512, 3.0 with AVX2.
+    """
+    rows, (M, K) = 64, a.shape
+    while rows > 1 and rows * M * K > UNPACKED:
+        rows //= 2
+    count = len(w) // rows
+    blocks = w[: count * rows].reshape(count, rows, K)
+    product = np.empty((count, rows, M), a.dtype)
+
+    def multiply(some):
+        np.matmul(blocks[some], a.T, out=product[some])
+
+    with one_blas_thread():
+        run_tasks(multiply, _shares(count) if w.size >= LARGE_MATRIX else [slice(None)])
+        out[:, : count * rows] = product.reshape(-1, M).T
+        if count * rows < len(w):
+            np.matmul(a, w[count * rows :].T, out=out[:, count * rows :])
     return out
 
 

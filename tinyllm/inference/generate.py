@@ -209,7 +209,7 @@ def _logits(run: DecodingSteps, ids, cache: Cache | None, last_only: bool = True
     in the cache.
     """
     count = 1 if last_only else ids.shape[1]
-    with no_grad(), step_of_few_rows():
+    with no_grad(), step_of_few_rows(ids.size):
         logits = run(ids, cache, last_only)
         if not isinstance(logits, Tensor) or logits.ndim != 3 or logits.shape[1] != count:
             found = f"a Tensor {logits.shape}" if isinstance(logits, Tensor) else f"a {type(logits).__name__}"

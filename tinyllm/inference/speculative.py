@@ -201,9 +201,10 @@ class DraftModel:
         self.cache.keep_prefix([text])
         candidates, vocab_size = [], self.draft.config.vocab_size
         new = list(text[len(self.cache.texts[0]) :])
-        with evaluating(self.draft), no_grad(), step_of_few_rows():
+        with evaluating(self.draft), no_grad():
             for _ in range(count):
-                logits = self.draft([new], last_only=True, cache=self.cache).data[0, 0]
+                with step_of_few_rows(len(new)):
+                    logits = self.draft([new], last_only=True, cache=self.cache).data[0, 0]
                 new = [int(to_device(logits[:vocab_size], "cpu").argmax())]
                 candidates += new
         return candidates
