@@ -91,10 +91,8 @@ class AdamW:
         for number, group in enumerate(groups):
             self._add(group, prefix=f"{number}." if len(groups) > 1 else "")
         if not self.parameters:
-            raise Error(
-                "there is no parameter to train: pass a model or its parameters, and set requires_grad = "
-                "True on those to train"
-            )
+            how = "pass a model or its parameters, and set requires_grad = True on those to train"
+            raise Error(f"there is no parameter to train: {how}")
         # name -> [t, m, v], created at a parameter's first step: together m and v take twice the memory of
         # the model, and until then its dtype may still change. They follow their parameter to another device.
         self.state: dict[str, list] = {}
@@ -131,8 +129,17 @@ class AdamW:
         which later steps reuse: the peak for a 124M Llama is 2.18 GB with ``reserve()`` and 2.24 GB without.
         """
         for name, parameter in self.parameters:
-            if name not in self.state:
-                self.state[name] = _initial_state(name, parameter)
+            self._state_of(name, parameter)
+
+    def _state_of(self, name: str, parameter: Tensor) -> list:
+        if name not in self.state:
+            loaded(parameter, f"parameter {name}")
+            self.state[name] = [0, *(np.zeros_like(self._own(name, parameter.data)) for _ in "mv")]
+        return self.state[name]
+
+    def _own(self, name: str, array):
+        """The elements of a parameter, or of its gradient, that this optimizer updates: all of them."""
+        return array
 
     def to(self, device: str) -> AdamW:
         """Move m and v to "cpu", "cuda", "cuda:1" … now, instead of at the next step."""
@@ -148,16 +155,13 @@ class AdamW:
     def step(self) -> None:
         """Update every parameter that has a gradient, in place. The others keep their value and their t."""
         beta1, beta2 = self.betas
-        if launch.fit_for_many(
-            [a for _, p in self.parameters if p.grad is not None for a in (p.data, p.grad)]
-        ):
-            begun = [self._begin(name, p) for name, p in self.parameters if p.grad is not None]
+        updated = [(name, p) for name, p in self.parameters if p.grad is not None]
+        if launch.fit_for_many([a for _, p in updated for a in (p.data, p.grad)]):
+            begun = [self._begin(name, p) for name, p in updated]
             arrays, numbers = zip(*begun)
             launch.adamw(*zip(*arrays), numbers, self.betas)
             return
-        for name, parameter in self.parameters:
-            if parameter.grad is None:
-                continue
+        for name, parameter in updated:
             arrays, (step_size, eps, decay) = self._begin(name, parameter)
 
             def update(block, arrays=arrays, step_size=step_size, eps=eps, decay=decay):
@@ -180,9 +184,7 @@ class AdamW:
 
     def _begin(self, name: str, parameter: Tensor) -> tuple[list, tuple[float, float, float]]:
         """Increment a parameter's t; returns its arrays (θ, g, m, v) and numbers (step size, ε, decay)."""
-        if name not in self.state:
-            self.state[name] = _initial_state(name, parameter)
-        state, (beta1, beta2) = self.state[name], self.betas
+        state, (beta1, beta2) = self._state_of(name, parameter), self.betas
         state[0] += 1
         state[1:] = (to_device_of(average, parameter.data) for average in state[1:])
         # Both bias corrections are folded into the step size and ε, which saves passes over memory.
@@ -190,7 +192,8 @@ class AdamW:
         factor, weight_decay = self._options[name]
         lr = self.lr * factor
         step_size, eps, decay = lr * root / (1 - beta1 ** state[0]), self.eps * root, 1 - lr * weight_decay
-        arrays = [_rows(array) for array in (parameter.data, parameter.grad, *state[1:])]
+        own = self._own(name, parameter.data), self._own(name, parameter.grad)
+        arrays = [_rows(array) for array in (*own, *state[1:])]
         return arrays, (step_size, eps, decay)
 
     def state_dict(self) -> dict[str, dict]:
@@ -216,7 +219,7 @@ class AdamW:
             raise Error("the optimizer state belongs to other parameters: use the model it was saved with")
         restored = {}
         for name, t in state["t"].items():
-            like = parameters[name].data
+            like = self._own(name, parameters[name].data)
             for array in (state["m"][name], state["v"][name]):
                 if array.shape != like.shape or array.dtype != like.dtype:
                     raise Error(
@@ -239,11 +242,6 @@ def _groups(parameters) -> list[dict]:
     if entries and all(isinstance(entry, dict) for entry in entries):
         return entries
     return [{"params": entries or parameters}]
-
-
-def _initial_state(name: str, parameter: Tensor) -> list:
-    loaded(parameter, f"parameter {name}")
-    return [0, np.zeros_like(parameter.data), np.zeros_like(parameter.data)]
 
 
 def _rows(array):
@@ -271,14 +269,22 @@ def clip_grad_norm(parameters: Parameters, max_norm: float) -> float:
     if not (isinstance(max_norm, int | float | np.number) and max_norm > 0):
         raise Error(f"max_norm must be a positive number, not {max_norm!r}")
     grads = _grads(parameters)
-    if launch.fit_for_many(grads):
-        norm = math.sqrt(launch.sum_of_squares(grads))
-    else:
-        norm = math.sqrt(sum(map(_sum_of_squares, grads)))
-    factor = max_norm / (norm + 1e-6)
-    if not factor >= 1:  # a norm of NaN, too, as in torch: then all gradients become NaN
-        scale(grads, factor)
+    norm = math.sqrt(sum_of_squares(grads))
+    clip(grads, norm, max_norm)
     return norm
+
+
+def clip(grads: Sequence, norm: float, max_norm: float) -> None:
+    """Scale arrays, in place, as ``clip_grad_norm`` does if the norm of all gradients is ``norm``."""
+    if not (factor := max_norm / (norm + 1e-6)) >= 1:  # or NaN, as in torch: then all gradients become NaN
+        scale(grads, factor)
+
+
+def sum_of_squares(arrays: Sequence) -> float:
+    """Σ x² over all elements of all arrays, each of one axis or more."""
+    if launch.fit_for_many(arrays):
+        return launch.sum_of_squares(arrays)
+    return sum(map(_sum_of_squares, arrays))
 
 
 def _grads(parameters) -> list:

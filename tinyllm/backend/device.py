@@ -37,7 +37,7 @@ def pick_device(name: str) -> str:
         raise Error(f"unknown device {name!r}; use auto, cpu, cuda, or cuda:1 and so on")
     if kind == "cuda":
         gpus = _count_gpus(name)
-        if int(number or 0) >= gpus:
+        if number_of(name) >= gpus:
             raise Error(f"there is no device {name!r}: CuPy finds {gpus} GPUs, numbered from 0")
     return name
 
@@ -87,8 +87,17 @@ def to_device_of(array, like):
 
 
 def number_of(device: str) -> int:
-    """The index of a GPU: 1 for "cuda:1", 0 for "cuda"."""
-    return int(device.partition(":")[2] or 0)
+    """The index of a GPU: 1 for "cuda:1"; for "cuda" 0, or that of ``use_gpu``."""
+    return int(device.partition(":")[2] or _Default.gpu)
+
+
+class _Default:
+    gpu = 0
+
+
+def use_gpu(number: int) -> None:
+    """Let "cuda" be this GPU: several processes on a host take one each."""
+    _Default.gpu = number
 
 
 # ------------------------------------------------------------------------------- scattering

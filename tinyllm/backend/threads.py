@@ -10,7 +10,7 @@ import threading
 from concurrent.futures import ThreadPoolExecutor, wait
 
 import numpy as np
-from threadpoolctl import ThreadpoolController
+from threadpoolctl import ThreadpoolController, threadpool_limits
 
 from tinyllm.backend.recording import as_one_call
 
@@ -24,13 +24,35 @@ BLOCK = (
 )  # elements: small enough for the cache, large enough to keep the GIL from being a bottleneck
 
 
+VARIABLES = "OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"
+
+
 def num_threads() -> int:
     """The size of the thread pool: OMP_NUM_THREADS, else OPENBLAS_NUM_THREADS, else the available cores."""
-    for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
+    for name in VARIABLES:
         value = os.environ.get(name, "")
         if value.isdecimal() and int(value) > 0:
             return int(value)
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return len(available_cores())
+
+
+def available_cores() -> list[int]:
+    """The numbers of the cores on which this process may run."""
+    if hasattr(os, "sched_getaffinity"):
+        return sorted(os.sched_getaffinity(0))
+    return list(range(os.cpu_count() or 1))
+
+
+def threads_are_chosen() -> bool:
+    """Whether the environment says how many threads to use."""
+    return any(os.environ.get(name) for name in VARIABLES)
+
+
+def use_threads(number: int) -> None:
+    """Use this many threads from now on, as if OMP_NUM_THREADS had been set at the start."""
+    os.environ[VARIABLES[0]] = str(number)
+    _reset_workers()
+    threadpool_limits(limits=number, user_api="blas")
 
 
 class _Workers:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import os
 import sys
@@ -9,6 +10,7 @@ import warnings
 
 import tyro
 
+from tinyllm.backend import distributed
 from tinyllm.backend.memory import out_of_memory
 from tinyllm.cli import (
     chat,
@@ -122,10 +124,13 @@ def _reopen_closed_streams() -> None:
 
 def _main(args: list[str] | None) -> int:
     config = None
+    args = sys.argv[1:] if args is None else list(args)
     try:
-        config = _parse(sys.argv[1:] if args is None else list(args))
-        run = next(function for options, function in COMMANDS.values() if isinstance(config, options))
-        run(config)
+        kind = _distributed(args)  # first, so that all processes agree on every mistake
+        with distributed.opened(kind) if kind else contextlib.nullcontext():
+            config = _parse(args)
+            run = next(function for options, function in COMMANDS.values() if isinstance(config, options))
+            run(config)
     except Error as error:
         return _fail(str(error) if config is None else as_typed(str(error), config), WRONG)
     except FloatingPointError as error:
@@ -138,12 +143,23 @@ def _main(args: list[str] | None) -> int:
     return DONE
 
 
+def _distributed(args: list[str]) -> str | None:
+    """The value of --distributed, if it is given to a command that has it."""
+    for word, after in zip(args, [*args[1:], ""]):
+        name, equals, value = word.partition("=")
+        if name == "--distributed" and args[0] in PARSERS:
+            return value if equals else after
+    return None
+
+
 def _show_warning(message, *_) -> None:
-    print(f"tinyllm: warning: {' '.join(str(message).split())}", file=sys.stderr)
+    if distributed.is_first():
+        print(f"tinyllm: warning: {' '.join(str(message).split())}", file=sys.stderr)
 
 
 def _fail(message, code: int) -> int:
-    print(f"tinyllm: {message}", file=sys.stderr)
+    if distributed.is_first():  # what is wrong with another process was told to this one
+        print(f"tinyllm: {message}", file=sys.stderr)
     return code
 
 

@@ -33,7 +33,8 @@ from pathlib import Path, PureWindowsPath
 
 import numpy as np
 
-from tinyllm.backend.device import describe_device
+from tinyllm.backend import distributed
+from tinyllm.backend.device import describe_device, to_device
 from tinyllm.backend.threads import num_threads
 from tinyllm.errors import Error
 from tinyllm.files import SAVING, open_regular, read_sealed, sealed, sync_folder, write_synced
@@ -154,6 +155,15 @@ def load_checkpoint(
     optimizer.load_state_dict({"t": about["t"], **state})
 
 
+def hash_weights(model: Module) -> str:
+    """The SHA-256 of all parameters, with their names."""
+    digest = hashlib.sha256()
+    for name, array in model.state_dict().items():
+        digest.update(name.encode())
+        digest.update(np.ascontiguousarray(to_device(array, "cpu")))
+    return digest.hexdigest()
+
+
 def remove_checkpoint(folder: Path) -> None:
     """Remove a checkpoint; it is renamed first, so that none is incomplete if the process is killed."""
     doomed = folder.with_name(REMOVING + folder.name)
@@ -204,6 +214,7 @@ def machine(device: str) -> dict[str, str | int]:
         "simd": " ".join(simd.get("baseline", []) + simd.get("found", [])),
         "libc": " ".join(platform.libc_ver()),
         "blas": "; ".join(about_it.format_map({"architecture": None} | blas) for blas in of_numpy),
+        "processes": distributed.current().size,
         "threads": num_threads(),
         "device": describe_device(device),
     }

@@ -9,6 +9,7 @@ from typing import Self, get_type_hints
 
 import numpy as np
 
+from tinyllm.backend import distributed
 from tinyllm.backend.dtypes import PRECISIONS
 from tinyllm.errors import Error
 from tinyllm.models import ARCHITECTURES
@@ -67,6 +68,10 @@ class RunOptions:
     """float32 or float64; on a GPU also bfloat16, float16 or tf32 for matrix products, all else float32."""
     gpu_memory: float | None = None
     """Limit on the GPU memory used, in gigabytes (10^9 bytes); by default all of it."""
+    distributed: str | None = None
+    """Train with all processes that mpiexec or srun started: mpi (on CPUs) or nccl (a GPU for each)."""
+    shard_optimizer: bool = False
+    """Divide AdamW's averages among the processes of --distributed (ZeRO-1), which saves memory."""
 
     task = None  # its name in the run's config.json
     command = "tinyllm train"  # that runs it
@@ -75,7 +80,8 @@ class RunOptions:
 
     # The options that a resumed run may change, because its numbers stay the same.
     free = frozenset(
-        "resume eval_every checkpoint_every checkpoint_minutes keep skip_nonfinite log gpu_memory".split()
+        "resume eval_every checkpoint_every checkpoint_minutes keep skip_nonfinite log gpu_memory "
+        "distributed shard_optimizer".split()
     )
 
     def __post_init__(self):
@@ -83,12 +89,31 @@ class RunOptions:
         self._require_at_least(0, "skip_nonfinite initial_lr min_lr weight_decay checkpoint_minutes")
         for name in ("lr", "clip"):
             self._require(name, 0 < getattr(self, name) < math.inf, "above 0")
-        self._require("micro_batch", self.batch % self.at_once == 0, f"a divisor of the batch, {self.batch}")
+        whole = self.micro_batch is None or self.batch % self.micro_batch == 0
+        self._require("micro_batch", whole, f"a divisor of the batch, {self.batch}")
         self._require("seed", 0 <= self.seed < 2**64, "from 0 to 2**64 - 1")
         if self.steps is not None:  # else it follows from the data
             least = f"at least 0 and below the {self.steps} steps of the run"
             self._require("warmup", 0 <= self.warmup_steps < self.steps, least)
+        self._require(
+            "shard_optimizer", self.distributed or not self.shard_optimizer, "used with --distributed"
+        )
         self._require("dtype", self.dtype in PRECISIONS, f"one of {', '.join(PRECISIONS)}")
+
+    def check_division(self) -> None:
+        """Raise ``Error`` unless the batch is the same number of micro-batches for each process."""
+        processes, batch = distributed.current().size, self.batch
+        if batch % processes != 0:
+            near = [n for n in (batch // processes * processes, -(-batch // processes) * processes) if n > 0]
+            counts = ", ".join(str(n) for n in range(1, batch + 1) if batch % n == 0)
+            raise Error(
+                f"--batch {batch} cannot be divided among {processes} processes: choose --batch "
+                f"{' or '.join(map(str, near))}, or a number of processes among {counts}"
+            )
+        rows = batch // processes
+        sizes = ", ".join(str(n) for n in range(1, rows + 1) if rows % n == 0)
+        least = f"one of {sizes}, the divisors of the {rows} rows of each of {processes} processes"
+        self._require("micro_batch", rows % self.at_once == 0, least)
 
     def _require_at_least(self, least: int, names: str) -> None:
         for name in names.split():
@@ -127,13 +152,21 @@ class RunOptions:
 
     @property
     def at_once(self) -> int:
-        """Rows in one forward and backward pass."""
-        return self.micro_batch or self.batch
+        """Rows in one forward and backward pass of a process."""
+        return self.micro_batch or max(1, self.batch // distributed.current().size)
+
+    def resuming(self, folder: Path) -> str:
+        """The command that resumes the run in a folder, on as many processes."""
+        alone = f"{self.command} --resume {folder}"
+        if self.distributed is None:
+            return alone
+        return f"mpiexec -n {distributed.current().size} {alone} --distributed {self.distributed}"
 
     @property
     def smaller_micro_batch(self) -> list[str]:
         """The option for the next smaller micro-batch, if there is one."""
-        smaller = max((n for n in range(1, self.at_once) if self.batch % n == 0), default=None)
+        rows = self.batch // distributed.current().size
+        smaller = max((n for n in range(1, self.at_once) if rows % n == 0), default=None)
         return [] if smaller is None else [f"--micro-batch {smaller}"]
 
 

@@ -3,23 +3,27 @@
 ``run_folder.py`` writes what the run leaves behind; ``tasks/`` has what it trains.
 """
 
+import io
 import math
 import signal
 import threading
-from contextlib import closing, contextmanager, suppress
+from contextlib import ExitStack, closing, contextmanager, redirect_stderr, redirect_stdout, suppress
 
 import numpy as np
 from tqdm import tqdm
 
-from tinyllm.backend import autocast
+from tinyllm.backend import autocast, distributed
 from tinyllm.backend.device import open_device, pick_device
 from tinyllm.backend.memory import keep_memory, out_of_memory, peak_memory
+from tinyllm.errors import Error
 from tinyllm.nn import Module
 from tinyllm.optim import AdamW, warmup_cosine
 from tinyllm.training.config import RunOptions
+from tinyllm.training.data_parallel import ShardedAdamW
 from tinyllm.training.loggers import Log, check_logs, open_logs, output_errors, robust_output, say
 from tinyllm.training.loop import CompletedStep, training_steps
 from tinyllm.training.run_folder import RunFolder
+from tinyllm.training.shared_run import SharedRun, in_turn
 from tinyllm.training.step import Check
 from tinyllm.training.tasks.base import Task
 from tinyllm.weights.runs import checkpoints, last_checkpoint
@@ -48,17 +52,53 @@ def run_task(task: Task, progress: bool = True, callback: Log | None = None) -> 
 
     In float16 a gradient that overflows while the loss scale (``LossScale``) is above 1 skips the update,
     and the run continues.
+
+    With ``config.distributed`` all processes of ``mpiexec`` call this. They train together, the first one
+    writes and prints, and what one of them raises all of them raise. ``callback`` is called in each.
     """
     check_logs(task.config.log)
-    with closing(RunFolder(task)) as run, robust_output():
+    with ExitStack() as stack:
+        processes = stack.enter_context(distributed.opened(task.config.distributed))
+        run = SharedRun(task, processes) if processes.size > 1 else RunFolder(task)
+        stack.enter_context(closing(run))
+        stack.enter_context(robust_output() if run.leads else _no_output())
         try:
             return _run(run, progress, callback)
         except MemoryError as error:
-            raise MemoryError(_out_of_memory(run, error)) from None
+            raise MemoryError(_out_of_memory(run, error)) from error
+
+
+@contextmanager
+def _no_output():
+    with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
+        yield
+
+
+def open_run_device(config: RunOptions) -> str:
+    """``open_device`` of a run, which must suit its processes."""
+    gpu, kind = config.device != "cpu", config.distributed
+    if kind is not None and config.device not in ("cpu", "cuda"):
+        raise Error(
+            f"--device {config.device} and --distributed: choose cpu, or cuda, a GPU for each process"
+        )
+    if kind is not None and gpu != (kind == "nccl"):
+        raise Error(
+            f"--distributed {kind} and --device {config.device}: use mpi with cpu, and nccl with cuda"
+        )
+    return open_device(config.device, config.dtype, config.gpu_memory)
+
+
+def make_optimizer(model: Module, config: RunOptions) -> AdamW:
+    """AdamW with the options' weight decay, or this process's share of it."""
+    processes = distributed.current()
+    if config.shard_optimizer and processes.size > 1:
+        return ShardedAdamW(processes, model, config.lr, weight_decay=config.weight_decay)
+    return AdamW(model, config.lr, weight_decay=config.weight_decay)
 
 
 def _run(run: RunFolder, progress: bool, callback: Log | None) -> Module:
-    task, config = run.task, run.config
+    task, config, processes = run.task, run.config, distributed.current()
+    config.check_division()
     if config.resume is not None:
         run.reopen()
         if run.is_finished():
@@ -70,39 +110,42 @@ def _run(run: RunFolder, progress: bool, callback: Log | None) -> Module:
     else:
         run.check_new()
         task.check()
-    device = open_device(config.device, config.dtype, config.gpu_memory)
-    task.load(run.folder, run.about)
+    device = open_run_device(config)
+    in_turn(processes, lambda: task.load(run.folder, run.about))
     config = task.config
     model = task.model().to(device)
-    optimizer = AdamW(model, config.lr, weight_decay=config.weight_decay)
+    optimizer = make_optimizer(model, config)
     keep_memory()
     run.start(model, optimizer)
     optimizer.reserve()
     try:
-        with open_logs(config.log, run.folder, run.about) as log, _signals() as check, autocast(config.dtype):
+        names = config.log if run.leads else ()
+        with open_logs(names, run.folder, run.about) as log, _signals() as check, autocast(config.dtype):
+            processes.gather()  # all have come so far: from here on an exception is followed by a checkpoint
             logs = [each for each in (run, log, callback) if each is not None]
             _train(run, logs, check, progress)
     except OSError as error:
-        remedy = f"free some space, then continue with {config.command} --resume {run.folder}"
+        remedy = f"free some space, then continue with {config.resuming(run.folder)}"
         raise OSError(f"{error}: {remedy}") from error
-    for lines in (task.conclusion(run.history[-1]), run.summary()):
-        if lines:
-            say(lines)
+    if run.leads:
+        for lines in (task.conclusion(run.history[-1]), run.summary()):
+            if lines:
+                say(lines)
     return model
 
 
 def _train(run: RunFolder, logs: list[Log], check: Check, progress: bool) -> None:
     """Run the remaining steps and save the last complete one, however they end; see ``run_task``."""
     try:
-        _steps(run, logs, check, progress)
+        with distributed.current().agreed():
+            _steps(run, logs, check, progress)
     except _Stopped as stop:
         where = run.save()
-        command = f"{run.config.command} --resume {run.folder}"
-        said = f"stopped after step {run.step}; {command} continues from {where}"
-        raise KeyboardInterrupt(stop.args[0], said) from None
+        said = f"stopped after step {run.step}; {run.config.resuming(run.folder)} continues from {where}"
+        raise KeyboardInterrupt(stop.args[0], said) from stop
     except FloatingPointError as error:
         where = run.save()
-        raise FloatingPointError(f"{error}; the weights after step {run.step} are in {where}") from None
+        raise FloatingPointError(f"{error}; the weights after step {run.step} are in {where}") from error
     except (MemoryError, OSError) as error:
         error.__traceback__ = None  # it references the step's arrays, and saving needs memory
         if run.is_between_updates():
@@ -116,6 +159,7 @@ def _steps(run: RunFolder, logs: list[Log], check: Check, progress: bool) -> Non
     task, config, tokens_before, seconds = run.task, run.config, run.tokens, 0.0
     lr_at = warmup_cosine(config.lr, config.initial_lr, config.min_lr, config.warmup_steps, config.steps)
     options = dict(micro_batch=config.at_once, clip=config.clip, seed=config.seed, check=check)
+    options["replicas"] = run.replicas
 
     def is_evaluated(step: int) -> bool:
         return step % task.eval_every == 0 or step == config.steps
@@ -143,7 +187,8 @@ def _steps(run: RunFolder, logs: list[Log], check: Check, progress: bool) -> Non
             record["mean_tokens_per_s"] = round((record["tokens"] - tokens_before) / seconds, 1)
             record["peak_memory"] = peak_memory(pick_device(config.device))
         evaluate_and_log(record)
-        run.save_if_due()
+        if run.is_due():
+            run.save()
         check()
 
 
@@ -157,7 +202,7 @@ def _evaluation(task: Task, model: Module, step: int, check: Check) -> dict:
                 raise FloatingPointError(
                     f"after step {step} the {key} is {value}: start again with a smaller --lr or --clip"
                 )
-        sample = task.sample(model, step, check, final)
+        sample = task.sample(model, step, check, final) if distributed.current().rank == 0 else None
     return found if sample is None else found | {"sample": sample}
 
 
@@ -186,14 +231,14 @@ def _out_of_memory(run: RunFolder, error: MemoryError) -> str:
     said = what_to_try(run.config, error)
     if not run.about:  # there is no run yet
         return said
-    command = " ".join([f"{run.config.command} --resume {run.folder}", *run.config.smaller_micro_batch])
+    command = " ".join([run.config.resuming(run.folder), *run.config.smaller_micro_batch])
     saved = checkpoints(run.folder)
     if not saved:
         return f"{said}; {command} starts again"
     return f"{said}; {command} continues from the checkpoint {saved[-1]}"
 
 
-class _Stopped(Exception):
+class _Stopped(KeyboardInterrupt):
     """A signal was received; its number is the argument."""
 
 

@@ -58,13 +58,13 @@ RUN_CONFIG, SAMPLES, LOCK = "config.json", "samples.txt", "lock"
 
 
 def begun_config(folder: Path, options: type[RunOptions] = TrainConfig) -> RunOptions:
-    """The options to resume the run in a folder with: those it was started with.
+    """The options to resume the run in a folder with: those it was started with, in one process.
 
     Raises ``Error`` if the folder is not a run's, if its task is not that of ``options``, or if its
     config.json is damaged.
     """
-    begun = options.from_json(_read_about(folder, options.task)["train"])
-    return replace(begun, out=folder, resume=folder)
+    begun = _read_about(folder, options.task)["train"] | {"distributed": None, "shard_optimizer": False}
+    return replace(options.from_json(begun), out=folder, resume=folder)
 
 
 def begun_task(folder: Path) -> str:
@@ -97,6 +97,8 @@ class RunFolder:
     and removes older ones. The folder is locked until ``close``.
     """
 
+    leads, replicas = True, None  # of several processes (``shared_run.py``)
+
     def __init__(self, task: Task):
         self.task = task
         self.folder = self.config.resume or self.config.out or new_folder(task.name)
@@ -105,9 +107,8 @@ class RunFolder:
         self.state: dict = {}  # checkpoint.json of the checkpoint to resume from
         self.step = self.tokens = 0  # completed steps, and the tokens trained on
         self.loss_scale = LossScale() if self.config.dtype == "float16" else NoLossScale()
-        self._lock = None
         self._saved_at = self._plotted_at = time.monotonic()
-        self._plotting = 0.0  # seconds that the last picture took
+        self._lock, self._plotting = None, 0.0  # the last picture took so many seconds
 
     @property
     def config(self) -> RunOptions:
@@ -254,10 +255,9 @@ class RunFolder:
         if not self.state:
             say(f"{self.folder} has no checkpoint yet: the run starts again")
             return
-        folder, config = checkpoint_folder(self.folder, self.step), self.config
-        say(f"resuming from {folder}, after step {self.step:,} of {config.steps:,}")
-        device, load_weights = pick_device(config.device), self.task.load_weights
-        load_checkpoint(folder, self.state, self.model, self.optimizer, device, load_weights)
+        folder, device = checkpoint_folder(self.folder, self.step), pick_device(self.config.device)
+        say(f"resuming from {folder}, after step {self.step:,} of {self.config.steps:,}")
+        load_checkpoint(folder, self.state, self.model, self.optimizer, device, self.task.load_weights)
         if "loss_scale" in self.state:
             self.loss_scale.load_state_dict(self.state["loss_scale"])
         here, there = self._machine(), self.state["machine"]
@@ -340,14 +340,14 @@ class RunFolder:
 
     # Checkpoints
 
-    def save_if_due(self) -> None:
+    def is_due(self) -> bool:
+        """Whether to write a checkpoint of the last step."""
         step, every, minutes = self.step, self.config.checkpoint_every, self.config.checkpoint_minutes
         by_time = 0 < minutes <= (time.monotonic() - self._saved_at) / 60
         by_steps = every is not None and (
             step % every == 0 or best_record(self.history, "val_loss") is self.history[-1]
         )
-        if step == self.config.steps or by_steps or by_time:
-            self.save()
+        return step == self.config.steps or by_steps or by_time
 
     def save(self) -> Path:
         """Write the checkpoint of the last step, unless it exists; returns its folder.

@@ -10,8 +10,6 @@ import shutil
 from dataclasses import fields, replace
 from pathlib import Path
 
-import numpy as np
-
 from tinyllm.data.token_file import tokenizer_sha256
 from tinyllm.errors import Error
 from tinyllm.files import open_regular, read_file
@@ -19,6 +17,7 @@ from tinyllm.models import LanguageModel, ModelConfig, empty_model
 from tinyllm.tokenizers import Tokenizer
 from tinyllm.tokenizers.base import FILE_NAME
 from tinyllm.tokenizers.huggingface import TokenizersTokenizer
+from tinyllm.training.checkpoint import hash_weights
 from tinyllm.training.config import CONFIG_NAMES, TrainConfig, flag
 from tinyllm.training.metrics import METRICS
 from tinyllm.training.run_folder import begun_config
@@ -104,12 +103,8 @@ def with_dropout(model: LanguageModel, dropout: float) -> LanguageModel:
 
 def describe_start(source: str, model: LanguageModel) -> dict:
     """What config.json records: the source, the path of its weights, and the SHA-256 of their numbers."""
-    digest = hashlib.sha256()
-    for name, array in model.state_dict().items():
-        digest.update(name.encode())
-        digest.update(np.ascontiguousarray(array))
     weights = find_source(source)[0]
-    return {"from": source, "weights": str(weights), "sha256": digest.hexdigest()}
+    return {"from": source, "weights": str(weights), "sha256": hash_weights(model)}
 
 
 def check_start(found: dict, begun: dict | None) -> None:

@@ -10,15 +10,18 @@ the next token at every position, except targets of -100, which are ignored. A s
 
 Only one micro-batch's activations are in memory at a time; gradients are accumulated over all of them. Each
 micro-batch divides its sum by N, not by its own number of targets. The accumulated gradient is therefore that
-of the whole batch, however targets are distributed, and ``micro_batch`` affects only memory.
+of the whole batch, however targets are distributed, and ``micro_batch`` affects only memory. For the same
+reason several processes can share the micro-batches (``data_parallel.py``).
 """
 
+import itertools
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple
 
 import numpy as np
 
+from tinyllm.backend import distributed
 from tinyllm.backend.random import manual_seed
 from tinyllm.errors import Error
 from tinyllm.nn import Module, evaluating
@@ -56,6 +59,29 @@ def do_nothing() -> None:
     """A check that never interrupts."""
 
 
+class Alone:
+    """What several processes do together in a step (``data_parallel.py``), for a single one."""
+
+    def deal(self, batch: tuple, size: int) -> Iterator[tuple[int, tuple]]:
+        """(its first row, its arrays) of each micro-batch of ``size`` rows that this process computes."""
+        for first in range(0, len(batch[0]), size):
+            yield first, tuple(array[first : first + size] for array in batch)
+
+    def all_losses(self, losses: list[float]) -> list[float]:
+        """The losses of all micro-batches of the batch, in order, from those of this process."""
+        return losses
+
+    def clip_grad_norm(self, optimizer: AdamW, max_norm: float, check: Check) -> float:
+        """Sum the gradients of all processes, clip them by their norm, call ``check``; returns the norm."""
+        norm = clip_grad_norm(optimizer.parameters, max_norm)
+        check()
+        return norm
+
+    def update(self, optimizer: AdamW) -> None:
+        """Update the parameters on all processes."""
+        optimizer.step()
+
+
 def training_step(
     model: Module,
     optimizer: AdamW,
@@ -68,24 +94,24 @@ def training_step(
     seed: int = 0,
     step: int = 0,
     check: Check = do_nothing,
+    replicas: Alone | None = None,
 ) -> StepResult:
     """Update the model's parameters once, from one batch.
 
     ``loss_fn(model, *rows, num_targets=N)`` is the loss of some rows: a sum over them, divided by N. Dropout
     masks depend on ``seed`` and ``step``. ``check()`` is called before each micro-batch and before the
-    update; an exception that it raises interrupts the step.
+    update; an exception that it raises interrupts the step. ``replicas`` shares it with other processes.
     """
-    loss_scale = loss_scale or NoLossScale()
+    loss_scale, replicas = loss_scale or NoLossScale(), replicas or Alone()
     try:
         loss = accumulate_gradients(
-            model, batch, num_targets, loss_fn, micro_batch, loss_scale, seed, step, check
+            model, batch, num_targets, loss_fn, micro_batch, loss_scale, seed, step, check, replicas
         )
         loss_scale.unscale(optimizer.parameters)
-        grad_norm = clip_grad_norm(optimizer.parameters, clip)
-        check()
+        grad_norm = replicas.clip_grad_norm(optimizer, clip, check)
         finite = math.isfinite(loss) and math.isfinite(grad_norm)
         if finite:
-            optimizer.step()
+            replicas.update(optimizer)
         if math.isfinite(loss):  # otherwise a smaller scale would not help
             loss_scale.update(finite)
     finally:
@@ -104,21 +130,21 @@ def accumulate_gradients(
     seed: int,
     step: int,
     check: Check = do_nothing,
+    replicas: Alone | None = None,
 ) -> float:
-    """Add ∂L/∂θ, times the loss scale, to the ``.grad`` of every parameter; returns L."""
-    losses = []
-    rows = len(batch[0])
-    for first in range(0, rows, micro_batch or rows):
+    """Add ∂L/∂θ, times the loss scale, to the ``.grad`` of every parameter; returns L.
+
+    With ``replicas``, the gradient is that of this process's micro-batches, and L that of all.
+    """
+    losses, replicas = [], replicas or Alone()
+    for first, rows in replicas.deal(batch, micro_batch or len(batch[0])):
         check()
         manual_seed(seed, step, first)
-        part = (array[first : first + (micro_batch or rows)] for array in batch)
-        loss = loss_fn(model, *part, num_targets=num_targets)
+        loss = loss_fn(model, *rows, num_targets=num_targets)
         loss.backward(loss_scale.seed(loss))
         losses.append(loss)
-    total = 0.0
-    for loss in losses:  # only now: ``item`` waits for a GPU, which otherwise computes asynchronously
-        total += loss.item()
-    return total
+    # Only now: ``item`` waits for a GPU, which otherwise computes asynchronously.
+    return sum(replicas.all_losses([loss.item() for loss in losses]))
 
 
 def evaluate(
@@ -130,14 +156,18 @@ def evaluate(
 ) -> float:
     """The mean loss of the targets in all ``batches``, in eval mode and without gradients.
 
-    ``check()`` is called before every batch; an exception that it raises interrupts the evaluation.
+    ``check()`` is called before every batch; an exception that it raises interrupts the evaluation. Several
+    processes take the batches in turn. All of them must call this, and all get the same number.
     """
-    total, targets = 0.0, 0
+    processes, sums, targets = distributed.current(), [], 0
     with evaluating(model), no_grad():
-        for batch in batches:
-            check()
-            total += loss_fn(model, *batch, num_targets=1).item()
-            targets += count(batch)
-    if targets == 0:
+        for number, batch in enumerate(batches):
+            if number % processes.size == processes.rank:
+                check()
+                sums.append(loss_fn(model, *batch, num_targets=1).item())
+                targets += count(batch)
+    sums, targets = zip(*processes.gather((sums, targets)))
+    if sum(targets) == 0:
         raise Error("the batches have no targets to evaluate: give some that are not -100")
-    return total / targets
+    in_order = itertools.chain(*itertools.zip_longest(*sums, fillvalue=0.0))
+    return sum(in_order) / sum(targets)
