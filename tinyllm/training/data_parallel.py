@@ -128,8 +128,8 @@ def all_shares(
         part = own(bucket)
         whole = np.empty((processes.size, len(bucket)), part.dtype, like=part)
         processes.all_gather(part, whole)
-        for owner, theirs in enumerate(whole):
-            yield cut.start(owner) + bucket.start, theirs
+        for owner in range(processes.size):
+            yield cut.start(owner) + bucket.start, whole[owner]
 
 
 class Shares:

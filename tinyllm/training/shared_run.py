@@ -113,7 +113,7 @@ class SharedRun(RunFolder):
         """Raise ``Error`` if one of these facts differs between the processes."""
         first, *others = self.processes.gather(here)
         for rank, there in enumerate(others, 1):
-            for name in first.keys() | there.keys():
+            for name in (*first, *there):
                 if there.get(name) != first.get(name):
                     found = f"{name} is {there.get(name)} on {self.processes.name(rank)}"
                     raise Error(f"{found} and {first.get(name)} on process 0: make them equal")
