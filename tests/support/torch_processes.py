@@ -1,7 +1,7 @@
 """The twin of ``support.processes``: the same steps in PyTorch, in processes joined by ``torch.distributed``.
 
-As a program (``python -m support.torch_processes FOLDER``) this is one of the processes. Gradients are summed by
-an all-reduce of gloo; loss, clipping and optimizer are PyTorch's.
+As a program (``python -m support.torch_processes FOLDER``) this is one of the processes. Gradients are summed
+by an all-reduce of gloo; loss, clipping and optimizer are PyTorch's.
 """
 
 import os
@@ -55,7 +55,8 @@ def main(folder: Path) -> None:
         found = trained(Job(model, dropout=False), rank, size)
         if rank == 0:
             np.savez(folder / f"{model}.npz", **found)
-    torch.distributed.destroy_process_group()
+    torch.distributed.barrier()
+    os._exit(0)  # gloo's threads abort a process whose peer has left before
 
 
 if __name__ == "__main__":

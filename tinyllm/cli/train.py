@@ -9,9 +9,10 @@ from typing import Annotated
 
 import tyro
 
+from tinyllm.backend import distributed
 from tinyllm.cli.options import did_you_mean, option, parse_options, readable
 from tinyllm.errors import Error
-from tinyllm.tools.profile import profile
+from tinyllm.tools.profile import Profile, profile
 from tinyllm.training.config import PRESETS, TrainConfig
 from tinyllm.training.run import what_to_try
 from tinyllm.training.run_folder import begun_config
@@ -46,9 +47,20 @@ def run(config: TrainConfig) -> None:
         train(config)
         return
     try:
-        print(profile(*parts_of_a_step(config)))
+        found = profile(*parts_of_a_step(config))
+        if distributed.is_first():
+            print(found)
+            print(communication(found), end="")
     except MemoryError as error:
         raise MemoryError(what_to_try(config, error)) from None
+
+
+def communication(found: Profile) -> str:
+    """How long several processes exchange arrays in a step; the rest is computing and waiting."""
+    moved = sum(row.seconds for row in found.rows if row.place in ("reduce-scatter", "all-gather"))
+    return (
+        f"communication {1000 * moved:,.1f} ms ({moved / found.seconds:.0%} of the step)\n" if moved else ""
+    )
 
 
 def preset(name: str) -> TrainConfig:

@@ -98,12 +98,20 @@ class Replicas(Alone):
         return norm
 
     def update(self, optimizer: AdamW) -> None:
+        for part in self.parts_of_update(optimizer).values():
+            part()
+
+    def parts_of_update(self, optimizer: AdamW) -> dict[str, Callable[[], None]]:
+        """What ``update`` does, in order."""
         if isinstance(optimizer, ShardedAdamW):
-            optimizer.step()
-            self.spread(self._vector([parameter.data for parameter in self._parameters]))
-        else:
-            self.spread(self._gradients())
-            optimizer.step()
+            parameters = self._vector([parameter.data for parameter in self._parameters])
+            return {"AdamW": optimizer.step, "all-gather": lambda: self.spread(parameters)}
+        return {"all-gather": lambda: self.spread(self._gradients()), "AdamW": optimizer.step}
+
+    def parts(self, optimizer: AdamW, max_norm: float) -> dict[str, Callable[[], object]]:
+        """What follows the gradients in a step, in order, as functions to profile."""
+        summing = {"reduce-scatter": self.sum_gradients, "clip_grad_norm": lambda: self.clip(max_norm)}
+        return summing | self.parts_of_update(optimizer)
 
     def spread(self, vector: Vector) -> None:
         """All-gather: every process gets every other's share of the vector."""

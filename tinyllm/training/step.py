@@ -17,6 +17,7 @@ reason several processes can share the micro-batches (``data_parallel.py``).
 import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -80,6 +81,11 @@ class Alone:
     def update(self, optimizer: AdamW) -> None:
         """Update the parameters on all processes."""
         optimizer.step()
+
+    def parts(self, optimizer: AdamW, max_norm: float) -> dict[str, Callable[[], object]]:
+        """What follows the gradients in a step, in order, as functions to profile."""
+        clipped = partial(self.clip_grad_norm, optimizer, max_norm, do_nothing)
+        return {"clip_grad_norm": clipped, "AdamW": optimizer.step}
 
 
 def training_step(

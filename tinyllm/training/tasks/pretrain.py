@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from tinyllm.backend.device import open_device
+from tinyllm.backend import distributed
 from tinyllm.backend.memory import keep_memory
 from tinyllm.data.batches import Batches, Windows
 from tinyllm.data.corpus import (
@@ -25,14 +25,16 @@ from tinyllm.data.token_file import tokenize_corpus
 from tinyllm.errors import Error
 from tinyllm.inference.generate import generate
 from tinyllm.nn import Module, initialize_as_torch
-from tinyllm.optim import AdamW, NoLossScale, clip_grad_norm
+from tinyllm.optim import NoLossScale
 from tinyllm.tokenizers import END_OF_TEXT, BPETokenizer, CharTokenizer, Tokenizer, load_tokenizer, train_bpe
 from tinyllm.tokenizers.base import check_fits
 from tinyllm.tokenizers.bpe import parse_bpe
 from tinyllm.training import baselines
 from tinyllm.training.config import TrainConfig, check_writable
+from tinyllm.training.data_parallel import Replicas
 from tinyllm.training.loggers import Log, number, say
-from tinyllm.training.run import run_task
+from tinyllm.training.run import make_optimizer, open_run_device, run_task
+from tinyllm.training.shared_run import in_turn
 from tinyllm.training.start import (
     check_architecture,
     check_start,
@@ -42,7 +44,7 @@ from tinyllm.training.start import (
     save_tokenizer,
     starting_model,
 )
-from tinyllm.training.step import Check, accumulate_gradients, count_targets, do_nothing, evaluate
+from tinyllm.training.step import Alone, Check, accumulate_gradients, count_targets, do_nothing, evaluate
 from tinyllm.training.tasks.base import Task
 from tinyllm.weights.runs import checkpoints
 
@@ -381,15 +383,16 @@ def parts_of_a_step(config: TrainConfig) -> tuple[Module, dict[str, Callable[[],
     """
     task = Pretraining(config)
     task.check()
-    device = open_device(config.device, config.dtype, config.gpu_memory)
-    task.load(Path(), {})
+    config.check_division()
+    device, processes = open_run_device(config), distributed.current()
+    in_turn(processes, lambda: task.load(Path(), {}))
     model, batch = task.model().to(device), task.batch_at(0)
     keep_memory()
-    optimizer, scale = AdamW(model, config.lr, weight_decay=config.weight_decay), NoLossScale()
-    how = (task.loss, config.at_once, scale, config.seed, 0)
+    optimizer = make_optimizer(model, config)
+    replicas = Replicas(processes, optimizer) if processes.size > 1 else Alone()
+    how = (task.loss, config.at_once, NoLossScale(), config.seed, 0, do_nothing, replicas)
     return model, {
         "gradients": lambda: accumulate_gradients(model, batch, count_targets(batch), *how),
-        "clip_grad_norm": lambda: clip_grad_norm(optimizer.parameters, config.clip),
-        "AdamW": optimizer.step,
+        **replicas.parts(optimizer, config.clip),
         "zero_grad": optimizer.zero_grad,
     }
