@@ -15,6 +15,7 @@ KNOWN = {
     "parity/bench/cuda/report.py": 1,
     "parity/bench/process.py": 2,
     "parity/durability/kill.py": 1,
+    "parity/durability/processes.py": 1,
     "tinyllm/tokenizers/chat_template.py": 1,
     "tinyllm/weights/wheels.py": 1,
 }

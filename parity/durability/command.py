@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from parity import tables
+from parity.durability.processes import launcher
 from parity.options import check_at_least, check_installed, check_writable, write_json
 from tinyllm.errors import Error
 
@@ -23,6 +24,7 @@ class Reliability:
     flips: int | None = None  # bits of a checkpoint to flip; default 160, with --large 2,000
     cases: int | None = None  # broken files to read; default 950, with --large 10,000
     checkpoint_124m: bool = False  # also time a checkpoint of GPT-2 124M; needs 3 GB of memory
+    processes: int | None = None  # also kill one of so many processes of a run; needs mpi4py and mpiexec
     seed: int = 0  # seed of the random choices
     keep: Path | None = None  # folder to which failed runs and files are copied
     json: Path | None = None  # also write the complete result to this file
@@ -42,9 +44,12 @@ class Reliability:
         if self.write:
             tables.check_page(tables.PAGE, "reliability")
         check_installed("reliability", ("gguf", "sentencepiece", "tokenizers"))
+        if self.processes is not None:
+            check_at_least(2, "processes", self.processes)
+            launcher()
         from parity.durability import reliability
 
-        rows = reliability.proofs(**sizes, seed=self.seed, keep=self.keep)
+        rows = reliability.proofs(**sizes, seed=self.seed, keep=self.keep, processes=self.processes)
         result = reliability.report(rows, self.seed, costs=self.large or self.checkpoint_124m)
         write_json(self.json, result)
         if reliability.failed(result):

@@ -51,11 +51,11 @@ def kill(tries: int, seed: int = 0, keep: str | Path | None = None) -> Iterator[
         whole = _never_killed(Path(place) / "whole")
         run, kills = Path(place) / "run-1", 0
         while kills or figures.tries < tries:
-            before = _unfinished(run)
+            before = unfinished(run)
             code, output, _ = _run(_command(run), *_death(figures.tries, tries, whole, rng))
             if code == KILLED:
                 figures.tries, kills = figures.tries + 1, kills + 1
-                figures.counts[INSIDE] += bool(_unfinished(run) - before)
+                figures.counts[INSIDE] += bool(unfinished(run) - before)
                 problem = damage(run)
                 bar.update()
             elif code == 0:
@@ -112,7 +112,7 @@ def _command(run: Path) -> list[str]:
     return ["train", *(f"--{name.replace('_', '-')}={value}" for name, value in options.items())]
 
 
-def _unfinished(run: Path) -> set[tuple[str, int]]:
+def unfinished(run: Path) -> set[tuple[str, int]]:
     """The partly written checkpoints that dead processes left: names and times."""
     return {(path.name, path.stat().st_mtime_ns) for path in run.glob(f"{SAVING}step-*")}
 

@@ -21,6 +21,7 @@ import numpy as np
 from parity import tables
 from parity.bench import process
 from parity.durability import disk, kill
+from parity.durability.processes import kill_processes
 from parity.fuzz import harness
 from parity.fuzz.targets import TARGETS
 from tinyllm.models import GPT2, GPT2Config
@@ -56,9 +57,18 @@ class Row:
         return tables.line((self.proof, f"{self.tries:,}", outcome, f"{len(self.failures):,}"))
 
 
-def proofs(kills: int, flips: int, cases: int, seed: int = 0, keep: Path | None = None) -> Iterator[Row]:
+def proofs(
+    kills: int,
+    flips: int,
+    cases: int,
+    seed: int = 0,
+    keep: Path | None = None,
+    processes: int | None = None,
+) -> Iterator[Row]:
     """Yield the row of every fault as soon as it is complete; copy failed runs and files to ``keep``."""
-    of_runs = itertools.chain(kill.kill(kills, seed, keep), disk.failing_disk(), disk.bit_flips(flips, seed))
+    of_several = kill_processes(kills, processes, seed) if processes else ()
+    of_one = kill.kill(kills, seed, keep), disk.failing_disk(), disk.bit_flips(flips, seed)
+    of_runs = itertools.chain(of_several, *of_one)
     for name, found in of_runs:
         yield Row(name, found.tries, dict(found.counts), found.failures)
     for name, found in harness.fuzz_all(TARGETS, cases, seed, keep):

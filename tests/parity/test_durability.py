@@ -16,9 +16,11 @@ from parity.durability import disk
 from parity.durability import kill as killing
 from parity.durability.disk import bit_flips, failing_disk
 from parity.durability.kill import kill
+from parity.durability.processes import kill_processes, launcher
 from parity.durability.runs import Figures
 from parity.fuzz.targets import TARGETS
 from tinyllm import GPT2Config
+from tinyllm.errors import Error
 from tinyllm.training import checkpoint
 from tinyllm.weights.runs import checkpoints
 
@@ -70,6 +72,27 @@ def test_every_flipped_bit_is_detected():
     assert [name.removeprefix("a bit of ") for name in results] == PARTS
     assert sum(figures.tries for figures in results.values()) == 12
     assert {figures.tries for figures in results.values()} == {1, 2}
+
+
+def test_runs_of_several_processes_recover_from_kill_9_of_one():
+    skip_without_mpi()
+    ((name, figures),) = passed(kill_processes(2)).items()
+    assert name == "kill -9 of one of 2 processes"
+    assert figures.tries == 2
+
+
+@pytest.mark.torture
+def test_forty_kills_of_one_of_several_processes():
+    skip_without_mpi()
+    figures = passed(kill_processes(40, options=("--shard-optimizer",)))["kill -9 of one of 2 processes"]
+    assert figures.tries == 40
+
+
+def skip_without_mpi():
+    try:
+        launcher()
+    except Error as error:
+        pytest.skip(str(error))
 
 
 @pytest.mark.torture
@@ -196,7 +219,7 @@ def reliability():
 def test_table_failures_and_exit_code(reliability, monkeypatch, tmp_path, capsys):
     sizes = []
 
-    def proofs(kills, flips, cases, seed, keep):
+    def proofs(kills, flips, cases, seed, keep, processes):
         sizes.append((kills, flips, cases, seed, keep))
         yield reliability.Row("kill -9", 1000, {"recovered": 1000, "runs": 90}, [])
         yield reliability.Row("a bit of x", 2, {"detected": 2 - len(broken)}, broken)
