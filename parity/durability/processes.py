@@ -5,6 +5,7 @@ As a program (``python -m parity.durability.processes``) this is one of those pr
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import os
 import re
@@ -128,7 +129,7 @@ def _run(arguments: list[str], processes: int, death: Death | None) -> tuple[int
         started = time.perf_counter()
         if death.seconds is not None and death.rank in pids:
             time.sleep(death.seconds)
-            if process.poll() is None:
+            with contextlib.suppress(ProcessLookupError):  # it has finished
                 os.kill(pids[death.rank], KILL)
         limit = TIMEOUT if death.seconds is None else SECONDS_TO_END
         try:

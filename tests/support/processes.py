@@ -19,6 +19,7 @@ import pytest
 
 from tinyllm import GPT2, GPT2Config, Llama, LlamaConfig
 from tinyllm.backend import distributed
+from tinyllm.backend.device import to_device
 from tinyllm.backend.random import manual_seed
 from tinyllm.optim import AdamW, NoLossScale, clip, warmup_cosine
 from tinyllm.training import step as of_a_step
@@ -81,13 +82,17 @@ def batch_at(step: int):
     return ids, targets
 
 
-def trained(job: Job, processes=None) -> dict[str, np.ndarray]:
-    """Losses, gradient norms, the weights' SHA-256 after every step, and the last weights."""
+def trained(job: Job, processes=None, put=None) -> dict[str, np.ndarray]:
+    """Losses, gradient norms, the weights' SHA-256 after every step, and the last weights.
+
+    ``put`` moves an array to the device on which to train.
+    """
     model = start(job)
-    shared = processes is not None
+    for parameter in model.parameters() if put else ():
+        parameter.replace(put(parameter.data))
     options = dict(lr=1e-2, weight_decay=0.1)
     optimizer = ShardedAdamW(processes, model, **options) if job.shard else AdamW(model, **options)
-    replicas = Replicas(processes, optimizer) if shared else None
+    replicas = Replicas(processes, optimizer) if processes else None
     data = (batch_at if job.fault != "a step behind" or processes.rank == 0 else a_step_behind), count_targets
     lr_at = warmup_cosine(1e-2, 1e-4, 1e-3, 5, STEPS)
     found = {"losses": [], "norms": [], "hashes": []}
@@ -101,7 +106,7 @@ def trained(job: Job, processes=None) -> dict[str, np.ndarray]:
             found["hashes"].append(hash_weights(model))
     found["averages"] = sum(state[1].size for state in optimizer.state.values())
     return {name: np.array(value) for name, value in found.items()} | {
-        f"weight {name}": parameter.data for name, parameter in model.named_parameters()
+        f"weight {name}": to_device(parameter.data, "cpu") for name, parameter in model.named_parameters()
     }
 
 
