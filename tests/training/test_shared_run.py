@@ -5,9 +5,12 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 
 import numpy as np
 import pytest
+from support.chat_model import write_model
+from support.instructions import options, write_parts
 from support.processes import environment, launched, mpiexec, tinyllm
 from support.runs import RHYME, left, records, same_arrays, tiny, weights
 
@@ -16,7 +19,9 @@ from tinyllm.backend import distributed
 from tinyllm.errors import Error
 from tinyllm.training.checkpoint import verify
 from tinyllm.training.config import TrainConfig
+from tinyllm.training.run import run_task
 from tinyllm.training.run_folder import begun_config
+from tinyllm.training.tasks.instruct import InstructionTuning, InstructOptions
 from tinyllm.training.tasks.pretrain import train
 from tinyllm.weights.runs import checkpoints, last_checkpoint
 
@@ -27,10 +32,18 @@ OPTIONS = dict(micro_batch=2, dtype="float64", checkpoint_every=1, keep=9, clip=
 
 def several(text, out, **changes):
     """The options of ``tiny`` that suit up to four processes, as arguments."""
-    options = tiny(text, out, **OPTIONS | changes).to_json()
-    default = TrainConfig().to_json()
-    given = {name: value for name, value in options.items() if value != default[name]}
-    return ["train", *(f"--{name.replace('_', '-')}={value}" for name, value in given.items())]
+    return ["train", *as_arguments(tiny(text, out, **OPTIONS | changes), TrainConfig())]
+
+
+def as_arguments(config, default):
+    """The options that differ from the default's."""
+    options, others = config.to_json(), default.to_json()
+    given = []
+    for name, value in options.items():
+        if value != others[name]:
+            values = value if isinstance(value, tuple) else [value]
+            given += [f"--{name.replace('_', '-')}", *map(str, values)]
+    return given
 
 
 @pytest.fixture(scope="module")
@@ -113,6 +126,28 @@ def test_a_run_is_resumed_on_other_numbers_of_processes(one, text, tmp_path, qui
         if end < 6:
             undo(out, end)
     check_same_run(out, one)
+
+
+@pytest.mark.parametrize("trains", ["lora", "all"])
+def test_fine_tuning_of_two_processes_is_that_of_one(quick, tmp_path, trains):
+    """With examples of different lengths, dropout, a smaller last batch, and a checkpoint of the adapter."""
+    (tmp_path / "model").mkdir()
+    files = write_model(tmp_path / "model"), write_parts(tmp_path / "data")
+    changes = dict(train=trains, dtype="float64", dropout=0.1, batch=4, micro_batch=1)
+    config = options(*files, tmp_path / "one", **changes)
+    run_task(InstructionTuning(config), progress=False)
+    arguments = as_arguments(replace(config, out=tmp_path / "two"), InstructOptions(model="", data=""))
+    done = tinyllm(2, "finetune", "--task", "instruct", *arguments, "--shard-optimizer")
+    assert done.returncode == 0, done.stderr
+    ours, theirs = records(tmp_path / "two"), records(tmp_path / "one")
+    for a, b in zip(ours, theirs, strict=True):
+        for key in b.keys() & {"train_loss", "val_loss", "grad_norm"}:
+            assert a[key] == pytest.approx(b[key], rel=1e-9), (key, a["step"])
+    assert (tmp_path / "two" / "samples.txt").read_text() == (tmp_path / "one" / "samples.txt").read_text()
+    assert (
+        verify(last_checkpoint(tmp_path / "two"))["files"].keys()
+        == verify(last_checkpoint(tmp_path / "one"))["files"].keys()
+    )
 
 
 # ------------------------------------------------------------------------------------ refusals
@@ -226,6 +261,8 @@ from support.runs import no_pictures, tiny
 from tinyllm import GPT2
 from tinyllm.backend import distributed
 from tinyllm.training import checkpoint
+from tinyllm.training.run import run_task
+from tinyllm.training.tasks.instruct import InstructionTuning, InstructOptions
 from tinyllm.training.tasks.pretrain import train
 
 text, place = map(Path, sys.argv[1:])
