@@ -13,6 +13,7 @@ from support.chat_model import write_model
 from support.instructions import options, write_parts
 from support.processes import environment, launched, mpiexec, tinyllm
 from support.runs import RHYME, left, records, same_arrays, tiny, weights
+from support.suite import ROOT
 
 from tinyllm import cli
 from tinyllm.backend import distributed
@@ -365,3 +366,44 @@ def test_a_signal_reaches_all_and_one_checkpoint_is_written(text, tmp_path, whom
     assert f"step-{verify(saved)['step']:06}" == saved.name
     assert verify(saved)["step"] == records(out)[-1]["step"]
     assert f"--resume {out} --distributed mpi" in said
+
+
+# ------------------------------------------------------------------------------------- the page
+
+DIES = """#!{python}
+import os, signal, sys, threading, time
+from pathlib import Path
+sys.path[:0] = {path!r}
+from tinyllm import cli
+
+def die(after):
+    while not Path("runs/book", f"step-{{after:06}}").exists():
+        time.sleep(0.01)
+    os.kill(os.getpid(), signal.SIGKILL)
+
+if os.environ["PMI_RANK"] == "1":
+    attempt = len(list(Path().glob("attempt-*")))
+    Path(f"attempt-{{attempt}}").touch()
+    if attempt < 2:
+        threading.Thread(target=die, args=(2 * attempt + 1,), daemon=True).start()
+sys.exit(cli.main())
+"""
+
+
+@pytest.mark.processes
+def test_the_pages_loop_resumes_until_the_run_is_done(text, two, tmp_path):
+    page = (ROOT / "tinyllm" / "training" / "README.md").read_text(encoding="utf-8")
+    script = page.split("<!-- retry -->\n```sh\n")[1].split("```")[0]
+    options = [word for word in several(text, "runs/book") if not word.startswith(("--text", "--out"))]
+    given = " ".join(f"'{word}'" for word in options[1:] if word not in (str(text), "runs/book"))
+    script = script.replace("-n 8", "-n 2").replace("sleep 5", "sleep 0")
+    script = script.replace("--text book.txt --out runs/book", f"--text {text} --out runs/book {given}")
+    program = tmp_path / "bin" / "tinyllm"
+    program.parent.mkdir()
+    program.write_text(DIES.format(python=sys.executable, path=environment()["PYTHONPATH"].split(os.pathsep)))
+    program.chmod(0o755)
+    path = os.pathsep.join([str(program.parent), os.path.dirname(mpiexec()), os.environ["PATH"]])
+    done = subprocess.run(["sh", "-c", script], cwd=tmp_path, env=environment() | {"PATH": path}, timeout=120)
+    assert done.returncode == 0
+    assert len(list(tmp_path.glob("attempt-*"))) == 3
+    assert left(tmp_path / "runs" / "book") == left(two[0])
