@@ -14,7 +14,7 @@ from support.processes import FAULTS, MICRO_BATCH, STEPS, Job, batch_at, launche
 from tinyllm.backend.distributed import OneProcess
 from tinyllm.data.batches import Batches, Windows
 from tinyllm.errors import Error
-from tinyllm.optim import AdamW, clip_grad_norm
+from tinyllm.optim import AdamW, NoLossScale, clip_grad_norm
 from tinyllm.training.data_parallel import Replicas, ShardedAdamW, Shares, Vector
 from tinyllm.training.step import accumulate_gradients, count_targets, language_model_loss, training_step
 
@@ -214,6 +214,27 @@ def test_buckets_change_nothing(monkeypatch):
         np.testing.assert_allclose(mine.data, theirs.data, rtol=1e-13, err_msg=name)
 
 
+@pytest.mark.parametrize("sharded", [False, True])
+def test_the_parts_to_profile_are_a_step(sharded):
+    one, other = start(Job()), start(Job())
+    for model, in_parts in ((one, False), (other, True)):
+        optimizer = ShardedAdamW(OneProcess(), model) if sharded else AdamW(model)
+        replicas, batch = Replicas(OneProcess(), optimizer), batch_at(0)
+        if in_parts:
+            how = count_targets(batch), language_model_loss, MICRO_BATCH, NoLossScale(), 0, 0
+            accumulate_gradients(model, batch, *how, replicas=replicas)
+            parts = replicas.parts(optimizer, 1.0)
+            assert [*parts][:2] == ["reduce-scatter", "clip_grad_norm"]
+            assert sorted([*parts][2:]) == ["AdamW", "all-gather"]
+            for part in parts.values():
+                part()
+        else:
+            how = count_targets(batch), language_model_loss, MICRO_BATCH
+            training_step(model, optimizer, batch, *how, replicas=replicas)
+    for mine, theirs in zip(one.parameters(), other.parameters()):
+        assert np.array_equal(mine.data, theirs.data)
+
+
 def test_on_a_device_the_arrays_stay_there():
     """The strict array refuses every call that CuPy does not have."""
     here, there = start(Job(dtype="float32", dropout=False)), start(Job(dtype="float32", dropout=False))
@@ -231,7 +252,7 @@ def test_averages_are_gathered_and_loaded_again():
     model, whole = start(Job()), start(Job())
     sharded, plain = ShardedAdamW(OneProcess(), model), AdamW(whole)
     for each, optimizer in ((model, sharded), (whole, plain)):
-        accumulate_gradients(each, batch_at(0), 10, language_model_loss, 3, *no_scale(), 0, 0)
+        accumulate_gradients(each, batch_at(0), 10, language_model_loss, 3, NoLossScale(), 0, 0)
         clip_grad_norm(each, 1.0)
         optimizer.step()
     assert sharded.state["wte.weight"][1].ndim == 1
@@ -246,9 +267,3 @@ def test_averages_are_gathered_and_loaded_again():
     saved["m"]["wte.weight"] = saved["m"]["wte.weight"].T
     with pytest.raises(Error, match=r"wte\.weight"):
         again.load_state_dict(saved)
-
-
-def no_scale():
-    from tinyllm.optim import NoLossScale
-
-    return (NoLossScale(),)

@@ -151,6 +151,15 @@ def test_fine_tuning_of_two_processes_is_that_of_one(quick, tmp_path, trains):
     )
 
 
+def test_a_profile_has_the_communication(text, tmp_path):
+    done = tinyllm(2, *several(text, tmp_path / "run"), "--profile")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("A training step takes") == 1
+    for name in ("reduce-scatter", "all-gather", "communication"):
+        assert f"\n{name} " in done.stdout
+    assert not (tmp_path / "run").exists()
+
+
 # ------------------------------------------------------------------------------------ refusals
 
 
