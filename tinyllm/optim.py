@@ -91,8 +91,7 @@ class AdamW:
         for number, group in enumerate(groups):
             self._add(group, prefix=f"{number}." if len(groups) > 1 else "")
         if not self.parameters:
-            how = "pass a model or its parameters, and set requires_grad = True on those to train"
-            raise Error(f"there is no parameter to train: {how}")
+            raise Error("there is no parameter to train: set requires_grad = True on those to be trained")
         # name -> [t, m, v], created at a parameter's first step: together m and v take twice the memory of
         # the model, and until then its dtype may still change. They follow their parameter to another device.
         self.state: dict[str, list] = {}
@@ -155,13 +154,15 @@ class AdamW:
     def step(self) -> None:
         """Update every parameter that has a gradient, in place. The others keep their value and their t."""
         beta1, beta2 = self.betas
-        updated = [(name, p) for name, p in self.parameters if p.grad is not None]
-        if launch.fit_for_many([a for _, p in updated for a in (p.data, p.grad)]):
-            begun = [self._begin(name, p) for name, p in updated]
+        every = self.parameters
+        if launch.fit_for_many([a for _, p in every if p.grad is not None for a in (p.data, p.grad)]):
+            begun = [self._begin(name, p) for name, p in every if p.grad is not None]
             arrays, numbers = zip(*begun)
             launch.adamw(*zip(*arrays), numbers, self.betas)
             return
-        for name, parameter in updated:
+        for name, parameter in every:
+            if parameter.grad is None:
+                continue
             arrays, (step_size, eps, decay) = self._begin(name, parameter)
 
             def update(block, arrays=arrays, step_size=step_size, eps=eps, decay=decay):

@@ -254,7 +254,7 @@ def test_large_selects_the_large_sizes(reliability, monkeypatch, tmp_path, capsy
     monkeypatch.setattr(reliability, "proofs", lambda **sizes: [reliability.Row(f"{sizes}", 1, {}, [])])
     monkeypatch.setattr(reliability, "GPT2Config", lambda: GPT2Config(11, 8, 8, 1, 2))
     assert main(["reliability", "--large", "--kills", "5", "--keep", str(tmp_path)]) == 0
-    sizes = dict(kills=5, flips=2_000, cases=10_000, seed=0, keep=tmp_path)
+    sizes = dict(kills=5, flips=2_000, cases=10_000, seed=0, keep=tmp_path, processes=None)
     printed = capsys.readouterr().out
     assert f"| {sizes} | 1 |" in printed
     assert "| checkpoint | size | save | verify | load | resume (both) |" in printed

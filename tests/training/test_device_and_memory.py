@@ -380,7 +380,7 @@ def test_remedies_when_memory_runs_out(cupy, monkeypatch, text, tmp_path, capsys
 
 
 def test_a_profile_that_runs_out_of_memory(monkeypatch, text, tmp_path, capsys):
-    monkeypatch.setattr(tinyllm.training.tasks.pretrain, "clip_grad_norm", lambda *_: np.empty(2**59))
+    monkeypatch.setattr(tinyllm.training.step, "clip_grad_norm", lambda *_: np.empty(2**59))
     args = [*TINY, "--profile", "--text", text, "--out", str(tmp_path / "run")]
     assert main(["train", *args]) == 1
     said = capsys.readouterr().err

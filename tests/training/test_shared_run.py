@@ -1,5 +1,6 @@
 """Runs of several processes: what they leave, refusals, failures, signals and resuming."""
 
+import json
 import os
 import signal
 import subprocess
@@ -10,19 +11,19 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from support.chat_model import write_model
-from support.instructions import options, write_parts
+from support.instructions import write_parts
 from support.processes import environment, launched, mpiexec, tinyllm
 from support.runs import RHYME, left, records, same_arrays, tiny, weights
 from support.suite import ROOT
 
 from tinyllm import cli
 from tinyllm.backend import distributed
+from tinyllm.cli.finetune import TASKS
 from tinyllm.errors import Error
 from tinyllm.training.checkpoint import verify
 from tinyllm.training.config import TrainConfig
 from tinyllm.training.run import run_task
 from tinyllm.training.run_folder import begun_config
-from tinyllm.training.tasks.instruct import InstructionTuning, InstructOptions
 from tinyllm.training.tasks.pretrain import train
 from tinyllm.weights.runs import checkpoints, last_checkpoint
 
@@ -129,26 +130,42 @@ def test_a_run_is_resumed_on_other_numbers_of_processes(one, text, tmp_path, qui
     check_same_run(out, one)
 
 
-@pytest.mark.parametrize("trains", ["lora", "all"])
-def test_fine_tuning_of_two_processes_is_that_of_one(quick, tmp_path, trains):
-    """With examples of different lengths, dropout, a smaller last batch, and a checkpoint of the adapter."""
+def examples_of(task, folder):
+    """The data of a fine-tuning task, of different lengths, with a last batch that is smaller."""
+    if task == "instruct":
+        return write_parts(folder / "data")
+    if task == "classify":
+        lines = [f"{'abc' * (i % 4 + 1)} {i},{'even' if i % 2 else 'odd'}" for i in range(14)]
+        (folder / "data.csv").write_text("\n".join(["text,label", *lines]), encoding="utf-8")
+        return folder / "data.csv"
+    pairs = [
+        dict(instruction=f"say {i}", input="", chosen="y" * (i % 3 + 1), rejected="n") for i in range(14)
+    ]
+    (folder / "data.json").write_text(json.dumps(pairs), encoding="utf-8")
+    return folder / "data.json"
+
+
+@pytest.mark.parametrize(
+    ("task", "trains"), [("instruct", "lora"), ("classify", "all"), ("dpo", "lora")], ids=lambda x: x
+)
+def test_fine_tuning_of_two_processes_is_that_of_one(quick, tmp_path, task, trains):
+    """With dropout, ZeRO-1, and checkpoints of the adapter or of the whole model."""
     (tmp_path / "model").mkdir()
-    files = write_model(tmp_path / "model"), write_parts(tmp_path / "data")
-    changes = dict(train=trains, dtype="float64", dropout=0.1, batch=4, micro_batch=1)
-    config = options(*files, tmp_path / "one", **changes)
-    run_task(InstructionTuning(config), progress=False)
-    arguments = as_arguments(replace(config, out=tmp_path / "two"), InstructOptions(model="", data=""))
-    done = tinyllm(2, "finetune", "--task", "instruct", *arguments, "--shard-optimizer")
+    files = dict(model=str(write_model(tmp_path / "model")), data=str(examples_of(task, tmp_path)))
+    options, kind = TASKS[task]
+    given = dict(train=trains, dtype="float64", dropout=0.1, batch=4, micro_batch=1, steps=5, eval_every=2)
+    config = options(**files, out=tmp_path / "one", lr=1e-2, warmup=1, **given)
+    run_task(kind(config), progress=False)
+    arguments = as_arguments(replace(config, out=tmp_path / "two"), options(model="", data=""))
+    done = tinyllm(2, "finetune", "--task", task, *arguments, "--shard-optimizer")
     assert done.returncode == 0, done.stderr
     ours, theirs = records(tmp_path / "two"), records(tmp_path / "one")
     for a, b in zip(ours, theirs, strict=True):
-        for key in b.keys() & {"train_loss", "val_loss", "grad_norm"}:
+        assert a.keys() == b.keys()
+        for key in b.keys() & {"train_loss", "val_loss", "val_accuracy", "grad_norm"}:
             assert a[key] == pytest.approx(b[key], rel=1e-9), (key, a["step"])
-    assert (tmp_path / "two" / "samples.txt").read_text() == (tmp_path / "one" / "samples.txt").read_text()
-    assert (
-        verify(last_checkpoint(tmp_path / "two"))["files"].keys()
-        == verify(last_checkpoint(tmp_path / "one"))["files"].keys()
-    )
+    mine, other = (verify(last_checkpoint(tmp_path / name)) for name in ("two", "one"))
+    assert mine["files"].keys() == other["files"].keys()
 
 
 def test_a_profile_has_the_communication(text, tmp_path):
@@ -272,7 +289,6 @@ from tinyllm import GPT2
 from tinyllm.backend import distributed
 from tinyllm.training import checkpoint
 from tinyllm.training.run import run_task
-from tinyllm.training.tasks.instruct import InstructionTuning, InstructOptions
 from tinyllm.training.tasks.pretrain import train
 
 text, place = map(Path, sys.argv[1:])
