@@ -146,7 +146,12 @@ def examples_of(task, folder):
 
 
 @pytest.mark.parametrize(
-    ("task", "trains"), [("instruct", "lora"), ("classify", "all"), ("dpo", "lora")], ids=lambda x: x
+    ("task", "trains"),
+    [
+        ("instruct", "lora"),
+        pytest.param("classify", "all", marks=pytest.mark.processes),
+        pytest.param("dpo", "lora", marks=pytest.mark.processes),
+    ],
 )
 def test_fine_tuning_of_two_processes_is_that_of_one(quick, tmp_path, task, trains):
     """With dropout, ZeRO-1, and checkpoints of the adapter or of the whole model."""
