@@ -378,11 +378,12 @@ def test_every_option_can_be_given():
     assert left == {"head_bias", "resume", "start_from"}
     generate = "--prompt p --run r --model m --max-new-tokens 7 --temperature 2 --top-k 3 --top-p 0.5"
     generate += " --seed 9 --grid --special text --show-probabilities --chat --slide --no-bos --speculate s"
-    generate += " --device cuda:1 --dtype tf32 --gpu-memory 0.5"
+    generate += " --adapter a --device cuda:1 --dtype tf32 --gpu-memory 0.5"
     given = dataclasses.asdict(_parse(["generate", *generate.split()]))
     assert given == dict(
         prompt="p",
         run=Path("r"),
+        adapter="a",
         model="m",
         max_new_tokens=7,
         temperature=2.0,
