@@ -1,5 +1,9 @@
 """Steps that repeat recorded NumPy calls give the model's logits, and stop when anything changes."""
 
+import copy
+import pickle
+import sys
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import numpy as np
@@ -8,8 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.support.models import NO_DROPOUT, Wrapped
-from tinyllm import GPT2, GPT2Config, Llama, LlamaConfig, Tensor, generate, nn, no_grad
+from tinyllm import GPT2, GPT2Config, Llama, LlamaConfig, Tensor, generate, nn, no_grad, optim
+from tinyllm.errors import Error
 from tinyllm.inference.decoding import DecodingSteps, adjacent
+from tinyllm.models.cache import Cache
 from tinyllm.nn.hooks import observe
 
 SIZES = dict(vocab_size=23, hidden_size=12, intermediate_size=20, num_hidden_layers=2, num_attention_heads=4)
@@ -74,7 +80,7 @@ def test_repeated_steps_run_no_module(monkeypatch):
     call = nn.Module.__call__
 
     def counted(module, *args, **kwargs):
-        seen.append("model" if module is model else "layer")
+        seen.append("model" if isinstance(module, Llama) else "layer")
         return call(module, *args, **kwargs)
 
     monkeypatch.setattr(nn.Module, "__call__", counted)
@@ -114,11 +120,37 @@ def test_a_module_of_somebody_else_always_runs():
     np.testing.assert_array_equal(logits, expected)
 
 
-def test_a_forward_of_somebody_else_always_runs():
-    model = build(LLAMA)
-    layer = model.layers[0].mlp
-    layer.forward = lambda x: type(layer).forward(layer, x)
+@pytest.mark.parametrize("name", ["forward", "hidden_states"])
+def test_a_method_of_somebody_else_always_runs(name):
+    model, calls = build(LLAMA), []
+    method = getattr(model, name)
+    setattr(model, name, lambda *args, **kwargs: calls.append(1) or method(*args, **kwargs))
     assert decode(model)[1].plan is None
+    assert len(calls) == 21  # the prompt and every step
+
+
+@pytest.mark.parametrize("step", [0, 1, 9])
+def test_a_forward_that_is_patched_between_steps_runs(step, monkeypatch):
+    model, calls, forward = build(LLAMA), [], nn.RMSNorm.forward
+
+    def between(n, cache):
+        if n == step:
+            patched = lambda self, x: calls.append(1) or forward(self, x)  # noqa: E731
+            monkeypatch.setattr(nn.RMSNorm, "forward", patched)
+
+    decode(model, between=between)
+    assert len(calls) == 5 * (20 - step)
+
+
+def test_values_that_a_model_carries_may_be_replaced():
+    """A list or dict of arrays has no truth value."""
+    model = build(LLAMA)
+    model.notes, model.means = {"seen": np.zeros(3)}, [np.zeros(3)]
+
+    def between(step, cache):
+        model.notes["seen"], model.means[0] = np.ones(3), np.ones(3)
+
+    decode(model, between=between)
 
 
 def test_an_observer_sees_every_step():
@@ -189,14 +221,39 @@ def test_a_change_takes_effect_at_the_next_step(change, step):
     np.testing.assert_allclose(logits, expected, rtol=1e-10)
 
 
+@pytest.mark.parametrize("same", [lambda weight: weight, lambda weight: Tensor(weight.data)])
+def test_a_matrix_that_two_layers_share_changes_in_both(same):
+    def change(model):
+        for layer in model.layers:
+            layer.mlp.gate_proj.weight.data *= -1.5
+
+    models = build(LLAMA), build(LLAMA)
+    for model in models:
+        for layer in model.layers:
+            layer.mlp.up_proj.weight = same(layer.mlp.gate_proj.weight)
+    expected = plainly(models[0], between=lambda n, cache: change(models[0]) if n == 9 else None)
+    logits, run = decode(models[1], between=lambda n, cache: change(models[1]) if n == 9 else None)
+    assert run.is_checked
+    np.testing.assert_allclose(logits, expected, rtol=1e-10)
+
+
+def test_rows_may_come_to_hold_equally_many_tokens_at_different_positions():
+    def shift(step, cache):
+        if step == 9:
+            model([[5]], cache=cache[:1])
+            cache.drop_oldest(np.array([1, 0]))
+
+    model = build(LLAMA)
+    expected = plainly(model, rows=2, between=shift)
+    np.testing.assert_allclose(decode(model, rows=2, between=shift)[0], expected, rtol=1e-10)
+
+
 USES = ["step"] * 12 + ["rollback", "several tokens", "clear a row", "drop"]
 
 
 @settings(deadline=None, max_examples=40)
 @given(
-    st.lists(
-        st.sampled_from(["step"] * 12 + ["rollback", "several tokens", "clear a row", "drop"]), max_size=40
-    ),
+    st.lists(st.sampled_from(USES), max_size=40),
     st.sampled_from(["full", "windowed"]),
     st.sampled_from([1, 2]),
 )
@@ -247,3 +304,96 @@ def test_generate_repeats_steps_and_writes_the_same_text():
         patch.setattr(DecodingSteps, "_columns", lambda *args: None)
         expected = [tokens.tolist() for tokens in generate(model, [[1, 2, 3]], 50, temperature=0)]
     assert [tokens.tolist() for tokens in generate(model, [[1, 2, 3]], 50, temperature=0)] == expected
+
+
+def text_of(model, *args, **kwargs):
+    return [tokens.tolist() for tokens in generate(model, *args, temperature=0, **kwargs)]
+
+
+def test_a_model_without_blocks_writes():
+    model = build(LLAMA)
+    model.layers = []
+    assert text_of(model, [1, 2], 30) == text_of(model, [1, 2], 30, use_cache=False)
+
+
+def test_a_layer_set_between_steps_is_in_eval_mode_too():
+    texts = []
+    for p in (0.0, 1.0):
+        model, steps = build(LLAMA), []
+        for step, tokens in enumerate(generate(model, [1, 2, 3], 30, temperature=0)):
+            steps.append(int(tokens[0]))
+            if step == 9:
+                model.layers[0].mlp = nn.Dropout(p)
+        texts.append(steps)
+    assert texts[0] == texts[1]
+
+
+def test_threads_share_a_model():
+    """While one records or joins matrices, the others see the model as it is."""
+    model = build(LLAMA, np.float32)
+    before = {name: array.copy() for name, array in model.state_dict().items()}
+    prompts = [[1 + i, 2, 3] for i in range(6)]
+    expected = [text_of(build(LLAMA, np.float32), prompt, 30) for prompt in prompts]
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
+    try:
+        with ThreadPoolExecutor(6) as pool:
+            assert list(pool.map(lambda prompt: text_of(model, prompt, 30), prompts)) == expected
+    finally:
+        sys.setswitchinterval(interval)
+    for name, parameter in model.named_parameters():
+        assert type(parameter.data) is np.ndarray
+        np.testing.assert_array_equal(parameter.data, before[name])
+
+
+@pytest.mark.parametrize("step", range(6))
+def test_an_interrupted_step_leaves_the_model_and_the_cache(step, monkeypatch):
+    model, cache, advance, count = build(LLAMA), build(LLAMA).new_cache(1, 60), Cache.advance, iter(range(99))
+    expected = text_of(build(LLAMA), [1, 2, 3], 30)
+
+    def interrupted(self, ids):
+        if next(count) == step:
+            raise KeyboardInterrupt
+        advance(self, ids)
+
+    monkeypatch.setattr(Cache, "advance", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        text_of(model, [1, 2, 3], 30, cache=cache)
+    assert {type(parameter.data) for parameter in model.parameters()} == {np.ndarray}
+    assert {type(array) for array in cache.keys + cache.values} == {np.ndarray}
+    text = [1, 2, 3] + [token for (token,) in expected]
+    assert cache.texts[0] == text[: 2 + step if step else 0]
+    assert text_of(model, [1, 2, 3], 30, cache=cache) == expected
+
+
+@pytest.mark.parametrize("speculate", [None, "prompt"])
+def test_a_cache_serves_one_text_at_a_time(speculate):
+    model = build(LLAMA)
+    cache = model.new_cache(1, 60)
+    first = generate(model, [1, 2, 3], 30, temperature=0, cache=cache, speculate=speculate)
+    next(first)
+    for other in ([4, 5, 6], [1, 2, 3, 7]):
+        assert text_of(model, other, 20, cache=cache) == text_of(model, other, 20)
+    with pytest.raises(Error, match="another text meanwhile"):
+        list(first)
+
+
+def test_sampling_while_training_changes_no_bit():
+    """Afterwards the parameters are views of joined matrices; their values and the optimizer's are equal."""
+    states, ids = [], np.random.default_rng(0).integers(0, 23, (4, 9))
+    for sample in (False, True):
+        model = build(LLAMA, np.float32).train()
+        optimizer = optim.AdamW(model, lr=0.01)
+        for step in range(6):
+            model.loss(ids[:, :-1], ids[:, 1:]).backward()
+            if sample and step % 2:
+                assert len(text_of(model, [1, 2], 20)) == 20
+            optimizer.step()
+            optimizer.zero_grad()
+        states.append((model.state_dict(), optimizer.state_dict()))
+        for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+            assert text_of(other, [1, 2], 20) == text_of(model, [1, 2], 20)
+    for ours, theirs in zip(*states):
+        assert ours.keys() == theirs.keys()
+        for name in ours:
+            np.testing.assert_equal(ours[name], theirs[name])

@@ -21,7 +21,6 @@ from tinyllm.inference.decoding import DecodingSteps
 from tinyllm.inference.sampling import check_sampling, choose_tokens, suppress
 from tinyllm.inference.speculative import Speculation, speculation
 from tinyllm.models.cache import Cache
-from tinyllm.nn import evaluating
 from tinyllm.tensor import Tensor, no_grad
 
 
@@ -51,7 +50,7 @@ def generate(
 
     A ``cache`` of an earlier call may be given again, with the rows in the same order: what its rows have in
     common with the prompts is not processed again, so the second turn of a conversation begins at once. It
-    must have been filled by the same model with the same weights.
+    must have been filled by the same model with the same weights, and serves one call at a time.
 
     ``suppress_ids`` have probability 0. A model with more ids than its tokenizer has tokens needs
     ``suppress_ids=tokenizer.unused_ids(model.config.vocab_size)``.
@@ -73,7 +72,8 @@ def generate(
 
     The arguments are checked at the call, not at the first step; invalid ones raise ``Error``. The model is
     in eval mode and without gradients only during a step; between steps its mode is restored. The cache is
-    freed with the iterator, unless it was given.
+    freed with the iterator, unless it was given. Parameters that multiply the same input, such as q_proj's
+    and k_proj's, may become views of one matrix: their values stay, but ``.data`` is another array.
     """
     prompts = _check_prompts(ids, model)
     stop_ids = _check_list(stop_ids, model, "stop_ids")
@@ -139,10 +139,14 @@ def _check_cache(cache: Cache, rows: int, tokens: int) -> None:
         )
 
 
+def _check_texts(cache: Cache, texts: Sequence[Sequence[int]]) -> None:
+    if any(len(old) >= len(text) or old != text[: len(old)] for old, text in zip(cache.texts, texts)):
+        raise Error("the cache was used for another text meanwhile: give each generate() a cache of its own")
+
+
 def _steps(model, texts, max_new_tokens, sampling, rng, stop_ids, cache, suppress_ids, speculate):
     if cache is not None:
         cache.keep_prefix(texts)
-    modules = [module for _, module in model.named_modules()]
     run = DecodingSteps(model, max_new_tokens)
     tokens, finished = np.zeros(len(texts), np.int64), np.zeros(len(texts), bool)
     for left in range(max_new_tokens, 0, -1):
@@ -153,8 +157,7 @@ def _steps(model, texts, max_new_tokens, sampling, rng, stop_ids, cache, suppres
             )
         if cache is not None and not _make_room(model, texts, cache):
             cache = None
-        with evaluating(model, modules):
-            logits = _next_logits(model, run, texts, cache, speculate, left - 1)
+        logits = _next_logits(model, run, texts, cache, speculate, left - 1)
         sampled = choose_tokens(suppress(logits, suppress_ids), rng.random(len(texts)), *sampling)
         tokens = np.where(finished, tokens, sampled)  # (B,)
         finished |= np.isin(tokens, stop_ids)
@@ -186,6 +189,9 @@ def _next_logits(
         logits = speculate.accepted(texts[0], cache)
         if logits is not None:
             return logits
+    if cache is not None:
+        _check_texts(cache, texts)
+    if speculate is not None and cache is not None:
         candidates = speculate.propose(texts[0], cache, left)
         if candidates:
             ids = np.array([[texts[0][-1], *candidates]])
