@@ -137,6 +137,49 @@ def test_second_turn_processes_only_what_is_new(parts):
     assert kept.messages == plain.messages
 
 
+@pytest.mark.parametrize("speculate", [None, "prompt"])
+def test_interrupts_and_new_instructions_leave_no_trace_in_the_cache(parts, speculate):
+    """As in a conversation whose cache is dropped before every turn, also where the context fills up."""
+    options = dict(max_new_tokens=8, temperature=1.0, speculate=speculate)
+    kept, plain = (Conversation(*parts, **options) for _ in range(2))
+
+    def use(conversation, what):
+        pieces = []
+
+        def write(piece):
+            pieces.append(piece)
+            if what == "Ctrl-C" and len(pieces) == 3:
+                raise KeyboardInterrupt
+
+        if what == "reset":
+            return conversation.reset()
+        if what == "Be brief.":
+            return conversation.instruct(what)
+        try:
+            return conversation.answer(what, write).end
+        except Error as error:
+            return str(error)
+
+    ends = []
+    for what in (
+        "hi",
+        "Ctrl-C",
+        "why?",
+        "Be brief.",
+        "Ctrl-C",
+        "hi",
+        "long" * 16,
+        "long" * 60,
+        "reset",
+        "hi",
+    ):
+        plain.cache = None
+        ends.append(use(kept, what))
+        assert ends[-1] == use(plain, what)
+        assert kept.messages == plain.messages
+    assert ends.count("interrupt") == 2 and "reset it, or write a shorter message" in ends[7]
+
+
 def test_answer_reports_tokens_and_times(conversation, answers, monkeypatch):
     clock = iter([100.0, 102.5, 103.0, 103.5, 104.0])  # prefill took 2.5 s; then 3 more tokens in 1.5 s
     monkeypatch.setattr(chat.time, "perf_counter", lambda: next(clock))
