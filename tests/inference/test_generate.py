@@ -5,13 +5,13 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from hypothesis import example, given
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from tinyllm import GPT2, GPT2Config, Tensor, nn
 from tinyllm.errors import Error
 from tinyllm.inference.generate import generate
-from tinyllm.inference.sampling import choose_tokens, probabilities
+from tinyllm.inference.sampling import _largest, choose_tokens, probabilities
 
 ALMOST_ONE = 1 - 2.0**-53  # the largest number that a generator's random() returns
 
@@ -64,6 +64,23 @@ def reference(row, uniform, temperature, top_k, top_p):
         if uniform < below:
             return token
     return ranked[-1]
+
+
+@settings(max_examples=25)
+@given(
+    count=st.integers(1, 50_000) | st.integers(1, 60),
+    levels=st.sampled_from([1, 2, 5, 300, 10**6]),
+    dtype=st.sampled_from([np.float32, np.float64]),
+    excluded=st.sampled_from([0.0, 0.5, 0.99999]),
+    seed=st.integers(0, 2**32 - 1),
+)
+def test_the_largest_of_many_are_those_of_a_stable_sort(count, levels, dtype, excluded, seed):
+    """With few levels nearly all logits are tied; those that are excluded are -inf, all but a few at most."""
+    rng = np.random.default_rng(seed)
+    logits = (rng.integers(0, levels, (2, 50_000)) / levels).astype(dtype)
+    logits[rng.random(logits.shape) < excluded] = -np.inf
+    expected = np.argsort(-logits, axis=-1, kind="stable")[:, :count]
+    np.testing.assert_array_equal(_largest(logits, count), expected)
 
 
 tied = st.lists(st.sampled_from([-4.0, -1.0, 0.0, 0.0, 0.25, 2.0, 2.0]), min_size=1, max_size=12)
