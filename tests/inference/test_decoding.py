@@ -16,6 +16,7 @@ from tinyllm import GPT2, GPT2Config, Llama, LlamaConfig, Tensor, generate, nn, 
 from tinyllm.errors import Error
 from tinyllm.inference.decoding import DecodingSteps, adjacent
 from tinyllm.models.cache import Cache
+from tinyllm.nn import hooks
 from tinyllm.nn.hooks import observe
 
 SIZES = dict(vocab_size=23, hidden_size=12, intermediate_size=20, num_hidden_layers=2, num_attention_heads=4)
@@ -77,13 +78,13 @@ def test_repeated_steps_give_the_logits_of_the_model(name, dtype, rows):
 
 def test_repeated_steps_run_no_module(monkeypatch):
     model, seen = build(LLAMA), []
-    call = nn.Module.__call__
+    call = hooks.call
 
     def counted(module, *args, **kwargs):
         seen.append("model" if isinstance(module, Llama) else "layer")
         return call(module, *args, **kwargs)
 
-    monkeypatch.setattr(nn.Module, "__call__", counted)
+    monkeypatch.setattr("tinyllm.nn.module.call", counted)
     decode(model, between=lambda step, cache: seen.append(step))
     assert seen.count("model") == 4  # the prompt, two steps that are recorded and one for comparison
     assert seen[-17:] == list(range(3, 20))
@@ -130,16 +131,16 @@ def test_a_method_of_somebody_else_always_runs(name):
 
 
 @pytest.mark.parametrize("step", [0, 1, 9])
-def test_a_forward_that_is_patched_between_steps_runs(step, monkeypatch):
-    model, calls, forward = build(LLAMA), [], nn.RMSNorm.forward
+@pytest.mark.parametrize(("kind", "name", "calls"), [(nn.RMSNorm, "forward", 5), (Llama, "hidden_states", 1)])
+def test_a_method_that_is_patched_between_steps_runs(kind, name, calls, step, monkeypatch):
+    model, seen, method = build(LLAMA), [], getattr(kind, name)
 
     def between(n, cache):
         if n == step:
-            patched = lambda self, x: calls.append(1) or forward(self, x)  # noqa: E731
-            monkeypatch.setattr(nn.RMSNorm, "forward", patched)
+            monkeypatch.setattr(kind, name, lambda *args: seen.append(1) or method(*args))
 
     decode(model, between=between)
-    assert len(calls) == 5 * (20 - step)
+    assert len(seen) == calls * (20 - step)
 
 
 def test_values_that_a_model_carries_may_be_replaced():
@@ -202,23 +203,46 @@ def change_number(model):
 
 
 def change_to_somebody_elses(model):
-    model.layers[0].mlp = Wrapped(model.layers[0].mlp)
+    model.layers[0].mlp = Wrapped(build(LLAMA, seed=1).layers[0].mlp)
 
 
 def add_bias(model):
     model.layers[0].mlp.up_proj.bias = Tensor(np.full(20, 0.5))
 
 
-CHANGES = [change_weight, change_in_place, change_layer, change_list, change_number, change_to_somebody_elses]
+def load_weights(model):
+    model.load_state_dict(build(LLAMA, seed=1).state_dict())
 
 
-@pytest.mark.parametrize("change", [*CHANGES, add_bias])
+def add_and_merge_adapters(model):
+    nn.add_lora(model, rank=2, dropout=0.9, rng=0)
+    for lora in nn.lora_layers(model).values():
+        lora.lora_B.weight.data += 0.5
+    nn.merge_lora(model)
+    nn.add_lora(model, rank=2, dropout=0.9, targets=["up_proj"], rng=1)
+    for lora in nn.lora_layers(model).values():
+        lora.lora_B.weight.data -= 0.5
+
+
+def start_to_train(model):
+    model.train().layers[0].self_attn.attention_dropout = 0.9
+    model.layers[1].mlp = nn.Dropout(0.9)
+
+
+CHANGES = [
+    change_weight, change_in_place, change_layer, change_list, change_number, change_to_somebody_elses,
+    add_bias, load_weights, add_and_merge_adapters, start_to_train,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("change", CHANGES)
 @pytest.mark.parametrize("step", [1, 2, 3, 9])
 def test_a_change_takes_effect_at_the_next_step(change, step):
     models = build(LLAMA), build(LLAMA)
     expected = plainly(models[0], between=lambda n, cache: change(models[0]) if n == step else None)
     logits, _ = decode(models[1], between=lambda n, cache: change(models[1]) if n == step else None)
     np.testing.assert_allclose(logits, expected, rtol=1e-10)
+    assert not np.array_equal(expected, plainly(build(LLAMA)))
 
 
 @pytest.mark.parametrize("same", [lambda weight: weight, lambda weight: Tensor(weight.data)])

@@ -86,7 +86,7 @@ options = st.fixed_dictionaries(
     seed=st.integers(0, 2**32 - 1),
 )
 def test_speculation_equals_plain_generation(name, draft, options, pattern, repeats, count, seed):
-    """Four prompts each: 1,000. Plain generation writes the four in one batch, which takes a third of the time.
+    """Four prompts each: 1,000. Plain generation writes the four in one batch, which takes less time.
 
     Also right are the number of random numbers that are used, and what a given cache holds.
     """

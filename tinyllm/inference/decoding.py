@@ -130,10 +130,12 @@ def _recorded_copy(model: Module) -> Module:
     The model itself stays as it is, for other threads and whatever happens. Raises ``NotRepeatable`` unless
     it consists of tinyllm's own modules, with float32 or float64 parameters on a CPU.
     """
-    values = {}
-    for module in model.modules():
-        if not _is_own(module):
-            raise NotRepeatable(f"{type(module).__name__} may do more than call NumPy")
+    values, modules = {}, list(model.modules())
+    own = {kind for kind in set(map(type, modules)) if _is_own(kind)}
+    for module in modules:
+        kind = type(module)
+        if kind not in own or any(callable(getattr(kind, name, None)) for name in vars(module)):
+            raise NotRepeatable(f"{kind.__name__}, or a method set on it, may do more than call NumPy")
         values |= {id(value): value for _, value in module._attributes() if not isinstance(value, Module)}
     for parameter in model.parameters():
         if type(parameter.data) is not np.ndarray or parameter.dtype not in (np.float32, np.float64):
@@ -142,17 +144,16 @@ def _recorded_copy(model: Module) -> Module:
     return copy.deepcopy(model, values).eval()
 
 
-def _is_own(module: Module) -> bool:
-    """Whether a module's class is one of tinyllm's, and no method was replaced."""
-    kind = type(module)
-    own = all(x.__module__.startswith("tinyllm.") for x in (kind, kind.forward))
-    return own and not any(callable(getattr(kind, name, None)) for name in vars(module))
+def _is_own(kind: type[Module]) -> bool:
+    """Whether a class is one of tinyllm's, and none of its methods was replaced."""
+    methods = [x for each in kind.__mro__[:-1] for x in vars(each).values() if callable(x)]
+    return all(x.__module__.startswith("tinyllm.") for x in (kind, *methods))
 
 
 def _unchanged(model: Module, cache: Cache, *inputs: np.ndarray) -> Callable[..., bool]:
     """A function that says whether these are still the cache, the inputs' shapes, and all parts of the model.
 
-    It compares 2,000 references in a tenth of a millisecond, where a walk over the modules takes several.
+    It compares 2,000 references in a tenth of a millisecond, a fifth of the time of a walk over the modules.
     """
     modules, parameters = list(model.modules()), list(model.parameters())
     owners = [vars(module) for module in modules]
@@ -161,8 +162,10 @@ def _unchanged(model: Module, cache: Cache, *inputs: np.ndarray) -> Callable[...
     values = [value for owner in owners for value in owner.values()]
     lists = [value for value in values if isinstance(value, list)]
     items = list(itertools.chain(*lists))
-    forward, data = operator.attrgetter("__class__.forward"), operator.attrgetter("data")
-    forwards, arrays = list(map(forward, modules)), list(map(data, parameters))
+    kinds = list(map(type, modules))
+    classes = list({each for kind in kinds for each in kind.__mro__})
+    methods, data = [dict(vars(each)) for each in classes], operator.attrgetter("data")
+    arrays = list(map(data, parameters))
     shapes, keys = [x.shape for x in inputs], cache.keys
 
     def unchanged(other: Cache, *inputs: np.ndarray) -> bool:
@@ -174,7 +177,8 @@ def _unchanged(model: Module, cache: Cache, *inputs: np.ndarray) -> Callable[...
             and sum(map(len, lists)) == len(items)
             and _same(map(dict.get, holders, names), values)
             and _same(itertools.chain(*lists), items)
-            and _same(map(forward, modules), forwards)
+            and _same(map(type, modules), kinds)
+            and list(map(vars, classes)) == methods
             and _same(map(data, parameters), arrays)
         )
 
