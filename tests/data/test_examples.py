@@ -1,5 +1,6 @@
 """Examples: files, folders and known names, and their division into three parts."""
 
+import codecs
 import gzip
 import hashlib
 import json
@@ -37,7 +38,10 @@ def test_a_list_and_lines_are_the_same_rows(tmp_path):
     lines.write_text("\n\n".join(json.dumps(each) for each in values), encoding="utf-8")
     swapped = tmp_path / "c.json"  # the content decides, not the suffix
     swapped.write_bytes(lines.read_bytes())
-    for path in (whole, lines, swapped):
+    marked = [tmp_path / "d.json", tmp_path / "e.jsonl"]  # with a byte order mark
+    for path, plain in zip(marked, (whole, lines)):
+        path.write_bytes(codecs.BOM_UTF8 + plain.read_bytes())
+    for path in (whole, lines, swapped, *marked):
         assert [row.values for row in read_rows(path)] == values
         assert read_rows(path)[2].where == f"row 3 of {path}"
 
@@ -90,7 +94,7 @@ def test_a_folder_has_its_own_parts(tmp_path):
     write(tmp_path / "train.json", numbered(40))
     found = open_examples(tmp_path)
     assert (len(found.train), len(found.valid), found.test) == (38, 2, [])
-    write(tmp_path / "dev.json", numbered(3))
+    write(tmp_path / "dev.JSON", numbered(3))
     given = open_examples(tmp_path)
     assert (len(given.train), len(given.valid), given.split) == (40, 3, "as given")
     assert given.describe().endswith("(as given); 3 of the latter two are training examples too")
@@ -98,7 +102,7 @@ def test_a_folder_has_its_own_parts(tmp_path):
     write(tmp_path / "test.jsonl", {"text": "1"})
     assert len(open_examples(tmp_path).test) == 1
     write(tmp_path / "validation.json", numbered(3))
-    with pytest.raises(Error, match=r"dev\.json and validation\.json: keep one"):
+    with pytest.raises(Error, match=r"dev\.JSON and validation\.json: keep one"):
         open_examples(tmp_path)
 
 

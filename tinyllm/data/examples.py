@@ -6,6 +6,7 @@ file holds a list of rows, or one row a line, or it is a table (``tables.py``), 
 
 from __future__ import annotations
 
+import codecs
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Sequence
@@ -124,7 +125,9 @@ def _find(name: str | Path) -> dict[str, Path]:
         raise Error(f"there is no data {str(name)!r}: give a file, a folder, or one of {known}")
     found = {}
     for part, names in PARTS.items():
-        files = sorted(file for file in path.iterdir() if file.stem in names and file.suffix in READERS)
+        files = sorted(
+            file for file in path.iterdir() if file.stem in names and file.suffix.lower() in READERS
+        )
         if len(files) > 1:
             raise Error(f"{path} has {' and '.join(file.name for file in files)}: keep one of them")
         if files:
@@ -161,7 +164,7 @@ def _suffixes() -> str:
 
 def _read_json(path: Path) -> Iterator[object]:
     """The items of a JSON list, or the values of JSON lines, whatever the file's suffix."""
-    data = read_file(path)
+    data = read_file(path).removeprefix(codecs.BOM_UTF8)  # as some editors write it
     if data.lstrip()[:1] == b"[":
         try:
             yield from parse_json(data)
