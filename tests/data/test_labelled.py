@@ -32,6 +32,12 @@ def of_part(found, part):
     return [(text, found.labels[target]) for text, target in zip(part.texts, part.targets, strict=True)]
 
 
+def test_labels_of_one_value_have_the_same_order_in_every_process(tmp_path):
+    ones = [format(1, f"0{width}") for width in range(1, 9)]  # a set's order differs between processes
+    found = open_labelled(write(tmp_path / "data.csv", rows(**dict.fromkeys([*ones, "10", "2"], 10))))
+    assert found.labels == (*reversed(ones), "2", "10")
+
+
 @pytest.mark.parametrize("name", ["data.csv", "data.tsv", "data.jsonl"])
 def test_a_single_file_is_split_and_every_part_has_its_share_of_each_class(tmp_path, name):
     found = open_labelled(write(tmp_path / name, rows(good=100, bad=50)))

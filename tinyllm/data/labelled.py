@@ -159,7 +159,7 @@ def _classes(name: str | Path, labels: Iterable[str]) -> tuple[str, ...]:
             f"{name} has only the label {found.pop()!r} in its training part: give at least two classes"
         )
     try:
-        return tuple(sorted(found, key=int))
+        return tuple(sorted(found, key=lambda label: (int(label), label)))  # of "1" and "01" too
     except ValueError:
         return tuple(sorted(found))
 
