@@ -100,6 +100,12 @@ def test_a_row_that_cannot_be_used_is_named(values, said):
         conversations(rows(*values), recognise(rows(*values)))
 
 
+def test_a_conversation_that_is_too_long_to_render_is_named(tokenizer, monkeypatch):
+    monkeypatch.setattr(chat_template, "MAX_CHARACTERS", 9)
+    with pytest.raises(Error, match=r"row 2 of data\.json: the messages have 10 characters"):
+        encoded(tokenizer, [turns("short", "one"), turns("0123456789", "x")])
+
+
 # ------------------------------------------------------------------------------------------- masks
 
 
@@ -211,6 +217,8 @@ def test_a_text_is_learned_whole_and_ends_once(tokenizer):
     assert encode_text(tokenizer, *rows({"text": "<|im_start|>"})).ids.tolist() == [START, END]
     with pytest.raises(Error, match=r"row 1 of data\.json: 'text' is 3"):
         encode_text(tokenizer, *rows({"text": 3}))
+    with pytest.raises(Error, match=r"row 1 of data\.json: 'text' is empty"):
+        encode_text(tokenizer, *rows({"text": ""}))
 
 
 def test_examples_are_cut_and_counted():

@@ -217,7 +217,10 @@ class Encoded(NamedTuple):
 def encode_text(tokenizer: Tokenizer, row: Row) -> Encoded:
     """A text and the token that ends it, all of them learned; special tokens in it are encoded as such."""
     try:
-        ids = tokenizer.encode(_text(row.values, "text"), special="allow")
+        text = _text(row.values, "text")
+        if not text:
+            raise Error("'text' is empty: give a text, or remove the row")
+        ids = tokenizer.encode(text, special="allow")
     except Error as error:
         raise Error(f"{row.where}: {error}") from None
     end = end_of_text(tokenizer)[1]

@@ -100,7 +100,7 @@ class RenderedChat(NamedTuple):
 
 
 class RenderError(Error):
-    """A template failed; ``number`` is that of the conversation, from 0."""
+    """A conversation cannot be rendered; ``number`` is its own, from 0."""
 
     def __init__(self, message: str, number: int):
         super().__init__(message)
@@ -114,10 +114,15 @@ def render_chats(
 ) -> list[RenderedChat]:
     """Render conversations, each with its ``add_generation_prompt``, in one process; see ``encode_chat``.
 
-    Raises ``RenderError`` if the template fails for one of them.
+    Raises ``RenderError`` if one of them is not valid or the template fails for it.
     """
     _check_template(template)
-    checked = [_conversation(_check_messages(messages), flag) for messages, flag in conversations]
+    checked = []
+    for number, (messages, flag) in enumerate(conversations):
+        try:
+            checked.append(_conversation(_check_messages(messages), flag))
+        except Error as error:
+            raise RenderError(str(error), number) from None
     texts = (message["content"] for each in checked for message in each["messages"])
     placeholders = _placeholders(tokenizer, [template, *texts])
     marked = [
