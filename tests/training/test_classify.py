@@ -1,6 +1,7 @@
 """Runs of the task classify: what is trained, chosen, tested, saved and resumed, and what does not matter."""
 
 import json
+import shutil
 from dataclasses import replace
 
 import numpy as np
@@ -123,6 +124,10 @@ def test_lora_trains_the_adapter_and_the_score_and_saves_them_alone(start, table
     assert "score.weight" in trained and all(".lora_" in name for name in trained - {"score.weight"})
     checkpoint = last_checkpoint(tmp_path / "run")
     assert not (checkpoint / "model.safetensors").exists()
+    task = Classification(options(start, table, None, train="lora", rank=2))
+    task.load(start, {})
+    task.model()
+    assert task.trains.endswith("; score whole")
     base = Weights(last_checkpoint(start))
     frozen = {name: p for name, p in model.state_dict().items() if name not in trained}
     assert {name.replace(".base_layer", "") for name in frozen} == {*base}
@@ -144,6 +149,16 @@ def test_a_resumed_run_is_bitwise_the_same(start, table, tmp_path, what):
     file = "adapter_model.safetensors" if what == "lora" else "model.safetensors"
     assert (ours / file).read_bytes() == (theirs / file).read_bytes()
     assert (tmp_path / "whole" / "test.json").read_bytes() == (tmp_path / "cut" / "test.json").read_bytes()
+
+
+def test_a_finished_run_that_was_killed_before_its_test_is_tested_when_resumed(whole, tmp_path):
+    shutil.copytree(whole, tmp_path / "run")
+    (tmp_path / "run" / "test.json").unlink()
+    config = replace(begun_config(whole, ClassifyOptions), resume=tmp_path / "run", out=tmp_path / "run")
+    train(config)
+    assert (tmp_path / "run" / "test.json").read_bytes() == (whole / "test.json").read_bytes()
+    task = Classification(config)
+    assert task.is_concluded(tmp_path / "run", {"data": {"test": 6}})
 
 
 # ------------------------------------------------------------------ padding, batches and their order

@@ -1,6 +1,7 @@
 """Runs of fine-tuning on instructions: what is trained, written, resumed and refused."""
 
 import json
+import shutil
 import signal
 from dataclasses import replace
 
@@ -220,6 +221,30 @@ def test_an_adapter_is_trained_further_or_merged(whole, files, tmp_path):
     task, model = loaded((whole, files[1]), tmp_path / "b", train="all")
     assert not lora_layers(model)
     assert np.abs(model.eval()(ids).data - start(ids).data).max() < 1e-12
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        (dict(rank=3), "omit --rank"),
+        (dict(alpha=9.0, targets=("q_proj",)), "omit --alpha and --targets"),
+        (dict(special_tokens=("<|new|>",)), "cannot train embed_tokens and lm_head"),
+    ],
+)
+def test_an_adapter_keeps_its_rank_alpha_and_layers(whole, files, tmp_path, changes, said):
+    with pytest.raises(Error, match=said):
+        tune(options(whole, files[1], tmp_path / "run", **changes))
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_folder_with_the_name_of_a_published_tokenizer_has_its_own(files, tmp_path, monkeypatch):
+    shutil.copytree(files[0], tmp_path / "gpt2")
+    data = files[1].absolute()
+    monkeypatch.chdir(tmp_path)
+    task, _ = loaded(("gpt2", data), tmp_path / "run")
+    assert task.tokenizer.vocab_size == load_tokenizer(tmp_path / "gpt2").vocab_size != 50257
+    task.save(tmp_path)
+    assert (tmp_path / "tokenizer.json").exists()
 
 
 def test_the_default_learning_rate_follows_what_is_trained():

@@ -101,7 +101,7 @@ def _run(run: RunFolder, progress: bool, callback: Log | None) -> Module:
     config.check_division()
     if config.resume is not None:
         run.reopen()
-        if run.is_finished():
+        if run.is_finished() and task.is_concluded(run.folder, run.about):
             say(
                 f"{run.folder} is finished: its {config.steps:,} steps are done; a new run starts from its "
                 f"weights with {config.restart} {run.folder}"

@@ -12,10 +12,11 @@ from pathlib import Path
 
 from tinyllm.data.token_file import tokenizer_sha256
 from tinyllm.errors import Error
-from tinyllm.files import open_regular, read_file
+from tinyllm.files import open_regular, read_file, write_whole
 from tinyllm.models import LanguageModel, ModelConfig, empty_model
 from tinyllm.tokenizers import Tokenizer
 from tinyllm.tokenizers.base import FILE_NAME
+from tinyllm.tokenizers.configs import CHAT_TEMPLATE
 from tinyllm.tokenizers.huggingface import TokenizersTokenizer
 from tinyllm.training.checkpoint import hash_weights
 from tinyllm.training.config import CONFIG_NAMES, TrainConfig, flag
@@ -29,7 +30,7 @@ FINE_TUNING = dict(lr=3e-4, min_lr=3e-5)
 
 VOCABULARY_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt")
 ADDED_TOKENS = ("added_tokens.json", "special_tokens_map.json")
-OTHER_TOKENIZER_FILES = (*ADDED_TOKENS, "tokenizer_config.json", "chat_template.jinja")
+OTHER_TOKENIZER_FILES = (*ADDED_TOKENS, "tokenizer_config.json")
 
 
 def starting_from(source: str) -> TrainConfig:
@@ -52,7 +53,7 @@ def starting_from(source: str) -> TrainConfig:
         return replace(begun, out=None, resume=None, **options)
     context = min(config.context, TrainConfig.context)
     place = tokenizer_place(weights, config.vocab_size)
-    return TrainConfig(**options, **FINE_TUNING, context=context, tokenizer=place)
+    return TrainConfig(**options, **FINE_TUNING, context=context, tokenizer=str(place))
 
 
 def starting_model(config: TrainConfig, checkpoint: Path | None) -> LanguageModel:
@@ -121,16 +122,19 @@ def has_tokenizer(weights: Path) -> bool:
     return not weights.is_dir() or bool(_tokenizer_files(weights, (FILE_NAME, *VOCABULARY_FILES, "*.gguf")))
 
 
-def tokenizer_place(weights: Path, vocab_size: int) -> str:
+def tokenizer_place(weights: Path, vocab_size: int) -> str | Path:
     """Where a model's tokenizer is: in its folder or file, or GPT-2's for a folder without one."""
-    return "gpt2" if vocab_size == 50257 and not has_tokenizer(weights) else str(weights)
+    return "gpt2" if vocab_size == 50257 and not has_tokenizer(weights) else weights
 
 
-def save_tokenizer(tokenizer: Tokenizer, place: str, folder: Path) -> None:
-    """Save the tokenizer in a run's folder: one of ours as JSON, a published one as a copy of its files.
+def save_tokenizer(tokenizer: Tokenizer, place: str | Path, folder: Path) -> None:
+    """Save the tokenizer in a folder: one of ours as JSON, a published one as a copy of its files.
 
-    One that got additional special tokens is written as a ``tokenizer.json``.
+    One that got additional special tokens is written as a ``tokenizer.json``. A chat template is written as a
+    file of its own, which takes precedence over one in a copied file.
     """
+    if tokenizer.chat_template is not None:
+        write_whole(folder / CHAT_TEMPLATE, tokenizer.chat_template.encode())
     if is_ours(tokenizer):
         tokenizer.save(folder)
         return

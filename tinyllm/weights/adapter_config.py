@@ -8,6 +8,8 @@ from tinyllm.files import read_json
 from tinyllm.weights.hub import HUB_ID, find_model
 from tinyllm.weights.safetensors import ADAPTER_CONFIG, is_adapter
 
+CAUSAL_LM, SEQ_CLS = "CAUSAL_LM", "SEQ_CLS"  # the ``task_type`` of a language model, of a classifier
+
 # Keys of an adapter_config.json that are read: their types, and PEFT's default
 READ = {
     "r": (int, 8),
@@ -96,7 +98,12 @@ def base_of(folder: Path) -> str:
 def check_causal_lm(folder: Path) -> None:
     """Raise ``Error`` for an adapter that is not a language model's."""
     task = read_adapter_config(folder)["task_type"]
-    if task not in (None, "CAUSAL_LM"):
+    if task == SEQ_CLS:
+        raise Error(
+            f"the adapter in {folder} makes a classifier ({SEQ_CLS}), not a language model: use tinyllm "
+            "classify"
+        )
+    if task not in (None, CAUSAL_LM):
         raise Error(
             f"the adapter in {folder} is for {task}: build that model and call load_adapter(model, ...)"
         )

@@ -129,6 +129,10 @@ class Task:
         """Further arguments of ``plot_losses``."""
         return ()
 
+    def is_concluded(self, folder: Path, about: dict) -> bool:
+        """Whether a run whose steps are done has what ``conclusion`` writes; ``about`` as in ``load``."""
+        return True
+
     def conclusion(self, record: dict) -> str | None:
         """What to print about the last record at the end of a run; called as ``sample`` is."""
 

@@ -19,12 +19,11 @@ from tinyllm.data.instructions import (
     conversations,
     prompt_of,
 )
-from tinyllm.files import read_text, write_whole
+from tinyllm.files import read_text
 from tinyllm.inference.generate import generate
 from tinyllm.models import LanguageModel
 from tinyllm.nn import Module
 from tinyllm.tokenizers.chat_template import render_chats
-from tinyllm.tokenizers.configs import CHAT_TEMPLATE
 from tinyllm.training.start import hash_tokenizer
 from tinyllm.training.step import Check
 from tinyllm.training.tasks.finetune import FinetuneOptions, Finetuning
@@ -119,11 +118,6 @@ class ChatTuning(Finetuning):
             template = self.tokenizer.chat_template.encode()
             found["template"] = {"sha256": sha256(template).hexdigest()}
         return found
-
-    def save(self, folder: Path) -> None:
-        super().save(folder)
-        if self.format.messages:
-            write_whole(folder / CHAT_TEMPLATE, self.tokenizer.chat_template.encode())
 
     def introduction(self) -> list[str]:
         return [*super().introduction(), *self.notes]

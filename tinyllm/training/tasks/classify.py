@@ -24,7 +24,7 @@ from tinyllm.training.classification import NaiveBayes, Scores, confusion_matrix
 from tinyllm.training.metrics import best_checkpoint
 from tinyllm.training.step import Check
 from tinyllm.training.tasks.finetune import FinetuneOptions, Finetuning
-from tinyllm.weights.adapter_config import base_of
+from tinyllm.weights.adapter_config import SEQ_CLS, base_of
 from tinyllm.weights.adapters import load_adapter
 from tinyllm.weights.safetensors import is_adapter, read_config
 
@@ -68,7 +68,8 @@ class Classification(Finetuning):
     """
 
     rows = "texts"
-    adapter_type = "SEQ_CLS"
+    adapter_type = SEQ_CLS
+    called: ClassVar = {"lm_head": "score"}
 
     config: ClassifyOptions
 
@@ -96,7 +97,7 @@ class Classification(Finetuning):
         self.classifier = SequenceClassifier(model, labels, rng, self.config.pooling, pad_id)
 
     def trained_whole(self, model: LanguageModel) -> list[str]:
-        return ["lm_head"]  # the score
+        return ["lm_head"]  # where ``prepare`` puts the score
 
     def model(self) -> Module:
         super().model()
@@ -124,6 +125,9 @@ class Classification(Finetuning):
     def describe_evaluation(self, record: dict) -> str:
         return f"val {record['val_loss']:.4f}  accuracy {record['val_accuracy']:.1%}"
 
+    def is_concluded(self, folder: Path, about: dict) -> bool:
+        return not about["data"]["test"] or (folder / TEST).exists()
+
     def conclusion(self, record: dict) -> str | None:
         """Evaluate the best checkpoint on the test part, and write test.json and confusion.png."""
         checkpoint = best_checkpoint(self.folder)
@@ -136,12 +140,13 @@ class Classification(Finetuning):
         scores = self._scores(logits.argmax(axis=1))
         baselines = self.baselines()
         found = {"checkpoint": checkpoint.name, **scores.to_json(), "baselines": baselines}
-        write_whole(self.folder / TEST, json.dumps(found, indent=2).encode() + b"\n")
         try:
             with replacing(self.folder / PICTURE) as new:
                 draw_confusion(scores, new)
         except ImportError:  # without matplotlib there is only the table
             pass
+        # Last, because ``is_concluded`` looks for it.
+        write_whole(self.folder / TEST, json.dumps(found, indent=2).encode() + b"\n")
         others = ", ".join(f"{name} {accuracy:.1%}" for name, accuracy in baselines.items())
         return (
             f"{chosen}\ntest accuracy {scores.accuracy:.1%} of {scores.number:,} texts ({others})\n"

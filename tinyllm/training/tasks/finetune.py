@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import ClassVar, Protocol
 
@@ -24,7 +24,7 @@ from tinyllm.nn.lora import ALL_LINEAR
 from tinyllm.tensor import Tensor
 from tinyllm.tokenizers import Tokenizer, load_tokenizer
 from tinyllm.tokenizers.base import check_fits
-from tinyllm.training.config import RunOptions
+from tinyllm.training.config import RunOptions, flag
 from tinyllm.training.start import (
     check_start,
     describe_start,
@@ -37,7 +37,7 @@ from tinyllm.training.start import (
 )
 from tinyllm.training.step import Check, evaluate
 from tinyllm.training.tasks.base import Task
-from tinyllm.weights.adapter_config import base_of
+from tinyllm.weights.adapter_config import CAUSAL_LM, base_of, check_causal_lm, read_adapter_config
 from tinyllm.weights.adapters import load_adapter, save_adapter
 from tinyllm.weights.hub import open_weights
 from tinyllm.weights.safetensors import is_adapter
@@ -145,7 +145,8 @@ class Finetuning(Task):
     """
 
     rows = "examples"
-    adapter_type = "CAUSAL_LM"  # PEFT's name for the kind of task
+    called: ClassVar[dict[str, str]] = {}  # the names for users of layers that are trained whole
+    adapter_type = CAUSAL_LM  # PEFT's name for the kind of task
 
     config: FinetuneOptions
     tokenizer: Tokenizer
@@ -176,8 +177,10 @@ class Finetuning(Task):
     def check(self) -> None:
         config = self.config
         try:
-            base, _ = self._find_start()
+            base, adapter = self._find_start()
             model = empty_model(base)
+            if adapter is not None:
+                check_causal_lm(adapter)
         except Error as error:
             raise Error(f"--model: {error}") from None
         if (config.max_length or 0) > model.context:
@@ -189,8 +192,27 @@ class Finetuning(Task):
             blocks = len(getattr(model, model.blocks))
             if int(found[1]) > blocks:
                 raise Error(f"--train {config.train}: {config.model} has {blocks} blocks: choose no more")
-        if config.train == "lora":
+        if config.train == "lora" and adapter is None:
             nn.add_lora(model, config.rank, config.alpha, self._targets, rng=None)  # raises an error
+        elif config.train == "lora":
+            self._check_adapter(model, adapter)
+
+    def _check_adapter(self, model: LanguageModel, adapter: Path) -> None:
+        """Raise ``Error`` for what the adapter of the start model cannot have if it is trained further."""
+        config, about = self.config, read_adapter_config(adapter)
+        own = {"rank": about["r"], "alpha": about["lora_alpha"], "targets": (*about["target_modules"],)}
+        default = {field.name: field.default for field in fields(config)}
+        given = [name for name in own if getattr(config, name) not in (default[name], own[name])]
+        if given:
+            raise Error(
+                f"{config.model} has an adapter, which keeps its own rank, alpha and targets: omit "
+                f"{' and '.join(map(flag, given))}, or merge it first"
+            )
+        if whole := self.trained_whole(model):
+            raise Error(
+                f"{config.model} has an adapter, which cannot train {self._called(whole)} in addition: merge "
+                "it first, or choose another --train"
+            )
 
     def _find_start(self) -> tuple[Path, Path | None]:
         """The weights of the start model, and the adapter on them if it has one."""
@@ -203,7 +225,7 @@ class Finetuning(Task):
         _, run = find_source(config.model)
         self.base_name = str(self.base) if self.adapter or run else config.model  # in the adapter's config
         architecture = empty_model(self.base)
-        self.place = str(folder) if about else self._tokenizer_place(architecture.config.vocab_size)
+        self.place = folder if about else self._tokenizer_place(architecture.config.vocab_size)
         self.tokenizer = load_tokenizer(self.place)
         if about and self._hash_tokenizer() != about["tokenizer"]["sha256"]:
             raise Error(f"the tokenizer in {folder} changed since the run was started: copy it back")
@@ -216,11 +238,11 @@ class Finetuning(Task):
         self.steps_per_epoch, self.batch_at = batches.steps_per_epoch, batches.at
         self.config = config.with_steps(self.steps_per_epoch)
 
-    def _tokenizer_place(self, rows: int) -> str:
+    def _tokenizer_place(self, rows: int) -> str | Path:
         weights, run = find_source(self.config.model)
         if run is None and self.adapter and not has_tokenizer(weights):
             weights, run = find_source(base_of(self.adapter))
-        return str(run or tokenizer_place(weights, rows))
+        return run or tokenizer_place(weights, rows)  # a path: the name "gpt2" is not that of a folder
 
     def open_examples(self) -> Examples:
         """The examples that ``config.data`` names, in their parts."""
@@ -264,15 +286,13 @@ class Finetuning(Task):
         elif not self.adapter:
             options = dict(dropout=config.lora_dropout, modules_to_save=whole, rng=rng)
             nn.add_lora(model, config.rank, config.alpha, self._targets, **options)
-        elif whole:
-            raise Error(
-                f"{config.model} has an adapter, which cannot train {', '.join(whole)} in addition: merge it "
-                "first, or choose another --train"
-            )
         trained = sum(parameter.size for parameter in model.parameters() if parameter.requires_grad)
         self.trains = f"trains {trained:,} of {model.num_parameters():,} parameters: {self._what(model)}"
         if whole and config.train != "all":
-            self.trains += f"; {' and '.join(whole)} whole"
+            self.trains += f"; {self._called(whole)} whole"
+
+    def _called(self, layers: list[str]) -> str:
+        return " and ".join(self.called.get(name, name) for name in layers)
 
     @property
     def _targets(self) -> str | tuple[str, ...]:
