@@ -111,8 +111,29 @@ def test_wrong_requests_are_one_sentence(run, tmp_path, monkeypatch, capsys, arg
     assert output.out == "" and named in output.err and output.err.count("\n") == 1
 
 
+def test_a_merged_run_is_a_classifier_with_the_same_probabilities(run, tmp_path, capsys):
+    merged = tmp_path / "merged"
+    assert main(["merge", "--run", str(run), "--out", str(merged)]) == 0
+    capsys.readouterr()
+    printed = []
+    for model in (("--run", str(run)), ("--model", str(merged))):
+        assert main(["classify", *model, "--text", "good plot", "--json"]) == 0
+        printed.append(json.loads(capsys.readouterr().out))
+    assert printed[0]["probabilities"] == pytest.approx(printed[1]["probabilities"], abs=1e-5)
+    config = json.loads((merged / "config.json").read_text(encoding="utf-8"))
+    assert config["architectures"] == ["GPT2ForSequenceClassification"]
+    assert main(["merge", "--run", str(run), "--adapter", str(run), "--out", str(tmp_path / "two")]) == 2
+    assert "omit --adapter" in capsys.readouterr().err
+
+
+def test_a_classifier_is_not_trained_as_a_language_model(run, tmp_path, capsys):
+    command = ["finetune", "--task", "classify", "--model", str(run), "--data", str(run.parent / "data.csv")]
+    assert main([*command, "--out", str(tmp_path / "run")]) == 2
+    assert "use tinyllm classify" in capsys.readouterr().err
+
+
 def test_a_run_of_another_task_is_refused(run, capsys):
     assert main(["classify", "--run", str(run.parent / "start"), "--text", "a"]) == 2
-    assert "no classifier" in capsys.readouterr().err
+    assert "not a classifier" in capsys.readouterr().err
     assert main(["generate", "--run", str(run), "--prompt", "a"]) == 2
-    assert "SEQ_CLS" in capsys.readouterr().err
+    assert "use tinyllm classify" in capsys.readouterr().err

@@ -12,6 +12,7 @@ from support.runs import no_pictures, records
 from tinyllm.cli import main
 from tinyllm.cli.finetune import TASKS, parse
 from tinyllm.errors import Error
+from tinyllm.files import sealed
 from tinyllm.training.config import flag
 from tinyllm.training.tasks import chat
 from tinyllm.training.tasks.instruct import InstructionTuning, InstructOptions
@@ -84,6 +85,11 @@ def test_a_run_of_train_is_not_resumed(run, tmp_path):
     with pytest.raises(Error, match="is a run of the task instruct, not classify"):
         parse(["--resume", run, "--task", "classify"])
     assert main(["train", "--resume", run]) == 2
+    begun = tmp_path / "begun"
+    begun.mkdir()
+    (begun / "config.json").write_bytes(sealed({"task": "pretrain", "train": {}, "versions": {}}))
+    with pytest.raises(Error, match="tinyllm train --resume"):
+        parse(["--resume", str(begun)])
 
 
 @pytest.mark.parametrize("task", TASKS)

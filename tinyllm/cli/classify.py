@@ -22,7 +22,6 @@ from tinyllm.tokenizers import Tokenizer, load_tokenizer
 from tinyllm.training.metrics import best_checkpoint
 from tinyllm.training.tasks.classify import load_classifier
 from tinyllm.weights.hub import find_model
-from tinyllm.weights.runs import STEP
 from tinyllm.weights.safetensors import read_config
 
 SHOWN = 60  # characters of a text in the table
@@ -113,8 +112,8 @@ def _load(
         return SequenceClassifier.from_pretrained(path, dtype), load_tokenizer(path), None
     folder, about = checkpoint.parent, read_config(checkpoint.parent)
     if about.get("task") != "classify":
-        raise Error(f"{config.typed} is no classifier: give a run of finetune --task classify")
-    if not STEP.fullmatch(Path(config.run or config.model).name):
+        raise Error(f"{config.typed} is not a classifier: give a run of finetune --task classify")
+    if not config.names_checkpoint:
         checkpoint = best_checkpoint(folder)
     return load_classifier(checkpoint, dtype), load_tokenizer(folder), about["train"]["max_length"]
 

@@ -50,6 +50,8 @@ def parse(args: list[str]) -> FinetuneOptions:
         raise Error(f"--task is missing: choose one of {', '.join(TASKS)}")
     if folder is not None:
         begun = begun_task(Path(folder))
+        if begun not in TASKS:
+            raise Error(f"{folder} is a run of the task {begun}: use tinyllm train --resume {folder}")
         if task not in (None, begun):
             raise Error(f"{folder} is a run of the task {begun}, not {task}: omit --task")
         task = begun

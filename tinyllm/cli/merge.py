@@ -15,17 +15,20 @@ from tinyllm.models import load_model
 from tinyllm.nn import merge_lora
 from tinyllm.tokenizers import load_tokenizer
 from tinyllm.training.config import check_writable
+from tinyllm.training.metrics import best_checkpoint
 from tinyllm.training.start import save_tokenizer
+from tinyllm.training.tasks.classify import ClassifyOptions, load_classifier
+from tinyllm.weights.safetensors import read_config
 
 
 @dataclass(frozen=True, kw_only=True)
 class MergeConfig(AdapterOptions):
-    """Add a LoRA adapter to its base model's weights, and save a plain model.
+    """Add a LoRA adapter to its base model's weights, and save a plain model or classifier.
 
     The result is a folder in Hugging Face's layout, with the tokenizer's files. It needs neither the base
     model nor the adapter, and runs as fast as the base model.
 
-    Example: tinyllm merge --run runs/finetune-1 --out merged
+    Example: tinyllm merge --run runs/instruct-1 --out merged
     """
 
     out: Annotated[Path, option("DIR")]
@@ -39,8 +42,15 @@ def run(config: MergeConfig) -> None:
     if config.out.exists() and (not config.out.is_dir() or any(config.out.iterdir())):
         raise Error(f"{config.out} exists and is not an empty folder: choose another --out")
     checkpoint = config.find()
-    model = load_model(checkpoint or config.model, np.float64 if config.dtype == "float64" else np.float32)
-    config.put_adapter(model)
+    dtype = np.float64 if config.dtype == "float64" else np.float32
+    if checkpoint is not None and read_config(checkpoint.parent).get("task") == ClassifyOptions.task:
+        if config.adapter is not None:
+            raise Error(f"{config.typed} is a classifier: omit --adapter")
+        best = checkpoint if config.names_checkpoint else best_checkpoint(checkpoint.parent)
+        model = load_classifier(best, dtype)
+    else:
+        model = load_model(checkpoint or config.model, dtype)
+        config.put_adapter(model)
     merged = merge_lora(model)
     if not merged:
         raise Error(f"{config.typed} has no adapter to merge: it is a whole model already")
@@ -48,7 +58,7 @@ def run(config: MergeConfig) -> None:
     place = place or (find_tokenizer(config.model) if checkpoint is None else checkpoint.parent)
     tokenizer = load_tokenizer(place)
     model.astype(config.dtype).save_pretrained(config.out)
-    save_tokenizer(tokenizer, str(place), config.out)
+    save_tokenizer(tokenizer, place, config.out)
     print(
         f"{config.out}: {model.num_parameters():,} parameters in {config.dtype}, with LoRA of {len(merged)} "
         "layers merged"

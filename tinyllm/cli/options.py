@@ -91,6 +91,11 @@ class ModelOptions:
         return checkpoint
 
     @property
+    def names_checkpoint(self) -> bool:
+        """Whether the option names one checkpoint of a run, not the run."""
+        return bool(STEP.fullmatch(Path(self.run or self.model).name))
+
+    @property
     def typed(self) -> str:
         """The option that chooses the model, as typed."""
         return f"--model {self.model}" if self.run is None else f"--run {self.run}"
