@@ -155,6 +155,7 @@ def test_a_head_with_two_names_gets_no_lora_by_either():
     [
         (dict(targets=["nothing"]), "'nothing'"),
         (dict(targets="c_attn"), "no layer of the model matches"),
+        (dict(targets=["c_attn", "c_atn"]), "the target 'c_atn' matches no layer"),
         (dict(targets="h.(", rank=2), "not a regular expression"),
         (dict(targets=["ln_1"]), "h.0.ln_1 (LayerNorm)"),
         (dict(targets=["wte"]), "wte (Embedding)"),

@@ -294,6 +294,7 @@ def test_padding_packing_batch_size_and_order_change_no_number(files, tmp_path, 
     expected, gradients = losses(task, model)
     other, _ = loaded(files, tmp_path, train="all", **changes)
     assert other.steps_per_epoch == -(-len(other.train_rows) // changes["batch"])
+    assert other.rows == ("packed rows" if changes.get("pack") else "examples")  # what --batch counts
     found, others = losses(other, model, changes.get("micro_batch"))
     assert found == pytest.approx(expected, rel=1e-12)
     for name, gradient in gradients.items():
@@ -376,7 +377,7 @@ def test_special_tokens_extend_tokenizer_and_embeddings_together(files, tmp_path
         (dict(rank=0), "--rank is 0"),
         (dict(alpha=0.0), "--alpha is 0.0"),
         (dict(lora_dropout=1.0), "--lora-dropout is 1.0"),
-        (dict(targets=("nothing",)), "no layer of the model matches the targets"),
+        (dict(targets=("nothing",)), "the target .* matches no layer of the model"),
         (dict(max_length=300), "--max-length is 300.* at most 256"),
         (dict(max_length=5), "no example has an answer within the first 5 tokens"),
         (dict(template="alpaca.txt"), "alpaca.txt cannot be read"),

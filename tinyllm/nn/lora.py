@@ -95,8 +95,8 @@ def add_lora(
     ``modules_to_save`` names further layers, which are trained whole and belong to the adapter. A layer that
     shares a parameter with one of them, as a tied head does with the embedding, is trained with it.
 
-    Raises ``Error``, and changes nothing, if a name or ``targets`` match no layer, if a target is not a
-    Linear, or if the model has LoRA layers already.
+    Raises ``Error``, and changes nothing, if a name or one of ``targets`` matches no layer, if a target is
+    not a Linear, or if the model has LoRA layers already.
     """
     modules, rng = dict(model.named_modules()), as_generator(rng)
     if lora_layers(model):
@@ -111,6 +111,9 @@ def add_lora(
         excluded |= {id(child) for _, child in model.children()}  # the head
         names = [name for name, layer in modules.items() if isinstance(layer, Linear)]
     else:
+        for wanted in () if targets is None or isinstance(targets, str) else targets:
+            if not any(matches([wanted], name) for name in modules):
+                raise Error(f"the target {wanted!r} matches no layer of the model; the layers are {layers}")
         names = [name for name in modules if matches(DEFAULT_TARGETS if targets is None else targets, name)]
     names = [name for name in names if id(modules[name]) not in excluded]
     if not names:

@@ -66,6 +66,7 @@ class InstructionTuning(ChatTuning):
         rows = [PaddedExamples(part.examples) for part in parts]
         if self.config.pack:
             rows[0] = PackedExamples(rows[0], self.max_length)
+            self.rows = "packed rows"  # of several examples each
             self.notes.append(f"{len(parts[0].examples):,} examples are packed into {len(rows[0]):,} rows")
         self.questions = self.questions_from(valid) if self.format.messages else []
         return tuple(rows)
