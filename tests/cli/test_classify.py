@@ -7,6 +7,7 @@ import pytest
 from support.runs import no_pictures, small
 
 from tinyllm.cli import main
+from tinyllm.cli.classify import ClassifyConfig, _texts
 from tinyllm.inference.classify import EncodedTexts, class_logits, probabilities
 from tinyllm.models import SequenceClassifier
 from tinyllm.tokenizers import load_tokenizer
@@ -53,6 +54,7 @@ def test_a_text_as_a_table(run, capsys):
     ("name", "content"),
     [
         ("texts.txt", "good one\nbad one x\n"),
+        ("texts.txt", "\ufeffgood one\r\nbad one x"),
         ("texts.csv", "id,text\n1,good one\n2,bad one x\n"),
         ("texts.jsonl", '{"text": "good one"}\n{"text": "bad one x"}\n'),
     ],
@@ -67,6 +69,11 @@ def test_a_file_as_json(run, tmp_path, capsys, name, content):
     shares = [list(line["probabilities"].values()) for line in lines]
     np.testing.assert_allclose(shares, expected(run, ["good one", "bad one x"]), atol=1e-6)
     assert [line["label"] for line in lines] == ["01"[np.argmax(row)] for row in shares]
+
+
+def test_only_a_line_end_divides_a_file_of_lines(tmp_path):
+    (tmp_path / "texts.txt").write_text("a\u2028b\x0bc\nd\n", encoding="utf-8")
+    assert _texts(ClassifyConfig(model="m", file=tmp_path / "texts.txt")) == ["a\u2028b\x0bc", "d"]
 
 
 def test_a_classifier_in_hugging_faces_layout(run, tmp_path, capsys):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import sys
 from dataclasses import dataclass
@@ -93,7 +94,8 @@ def _texts(config: ClassifyConfig) -> list[str]:
     if config.file.suffix.lower() != ".txt":
         texts = [text_of(row, config.text_column) for row in read_rows(config.file)]
     else:
-        texts = read_text(config.file).splitlines()
+        text = read_text(config.file).removeprefix("\ufeff")  # a byte order mark
+        texts = [line.removesuffix("\n") for line in io.StringIO(text, newline=None)]
         for number, text in enumerate(texts, 1):
             if not text.strip():
                 raise Error(f"line {number} of {config.file} is empty: remove it")
