@@ -107,6 +107,8 @@ def test_help_of_a_task_lists_every_option(task, capsys, monkeypatch):
 
 def test_an_interrupted_run_says_how_to_continue(files, tmp_path, capsys, monkeypatch):
     no_pictures(monkeypatch)
+    render_in_process(monkeypatch)
+    monkeypatch.setattr(chat, "ANSWER_TOKENS", 3)
     sample = InstructionTuning.sample
 
     def stop(task, model, step, check, final):

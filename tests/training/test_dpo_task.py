@@ -7,6 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from support.chat_model import START, turn, write_model
+from support.instructions import render_in_process
 from support.runs import left, no_pictures, records, same_arrays, stopped_after, weights
 
 from tinyllm import load_model
@@ -27,6 +28,7 @@ ROWS = [
 def quick():
     with pytest.MonkeyPatch.context() as patched:
         no_pictures(patched)
+        render_in_process(patched)
         patched.setattr("tinyllm.training.tasks.chat.ANSWER_TOKENS", 3)
         yield
 
