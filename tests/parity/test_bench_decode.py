@@ -245,7 +245,6 @@ def test_a_report_of_some_works_has_their_rows_only(result):
     assert rows == names
 
 
-@pytest.mark.xfail(strict=True, reason="the tables are measured once generate() has speculate=")
 @pytest.mark.parametrize("name", ["decode-avx2", "decode-avx512"])
 def test_the_written_tables_have_every_comparison(name):
     rows, *_ = tables.first_cells(tables.read(tables.BENCH_PAGE, name)) or [[]]

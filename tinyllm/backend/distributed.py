@@ -23,7 +23,7 @@ import os
 import platform
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import ClassVar
 
@@ -219,6 +219,16 @@ class _Opened:
 def current() -> OneProcess:
     """The processes that train together with this one."""
     return _Opened.now
+
+
+def shared_out(function: Callable, items: Sequence) -> list:
+    """``[function(item) for item in items]``, of which each process computes its share, and all get all."""
+    processes = current()
+    found = processes.gather([function(item) for item in items[processes.rank :: processes.size]])
+    results = [None] * len(items)
+    for rank, theirs in enumerate(found):
+        results[rank :: processes.size] = theirs
+    return results
 
 
 def is_first() -> bool:

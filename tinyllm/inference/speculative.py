@@ -38,10 +38,11 @@ from tinyllm.models.cache import SLACK, Cache
 from tinyllm.nn import Module, evaluating
 from tinyllm.tensor import no_grad
 
-# The time of a pass of so many tokens, in steps of one token: SmolLM2-135M on two cores with AVX-512 or AVX2.
-# Several tokens cost more than one because BLAS copies the weights for them. The numbers are fixed, not
-# measured while generating, so that the same call gives the same text in float32, too.
-PASS_COST = {1: 1.0, 2: 2.2, 3: 2.6, 4: 2.4, 6: 2.6, 8: 2.6, 12: 2.7, 16: 3.1}
+# The time of a pass of so many tokens, in steps of one token: SmolLM2-135M on two cores, between those with
+# AVX-512 (2.0, 2.6, 2.1, 2.6, 2.9, 3.2, 4.1) and AVX2 (3.5, 4.0, 3.6, 4.3, 4.0, 4.5, 4.0). A step repeats
+# recorded calls (``decoding.py``); a pass of several tokens runs the model, and BLAS copies weights for it.
+# The numbers are fixed, not measured while generating, so that a call gives the same text again in float32.
+PASS_COST = {1: 1.0, 2: 2.7, 3: 3.3, 4: 2.8, 6: 3.4, 8: 3.4, 12: 3.8, 16: 4.0}
 MOST_CANDIDATES = min(max(PASS_COST) - 1, SLACK)
 
 

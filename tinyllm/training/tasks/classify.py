@@ -12,6 +12,7 @@ import numpy as np
 
 from tinyllm import functional as F
 from tinyllm.backend.device import pick_device
+from tinyllm.backend.distributed import current, shared_out
 from tinyllm.data.examples import Examples
 from tinyllm.data.labelled import Part, open_labelled
 from tinyllm.files import replacing, write_whole
@@ -118,7 +119,12 @@ class Classification(Finetuning):
         rows, config = self.valid_rows, self.config
         number = min(len(rows), config.eval_examples)
         chosen = np.linspace(0, len(rows) - 1, number).astype(int)
-        logits, targets = class_logits(model, rows, config.at_once, chosen, check), rows.targets[chosen]
+
+        def logits_of(some: np.ndarray) -> np.ndarray:
+            return class_logits(model, rows, config.at_once, some, check)
+
+        parts = [part for part in np.array_split(chosen, current().size) if len(part)]
+        logits, targets = np.concatenate(shared_out(logits_of, parts)), rows.targets[chosen]
         loss = F.cross_entropy(Tensor(logits), targets).item()
         return {"val_loss": loss, "val_accuracy": float((logits.argmax(axis=1) == targets).mean())}
 

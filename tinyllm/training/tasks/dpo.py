@@ -16,6 +16,7 @@ import numpy as np
 from tqdm import tqdm
 
 from tinyllm.backend.device import pick_device
+from tinyllm.backend.distributed import current, shared_out
 from tinyllm.backend.dtypes import autocast
 from tinyllm.data.examples import Row
 from tinyllm.data.instructions import Encoded, conversations, encode_conversations, recognise
@@ -26,7 +27,7 @@ from tinyllm.files import read_sealed, sealed, write_whole
 from tinyllm.nn import Module, evaluating
 from tinyllm.tensor import Tensor
 from tinyllm.training.loggers import number
-from tinyllm.training.preference import answer_log_probs, dpo_loss, preferences
+from tinyllm.training.preference import Preferences, answer_log_probs, dpo_loss, preferences
 from tinyllm.training.step import Check
 from tinyllm.training.tasks.chat import ChatOptions, ChatTuning
 
@@ -160,13 +161,20 @@ class PreferenceTuning(ChatTuning):
         """log π_ref (n, 2) of the pairs of a part, as kept or computed."""
         if self.kept is not None:
             return np.array(self.kept[part])
-        config, found = self.config, np.empty((len(rows), 2))
+        config, batches = self.config, self.spread(rows, len(rows))
         model.to(pick_device(config.device))
-        batches, bar = self.spread(rows, len(rows)), dict(unit="batch", dynamic_ncols=True, disable=None)
-        with evaluating(model), autocast(config.dtype):
-            for chosen in tqdm(batches, f"reference of {part}", **bar):
-                ids, targets, _ = rows[chosen]
-                found[chosen] = answer_log_probs(model, ids, targets, config.logps == "mean")
+        bar = tqdm(total=len(batches), desc=f"reference of {part}", unit="batch", disable=None)
+
+        def log_probs(chosen: np.ndarray) -> np.ndarray:
+            ids, targets, _ = rows[chosen]
+            found = answer_log_probs(model, ids, targets, config.logps == "mean")
+            bar.update(current().size)
+            return found
+
+        with bar, evaluating(model), autocast(config.dtype):
+            parts = shared_out(log_probs, batches)
+        found = np.empty((len(rows), 2))
+        found[np.concatenate(batches)] = np.concatenate(parts)
         return found
 
     # A step and its batch
@@ -189,16 +197,16 @@ class PreferenceTuning(ChatTuning):
         return found
 
     def _measure(self, model: Module, rows: Pairs, most: int, check: Check) -> dict[str, float]:
-        losses, rewards = [], []
+        def measured(chosen: np.ndarray) -> Preferences:
+            check()
+            ids, targets, reference = rows[chosen]
+            log_probs = answer_log_probs(model, ids, targets, self.config.logps == "mean")
+            return preferences(log_probs, reference, self.config.beta)
+
         with evaluating(model):
-            for chosen in self.spread(rows, most):
-                check()
-                ids, targets, reference = rows[chosen]
-                log_probs = answer_log_probs(model, ids, targets, self.config.logps == "mean")
-                found = preferences(log_probs, reference, self.config.beta)
-                losses.append(found.losses)
-                rewards.append(found.rewards)
-        losses, (preferred, other) = np.concatenate(losses), np.concatenate(rewards).T
+            found = shared_out(measured, self.spread(rows, most))
+        losses = np.concatenate([part.losses for part in found])
+        preferred, other = np.concatenate([part.rewards for part in found]).T
         return {
             "loss": losses.mean().item(),
             "chosen_reward": preferred.mean().item(),
