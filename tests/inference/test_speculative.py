@@ -179,7 +179,7 @@ def test_text_that_repeats_itself_takes_fewer_passes(monkeypatch):
     assert shapes == [2] + [1] * 149
     shapes.clear()
     assert run(model, [1, 2], 150, 0, temperature=0, speculate="prompt") == plain
-    assert sum(map(pass_cost, shapes[1:])) < 75 and max(shapes[1:]) == 16
+    assert len(shapes) <= 50 and sum(map(pass_cost, shapes[1:])) < 0.6 * 149 and max(shapes[1:]) == 16
 
 
 def test_random_text_is_decoded_in_plain_steps(monkeypatch):

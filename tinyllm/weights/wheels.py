@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tinyllm.errors import Error
-from tinyllm.files import lock
+from tinyllm.files import lock, open_regular
 
 PULLING, LOCK = ".pulling-", "lock"  # an unfinished download: the prefix of its folder, and its lock file
 
@@ -191,7 +191,7 @@ def _run_pip() -> None:
 
 def check_sha256(path: Path, expected: str) -> None:
     """Raise ``SourceError`` if a downloaded file has another SHA-256."""
-    with open(path, "rb") as file:
+    with open_regular(path) as file:
         found = hashlib.file_digest(file, "sha256").hexdigest()
     if found != expected:
         raise SourceError(f"the downloaded {path.name} has the SHA-256 {found}, not {expected}")
