@@ -156,8 +156,7 @@ def load_adapter(model: Module, folder: str | Path) -> None:
         )
     if rows is not None:
         model.resize_token_embeddings(rows, rng=0)  # the file has all rows, also the new ones
-    if not config["ensure_weight_tying"]:
-        _untie(plain, keys, weights)
+    _untie(plain, keys, weights, one_is_enough=config["ensure_weight_tying"])
     if not layers:
         ranks, alphas = ({f"^{re.escape(name)}": v[i] for name, v in wanted.items()} for i in (0, 1))
         owners = {name.rpartition(".")[0] for name in keys}
@@ -246,8 +245,13 @@ def _check_fits(model, plain, config, wanted, shapes, rows, folder) -> None:
         raise Error(f"the adapter in {folder} does not fit the model ({reason}): load its base model, {base}")
 
 
-def _untie(plain: Mapping[str, Module], keys: Mapping[str, str], weights: Weights) -> None:
-    """Give layers that share a parameter one each, unless the file has the same array for all of them."""
+def _untie(
+    plain: Mapping[str, Module], keys: Mapping[str, str], weights: Weights, one_is_enough: bool
+) -> None:
+    """Give layers that share a parameter one each, unless the file has the same array for all of them.
+
+    With ``one_is_enough`` they also stay tied if it has an array for some of them only.
+    """
     owners = {}  # id of a parameter -> the layers that have it, each as (layer, name in it, key or None)
     names = {name.replace(".base_layer.", "."): key for name, key in keys.items()}
     first = {id(layer): (name, layer) for name, layer in reversed(plain.items())}  # of one in two places
@@ -263,6 +267,7 @@ def _untie(plain: Mapping[str, Module], keys: Mapping[str, str], weights: Weight
                 # PEFT also stores W of a head with LoRA (base_layer), which was not trained
                 if ".base_layer." not in key or not np.array_equal(array, to_device(shared.data, "cpu")):
                     trained.append((layer, local, array))
-        if len(trained) < len(places) or not all(np.array_equal(trained[0][2], x) for *_, x in trained):
+        in_part = len(trained) < len(places) and not one_is_enough
+        if in_part or not all(np.array_equal(trained[0][2], x) for *_, x in trained):
             for layer, local, _ in trained:
                 setattr(layer, local, Tensor(shared.data, requires_grad=shared.requires_grad))
