@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 from support.models import EVERYTHING, NO_DROPOUT, SMALL, random_model
 
-from parity.twins import bridge
 from tinyllm import GPT2Config, nn
 
 CONFIGS = {"gpt2": GPT2Config(**SMALL, **NO_DROPOUT), "llama": EVERYTHING}
@@ -32,6 +31,7 @@ def with_lora(config, **options):
 def with_peft(config, **options):
     """The ``transformers`` model with the same base weights, and a random adapter of ``peft``."""
     peft, torch = pytest.importorskip("peft"), pytest.importorskip("torch")
+    bridge = pytest.importorskip("parity.twins.bridge")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # fan_in_fan_out, and tied weights
         theirs = bridge.to_transformers(random_model(config))
@@ -46,7 +46,7 @@ def with_peft(config, **options):
 
 def load_in_peft(config, folder):
     """The ``transformers`` model with the same base weights, and the adapter in a folder."""
-    peft = pytest.importorskip("peft")
+    peft, bridge = pytest.importorskip("peft"), pytest.importorskip("parity.twins.bridge")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return peft.PeftModel.from_pretrained(bridge.to_transformers(random_model(config)), folder).eval()

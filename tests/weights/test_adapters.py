@@ -10,14 +10,13 @@ from safetensors.numpy import load_file, save_file
 from support.adapters import CONFIGS, load_in_peft, randomize, with_lora, with_peft
 from support.models import batch, random_gpt2, random_llama, random_model
 
-from parity.twins import bridge
 from tinyllm import GPT2, Error, GPT2Config, load_model, nn, optim
 from tinyllm.models import empty_model
 from tinyllm.weights.adapter_config import find_adapter
 from tinyllm.weights.adapters import load_adapter, save_adapter
 from tinyllm.weights.safetensors import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 
-torch = pytest.importorskip("torch")
+torch, bridge = pytest.importorskip("torch"), pytest.importorskip("parity.twins.bridge")
 
 GPT, LLAMA = CONFIGS["gpt2"], CONFIGS["llama"]
 TIED_LLAMA = replace(LLAMA, tie_word_embeddings=True)
