@@ -29,9 +29,9 @@ def put_lora(model, **options):
 def folders(tmp_path_factory):
     """A chat model, an adapter for it without a tokenizer, and a text."""
     folder = tmp_path_factory.mktemp("models")
-    (folder / "base").mkdir()
-    write_model(folder / "base")
-    save_adapter(put_lora(load_model(folder / "base")), folder / "adapter", folder / "base")
+    (folder / "base-of-the-run").mkdir()
+    write_model(folder / "base-of-the-run")
+    save_adapter(put_lora(load_model(folder / "base-of-the-run")), folder / "adapter", folder / "base-of-the-run")
     (folder / "text.txt").write_text(TEXT, encoding="utf-8")
     return folder
 
@@ -41,12 +41,12 @@ def run(tmp_path_factory):
     """A run whose checkpoint is an adapter, with a tokenizer of its own."""
     folder, tokenizer = tmp_path_factory.mktemp("run"), CharTokenizer.from_text(TEXT)
     config = GPT2Config(vocab_size=tokenizer.vocab_size, n_embd=8, n_layer=1, n_head=1, n_positions=16)
-    GPT2(config, rng=0).save_pretrained(folder / "base")
+    GPT2(config, rng=0).save_pretrained(folder / "base-of-the-run")
     tokenizer.save(folder)
     (folder / "chat_template.jinja").write_text("{{ messages[0].content }}", encoding="utf-8")
     (folder / "config.json").write_text('{"task": "instruct", "train": {}}', encoding="utf-8")
-    model = put_lora(load_model(folder / "base"), targets=["c_attn", "lm_head"])
-    save_adapter(model, folder / "step-000007", "../base")
+    model = put_lora(load_model(folder / "base-of-the-run"), targets=["c_attn", "lm_head"])
+    save_adapter(model, folder / "step-000007", "../base-of-the-run")
     return folder
 
 
@@ -61,7 +61,7 @@ def evaluated(capsys, folders, *model):
 
 
 def test_the_adapter_changes_what_is_evaluated_and_the_merged_model_equals_it(folders, tmp_path, capsys):
-    base, adapter, merged = folders / "base", folders / "adapter", tmp_path / "merged"
+    base, adapter, merged = folders / "base-of-the-run", folders / "adapter", tmp_path / "merged"
     plain = evaluated(capsys, folders, "--model", base)
     found = evaluated(capsys, folders, "--model", base, "--adapter", adapter)
     assert found != plain
@@ -85,7 +85,7 @@ def test_generate_and_chat_take_an_adapter(folders, capsys, monkeypatch, command
             monkeypatch.setattr("sys.stdin", io.StringIO("the cat\n"))
             arguments = []
         limits = ["--temperature", "0", "--max-new-tokens", "12"]
-        said.append(printed(capsys, command, "--model", folders / "base", *options, *arguments, *limits))
+        said.append(printed(capsys, command, "--model", folders / "base-of-the-run", *options, *arguments, *limits))
     assert said[0] != said[1]
 
 
@@ -100,7 +100,7 @@ def test_a_run_of_adapters_is_used_like_any_run_and_merged(run, tmp_path, capsys
     assert load_tokenizer(tmp_path / "merged").chat_template == "{{ messages[0].content }}"
     merged, adapted = load_model(tmp_path / "merged"), load_model(run)
     ids = [[0, 1, 2, 3]]
-    assert np.abs(load_model(run / "base")(ids).data - adapted(ids).data).max() > 1e-3
+    assert np.abs(load_model(run / "base-of-the-run")(ids).data - adapted(ids).data).max() > 1e-3
     np.testing.assert_allclose(merged(ids).data, adapted(ids).data, rtol=0, atol=1e-5)
     assert printed(capsys, "generate", "--model", tmp_path / "merged", *arguments) == found
 
@@ -128,17 +128,17 @@ def test_the_weights_are_rounded_once(folders, tmp_path, capsys):
     ],
 )
 def test_wrong_requests(folders, tmp_path, capsys, arguments, said):
-    places = {"base": folders / "base", "adapter": folders / "adapter", "new": tmp_path / "new"}
+    places = {"base": folders / "base-of-the-run", "adapter": folders / "adapter", "new": tmp_path / "new"}
     message = printed(capsys, *arguments.format(**places).split(), code=2)
     assert said in message and message.count("\n") == 1
     assert not (tmp_path / "new").exists()
 
 
 def test_the_tokenizer_saved_with_an_adapter_is_used(folders, tmp_path, capsys):
-    save_adapter(put_lora(load_model(folders / "base")), tmp_path / "adapter", folders / "base")
+    save_adapter(put_lora(load_model(folders / "base-of-the-run")), tmp_path / "adapter", folders / "base-of-the-run")
     CharTokenizer("abc").save(tmp_path / "adapter")
     arguments = ["--prompt", "abc", "--temperature", "0", "--max-new-tokens", "9"]
     out = printed(
-        capsys, "generate", "--model", folders / "base", "--adapter", tmp_path / "adapter", *arguments
+        capsys, "generate", "--model", folders / "base-of-the-run", "--adapter", tmp_path / "adapter", *arguments
     )
     assert {*out.strip()} <= {*"abc"}
