@@ -31,7 +31,9 @@ def folders(tmp_path_factory):
     folder = tmp_path_factory.mktemp("models")
     (folder / "base-of-the-run").mkdir()
     write_model(folder / "base-of-the-run")
-    save_adapter(put_lora(load_model(folder / "base-of-the-run")), folder / "adapter", folder / "base-of-the-run")
+    save_adapter(
+        put_lora(load_model(folder / "base-of-the-run")), folder / "adapter", folder / "base-of-the-run"
+    )
     (folder / "text.txt").write_text(TEXT, encoding="utf-8")
     return folder
 
@@ -85,7 +87,9 @@ def test_generate_and_chat_take_an_adapter(folders, capsys, monkeypatch, command
             monkeypatch.setattr("sys.stdin", io.StringIO("the cat\n"))
             arguments = []
         limits = ["--temperature", "0", "--max-new-tokens", "12"]
-        said.append(printed(capsys, command, "--model", folders / "base-of-the-run", *options, *arguments, *limits))
+        said.append(
+            printed(capsys, command, "--model", folders / "base-of-the-run", *options, *arguments, *limits)
+        )
     assert said[0] != said[1]
 
 
@@ -135,10 +139,18 @@ def test_wrong_requests(folders, tmp_path, capsys, arguments, said):
 
 
 def test_the_tokenizer_saved_with_an_adapter_is_used(folders, tmp_path, capsys):
-    save_adapter(put_lora(load_model(folders / "base-of-the-run")), tmp_path / "adapter", folders / "base-of-the-run")
+    save_adapter(
+        put_lora(load_model(folders / "base-of-the-run")), tmp_path / "adapter", folders / "base-of-the-run"
+    )
     CharTokenizer("abc").save(tmp_path / "adapter")
     arguments = ["--prompt", "abc", "--temperature", "0", "--max-new-tokens", "9"]
     out = printed(
-        capsys, "generate", "--model", folders / "base-of-the-run", "--adapter", tmp_path / "adapter", *arguments
+        capsys,
+        "generate",
+        "--model",
+        folders / "base-of-the-run",
+        "--adapter",
+        tmp_path / "adapter",
+        *arguments,
     )
     assert {*out.strip()} <= {*"abc"}
