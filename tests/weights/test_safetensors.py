@@ -352,7 +352,8 @@ def test_transformers_loads_saved_folders(model, tmp_path, shard_bytes):
     for name, tensor in model.state_dict().items():
         assert torch.equal(loaded.state_dict()[name], tensor), name
     ids = torch.arange(16)[None]
-    assert torch.equal(loaded.eval()(ids).logits, model(ids).logits)
+    # The weights are equal bit for bit; the rounding of MKL's products depends on where they are in memory.
+    torch.testing.assert_close(loaded.eval()(ids).logits, model(ids).logits, rtol=0, atol=1e-6)
 
 
 def test_shards_are_split_and_named_as_in_transformers(model, tmp_path):
