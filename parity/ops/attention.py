@@ -37,17 +37,21 @@ def at_address(address, function):
 # -------------------------------------------------------------- attention in torch
 
 
-def visible_keys(shape, mask=None, is_causal=False):
+def visible_keys(shape, mask=None, is_causal=False, window=None):
     """Booleans (B, H, T, S): whether a query may attend to a key. Causal aligns the last query and key."""
     T, S = shape[-2:]
     visible = np.tri(T, S, S - T, dtype=bool) if is_causal else np.ones((T, S), bool)
+    if window is not None:
+        visible &= ~np.tri(T, S, S - T - window, dtype=bool)
     if mask is not None:
         visible = visible & (mask if mask.dtype == bool else mask > -np.inf)
     return np.broadcast_to(visible, shape)
 
 
-def torch_attention(q, k, v, mask=None, is_causal=False, scale=None, kept=None):
+def torch_attention(q, k, v, mask=None, is_causal=False, scale=None, kept=None, window=None, softcap=None):
     """torch's op with an explicit mask; a query without visible keys gets zeros. ``kept``: a dropout mask.
+
+    With dropout or a softcap, which torch's op does not have, its steps one by one.
 
     If there are fewer key-value heads, each is repeated for the query heads that share it. Inputs (B, T, D)
     are one head. A mask may be a torch tensor of numbers, with a gradient.
@@ -55,18 +59,20 @@ def torch_attention(q, k, v, mask=None, is_causal=False, scale=None, kept=None):
     if q.ndim == 3:
         mask = mask[:, None] if mask is not None and mask.ndim == 3 else mask
         q, k, v = (x[:, None] for x in (q, k, v))
-        return torch_attention(q, k, v, mask, is_causal, scale, kept)[:, 0]
+        return torch_attention(q, k, v, mask, is_causal, scale, kept, window, softcap)[:, 0]
     k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
     numbers = mask.detach().numpy() if isinstance(mask, torch.Tensor) else mask
-    visible = torch.tensor(visible_keys((*q.shape[:3], k.shape[2]), numbers, is_causal).copy())
+    visible = torch.tensor(visible_keys((*q.shape[:3], k.shape[2]), numbers, is_causal, window).copy())
     has_key = visible.any(-1, keepdim=True)
     bias = torch.zeros(()) if mask is None or numbers.dtype == bool else torch.as_tensor(mask).clamp(min=-1e9)
     # A query without visible keys attends to all of them, and its output is multiplied by 0.
     bias = bias.double().masked_fill(~visible & has_key, -math.inf)
-    if kept is None:
+    if kept is None and softcap is None:
         return TF.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=scale) * has_key
-    scores = q @ k.mT * (max(q.shape[-1], 1) ** -0.5 if scale is None else scale) + bias
-    return scores.softmax(-1) * torch.tensor(kept) @ v * has_key
+    scores = q @ k.mT * (max(q.shape[-1], 1) ** -0.5 if scale is None else scale)
+    scores = scores if softcap is None else softcap * torch.tanh(scores / softcap)
+    weights = (scores + bias).softmax(-1)
+    return (weights if kept is None else weights * torch.tensor(kept)) @ v * has_key
 
 
 def kept_weights(q, k, options, p, address):

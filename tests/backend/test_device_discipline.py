@@ -181,6 +181,18 @@ CASES = {
     "F.scaled_dot_product_attention learned bias": lambda t: F.scaled_dot_product_attention(
         t.q, t.k, t.v, t.x[:, None, :, :1] * t.row[:1] + t.bias, dropout_p=0.4, is_causal=True
     ),
+    "F.scaled_dot_product_attention window": lambda t: F.scaled_dot_product_attention(
+        t.q, t.k, t.v, dropout_p=0.4, is_causal=True, window=2
+    ),
+    "F.scaled_dot_product_attention window of more queries": lambda t: F.scaled_dot_product_attention(
+        t.k, t.q, t.q, t.k[..., :3].data, is_causal=True, window=2, softcap=0.8
+    ),
+    "F.scaled_dot_product_attention softcap": lambda t: F.scaled_dot_product_attention(
+        t.shared_q, t.k, t.v, t.mask, enable_gqa=True, softcap=np.float64(0.8)
+    ),
+    "F.scaled_dot_product_attention learned bias, softcap": lambda t: F.scaled_dot_product_attention(
+        t.q, t.k, t.v, t.x[:, None, :, :1] * t.row[:1] + t.bias, is_causal=True, window=2, softcap=0.8
+    ),
     "F.cross_entropy": lambda t: F.cross_entropy(t.x, t.targets),
     "F.cross_entropy host targets": lambda t: F.cross_entropy(t.x, TARGETS),
     "F.cross_entropy weights": lambda t: F.cross_entropy(t.x, t.targets, weights=WEIGHTS),
@@ -216,6 +228,9 @@ CASES = {
     ),
     "composed.scaled_dot_product_attention shared heads": lambda t: composed.scaled_dot_product_attention(
         t.shared_q, t.k, t.v, is_causal=True, enable_gqa=True
+    ),
+    "composed.scaled_dot_product_attention window": lambda t: composed.scaled_dot_product_attention(
+        t.q, t.k, t.v, t.bias, is_causal=True, window=2, softcap=0.8
     ),
     "composed.cross_entropy": lambda t: composed.cross_entropy(t.x, t.targets),
     "composed.linear_cross_entropy": lambda t: composed.linear_cross_entropy(

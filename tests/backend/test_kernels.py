@@ -57,6 +57,13 @@ OPS = {
         2,
         [((2, 4, 7, 8), 0), ((2, 2, 9, 8), 0), ((2, 2, 9, 6), 0)],
     ),
+    "attention in a window": (
+        lambda q, k, v: F.scaled_dot_product_attention(
+            q, k, v, is_causal=True, enable_gqa=True, window=3, softcap=1.5
+        ),
+        2,
+        [((2, 4, 7, 8), 0), ((2, 2, 9, 8), 0), ((2, 2, 9, 6), 0)],
+    ),
     "cross_entropy": (lambda x: F.cross_entropy(x, np.array([2, 39, -100])), 0, [((3, 40), 0)]),
     "linear_cross_entropy": (
         lambda x, w, b: F.linear_cross_entropy(

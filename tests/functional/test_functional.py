@@ -531,6 +531,12 @@ ERRORS = {  # mistake -> (call, words in its message: the value and the remedy)
         lambda: attend(attn_mask=np.ones((2, 3), int)),
         ["int64", "boolean", "float64"],
     ),
+    "a window of 0": (lambda: attend(is_causal=True, window=0), ["window is 0", "at least 1"]),
+    "a window of 2.0": (lambda: attend(is_causal=True, window=2.0), ["window is 2.0", "whole number"]),
+    "a window of two sides": (lambda: attend(window=2), ["window (2)", "is_causal=True"]),
+    "a softcap of 0": (lambda: attend(softcap=0.0), ["softcap is 0.0", "positive"]),
+    "an infinite softcap": (lambda: attend(softcap=math.inf), ["softcap is inf", "finite"]),
+    "a softcap of True": (lambda: attend(softcap=True), ["softcap is True", "positive"]),
     "attention dropout of 1.5": (lambda: attend(dropout_p=1.5), ["1.5", "between 0 and 1"]),
     "linear of the wrong size": (lambda: F.linear(leaf(2, 3), leaf(5, 4)), ["(2, 3)", "(5, 4)", "(out, in)"]),
     "an attention mask of integers in a Tensor": (

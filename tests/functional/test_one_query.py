@@ -24,10 +24,14 @@ def test_one_query_matches_the_general_code_path(data):
         "added": np.where(rng.random(shape) < 0.3, -np.inf, rng.standard_normal(shape)),
     }[kind]
     causal = data.draw(st.booleans(), label="causal")
+    options = {
+        "window": data.draw(st.none() | st.integers(1, 4), label="window") if causal else None,
+        "softcap": data.draw(st.sampled_from([None, 0.7, 30]), label="softcap"),
+    }
 
     def attend(query):
         return F.scaled_dot_product_attention(
-            query, Tensor(k), Tensor(v), mask, is_causal=causal, scale=0.7, enable_gqa=True
+            query, Tensor(k), Tensor(v), mask, is_causal=causal, scale=0.7, enable_gqa=True, **options
         )
 
     without_gradient, with_gradient = attend(Tensor(q)), attend(Tensor(q, requires_grad=True))

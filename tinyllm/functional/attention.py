@@ -2,7 +2,7 @@
 
 The plain version is in ``composed.py``. Here queries are processed in blocks: the scores of a block are
 computed, used and freed, and the backward pass recomputes them. In causal attention, keys after the block's
-last query are never read.
+last query are never read, and in a window neither are those before the window of its first.
 
 Dao et al., "FlashAttention" (arXiv 2205.14135), section 3.1 and appendix B.2 for the gradient.
 """
@@ -13,6 +13,7 @@ import numpy as np
 
 from tinyllm.backend.random import dropout_mask, next_address
 from tinyllm.backend.threads import each_block, one_blas_thread, run_tasks
+from tinyllm.checks import is_integer
 from tinyllm.errors import Error
 from tinyllm.functional.activations import check_probability
 from tinyllm.tensor import Tensor
@@ -32,6 +33,8 @@ def scaled_dot_product_attention(
     is_causal: bool = False,
     scale: float | None = None,
     enable_gqa: bool = False,
+    window: int | None = None,
+    softcap: float | None = None,
 ) -> Tensor:
     """softmax(Q Kᵀ · scale + mask) V for Q (B, H, T, D), K (B, H, S, D), V (B, H, S, E) -> (B, H, T, E).
 
@@ -41,11 +44,14 @@ def scaled_dot_product_attention(
     numbers that are added to the scores, such as position biases; a Tensor of them gets the gradient dS, a
     whole (B, H, T, S) array until the engine sums it over the axes that were broadcast. With ``is_causal``
     query t attends to the keys up to t; if T ≠ S the *last* query is aligned with the *last* key, as a KV
-    cache needs (torch aligns the first with the first). A query without a visible key gets zeros.
+    cache needs (torch aligns the first with the first). A query without a visible key gets zeros. With a
+    ``window`` W too, it attends to the last W of these keys only, t - W < s ≤ t (Jiang et al., "Mistral 7B",
+    arXiv 2310.06825, section 2), and time grows with T · W instead of T · T.
     ``dropout_p`` drops weights as ``dropout`` does; pass 0 outside training. With ``enable_gqa`` K and V may
     have G heads, G a divisor of H: query heads 0 to H/G - 1 share the first, and so on (Ainslie et al.,
     "GQA", arXiv 2305.13245). K and V are not repeated: the queries of a group are stacked in one product,
-    whose gradient sums over the group.
+    whose gradient sums over the group. ``softcap`` c replaces Q Kᵀ · scale by c tanh(Q Kᵀ · scale / c), which
+    stays between -c and c (Gemma team, "Gemma 2", arXiv 2408.00118, section 2).
 
     Per head, S = Q Kᵀ · scale + mask, P_ts = exp(S_ts) / Σ_k exp(S_tk), and O_te = Σ_s P_ts V_se. With
     g = dL/dO the last sum gives dV_se = Σ_t P_ts g_te and dP_ts = Σ_e g_te V_se: dV = Pᵀ g, dP = g Vᵀ. Row t
@@ -54,6 +60,8 @@ def scaled_dot_product_attention(
         dS_tk = P_tk (dP_tk - δ_t),   δ_t = Σ_s P_ts dP_ts = Σ_e g_te Σ_s P_ts V_se = Σ_e g_te O_te.
 
     δ needs only the output, not the row of P. S = Q Kᵀ · scale gives dQ = dS K · scale, dK = dSᵀ Q · scale.
+    With S = c tanh(Z / c) + mask, Z = Q Kᵀ · scale, these become dQ = dZ K · scale and dK = dZᵀ Q · scale,
+    where dZ = dS (1 - tanh²(Z / c)), since d tanh x = (1 - tanh² x) dx; the mask's gradient is still dS.
     If dropout multiplies P by a mask M, dV = (P M)ᵀ g and dP = M (g Vᵀ), and δ_t is still Σ_e g_te O_te.
 
     The forward pass keeps one number per query, ℓ_t = log Σ_k exp(S_tk), instead of the row P_t. The backward
@@ -63,22 +71,26 @@ def scaled_dot_product_attention(
     Vaswani et al., "Attention Is All You Need", arXiv 1706.03762, section 3.2.1.
     """
     if query.ndim == 3:
-        options = attn_mask, dropout_p, is_causal, scale, enable_gqa
+        options = attn_mask, dropout_p, is_causal, scale, enable_gqa, window, softcap
         return of_one_head(scaled_dot_product_attention, query, key, value, *options)
     q, k, v = query.data, key.data, value.data
     bias = learned_bias(attn_mask)
     needs_bias = bias is not None
     attn_mask = check_attention(q, k, v, attn_mask, dropout_p, enable_gqa)
+    check_window(window, is_causal, softcap)
     (B, H, T, D), (G, S) = q.shape, k.shape[1:3]
     R = H // G if G else 1  # query heads per key-value head
     scale = 1 / math.sqrt(max(D, 1)) if scale is None else scale
     mask = None if attn_mask is None else np.broadcast_to(attn_mask, (B, H, T, S))
     needs_grad = any(x is not None and x.needs_grad for x in (query, key, value, bias))
     if T == 1 and S and G and not (dropout_p or needs_grad):
-        return Tensor(_of_one_query(q, k, v, mask, scale))
+        seen = keys_of(slice(0, 1), 1, S, is_causal, window)
+        mask = None if mask is None else mask[..., seen]
+        return Tensor(_of_one_query(q, k[:, :, seen], v[:, :, seen], mask, scale, softcap))
     address = next_address() if dropout_p else None
     step = max(1, QUERY_BLOCK // R)  # a block stacks the rows of R heads
-    tasks = _head_groups(B, G, R * min(T, step) * S, like=q)
+    widest = S if window is None else min(S, window + step - 1)
+    tasks = _head_groups(B, G, R * min(T, step) * widest, like=q)
 
     def grouped(x):
         """(B, H, T, D) -> (B, G, R, T, D), a view: head h is number h % R of group h // R."""
@@ -98,27 +110,30 @@ def scaled_dot_product_attention(
     q, mask = grouped(q), None if mask is None else grouped(mask)
 
     def blocks(bg):
-        """The blocks of some key-value heads: (rows of queries, number of visible keys, mask, number)."""
+        """The blocks of some key-value heads: (rows of queries, the keys they see, mask, number)."""
         for number, start in enumerate(range(0, T, step)):
             rows = slice(start, min(start + step, T))
-            seen = max(0, rows.stop + S - T) if is_causal else S
-            if seen:
-                yield rows, seen, None if mask is None else mask[bg][..., rows, :seen], number
+            keys = keys_of(rows, T, S, is_causal, window)
+            if keys.stop:
+                yield rows, keys, None if mask is None else mask[bg][..., rows, keys], number
 
-    def scores_of(bg, rows, seen, block_mask):
-        """(Q · scale) and Q Kᵀ · scale + mask of one block, -inf where a key is masked."""
+    def scores_of(bg, rows, keys):
+        """(Q · scale) and Q Kᵀ · scale, capped, of one block."""
         q_scaled = stacked(q[bg][..., rows, :] * scale)  # scaling (rows, D) is cheaper than (rows, S)
-        scores = unstacked(q_scaled @ k[bg][:, :, :seen].swapaxes(-1, -2))  # (b, g, R, rows, seen)
-        n = rows.stop - rows.start
-        if is_causal and n > 1:
-            edge = min(n, seen)  # the block's last n keys make the triangle
-            future = np.triu(np.full_like(q, -np.inf, shape=(n, n)), 1)
-            scores[..., seen - edge :] += future[:, n - edge :]
+        scores = unstacked(q_scaled @ k[bg][:, :, keys].swapaxes(-1, -2))  # (b, g, R, rows, keys)
+        if softcap is not None:
+            scores = _capped(scores, softcap)
+        return q_scaled, scores
+
+    def masked(scores, rows, keys, block_mask):
+        """The scores of one block + mask, -inf where a key is masked."""
+        if is_causal:
+            _hide(scores, rows.start + S - T, keys, window)
         if block_mask is not None and block_mask.dtype == bool:
             scores = np.where(block_mask, scores, -np.inf)
         elif block_mask is not None:
             scores += block_mask
-        return q_scaled, scores
+        return scores
 
     def dropped(bg, number, shape):
         """The dropout mask of one block, generated head by head: it does not depend on the grouping."""
@@ -132,8 +147,8 @@ def scaled_dot_product_attention(
     lowest = float(np.finfo(q.dtype).min)
 
     def forward(task):
-        bg, (rows, seen, block_mask, number) = task
-        _, p = scores_of(bg, rows, seen, block_mask)
+        bg, (rows, keys, block_mask, number) = task
+        p = masked(scores_of(bg, rows, keys)[1], rows, keys, block_mask)
         # A finite maximum even where every score is -inf: all weights are exp(-inf) = 0 then.
         peak = np.maximum(p.max(axis=-1, keepdims=True), lowest)
         p -= peak
@@ -143,7 +158,7 @@ def scaled_dot_product_attention(
         log_sum[bg][..., rows, :] = peak + np.log(total)
         if dropout_p:
             p *= dropped(bg, number, p.shape)
-        out[bg][..., rows, :] = unstacked(stacked(p) @ v[bg][:, :, :seen]) / total
+        out[bg][..., rows, :] = unstacked(stacked(p) @ v[bg][:, :, keys]) / total
 
     # Blocks are independent here, so that one text is processed by all threads; the longest come first.
     with one_blas_thread():
@@ -156,25 +171,29 @@ def scaled_dot_product_attention(
 
         def backward(bg):
             delta = (grad[bg] * out[bg]).sum(axis=-1, keepdims=True)  # (b, g, R, T, 1)
-            for rows, seen, block_mask, number in blocks(bg):
-                q_scaled, p = scores_of(bg, rows, seen, block_mask)
+            for rows, keys, block_mask, number in blocks(bg):
+                q_scaled, scores = scores_of(bg, rows, keys)
+                slope = None if softcap is None else 1 - (scores / softcap) ** 2  # 1 - tanh²
+                p = masked(scores, rows, keys, block_mask)
                 p -= log_sum[bg][..., rows, :]
                 np.exp(p, out=p)
-                g, k_seen = stacked(grad[bg][..., rows, :]), k[bg][:, :, :seen]
-                ds = unstacked(g @ v[bg][:, :, :seen].swapaxes(-1, -2))
+                g = stacked(grad[bg][..., rows, :])
+                ds = unstacked(g @ v[bg][:, :, keys].swapaxes(-1, -2))
                 if dropout_p:
                     kept = dropped(bg, number, p.shape)
-                    dv[bg][:, :, :seen] += stacked(p * kept).swapaxes(-1, -2) @ g
+                    dv[bg][:, :, keys] += stacked(p * kept).swapaxes(-1, -2) @ g
                     ds *= kept
                 else:
-                    dv[bg][:, :, :seen] += stacked(p).swapaxes(-1, -2) @ g
+                    dv[bg][:, :, keys] += stacked(p).swapaxes(-1, -2) @ g
                 ds -= delta[..., rows, :]
                 ds *= p
                 if dbias is not None:
-                    dbias[bg][..., rows, :seen] = ds
+                    dbias[bg][..., rows, keys] = ds
+                if slope is not None:
+                    ds *= slope
                 ds = stacked(ds)
-                dq[bg][..., rows, :] = unstacked(ds @ k_seen) * scale
-                dk[bg][:, :, :seen] += ds.swapaxes(-1, -2) @ q_scaled
+                dq[bg][..., rows, :] = unstacked(ds @ k[bg][:, :, keys]) * scale
+                dk[bg][:, :, keys] += ds.swapaxes(-1, -2) @ q_scaled
 
         with one_blas_thread():
             run_tasks(backward, tasks)
@@ -198,10 +217,44 @@ def learned_bias(attn_mask) -> Tensor | None:
     return attn_mask if isinstance(attn_mask, Tensor) and attn_mask.requires_grad else None
 
 
-def _of_one_query(q, k, v, mask, scale):
+def keys_of(rows: slice, T: int, S: int, is_causal: bool, window: int | None) -> slice:
+    """The keys from the first to the last that these queries see; query t is at position t + S - T."""
+    if not is_causal:
+        return slice(0, S)
+    first = 0 if window is None else rows.start + S - T + 1 - window
+    return slice(max(0, first), max(0, rows.stop + S - T))
+
+
+def _hide(scores, position, keys, window):
+    """Add -inf to the scores (..., n, keys) of future keys and of those before the window.
+
+    ``position`` is that of the first of the n queries. Both parts are triangles at an edge of the block.
+    """
+    n, seen = scores.shape[-2:]
+    if n == 1:  # a block has only keys that its first or its last query sees
+        return
+    infinite = np.full_like(scores, -np.inf, shape=(n, n))
+    last = min(n, seen)
+    scores[..., seen - last :] += np.triu(infinite, 1)[:, n - last :]
+    if window is not None:
+        hidden = position - window - keys.start  # query i does not see the keys up to number i + hidden
+        first = max(0, n + hidden)
+        scores[..., :first] += np.tril(infinite, hidden)[:, :first]
+
+
+def _capped(scores, softcap):
+    """c tanh(scores / c), in place."""
+    scores /= softcap
+    np.tanh(scores, out=scores)
+    scores *= softcap
+    return scores
+
+
+def _of_one_query(q, k, v, mask, scale, softcap):
     """The same for one query that sees every key, without a gradient: one step of decoding."""
     (B, H, _, D), G, E = q.shape, k.shape[1], v.shape[3]
     p = (q * scale).reshape(B, G, H // G, D) @ k.swapaxes(-1, -2)  # (B, G, R, S)
+    p = p if softcap is None else _capped(p, softcap)
     if mask is not None:
         mask = mask.reshape(p.shape)
         p = np.where(mask, p, -np.inf) if mask.dtype == bool else p + mask
@@ -229,6 +282,17 @@ def check_attention(q, k, v, mask, dropout_p, enable_gqa):
         )
     check_probability(dropout_p)
     return None if mask is None else _check_mask(mask, (*q.shape[:3], k.shape[2]), like=q)
+
+
+def check_window(window, is_causal, softcap):
+    """Raise Error unless a window is a number of keys of causal attention, and a cap a positive number."""
+    if window is not None and (not is_integer(window) or window < 1):
+        raise Error(f"attention: window is {window!r}: choose a whole number of at least 1, or None")
+    if window is not None and not is_causal:
+        raise Error(f"attention: a window ({window}) ends at the query's own key: pass is_causal=True too")
+    is_number = isinstance(softcap, (int, float, np.integer, np.floating)) and not isinstance(softcap, bool)
+    if softcap is not None and not (is_number and 0 < softcap < math.inf):
+        raise Error(f"attention: softcap is {softcap!r}: choose a positive finite number, or None")
 
 
 def _check_mask(mask, scores_shape, like):

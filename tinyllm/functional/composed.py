@@ -84,7 +84,9 @@ def dropout(input, p=0.5, training=True):
     return input * Tensor(dropout_mask(next_address(), input.shape, p, like=input.data))
 
 
-def attention_weights(query, key, attn_mask=None, is_causal=False, scale=None, enable_gqa=False):
+def attention_weights(
+    query, key, attn_mask=None, is_causal=False, scale=None, enable_gqa=False, window=None, softcap=None
+):
     """How much each query t attends to each key s: (B, H, T, S) or (B, T, S), every row sums to 1.
 
     Each query must have at least one visible key.
@@ -92,9 +94,12 @@ def attention_weights(query, key, attn_mask=None, is_causal=False, scale=None, e
     D, T, S = query.shape[-1], query.shape[-2], key.shape[-2]
     key = repeat_heads(key, query.shape[1]) if enable_gqa else key
     scores = einsum("...td,...sd->...ts", query, key) * (1 / math.sqrt(max(D, 1)) if scale is None else scale)
+    if softcap is not None:
+        scores = softcap * (scores / softcap).tanh()
     if is_causal:  # the last query is aligned with the last key
-        time, keys = np.arange(T, like=query.data), np.arange(S, like=query.data)
-        scores = where(keys <= time.reshape(-1, 1) + (S - T), scores, -math.inf)
+        time, keys = np.arange(T, like=query.data).reshape(-1, 1) + (S - T), np.arange(S, like=query.data)
+        visible = keys <= time if window is None else (keys <= time) & (keys > time - window)
+        scores = where(visible, scores, -math.inf)
     if attn_mask is not None:
         scores = where(attn_mask, scores, -math.inf) if attn_mask.dtype == bool else scores + attn_mask
     return softmax(scores)
@@ -106,10 +111,20 @@ def repeat_heads(x, heads):
 
 
 def scaled_dot_product_attention(
-    query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False
+    query,
+    key,
+    value,
+    attn_mask=None,
+    dropout_p=0.0,
+    is_causal=False,
+    scale=None,
+    enable_gqa=False,
+    window=None,
+    softcap=None,
 ):
     """The output for a query is the mean of the values, weighted by how well their keys match the query."""
-    weights = attention_weights(query, key, attn_mask, is_causal, scale, enable_gqa)  # (..., T, S)
+    options = is_causal, scale, enable_gqa, window, softcap
+    weights = attention_weights(query, key, attn_mask, *options)  # (..., T, S)
     value = repeat_heads(value, query.shape[1]) if enable_gqa else value
     return dropout(weights, dropout_p) @ value  # (..., T, E)
 

@@ -27,7 +27,15 @@ from tinyllm.backend.cuda.launch import (
 from tinyllm.backend.dtypes import accumulation_dtype, compute_dtype, tf32_allowed
 from tinyllm.backend.random import next_address, rounded
 from tinyllm.functional import activations
-from tinyllm.functional.attention import check_attention, check_rope, learned_bias, of_one_head, part_number
+from tinyllm.functional.attention import (
+    check_attention,
+    check_rope,
+    check_window,
+    keys_of,
+    learned_bias,
+    of_one_head,
+    part_number,
+)
 from tinyllm.functional.linear import check_linear
 from tinyllm.functional.linear import embedding as rows_of
 from tinyllm.functional.losses import Targets, check_reduction, smoothed
@@ -197,18 +205,21 @@ def scaled_dot_product_attention(
     is_causal: bool = False,
     scale: float | None = None,
     enable_gqa: bool = False,
+    window: int | None = None,
+    softcap: float | None = None,
 ) -> Tensor:
     """A block of queries at a time, over the whole batch and all heads: never all (T, S) scores at once.
 
     The queries of a group of heads are stacked in one product, as in ``attention.py``.
     """
     if query.ndim == 3:
-        options = attn_mask, dropout_p, is_causal, scale, enable_gqa
+        options = attn_mask, dropout_p, is_causal, scale, enable_gqa, window, softcap
         return of_one_head(scaled_dot_product_attention, query, key, value, *options)
     q, k, v = query.data, key.data, value.data
     bias = learned_bias(attn_mask)
     needs_bias = bias is not None
     attn_mask = check_attention(q, k, v, attn_mask, dropout_p, enable_gqa)
+    check_window(window, is_causal, softcap)
     address, tf32 = next_address() if dropout_p else None, tf32_allowed()
     (B, H, T, D), (G, S), E = q.shape, k.shape[1:3], v.shape[3]
     R, sums_in = H // G if G else 1, accumulation_dtype(q.dtype)
@@ -216,7 +227,8 @@ def scaled_dot_product_attention(
     step = max(1, QUERY_BLOCK // R)  # of the dropout masks
     bits, threshold, keep_scale = rounded(dropout_p)
     if address is None:
-        step = max(step, SCORES // max(1, B * H * S))
+        most = SCORES // max(1, B * H * S)
+        step = max(step, most if window is None else min(most, window))
     k, v = k.reshape(B * G, S, D), v.reshape(B * G, S, E)
     q = q.reshape(B, G, R, T, D)
     mask = _Mask(attn_mask, (B, H, T, S), sums_in)
@@ -230,29 +242,29 @@ def scaled_dot_product_attention(
     def blocks():
         for number, start in enumerate(range(0, T, step)):
             rows = slice(start, min(start + step, T))
-            seen = max(0, rows.stop + S - T) if is_causal else S
-            if seen:
-                yield number, rows, seen
+            keys = keys_of(rows, T, S, is_causal, window)
+            if keys.stop:
+                yield number, rows, keys
 
-    def scores_of(number, rows, seen):
+    def scores_of(number, rows, keys):
         """Common to forward and backward: Q, Q Kᵀ · scale, and the last arguments of both kernels."""
         q_block = stacked(q, rows)
         scores = gemm(
-            q_block, k[:, :seen].swapaxes(1, 2), dtype=sums_in, alpha=scale, tf32=tf32
-        )  # (B G, R rows, seen)
-        kept, count = None, rows.stop - rows.start
+            q_block, k[:, keys].swapaxes(1, 2), dtype=sums_in, alpha=scale, tf32=tf32
+        )  # (B G, R rows, keys)
+        kept, count, seen = None, rows.stop - rows.start, keys.stop - keys.start
         if address is not None:
             numbers = [part_number(address, H, head, -(-T // step), number) for head in range(B * H)]
             kept = dropout_kept(address, numbers, count * seen, bits, threshold, like=q)
-        place = (H, T, S, rows.start, count, seen, int(is_causal))
+        place = (H, T, S, rows.start, count, keys.start, seen, int(is_causal), window or 0, softcap or 0.0)
         return q_block, scores, (kept, keep_scale, *mask.arguments, *place)
 
-    for number, rows, seen in blocks():
-        _, scores, rest = scores_of(number, rows, seen)
+    for number, rows, keys in blocks():
+        _, scores, rest = scores_of(number, rows, keys)
         p = np.empty(scores.shape, q.dtype, like=q)
         count = B * H * (rows.stop - rows.start)
-        launch(q, "attention", (q.dtype,), count, threads_for(seen), scores, p, log_sum, *rest)
-        out[..., rows, :] = gemm(p, v[:, :seen], tf32=tf32).reshape(B, G, R, -1, E)
+        launch(q, "attention", (q.dtype,), count, threads_for(scores.shape[2]), scores, p, log_sum, *rest)
+        out[..., rows, :] = gemm(p, v[:, keys], tf32=tf32).reshape(B, G, R, -1, E)
 
     def vjp(grad):
         grad = contiguous(grad).reshape(out.shape)
@@ -261,19 +273,20 @@ def scaled_dot_product_attention(
         dq = new(q.shape, q.dtype, like=q)
         dk, dv = (np.zeros(x.shape, sums_in, like=q) for x in (k, v))
         dbias = np.zeros((B, G, R, T, S), q.dtype, like=q) if needs_bias else None
-        for number, rows, seen in blocks():
-            q_block, scores, rest = scores_of(number, rows, seen)
+        for number, rows, keys in blocks():
+            q_block, scores, rest = scores_of(number, rows, keys)
             g = stacked(grad, rows)
-            dp = gemm(g, v[:, :seen].swapaxes(1, 2), dtype=sums_in, tf32=tf32)
-            p, ds = (np.empty(scores.shape, q.dtype, like=q) for _ in range(2))
-            arrays = scores, dp, p, ds, log_sum, delta
+            dp = gemm(g, v[:, keys].swapaxes(1, 2), dtype=sums_in, tf32=tf32)
+            p, dz = (np.empty(scores.shape, q.dtype, like=q) for _ in range(2))
+            ds = np.empty_like(dz) if needs_bias else None
+            arrays = scores, dp, p, ds, dz, log_sum, delta
             count = B * H * (rows.stop - rows.start)
-            launch(q, "attention_back", (q.dtype,), count, threads_for(seen), *arrays, *rest)
+            launch(q, "attention_back", (q.dtype,), count, threads_for(scores.shape[2]), *arrays, *rest)
             if dbias is not None:
-                dbias[..., rows, :seen] = ds.reshape(B, G, R, -1, seen)
-            gemm(p.swapaxes(1, 2), g, out=dv[:, :seen], beta=1, tf32=tf32)
-            gemm(ds.swapaxes(1, 2), q_block, out=dk[:, :seen], alpha=scale, beta=1, tf32=tf32)
-            dq[..., rows, :] = gemm(ds, k[:, :seen], alpha=scale, tf32=tf32).reshape(B, G, R, -1, D)
+                dbias[..., rows, keys] = ds.reshape(B, G, R, -1, scores.shape[2])
+            gemm(p.swapaxes(1, 2), g, out=dv[:, keys], beta=1, tf32=tf32)
+            gemm(dz.swapaxes(1, 2), q_block, out=dk[:, keys], alpha=scale, beta=1, tf32=tf32)
+            dq[..., rows, :] = gemm(dz, k[:, keys], alpha=scale, tf32=tf32).reshape(B, G, R, -1, D)
         dk, dv = (d.astype(q.dtype, copy=False).reshape(B, G, S, -1) for d in (dk, dv))
         return dq.reshape(B, H, T, D), dk, dv, None if dbias is None else dbias.reshape(B, H, T, S)
 

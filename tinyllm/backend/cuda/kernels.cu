@@ -213,10 +213,12 @@ __global__ void dropout_mask(unsigned char* kept, const Int* numbers, Int parts,
         kept[part * size + first + e] = Int(c[e / WORD] >> (BITS * (e % WORD)) & ((Bits(1) << BITS) - 1)) >= threshold;
 }
 
-// The position of a block of scores: queries first, first + 1, ... of (B, H, times) against the first `seen` of S
-// keys. The mask is `allowed` (boolean) or `added`, with strides mb, mh, mt, ms.
-struct Scores {
-    Int H, times, S, first, rows, seen, causal;
+// The position of a block of scores: queries first, first + 1, ... of (B, H, times) against `seen` of S keys, the
+// first of which is number `start`. A query sees the last `window` keys (0: all), and scores are capped at softcap
+// (0: not). The mask is `allowed` (boolean) or `added`, with strides mb, mh, mt, ms.
+template <class A> struct Scores {
+    Int H, times, S, first, rows, start, seen, causal, window;
+    A softcap;
 };
 
 template <class A> struct Mask {
@@ -225,13 +227,16 @@ template <class A> struct Mask {
     Int b, h, t, s;
 };
 
-// The masked score of one row and key: -inf where the mask excludes the key.
+// The capped and masked score of one row and key of a block: -inf where the mask excludes the key.
 template <class A>
-__device__ A masked(A score, const Scores& of, const Mask<A>& mask, Int row, Int key) {
+__device__ A masked(A score, const Scores<A>& of, const Mask<A>& mask, Int row, Int key) {
     Int t = of.first + row % of.rows, h = row / of.rows % of.H, b = row / of.rows / of.H;
-    Int at = b * mask.b + h * mask.h + t * mask.t + key * mask.s;
-    if (of.causal && key > t + of.S - of.times) return -INFINITY;
+    key += of.start;
+    Int at = b * mask.b + h * mask.h + t * mask.t + key * mask.s, last = t + of.S - of.times;
+    if (of.causal && key > last) return -INFINITY;
+    if (of.window && key <= last - of.window) return -INFINITY;
     if (mask.allowed && !mask.allowed[at]) return -INFINITY;
+    if (of.softcap > 0) score = of.softcap * tanh(score / of.softcap);
     return mask.added ? score + mask.added[at] : score;
 }
 
@@ -240,8 +245,9 @@ __device__ A masked(A score, const Scores& of, const Mask<A>& mask, Int row, Int
 template <class T, class A = typename Computed<T>::In>
 __global__ void attention(const A* scores, T* p, A* log_sum, const unsigned char* kept, double keep_scale,
                           const unsigned char* allowed, const A* added, Int mb, Int mh, Int mt, Int ms, Int H,
-                          Int times, Int S, Int first, Int rows, Int seen, Int causal) {
-    const Scores of = {H, times, S, first, rows, seen, causal};
+                          Int times, Int S, Int first, Int rows, Int start, Int seen, Int causal, Int window,
+                          double softcap) {
+    const Scores<A> of = {H, times, S, first, rows, start, seen, causal, window, A(softcap)};
     const Mask<A> mask = {allowed, added, mb, mh, mt, ms};
     Int row = blockIdx.x;
     scores += row * seen, p += row * seen;
@@ -262,21 +268,25 @@ __global__ void attention(const A* scores, T* p, A* log_sum, const unsigned char
 }
 
 // ds = p (kept keep_scale dp - delta), where dp is the gradient of the weights that multiply V, kept keep_scale p.
-// Those weights are written too, for dV.
+// Those weights are written too, for dV. ds, which may be null, is the gradient of a bias added to the scores, and
+// dz = ds (1 - tanh^2) that of the scores before they were capped.
 template <class T, class A = typename Computed<T>::In>
-__global__ void attention_back(const A* scores, const A* dp, T* p, T* ds, const A* log_sum, const A* delta,
+__global__ void attention_back(const A* scores, const A* dp, T* p, T* ds, T* dz, const A* log_sum, const A* delta,
                                const unsigned char* kept, double keep_scale, const unsigned char* allowed,
                                const A* added, Int mb, Int mh, Int mt, Int ms, Int H, Int times, Int S, Int first,
-                               Int rows, Int seen, Int causal) {
-    const Scores of = {H, times, S, first, rows, seen, causal};
+                               Int rows, Int start, Int seen, Int causal, Int window, double softcap) {
+    const Scores<A> of = {H, times, S, first, rows, start, seen, causal, window, A(softcap)};
     const Mask<A> mask = {allowed, added, mb, mh, mt, ms};
     Int row = blockIdx.x, query = row / rows * times + first + row % rows;
     for (Int s = threadIdx.x; s < seen; s += blockDim.x) {
         Int i = row * seen + s;
         A weight = exp(masked(scores[i], of, mask, row, s) - log_sum[query]);
         A kept_scale = kept ? kept[i] * A(keep_scale) : A(1);
+        A ratio = of.softcap > 0 ? tanh(scores[i] / of.softcap) : A(0);
+        A d = weight * (dp[i] * kept_scale - delta[query]);
         p[i] = T(weight * kept_scale);
-        ds[i] = T(weight * (dp[i] * kept_scale - delta[query]));
+        if (ds) ds[i] = T(d);
+        dz[i] = T(d * (1 - ratio * ratio));
     }
 }
 
