@@ -18,7 +18,8 @@ import numpy as np
 
 from tinyllm import GPT2, GPT2Config, Llama, LlamaConfig, Tensor, nn
 from tinyllm import functional as F
-from tinyllm.models.llama import GroupedQueryAttention, rope_frequencies
+from tinyllm.models.llama import GroupedQueryAttention
+from tinyllm.models.rope import rope_frequencies
 
 rng = np.random.default_rng(0)
 

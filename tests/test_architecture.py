@@ -44,7 +44,16 @@ half-precision half precision wide product_dtype multiply_in"""
 
 LONGEST, LONGEST_ARCHITECTURE = 400, 200  # lines
 
-NOT_ARCHITECTURES = {"__init__", "base", "cache", "classifier", "packed", "rope", "saving"}  # of models/
+NOT_ARCHITECTURES = {
+    "__init__",
+    "base",
+    "cache",
+    "classifier",
+    "packed",
+    "rope",
+    "saving",
+    "sizes",
+}  # of models/
 
 
 def sources(folder: str) -> dict[str, str]:

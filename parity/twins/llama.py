@@ -48,7 +48,9 @@ def rope(x, cos, sin):  # (B, H, T, D)
 class GroupedQueryAttention(nn.Module):
     """Causal self-attention in which H query heads share G key-value heads."""
 
-    def __init__(self, config: LlamaConfig):
+    scale = None  # of the scores, by default 1/sqrt(D)
+
+    def __init__(self, config: LlamaConfig, layer: int = 0):
         super().__init__()
         C, D = config.hidden_size, config.head_dim
         H, G = config.num_attention_heads, config.num_key_value_heads
@@ -58,16 +60,17 @@ class GroupedQueryAttention(nn.Module):
         self.v_proj = nn.Linear(C, G * D, bias=config.attention_bias)
         self.o_proj = nn.Linear(H * D, C, bias=config.attention_bias)
 
-    def forward(self, x, rotation):  # (B, T, C), and cos and sin (T, D/2) of the positions
+    def heads(self, x):  # (B, T, C) -> (B, H, T, D), (B, G, T, D), (B, G, T, D)
         B, T, _ = x.shape
-        q, k, v = (
-            projection(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, H or G, T, D)
-            for projection in (self.q_proj, self.k_proj, self.v_proj)
-        )
+        projections = self.q_proj, self.k_proj, self.v_proj
+        return (linear(x).view(B, T, -1, self.head_dim).transpose(1, 2) for linear in projections)
+
+    def forward(self, x, rotation):  # (B, T, C), and cos and sin (T, D/2) of the positions
+        q, k, v = self.heads(x)
         q, k = rope(q, *rotation), rope(k, *rotation)
         dropout_p = self.attention_dropout if self.training else 0.0
         y = F.scaled_dot_product_attention(
-            q, k, v, dropout_p=dropout_p, is_causal=True, enable_gqa=True
+            q, k, v, dropout_p=dropout_p, is_causal=True, scale=self.scale, enable_gqa=True
         )  # (B, H, T, D)
         return self.o_proj(y.transpose(1, 2).flatten(2))  # (B, T, C)
 
@@ -89,12 +92,15 @@ class SwiGLU(nn.Module):
 class LlamaBlock(nn.Module):
     """Attention, then the MLP; each reads the normalized residual stream and adds its output to it."""
 
-    def __init__(self, config: LlamaConfig):
+    norm_class, attention_class, mlp_class = nn.RMSNorm, GroupedQueryAttention, SwiGLU
+
+    def __init__(self, config: LlamaConfig, layer: int = 0):
         super().__init__()
-        self.input_layernorm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.self_attn = GroupedQueryAttention(config)
-        self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.mlp = SwiGLU(config)
+        C, eps = config.hidden_size, config.rms_norm_eps
+        self.input_layernorm = self.norm_class(C, eps)
+        self.self_attn = self.attention_class(config, layer)
+        self.post_attention_layernorm = self.norm_class(C, eps)
+        self.mlp = self.mlp_class(config)
 
     def forward(self, x, rotation):  # (B, T, C)
         x = x + self.self_attn(self.input_layernorm(x), rotation)
@@ -105,6 +111,7 @@ class TorchLlama(TorchLanguageModel):
     """Llama with its language-model head: the twin of ``tinyllm.Llama``."""
 
     ours, config_class = Llama, LlamaConfig
+    embedding_class, block_class = nn.Embedding, LlamaBlock
     published, attention = "LlamaForCausalLM", "sdpa"
     note = (
         "The Llama of transformers uses torch's RMSNorm and SDPA here, and RoPE angles in float64, because "
@@ -115,18 +122,21 @@ class TorchLlama(TorchLanguageModel):
         super().__init__()
         self.config = config
         C = config.hidden_size
-        self.embed_tokens = nn.Embedding(config.vocab_size, C)
-        self.layers = nn.ModuleList([LlamaBlock(config) for _ in range(config.num_hidden_layers)])
-        self.norm = nn.RMSNorm(C, config.rms_norm_eps)
+        self.embed_tokens = self.embedding_class(config.vocab_size, C)
+        layers = [self.block_class(config, i) for i in range(config.num_hidden_layers)]
+        self.layers = nn.ModuleList(layers)
+        self.norm = self.block_class.norm_class(C, config.rms_norm_eps)
         self.lm_head = nn.Linear(C, config.vocab_size, bias=False)
         if config.tie_word_embeddings:
             self.lm_head.weight = self.embed_tokens.weight  # one matrix for both
 
+    def rotations(self, length, like):  # for each layer: cos and sin (T, D/2)
+        angles = torch.outer(torch.arange(length, dtype=torch.float64), rope_frequencies(self.config))
+        return [(angles.cos().to(like), angles.sin().to(like))] * len(self.layers)
+
     def hidden_states(self, ids):  # (B, T) -> (B, T, C)
         x = self.embed_tokens(ids)  # (B, T, C)
-        angles = torch.outer(torch.arange(ids.shape[1], dtype=torch.float64), rope_frequencies(self.config))
-        rotation = angles.cos().to(x), angles.sin().to(x)
-        for layer in self.layers:
+        for layer, rotation in zip(self.layers, self.rotations(ids.shape[1], x)):
             x = layer(x, rotation)
         return self.norm(x)
 

@@ -218,8 +218,8 @@ def sliding_logits(model, ids):
         allowed[t, oldest : t + 1] = True
     attention = F.scaled_dot_product_attention
 
-    def masked(q, k, v, mask, dropout_p, is_causal, enable_gqa):
-        return attention(q, k, v, allowed, enable_gqa=enable_gqa)
+    def masked(q, k, v, mask, dropout_p, is_causal, **options):
+        return attention(q, k, v, allowed, **options)
 
     with mock.patch.object(F, "scaled_dot_product_attention", masked):
         return logits_of(model, [ids], last_only=True)[:, 0]  # (1, V)

@@ -12,7 +12,6 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from tinyllm import Error, Llama, LlamaConfig, load_model, manual_seed, no_grad
-from tinyllm.models.llama import SIZES
 from tinyllm.models.rope import ROPE_TYPES, rope_frequencies, rotation
 
 torch = pytest.importorskip("torch")
@@ -188,7 +187,7 @@ def test_attention_depends_on_distances_only():
     x = model.embed_tokens(np.arange(8)[None])
 
     def angles(positions):
-        return rotation(model.frequencies, positions, like=x.data)
+        return model.rope(positions, like=x.data)
 
     here, there = (attention(x, angles(np.arange(8) + start)) for start in (0, 5))
     assert_close(here.data, there.data, "attention further on", 1e-13)
@@ -204,7 +203,7 @@ COUNTS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("size", LlamaConfig.sizes)
 def test_parameter_counts_are_as_published(size):
     tracemalloc.start()
     try:

@@ -322,11 +322,9 @@ def test_alibi_equals_attention_with_the_bias_as_mask(config):
     bias = ALiBi(heads)(distances)
     assert bias.shape == (heads, 8, 8) and (bias[:, 7, 7] == 0).all() and (bias[:, 7, 0] < 0).all()
 
-    def biased(q, k, v, mask, dropout_p, is_causal, enable_gqa=False):
+    def biased(q, k, v, mask, dropout_p, **options):
         assert mask is None
-        return composed.scaled_dot_product_attention(
-            q, k, v, bias, is_causal=is_causal, enable_gqa=enable_gqa
-        )
+        return composed.scaled_dot_product_attention(q, k, v, bias, **options)
 
     model.loss(ids, targets).backward()
     with pytest.MonkeyPatch.context() as patch:

@@ -95,13 +95,13 @@ def same_masks(address):
         mask = F.dropout(Tensor(np.ones(x.shape)), layer.p, training=True)  # at the next address
         return x * torch.tensor(mask.data)
 
-    def attention_with_dropout(q, k, v, dropout_p, is_causal, enable_gqa=False):
+    def attention_with_dropout(q, k, v, attn_mask=None, dropout_p=0.0, is_causal=False, **options):
         if dropout_p == 0:
-            return attention(q, k, v, is_causal=is_causal, enable_gqa=enable_gqa)
-        arrays = (x.detach().numpy() for x in (q, k))
-        options = {"is_causal": is_causal, "enable_gqa": enable_gqa}
-        kept = kept_weights(*arrays, options, dropout_p, next_address())
-        return torch_attention(q, k, v, is_causal=is_causal, kept=kept)
+            return attention(q, k, v, attn_mask, is_causal=is_causal, **options)
+        mask = None if attn_mask is None else attn_mask.numpy()
+        arrays, given = (x.detach().numpy() for x in (q, k)), {"attn_mask": mask, "is_causal": is_causal}
+        kept = kept_weights(*arrays, options | given, dropout_p, next_address())
+        return torch_attention(q, k, v, mask, is_causal, options.get("scale"), kept)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch.nn.Dropout, "forward", dropout)

@@ -12,7 +12,7 @@ from tinyllm import GPT2, Tensor, functional, nn, optim, tensor
 from tinyllm.data import padded
 from tinyllm.data.padded import PaddedExamples
 from tinyllm.inference import sampling
-from tinyllm.models import SequenceClassifier, gpt2, llama
+from tinyllm.models import SequenceClassifier, gpt2, rope
 from tinyllm.training import preference
 
 FACTOR = 1 + 1e-8  # a gradient wrong in the ninth digit
@@ -103,12 +103,12 @@ def another_rms_eps(patch):
 def scaling_ignored(patch):
     """The frequencies of rope_type "default" for every config."""
 
-    def unscaled(config):
+    def unscaled(config, parameters=None):
         D = config.head_dim
         return config.rope_parameters["rope_theta"] ** (-np.arange(0, D, 2) / D)
 
     # Replacing the code instead of the function also reaches tests that imported the function by name.
-    patch.setattr(llama.rope_frequencies, "__code__", unscaled.__code__)
+    patch.setattr(rope.rope_frequencies, "__code__", unscaled.__code__)
 
 
 def erf_for_tanh(patch):

@@ -32,7 +32,7 @@ ROPE_TYPES = {
 }
 
 
-def rope_frequencies(config) -> np.ndarray:
+def rope_frequencies(config, parameters: Mapping | None = None) -> np.ndarray:
     """The angle per position, in radians, of each pair of channels: (D/2,) in float64.
 
     Pair i has the frequency θ^(-2i/D): 1 for the first pair, which resolves neighbouring positions, and
@@ -42,7 +42,7 @@ def rope_frequencies(config) -> np.ndarray:
     context / ``high_freq_factor``, and interpolates in between. ``factor`` and the other parameters are in
     ``config.rope_parameters``; ``checked_rope``, which the config calls, raises ``Error`` for another type.
     """
-    rope, D = config.rope_parameters, config.head_dim
+    rope, D = config.rope_parameters if parameters is None else parameters, config.head_dim
     frequencies = rope["rope_theta"] ** (-np.arange(0, D, 2) / D)
     if rope["rope_type"] == "linear":
         return frequencies / rope["factor"]
@@ -53,6 +53,17 @@ def rope_frequencies(config) -> np.ndarray:
         kept = np.clip((waves - low) / (high - low), 0, 1)
         return kept * frequencies + (1 - kept) * frequencies / rope["factor"]
     return frequencies
+
+
+class Rope:
+    """``rotation`` with one set of ``rope_parameters``, by default the config's."""
+
+    def __init__(self, config, parameters: Mapping | None = None):
+        self.frequencies = rope_frequencies(config, parameters)
+
+    def __call__(self, positions: np.ndarray, like) -> tuple:
+        """cos and sin of the positions' angles, in the dtype and array type of ``like``."""
+        return rotation(self.frequencies, positions, like)
 
 
 def rotation(frequencies: np.ndarray, positions: np.ndarray, like) -> tuple:
@@ -88,6 +99,12 @@ def rope_of(config: Mapping) -> dict:
         if rope.setdefault(name, value) != value:
             raise Error(f"the config gives {name} as {rope[name]!r} and as {value!r}: keep one of them")
     return rope
+
+
+def with_rope_parameters(config: Mapping) -> dict:
+    """A ``config.json`` with ``rope_parameters`` in place of the older keys."""
+    others = {key: value for key, value in config.items() if key not in ("rope_theta", "rope_scaling")}
+    return others | {"rope_parameters": rope_of(config)}
 
 
 def older_keys(rope: Mapping) -> dict:
