@@ -45,10 +45,29 @@ def rope(x, cos, sin):  # (B, H, T, D)
     return x * torch.cat([cos, cos], dim=-1) + rotated_by_90_degrees * torch.cat([sin, sin], dim=-1)
 
 
+def attention(q, k, v, dropout_p, scale=None, window=None, softcap=None):
+    """Causal attention of q (B, H, T, D) to the last ``window`` of the keys and values (B, G, T, D)."""
+    T, mask = q.shape[2], None
+    if window is not None:
+        distances = torch.arange(T)[:, None] - torch.arange(T)  # (T, T), query minus key
+        mask = (distances >= 0) & (distances < window)
+    if softcap is None:
+        causal = dict(attn_mask=mask, is_causal=mask is None)
+        return F.scaled_dot_product_attention(
+            q, k, v, dropout_p=dropout_p, scale=scale, enable_gqa=True, **causal
+        )
+    k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
+    scores = q @ k.mT * (q.shape[-1] ** -0.5 if scale is None else scale)
+    scores = softcap * torch.tanh(scores / softcap)
+    mask = torch.ones(T, T, dtype=torch.bool).tril() if mask is None else mask
+    weights = scores.masked_fill(~mask, -math.inf).softmax(-1)
+    return F.dropout(weights, dropout_p) @ v
+
+
 class GroupedQueryAttention(nn.Module):
     """Causal self-attention in which H query heads share G key-value heads."""
 
-    scale = None  # of the scores, by default 1/sqrt(D)
+    scale = softcap = None  # of the scores: by default 1/sqrt(D), and not capped
 
     def __init__(self, config: LlamaConfig, layer: int = 0):
         super().__init__()
@@ -59,6 +78,7 @@ class GroupedQueryAttention(nn.Module):
         self.k_proj = nn.Linear(C, G * D, bias=config.attention_bias)
         self.v_proj = nn.Linear(C, G * D, bias=config.attention_bias)
         self.o_proj = nn.Linear(H * D, C, bias=config.attention_bias)
+        self.window = config.window_of(layer)
 
     def heads(self, x):  # (B, T, C) -> (B, H, T, D), (B, G, T, D), (B, G, T, D)
         B, T, _ = x.shape
@@ -69,9 +89,7 @@ class GroupedQueryAttention(nn.Module):
         q, k, v = self.heads(x)
         q, k = rope(q, *rotation), rope(k, *rotation)
         dropout_p = self.attention_dropout if self.training else 0.0
-        y = F.scaled_dot_product_attention(
-            q, k, v, dropout_p=dropout_p, is_causal=True, scale=self.scale, enable_gqa=True
-        )  # (B, H, T, D)
+        y = attention(q, k, v, dropout_p, self.scale, self.window, self.softcap)  # (B, H, T, D)
         return self.o_proj(y.transpose(1, 2).flatten(2))  # (B, T, C)
 
 

@@ -25,7 +25,7 @@ def scaled_gradient(name, parent):
     def record_wrong(data, parents, vjp, **options):
         def wrong(grad):
             grads = list(vjp(grad))
-            given = grads[parent]
+            given = grads[parent] if parent < len(grads) else None  # a reshape has one input
             if isinstance(given, tensor.At):
                 grads[parent] = tensor.At(given.index, given.array * FACTOR)
             elif given is not None:
@@ -55,10 +55,10 @@ def attention(options):
 
 def one_key_too_many(q, k, given):
     """Query t also attends to the key at t + 1."""
-    if not given.get("is_causal"):
+    if not given.get("is_causal") or given["attn_mask"] is not None:
         return {}
-    T, S = q.shape[2], k.shape[2]
-    return {"is_causal": False, "attn_mask": np.tri(T, S, S - T + 1, dtype=bool)}
+    T, S = q.shape[-2], k.shape[-2]
+    return {"is_causal": False, "window": None, "attn_mask": np.tri(T, S, S - T + 1, dtype=bool)}
 
 
 def unscaled(q, k, given):

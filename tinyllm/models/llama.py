@@ -96,7 +96,8 @@ class LlamaConfig(ModelConfig):
 class GroupedQueryAttention(nn.Module):
     """Causal self-attention in which H query heads share G key and value heads."""
 
-    scale = None  # of the scores, by default 1/sqrt(D)
+    # Of the scores: a Llama has the default, 1/sqrt(D), and no cap (see scaled_dot_product_attention)
+    scale = softcap = None
 
     def __init__(self, config: LlamaConfig, rng, layer: int = 0):
         C, D, std = config.hidden_size, config.head_dim, config.initializer_range
@@ -107,6 +108,7 @@ class GroupedQueryAttention(nn.Module):
         self.v_proj = nn.Linear(C, G * D, bias, rng=rng, std=std)
         self.o_proj = nn.Linear(H * D, C, bias, rng=rng, std=std)
         self.score_bias = None  # or a module, see ``look_back``
+        self.window = config.window_of(layer)  # None: all earlier positions
 
     def heads(self, x):
         """Queries (B, H, T, D), keys and values (B, G, T, D) of x (B, T, C), not rotated yet."""
@@ -119,9 +121,11 @@ class GroupedQueryAttention(nn.Module):
         q, k = F.rope(q, *rotation), F.rope(k, *rotation)  # keys are cached rotated
         k, v, mask = look_back(q, k, v, cache, self.score_bias)  # (B, G, S, D), cached ones included
         dropout_p = self.attention_dropout if self.training else 0.0
+        window = self.window if cache is None else None  # otherwise it is in the mask
         y = F.scaled_dot_product_attention(
-            q, k, v, mask, dropout_p, is_causal=True, scale=self.scale, enable_gqa=True
-        )  # (B, H, T, D)
+            q, k, v, mask, dropout_p, is_causal=True, scale=self.scale, enable_gqa=True,
+            window=window, softcap=self.softcap,
+        )  # (B, H, T, D)  # fmt: skip
         return self.o_proj(y.rearrange("b h t d -> b t (h d)"))  # (B, T, C)
 
 
