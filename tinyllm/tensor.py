@@ -78,6 +78,7 @@ def _oldest_first(root: Node) -> list[Node]:
 class Mode(threading.local):  # what ops do in this thread, besides computing
     recording = True  # record a Node
     watch = None  # if set: watch(out, parents) after every op, watch(None, ()) after every backward pass
+    on_op = None  # if set: on_op(name, arguments, out) after every op of ``tinyllm.functional``
 
 
 mode = Mode()

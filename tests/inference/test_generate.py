@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from tinyllm import GPT2, GPT2Config, Tensor, nn
 from tinyllm.errors import Error
 from tinyllm.inference.generate import generate
-from tinyllm.inference.sampling import _largest, choose_tokens, probabilities
+from tinyllm.inference.sampling import choose_tokens, most_likely, probabilities
 
 ALMOST_ONE = 1 - 2.0**-53  # the largest number that a generator's random() returns
 
@@ -80,7 +80,7 @@ def test_the_largest_of_many_are_those_of_a_stable_sort(count, levels, dtype, ex
     logits = (rng.integers(0, levels, (2, 50_000)) / levels).astype(dtype)
     logits[rng.random(logits.shape) < excluded] = -np.inf
     expected = np.argsort(-logits, axis=-1, kind="stable")[:, :count]
-    np.testing.assert_array_equal(_largest(logits, count), expected)
+    np.testing.assert_array_equal(most_likely(logits, count), expected)
 
 
 tied = st.lists(st.sampled_from([-4.0, -1.0, 0.0, 0.0, 0.25, 2.0, 2.0]), min_size=1, max_size=12)

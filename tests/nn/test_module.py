@@ -472,6 +472,25 @@ def test_observe_ends_with_its_block():
     assert len(seen) == count
 
 
+def test_observe_reports_the_arguments_of_every_op():
+    model, calls, inner = small_gpt2(), [], []
+    with nn.observe(lambda seen: None, on_op=lambda *call: calls.append(call)):
+        with nn.observe(lambda seen: None):  # without on_op: not reported
+            model(IDS)
+        with nn.observe(lambda seen: None, on_op=lambda *call: inner.append(call)):
+            model(IDS)
+        assert calls == []
+        logits = model(IDS)
+    model(IDS)
+    assert [name for name, _, _ in calls] == [name for name, _, _ in inner]
+    names = [name for name, _, _ in calls]
+    assert names.count("scaled_dot_product_attention") == 2 and names[-2:] == ["layer_norm", "linear"]
+    _, arguments, out = calls[-1]
+    assert arguments["weight"] is model.lm_head.weight and np.array_equal(out.data, logits.data)
+    attention = next(given for name, given, _ in calls if name == "scaled_dot_product_attention")
+    assert attention["is_causal"] is True and attention["query"].shape[2] == IDS.shape[1]
+
+
 def test_observe_is_restored_after_exceptions():
     model, outer, inner = small_gpt2(), [], []
     with nn.observe(outer.append):

@@ -14,15 +14,19 @@ from tinyllm.backend.cuda.launch import on_gpu
 from tinyllm.backend.dtypes import is_half
 from tinyllm.errors import Error, names_shapes
 from tinyllm.functional import activations, attention, cuda, losses, norms
-from tinyllm.tensor import Tensor
+from tinyllm.tensor import Tensor, mode
 from tinyllm.tensor_ops import in_float32
 
 Op = TypeVar("Op", bound=Callable[..., Tensor])
 
 
 def checked(op: Op) -> Op:
-    """``op``, with an ``Error`` for an array in the place of a Tensor, and for shapes that do not fit."""
-    kinds = {name: parameter.annotation for name, parameter in inspect.signature(op).parameters.items()}
+    """``op``, with an ``Error`` for an array in the place of a Tensor, and for shapes that do not fit.
+
+    Each call is reported to ``nn.observe``.
+    """
+    signature = inspect.signature(op)
+    kinds = {name: parameter.annotation for name, parameter in signature.parameters.items()}
 
     @names_shapes
     @functools.wraps(op)
@@ -31,7 +35,10 @@ def checked(op: Op) -> Op:
             if kinds.get(name) is Tensor and not isinstance(x, Tensor):
                 what = type(x).__name__
                 raise Error(f"{op.__name__} takes Tensors, not {what}: wrap the array with Tensor(array)")
-        return op(*args, **kwargs)
+        out = op(*args, **kwargs)
+        if mode.on_op is not None:
+            mode.on_op(op.__name__, signature.bind(*args, **kwargs).arguments, out)
+        return out
 
     return call
 

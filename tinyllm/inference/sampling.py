@@ -83,7 +83,7 @@ def _candidates(
     if temperature == 0:
         largest = logits.argmax(axis=-1)[:, None]
         return largest, np.ones(largest.shape)
-    order = _largest(logits, top_k)
+    order = most_likely(logits, top_k)
     kept = np.take_along_axis(logits, order, axis=-1).astype(np.float64)
     with np.errstate(over="ignore"):  # a tiny temperature gives -inf for all but the largest: weight 0
         weights = np.exp((kept - kept[:, :1]) / temperature)
@@ -94,7 +94,7 @@ def _candidates(
     return order, weights
 
 
-def _largest(logits: np.ndarray, count: int | None) -> np.ndarray:
+def most_likely(logits: np.ndarray, count: int | None) -> np.ndarray:
     """The ids of each row's ``count`` largest logits (None: of all), in decreasing order, ties by id.
 
     A few of many are found by partition: sorting the 49,152 logits of SmolLM2 takes a tenth of a step.

@@ -1,4 +1,4 @@
-"""Observe every module's output and gradient."""
+"""Observe every module's output and gradient, and the arguments of every op."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from tinyllm.tensor import Tensor
+from tinyllm.tensor import Tensor, mode
 
 
 @dataclass(frozen=True)
@@ -30,19 +30,27 @@ _watch = _Watch()
 
 
 @contextlib.contextmanager
-def observe(callback: Callable[[Observation], None], model=None):
+def observe(
+    callback: Callable[[Observation], None],
+    model=None,
+    on_op: Callable[[str, dict, Tensor], None] | None = None,
+):
     """Within this block, in this thread, call ``callback(observation)`` for every module that runs.
 
     Observations are in the order of computation: a module's output when it returns, its gradient when it
     is complete. The callback must not modify them. Pass ``model`` for names relative to it if you call a
     method such as ``hidden_states``, which calls the model's layers but not the model.
+
+    ``on_op(name, arguments, output)`` is called after the forward pass of every op of ``tinyllm.functional``,
+    such as "scaled_dot_product_attention", with the arguments that were given by their names.
     """
-    before = _watch.callback, _watch.names
+    before = _watch.callback, _watch.names, mode.on_op
     _watch.callback, _watch.names = callback, None if model is None else _names(model)
+    mode.on_op = on_op
     try:
         yield
     finally:
-        _watch.callback, _watch.names = before
+        _watch.callback, _watch.names, mode.on_op = before
 
 
 def is_observed() -> bool:
