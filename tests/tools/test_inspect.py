@@ -118,11 +118,15 @@ def test_lens_of_every_layer_is_the_head_of_its_normalized_output(config):
 def test_probability_and_rank_equal_cross_entropy_and_sorting(config):
     model = random_model(config)
     found, logits = inspect(model, IDS), logits_of(model)
-    assert np.isnan(found.probability[0]) and found.rank[0] == 0
+    assert np.isnan(found.probability[0]) and np.isnan(found.expected_probability[0])
+    assert (found.rank[0], found.expected[0]) == (0, -1)
     for t in range(1, T):
         loss = F.cross_entropy(Tensor(logits[t - 1 : t]), np.array([IDS[t]])).item()
         assert -math.log(found.probability[t]) == pytest.approx(loss, rel=1e-10)
-        assert found.rank[t] == 1 + np.argsort(-logits[t - 1], kind="stable").tolist().index(IDS[t])
+        order = np.argsort(-logits[t - 1], kind="stable").tolist()
+        assert found.rank[t] == 1 + order.index(IDS[t])
+        assert found.expected[t] == order[0]
+        assert found.expected_probability[t] == pytest.approx(softmax(logits[t - 1]).max(), rel=1e-10)
 
 
 def test_ranks_of_equal_logits_are_in_order_of_id():

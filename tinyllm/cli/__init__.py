@@ -19,6 +19,7 @@ from tinyllm.cli import (
     finetune,
     generate,
     info,
+    inspect,
     judge,
     merge,
     plot,
@@ -47,6 +48,7 @@ COMMANDS = {
     "judge": (judge.JudgeConfig, judge.run),
     "pull": (pull.PullConfig, pull.run),
     "tokenize": (tokenize.TokenizeConfig, tokenize.run),
+    "inspect": (inspect.InspectConfig, inspect.run),
     "info": (info.InfoConfig, info.run),
     "plot": (plot.PlotConfig, plot.run),
 }

@@ -68,7 +68,7 @@ def run(config: GenerateConfig) -> None:
     config.find_draft()
     device = config.open_device()
     model, tokenizer = config.load(config.weights_dtype)
-    ids = _prompt(config, tokenizer)
+    ids = encode_prompt(config, tokenizer, config.prompt, "--prompt")
     if config.chat:
         tokenizer.eos_ids = (*tokenizer.eos_ids, *end_of_answer(tokenizer))
     move(model, device)
@@ -77,16 +77,17 @@ def run(config: GenerateConfig) -> None:
         (_print_grid if config.grid else _print_text)(config, model, tokenizer, ids, draft)
 
 
-def _prompt(config: GenerateConfig, tokenizer: Tokenizer) -> list[int]:
+def encode_prompt(config, tokenizer: Tokenizer, prompt: str, source: str) -> list[int]:
+    """The ids of a prompt from ``source``; with --chat those of a chat, up to where its answer begins."""
     if config.chat:
         if tokenizer.chat_template is None:
             raise Error(f"{config.typed} has no chat template: omit --chat, or choose a chat model")
-        message = {"role": "user", "content": config.prompt}
+        message = {"role": "user", "content": prompt}
         return tokenizer.with_bos(encode_chat(tokenizer, tokenizer.chat_template, [message]))
     try:
-        return tokenizer.with_bos(tokenizer.encode(config.prompt, config.special))
+        return tokenizer.with_bos(tokenizer.encode(prompt, config.special))
     except Error as error:
-        raise Error(f"--prompt: {error}") from None
+        raise Error(f"{source}: {error}") from None
 
 
 def _print_text(config: GenerateConfig, model: Module, tokenizer: Tokenizer, ids: list[int], draft) -> None:

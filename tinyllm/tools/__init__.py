@@ -1,1 +1,1 @@
-"""The cost of a model, the profile of a step, plots of runs, and output for terminals."""
+"""The cost of a model and what happens inside it, the profile of a step, plots, and output for terminals."""

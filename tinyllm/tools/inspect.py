@@ -53,8 +53,8 @@ class Inspection:
     """The result of ``inspect``, as NumPy arrays.
 
     ``probability`` and ``rank`` are those of the token at each position, given the tokens before it; rank 1
-    is the most likely. The first token was not predicted: nan and 0. Both are None if they were not asked
-    for, and for a head that scores classes.
+    is the most likely, which is ``expected``. The first token was not predicted: nan, 0 and -1. They are None
+    if they were not asked for, and for a head that scores classes.
     """
 
     ids: np.ndarray  # (T,)
@@ -62,6 +62,8 @@ class Inspection:
     lens: Lens  # of the head's classes, if it scores classes
     probability: np.ndarray | None  # (T,)
     rank: np.ndarray | None  # (T,)
+    expected: np.ndarray | None  # (T,): ids
+    expected_probability: np.ndarray | None  # (T,)
     norms: np.ndarray  # (L + 1, T)
     blocks: tuple[str, ...]  # their names, such as "layers.0"
     calls: list[list[dict[str, Any]]] = field(repr=False)  # of each block: the arguments of its attention ops
@@ -81,7 +83,7 @@ class Inspection:
         Raises ``Error`` for a layer or head that does not exist, and naming the layer if it does not call the
         attention op once, if a row does not sum to 1, or if a token attends to a later one.
         """
-        name, H = self._block(layer), self.heads[layer]
+        name, H = self.block_name(layer), self.heads[layer]
         if len(self.calls[layer]) != 1:
             raise Error(
                 f"the attention of {name} cannot be seen: it calls tinyllm.functional.{ATTENTION} "
@@ -98,7 +100,8 @@ class Inspection:
             _check(weights, f"{name}, head {h}")
         return np.stack(found) if head is None else found[0]
 
-    def _block(self, layer: int) -> str:
+    def block_name(self, layer: int) -> str:
+        """The name of a block; Error for a number outside 0..L-1."""
         if check_at_least(layer, 0, "layer") >= len(self.blocks):
             raise Error(f"layer is {layer}, but the model has the layers 0 to {len(self.blocks) - 1}")
         return self.blocks[layer]
@@ -146,11 +149,11 @@ def inspect(
             model.hidden_states(ids[None])
         names = seen.check()
         lens = [_lens(model, x, ids, at, top, suppress_ids) for x in seen.stream]
-        probability = rank = None
+        each = [None] * 4
         if surprise and classes is None:
-            probability, rank = _surprise(model, seen.stream[-1], ids, suppress_ids)
+            each = _surprise(model, seen.stream[-1], ids, suppress_ids)
     norms = np.stack([np.linalg.norm(_on_host(x)[0], axis=-1) for x in seen.stream])
-    return Inspection(ids, at, Lens(*map(np.stack, zip(*lens))), probability, rank, norms, names, seen.calls)
+    return Inspection(ids, at, Lens(*map(np.stack, zip(*lens))), *each, norms, names, seen.calls)
 
 
 # ------------------------------------------------------------------------------ the forward pass
@@ -268,19 +271,25 @@ def _lens(model, x, ids, at: np.ndarray, top: int, suppress_ids) -> tuple[np.nda
     return tuple(np.concatenate(parts) for parts in zip(*(found[1:] or found)))
 
 
-def _surprise(model, x, ids: np.ndarray, suppress_ids) -> tuple[np.ndarray, np.ndarray] | tuple[None, None]:
-    """The probability and rank (T,) of every token but the first; None for a head that scores classes."""
-    probability, rank = np.full(len(ids), np.nan), np.zeros(len(ids), np.int64)
-    for part in _chunks(model, len(ids) - 1):
-        logits, target = _logits(model, x[:, part], ids[part], suppress_ids), ids[1:][part]
+def _surprise(model, x, ids: np.ndarray, suppress_ids) -> list[np.ndarray] | list[None]:
+    """Of every token (T,): probability, rank, and the most likely token in its place with its probability.
+
+    None for a head that scores classes.
+    """
+    T = len(ids)
+    found = [np.full(T, np.nan), np.zeros(T, np.int64), np.full(T, -1), np.full(T, np.nan)]
+    for part in _chunks(model, T - 1):
+        logits, target = _logits(model, x[:, part], ids[part], suppress_ids), ids[1:][part][:, None]
         if logits.shape[1] != model.config.vocab_size:
-            return None, None
-        own = np.take_along_axis(logits, target[:, None], axis=-1)
+            return [None] * 4
+        own, log_sum = np.take_along_axis(logits, target, axis=-1), _log_sum(logits)
         before = (logits > own).sum(axis=-1)  # ties in order of id
-        before += ((logits == own) & (np.arange(logits.shape[1]) < target[:, None])).sum(axis=-1)
-        where = slice(part.start + 1, part.start + 1 + len(target))
-        probability[where], rank[where] = np.exp(own - _log_sum(logits))[:, 0], before + 1
-    return probability, rank
+        before += ((logits == own) & (np.arange(logits.shape[1]) < target)).sum(axis=-1)
+        best = np.exp(logits.max(axis=-1) - log_sum[:, 0])
+        values = np.exp(own - log_sum)[:, 0], before + 1, logits.argmax(axis=-1), best
+        for array, value in zip(found, values):
+            array[part.start + 1 : part.stop + 1] = value
+    return found
 
 
 def _log_sum(logits: np.ndarray) -> np.ndarray:

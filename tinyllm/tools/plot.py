@@ -32,7 +32,7 @@ from tinyllm.training.loggers import (
 )
 from tinyllm.training.metrics import RecordedRun, read_run, same_tokenizer
 
-__all__ = ["COLORS", "GREY", "LIGHT", "new_figure", "plot_runs", "save", "summary", "title"]
+__all__ = ["COLORS", "GREY", "LIGHT", "check_picture", "new_figure", "plot_runs", "save", "summary", "title"]
 
 PICTURES = (".png", ".svg", ".pdf")
 
@@ -83,7 +83,6 @@ def plot_runs(runs: Sequence[str | Path], path: str | Path, x: str = "step", y: 
     """
     path = Path(path)
     _check_request(path, x, y)
-    _figure_class()
     runs = _read_runs(runs)
     if len(runs) > len(COLORS):
         raise Error(f"there are {len(runs)} runs, too many for one plot: give at most {len(COLORS)}")
@@ -149,8 +148,14 @@ def _check_request(path: Path, x: str, y: str) -> None:
     for name, value, known in (("x", x, X_AXES), ("y", y, Y_AXES)):
         if value not in known:
             raise Error(f"{name} is {value!r}: choose {' or '.join(known)}")
+    check_picture(path)
+
+
+def check_picture(path: Path) -> None:
+    """Raise ``Error`` unless the path ends like a picture, and matplotlib is installed."""
     if path.suffix.lower() not in PICTURES:
         raise Error(f"the plot {path} must end in {', '.join(PICTURES)}: rename it")
+    _figure_class()
 
 
 def _time_unit(longest: float) -> tuple[int, str]:

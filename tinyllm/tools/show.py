@@ -47,11 +47,11 @@ def show_tokens(tokenizer: Tokenizer, ids, colour: bool) -> str:
 
 def _coloured(piece: bytes, n: int) -> str:
     out = ""
-    for visible, characters in itertools.groupby(_characters(piece), str.isprintable):
+    for visible, characters in itertools.groupby(characters_of(piece), str.isprintable):
         if visible:
             out += _paint("".join(characters), n)
         else:
-            written = "".join("⏎\n" if c == "\n" else _escape(c) for c in characters)
+            written = "".join("⏎\n" if c == "\n" else escaped(c) for c in characters)
             # A background colour that is on at a line break would fill the rest of the line.
             lines = [_paint(line, n, reverse=True) if line else "" for line in written.split("\n")]
             out += "\n".join(lines)
@@ -60,22 +60,22 @@ def _coloured(piece: bytes, n: int) -> str:
 
 def _plain(piece: bytes) -> str:
     out = ""
-    for character in _characters(piece):
+    for character in characters_of(piece):
         if character in "|\\":
             out += "\\" + character
         elif character.isprintable():
             out += character
         else:
-            out += _escape(character) + ("\n" if character == "\n" else "")
+            out += escaped(character) + ("\n" if character == "\n" else "")
     return out
 
 
-def _characters(piece: bytes) -> str:
+def characters_of(piece: bytes) -> str:
     """The text of a token; a byte of an incomplete character becomes a lone surrogate, U+DC80 to U+DCFF."""
     return piece.decode("utf-8", errors="surrogateescape")
 
 
-def _escape(character: str) -> str:
+def escaped(character: str) -> str:
     """Python's escape of a character that is not printable; ``\\x80`` and above are bytes, not characters."""
     number = ord(character)
     if 0xDC80 <= number <= 0xDCFF:
