@@ -225,6 +225,43 @@ def test_a_position_bias_is_part_of_the_weights(config):
     assert np.abs(inspect(model, IDS).attention(1) - weights).max() > 0.01
 
 
+class Given(nn.Module):
+    """Attention with given queries, keys and values, and with options of the op; keeps its output."""
+
+    def __init__(self, heads, options):
+        rng = np.random.default_rng(0)
+        shapes = [(1, n, T, 4) for n in (3, heads, heads)]
+        self.arrays, self.options = [3 * rng.standard_normal(shape) for shape in shapes], options
+
+    def forward(self, x, *_):
+        out = F.scaled_dot_product_attention(*map(Tensor, self.arrays), is_causal=True, **self.options)
+        self.kept = [out.data[0]]
+        return out.rearrange("b h t d -> b t (h d)")
+
+
+OPTIONS = {
+    "plain": (3, {}),
+    "shared heads": (1, dict(enable_gqa=True)),
+    "window": (3, dict(window=3)),
+    "softcap": (3, dict(softcap=2.0)),
+    "both, scaled": (1, dict(window=4, softcap=5.0, scale=0.3, enable_gqa=True)),
+    "mask": (3, dict(attn_mask=np.tri(T, dtype=bool) & (np.arange(T) % 3 != 1))),
+    "bias": (3, dict(attn_mask=np.random.default_rng(1).standard_normal((3, T, T)))),
+    "one mask for all": (3, dict(attn_mask=np.random.default_rng(1).standard_normal((1, 1, 1, T)))),
+}
+
+
+@pytest.mark.parametrize(("heads", "options"), OPTIONS.values(), ids=OPTIONS)
+def test_the_weights_multiplied_by_the_values_are_the_ops_output(heads, options):
+    model, given = random_model(GPT2_CONFIG), Given(heads, options)
+    put_attention(model, lambda old: given)
+    weights = inspect(model, IDS).attention(1)
+    values = np.repeat(given.arrays[2][0], 3 // heads, axis=0)
+    assert_close(weights @ values, given.kept[0], "output of the op")
+    if "window" in options:
+        assert (np.tril(weights, -options["window"]) == 0).all()
+
+
 @both_models
 def test_wrapped_layers_and_blocks_are_seen(config):
     model = random_model(config)
