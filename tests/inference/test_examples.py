@@ -1,4 +1,4 @@
-"""Examples 08, 11 and 12 without a downloaded model, and with wrong arguments."""
+"""Examples 08, 11, 12 and 15 without a downloaded model, and with wrong arguments."""
 
 import os
 import subprocess
@@ -42,6 +42,11 @@ def test_chat_offline_uses_random_weights(example):
 def test_a_toy_model_learns_to_classify_made_up_texts(example):
     code, out, err = example("12_finetune_a_classifier.py")
     assert (code, err) == (0, "") and "LoRA 100.0% of 20 texts" in out
+
+
+def test_looking_inside_offline_uses_random_weights(example):
+    code, out, err = example("15_look_inside.py")
+    assert (code, err) == (0, "") and "22 tokens" in out and "without the attention of layer 0" in out
 
 
 def test_sampling_rejects_wrong_arguments_in_one_line(example, tmp_path):
