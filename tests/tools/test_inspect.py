@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from support.adapters import with_lora
+from support.device_array import DeviceArray
 from support.models import EVERYTHING, NO_DROPOUT, SMALL, SMALL_LLAMA, Wrapped, assert_close, random_model
 
 from parity.twins import bridge
@@ -173,6 +174,19 @@ def test_float32_is_close_to_float64_and_one_token_attends_to_itself(config):
         assert_close(weights.astype(np.float64), exact.attention(layer), f"attention of {layer}", 1e-5)
     one = inspect(random_model(config), IDS[:1])
     assert one.attention(0).tolist() == [[[1.0]]] * one.heads[0] and one.rank.tolist() == [0]
+
+
+@both_models
+def test_a_model_on_a_device_gives_arrays_on_the_host(config):
+    model = random_model(config)
+    expected = inspect(model, IDS)
+    for parameter in model.parameters():
+        parameter.replace(DeviceArray(parameter.data))
+    found = inspect(model, IDS)
+    assert_close(found.attention(1), expected.attention(1), "attention")
+    assert_close(found.norms, expected.norms, "norms")
+    assert_close(found.lens.probabilities, expected.lens.probabilities, "lens")
+    assert np.array_equal(found.rank, expected.rank)
 
 
 def test_inspection_leaves_the_model_as_it_was():

@@ -264,7 +264,8 @@ def _lens(model, x, ids, at: np.ndarray, top: int, suppress_ids) -> tuple[np.nda
     """The ids and probabilities (P, top) of the most likely tokens at the positions ``at``."""
     found = [(np.zeros((0, top), np.int64), np.zeros((0, top)))]
     for part in _chunks(model, len(at)):
-        logits = _logits(model, x[:, at[part]], ids[at[part]], suppress_ids)
+        states = x[:, np.asarray(at[part], like=x.data)]
+        logits = _logits(model, states, ids[at[part]], suppress_ids)
         order = most_likely(logits, min(top, logits.shape[1]))
         kept = np.take_along_axis(logits, order, axis=-1)
         found.append((order, np.exp(kept - _log_sum(logits))))
