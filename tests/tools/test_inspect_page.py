@@ -166,15 +166,17 @@ def driver():
     driver.quit()
 
 
-@pytest.fixture
-def opened(page, driver):
+def eventually(driver, condition):
     from selenium.webdriver.support.wait import WebDriverWait
 
+    return WebDriverWait(driver, 30).until(condition)
+
+
+@pytest.fixture
+def opened(page, driver):
     driver.get("about:blank")
     driver.get(page.as_uri())
-    WebDriverWait(driver, 30).until(
-        lambda d: d.execute_script("return document.getElementById('map').width > 300")
-    )
+    eventually(driver, lambda d: d.execute_script("return document.getElementById('map').width > 300"))
     yield driver
     errors = [entry["message"] for entry in driver.get_log("browser") if entry["level"] == "SEVERE"]
     assert (driver.title, errors) == ("a <b>model</b>", [])
@@ -238,13 +240,17 @@ def test_light_and_dark(opened):
         features = [{"name": "prefers-color-scheme", "value": scheme}]
         opened.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": features})
 
+    def drawn(is_dark):  # the page repaints after the event
+        limit = (lambda *c: max(c) < 200) if is_dark else (lambda *c: min(c) > 650)
+        return eventually(opened, lambda _: limit(brightness(), background()))
+
     button = opened.find_element("id", "theme")
     prefer("light")
-    assert brightness() > 700 and background() > 650 and button.text == "dark"
+    assert drawn(is_dark=False) and button.text == "dark"
     prefer("dark")
-    assert brightness() < 150 and background() < 200 and button.text == "light"
+    assert drawn(is_dark=True) and button.text == "light"
     button.click()
-    assert brightness() > 700 and background() > 650
+    assert drawn(is_dark=False) and button.text == "dark"
     prefer("light")
 
 
