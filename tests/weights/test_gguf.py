@@ -14,7 +14,9 @@ from hypothesis import strategies as st
 
 from tinyllm.errors import Error
 from tinyllm.weights import gguf_format
-from tinyllm.weights.gguf import GGUFFile, hugging_face_name, llama3_factors
+from tinyllm.weights.gguf import GGUFFile
+from tinyllm.weights.gguf_config import llama3_factors
+from tinyllm.weights.gguf_tables import LLAMA
 
 gguf = pytest.importorskip("gguf")
 torch = pytest.importorskip("torch")
@@ -336,7 +338,7 @@ def test_metadata_has_the_files_keys(tmp_path):
     "name", ["blk.x.attn_q.weight", "blk.01.attn_q.weight", "attn_q.weight", "blk.0.output.weight"]
 )
 def test_unknown_tensor_names_have_no_translation(name):
-    assert hugging_face_name(name) is None
+    assert LLAMA.module_of(name) is None
 
 
 # ---------------------------------------------------------------------------- the config
@@ -403,7 +405,8 @@ def test_separate_output_matrix_unties_the_head(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "name"),
     [
-        ({"expert_count": 8}, "llama.expert_count = 8"),
+        ({"expert_used_count": 2}, "llama.expert_used_count = 2"),
+        ({"expert_weights_scale": 2.0}, "llama.expert_weights_scale"),
         ({"attention.causal": False}, "llama.attention.causal = False"),
         ({"attention.causal": 1}, "llama.attention.causal = 1"),
         ({"attention.sliding_window": 64}, "llama.attention.sliding_window"),
@@ -521,9 +524,9 @@ def test_two_scalings_at_once_are_rejected(tmp_path):
 
 
 def test_other_architectures_are_rejected(tmp_path):
-    path = write(tmp_path / "m.gguf", {}, {}, architecture="gpt2")
+    path = write(tmp_path / "m.gguf", {}, {}, architecture="mamba")
     text = message_of(GGUFFile, path)
-    assert str(path) in text and "'gpt2'" in text and "give one of llama" in text
+    assert str(path) in text and "'mamba'" in text and "give one of llama, qwen2, qwen3, qwen3moe" in text
 
 
 @pytest.mark.parametrize("name", ["split.count", "expert_count", "rope.scaling.type", "block_count"])
