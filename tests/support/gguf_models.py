@@ -8,7 +8,7 @@ from pathlib import Path
 from pydoc_data import topics
 
 from tinyllm.models.base import BOOKKEEPING, FIXED
-from tinyllm.tokenizers import BPETokenizer, train_bpe
+from tinyllm.tokenizers import BPETokenizer, gguf_writer, train_bpe
 from tinyllm.weights.safetensors import Weights
 
 ROWS = 320
@@ -77,3 +77,8 @@ def folder_of(model, folder: Path) -> tuple[dict, Weights]:
 @cache
 def tokenizer() -> BPETokenizer:
     return BPETokenizer(train_bpe(list(topics.topics.values())[:20], ROWS))
+
+
+def tokenizer_keys() -> dict:
+    """The keys of ``tokenizer`` in a file."""
+    return gguf_writer.tokenizer_keys(tokenizer(), ROWS)

@@ -64,6 +64,10 @@ class SentencePieceTokenizer(Tokenizer):
             extended.vocab_size = max(extended.vocab_size, i + 1)
         return extended
 
+    def file_tokens(self) -> dict[str, Mapping]:
+        """The tokens added by ``with_file_tokens``: name -> ``id`` and properties."""
+        return dict(self._added)
+
     @cached_property
     def _continuing(self) -> sentencepiece.SentencePieceProcessor:
         """A processor that adds no space in front of a text."""

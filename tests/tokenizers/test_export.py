@@ -1,0 +1,230 @@
+"""Tokenizers for other programs: the same ids from transformers, and from the keys of a GGUF file."""
+
+import json
+from pydoc_data import topics
+
+import pytest
+from support.tokenizers import COUNT, a_tokenizer, message_of, nasty_strings, special, write_gguf, write_json
+
+from tinyllm.tokenizers import BPETokenizer, CharTokenizer, load_tokenizer, train_bpe
+from tinyllm.tokenizers.export import end_ids, library_tokenizer, merges_of, save_for_transformers
+from tinyllm.tokenizers.gguf_writer import tokenizer_keys
+from tinyllm.tokenizers.tiktoken import GPT2_PATTERN, SYMBOLS
+
+transformers = pytest.importorskip("transformers")
+pytest.importorskip("tokenizers")
+pytest.importorskip("sentencepiece")
+
+STRINGS = 2000
+TEMPLATE = "{% for m in messages %}<|user|>{{ m['content'] }}{{ eos_token }}{% endfor %}"
+
+
+@pytest.fixture(scope="module")
+def bpe():
+    """One of our own, as a run of fine-tuning has it."""
+    merges = train_bpe(list(topics.topics.values())[:40], 600)
+    tokenizer = BPETokenizer(merges).with_special_tokens(["<|user|>", "<|assistant|>"])
+    tokenizer.chat_template = TEMPLATE
+    return tokenizer
+
+
+@pytest.fixture(scope="module")
+def gpt2():
+    return load_tokenizer("gpt2")
+
+
+KINDS = ["bpe", "gpt2", "byte_level", "llama2", "llama2_json", "llama3"]
+
+
+@pytest.fixture(params=KINDS)
+def tokenizer(request):
+    return get(request, request.param)
+
+
+def get(request, name):
+    found = request.getfixturevalue(name)
+    return found if hasattr(found, "encode") else load_tokenizer(found)
+
+
+def test_transformers_encodes_and_decodes_alike(tokenizer, tmp_path):
+    save_for_transformers(tokenizer, tmp_path, context=64)
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    assert len(theirs) == len(tokenizer.token_ids())
+    for text in nasty_strings(STRINGS, seed=11):
+        ids = tokenizer.encode(text, "allow")
+        assert theirs.encode(text, add_special_tokens=False) == ids, text
+        if not tokenizer.find_special(text):  # SentencePiece's library removes spaces after those, too
+            assert theirs.decode(ids) == tokenizer.decode(ids), text
+    assert theirs.encode("a b") == tokenizer.with_bos(tokenizer.encode("a b"))
+    assert theirs.eos_token_id == (end_ids(tokenizer) or (None,))[0]
+    assert theirs.chat_template == tokenizer.chat_template and theirs.model_max_length == 64
+
+
+@pytest.mark.parametrize("name", ["bpe", "byte_level", "llama2"])
+def test_tinyllm_loads_the_files_as_the_same_tokenizer(request, tmp_path, name):
+    tokenizer = get(request, name)
+    save_for_transformers(tokenizer, tmp_path, context=64)
+    again = load_tokenizer(tmp_path)
+    assert (again.vocab_size, again.special_tokens) == (tokenizer.vocab_size, tokenizer.special_tokens)
+    assert (again.bos_id, again.add_bos) == (tokenizer.bos_id, tokenizer.add_bos)
+    assert (again.eos_ids, again.chat_template) == (end_ids(tokenizer), tokenizer.chat_template)
+
+
+def test_a_chat_template_renders_alike(bpe, tmp_path):
+    save_for_transformers(bpe, tmp_path, context=64)
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    messages = [{"role": "user", "content": "hi"}]
+    assert theirs.apply_chat_template(messages, tokenize=False) == "<|user|>hi<|endoftext|>"
+
+
+def gguf_of(tokenizer, path, rows=None):
+    keys = tokenizer_keys(tokenizer, rows or tokenizer.vocab_size)
+    keys = {name.removeprefix("tokenizer.").removeprefix("ggml."): value for name, value in keys.items()}
+    return write_gguf(path, **keys)
+
+
+def test_a_gguf_file_holds_the_same_tokenizer(tokenizer, tmp_path):
+    if not end_ids(tokenizer):
+        tokenizer.eos_ids = (1,)
+    again = load_tokenizer(gguf_of(tokenizer, tmp_path / "m.gguf"))
+    assert (again.vocab_size, again.special_tokens) == (tokenizer.vocab_size, tokenizer.special_tokens)
+    assert (again.add_bos, again.chat_template) == (tokenizer.add_bos, tokenizer.chat_template)
+    assert again.eos_ids[0] == end_ids(tokenizer)[0] and set(again.eos_ids) >= set(end_ids(tokenizer))
+    for text in nasty_strings(COUNT, seed=12):
+        ids = tokenizer.encode(text, "allow")
+        assert again.encode(text, "allow") == ids, text
+        if not tokenizer.find_special(text):
+            assert again.decode(ids) == tokenizer.decode(ids), text
+
+
+@pytest.mark.parametrize("pre", ["gpt-2", "smollm", "llama-bpe", "smaug-bpe"])
+def test_the_name_of_the_pre_tokenizer_comes_back(byte_level, tmp_path, pre):
+    from support.tokenizers import gguf_of_byte_level
+
+    tokenizer = load_tokenizer(gguf_of_byte_level(byte_level, tmp_path / "a.gguf", pre=pre))
+    assert tokenizer_keys(tokenizer, tokenizer.vocab_size)["tokenizer.ggml.pre"] == pre
+
+
+def test_types_of_tokens_and_rows_without_one(byte_level):
+    tokenizer = load_tokenizer(byte_level)
+    tokenizer.eos_ids = (1,)
+    keys = tokenizer_keys(tokenizer, tokenizer.vocab_size + 3)
+    tokens, types = (keys[f"tokenizer.ggml.{name}"] for name in ("tokens", "token_type"))
+    last = tokenizer.vocab_size
+    assert tokens[last - 1 :] == ["<think>", *(f"[PAD{last + i}]" for i in range(3))]
+    assert types[:2] == [3, 3] and types[2] == 1 and types[last - 1 :] == [4, 5, 5, 5]
+    assert len(tokens) == len(types) == last + 3
+
+
+def test_the_end_of_a_text_and_what_begins_one(bpe, llama2):
+    keys = tokenizer_keys(bpe, bpe.vocab_size)
+    end = bpe.special_tokens["<|endoftext|>"]
+    assert keys["tokenizer.ggml.eos_token_id"] == keys["tokenizer.ggml.bos_token_id"] == end
+    assert keys["tokenizer.ggml.add_bos_token"] is False
+    assert keys["tokenizer.chat_template"] == TEMPLATE
+    keys = tokenizer_keys(load_tokenizer(llama2), 800)
+    assert [keys[f"tokenizer.ggml.{name}_token_id"] for name in ("unknown", "bos", "eos")] == [0, 1, 2]
+    assert keys["tokenizer.ggml.add_bos_token"] is True and keys["tokenizer.ggml.add_space_prefix"] is True
+
+
+def test_merges_of_ranks_are_those_that_were_learned():
+    merges = train_bpe(list(topics.topics.values())[:10], 400)
+    tokens = [bytes([byte]) for byte in load_tokenizer("gpt2").decode_bytes(range(256))]
+    for left, right in merges:
+        tokens.append(tokens[left] + tokens[right])
+    ranks = {token: i for i, token in enumerate(tokens)}
+    assert merges_of(ranks) == [(tokens[left], tokens[right]) for left, right in merges]
+    del ranks[tokens[256]]  # the longer tokens that contain it are made from other parts, or from none
+    assert len(merges_of(ranks)) < len(merges) - 1
+
+
+# ------------------------------------------------------------------------------------ refusals
+
+
+def test_a_character_tokenizer_is_refused(tmp_path):
+    for call in (
+        lambda: library_tokenizer(CharTokenizer("abc")),
+        lambda: tokenizer_keys(CharTokenizer("abc"), 3),
+        lambda: save_for_transformers(CharTokenizer("abc"), tmp_path, 8),
+    ):
+        assert "char" in message_of(call) and "bpe:VOCAB" in message_of(call)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_pattern_without_a_name_is_refused_by_name():
+    tokenizer = BPETokenizer([(64, 65)], r"\w+|\W")
+    assert repr(r"\w+|\W") in message_of(tokenizer_keys, tokenizer, 258)
+    assert repr(GPT2_PATTERN) not in message_of(library_tokenizer, tokenizer)
+
+
+VOCABULARY = {symbol: i for i, symbol in enumerate([*SYMBOLS, "ab"])}
+SPLIT = {"type": "Split", "pattern": {"String": "-"}, "behavior": "Isolated", "invert": False}
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"pre_tokenizer": SPLIT}, "Split"),
+        ({"normalizer": {"type": "Lowercase"}}, "has no name"),
+        ({"model": {"ignore_merges": True}}, "has no name"),
+        ({"added_tokens": [special(257, "<mask>", lstrip=True)]}, "'<mask>' with lstrip"),
+        ({"added_tokens": []}, "no token that ends a text"),
+        ({"model": {"merges": []}}, "has no merges"),
+    ],
+)
+def test_what_gguf_has_no_place_for_is_refused(tmp_path, changes, said):
+    end = {"added_tokens": [special(257, "<|endoftext|>")]}
+    model = {"vocab": VOCABULARY, "merges": [["a", "b"]]} | changes.pop("model", {})
+    definition = a_tokenizer(**(end | changes), model=model)
+    assert said in message_of(tokenizer_keys, load_tokenizer(write_json(tmp_path, definition)), 258)
+
+
+def test_more_ends_than_keys_are_refused_unless_llamacpp_knows_their_names(tmp_path):
+    names = ["<|endoftext|>", "<a>", "<b>", "<c>"]
+    added = [special(257 + i, name) for i, name in enumerate(names)]
+    definition = a_tokenizer(added_tokens=added, model={"vocab": VOCABULARY, "merges": [["a", "b"]]})
+    tokenizer = load_tokenizer(write_json(tmp_path, definition))
+    tokenizer.eos_ids = (257, 258, 259)
+    assert tokenizer_keys(tokenizer, 261)["tokenizer.ggml.eom_token_id"] == 259
+    tokenizer.eos_ids = (257, 258, 259, 260)
+    assert "'<c>'" in message_of(tokenizer_keys, tokenizer, 261)
+
+
+def test_a_sentencepiece_model_of_another_kind_is_refused(corpus):
+    import io
+
+    import sentencepiece
+
+    from tinyllm.tokenizers.sentencepiece import SentencePieceTokenizer
+
+    for options, said in (
+        ({"model_type": "unigram", "normalization_rule_name": "identity"}, "not BPE"),
+        ({"model_type": "bpe"}, "normalizes"),  # NFKC
+    ):
+        model = io.BytesIO()
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter(corpus[:2000]), model_writer=model, vocab_size=300, num_threads=1,
+            minloglevel=2, hard_vocab_limit=False, **options,
+        )  # fmt: skip
+        processor = sentencepiece.SentencePieceProcessor(model_proto=model.getvalue())
+        assert said in message_of(tokenizer_keys, SentencePieceTokenizer("x", processor), 300)
+
+
+def test_a_sentencepiece_model_with_spaces_and_added_tokens_is_refused(llama2):
+    added = {800: {"content": "<|im_end|>", "special": True}}
+    tokenizer = load_tokenizer(llama2).with_file_tokens(added)
+    assert "<|im_end|>" in message_of(tokenizer_keys, tokenizer, 801)
+    assert "<|im_end|>" in message_of(library_tokenizer, tokenizer)
+
+
+def test_files_are_json_with_a_line_end(bpe, tmp_path):
+    save_for_transformers(bpe, tmp_path, context=64)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "chat_template.jinja",
+        "generation_config.json",
+        "tokenizer.json",
+        "tokenizer_config.json",
+    ]
+    for path in tmp_path.glob("*.json"):
+        text = path.read_text(encoding="utf-8")
+        assert json.loads(text) and text.endswith("}\n")

@@ -1,0 +1,90 @@
+"""Writing a model and its tokenizer for other programs: llama.cpp's GGUF file, Hugging Face's folder."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from pathlib import Path
+
+import numpy as np
+
+from tinyllm.errors import Error
+from tinyllm.files import SAVING
+from tinyllm.models import LanguageModel
+from tinyllm.models.saving import is_plain
+from tinyllm.tokenizers.base import Tokenizer, check_fits
+from tinyllm.tokenizers.export import library_tokenizer, save_for_transformers
+from tinyllm.tokenizers.gguf_writer import tokenizer_keys
+from tinyllm.weights.gguf_writer import Written, write_gguf
+
+DTYPES = {"f32": "float32", "f16": "float16", "bf16": "bfloat16"}
+
+
+def export_gguf(
+    model: LanguageModel, tokenizer: Tokenizer, path: str | Path, type: str = "f32", name: str | None = None
+) -> Written:
+    """Write a model and its tokenizer as a GGUF file, which llama.cpp, Ollama and ``load_model`` read.
+
+    ``type`` is that of the matrices: "f32", "f16", "bf16" or "q8_0", see ``write_gguf``; ``name`` is the
+    model's name in the file. Merge LoRA layers first (``nn.merge_lora``). Raises ``Error``, naming what is in
+    the way, if llama.cpp would compute something else than this model, and as ``write_gguf`` does.
+    """
+    config = _plain_config(model, tokenizer)
+    about = {"general.name": name or Path(path).stem} | tokenizer_keys(tokenizer, model.config.vocab_size)
+    tensors = {
+        key if key.startswith("lm_head.") else model.prefix + key: array
+        for key, array in model.state_dict().items()
+    }
+    return write_gguf(path, config.to_dict() | {"model_type": config.model_type}, tensors, type, about)
+
+
+def export_folder(model: LanguageModel, tokenizer: Tokenizer, folder: str | Path, type: str = "f32") -> None:
+    """Write a model and its tokenizer as a folder for ``AutoModelForCausalLM`` and ``AutoTokenizer``.
+
+    The folder appears when it is complete. ``type`` is that of the weights, "f32", "f16" or "bf16", and the
+    model itself is converted to it. Raises ``Error`` if the folder exists, if ``transformers`` would compute
+    something else than this model, or if the tokenizer has no form for it.
+    """
+    folder = Path(folder)
+    if type not in DTYPES:
+        raise Error(f"type {type!r} is not one of {', '.join(DTYPES)}: choose one of them")
+    if os.path.lexists(folder):
+        raise Error(f"{folder} exists already: choose another name")
+    config = _plain_config(model, tokenizer)
+    if not config.is_standard:
+        own = {name: value for name, value in vars(config).items() if name.endswith("_bias")}
+        found = ", ".join(f"{name}={value}" for name, value in own.items())
+        raise Error(
+            f"{config.hub_class} of transformers would compute something else than a model with {found}"
+        )
+    library_tokenizer(tokenizer)  # raises Error before anything is written
+    largest = max(float(np.abs(array).max()) for array in model.state_dict().values())
+    if type == "f16" and largest > np.finfo(np.float16).max:
+        raise Error(f"the model has the weight {largest:.3g}, too large for float16: choose bf16 or f32")
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=SAVING, dir=folder.parent) as temporary:
+            new = Path(temporary) / folder.name
+            model.astype(DTYPES[type]).save_pretrained(new)
+            save_for_transformers(tokenizer, new, model.context)
+            os.rename(new, folder)
+    except OSError as error:
+        reason = error.strerror or error
+        raise OSError(f"{folder} cannot be written ({reason}): check the path and disk space") from error
+
+
+def _plain_config(model: LanguageModel, tokenizer: Tokenizer):
+    """The config of a model that it describes completely. Raises ``Error`` otherwise, naming the layers."""
+    if not isinstance(model, LanguageModel):
+        raise Error(f"a {model.__class__.__name__} cannot be exported, only a language model")
+    config = model.current_config()
+    original = type(model)(config, rng=None)
+    if not is_plain(model, original):
+        names = {name for name, _ in model.named_parameters()} ^ {n for n, _ in original.named_parameters()}
+        layers = sorted({name.rpartition(".")[0] for name in names}) or ["with other shapes"]
+        raise Error(
+            f"the model has replaced layers, {', '.join(layers)}, for which other programs have no place: "
+            "merge LoRA layers, and export the plain model"
+        )
+    check_fits(tokenizer, model, padded=True)
+    return config
