@@ -7,7 +7,7 @@ import pytest
 from support.tokenizers import COUNT, a_tokenizer, message_of, nasty_strings, special, write_gguf, write_json
 
 from tinyllm.tokenizers import BPETokenizer, CharTokenizer, load_tokenizer, train_bpe
-from tinyllm.tokenizers.export import end_ids, library_tokenizer, merges_of, save_for_transformers
+from tinyllm.tokenizers.export import ends_of_text, library_tokenizer, merges_of, save_for_transformers
 from tinyllm.tokenizers.gguf_writer import tokenizer_keys
 from tinyllm.tokenizers.tiktoken import GPT2_PATTERN, SYMBOLS
 
@@ -33,10 +33,7 @@ def gpt2():
     return load_tokenizer("gpt2")
 
 
-KINDS = ["bpe", "gpt2", "byte_level", "llama2", "llama2_json", "llama3"]
-
-
-@pytest.fixture(params=KINDS)
+@pytest.fixture(params=["bpe", "gpt2", "byte_level", "llama2", "llama2_json", "llama3"])
 def tokenizer(request):
     return get(request, request.param)
 
@@ -50,13 +47,14 @@ def test_transformers_encodes_and_decodes_alike(tokenizer, tmp_path):
     save_for_transformers(tokenizer, tmp_path, context=64)
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
     assert len(theirs) == len(tokenizer.token_ids())
-    for text in nasty_strings(STRINGS, seed=11):
+    strings = STRINGS if tokenizer.vocab_size < 2000 else COUNT
+    for text in nasty_strings(strings, seed=11):
         ids = tokenizer.encode(text, "allow")
         assert theirs.encode(text, add_special_tokens=False) == ids, text
         if not tokenizer.find_special(text):  # SentencePiece's library removes spaces after those, too
             assert theirs.decode(ids) == tokenizer.decode(ids), text
     assert theirs.encode("a b") == tokenizer.with_bos(tokenizer.encode("a b"))
-    assert theirs.eos_token_id == (end_ids(tokenizer) or (None,))[0]
+    assert theirs.eos_token_id == (ends_of_text(tokenizer) or (None,))[0]
     assert theirs.chat_template == tokenizer.chat_template and theirs.model_max_length == 64
 
 
@@ -67,7 +65,7 @@ def test_tinyllm_loads_the_files_as_the_same_tokenizer(request, tmp_path, name):
     again = load_tokenizer(tmp_path)
     assert (again.vocab_size, again.special_tokens) == (tokenizer.vocab_size, tokenizer.special_tokens)
     assert (again.bos_id, again.add_bos) == (tokenizer.bos_id, tokenizer.add_bos)
-    assert (again.eos_ids, again.chat_template) == (end_ids(tokenizer), tokenizer.chat_template)
+    assert (again.eos_ids, again.chat_template) == (ends_of_text(tokenizer), tokenizer.chat_template)
 
 
 def test_a_chat_template_renders_alike(bpe, tmp_path):
@@ -84,12 +82,14 @@ def gguf_of(tokenizer, path, rows=None):
 
 
 def test_a_gguf_file_holds_the_same_tokenizer(tokenizer, tmp_path):
-    if not end_ids(tokenizer):
+    if not ends_of_text(tokenizer):
         tokenizer.eos_ids = (1,)
     again = load_tokenizer(gguf_of(tokenizer, tmp_path / "m.gguf"))
     assert (again.vocab_size, again.special_tokens) == (tokenizer.vocab_size, tokenizer.special_tokens)
     assert (again.add_bos, again.chat_template) == (tokenizer.add_bos, tokenizer.chat_template)
-    assert again.eos_ids[0] == end_ids(tokenizer)[0] and set(again.eos_ids) >= set(end_ids(tokenizer))
+    assert again.eos_ids[0] == ends_of_text(tokenizer)[0] and set(again.eos_ids) >= set(
+        ends_of_text(tokenizer)
+    )
     for text in nasty_strings(COUNT, seed=12):
         ids = tokenizer.encode(text, "allow")
         assert again.encode(text, "allow") == ids, text

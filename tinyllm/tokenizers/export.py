@@ -13,8 +13,15 @@ from tinyllm.files import write_whole
 from tinyllm.tokenizers.base import END_OF_TEXT, Tokenizer, require
 from tinyllm.tokenizers.configs import CHAT_TEMPLATE
 from tinyllm.tokenizers.huggingface import TOKENIZER_JSON, TokenizersTokenizer, build_byte_level
-from tinyllm.tokenizers.pieces import NORMAL, pieces_of
-from tinyllm.tokenizers.sentencepiece import BYTE, CONTROL, UNKNOWN, USER_DEFINED, SentencePieceTokenizer
+from tinyllm.tokenizers.pieces import pieces_of
+from tinyllm.tokenizers.sentencepiece import (
+    BYTE,
+    CONTROL,
+    NORMAL,
+    UNKNOWN,
+    USER_DEFINED,
+    SentencePieceTokenizer,
+)
 from tinyllm.tokenizers.tiktoken import BYTE_OF, GPT2_PATTERN, LLAMA3_PATTERN, TiktokenTokenizer
 
 if TYPE_CHECKING:
@@ -111,9 +118,11 @@ def _of_sentencepiece(tokenizer: SentencePieceTokenizer) -> tokenizers.Tokenizer
     replace = [normal.Replace(" ", "▁")]
     found.normalizer = normal.Sequence([normal.Prepend("▁")] * pieces.add_space_prefix + replace)
     found.decoder = sentencepiece_decoder(pieces.add_space_prefix)
+    # Pieces such as ▁▁ are searched in the text with its spaces replaced, special tokens in the text itself.
     for special, kinds in ((True, (UNKNOWN, CONTROL)), (False, (USER_DEFINED,))):
         names = [pieces.tokens[i] for i in pieces.ids_of(*kinds)]
-        found.add_tokens([library.AddedToken(name, normalized=False, special=special) for name in names])
+        flags = {"special": special, "normalized": not special and not pieces.add_space_prefix}
+        found.add_tokens([library.AddedToken(name, **flags) for name in names])
     return found
 
 
@@ -124,7 +133,7 @@ def sentencepiece_decoder(space_prefix: bool) -> tokenizers.decoders.Decoder:
     return decoders.Sequence(steps + [decoders.Strip(" ", 1, 0)] * space_prefix)
 
 
-def end_ids(tokenizer: Tokenizer) -> tuple[int, ...]:
+def ends_of_text(tokenizer: Tokenizer) -> tuple[int, ...]:
     """The ids that end a text: ``eos_ids``, or ``<|endoftext|>``, which separates a run's documents."""
     end = tokenizer.special_tokens.get(END_OF_TEXT)
     return tokenizer.eos_ids or (() if end is None else (end,))
@@ -137,7 +146,7 @@ def save_for_transformers(tokenizer: Tokenizer, folder: Path, context: int) -> N
     tokens; ``generation_config.json`` with the ids that end a text; and ``chat_template.jinja`` if there is a
     template. ``context`` is the maximum length. Raises ``Error`` as ``library_tokenizer`` does.
     """
-    found, ends = library_tokenizer(tokenizer), end_ids(tokenizer)
+    found, ends = library_tokenizer(tokenizer), ends_of_text(tokenizer)
     config = {
         "tokenizer_class": "PreTrainedTokenizerFast",  # the one that reads nothing but tokenizer.json
         "model_max_length": context,

@@ -15,6 +15,7 @@ from tinyllm.tokenizers.sentencepiece import (
     BYTE,
     CONTROL,
     UNKNOWN,
+    UNUSED,
     USER_DEFINED,
     proto_field,
     read_sentencepiece,
@@ -94,7 +95,8 @@ def _read_byte_level(file: GGUFFile, tokens: list[str], types: list[int]) -> Tok
             "use the tokenizer.json of the model's Hugging Face folder"
         )
     pre = PRE_TOKENIZERS[pre]
-    vocabulary = {token: i for i, token in enumerate(tokens)}
+    # Rows of the model without a token, such as [PAD151669], must never be sampled.
+    vocabulary = {token: i for i, (token, kind) in enumerate(zip(tokens, types)) if kind != UNUSED}
     merges = file.value("tokenizer.ggml.merges", list)
     tokenizer = build_byte_level(file.path, vocabulary, merges, pre)
     library = require("tokenizers")

@@ -11,15 +11,17 @@ from typing import Any
 from tinyllm.errors import Error
 from tinyllm.tokenizers.base import Tokenizer
 from tinyllm.tokenizers.configs import END_OF_TURN
-from tinyllm.tokenizers.export import end_ids, library_tokenizer
+from tinyllm.tokenizers.export import ends_of_text, library_tokenizer
 from tinyllm.tokenizers.gguf import PRE_TOKENIZERS
 from tinyllm.tokenizers.huggingface import SENTENCEPIECE_DECODERS, build_byte_level
-from tinyllm.tokenizers.pieces import NORMAL, UNUSED, pieces_of
+from tinyllm.tokenizers.pieces import pieces_of
 from tinyllm.tokenizers.sentencepiece import (
     BYTE,
     BYTE_PIECE,
     CONTROL,
+    NORMAL,
     UNKNOWN,
+    UNUSED,
     USER_DEFINED,
     SentencePieceTokenizer,
 )
@@ -38,12 +40,15 @@ def tokenizer_keys(tokenizer: Tokenizer, rows: int) -> dict[str, Any]:
         keys = _sentencepiece_keys(tokenizer)
     else:
         keys = _library_keys(tokenizer)
+    for name in ("tokens", "token_type", "scores"):  # a model may lack the last id, see ``check_fits``
+        if name in keys:
+            keys[name] = keys[name][:rows]
     for i in range(len(keys["tokens"]), rows):
         keys["tokens"].append(f"[PAD{i}]")
         keys["token_type"].append(UNUSED)
         if "scores" in keys:
             keys["scores"].append(0.0)
-    ends = end_ids(tokenizer)
+    ends = ends_of_text(tokenizer)
     if not ends:
         raise Error(
             f"the tokenizer {tokenizer.name} has no token that ends a text, and llama.cpp would take one of "
@@ -70,7 +75,7 @@ def _sentencepiece_keys(tokenizer: SentencePieceTokenizer) -> dict[str, Any]:
     return {
         "model": "llama",
         "pre": "default",
-        "tokens": pieces.tokens,
+        "tokens": _as_typed(pieces.tokens, pieces.types),
         "scores": pieces.scores,
         "token_type": pieces.types,
         "unknown_token_id": pieces.ids_of(UNKNOWN)[0],
@@ -139,7 +144,13 @@ def _pieces_keys(tokenizer: Tokenizer, definition: dict, keys: dict, merges: lis
         elif model["byte_fallback"] and BYTE_PIECE.fullmatch(token):
             keys["token_type"][i] = BYTE
     found = {"model": "llama", "pre": "default", "scores": scores, "add_space_prefix": prefix in steps}
+    found["tokens"] = _as_typed(keys["tokens"], keys["token_type"])
     return found if unknown is None else found | {"unknown_token_id": unknown}
+
+
+def _as_typed(tokens: list[str], types: list[int]) -> list[str]:
+    """The tokens with those that are searched in a text as they are there: with spaces, not ▁."""
+    return [token.replace("▁", " ") if kind == USER_DEFINED else token for token, kind in zip(tokens, types)]
 
 
 def _pre_tokenizer(tokenizer: Tokenizer, definition: dict) -> str:

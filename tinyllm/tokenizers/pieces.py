@@ -7,10 +7,16 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from tinyllm.errors import Error
-from tinyllm.tokenizers.sentencepiece import CONTROL, UNKNOWN, USER_DEFINED, SentencePieceTokenizer
+from tinyllm.tokenizers.sentencepiece import (
+    CONTROL,
+    NORMAL,
+    UNKNOWN,
+    UNUSED,
+    USER_DEFINED,
+    SentencePieceTokenizer,
+)
 
 BPE = 2  # trainer_spec.model_type of sentencepiece_model.proto
-NORMAL, UNUSED = 1, 5
 
 
 @dataclass

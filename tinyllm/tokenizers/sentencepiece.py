@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     import sentencepiece
 
 # Types of pieces, numbered alike in SentencePiece's models and in GGUF's tokenizer.ggml.token_type.
-UNKNOWN, CONTROL, USER_DEFINED, BYTE = 2, 3, 4, 6
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
 
 BYTE_PIECE = re.compile(r"<0x([0-9A-F]{2})>")
 
