@@ -25,6 +25,8 @@ GEMMA3_ROPE = {
 LLAMA3_ROPE = dict(rope_type="llama3", rope_theta=5000.0, factor=8.0, low_freq_factor=1.0)
 LLAMA3_ROPE |= dict(high_freq_factor=4.0, original_max_position_embeddings=8192)
 
+YARN = dict(rope_type="yarn", rope_theta=5000.0, factor=4.0, original_max_position_embeddings=32)
+
 # name -> class of the config, fields
 MODELS = {
     "gpt2": ("GPT2", dict(vocab_size=ROWS, n_embd=64, n_layer=3, n_head=4, n_positions=128)),
@@ -36,6 +38,7 @@ MODELS = {
         SIZES | ROPE | dict(num_local_experts=4, num_experts_per_tok=2, sliding_window=None),
     ),
     "qwen2": ("Qwen2", {k: v for k, v in SIZES.items() if k != "head_dim"} | ROPE),
+    "yarn": ("Qwen2", {k: v for k, v in SIZES.items() if k != "head_dim"} | dict(rope_parameters=YARN)),
     "qwen3": ("Qwen3", SIZES | ROPE | dict(head_dim=32, tie_word_embeddings=True)),
     "qwen3_moe": ("Qwen3Moe", SIZES | ROPE | EXPERTS | dict(num_experts=4, norm_topk_prob=True)),
     "gemma2": ("Gemma2", SIZES | ROPE | WINDOWS),

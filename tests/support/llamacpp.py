@@ -80,5 +80,5 @@ def run_llamacpp(path: Path, ids=(), positions=0, top=64, new=0, texts=(), conte
             f"llama.cpp failed ({done.returncode}): {done.stdout[-2000:]}{done.stderr[-4000:]}"
         )
     found = json.loads(lines[0].removeprefix("FOUND "))
-    pairs = np.array(found["logprobs"]).reshape(positions, -1, 2)
+    pairs = np.array(found["logprobs"]).reshape(positions, -1 if positions else 0, 2)
     return Found(pairs[..., 0].astype(int), pairs[..., 1], found["greedy"], found["tokens"])

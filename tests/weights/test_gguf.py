@@ -416,7 +416,8 @@ def test_separate_output_matrix_unties_the_head(tmp_path):
         ({"attention.value_length": 32}, "llama.attention.value_length = 32"),
         ({"adapter.lora.alpha": 2.0}, "adapter.lora.alpha"),
         ({"split.count": 2}, "llama-gguf-split --merge"),
-        ({"rope.scaling.type": "yarn", "rope.scaling.factor": 4.0}, "'yarn', but only none, linear"),
+        ({"rope.scaling.type": "longrope", "rope.scaling.factor": 4.0}, "'longrope', but only none, linear"),
+        ({"rope.scaling.yarn_beta_fast": 16.0}, "llama.rope.scaling.yarn_beta_fast"),
     ],
 )
 def test_unsupported_key_is_rejected_by_name(tmp_path, changes, name):
@@ -451,6 +452,14 @@ def test_linear_rope_scaling(tmp_path, changes, factor):
     if factor is not None:
         expected |= {"rope_type": "linear", "factor": factor}
     assert open_with(tmp_path, **changes).config["rope_parameters"] == expected
+
+
+def test_yarn(tmp_path):
+    keys = {"rope.scaling.type": "yarn", "rope.scaling.factor": 4.0}
+    expected = {"rope_type": "yarn", "rope_theta": 500000.0, "factor": 4.0}
+    for more, trained in (({}, 128), ({"rope.scaling.original_context_length": 32}, 32)):
+        rope = open_with(tmp_path, **keys, **more).config["rope_parameters"]
+        assert rope == expected | {"original_max_position_embeddings": trained}
 
 
 def rope_factors(factor, theta=500000.0, head_dim=64, **changes):

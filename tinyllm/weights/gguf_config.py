@@ -139,22 +139,26 @@ def _rope_parameters(metadata: Metadata, head_dim: int, factors: np.ndarray | No
     theta = metadata.number("rope.freq_base", 10000.0)
     # As in llama.cpp: the default type is "linear", and without a factor, or with 0, nothing is scaled.
     kind = metadata.value(f"{metadata.architecture}.rope.scaling.type", str, "linear")
-    if kind not in ("none", "linear"):
+    if kind not in ("none", "linear", "yarn"):
         raise Error(
-            f"{metadata.path} has RoPE scaling {kind!r}, but only none, linear and Llama 3's factors are "
-            f"supported in a GGUF file: {INSTEAD}"
+            f"{metadata.path} has RoPE scaling {kind!r}, but only none, linear, yarn and Llama 3's factors "
+            f"are supported in a GGUF file: {INSTEAD}"
         )
     factor = metadata.number("rope.scaling.factor", metadata.number("rope.scale_linear", 0.0))
-    linear = kind == "linear" and factor not in (0, 1)
-    if factors is not None and linear:
+    scaled = kind != "none" and factor not in (0, 1)
+    if factors is not None and scaled:
         raise Error(
-            f"{metadata.path} has two RoPE scalings, linear and {ROPE_FACTORS}: convert the model again"
+            f"{metadata.path} has two RoPE scalings, {kind} and {ROPE_FACTORS}: convert the model again"
         )
     if factors is not None:
         return _llama3_parameters(metadata.path, factors, theta, head_dim)
-    if linear:
-        return {"rope_type": "linear", "rope_theta": theta, "factor": factor}
-    return {"rope_type": "default", "rope_theta": theta}
+    if not scaled:
+        return {"rope_type": "default", "rope_theta": theta}
+    rope = {"rope_type": kind, "rope_theta": theta, "factor": factor}
+    if kind == "yarn":  # llama.cpp's default is the model's context
+        context = metadata.whole("rope.scaling.original_context_length", metadata.whole("context_length"))
+        rope["original_max_position_embeddings"] = context
+    return rope
 
 
 def _llama3_parameters(path: Path, factors: np.ndarray, theta: float, head_dim: int) -> dict:

@@ -24,6 +24,7 @@ DEFAULTS = {
     "attention.head_count_kv": lambda config: config["num_attention_heads"],
     "attention.key_length": lambda config: config["hidden_size"] // config["num_attention_heads"],
 }
+TRAINED = "original_max_position_embeddings"
 INSTEAD = "export a Hugging Face folder instead"
 
 
@@ -109,6 +110,10 @@ def _rope_keys(table: Table, config: Mapping[str, Any]) -> dict[str, Any]:
     kind = rope["rope_type"]
     if kind == "default" or (kind == "llama3" and table.permuted):
         return keys  # llama3's factors are a tensor, which llama.cpp reads in a Llama only
-    if kind == "linear":
-        return keys | {"rope.scaling.type": kind, "rope.scaling.factor": float(rope["factor"])}
+    parameters = {"linear": {"factor"}, "yarn": {"factor", TRAINED}}.get(kind)
+    if parameters == {name for name in rope if name not in ("rope_type", "rope_theta")}:
+        keys |= {"rope.scaling.type": kind, "rope.scaling.factor": float(rope["factor"])}
+        return keys | ({"rope.scaling.original_context_length": rope[TRAINED]} if TRAINED in rope else {})
+    if parameters is not None:
+        raise Error(f"a GGUF file has no place for all of rope_parameters={dict(rope)}: {INSTEAD}")
     raise Error(f"a GGUF file of a {table.architecture} has no place for rope_type={kind!r}: {INSTEAD}")
