@@ -68,8 +68,11 @@ def export_folder(model: LanguageModel, tokenizer: Tokenizer, folder: str | Path
             model.astype(DTYPES[type]).save_pretrained(new)
             save_for_transformers(tokenizer, new, model.context)
             os.rename(new, folder)
-    except OSError as error:
-        reason = error.strerror or error
+    except (OSError, Error) as error:
+        cause = error.__cause__ if isinstance(error, Error) else error
+        if not isinstance(cause, OSError):
+            raise
+        reason = cause.strerror or cause
         raise OSError(f"{folder} cannot be written ({reason}): check the path and disk space") from error
 
 

@@ -76,6 +76,7 @@ def write_gguf(
     keys |= {"general.file_type": FILE_TYPES[type], "general.quantization_version": 2}
     planned = _plan(gguf, table, config, tensors, TYPES[type])
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         with replacing(path) as new:
             try:
                 _write(gguf, new, table, keys, planned)
