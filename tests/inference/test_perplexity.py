@@ -65,11 +65,13 @@ def ours(folder):
     return load_model(folder, np.float64)
 
 
-def by_hand(model, ids, context, stride) -> list[float]:
+def by_hand(model, ids, context, stride, bos=None) -> list[float]:
     """-log p of every token but the first, window by window, each in the first window that has it."""
     losses = []
     for start in range(0, len(ids), stride):
         window = ids[start : start + context]
+        if start > 0 and bos is not None:
+            window = [bos, *window[1:]]
         with no_grad():
             logits = model([window]).data[0].astype(np.float64)
         for position, target in enumerate(ids[start + 1 : start + context + 1]):
@@ -130,6 +132,14 @@ def test_loss_in_float64_equals_a_plain_loop(ours, context, stride, batch):
     found = evaluate_text(ours, IDS, context, stride, batch)
     assert found.tokens == len(expected) == len(IDS) - 1
     assert found.nats == pytest.approx(sum(expected), rel=1e-10)
+
+
+@pytest.mark.parametrize("context, stride", SHAPES)
+def test_every_window_begins_with_the_bos_token(ours, context, stride):
+    ids = np.array([3, *IDS])
+    found = evaluate_text(ours, ids, context, stride, bos_id=3)
+    assert found.nats == pytest.approx(sum(by_hand(ours, ids.tolist(), context, stride, 3)), rel=1e-10)
+    assert (found == evaluate_text(ours, ids, context, stride)) is (len(ids) <= context + 1)
 
 
 @given(st.integers(2, 40), st.integers(1, CONTEXT), st.integers(0, 99), st.integers(1, 5))

@@ -56,14 +56,15 @@ def run(config: EvalConfig) -> None:
         print(f"{corpus.name}: left out {len(corpus.left_out)} files that are neither .txt nor .jsonl")
     move(model, device)
     with ids_on_disk(corpus, tokenizer, config.special) as ids, autocast(config.dtype):
-        found = evaluate_text(model, ids, context, stride, batch, progress=True)
+        bos_id = tokenizer.bos_id if tokenizer.add_bos else None
+        found = evaluate_text(model, ids, context, stride, batch, progress=True, bos_id=bos_id)
         bos = ids[:1].tolist() == tokenizer.with_bos([])
         marker = ids[0] in tokenizer.special_tokens.values()
         num_bytes = count_bytes(tokenizer, corpus.documents(), config.special)
         num_bytes -= 0 if marker else len(tokenizer.decode_bytes(ids[:1]))
     print(f"{corpus.name}: {corpus.num_bytes:,} bytes, {found.tokens + (not bos):,} tokens")
     given = "the first from BOS" if bos else "all but the first"
-    windows = f"windows of {context:,} tokens, stride {stride:,}"
+    windows = f"windows of {context:,} tokens, stride {stride:,}" + ", each from BOS" * bos
     if found.tokens <= context:
         windows = f"one window of {found.tokens:,} tokens"
     print(
