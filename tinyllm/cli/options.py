@@ -76,7 +76,7 @@ class ModelOptions:
     run: Annotated[Path | None, option("DIR", "")] = None
     """Folder of a run, such as runs/python-docs-1, whose newest checkpoint is used, or of a checkpoint."""
     model: Annotated[str | None, option("NAME", "")] = None
-    """Instead of --run: smollm2, a model's folder, a .gguf file, or a Hugging Face hub id such as gpt2."""
+    """Instead of --run: smollm2, gemma3-270m, gpt2, a model's folder, a .gguf file, or a Hugging Face id."""
 
     def find(self) -> Path | None:
         """The checkpoint of the run that --run or --model names; None if --model names a model.

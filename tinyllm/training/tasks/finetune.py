@@ -55,7 +55,7 @@ class FinetuneOptions(RunOptions):
     """
 
     model: str
-    """The model to start from: smollm2, a model's folder, a run, a .gguf file or a hub id."""
+    """The model to start from: smollm2, gemma3-270m, gpt2, a folder, a run, a .gguf file or a hub id."""
     data: str
     """The examples: a file of JSON or JSON lines, a folder with train, valid and test, or a known name."""
     train: str = "lora"
