@@ -8,7 +8,7 @@ import subprocess
 import sys
 
 import pytest
-from support.chat_model import START, Script, write_model
+from support.chat_model import ANSWER, CHATML, START, Script, write_model
 from support.device_array import DeviceArray
 from support.fake_cupy import OutOfMemoryError, fake_cupy
 from support.runs import full_disk
@@ -16,6 +16,7 @@ from support.runs import full_disk
 from tinyllm.cli import main
 from tinyllm.cli.chat import HELP
 from tinyllm.inference import chat as inference
+from tinyllm.tokenizers import load_tokenizer
 from tinyllm.weights import pull
 
 pytest.importorskip("jinja2")
@@ -205,6 +206,33 @@ def test_a_model_without_a_chat_template_is_refused_before_the_first_line(tmp_pa
     code, out, err = chat("", model=plain, stdin=Terminal(AssertionError("read a line")))
     assert (code, out) == (2, "") and err.count("\n") == 1
     assert "no chat template" in err and f"tinyllm generate --model {plain} --prompt" in err
+
+
+def test_thoughts_go_to_stderr_and_are_kept_in_the_conversation(chat, answers, tmp_path):
+    answers += ["<think>\nHm. < 3\n</think>\n\nTwo.", "Three."]
+    file = tmp_path / "a.json"
+    code, out, err = chat(f"1+1?\n1+2?\n/save {file}\n", "--max-new-tokens", "50")
+    assert (code, out) == (0, "Two.\nThree.\n") and err.startswith("Hm. < 3\n\n(prefill")
+    assert json.loads(file.read_text())[1]["content"] == "<think>\nHm. < 3\n</think>\n\nTwo."
+
+
+def test_an_answer_cut_off_in_its_thoughts(chat, answers):
+    answers += ["<think>" + "x" * 50]
+    code, out, err = chat("1+1?\n")
+    assert (code, out) == (0, "\n") and err.startswith("x") and "cut off after" in err
+
+
+def test_no_think_is_a_variable_of_the_template(chat, answers, tmp_path):
+    template = (
+        CHATML + "{% if enable_thinking is defined and not enable_thinking %}<think></think>{% endif %}"
+    )
+    thinker = write_model(tmp_path / "thinker", template=template)
+    answers += ["Two.", "Two."]
+    for options, end in (([], ANSWER), (["--no-think"], f"{ANSWER}<think></think>")):
+        assert chat("1+1?\n", *options, model=thinker)[:2] == (0, "Two.\n")
+        assert load_tokenizer(thinker).decode(answers.prompts[-1]).endswith(end)
+    code, out, err = chat("1+1?\n", "--no-think")
+    assert (code, out) == (2, "") and "omit --no-think" in err and err.count("\n") == 1
 
 
 @pytest.mark.parametrize("name", ["gemma3-270m", "gpt2"])

@@ -25,6 +25,7 @@ from tinyllm.cli.pull import confirm
 from tinyllm.errors import Error
 from tinyllm.files import write_whole
 from tinyllm.inference.chat import Answer, Conversation
+from tinyllm.inference.thinking import ThoughtFilter, begins_inside, check_can_skip_thinking
 from tinyllm.weights.pull import KNOWN_MODELS, find_pulled, pull
 
 DEFAULT_MODEL = "smollm2"
@@ -39,7 +40,8 @@ HELP = (
 class ChatConfig(DeviceOptions, SpeculationOptions, SamplingOptions, TextModelOptions):
     """Chat with a model; it offers to download one the first time.
 
-    Answers are printed on stdout, everything else on stderr, so that questions can come from a pipe.
+    Answers are printed on stdout, everything else on stderr, so that questions can come from a pipe: also
+    what a model thinks before it answers.
 
     Example: echo "What is the capital of France?" | tinyllm chat --temperature 0
     """
@@ -52,6 +54,8 @@ class ChatConfig(DeviceOptions, SpeculationOptions, SamplingOptions, TextModelOp
     """Download the model without asking."""
     system: Annotated[str | None, option("TEXT", "those of the model")] = None
     """Instructions for the model, such as "Answer in one sentence."."""
+    no_think: Flag = False
+    """Ask a model that can think before it answers, such as Qwen3, to answer at once."""
     max_new_tokens: Annotated[int, option("N")] = 1000
     """Maximum number of tokens in an answer."""
     temperature: Annotated[float, option("T")] = 0.2
@@ -62,7 +66,7 @@ class ChatConfig(DeviceOptions, SpeculationOptions, SamplingOptions, TextModelOp
 def run(config: ChatConfig) -> None:
     """Read lines from the terminal or a pipe and answer each of them.
 
-    Answers are written to stdout, everything else, to stderr. Raises Error before the
+    Answers are written to stdout, everything else, including thoughts, to stderr. Raises Error before the
     first line is read if an option is out of range, the model is missing and not downloaded, or it has no
     chat template.
     After that, a line that cannot be answered gets an error message, and the conversation continues.
@@ -86,10 +90,34 @@ def run(config: ChatConfig) -> None:
     draft = config.load_draft(config.weights_dtype, device)
     options = config.max_new_tokens, *config.sampling, config.seed, draft
     conversation = Conversation(model, tokenizer, config.system, *options)
-    conversation.prompt("")  # raises Error now if the template cannot be used
+    if config.no_think:
+        check_can_skip_thinking(tokenizer.chat_template, config.typed)
+        conversation.enable_thinking = False
+    inside = begins_inside(tokenizer, conversation.prompt(""))  # raises Error now if the template is unusable
     with autocast(config.dtype):
         name = config.run or config.model
-        _answer_lines(conversation, f"{name}, {model.num_parameters():,} parameters. {HELP}.")
+        _answer_lines(conversation, f"{name}, {model.num_parameters():,} parameters. {HELP}.", inside)
+
+
+class _Screen:
+    """Writes the thoughts of an answer, dimmed in a terminal, to stderr, and the answer to stdout."""
+
+    def __init__(self):
+        self.dim, self.plain = ("\x1b[2m", "\x1b[0m") if sys.stderr.isatty() else ("", "")
+        self.thinking = False
+
+    def __call__(self, text: str, is_thought: bool) -> None:
+        if is_thought:
+            print(f"{self.dim}{text}{self.plain}", end="", file=sys.stderr, flush=True)
+        else:
+            self.end_thoughts()
+            print(text, end="", flush=True)
+        self.thinking = is_thought
+
+    def end_thoughts(self) -> None:
+        if self.thinking:
+            print("\n", file=sys.stderr, flush=True)
+        self.thinking = False
 
 
 def _no_template(config: ChatConfig) -> Error:
@@ -97,7 +125,7 @@ def _no_template(config: ChatConfig) -> Error:
     return Error(f"{config.typed} has no chat template: {remedy}, or choose a chat model such as smollm2")
 
 
-def _answer_lines(conversation: Conversation, welcome: str) -> None:
+def _answer_lines(conversation: Conversation, welcome: str, inside: bool) -> None:
     terminal = sys.stdin.isatty()
     if terminal:
         print(welcome, file=sys.stderr)
@@ -110,7 +138,7 @@ def _answer_lines(conversation: Conversation, welcome: str) -> None:
             line = input("> " if terminal else "").strip()
             if line == "/quit":
                 return
-            _answer_line(conversation, line)
+            _answer_line(conversation, line, inside)
         except EOFError:
             if terminal:
                 print(file=sys.stderr)  # so that the shell's prompt starts on a new line
@@ -121,12 +149,16 @@ def _answer_lines(conversation: Conversation, welcome: str) -> None:
             print("\n(interrupted; /quit or Ctrl-D ends)", file=sys.stderr)
 
 
-def _answer_line(conversation: Conversation, line: str) -> None:
+def _answer_line(conversation: Conversation, line: str, inside: bool) -> None:
     try:
         if line.startswith("/"):
             note = _command(conversation, line)
         elif line:
-            answer = conversation.answer(line, lambda piece: print(piece, end="", flush=True))
+            screen = _Screen()
+            divide = ThoughtFilter(screen, inside)
+            answer = conversation.answer(line, divide)
+            divide.finish()
+            screen.end_thoughts()
             print(" …" if answer.end == "interrupt" else "", flush=True)
             note = _statistics(conversation, answer)
         else:

@@ -99,7 +99,7 @@ class Conversation:
 
     ``system`` holds the instructions (a system message) or None; ``messages`` the turns as dicts of role and
     content. The sampling arguments and ``speculate`` are those of ``generate``, with one generator, seeded by
-    ``seed``, for all answers.
+    ``seed``, for all answers. ``enable_thinking`` is a variable of the chat template, see ``render_chat``.
     """
 
     def __init__(
@@ -113,6 +113,7 @@ class Conversation:
         top_p: float | None = 0.9,
         seed: int = 0,
         speculate=None,
+        enable_thinking: bool | None = None,
     ):
         self.model, self.tokenizer = model, tokenizer
         self.system = system
@@ -120,6 +121,7 @@ class Conversation:
         self.sampling = (temperature, top_k, top_p)
         self.rng = np.random.default_rng(seed)
         self.speculate = speculate
+        self.enable_thinking = enable_thinking
         self.stop_ids = (*tokenizer.eos_ids, *end_of_answer(tokenizer))
         self.messages: list[dict[str, str]] = []
         self.cache: Cache | None = None  # of the last turn
@@ -147,7 +149,9 @@ class Conversation:
         Raises ``Error`` if they do not fit in the model's context, and as ``encode_chat`` does.
         """
         messages = [*self.history(), {"role": "user", "content": words}]
-        ids = self.tokenizer.with_bos(encode_chat(self.tokenizer, self.tokenizer.chat_template, messages))
+        template = self.tokenizer.chat_template
+        ids = encode_chat(self.tokenizer, template, messages, enable_thinking=self.enable_thinking)
+        ids = self.tokenizer.with_bos(ids)
         if len(ids) >= self.model.context:
             raise Error(
                 f"the conversation has {len(ids):,} tokens, but the model's context is "

@@ -43,13 +43,14 @@ def render_chat(
     add_generation_prompt: bool = True,
     bos_token: str | None = None,
     eos_token: str | None = None,
+    enable_thinking: bool | None = None,
 ) -> str:
     """The prompt of a conversation, identical to transformers' ``apply_chat_template(tokenize=False)``.
 
     Each message has a ``role`` (``system``, ``user``, ``assistant`` or another that the template supports)
     and a ``content``, both str. With ``add_generation_prompt`` the text ends where the assistant's answer
-    begins. ``bos_token`` and ``eos_token`` are variables for templates that use them; None leaves them
-    undefined.
+    begins. ``bos_token``, ``eos_token`` and ``enable_thinking`` (whether Qwen3 should think before it
+    answers) are variables for templates that use them; None leaves them undefined.
 
     The template runs in another process, in Jinja's sandbox, and its only input are these arguments. It is
     killed after 20 seconds, limited to a million characters of output and, where the system supports it
@@ -58,7 +59,7 @@ def render_chat(
     """
     _check_template(template)
     conversation = _conversation(_check_messages(messages), add_generation_prompt)
-    return _render(template, [conversation], _variables(bos_token, eos_token))[0]
+    return _render(template, [conversation], _variables(bos_token, eos_token, enable_thinking))[0]
 
 
 def encode_chat(
@@ -66,6 +67,7 @@ def encode_chat(
     template: str,
     messages: Sequence[Mapping[str, str]],
     add_generation_prompt: bool = True,
+    enable_thinking: bool | None = None,
 ) -> list[int]:
     """The ids of a conversation's prompt; only the template, not a message, can produce special tokens.
 
@@ -83,7 +85,8 @@ def encode_chat(
     as ``render_chat`` and ``tokenizer.encode`` do.
     """
     _check_template(template)
-    return render_chats(tokenizer, template, [(messages, add_generation_prompt)])[0].encode(tokenizer)
+    conversations = [(messages, add_generation_prompt)]
+    return render_chats(tokenizer, template, conversations, enable_thinking)[0].encode(tokenizer)
 
 
 class RenderedChat(NamedTuple):
@@ -111,6 +114,7 @@ def render_chats(
     tokenizer: Tokenizer,
     template: str,
     conversations: Sequence[tuple[Sequence[Mapping[str, str]], bool]],
+    enable_thinking: bool | None = None,
 ) -> list[RenderedChat]:
     """Render conversations, each with its ``add_generation_prompt``, in one process; see ``encode_chat``.
 
@@ -130,7 +134,7 @@ def render_chats(
         for each in checked
     ]
     both = [each for pair in zip(checked, marked) for each in pair]
-    rendered = _render(template, both, _variables(*_bos_and_eos(tokenizer)))
+    rendered = _render(template, both, _variables(*_bos_and_eos(tokenizer), enable_thinking))
     back = {ord(placeholder): character for character, placeholder in placeholders.items()}
     return [
         _own_special(tokenizer, rendered[2 * i], rendered[2 * i + 1], back, i) for i in range(len(checked))
@@ -194,8 +198,10 @@ def _conversation(messages: list[dict[str, str]], add_generation_prompt: bool) -
     return {"messages": messages, "add_generation_prompt": add_generation_prompt}
 
 
-def _variables(bos_token: str | None, eos_token: str | None) -> dict:
+def _variables(bos_token: str | None, eos_token: str | None, enable_thinking: bool | None) -> dict:
     variables = {"tools": None, "documents": None}
+    if enable_thinking is not None:
+        variables["enable_thinking"] = enable_thinking
     for name, token in (("bos_token", bos_token), ("eos_token", eos_token)):
         if token is not None:
             check_text(token)
