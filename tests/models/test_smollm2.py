@@ -159,6 +159,6 @@ def test_prompts_equal_transformers(tokenizer, prompt):
             assert text == reference.apply_chat_template(messages, tokenize=False, **options)
             expected = reference.apply_chat_template(messages, return_dict=False, **options)
             assert encode_chat(tokenizer, tokenizer.chat_template, messages, begun) == expected
-    assert (tokenizer.bos_id, tokenizer.eos_ids) == (1, (2,))
+    assert (tokenizer.bos_id, tokenizer.eos_ids) == (1, (2, 0))
     assert prompt[0] == 1 and prompt.count(2) == 2
     assert tokenizer.encode(TEXT) == reference.encode(TEXT, add_special_tokens=False)

@@ -78,12 +78,13 @@ NASTY = [
 ]
 
 
-def nasty_strings(count, seed=0):
-    """Strings, half of them joined from the list above, half of random characters from a random range."""
+def nasty_strings(count, seed=0, more=()):
+    """Strings, half of them joined from the list above and ``more``, half of random characters of a range."""
+    parts = [*NASTY, *more]
     rng = np.random.default_rng(seed)
     blocks = [0x80, 0x250, 0x700, 0x3000, 0xD800, 0x10000, 0x20000, 0x110000]
     for _ in range(count // 2):
-        yield "".join(NASTY[i] for i in rng.integers(0, len(NASTY), rng.integers(1, 12)))
+        yield "".join(parts[i] for i in rng.integers(0, len(parts), rng.integers(1, 12)))
         points = rng.integers(0, rng.choice(blocks), rng.integers(1, 20))
         yield "".join(chr(point) for point in points if not 0xD800 <= point < 0xE000)
 

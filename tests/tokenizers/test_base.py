@@ -1,6 +1,8 @@
 """The interface of all tokenizers: tinyllm's own, then published ones."""
 
 import codecs
+import re
+import time
 
 import numpy as np
 import pytest
@@ -15,7 +17,7 @@ from support.tokenizers import (
 from tinyllm.errors import Error
 from tinyllm.models import GPT2, GPT2Config
 from tinyllm.tokenizers import load_tokenizer
-from tinyllm.tokenizers.base import FILE_NAME, check_fits
+from tinyllm.tokenizers.base import FILE_NAME, check_fits, find_names
 from tinyllm.tokenizers.char import CharTokenizer
 
 OURS = load_tokenizer("gpt2")
@@ -162,3 +164,28 @@ def test_check_fits_compares_vocabulary_sizes():
     for vocab_size, padded in ((50304, False), (50256, False), (50256, True)):
         said = message_of(check_fits, gpt2, model(vocab_size), padded)
         assert "50257" in said and f"the model has {vocab_size}" in said
+    images = gpt2.with_special_tokens(["<image_soft_token>"])
+    check_fits(images, model(50257), padded=True)
+    for tokenizer in (gpt2.with_special_tokens(["<x>"]), images.with_special_tokens(["<x>"])):
+        message_of(check_fits, tokenizer, model(50257), True)
+    message_of(check_fits, images, model(50257))
+
+
+def test_names_are_found_as_by_a_pattern_of_all_of_them():
+    rng = np.random.default_rng(0)
+    names = ["<a>", "<a", "ab", "b", "\n", "\n\n", "|<", "é", "<a><", ".*"]
+    pattern = "|".join(map(re.escape, sorted(names, key=len, reverse=True)))
+    for _ in range(300):
+        text = "".join(rng.choice(list("<a>b|\né.*"), rng.integers(0, 12)))
+        expected = [(found.span(), found[0]) for found in re.finditer(pattern, text)]
+        assert [(found.span(), found[0]) for found in find_names(names, text)] == expected
+    assert find_names([], "a") == find_names([""], "a") == []
+
+
+def test_thousands_of_names_are_found_in_little_time():
+    """One pattern of all of them takes 5 seconds here."""
+    names = [f"<unused{i}>" for i in range(6000)]
+    started = time.process_time()
+    assert find_names(names, "<unused" * 10_000) == []
+    assert [found[0] for found in find_names(names, "<" * 60_000 + "<unused5999>")] == ["<unused5999>"]
+    assert time.process_time() - started < 2  # 0.2

@@ -44,12 +44,12 @@ def test_folder_whose_template_ends_turns_with_another_token(folder):
 
 
 def test_gguf_without_eot_key(folder, tmp_path):
-    """By name, as in llama.cpp; <|endoftext|> and the like end a text, not a turn."""
+    """By name, as in llama.cpp."""
     keys = {"pre": "llama-bpe", "bos_token_id": 1001, "eos_token_id": 1002, "chat_template": LLAMA3}
     tokenizer = load_tokenizer(gguf_of_byte_level(folder(), tmp_path / "a.gguf", **keys))
-    assert tokenizer.eos_ids == (1002, 1003, 1)  # <|im_end|>, too
+    assert tokenizer.eos_ids == (1002, 1003, 1, 1004)  # <|im_end|> and <|endoftext|>, too
     named = load_tokenizer(gguf_of_byte_level(folder(), tmp_path / "a.gguf", **keys, eot_token_id=1003))
-    assert named.eos_ids == (1002, 1003, 1)
+    assert named.eos_ids == (1002, 1003, 1, 1004)
 
 
 @pytest.mark.parametrize(

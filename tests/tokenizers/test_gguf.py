@@ -173,7 +173,7 @@ def test_smollm2_equals_transformers_property(smollm2, text):
 def test_smollm2_vocabulary(smollm2):
     ours, _ = smollm2
     assert ours.vocab_size == 49152
-    assert (ours.bos_id, ours.eos_ids) == (1, (2,))
+    assert (ours.bos_id, ours.eos_ids) == (1, (2, 0))  # as in llama.cpp
     assert ours.special_tokens["<|im_start|>"] == 1
     assert len(ours.special_tokens) == 17
     assert ours.chat_template.startswith("{% for message in messages %}")
@@ -226,7 +226,7 @@ def test_damaged_gguf_vocabularies_are_rejected(byte_level, tmp_path):
     def error_of(**keys):
         return message_of(load_tokenizer, gguf_of_byte_level(byte_level, path, **keys))
 
-    assert "'qwen2'" in error_of(pre="qwen2")
+    assert "'qwen5'" in error_of(pre="qwen5")
     assert "'bert'" in error_of(model="bert")
     assert "token_type" in error_of(token_type=[1, 1])
     assert "unknown type" in error_of(tokens=["a", "b"], token_type=[1, -1])

@@ -11,6 +11,7 @@ import json
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +22,7 @@ from tinyllm.files import write_whole
 
 FILE_NAME = "tinyllm_tokenizer.json"
 END_OF_TEXT = "<|endoftext|>"
+IMAGE_TOKEN = "<image_soft_token>"
 
 
 class Tokenizer:
@@ -182,10 +184,12 @@ def check_fits(tokenizer: Tokenizer, model, padded: bool = False) -> None:
     """Raise ``Error`` unless the model has as many ids as the tokenizer.
 
     With ``padded`` the model may have more, because the vocabularies of some published models are padded to a
-    multiple of 64, for example, with ids that are never used.
+    multiple of 64, for example, with ids that are never used. It may also lack the last id if that is the one
+    for images, which Gemma's tokenizer has for models with and without them.
     """
-    rows = model.config.vocab_size
-    if tokenizer.vocab_size > rows or (tokenizer.vocab_size < rows and not padded):
+    rows, last = model.config.vocab_size, tokenizer.vocab_size - 1
+    without_images = padded and tokenizer.special_tokens.get(IMAGE_TOKEN) == last == rows
+    if (tokenizer.vocab_size > rows and not without_images) or (tokenizer.vocab_size < rows and not padded):
         raise Error(
             f"the tokenizer {tokenizer.name} has {tokenizer.vocab_size} ids, but the model has {rows}: use "
             "the tokenizer that the model was trained with"
@@ -194,8 +198,26 @@ def check_fits(tokenizer: Tokenizer, model, padded: bool = False) -> None:
 
 def find_names(names: Iterable[str], text: str) -> list[re.Match]:
     """The matches of the names in a text, in order; of two at the same position, the longer one."""
-    longest_first = sorted(names, key=len, reverse=True)
-    return list(re.finditer("|".join(map(re.escape, longest_first)), text)) if longest_first else []
+    known, first, of_lengths = _index(tuple(filter(None, names)))
+    found, position = [], 0
+    while known and (start := first.search(text, position)):
+        matches = (pattern.match(text, start.start()) for pattern in of_lengths)
+        match = next((each for each in matches if each and each[0] in known), None)
+        position = match.end() if match else start.end()
+        found += [match] if match else []
+    return found
+
+
+@lru_cache(maxsize=16)
+def _index(names: tuple[str, ...]) -> tuple[frozenset[str], re.Pattern, list[re.Pattern]]:
+    """The names, a pattern of their first characters, and one of n characters per length, longest first.
+
+    A set is searched in a few microseconds; one pattern with Gemma's 6,000 names takes 75 where it fails.
+    """
+    first = "|".join(re.escape(character) for character in {name[0] for name in names})
+    lengths = sorted({len(name) for name in names}, reverse=True)
+    of_lengths = [re.compile(f"(?s:.{{{length}}})") for length in lengths]
+    return frozenset(names), re.compile(first), of_lengths
 
 
 def check_text(text: str, special: str = "refuse") -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from warnings import warn
 
@@ -20,6 +21,8 @@ END_OF_TURN = (
     *("<|eot_id|>", "<|im_end|>", "<|end|>", "<end_of_turn>", "<|eom_id|>", "<|return|>", "<|call|>"),
     *("<EOT>", "_<EOT>", "[EOT]", "<end_of_utterance>", "<turn|>"),
 )
+# Those that end a text, by the names that llama.cpp looks for: a chat model may end its answer with one.
+ENDS_OF_TEXT = ("<|endoftext|>", "<|end_of_text|>", "<eos>", "</s>", "[EOS]")
 
 
 def read_added_tokens(folder: Path) -> dict[int, dict]:
@@ -90,13 +93,12 @@ def read_configs(tokenizer: Tokenizer, folder: Path) -> None:
                 f"{folder / 'tokenizer_config.json'} has add_bos_token {other!r}: make it true or false"
             )
     tokenizer.chat_template = _chat_template(folder, own)
-    ends = end_of_turn_ids(tokenizer, tokenizer.chat_template or "")
-    tokenizer.eos_ids = distinct([*(eos or tokenizer.eos_ids), *ends])
+    ends = [name for name in END_OF_TURN if name in (tokenizer.chat_template or "")]
+    tokenizer.eos_ids = distinct([*(eos or tokenizer.eos_ids), *end_ids(tokenizer, ends)])
 
 
-def end_of_turn_ids(tokenizer: Tokenizer, template: str | None = None) -> list[int]:
-    """The ids of the special tokens in ``END_OF_TURN``; with a chat template, of those that it contains."""
-    names = [name for name in END_OF_TURN if template is None or name in template]
+def end_ids(tokenizer: Tokenizer, names: Sequence[str] = (*END_OF_TURN, *ENDS_OF_TEXT)) -> list[int]:
+    """The ids of the special tokens with these names, of those that there are."""
     return [tokenizer.special_tokens[name] for name in names if name in tokenizer.special_tokens]
 
 

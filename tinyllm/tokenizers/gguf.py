@@ -9,7 +9,7 @@ import numpy as np
 
 from tinyllm.errors import Error
 from tinyllm.tokenizers.base import Tokenizer, require
-from tinyllm.tokenizers.configs import distinct, end_of_turn_ids
+from tinyllm.tokenizers.configs import distinct, end_ids
 from tinyllm.tokenizers.huggingface import TokenizersTokenizer, build_byte_level
 from tinyllm.tokenizers.sentencepiece import (
     BYTE,
@@ -28,6 +28,7 @@ PRE_TOKENIZERS = {
     **dict.fromkeys(("gpt-2", "phi-2", "gigachat", "mellum", "exaone4", "a.x-4.0"), "gpt-2"),
     **dict.fromkeys(("llama-bpe", "llama3", "llama-v3", "falcon3", "pixtral", "midm-2.0"), "llama-bpe"),
     **dict.fromkeys(("smaug-bpe", "dbrx"), "smaug-bpe"),  # Llama 3's pieces, with all merges
+    "qwen2": "qwen2",  # of Qwen2 to Qwen3
 }
 
 
@@ -66,7 +67,7 @@ def read_gguf(path: Path) -> Tokenizer:
                 f"{path} has tokenizer.ggml.{name} = {i}, not an id below {len(tokens)}: copy it again"
             )
     tokenizer.bos_id = ids[0]
-    tokenizer.eos_ids = distinct([*ids[1:], *end_of_turn_ids(tokenizer)])
+    tokenizer.eos_ids = distinct([*ids[1:], *end_ids(tokenizer)])
     tokenizer.add_bos = file.value("tokenizer.ggml.add_bos_token", bool, tokenizer.add_bos)
     tokenizer.chat_template = file.value("tokenizer.chat_template", str | None)
     return tokenizer
@@ -117,16 +118,27 @@ def _sentencepiece_model(file: GGUFFile, tokens: list[str], types: list[int]) ->
     normalizer_spec 3 (add_dummy_prefix 3, remove_extra_whitespaces 4).
     """
     scores = _numbers(file, "scores", len(tokens))
-    if types.count(UNKNOWN) != 1:
-        raise Error(f"{file.path} has {types.count(UNKNOWN)} unknown tokens instead of one: copy it again")
-    pieces = []
-    for token, score, kind in zip(tokens, scores, types):
+    unknown, pieces = _unknown_id(file, types), []
+    for i, (token, score, kind) in enumerate(zip(tokens, scores, types)):
+        if kind == USER_DEFINED:  # GGUF has it as it occurs in a text: two spaces, not two ▁
+            token = token.replace(" ", "▁")
         piece = proto_field(1, token.encode("utf-8")) + b"\x15" + struct.pack("<f", score)
-        pieces.append(proto_field(1, piece + proto_field(3, kind)))
-    unknown = types.index(UNKNOWN)
+        pieces.append(proto_field(1, piece + proto_field(3, UNKNOWN if i == unknown else kind)))
     trainer = proto_field(3, 2) + proto_field(4, len(tokens)) + proto_field(35, int(BYTE in types))
     trainer += proto_field(40, unknown) + proto_field(45, tokens[unknown].encode("utf-8"))
     prefix = file.value("tokenizer.ggml.add_space_prefix", bool, True)
     squeeze = file.value("tokenizer.ggml.remove_extra_whitespaces", bool, False)
     normalizer = proto_field(1, b"identity") + proto_field(3, int(prefix)) + proto_field(4, int(squeeze))
     return b"".join(pieces) + proto_field(2, trainer) + proto_field(3, normalizer)
+
+
+def _unknown_id(file: GGUFFile, types: list[int]) -> int:
+    """The id of the unknown token: the only one of that type, or the one that a key names (Gemma's)."""
+    if UNKNOWN in types:
+        ids = [i for i, kind in enumerate(types) if kind == UNKNOWN]
+    else:
+        named = file.value("tokenizer.ggml.unknown_token_id", int | None)
+        ids = [named] if named is not None and 0 <= named < len(types) else []
+    if len(ids) != 1:
+        raise Error(f"{file.path} has {len(ids)} unknown tokens instead of one: copy it again")
+    return ids[0]

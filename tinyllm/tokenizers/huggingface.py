@@ -71,6 +71,7 @@ class TokenizersTokenizer(Tokenizer):
         tokenizer.no_padding()
         vocabulary = tokenizer.get_vocab(with_added_tokens=True)
         self.vocab_size = max(vocabulary.values(), default=-1) + 1
+        self._gaps = set(range(self.vocab_size)).difference(vocabulary.values())
         added = tokenizer.get_added_tokens_decoder()
         self._added = {i: token.content for i, token in added.items()}
         self.special_tokens = {token.content: i for i, token in added.items() if token.special}
@@ -172,7 +173,7 @@ class TokenizersTokenizer(Tokenizer):
         return TokenizersTokenizer(self.name, tokenizer)
 
     def token_ids(self) -> set[int]:
-        return set(self.tokenizer.get_vocab(with_added_tokens=True).values())
+        return set(range(self.vocab_size)) - self._gaps
 
     def _is_token(self, name: str) -> bool:
         return self.tokenizer.token_to_id(name) is not None
@@ -247,13 +248,17 @@ def build_byte_level(source: Path, vocabulary: dict[str, int], merges: list[str]
     tokenizer = library.Tokenizer(model)
     gpt2_pieces = split.ByteLevel(add_prefix_space=False)
     llama3_pieces = split.Split(library.Regex(LLAMA3_PATTERN), "isolated")
+    qwen_pieces = split.Split(library.Regex(LLAMA3_PATTERN.replace("{1,3}", "")), "isolated")  # single digits
     whole = split.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.pre_tokenizer = {
         "gpt-2": gpt2_pieces,
         "smollm": split.Sequence([split.Digits(individual_digits=True), gpt2_pieces]),
         "llama-bpe": split.Sequence([llama3_pieces, whole]),
         "smaug-bpe": split.Sequence([llama3_pieces, whole]),
+        "qwen2": split.Sequence([qwen_pieces, whole]),
     }[pre]
+    if pre == "qwen2":  # as in its tokenizer.json; llama.cpp leaves it to the user
+        tokenizer.normalizer = library.normalizers.NFC()
     tokenizer.decoder = library.decoders.ByteLevel()
     return tokenizer
 
