@@ -3,12 +3,14 @@
 A strategy draws shapes, layouts and options, and returns the same computation in tinyllm and in torch.
 """
 
+from functools import partial
+
 import numpy as np
 import torch
 import torch.nn.functional as TF
 from hypothesis import strategies as st
 
-from parity.ops import attention_cases
+from parity.ops import attention_cases, losses
 from parity.ops import strategies as some
 from parity.ops.attention import addresses, at_address
 from parity.ops.cases import Case
@@ -25,6 +27,9 @@ def register(strategy):
     CASES[strategy.__name__] = st.composite(strategy)()
     return strategy
 
+
+register(losses.cross_entropy)
+register(losses.linear_cross_entropy)
 
 # ------------------------------------------------------- projections, norms and activations
 
@@ -95,18 +100,22 @@ def layer_norm(draw):
 def rms_norm(draw):
     lead, (channels, shape) = draw(some.shapes()), draw(normalized_shapes())
     eps, weighted = draw(st.sampled_from([None, 1e-5, 1e-12, 0.1])), draw(st.booleans())
+    offset = draw(st.sampled_from([0.0, 0.0, 1.0, -2.5]))
     # Where all channels of a row are near 0, the gradient is too steep for a central difference.
     inputs = [draw(some.arrays((*lead, *channels), some.nonzero))]
     inputs += [draw(some.arrays(channels))] * weighted
 
     def call(function, normalized_shape):
-        return lambda x, w=None: function(x, normalized_shape, w, eps)
+        return lambda x, w=None: function(x, normalized_shape, w, eps, offset)
+
+    def torch_rms_norm(x, w=None):
+        return TF.rms_norm(x, channels, None if w is None else w + offset, eps)
 
     return Case(
-        f"rms_norm {lead} of {shape}, weighted={weighted}, eps={eps}",
+        f"rms_norm {lead} of {shape}, weighted={weighted}, eps={eps}, offset={offset}",
         inputs,
         call(F.rms_norm, shape),
-        call(TF.rms_norm, channels),
+        torch_rms_norm,
         call(composed.rms_norm, shape),
         draw(some.subsets(len(inputs))),
         draw(some.SEEDS),
@@ -125,8 +134,8 @@ def silu(draw):
     return Case("silu", [x], F.silu, TF.silu, composed.silu, seed=draw(some.SEEDS))
 
 
-@register
-def swiglu(draw):
+@st.composite
+def gated(draw, ours, activation, plain):
     """Two arrays, or both halves of one projection, as views."""
     shape, of_one = draw(some.shapes(min_dims=1)), draw(st.booleans())
     wide = (*shape[:-1], 2 * shape[-1])
@@ -134,14 +143,37 @@ def swiglu(draw):
     def call(function):
         return (lambda x: function(*split(x, 2, axis=-1))) if of_one else function
 
-    def torch_swiglu(*x):
+    def theirs(*x):
         gate, up = x[0].chunk(2, -1) if of_one else x
-        return TF.silu(gate) * up
+        return activation(gate) * up
 
     inputs = [draw(some.arrays(wide))] if of_one else [draw(some.arrays(shape)) for _ in range(2)]
     needs = draw(some.subsets(len(inputs)))
-    label = f"swiglu {shape}{' of one projection' * of_one}"
-    return Case(label, inputs, call(F.swiglu), torch_swiglu, call(composed.swiglu), needs, draw(some.SEEDS))
+    label = f"{plain.__name__} {shape}{' of one projection' * of_one}"
+    return Case(label, inputs, call(ours), theirs, call(plain), needs, draw(some.SEEDS))
+
+
+@register
+def swiglu(draw):
+    return draw(gated(F.swiglu, TF.silu, composed.swiglu))
+
+
+@register
+def geglu(draw):
+    return draw(gated(F.geglu, partial(TF.gelu, approximate="tanh"), composed.geglu))
+
+
+@register
+def softcap(draw):
+    x, cap = draw(some.arrays(draw(some.shapes()))), draw(st.sampled_from([0.3, 1, 30.0, np.float64(2)]))
+    return Case(
+        f"softcap {x.shape} at {cap}",
+        [x],
+        lambda x: F.softcap(x, cap),
+        lambda x: cap * torch.tanh(x / cap),
+        lambda x: composed.softcap(x, float(cap)),
+        seed=draw(some.SEEDS),
+    )
 
 
 @register
@@ -168,76 +200,6 @@ def softmax(draw):
         lambda x: TF.softmax(x, dim),
         lambda x: composed.softmax(x, dim),
         seed=draw(some.SEEDS),
-    )
-
-
-# ---------------------------------------------------------------------------------- losses
-
-
-@st.composite
-def loss_options(draw, lead, classes, reductions):
-    """Targets, some of them ignored, and the options of both losses."""
-    rng = np.random.default_rng(draw(some.SEEDS))
-    ignore_index = draw(st.sampled_from([-100, -1, 0, classes, 10_000]))
-    target = rng.integers(0, classes, lead).astype(draw(st.sampled_from([np.int64, np.int32, np.int16])))
-    target = np.where(rng.random(lead) < draw(st.sampled_from([0, 0.3])), ignore_index, target)
-    divisors = [1, 7, 2.5, np.int64(3), np.float64(2.5)]  # a count is often a NumPy number
-    if (target != ignore_index).any():
-        divisors.append(None)
-    reduction = draw(st.sampled_from(reductions))
-    weight = draw(st.none() | st.just(0.5 + rng.random(classes)))
-    return target, {
-        "weight": weight,
-        "ignore_index": ignore_index,
-        "reduction": reduction,
-        "label_smoothing": draw(st.sampled_from([0, 0.1, 1.0])),
-        "num_targets": draw(st.sampled_from(divisors)) if reduction == "mean" else None,
-    }
-
-
-def torch_cross_entropy(logits, target, num_targets=None, weight=None, reduction="mean", **options):
-    """torch has no num_targets: its sum, divided by ``num_targets``."""
-    flat = torch.tensor(target.reshape(-1).astype(np.int64))
-    options |= {"weight": None if weight is None else torch.tensor(weight)}
-    options |= {"reduction": "sum" if num_targets is not None else reduction}
-    loss = TF.cross_entropy(logits.reshape(len(flat), logits.shape[-1]), flat, **options)
-    return loss.reshape(target.shape if reduction == "none" else ()) / float(num_targets or 1)
-
-
-@register
-def cross_entropy(draw):
-    lead, classes = draw(some.shapes()), draw(st.integers(1, 6))
-    target, options = draw(loss_options(lead, classes, ["mean", "mean", "sum", "none"]))
-    return Case(
-        f"cross_entropy {lead}, {classes} classes, {options}",
-        [draw(some.arrays((*lead, classes)))],
-        lambda x: F.cross_entropy(x, target, **options),
-        lambda x: torch_cross_entropy(x, target, **options),
-        # np.reshape cannot infer an axis (-1) of an empty array.
-        (lambda x: composed.cross_entropy(x, target, **options)) if target.size else None,
-        seed=draw(some.SEEDS),
-    )
-
-
-@register
-def linear_cross_entropy(draw):
-    lead, channels, classes = draw(some.shapes()), draw(st.integers(1, 4)), draw(st.integers(1, 6))
-    target, options = draw(loss_options(lead, classes, ["mean", "mean", "sum"]))
-    inputs = [draw(some.arrays((*lead, channels))), draw(some.arrays((classes, channels)))]
-    if draw(st.booleans()):
-        inputs.append(draw(some.arrays((classes,))))
-
-    def call(function):
-        return lambda x, w, b=None: function(x, w, target, linear_bias=b, **options)
-
-    return Case(
-        f"linear_cross_entropy {lead}, {channels} -> {classes} classes, {options}",
-        inputs,
-        call(F.linear_cross_entropy),
-        lambda x, w, b=None: torch_cross_entropy(TF.linear(x, w, b), target, **options),
-        call(composed.linear_cross_entropy) if target.size else None,
-        draw(some.subsets(len(inputs))),
-        draw(some.SEEDS),
     )
 
 

@@ -146,6 +146,10 @@ CASES = {
     "F.silu": lambda t: F.silu(300 * t.x),
     "F.swiglu": lambda t: F.swiglu(t.x, t.y),
     "F.swiglu of one product": lambda t: F.swiglu(*tinyllm.split(t.x, 2, axis=-1)),
+    "F.geglu": lambda t: F.geglu(t.x, t.y),
+    "F.geglu of one product": lambda t: F.geglu(*tinyllm.split(t.x, 2, axis=-1)),
+    "F.softcap": lambda t: F.softcap(30 * t.x, 5.0),
+    "F.rms_norm with an offset": lambda t: F.rms_norm(t.x, (4,), t.row, 1e-5, 1.0),
     "F.rope": lambda t: F.rope(t.q, t.cos, t.cos * 2),
     "F.rope of rows": lambda t: F.rope(t.q, t.sin, t.sin * 2),
     "F.gelu tanh": lambda t: F.gelu(30 * t.x, "tanh"),
@@ -211,12 +215,17 @@ CASES = {
     "F.linear_cross_entropy num_targets": lambda t: F.linear_cross_entropy(
         t.x, t.w, t.targets, num_targets=17
     ),
+    "F.linear_cross_entropy with a softcap": lambda t: F.linear_cross_entropy(
+        t.x, t.w, TARGETS, linear_bias=t.b, weights=WEIGHTS, softcap=0.8
+    ),
     "composed.linear": lambda t: composed.linear(t.x, t.w, t.b),
     "composed.embedding": lambda t: composed.embedding(t.ids, t.w),
     "composed.layer_norm": lambda t: composed.layer_norm(t.x, 4, t.row, t.other_row),
     "composed.rms_norm": lambda t: composed.rms_norm(t.x, 4, t.row),
     "composed.silu": lambda t: composed.silu(t.x),
     "composed.swiglu": lambda t: composed.swiglu(t.x, t.y),
+    "composed.geglu": lambda t: composed.geglu(t.x, t.y),
+    "composed.softcap": lambda t: composed.softcap(t.x, 0.5),
     "composed.repeat_heads": lambda t: composed.repeat_heads(t.k, 6),
     "composed.rope": lambda t: composed.rope(t.q, t.cos, t.cos * 2),
     "composed.gelu": lambda t: composed.gelu(t.x),

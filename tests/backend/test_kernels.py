@@ -13,6 +13,7 @@ import math
 import re
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from types import ModuleType, SimpleNamespace
 
 import ml_dtypes
@@ -52,6 +53,8 @@ OPS = {
     "gelu": (lambda x: F.gelu(x, "tanh"), 0, [((3, 40), 0)]),
     "gelu of erf": (lambda x: F.gelu(x), 0, [((3, 40), 0)]),
     "swiglu": (lambda a, u: F.swiglu(a, u), 0, [((3, 40), 0), ((3, 40), 0)]),
+    "geglu": (lambda a, u: F.geglu(a, u), 0, [((3, 40), 0), ((3, 40), 0)]),
+    "softcap": (lambda x: F.softcap(x, 0.7), 0, [((3, 40), 0)]),
     "attention": (
         lambda q, k, v: F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True),
         2,
@@ -71,6 +74,11 @@ OPS = {
         ),
         1,
         [((2, 3, 8), 0), ((10, 8), 1), ((10,), 1)],
+    ),
+    "linear_cross_entropy with a softcap": (
+        lambda x, w: F.linear_cross_entropy(x, w, np.array([[1, 0, -100], [2, 9, 9]]), softcap=2.5),
+        1,
+        [((2, 3, 8), 0), ((10, 8), 1)],
     ),
 }
 
@@ -103,17 +111,16 @@ def test_op_in_half_precision_equals_numpy(name, dtype, put):
 
 @on_gpus
 @every_short
-@pytest.mark.parametrize("norm", ["layer_norm", "rms_norm"])
+@pytest.mark.parametrize("norm", [F.layer_norm, F.rms_norm, partial(F.rms_norm, offset=1.0)])
 def test_norm_returns_the_dtype_of_products(norm, dtype, put):
     rng, u = np.random.default_rng(0), ROUNDING[dtype]
     x, w, upstream = (rng.standard_normal(s).astype(np.float32) for s in [(3, 2, 70), (70,), (3, 2, 70)])
     upstream = upstream.astype(dtype).astype(np.float32)
     exact = [Tensor(a.astype(np.float64), requires_grad=True) for a in (x, w)]
     leaves = [Tensor(put(a), requires_grad=True) for a in (x, w)]
-    op = getattr(F, norm)
-    expected = op(exact[0], 70, exact[1])
+    expected = norm(exact[0], 70, exact[1])
     with autocast(dtype.name):
-        result = op(leaves[0], 70, leaves[1])
+        result = norm(leaves[0], 70, leaves[1])
     assert result.dtype == dtype and result.recompute().dtype == dtype
     np.testing.assert_array_equal(result.recompute().get(), result.data.get())
     np.testing.assert_allclose(result.data.get().astype(float), expected.data, rtol=1.01 * u, atol=1e-6)
@@ -345,7 +352,8 @@ def test_training_with_products_in_half_precision(name, dtype, dropout, put):
     # After the first step only: AdamW divides small gradients, and their rounding errors, by their size.
     (_, grads), (_, others) = found[0], expected[0]
     difference = math.sqrt(sum(np.sum((g - others[n]) ** 2) for n, g in grads.items()))
-    assert 0 < difference < 4 * u * math.sqrt(sum(np.sum(g**2) for g in others.values()))
+    roundings = 6 if name == "gemma3" else 4  # it rounds queries and keys twice, and each block's two terms
+    assert 0 < difference < roundings * u * math.sqrt(sum(np.sum(g**2) for g in others.values()))
 
 
 @on_gpus
@@ -469,6 +477,7 @@ OF_TWO = {
     "linear": lambda x, y: F.linear(x, y),
     "layer_norm": lambda x, y: F.layer_norm(x, 4, y[0]),
     "swiglu": lambda x, y: F.swiglu(x, y),
+    "geglu": lambda x, y: F.geglu(x, y),
     "attention": lambda x, y: F.scaled_dot_product_attention(x[None, None], y[None, None], y[None, None]),
     "linear_cross_entropy": lambda x, y: F.linear_cross_entropy(x, y, np.array([1, 0, 2, 3])),
     "+": lambda x, y: x + y,
@@ -527,9 +536,9 @@ POLICIES = {
     "float32": dict(X="float", W="float", T="float", Z="float"),
     "float64": dict(X="double", W="double", T="double", Z="double"),
 } | {
-    f"{kind} in {short}": dict(X="float", W=weights, T=short, Z="float")
+    f"{kind} in {short}": dict(X=short if "norms" in kind else "float", W=weights, T=short, Z="float")
     for short in ("__nv_bfloat16", "__half")
-    for kind, weights in [("products", "float"), ("stored", short)]
+    for kind, weights in [("products", "float"), ("stored", short), ("norms of products", "float")]
 }
 
 

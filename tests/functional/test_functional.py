@@ -33,7 +33,8 @@ from support.suite import proven
 from parity.ops import strategies as some
 from parity.ops.attention import at_address, kept_weights, torch_attention
 from parity.ops.cases import Case, check_composed, check_direction, check_float32, check_torch, run
-from parity.ops.functional import CASES, torch_cross_entropy
+from parity.ops.functional import CASES
+from parity.ops.losses import torch_cross_entropy
 from tinyllm import Tensor, functional, manual_seed, no_grad
 from tinyllm import functional as F
 from tinyllm.backend import threads
@@ -155,9 +156,12 @@ def test_losses_over_several_chunks_of_rows_or_columns(rows, classes):
         lambda x, w: F.gelu(x),
         lambda x, w: F.silu(x),
         lambda x, w: F.swiglu(x, x * 2),
+        lambda x, w: F.geglu(x, x * 2),
+        lambda x, w: F.softcap(x, 2.0),
         lambda x, w: F.layer_norm(x, 7, w, w),
         lambda x, w: F.layer_norm(x, 7),
         lambda x, w: F.rms_norm(x, 7, w),
+        lambda x, w: F.rms_norm(x, 7, w, offset=1.0),
     ],
 )
 def test_recomputed_output_is_bitwise_identical(op):
@@ -182,6 +186,8 @@ def test_elementwise_ops_over_several_blocks():
         (lambda x: F.rms_norm(x, shape[1]), lambda x: TF.rms_norm(x, shape[1:])),
         (F.silu, TF.silu),
         (lambda x: F.swiglu(x, x * 2), lambda x: TF.silu(x) * x * 2),
+        (lambda x: F.geglu(x, x * 2), lambda x: TF.gelu(x, approximate="tanh") * x * 2),
+        (lambda x: F.softcap(x, 2.0), lambda x: 2 * torch.tanh(x / 2)),
     ]:
         check_torch(Case("several blocks", [normal(*shape)], ours, theirs))
 
@@ -523,6 +529,17 @@ ERRORS = {  # mistake -> (call, words in its message: the value and the remedy)
         ["float64", "not in float32"],
     ),
     "swiglu of two shapes": (lambda: F.swiglu(leaf(2, 3), leaf(3)), ["(2, 3)", "(3,)", "same shape"]),
+    "geglu of two shapes": (lambda: F.geglu(leaf(2, 3), leaf(3)), ["geglu", "(2, 3)", "(3,)", "same shape"]),
+    "a cap of 0": (lambda: F.softcap(leaf(2, 3), 0), ["softcap", "0", "positive"]),
+    "a cap that is not a number": (lambda: F.softcap(leaf(2, 3), "30"), ["softcap", "'30'", "positive"]),
+    "a negative cap in the loss": (
+        lambda: F.linear_cross_entropy(leaf(2, 3), leaf(5, 3), [0, 1], softcap=-1.0),
+        ["softcap", "-1.0", "positive"],
+    ),
+    "a cap and label smoothing": (
+        lambda: F.linear_cross_entropy(leaf(2, 3), leaf(5, 3), [0, 1], softcap=3.0, label_smoothing=0.1),
+        ["label_smoothing", "cross_entropy(softcap(linear("],
+    ),
     "rms_norm of the wrong size": (
         lambda: F.rms_norm(leaf(2, 3), 4),
         ["rms_norm", "(4,)", "(2, 3)", "last axes"],

@@ -219,15 +219,41 @@ FAR = [-1e4, -100, -10, -5, 0, 5, 10, 100, 1e4]
 
 @both_dtypes
 @pytest.mark.filterwarnings("error")
-def test_silu_and_swiglu_far_from_zero(dtype, close):
+def test_silu_swiglu_and_geglu_far_from_zero(dtype, close):
     x = np.array(FAR, dtype)
-    for ours, theirs in [(F.silu, TF.silu), (lambda x: F.swiglu(x, x), lambda x: TF.silu(x) * x)]:
+    for ours, theirs in [
+        (F.silu, TF.silu),
+        (lambda x: F.swiglu(x, x), lambda x: TF.silu(x) * x),
+        (lambda x: F.geglu(x, x), lambda x: TF.gelu(x, approximate="tanh") * x),
+    ]:
         out, grad = value_and_gradient(ours, x)
         reference, reference_grad = torch_value_and_gradient(theirs, x)
         np.testing.assert_allclose(out, reference, rtol=2 * close, atol=close)
         np.testing.assert_allclose(grad, reference_grad, rtol=2 * close, atol=close)
     out, grad = value_and_gradient(F.silu, x)
     assert out[0] == 0 and out[-1] == x[-1] and grad[0] == 0 and grad[-1] == 1
+
+
+@both_dtypes
+@pytest.mark.filterwarnings("error")
+def test_softcap_saturates_at_the_cap(dtype, close):
+    x = np.array([*FAR, -np.inf, np.inf], dtype)
+    out, grad = value_and_gradient(lambda x: F.softcap(x, 5.0), x)
+    np.testing.assert_allclose(out, 5 * np.tanh(x / 5), rtol=2 * close, atol=0)
+    np.testing.assert_allclose(grad, 1 - np.tanh(x.astype(np.float64) / 5) ** 2, rtol=0, atol=close)
+    assert np.abs(out).max() <= 5 and out[4] == 0 and grad[4] == 1 and grad[0] == grad[-1] == 0
+
+
+@both_dtypes
+@pytest.mark.filterwarnings("error")
+def test_the_capped_loss_of_huge_logits_is_finite(dtype, close):
+    """Uncapped the loss would be 2e4; the gradient of a logit far beyond the cap is 0."""
+    x, w, target = np.ones((1, 1), dtype), np.array([[1e4], [-1e4], [1]], dtype), np.array([1])
+    out, grad = value_and_gradient(lambda x: F.linear_cross_entropy(x, Tensor(w), target, softcap=5.0), x)
+    capped = np.array([5, -5, 5 * math.tanh(0.2)])
+    p = np.exp(capped) / np.exp(capped).sum()
+    np.testing.assert_allclose(out, -math.log(p[1]), rtol=2 * close)
+    np.testing.assert_allclose(grad, [[p[2] * (1 - math.tanh(0.2) ** 2)]], rtol=10 * close)
 
 
 COS = SIN = np.full((1000, 32), math.sqrt(0.5))  # of 45 degrees
@@ -237,10 +263,13 @@ COS = SIN = np.full((1000, 32), math.sqrt(0.5))  # of 45 degrees
     ("op", "shapes"),
     [
         (lambda x, w: F.rms_norm(x, 512, w), [(1000, 512), (512,)]),  # recomputes x̂ in backward
+        (lambda x, w: F.rms_norm(x, 512, w, offset=1.0), [(1000, 512), (512,)]),
         (F.swiglu, [(1000, 512), (1000, 512)]),  # recomputes σ
+        (F.geglu, [(1000, 512), (1000, 512)]),
+        (lambda x: F.softcap(x, 3.0), [(1000, 512)]),
         (lambda x: F.rope(x, COS, SIN), [(1, 8, 1000, 64)]),
     ],
-    ids=["rms_norm", "swiglu", "rope"],
+    ids=["rms_norm", "offset rms_norm", "swiglu", "geglu", "softcap", "rope"],
 )
 def test_op_keeps_only_its_output_for_backward(op, shapes):
     tensors = [Tensor(normal(*shape), requires_grad=True) for shape in shapes]

@@ -13,7 +13,7 @@ import tinyllm.functional.linear as projections
 from tinyllm.backend.cuda.launch import on_gpu
 from tinyllm.backend.dtypes import is_half
 from tinyllm.errors import Error, names_shapes
-from tinyllm.functional import activations, attention, cuda, losses, norms
+from tinyllm.functional import activations, attention, cuda, cuda_losses, losses, norms
 from tinyllm.tensor import Tensor, mode
 from tinyllm.tensor_ops import in_float32
 
@@ -44,8 +44,8 @@ def checked(op: Op) -> Op:
 
 
 def accelerated(op: Op) -> Op:
-    """``op``, or the function of the same name in ``cuda.py`` if the arrays are on a GPU."""
-    op_on_gpu = getattr(cuda, op.__name__)
+    """``op``, or its namesake in ``cuda.py`` or ``cuda_losses.py`` if the arrays are on a GPU."""
+    op_on_gpu = getattr(cuda_losses if op.__module__ == losses.__name__ else cuda, op.__name__)
 
     @functools.wraps(op)
     def call(*args, **kwargs):
@@ -75,6 +75,8 @@ gelu = accelerated(activations.gelu)
 relu = summed_in_float32(activations.relu)
 silu = summed_in_float32(activations.silu)
 swiglu = accelerated(activations.swiglu)
+geglu = accelerated(activations.geglu)
+softcap = summed_in_float32(activations.softcap)
 softmax = summed_in_float32(activations.softmax)
 dropout = checked(activations.dropout)
 rope = accelerated(attention.rope)

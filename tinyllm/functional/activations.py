@@ -81,9 +81,14 @@ def _gelu_tanh(x):
 
 
 def _gelu_tanh_slope(x):
+    return _gelu_tanh_and_slope(x)[1]
+
+
+def _gelu_tanh_and_slope(x):
     square = x * x
     s = _sigmoid(x * (LINEAR + CUBIC * square))
-    return s + x * s * (1 - s) * (LINEAR + 3 * CUBIC * square)
+    gelu = x * s
+    return gelu, s + gelu * (1 - s) * (LINEAR + 3 * CUBIC * square)
 
 
 def _normal_cdf(x):
@@ -121,8 +126,13 @@ def _silu(x):
 
 
 def _silu_slope(x):
+    return _silu_and_slope(x)[1]
+
+
+def _silu_and_slope(x):
     s = _sigmoid(x)
-    return s + x * s * (1 - s)
+    silu = x * s
+    return silu, s + silu * (1 - s)
 
 
 def _sigmoid(x):
@@ -146,7 +156,25 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
 
     Shazeer, "GLU Variants Improve Transformer", arXiv 2002.05202, section 2.
     """
-    check_swiglu(gate, up)
+    check_gated("swiglu", gate, up)
+    return _gated(gate, up, _silu, _silu_and_slope)
+
+
+def geglu(gate: Tensor, up: Tensor) -> Tensor:
+    """y = gelu(a) u for a = ``gate`` and u = ``up``, both (..., F), with the "tanh" form of ``gelu``.
+
+    As for ``swiglu``, with g = dL/dy and the slope gelu'(a) that is derived at ``gelu``:
+
+        da = g u gelu'(a),   du = g gelu(a).
+
+    Shazeer, arXiv 2002.05202, section 2.
+    """
+    check_gated("geglu", gate, up)
+    return _gated(gate, up, _gelu_tanh, _gelu_tanh_and_slope)
+
+
+def _gated(gate: Tensor, up: Tensor, value, value_and_slope) -> Tensor:
+    """y = f(a) u, block by block, with ``value(a)`` = f(a) and ``value_and_slope(a)`` = f(a), f'(a)."""
     a, u = as_rows(gate.data), as_rows(up.data)  # (N, F)
     shape = gate.shape
 
@@ -154,7 +182,7 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
         y = np.empty_like(a)
 
         def forward(rows):
-            np.multiply(_silu(a[rows]), u[rows], out=y[rows])
+            np.multiply(value(a[rows]), u[rows], out=y[rows])
 
         each_block(forward, *a.shape, like=a)
         return y.reshape(shape)
@@ -164,10 +192,8 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
         da, du = np.empty_like(a), np.empty_like(u)
 
         def backward(rows):
-            s = _sigmoid(a[rows])
-            silu_a = a[rows] * s
-            np.multiply(g[rows], silu_a, out=du[rows])
-            slope = s + silu_a * (1 - s)
+            f, slope = value_and_slope(a[rows])
+            np.multiply(g[rows], f, out=du[rows])
             slope *= u[rows]
             np.multiply(g[rows], slope, out=da[rows])
 
@@ -177,9 +203,36 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     return Tensor.from_op(result(), (gate, up), vjp, recompute=result)
 
 
-def check_swiglu(gate: Tensor, up: Tensor) -> None:
+def check_gated(op: str, gate: Tensor, up: Tensor) -> None:
     if gate.ndim == 0 or gate.shape != up.shape:
-        raise Error(f"swiglu needs gate and up of the same shape (..., F), not {gate.shape} and {up.shape}")
+        raise Error(f"{op} needs gate and up of the same shape (..., F), not {gate.shape} and {up.shape}")
+
+
+def softcap(input: Tensor, cap: float) -> Tensor:
+    """y = c tanh(x / c) with c = ``cap``: close to x for |x| well below c, and never beyond ±c.
+
+    As tanh' = 1 - tanh², dy/dx = 1 - tanh²(x / c) = 1 - (y / c)², and dx = g (1 - (y / c)²). Gemma 2 caps
+    attention scores at 50 and logits at 30, so that no single one can grow without bound: Gemma team,
+    "Gemma 2" (arXiv 2408.00118), section 2. Raises ``Error`` unless c is positive.
+    """
+    c = check_softcap(cap)
+
+    def value(x):
+        y = np.tanh(x / c)
+        y *= c
+        return y
+
+    def slope(x):
+        t = np.tanh(x / c)
+        return 1 - t * t
+
+    return _elementwise(input, value, slope)
+
+
+def check_softcap(cap: float) -> float:
+    if isinstance(cap, bool) or not isinstance(cap, int | float | np.number) or not 0 < cap < math.inf:
+        raise Error(f"softcap is {cap!r}: choose a positive number, or None for no cap")
+    return float(cap)  # a NumPy float64 would turn float32 scores into float64
 
 
 def softmax(input: Tensor, dim: int = -1) -> Tensor:

@@ -36,12 +36,12 @@ def layer_norm(input, normalized_shape, weight=None, bias=None, eps=1e-5):
     return y if bias is None else y + bias
 
 
-def rms_norm(input, normalized_shape, weight=None, eps=None):
-    """Root mean square 1 over the channels of each position, then a learned scale."""
+def rms_norm(input, normalized_shape, weight=None, eps=None, offset=0.0):
+    """Root mean square 1 over the channels of each position, then a learned scale, weight + offset."""
     eps = float(np.finfo(input.dtype).eps) if eps is None else eps
     axes = tuple(range(-np.size(normalized_shape), 0))
     y = input / ((input * input).mean(axis=axes, keepdims=True) + eps).sqrt()
-    return y if weight is None else y * weight
+    return y if weight is None else y * (weight + offset)
 
 
 def gelu(input, approximate="tanh"):
@@ -68,6 +68,16 @@ def silu(input):
 def swiglu(gate, up):
     """One projection of x, passed through silu, scales the other."""
     return silu(gate) * up
+
+
+def geglu(gate, up):
+    """One projection of x, passed through gelu, scales the other."""
+    return gelu(gate) * up
+
+
+def softcap(input, cap):
+    """c tanh(x / c): x if it is small, and never more than the cap c."""
+    return cap * (input / cap).tanh()
 
 
 def softmax(input, dim=-1):
@@ -168,6 +178,8 @@ def cross_entropy(
     return losses.sum() / (weights.sum().item() if num_targets is None else num_targets)
 
 
-def linear_cross_entropy(input, linear_weight, target, *, linear_bias=None, **options):
-    """The output layer, then the loss."""
-    return cross_entropy(linear(input, linear_weight, linear_bias), target, **options)
+def linear_cross_entropy(input, linear_weight, target, *, linear_bias=None, softcap=None, **options):
+    """The output layer, a cap on its logits if there is one, then the loss."""
+    logits = linear(input, linear_weight, linear_bias)
+    logits = logits if softcap is None else softcap * (logits / softcap).tanh()
+    return cross_entropy(logits, target, **options)

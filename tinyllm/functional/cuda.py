@@ -2,7 +2,7 @@
 
 The formulas are derived in the other files of this folder; here each pass over memory is one kernel
 (``kernels.cu``) and each product a call of cuBLAS. ``functional/__init__.py`` calls the op of the same name
-here if the arrays are CuPy's.
+here, or in ``cuda_losses.py``, if the arrays are CuPy's.
 
 Mixed precision: the residual stream is float32 or float64. A norm reads it and returns the dtype of the
 products that follow (``autocast``'s, or the dtype in which the weights are stored). A product converts its
@@ -38,18 +38,15 @@ from tinyllm.functional.attention import (
 )
 from tinyllm.functional.linear import check_linear
 from tinyllm.functional.linear import embedding as rows_of
-from tinyllm.functional.losses import Targets, check_reduction, smoothed
 from tinyllm.functional.norms import check_norm
 from tinyllm.tensor import Tensor
 from tinyllm.tensor_ops import as_rows
 
 QUERY_BLOCK = 128  # rows of scores per dropout mask, as in attention.py
 SCORES = 2**26  # elements of one block of queries
-LOGITS = 2**27  # elements of one chunk of rows
-ALIGNED = 64  # elements: tensor cores are faster if rows of logits begin at aligned addresses
 
 
-def _for_products(array):
+def for_products(array):
     """An operand of a product, in the dtype that ``autocast`` sets."""
     dtype = compute_dtype()
     return array if dtype is None else array.astype(dtype, copy=False)
@@ -61,7 +58,7 @@ def _required(tensor: Tensor | None) -> bool:
 
 def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     check_linear(input, weight, bias)
-    x, lead = _for_products(as_rows(input.data)), input.shape[:-1]  # (N, C_in)
+    x, lead = for_products(as_rows(input.data)), input.shape[:-1]  # (N, C_in)
     w, tf32 = weight.data.astype(x.dtype, copy=False), tf32_allowed()
     y = gemm(x, w.T, dtype=x.dtype if bias is None else accumulation_dtype(x.dtype), tf32=tf32)
     if bias is not None:  # added before the sum is rounded
@@ -105,16 +102,21 @@ def layer_norm(
 
 
 def rms_norm(
-    input: Tensor, normalized_shape, weight: Tensor | None = None, eps: float | None = None
+    input: Tensor,
+    normalized_shape,
+    weight: Tensor | None = None,
+    eps: float | None = None,
+    offset: float = 0.0,
 ) -> Tensor:
     own = check_norm("rms_norm", normalized_shape, input, weight)
     eps = float(np.finfo(accumulation_dtype(input.dtype)).eps) if eps is None else eps
-    return _norm(input, own, weight, None, eps, centred=False)
+    return _norm(input, own, weight, None, eps, centred=False, offset=float(offset))
 
 
 def _norm(
-    input: Tensor, own: tuple, weight: Tensor | None, bias: Tensor | None, eps: float, centred: bool
-) -> Tensor:
+    input: Tensor, own: tuple, weight: Tensor | None, bias: Tensor | None, eps: float, centred: bool,
+    offset: float = 0.0,
+) -> Tensor:  # fmt: skip
     """The result has the dtype of the products that follow: ``autocast``'s, or the weight's."""
     x, shape = contiguous(input.data.reshape(-1, math.prod(own))), input.shape  # (N, C)
     w, b = (None if tensor is None else contiguous(tensor.data.reshape(-1)) for tensor in (weight, bias))
@@ -127,12 +129,12 @@ def _norm(
 
     def result():
         y = np.empty((N, C), types[3], like=x)
-        launch(x, "norm", types, N, threads_for(C), x, w, b, y, mean, inv, C, eps)
+        launch(x, "norm", types, N, threads_for(C), x, w, b, y, mean, inv, C, eps, offset)
         return y.reshape(shape)
 
     def vjp(grad):
         g, dx = contiguous(grad.reshape(x.shape)), np.empty_like(x)
-        launch(x, "norm_back", types, N, threads_for(C), x, w, mean, inv, g, dx, C)
+        launch(x, "norm_back", types, N, threads_for(C), x, w, mean, inv, g, dx, C, offset)
         dw = db = None
         if any(needs):
             dw, db = sums_over_rows(g, stored, x, mean, inv, centred)
@@ -160,17 +162,27 @@ def gelu(input: Tensor, approximate: str = "none") -> Tensor:
 
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
-    activations.check_swiglu(gate, up)
+    activations.check_gated("swiglu", gate, up)
+    return _gated(gate, up, with_gelu=False)
+
+
+def geglu(gate: Tensor, up: Tensor) -> Tensor:
+    activations.check_gated("geglu", gate, up)
+    return _gated(gate, up, with_gelu=True)
+
+
+def _gated(gate: Tensor, up: Tensor, with_gelu: bool) -> Tensor:
     a, u = contiguous(gate.data), contiguous(up.data)
+    types = (with_gelu, a.dtype)
 
     def result():
         y = np.empty_like(a)
-        elementwise(a, "swiglu", (a.dtype,), a.size, a, u, y, a.size)
+        elementwise(a, "gated", types, a.size, a, u, y, a.size)
         return y
 
     def vjp(grad):
         da, du = np.empty_like(a), np.empty_like(u)
-        elementwise(a, "swiglu_back", (a.dtype,), a.size, a, u, contiguous(grad), da, du, a.size)
+        elementwise(a, "gated_back", types, a.size, a, u, contiguous(grad), da, du, a.size)
         return da, du
 
     return Tensor.from_op(result(), (gate, up), vjp, recompute=result)
@@ -306,94 +318,3 @@ class _Mask:
         if mask is not None:
             strides = (stride // mask.itemsize for stride in mask.strides)
         self.arguments = (allowed, added, *strides)
-
-
-def cross_entropy(input: Tensor, target, **options) -> Tensor:
-    """The loss of half-precision logits is float32."""
-    targets = Targets(target, input.shape, **options)
-    logits, shape, dtype = contiguous(as_rows(input.data)), input.shape, input.dtype
-    dlogits = np.empty(logits.shape, accumulation_dtype(dtype), like=logits)
-    losses = _cross_entropy(logits, *_on_device(targets, dlogits), dlogits)
-
-    def vjp(grad):
-        scale = (grad / targets.number).reshape(-1, 1)
-        return ((dlogits * scale).astype(dtype, copy=False).reshape(shape),)
-
-    return smoothed(Tensor.from_op(targets.reduced(losses), (input,), vjp), targets, input)
-
-
-def _on_device(targets: Targets, like):
-    """The targets (N,), -1 where ignored, and their weights (or None), on the device of ``like``."""
-    index = np.where(targets.counted, targets.index, -1).astype(np.int64, copy=False)
-    weights = None if targets.weights is None else targets.weights.astype(like.dtype)
-    return [None if x is None else np.asarray(x, like=like) for x in (index, weights)]
-
-
-def _cross_entropy(logits, index, weights, gradient):
-    """The weighted losses (N,) of logits (N, V); ``gradient``, which may be the logits, is set to dL/dlogits.
-
-    Neither is divided by the number of targets yet: in half precision p / number would underflow.
-    """
-    N, V = logits.shape
-    losses = np.empty(N, accumulation_dtype(logits.dtype), like=logits)
-    stride = logits.strides[0] // logits.itemsize if N > 1 else V
-    arguments = (logits, index, weights, losses, gradient, V, stride, -1, 1.0)
-    launch(logits, "cross_entropy", (logits.dtype, gradient.dtype), N, threads_for(V), *arguments)
-    return losses
-
-
-def linear_cross_entropy(
-    input: Tensor,
-    linear_weight: Tensor,
-    target,
-    *,
-    linear_bias: Tensor | None = None,
-    reduction: str = "mean",
-    **options,
-) -> Tensor:
-    """A chunk of rows at a time, as in ``losses.py``; the division by ``num_targets`` comes last."""
-    check_linear(input, linear_weight, linear_bias)
-    x = _for_products(contiguous(as_rows(input.data)))  # (N, C)
-    w, bias, tf32 = linear_weight.data.astype(x.dtype, copy=False), linear_bias, tf32_allowed()  # (V, C)
-    (N, C), V, sums_in = x.shape, len(w), accumulation_dtype(x.dtype)
-    options["reduction"] = check_reduction(reduction)
-    targets = Targets(target, (*input.shape[:-1], V), **options)
-    width = -(-V // ALIGNED) * ALIGNED
-    step = max(1, LOGITS // width)
-    logits = np.empty((min(step, N), width), sums_in, like=x)[:, :V]
-    gradient = logits if x.dtype == sums_in else np.empty((min(step, N), width), x.dtype, like=x)[:, :V]
-    index, weights = _on_device(targets, logits)
-    dx = np.empty((N, C), sums_in, like=x) if input.needs_grad else None
-    dw = np.zeros((V, C), sums_in, like=x) if linear_weight.needs_grad else None
-    db = np.zeros(V, sums_in, like=x) if bias is not None and bias.needs_grad else None
-    total = np.zeros((), sums_in, like=x)
-    for start in range(0, N, step):
-        rows = slice(start, min(start + step, N))
-        n = rows.stop - start
-        z, g = logits[:n], gradient[:n]
-        gemm(x[rows], w.T, out=z, tf32=tf32)
-        if bias is not None:
-            z += bias.data
-        total = total + _cross_entropy(z, index[rows], None if weights is None else weights[rows], g).sum()
-        if dx is not None:
-            gemm(g, w, out=dx[rows], tf32=tf32)
-        if dw is not None:
-            gemm(g.T, x[rows], out=dw, beta=1, tf32=tf32)
-        if db is not None:
-            db += sums_over_rows(contiguous(g), sums_in)[1]
-    shape, dtypes = input.shape, [None if t is None else t.dtype for t in (input, linear_weight, bias)]
-
-    def vjp(grad):
-        factor = grad / targets.number  # stays on the device: reading its value would synchronise with it
-        results = []
-        for d, dtype in zip((dx, dw, db), dtypes):
-            if d is not None:
-                d *= factor
-                d = d.astype(dtype, copy=False)
-            results.append(d)
-        if dx is not None:
-            results[0] = results[0].reshape(shape)
-        return results
-
-    loss = Tensor.from_op(total / targets.number, (input, linear_weight, bias), vjp)
-    return smoothed(loss, targets, input, linear_weight, bias)

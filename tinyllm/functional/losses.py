@@ -16,6 +16,7 @@ import numpy as np
 from tinyllm.backend.threads import each_block, matmul, one_blas_thread, run_tasks
 from tinyllm.checks import check_ids
 from tinyllm.errors import Error
+from tinyllm.functional.activations import check_softcap
 from tinyllm.functional.linear import check_linear
 from tinyllm.tensor import Tensor
 from tinyllm.tensor_ops import as_rows, to_memory_of
@@ -71,6 +72,7 @@ def linear_cross_entropy(
     label_smoothing: float = 0.0,
     num_targets: float | None = None,
     weights=None,
+    softcap: float | None = None,
 ) -> Tensor:
     """``cross_entropy(linear(input, linear_weight, linear_bias), target)`` without ever holding all logits.
 
@@ -78,8 +80,12 @@ def linear_cross_entropy(
     replaced in place by their gradient d, which yields dx = d W and the chunk's share of dW = dᵀ x and
     db = Σ_rows d. This happens in the forward pass; otherwise the logits would have to be computed twice. It
     needs one dL/d(loss) for all rows: ``reduction`` is "mean" or "sum".
+
+    With a ``softcap`` c the logits are z = c tanh(y / c) of y = x Wᵀ + b (see the op of that name), and d,
+    the gradient with respect to z, is multiplied by ∂z/∂y = 1 - (z / c)². Not with label smoothing.
     """
     check_linear(input, linear_weight, linear_bias)
+    softcap = check_capped_loss(softcap, label_smoothing)
     x, w = as_rows(input.data), linear_weight.data  # (N, C), (V, C)
     options = ignore_index, num_targets, weights, weight, check_reduction(reduction), label_smoothing
     targets = Targets(target, (*input.shape[:-1], len(w)), *options)
@@ -103,7 +109,8 @@ def linear_cross_entropy(
         logits = matmul(x[rows], w.T, out=chunk[: len(x[rows])])
         if b is not None:
             logits += b
-        total = total + _into_gradient(logits, *(c if c is None else c[rows] for c in columns)).sum()
+        parts = [c if c is None else c[rows] for c in columns]
+        total = total + _into_gradient(logits, *parts, softcap).sum()
         if dx is not None:
             matmul(logits, w, out=dx[rows])
         if dw is not None:
@@ -122,6 +129,15 @@ def linear_cross_entropy(
 
     loss = Tensor.from_op(total / targets.number, (input, linear_weight, linear_bias), vjp)
     return smoothed(loss, targets, input, linear_weight, linear_bias)
+
+
+def check_capped_loss(softcap: float | None, label_smoothing: float) -> float | None:
+    if softcap is not None and label_smoothing:
+        raise Error(
+            "linear_cross_entropy has no label_smoothing with a softcap: use "
+            "cross_entropy(softcap(linear(...), cap), ...)"
+        )
+    return None if softcap is None else check_softcap(softcap)
 
 
 def check_reduction(reduction: str) -> str:
@@ -157,12 +173,17 @@ def smoothed(loss: Tensor, targets, input: Tensor, weight: Tensor | None = None,
     return loss + targets.reduced((at_target * shares.sum().item() - at_all) * each)
 
 
-def _into_gradient(logits, counted, index, scale, weights):
+def _into_gradient(logits, counted, index, scale, weights, softcap=None):
     """In place: logits (N, V) -> (p - onehot) scale. Return each row's weighted loss (N, 1), undivided."""
     losses = np.empty((len(logits), 1), logits.dtype, like=logits)
 
     def rows_of(rows):
         z, at = logits[rows], index[rows]
+        if softcap is not None:
+            z /= softcap
+            np.tanh(z, out=z)
+            slope = 1 - z * z  # of one block only
+            z *= softcap
         z -= z.max(axis=1, keepdims=True)
         at_target = np.take_along_axis(z, at, axis=1)
         np.exp(z, out=z)
@@ -170,6 +191,8 @@ def _into_gradient(logits, counted, index, scale, weights):
         losses[rows] = np.where(counted[rows], np.log(total) - at_target, 0)
         z *= scale[rows] / total
         np.put_along_axis(z, at, np.take_along_axis(z, at, axis=1) - scale[rows], axis=1)
+        if softcap is not None:
+            z *= slope
 
     each_block(rows_of, *logits.shape, like=logits)
     return losses if weights is None else losses * weights

@@ -78,12 +78,18 @@ def layer_norm(
 
 
 def rms_norm(
-    input: Tensor, normalized_shape, weight: Tensor | None = None, eps: float | None = None
+    input: Tensor,
+    normalized_shape,
+    weight: Tensor | None = None,
+    eps: float | None = None,
+    offset: float = 0.0,
 ) -> Tensor:
     """y = x̂ w with x̂ = x / r, r = sqrt(mean(x²) + eps), over the last axis of x (..., C).
 
     LayerNorm without the mean and the bias. ``eps=None`` means the dtype's machine epsilon, as in torch.
-    Per row ∂r/∂x_k = x_k/(C r) = x̂_k/C, and the quotient rule gives, with δ_ik as in ``layer_norm``,
+    ``offset`` is added to the weight: with 1, as in Gemma, w is ``weight`` + 1, and a weight of 0 leaves x̂
+    as it is. Per row ∂r/∂x_k = x_k/(C r) = x̂_k/C, and the quotient rule gives, with δ_ik as in
+    ``layer_norm``,
 
         ∂x̂_i/∂x_k = δ_ik/r - x_i/r² · x̂_k/C = (δ_ik - x̂_i x̂_k/C) / r.
 
@@ -97,6 +103,7 @@ def rms_norm(
     eps = float(np.finfo(input.dtype).eps) if eps is None else eps
     x = input.data.reshape(-1, math.prod(own))  # (N, C)
     w = None if weight is None else weight.data.reshape(-1)
+    w = w + offset if offset and w is not None else w
     needs_dw = weight is not None and weight.requires_grad
     inv_rms, shape = np.empty((len(x), 1), x.dtype, like=x), input.shape
 

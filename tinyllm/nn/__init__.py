@@ -2,7 +2,7 @@
 
 from tinyllm.nn.hooks import Observation, call, observe
 from tinyllm.nn.init import as_generator, initialize_as_torch, is_meta, loaded, normal
-from tinyllm.nn.layers import Dropout, Embedding, LayerNorm, Linear, RMSNorm
+from tinyllm.nn.layers import Dropout, Embedding, LayerNorm, Linear, OffsetRMSNorm, RMSNorm
 from tinyllm.nn.lora import LoRA, adapter_modules, add_lora, lora_layers, merge_lora, unmerge_lora
 from tinyllm.nn.module import Module, evaluating
 from tinyllm.nn.surgery import replace
@@ -15,6 +15,7 @@ __all__ = [
     "LoRA",
     "Module",
     "Observation",
+    "OffsetRMSNorm",
     "RMSNorm",
     "adapter_modules",
     "add_lora",

@@ -73,12 +73,20 @@ class LayerNorm(Module):
 class RMSNorm(Module):
     """``F.rms_norm`` over the last axis or axes, as for LayerNorm. The learned scale starts at 1."""
 
+    offset = 0.0  # added to the weight
+
     def __init__(self, channels: int | tuple[int, ...], eps: float | None = None):
-        self.weight = Tensor(np.ones(channels, np.float32), requires_grad=True)
+        self.weight = Tensor(np.full(channels, 1 - self.offset, np.float32), requires_grad=True)
         self.eps = eps
 
     def forward(self, x):
-        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+        return F.rms_norm(x, self.weight.shape, self.weight, self.eps, self.offset)
+
+
+class OffsetRMSNorm(RMSNorm):
+    """RMSNorm with the scale 1 + ``weight``, as in Gemma, so that the weight starts at 0."""
+
+    offset = 1.0
 
 
 class Dropout(Module):

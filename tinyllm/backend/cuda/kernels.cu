@@ -4,10 +4,10 @@
 // of the NumPy op it is tested against. launch.py compiles and launches the kernels, functional/cuda.py calls
 // them. Matrix products are computed by cuBLAS.
 //
-// Template parameters are types of arrays: X of the residual stream, W of a weight, T of the operands and results
-// of products (float, double, __half or __nv_bfloat16). Everything is computed in A: double if the array is double,
-// else float. One block of threads, a multiple of 32, processes one row. No result depends on the order in which
-// threads run: equal inputs give bitwise identical outputs.
+// Template parameters are types of arrays: X of what a norm reads (the residual stream, or a product), W of a
+// weight, T of the operands and results of products (float, double, __half or __nv_bfloat16). Everything is computed
+// in A: double if the array is double, else float. One block of threads, a multiple of 32, processes one row. No
+// result depends on the order in which threads run: equal inputs give bitwise identical outputs.
 
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
@@ -48,22 +48,24 @@ template <class A> __device__ A sum_over_block(A x) { return over_block<Sum>(x, 
 // ---------------------------------------------------------------------------------------------------- norms
 
 // y = x^ w + b with x^ = (x - mean) inv, of every row of x (N, C). CENTRED: layer_norm, inv = 1 / sqrt(var + eps);
-// otherwise rms_norm, mean = 0 and inv = 1 / sqrt(mean(x^2) + eps). w and b may be null. Stores mean and inv (N).
+// otherwise rms_norm, mean = 0 and inv = 1 / sqrt(mean(x^2) + eps). w and b may be null; `offset` is added to w.
+// Stores mean and inv (N).
 template <bool CENTRED, class X, class W, class T, class A = typename Computed<X>::In>
-__global__ void norm(const X* x, const W* w, const W* b, T* y, A* mean, A* inv, Int C, double eps) {
+__global__ void norm(const X* x, const W* w, const W* b, T* y, A* mean, A* inv, Int C, double eps,
+                     double offset) {
     Int row = blockIdx.x;
     x += row * C, y += row * C;
     A mu = 0;
     if (CENTRED) {
         A total = 0;
-        for (Int c = threadIdx.x; c < C; c += blockDim.x) total += x[c];
+        for (Int c = threadIdx.x; c < C; c += blockDim.x) total += A(x[c]);
         mu = sum_over_block(total) / C;
     }
     A squares = 0;
-    for (Int c = threadIdx.x; c < C; c += blockDim.x) squares += (x[c] - mu) * (x[c] - mu);
+    for (Int c = threadIdx.x; c < C; c += blockDim.x) squares += (A(x[c]) - mu) * (A(x[c]) - mu);
     A scale = 1 / sqrt(sum_over_block(squares) / C + A(eps));
     for (Int c = threadIdx.x; c < C; c += blockDim.x)
-        y[c] = T((x[c] - mu) * scale * (w ? A(w[c]) : A(1)) + (b ? A(b[c]) : A(0)));
+        y[c] = T((A(x[c]) - mu) * scale * (w ? A(w[c]) + A(offset) : A(1)) + (b ? A(b[c]) : A(0)));
     if (threadIdx.x == 0) {
         inv[row] = scale;
         if (CENTRED) mean[row] = mu;
@@ -72,19 +74,20 @@ __global__ void norm(const X* x, const W* w, const W* b, T* y, A* mean, A* inv, 
 
 // dx = (d - mean(d) - x^ mean(d x^)) inv with d = g w; for rms_norm the term mean(d) is 0.
 template <bool CENTRED, class X, class W, class T, class A = typename Computed<X>::In>
-__global__ void norm_back(const X* x, const W* w, const A* mean, const A* inv, const T* g, X* dx, Int C) {
+__global__ void norm_back(const X* x, const W* w, const A* mean, const A* inv, const T* g, X* dx, Int C,
+                          double offset) {
     Int row = blockIdx.x;
     x += row * C, g += row * C, dx += row * C;
     A mu = CENTRED ? mean[row] : A(0), scale = inv[row], sum_d = 0, sum_dx = 0;
     for (Int c = threadIdx.x; c < C; c += blockDim.x) {
-        A d = A(g[c]) * (w ? A(w[c]) : A(1));
+        A d = A(g[c]) * (w ? A(w[c]) + A(offset) : A(1));
         sum_d += d;
-        sum_dx += d * ((x[c] - mu) * scale);
+        sum_dx += d * ((A(x[c]) - mu) * scale);
     }
     A mean_d = CENTRED ? sum_over_block(sum_d) / C : A(0), mean_dx = sum_over_block(sum_dx) / C;
     for (Int c = threadIdx.x; c < C; c += blockDim.x) {
-        A d = A(g[c]) * (w ? A(w[c]) : A(1));
-        dx[c] = X((d - mean_d - (x[c] - mu) * scale * mean_dx) * scale);
+        A d = A(g[c]) * (w ? A(w[c]) + A(offset) : A(1));
+        dx[c] = X((d - mean_d - (A(x[c]) - mu) * scale * mean_dx) * scale);
     }
 }
 
@@ -101,7 +104,7 @@ __global__ void over_rows(const X* x, const A* mean, const A* inv, const T* g, A
     for (Int n = first + threadIdx.y; n < last && c < C; n += 8) {
         A g_nc = A(g[n * C + c]);
         sum_g += g_nc;
-        if (x) sum_gx += g_nc * ((x[n * C + c] - (mean ? mean[n] : A(0))) * inv[n]);
+        if (x) sum_gx += g_nc * ((A(x[n * C + c]) - (mean ? mean[n] : A(0))) * inv[n]);
     }
     parts[0][threadIdx.y][threadIdx.x] = sum_g, parts[1][threadIdx.y][threadIdx.x] = sum_gx;
     __syncthreads();
@@ -158,20 +161,22 @@ __global__ void gelu_back(const T* x, const T* g, T* dx, Int n) {
     if (i < n) dx[i] = T(A(g[i]) * gelu_slope<TANH>(A(x[i])));
 }
 
-// y = silu(a) u of n elements each, with silu(x) = x sigmoid(x)
-template <class T, class A = typename Computed<T>::In>
-__global__ void swiglu(const T* a, const T* u, T* y, Int n) {
+// y = f(a) u of n elements each: f is GELU in its tanh form, else silu(x) = x sigmoid(x)
+template <bool GELU, class T, class A = typename Computed<T>::In>
+__global__ void gated(const T* a, const T* u, T* y, Int n) {
     Int i = this_thread();
-    if (i < n) y[i] = T(A(a[i]) * sigmoid(A(a[i])) * A(u[i]));
+    if (i >= n) return;
+    A x = A(a[i]);
+    y[i] = T((GELU ? gelu_of<true>(x) : x * sigmoid(x)) * A(u[i]));
 }
 
-template <class T, class A = typename Computed<T>::In>
-__global__ void swiglu_back(const T* a, const T* u, const T* g, T* da, T* du, Int n) {
+template <bool GELU, class T, class A = typename Computed<T>::In>
+__global__ void gated_back(const T* a, const T* u, const T* g, T* da, T* du, Int n) {
     Int i = this_thread();
     if (i >= n) return;
     A x = A(a[i]), s = sigmoid(x);
-    du[i] = T(A(g[i]) * x * s);
-    da[i] = T(A(g[i]) * A(u[i]) * (s + x * s * (1 - s)));
+    du[i] = T(A(g[i]) * (GELU ? gelu_of<true>(x) : x * s));
+    da[i] = T(A(g[i]) * A(u[i]) * (GELU ? gelu_slope<true>(x) : s + x * s * (1 - s)));
 }
 
 // y = (a cos - b sin, b cos + a sin) for the halves a, b of x (B, H, T, 2 half), read with strides sb, sh, st and
@@ -304,24 +309,30 @@ __global__ void row_dot(const T* a, const T* b, A* out, Int E) {
 
 // For every row of logits (N, V): the loss log(sum exp z) - z[target], times the row's weight (1 if weights is
 // null), and the gradient (p - onehot) weight factor; both are 0 if the target is `ignored`. The gradient may
-// overwrite the logits. The rows of both are `stride` elements apart.
+// overwrite the logits. The rows of both are `stride` elements apart. With a softcap c > 0 the logits are
+// z = c tanh(y / c) of the given y, and the gradient is that of y.
+template <class A> __device__ A capped(A y, double softcap) {
+    return softcap > 0 ? A(softcap) * tanh(y / A(softcap)) : y;
+}
+
 template <class Z, class T, class A = typename Computed<Z>::In>
 __global__ void cross_entropy(const Z* logits, const Int* targets, const A* weights, A* losses, T* gradient, Int V,
-                              Int stride, Int ignored, double factor) {
+                              Int stride, Int ignored, double factor, double softcap) {
     Int row = blockIdx.x, target = targets[row];
     const Z* z = logits + row * stride;
     A largest = -INFINITY, total = 0;
     for (Int v = threadIdx.x; v < V; v += blockDim.x) largest = Maximum::of(largest, A(z[v]));
-    A peak = over_block<Maximum>(largest, A(-INFINITY));
-    for (Int v = threadIdx.x; v < V; v += blockDim.x) total += exp(A(z[v]) - peak);
+    A peak = capped(over_block<Maximum>(largest, A(-INFINITY)), softcap);  // the cap keeps the order
+    for (Int v = threadIdx.x; v < V; v += blockDim.x) total += exp(capped(A(z[v]), softcap) - peak);
     total = sum_over_block(total);
     bool counts = target != ignored;
     A weight = weights ? weights[row] : A(1);
-    if (threadIdx.x == 0) losses[row] = counts ? (log(total) + peak - A(z[target])) * weight : A(0);
+    if (threadIdx.x == 0) losses[row] = counts ? (log(total) + peak - capped(A(z[target]), softcap)) * weight : A(0);
     __syncthreads();  // z[target] must be read before it may be overwritten
     for (Int v = threadIdx.x; v < V; v += blockDim.x) {
-        A p = exp(A(z[v]) - peak) / total;
-        gradient[row * stride + v] = T(counts ? (p - (v == target)) * (weight * A(factor)) : A(0));
+        A at_v = capped(A(z[v]), softcap), p = exp(at_v - peak) / total;
+        A slope = softcap > 0 ? 1 - at_v / A(softcap) * (at_v / A(softcap)) : A(1);
+        gradient[row * stride + v] = T(counts ? (p - (v == target)) * (weight * A(factor)) * slope : A(0));
     }
 }
 
