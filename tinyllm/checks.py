@@ -92,6 +92,8 @@ FIELD_TYPES = {
     "int": int,
     "int | None": int | None,
     "float": int | float,
+    "float | None": int | float | None,
+    "list | None": list | None,
     "bool": bool,
     "str": str,
     "dict": Mapping,

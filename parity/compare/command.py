@@ -9,7 +9,7 @@ import tyro
 from parity.options import check_at_least, check_installed, check_writable
 from tinyllm.errors import Error
 from tinyllm.files import write_whole
-from tinyllm.models import ARCHITECTURES
+from tinyllm.models import ARCHITECTURES, full_name
 from tinyllm.weights import hub
 
 RANDOM_SIZES = dict(n_layer=4, n_head=4, n_embd=64, vocab_size=256, n_positions=64)
@@ -24,7 +24,7 @@ class Report:
 
     model: tyro.conf.Positional[str | None] = None  # a model's folder or hub id (owner/name, or gpt2)
     random: bool = False  # a model with random weights, including norms and biases, instead
-    arch: str = "gpt2"  # architecture of --random: gpt2 or llama (with GPT-2's names for the sizes)
+    arch: str = "gpt2"  # architecture of --random, such as llama (with GPT-2's names for the sizes)
     n_layer: int | None = None  # blocks of --random; default 4
     n_head: int | None = None  # heads of --random; default 4
     n_embd: int | None = None  # channels of --random; default 64
@@ -43,7 +43,9 @@ class Report:
         from parity.compare import page, report
 
         if self.random:
-            models = report.random_models(self.arch, RANDOM_SIZES | self._sizes(), self.dtype, self.seed)
+            models = report.random_models(
+                full_name(self.arch), RANDOM_SIZES | self._sizes(), self.dtype, self.seed
+            )
             name, source = f"{self.arch}, random weights, seed {self.seed}", report.COPIED
         else:
             *models, source = report.models_of(hub.find_folder(self.model), self.dtype)
@@ -69,7 +71,7 @@ class Report:
     def _check(self) -> None:
         if self.random == (self.model is not None):
             raise Error("give either a model (a folder or hub id) or --random")
-        if self.arch not in ARCHITECTURES:
+        if full_name(self.arch) not in ARCHITECTURES:
             raise Error(f"--arch {self.arch} is not supported; supported: {', '.join(ARCHITECTURES)}")
         if (given := [*self._sizes()]) and not self.random:
             raise Error(f"--{given[0].replace('_', '-')} is only for --random: omit it for a saved model")

@@ -12,6 +12,8 @@ import torch
 
 from parity.twins.base import TorchLanguageModel
 from parity.twins.classifier import TorchSequenceClassifier
+from parity.twins.gemma2 import TorchGemma2
+from parity.twins.gemma3 import TorchGemma3
 from parity.twins.gpt2 import TorchGPT2
 from parity.twins.llama import TorchLlama
 from tinyllm.backend.device import to_device
@@ -20,7 +22,9 @@ from tinyllm.errors import Error
 from tinyllm.models import SequenceClassifier, load_model
 from tinyllm.nn import Module
 
-TWINS = {twin.ours: twin for twin in (TorchGPT2, TorchLlama)}  # tinyllm's class -> its twin
+TWINS = {
+    twin.ours: twin for twin in (TorchGPT2, TorchLlama, TorchGemma2, TorchGemma3)
+}  # tinyllm's class -> its twin
 
 DTYPES = ("float32", "float64")  # both NumPy and torch compute in these
 

@@ -21,9 +21,9 @@ from parity.twins.base import TorchLanguageModel
 from tinyllm.models.llama import Llama, LlamaConfig
 
 
-def rope_frequencies(config: LlamaConfig) -> torch.Tensor:
+def rope_frequencies(config: LlamaConfig, parameters: dict | None = None) -> torch.Tensor:
     """Radians per position of each channel pair, (D/2,), in float64; "llama3" is the scaling of Llama 3.1."""
-    rope, D = config.rope_parameters, config.head_dim
+    rope, D = parameters or config.rope_parameters, config.head_dim
     frequencies = 1 / rope["rope_theta"] ** (torch.arange(0, D, 2, dtype=torch.float64) / D)
     if rope["rope_type"] == "linear":
         return frequencies / rope["factor"]

@@ -4,7 +4,17 @@ from dataclasses import dataclass
 
 import numpy as np
 import pytest
-from support.models import EVERYTHING, NO_DROPOUT, SMALL, SMALL_LLAMA, Wrapped, batch, random_model
+from support.models import (
+    EVERYTHING,
+    GEMMA2,
+    GEMMA3,
+    NO_DROPOUT,
+    SMALL,
+    SMALL_LLAMA,
+    Wrapped,
+    batch,
+    random_model,
+)
 
 from tinyllm import GPT2, Error, GPT2Config, Llama, LlamaConfig, generate, load_model, nn, optim
 from tinyllm.models import ARCHITECTURES, LanguageModel, ModelConfig, empty_model, gpt2, llama, register
@@ -17,6 +27,8 @@ CONFIGS = {
     "gpt2 untied": GPT2Config(**SMALL, **NO_DROPOUT, tie_word_embeddings=False, lm_head_bias=True),
     "llama": EVERYTHING,
     "llama tied": LlamaConfig(**SMALL_LLAMA, tie_word_embeddings=True),
+    "gemma2": GEMMA2,
+    "gemma3": GEMMA3,
 }
 every_model = pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
 both_models = pytest.mark.parametrize("config", [CONFIGS["gpt2"], EVERYTHING], ids=["gpt2", "llama"])
@@ -255,7 +267,7 @@ def test_frozen_and_trainable_parameters_can_be_resized(config):
     with pytest.raises(Error, match="rng is None"):
         model.resize_token_embeddings(40, None)
     model.requires_grad_()
-    optimizer = optim.AdamW(model, lr=0.1)
+    optimizer = optim.AdamW(model, lr=1e-3)
     ids = np.array([[13, 14, 2]])
     losses = []
     for _ in range(2):

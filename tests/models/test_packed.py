@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support.models import EVERYTHING, NO_DROPOUT, our_gradients, random_gpt2, random_llama
+from support.models import EVERYTHING, GEMMA3, NO_DROPOUT, our_gradients, random_gpt2, random_llama
 
 from tinyllm import GPT2Config, nn
 from tinyllm.errors import Error
@@ -17,6 +17,7 @@ MODELS = {
         GPT2Config(vocab_size=13, n_positions=24, n_embd=12, n_layer=2, n_head=3, **NO_DROPOUT)
     ),
     "llama": random_llama(replace(EVERYTHING, vocab_size=13, max_position_embeddings=24)),
+    "gemma3": random_llama(replace(GEMMA3, max_position_embeddings=24)),
 }
 
 

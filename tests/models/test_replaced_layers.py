@@ -11,6 +11,8 @@ import torch
 import transformers
 from support.models import (
     EVERYTHING,
+    GEMMA2,
+    GEMMA3,
     NO_DROPOUT,
     SMALL,
     SMALL_LLAMA,
@@ -32,9 +34,13 @@ CONFIGS = {
     "gpt2 untied": GPT2Config(**SMALL, **NO_DROPOUT, tie_word_embeddings=False, lm_head_bias=True),
     "llama": EVERYTHING,
     "llama tied": LlamaConfig(**SMALL_LLAMA, tie_word_embeddings=True),
+    "gemma2": GEMMA2,
+    "gemma3": GEMMA3,
 }
 every_model = pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
-both_models = pytest.mark.parametrize("config", [CONFIGS["gpt2"], EVERYTHING], ids=["gpt2", "llama"])
+both_models = pytest.mark.parametrize(
+    "config", [CONFIGS["gpt2"], EVERYTHING, GEMMA3], ids=["gpt2", "llama", "gemma3"]
+)
 
 
 def text(model, prompts, tokens=5, **options):
@@ -107,6 +113,7 @@ def test_replaced_head_is_used_by_logits_loss_and_generate(config, head):
     ids, targets = batch(config, (2, 8))
     with no_grad():
         logits = model.lm_head(model.hidden_states(ids))
+        logits = F.softcap(logits, model.logit_softcap) if model.logit_softcap else logits
     targets = np.where(targets >= logits.shape[-1], 1, targets)
     assert np.array_equal(model(ids).data, logits.data)
 

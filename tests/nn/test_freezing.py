@@ -2,11 +2,11 @@
 
 import numpy as np
 import pytest
-from support.models import EVERYTHING, NO_DROPOUT, SMALL, batch, random_model
+from support.models import EVERYTHING, GEMMA2, GEMMA3, NO_DROPOUT, SMALL, batch, random_model
 
 from tinyllm import Error, GPT2Config, Tensor, nn, no_grad, optim
 
-CONFIGS = {"gpt2": GPT2Config(**SMALL, **NO_DROPOUT), "llama": EVERYTHING}
+CONFIGS = {"gpt2": GPT2Config(**SMALL, **NO_DROPOUT), "llama": EVERYTHING, "gemma2": GEMMA2, "gemma3": GEMMA3}
 both_models = pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
 
 

@@ -16,13 +16,23 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from support.models import batch, configs, llama_configs, our_gradients, random_gpt2, random_llama
+from support.models import (
+    batch,
+    configs,
+    gemma_configs,
+    llama_configs,
+    our_gradients,
+    random_gpt2,
+    random_llama,
+)
 from support.suite import proven
 from transformers.pytorch_utils import Conv1D as TheirConv1D
 
 from parity.ops import strategies as some
 from parity.ops.attention import addresses, kept_weights, torch_attention
 from parity.ops.cases import FLOOR, assert_close, upstream
+from parity.twins import gemma2 as torch_gemma2
+from parity.twins import gemma3 as torch_gemma3
 from parity.twins import gpt2 as torch_gpt2
 from parity.twins import llama as torch_llama
 from parity.twins.classifier import TorchSequenceClassifier
@@ -30,8 +40,8 @@ from parity.twins.lora import TorchLoRA
 from tinyllm import GPT2Config, Tensor, manual_seed, models, nn
 from tinyllm import functional as F
 from tinyllm.backend.random import next_address
-from tinyllm.models import LanguageModel, gpt2, llama
-from tinyllm.models.rope import rope_frequencies
+from tinyllm.models import LanguageModel, gemma2, gemma3, gpt2, llama
+from tinyllm.models.rope import Rope, rope_frequencies
 
 
 @dataclass(frozen=True)
@@ -64,7 +74,7 @@ def check_layer(case: LayerCase) -> None:
     ours = [Tensor(x, requires_grad=True) if kind == "f" else x for x, kind in zip(case.inputs, kinds)]
     theirs = [torch.tensor(x.copy()) if isinstance(x, np.ndarray) else x for x in case.inputs]
     theirs = [x.requires_grad_() if kind == "f" else x for x, kind in zip(theirs, kinds)]
-    theirs = [tuple(map(torch.tensor, x)) if isinstance(x, tuple) else x for x in theirs]
+    theirs = [as_torch(x) if isinstance(x, tuple | dict) else x for x in theirs]
     manual_seed(*case.address[:3])
     with_loss = len(ours) > 1 and isinstance(layer, LanguageModel)
     out = layer.loss(*ours) if with_loss else layer(*ours)
@@ -82,6 +92,13 @@ def check_layer(case: LayerCase) -> None:
     grads = our_gradients(layer) if as_stored else {name: p.grad for name, p in layer.named_parameters()}
     for name, parameter in parameters.items():
         assert_close(grads[name], parameter.grad.numpy(), f"gradient of {name}", floor=floor)
+
+
+def as_torch(arrays):
+    """A rotation as tensors, or one for each kind of layer."""
+    if isinstance(arrays, dict):
+        return {kind: as_torch(each) for kind, each in arrays.items()}
+    return tuple(map(torch.tensor, arrays))
 
 
 @contextlib.contextmanager
@@ -103,8 +120,16 @@ def same_masks(address):
         kept = kept_weights(*arrays, options | given, dropout_p, next_address())
         return torch_attention(q, k, v, mask, is_causal, options.get("scale"), kept)
 
+    def dropout_of_weights(weights, p):  # (B, H, T, T): the mask is that of any queries and keys
+        if p == 0:
+            return weights
+        anything = np.zeros((*weights.shape[:3], 1))
+        kept = kept_weights(anything, anything, {"is_causal": True}, p, next_address())
+        return weights * torch.tensor(kept)
+
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch.nn.Dropout, "forward", dropout)
+        patch.setattr(torch.nn.functional, "dropout", dropout_of_weights)
         patch.setattr(torch.nn.functional, "scaled_dot_product_attention", attention_with_dropout)
         manual_seed(*address[:3])
         yield
@@ -144,11 +169,11 @@ def lora(draw):
 
 
 @st.composite
-def embedding(draw):
+def embedding(draw, ours=nn.Embedding, theirs=torch.nn.Embedding):
     rows, channels = draw(st.integers(1, 6)), draw(st.integers(1, 4))
     ids = np.random.default_rng(draw(some.SEEDS)).integers(0, rows, draw(some.shapes(min_side=1)))
-    layer = nn.Embedding(rows, channels, rng=np.random.default_rng(0))
-    return draw(layers(layer, torch.nn.Embedding(rows, channels), np.asarray(ids)))
+    layer = ours(rows, channels, rng=np.random.default_rng(0))
+    return draw(layers(layer, theirs(rows, channels), np.asarray(ids)))
 
 
 @st.composite
@@ -163,10 +188,10 @@ def layer_norm(draw):
 
 
 @st.composite
-def rms_norm(draw):
+def rms_norm(draw, ours=nn.RMSNorm, theirs=torch.nn.RMSNorm):
     channels, eps = draw(st.integers(1, 6)), draw(st.sampled_from([None, 1e-5, 1e-6, 0.1]))
     x = draw(some.arrays((*draw(some.shapes()), channels), some.nonzero))
-    return draw(layers(nn.RMSNorm(channels, eps), torch.nn.RMSNorm(channels, eps), x))
+    return draw(layers(ours(channels, eps), theirs(channels, eps), x))
 
 
 @st.composite
@@ -235,6 +260,36 @@ def llama_model(draw):
     return LayerCase(model, torch_llama.TorchLlama(config), inputs, draw(addresses()), seed)
 
 
+# ----------------------------------------------------------------------------------- Gemma
+
+
+@st.composite
+def dropping_gemma_configs(draw, config_class):
+    return replace(draw(gemma_configs(config_class)), attention_dropout=draw(st.sampled_from([0.0, 0.3])))
+
+
+@st.composite
+def gemma_part(draw, config_class, ours, theirs, rotates=True):
+    """As ``llama_part``; a layer of Gemma 3 takes a rotation for each kind of layer."""
+    config = draw(dropping_gemma_configs(config_class))
+    T = draw(st.integers(1, config.max_position_embeddings))
+    x = draw(some.arrays((draw(st.integers(1, 2)), T, config.hidden_size), some.nonzero))
+    rope = (gemma3.RopeOfKinds if config_class is models.Gemma3Config else Rope)(config)
+    rotation = [rope(np.arange(T), x)] * rotates
+    return draw(layers(ours(config, np.random.default_rng(0)), theirs(config), x, *rotation))
+
+
+@st.composite
+def gemma_model(draw, config_class, theirs):
+    """The logits, or the loss with or without ``num_targets``."""
+    config, seed = draw(dropping_gemma_configs(config_class)), draw(some.SEEDS)
+    model = random_llama(config, seed).train(draw(st.booleans()))
+    shape = draw(st.integers(1, 3)), draw(st.integers(1, config.max_position_embeddings))
+    inputs = batch(config, shape, seed)
+    inputs = draw(st.sampled_from([inputs[:1], inputs, (*inputs, 7)]))
+    return LayerCase(model, theirs(config), inputs, draw(addresses()), seed)
+
+
 @st.composite
 def classifier(draw):
     """Logits of the last real token, of the first, or of the mean of all real tokens."""
@@ -254,6 +309,7 @@ CASES = {
     "Embedding": embedding(),
     "LayerNorm": layer_norm(),
     "RMSNorm": rms_norm(),
+    "OffsetRMSNorm": rms_norm(nn.OffsetRMSNorm, torch_gemma2.OffsetRMSNorm),
     "Dropout": dropout(),
     "Conv1D": linear(gpt2.Conv1D),
     "CausalSelfAttention": gpt2_part(gpt2.CausalSelfAttention, torch_gpt2.CausalSelfAttention),
@@ -264,6 +320,14 @@ CASES = {
     "SwiGLU": llama_part(llama.SwiGLU, torch_llama.SwiGLU, rotates=False),
     "LlamaBlock": llama_part(llama.LlamaBlock, torch_llama.LlamaBlock),
     "Llama": llama_model(),
+    "ScaledEmbedding": embedding(gemma2.ScaledEmbedding, torch_gemma2.ScaledEmbedding),
+    "GemmaAttention": gemma_part(models.Gemma2Config, gemma2.GemmaAttention, torch_gemma2.GemmaAttention),
+    "GeGLU": gemma_part(models.Gemma2Config, gemma2.GeGLU, torch_gemma2.GeGLU, rotates=False),
+    "GemmaBlock": gemma_part(models.Gemma2Config, gemma2.GemmaBlock, torch_gemma2.GemmaBlock),
+    "Gemma2": gemma_model(models.Gemma2Config, torch_gemma2.TorchGemma2),
+    "Gemma3Attention": gemma_part(models.Gemma3Config, gemma3.Gemma3Attention, torch_gemma3.Gemma3Attention),
+    "Gemma3Block": gemma_part(models.Gemma3Config, gemma3.Gemma3Block, torch_gemma3.Gemma3Block),
+    "Gemma3": gemma_model(models.Gemma3Config, torch_gemma3.TorchGemma3),
     "SequenceClassifier": classifier(),
 }
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 
 import pytest
 from support import faults
-from support.models import EVERYTHING, NO_DROPOUT, random_model
+from support.models import EVERYTHING, GEMMA2, GEMMA3, NO_DROPOUT, random_model
 from support.suite import collected, failures
 
 from parity import tables
@@ -22,6 +22,7 @@ CONFIG = GPT2Config(vocab_size=17, n_positions=8, n_embd=12, n_layer=2, n_head=3
 # ---------------------------------------------------------------------- the suite's checks
 
 MODEL, LLAMA = "GPT-2 against transformers", "Llama against transformers"
+GEMMA_2, GEMMA_3 = "Gemma 2 against transformers", "Gemma 3 against transformers"
 FOLDER, FREQUENCIES = "a checkpoint of transformers", "RoPE frequencies against transformers"
 ADAMW, TRAINING, SAMPLING = "AdamW against torch", "50 training steps", "sampling against torch"
 INSTRUCT = "masked conversations against torch"
@@ -33,6 +34,8 @@ DPO = "50 DPO steps"
 TESTS = {
     MODEL: "test_gpt2::test_several_query_blocks_and_row_chunks_equal_transformers",
     LLAMA: "test_llama::test_several_query_blocks_and_row_chunks_equal_transformers",
+    GEMMA_2: "test_several_query_blocks_of_gemma2_equal_transformers",
+    GEMMA_3: "test_several_query_blocks_of_gemma3_equal_transformers",
     FOLDER: "test_gpt2::test_folder_of_transformers_loads",
     FREQUENCIES: "test_frequencies_of_every_rope_type_equal_transformers",
     ADAMW: "test_adamw_equals_torch_for_20_steps",
@@ -184,6 +187,48 @@ FAULTS = {
         ("output of layers.0.self_attn.v_proj", "output of layers.0.self_attn.o_proj"),
         EVERYTHING,
     ),
+    "geglu: da × (1 + 1e-8)": Fault(
+        faults.scaled_gradient("geglu", 0),
+        ("geglu", "GeGLU", GEMMA_2),
+        ("gradient of layers.1.mlp.up_proj.weight", "gradient of the output of layers.1.mlp.gate_proj"),
+        GEMMA2,
+    ),
+    "OffsetRMSNorm: w instead of 1 + w": Fault(
+        faults.offset_forgotten,
+        ("OffsetRMSNorm", GEMMA_2, GEMMA_3),
+        ("output of embed_tokens", "output of layers.0.input_layernorm"),
+        GEMMA2,
+    ),
+    "Gemma 3: angles of the two kinds of layers swapped": Fault(
+        faults.angles_of_the_other_kind,
+        (GEMMA_3,),
+        ("output of layers.0.self_attn.k_norm", "output of layers.0.self_attn.o_proj"),
+        GEMMA3,
+    ),
+    "Gemma: no window in sliding layers": Fault(
+        faults.gemma_windows(faults.no_window, faults.no_window),
+        ("GemmaAttention", GEMMA_2, GEMMA_3),
+        ("output of layers.0.self_attn.v_proj", "output of layers.0.self_attn.o_proj"),
+        GEMMA2,
+    ),
+    "Gemma: a window in full layers, too": Fault(
+        faults.gemma_windows(faults.a_window, faults.a_window),
+        ("GemmaAttention", GEMMA_2, GEMMA_3),
+        ("output of layers.1.self_attn.v_proj", "output of layers.1.self_attn.o_proj"),
+        GEMMA2,
+    ),
+    "Gemma: embeddings scaled at the end": Fault(
+        faults.embeddings_scaled_at_the_end,
+        ("ScaledEmbedding", GEMMA_2, GEMMA_3),
+        ("nothing", "output of embed_tokens"),
+        GEMMA3,
+    ),
+    "Gemma 2: logits not capped in the loss": Fault(
+        faults.uncapped_loss,
+        ("linear_cross_entropy", GEMMA_2),
+        ("output of lm_head", "output of loss"),
+        GEMMA2,
+    ),
     "AdamW: no bias correction": Fault(faults.adamw(bias_correction=False), (ADAMW, TRAINING), None),
     "AdamW: norms and biases decayed": Fault(faults.adamw(decay_everything=True), (ADAMW, TRAINING), None),
     "gradient accumulation: unweighted mean": Fault(faults.plain_means, (TRAINING,), None),
@@ -210,7 +255,8 @@ def located(config) -> tuple[str, str] | None:
         return None
     first, side = findings.first
     rows = (findings.twin if side == "the twin" else findings.theirs).rows
-    return str(rows[rows.index(first) - 1]), str(first)
+    number = rows.index(first)
+    return str(rows[number - 1]) if number else "nothing", str(first)
 
 
 def test_correct_replacements_are_not_reported_as_faults(monkeypatch):
@@ -218,7 +264,7 @@ def test_correct_replacements_are_not_reported_as_faults(monkeypatch):
     faults.adamw()(monkeypatch)
     faults.attention(lambda q, k, given: {})(monkeypatch)
     assert failing(sorted({check for fault in FAULTS.values() for check in fault.caught_by})) == {}
-    assert located(CONFIG) is None and located(EVERYTHING) is None
+    assert all(located(config) is None for config in (CONFIG, EVERYTHING, GEMMA2, GEMMA3))
 
 
 @pytest.mark.fault

@@ -15,6 +15,8 @@ import torch.nn.functional as F  # noqa: E402
 from safetensors.torch import load_file, save_file  # noqa: E402
 from support.models import (  # noqa: E402
     EVERYTHING,
+    GEMMA2,
+    GEMMA3,
     NO_DROPOUT,
     SMALL,
     assert_close,
@@ -32,7 +34,8 @@ from parity.twins.llama import TorchLlama  # noqa: E402
 from tinyllm import GPT2, Error, GPT2Config, nn  # noqa: E402
 
 CONFIG = GPT2Config(**SMALL, **NO_DROPOUT)
-every_kind = pytest.mark.parametrize("config", [CONFIG, EVERYTHING], ids=["gpt2", "llama"])
+KINDS = {"gpt2": CONFIG, "llama": EVERYTHING, "gemma2": GEMMA2, "gemma3": GEMMA3}
+every_kind = pytest.mark.parametrize("config", KINDS.values(), ids=KINDS)
 
 
 # ------------------------------------------------------------------------ equal results
@@ -75,7 +78,8 @@ def test_twin_loss_is_the_mean_over_targets_or_weights(config):
     twin = bridge.to_torch(random_model(config))
     ids, targets = (torch.from_numpy(array) for array in batch(config, (2, 8)))
     logits = twin(ids)
-    assert torch.equal(logits, twin.lm_head(twin.hidden_states(ids)))
+    uncapped, cap = twin.lm_head(twin.hidden_states(ids)), getattr(config, "final_logit_softcapping", None)
+    assert torch.equal(logits, cap * torch.tanh(uncapped / cap) if cap else uncapped)
     mean = F.cross_entropy(logits.flatten(0, 1), targets.flatten())
     losses = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none").view(2, 8)
     weights, counted = torch.rand(2, 8, dtype=torch.float64), targets != -100
@@ -125,6 +129,8 @@ def test_dropout_and_eps_of_gpt2_are_copied_to_the_twin():
         replace(CONFIG, qkv_bias=False),
         EVERYTHING,
         replace(EVERYTHING, tie_word_embeddings=True, attention_bias=False),
+        GEMMA2,
+        replace(GEMMA3, tie_word_embeddings=False),
     ],
 )
 @pytest.mark.parametrize("dtype", ["float32", "float64"])

@@ -12,7 +12,7 @@ from tinyllm import GPT2, Tensor, functional, nn, optim, tensor
 from tinyllm.data import padded
 from tinyllm.data.padded import PaddedExamples
 from tinyllm.inference import sampling
-from tinyllm.models import SequenceClassifier, gpt2, rope
+from tinyllm.models import SequenceClassifier, gemma2, gemma3, gpt2, rope
 from tinyllm.training import preference
 
 FACTOR = 1 + 1e-8  # a gradient wrong in the ninth digit
@@ -98,6 +98,61 @@ def another_rms_eps(patch):
         return functional.rms_norm(x, layer.weight.shape, layer.weight, 1e-5)
 
     patch.setattr(nn.RMSNorm, "forward", forward)
+
+
+def offset_forgotten(patch):
+    patch.setattr(nn.OffsetRMSNorm, "offset", 0.0)
+
+
+def angles_of_the_other_kind(patch):
+    """Gemma 3's sliding layers rotate by the angles of the full ones, and the other way round."""
+    correct = gemma3.RopeOfKinds.__call__
+
+    def swapped(rope, positions, like):
+        found = correct(rope, positions, like)
+        return dict(zip(found, reversed(found.values())))
+
+    patch.setattr(gemma3.RopeOfKinds, "__call__", swapped)
+
+
+def gemma_windows(of_sliding, of_full):
+    """Windows as they should be in one kind of layer only: each is a function of the config."""
+    correct = gemma2.GemmaAttention.__init__
+
+    def faulty(layer, config, rng, number=0):
+        correct(layer, config, rng, number)
+        layer.window = (of_sliding if layer.kind == gemma2.SLIDING else of_full)(config)
+
+    return lambda patch: patch.setattr(gemma2.GemmaAttention, "__init__", faulty)
+
+
+def no_window(config):
+    return None
+
+
+def a_window(config):
+    return config.sliding_window
+
+
+def embeddings_scaled_at_the_end(patch):
+    """√C multiplies what the head reads, not what the first layer reads."""
+    correct = gemma2.Gemma2.hidden_states
+
+    def late(model, ids, cache=None):
+        return correct(model, ids, cache) * math.sqrt(model.config.hidden_size)
+
+    patch.setattr(gemma2.ScaledEmbedding, "forward", nn.Embedding.forward)
+    patch.setattr(gemma2.Gemma2, "hidden_states", late)
+
+
+def uncapped_loss(patch):
+    """The cap is in the logits, but not in the loss that is fused with the head."""
+    correct = functional.linear_cross_entropy
+
+    def uncapped(*args, softcap=None, **options):
+        return correct(*args, **options)
+
+    patch.setattr(functional, "linear_cross_entropy", uncapped)
 
 
 def scaling_ignored(patch):

@@ -7,6 +7,8 @@ import pytest
 from hypothesis import strategies as st
 
 from tinyllm import GPT2, GPT2Config, Llama, LlamaConfig, nn
+from tinyllm.models import ARCHITECTURES, Gemma2Config, Gemma3Config
+from tinyllm.models.gemma2 import FULL, SLIDING
 
 torch = pytest.importorskip("torch")
 
@@ -111,10 +113,17 @@ ROPES = {
 EVERYTHING = LlamaConfig(**SMALL_LLAMA, rope_parameters=ROPES["llama3"], attention_bias=True, mlp_bias=True)
 
 
+SMALL_GEMMA = SMALL_LLAMA | dict(sliding_window=3, query_pre_attn_scalar=7)
+GEMMA2 = Gemma2Config(**SMALL_GEMMA, attention_bias=True, attn_logit_softcapping=2.0,
+                      final_logit_softcapping=3.0, rope_parameters=ROPES["linear"])  # fmt: skip
+GEMMA3 = Gemma3Config(**SMALL_GEMMA, layer_types=[SLIDING, FULL], attention_bias=True,
+                      rope_parameters={SLIDING: dict(rope_theta=50.0), FULL: ROPES["linear"]})  # fmt: skip
+
+
 def random_llama(config, seed=0, dtype=np.float64):
     """A model with perturbed parameters, because biases of 0 and norm weights of 1 hide mistakes."""
     rng = np.random.default_rng(seed)
-    model = Llama(config, rng=rng).astype(dtype).eval()
+    model = ARCHITECTURES[config.model_type](config, rng=rng).astype(dtype).eval()
     for name, parameter in model.named_parameters():
         mean = 1.0 if "norm" in name else 0.0
         parameter.replace((mean + 0.3 * rng.standard_normal(parameter.shape)).astype(dtype))
@@ -149,6 +158,13 @@ def llama(dropout, **changes):
     return Llama(config, rng=np.random.default_rng(0))
 
 
+def gemma(config, dropout, **changes):
+    """The caps are so low and the window so short that both have an effect."""
+    sizes = LLAMA_SIZES | dict(sliding_window=37, query_pre_attn_scalar=7, final_logit_softcapping=3.0)
+    config = config(**sizes | changes, attention_dropout=dropout, layer_types=[SLIDING, FULL])
+    return ARCHITECTURES[config.model_type](config, rng=np.random.default_rng(0))
+
+
 UNTIED = dict(tie_word_embeddings=False, lm_head_bias=True, qkv_bias=False, activation_function="gelu")
 
 
@@ -159,6 +175,8 @@ MODELS = {  # name -> the model with a dropout
     "llama tied": lambda dropout: llama(
         dropout, tie_word_embeddings=True, attention_bias=True, mlp_bias=True
     ),
+    "gemma2": lambda dropout: gemma(Gemma2Config, dropout, attn_logit_softcapping=2.0),
+    "gemma3": lambda dropout: gemma(Gemma3Config, dropout),
 }
 
 
@@ -179,4 +197,24 @@ def llama_configs(draw):
         tie_word_embeddings=draw(st.booleans()),
         attention_bias=draw(st.booleans()),
         mlp_bias=draw(st.booleans()),
+    )
+
+
+@st.composite
+def gemma_configs(draw, config_class):
+    """Of Gemma 2 or 3, with every mixture of kinds of layers and windows from one position on."""
+    sizes = vars(draw(llama_configs())) | dict(sliding_window=draw(st.integers(1, 12)))
+    n, ropes = sizes["num_hidden_layers"], [{}, *ROPES.values()]
+    for name in ("hidden_act", "mlp_bias", "rope_parameters"):
+        del sizes[name]
+    if config_class is Gemma2Config:
+        sizes["attn_logit_softcapping"] = draw(st.sampled_from([None, 0.7, 50.0]))
+        sizes["rope_parameters"] = draw(st.sampled_from(ropes))
+    else:
+        sizes["rope_parameters"] = {kind: draw(st.sampled_from(ropes)) for kind in (SLIDING, FULL)}
+    return config_class(
+        **sizes,
+        layer_types=draw(st.lists(st.sampled_from([SLIDING, FULL]), min_size=n, max_size=n)),
+        query_pre_attn_scalar=draw(st.integers(1, 20)),
+        final_logit_softcapping=draw(st.sampled_from([None, 0.7, 30.0])),
     )

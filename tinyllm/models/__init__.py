@@ -5,8 +5,17 @@ from pathlib import Path
 import numpy as np
 
 from tinyllm.errors import Error
-from tinyllm.models.base import ARCHITECTURES, LanguageModel, ModelConfig, architecture_of, register
+from tinyllm.models.base import (
+    ARCHITECTURES,
+    LanguageModel,
+    ModelConfig,
+    architecture_of,
+    full_name,
+    register,
+)
 from tinyllm.models.classifier import SequenceClassifier, is_classifier
+from tinyllm.models.gemma2 import Gemma2, Gemma2Config
+from tinyllm.models.gemma3 import Gemma3, Gemma3Config
 from tinyllm.models.gpt2 import GPT2, GPT2Config
 from tinyllm.models.llama import Llama, LlamaConfig
 from tinyllm.weights import hub
@@ -18,12 +27,17 @@ __all__ = [
     "ARCHITECTURES",
     "GPT2",
     "GPT2Config",
+    "Gemma2",
+    "Gemma2Config",
+    "Gemma3",
+    "Gemma3Config",
     "LanguageModel",
     "Llama",
     "LlamaConfig",
     "ModelConfig",
     "SequenceClassifier",
     "empty_model",
+    "full_name",
     "load_model",
     "register",
 ]

@@ -34,6 +34,12 @@ def register(model_class):
     return model_class
 
 
+def full_name(name: str) -> str:
+    """The ``model_type`` of which ``name`` is the short form, such as "gemma3"; else ``name`` itself."""
+    short = {each.config_class.short_name: model_type for model_type, each in ARCHITECTURES.items()}
+    return short.get(name, name)
+
+
 def model_type_of(config: Mapping, default: str | None = None):
     """The ``model_type`` of a ``config.json``, without ``OWN``."""
     kind = config.get("model_type", default)
@@ -42,9 +48,12 @@ def model_type_of(config: Mapping, default: str | None = None):
 
 def architecture_of(path: Path) -> type[LanguageModel]:
     """The class that the config at a path returned by ``hub.find_model`` names."""
-    kind = model_type_of(hub.model_config(path))
+    config = hub.model_config(path)
+    kind = model_type_of(config)
     if not isinstance(kind, str) or kind not in ARCHITECTURES:
-        raise Error(f"{path}: model_type {kind!r} is not supported; supported: {', '.join(ARCHITECTURES)}")
+        not_text = " (a model of images and text)" if "text_config" in config else ""
+        supported = ", ".join(ARCHITECTURES)
+        raise Error(f"{path}: model_type {kind!r}{not_text} is not supported; supported: {supported}")
     return ARCHITECTURES[kind]
 
 
@@ -59,12 +68,13 @@ FIXED = {
     "rope_interleaved": False,
     "scale_attn_by_inverse_layer_idx": False,
     "scale_attn_weights": True,
+    "use_bidirectional_attention": False,
 }
 
 # Keys of a config.json that do not affect the logits
 BOOKKEEPING = set(
     "_attn_implementation _attn_implementation_autoset _name_or_path _num_labels architectures "
-    "bad_words_ids begin_suppress_tokens bos_token_id chunk_size_feed_forward "
+    "bad_words_ids begin_suppress_tokens bos_token_id cache_implementation chunk_size_feed_forward "
     "decoder_start_token_id diversity_penalty do_sample dtype early_stopping encoder_no_repeat_ngram_size "
     "eos_token_id exponential_decay_length_penalty finetuning_task forced_bos_token_id "
     "forced_eos_token_id gradient_checkpointing id2label is_decoder is_llama_config label2id "
@@ -89,6 +99,8 @@ class ModelConfig:
 
     model_type = ""
     hub_class = ""  # the class in ``transformers``
+    classifier_class = ""  # the class of a classifier there, if it is not named like ``hub_class``
+    short_name = ""  # another name for ``model_type`` at the command line
     is_standard = True  # whether that class computes the same with this config
     sizes: Mapping[str, dict] = {}  # published sizes: name -> fields
 
@@ -108,7 +120,7 @@ class ModelConfig:
         config = {**config, "model_type": model_type_of(config, cls.model_type)}
         ours, fixed = {field.name for field in fields(cls)}, FIXED | {"model_type": cls.model_type}
         for key, value in fixed.items():
-            if key not in ours and config.get(key, value) != value:
+            if key not in ours and config.get(key) not in (None, value):
                 raise Error(
                     f"{cls.__name__} supports only {key}={value!r}, but the config has {config[key]!r}"
                 )
@@ -165,6 +177,7 @@ class LanguageModel(nn.Module):
     depth = ""  # the config's field for their number
     prefix = ""  # what published files prepend to every name but the head's
     not_parameters: tuple[str, ...] = ()  # suffixes of keys in published files that are not parameters
+    logit_softcap: float | None = None  # what ``F.softcap`` applies to the head's output, if anything
     learned_positions = False  # if true, a cache cannot drop its oldest entries: it would change positions
 
     def configure(self, config, rng) -> np.random.Generator | None:
@@ -185,7 +198,12 @@ class LanguageModel(nn.Module):
     def forward(self, ids, *, last_only: bool = False, cache: Cache | None = None) -> Tensor:
         """Logits (B, T, V) for ids (B, T), with ``last_only`` (B, 1, V); see ``hidden_states``."""
         h = self.hidden_states(ids, cache)  # (B, T, C)
-        return self.lm_head(h[:, -1:] if last_only else h)
+        return self.head_logits(h[:, -1:] if last_only else h)
+
+    def head_logits(self, h) -> Tensor:
+        """Logits (..., V) of hidden states (..., C): the head's output, with the cap if there is one."""
+        logits = self.lm_head(h)
+        return logits if self.logit_softcap is None else F.softcap(logits, self.logit_softcap)
 
     def loss(self, ids, targets, num_targets=None, weights=None, cache: Packed | None = None) -> Tensor:
         """Σ cross-entropy over all targets but -100, divided by ``num_targets`` (default: their number).
@@ -205,9 +223,10 @@ class LanguageModel(nn.Module):
         """``loss`` of hidden states (..., C), of which some may be omitted, and their targets (...)."""
         head, options = self.lm_head, {"num_targets": num_targets, "weights": weights}
         if not (_is(head.forward, nn.Linear.forward) and _is(head.__call__, nn.Module.__call__)):
-            return F.cross_entropy(head(h), targets, **options)
+            return F.cross_entropy(self.head_logits(h), targets, **options)
         # Fused with the head: the full logits (..., V) are never in memory.
-        return F.linear_cross_entropy(h, nn.loaded(head.weight), targets, linear_bias=head.bias, **options)
+        options |= {"linear_bias": head.bias, "softcap": self.logit_softcap}
+        return F.linear_cross_entropy(h, nn.loaded(head.weight), targets, **options)
 
     @property
     def context(self) -> int:
@@ -216,11 +235,15 @@ class LanguageModel(nn.Module):
 
     def new_cache(self, batch: int, capacity: int | None = None) -> Cache:
         """An empty ``Cache`` for ``batch`` rows of at most ``capacity`` tokens (default: the context)."""
-        windows = [self.config.window_of(i) for i in range(len(getattr(self, self.blocks)))]
+        windows = self.windows()
         heads, head_size = self.config.kv_shape
         capacity = self.context if capacity is None else min(capacity, self.context)
         like = next(self.parameters()).data
         return Cache(windows, batch, heads, capacity, head_size, like, compute_dtype(like))
+
+    def windows(self) -> list[int | None]:
+        """Of each block: how many positions a query attends to; see ``ModelConfig.window_of``."""
+        return [self.config.window_of(i) for i in range(len(getattr(self, self.blocks)))]
 
     def start(self, ids, cache: Cache | None) -> tuple[np.ndarray, np.ndarray, list[LayerCache | None]]:
         """The inputs of ``hidden_states``: validated ids (B, T), their positions, and every layer's cache."""
@@ -281,9 +304,9 @@ class LanguageModel(nn.Module):
         }
         save_model(folder, self, contents, tensors, overwrite)
 
-    def current_config(self) -> ModelConfig:
-        """The config with the current number of blocks, tied if the head is."""
-        changes = {self.depth: len(getattr(self, self.blocks))} if self.depth else {}
+    def current_config(self, **changes) -> ModelConfig:
+        """The config with the current number of blocks, tied if the head is, and ``changes``."""
+        changes |= {self.depth: len(getattr(self, self.blocks))} if self.depth else {}
         return replace(self.config, tie_word_embeddings=self._is_tied(), **changes)
 
     def _is_tied(self) -> bool:

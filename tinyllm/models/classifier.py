@@ -138,8 +138,9 @@ class SequenceClassifier(nn.Module):
         config = model.current_config()
         original = SequenceClassifier(type(model)(config, rng=None), self.labels, None)
         contents = config.to_dict(standard=is_plain(self, original) and self.pooling == "last")
+        plain, own = config.hub_class, config.classifier_class or HEAD.sub(SUFFIX, config.hub_class)
         contents |= {
-            "architectures": [HEAD.sub(SUFFIX, name) for name in contents["architectures"]],
+            "architectures": [name.replace(plain, own) for name in contents["architectures"]],
             "id2label": dict(enumerate(self.labels)),
             "label2id": {label: number for number, label in enumerate(self.labels)},
             "pad_token_id": self.pad_id,

@@ -169,12 +169,12 @@ class Llama(LanguageModel):
 
     config_class, token_embedding, blocks, depth = LlamaConfig, "embed_tokens", "layers", "num_hidden_layers"
     prefix, not_parameters = "model.", ("rotary_emb.inv_freq",)  # frequencies, in old files
-    embedding_class, block_class = nn.Embedding, LlamaBlock
+    embedding_class, block_class, rope_class = nn.Embedding, LlamaBlock, Rope
 
     def __init__(self, config: LlamaConfig, rng):
         rng = self.configure(config, rng)
         C, std = config.hidden_size, config.initializer_range
-        self.rope = Rope(config)
+        self.rope = self.rope_class(config)
         self.embed_tokens = self.embedding_class(config.vocab_size, C, rng=rng, std=std)
         self.layers = [self.block_class(config, rng, i) for i in range(config.num_hidden_layers)]
         self.norm = self.block_class.norm_class(C, config.rms_norm_eps)

@@ -50,7 +50,7 @@ class Packed:
         self._positions = column - np.maximum.accumulate(np.where(begins, column, 0), axis=1)
         sequence = begins.cumsum(axis=1)
         same = (sequence[:, :, None] == sequence[:, None, :])[:, None]  # (B, 1, T, T)
-        windows = [model.config.window_of(i) for i in range(len(getattr(model, model.blocks)))]
+        windows = model.windows()
         like = next(model.parameters()).data
         masks = {
             window: same if window is None else same & (column > column[:, None] - window)

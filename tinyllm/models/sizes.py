@@ -19,3 +19,10 @@ LLAMA = {
     "Llama-3.2-1B": LLAMA_3_2 | dict(hidden_size=2048, num_hidden_layers=16),
     "Llama-3.2-3B": LLAMA_3_2 | dict(hidden_size=3072, num_hidden_layers=28, num_attention_heads=24),
 }  # fmt: skip
+GEMMA_2 = {"Gemma-2-2B": {}}
+GEMMA_3_SMALL = dict(vocab_size=262144, max_position_embeddings=32768, num_attention_heads=4,
+                     num_key_value_heads=1, sliding_window=512)  # fmt: skip
+GEMMA_3 = {
+    "Gemma-3-270M": GEMMA_3_SMALL | dict(hidden_size=640, intermediate_size=2048, num_hidden_layers=18),
+    "Gemma-3-1B": GEMMA_3_SMALL | dict(hidden_size=1152, intermediate_size=6912),
+}

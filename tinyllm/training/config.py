@@ -12,7 +12,7 @@ import numpy as np
 from tinyllm.backend import distributed
 from tinyllm.backend.dtypes import PRECISIONS
 from tinyllm.errors import Error
-from tinyllm.models import ARCHITECTURES
+from tinyllm.models import ARCHITECTURES, full_name
 from tinyllm.nn import Module
 
 SPECIAL = ("refuse", "allow", "text")
@@ -177,7 +177,7 @@ class ModelOptions:
     start_from: str | None = None
     """Start from the weights and the tokenizer of a run, a model's folder, a .gguf file or a hub id."""
     arch: str = "gpt2"
-    """Architecture: gpt2 or llama."""
+    """Architecture: gpt2, llama, gemma2 or gemma3."""
     n_layer: int = 3
     """Number of blocks."""
     n_head: int = 4
@@ -248,6 +248,7 @@ class TrainConfig(RunOptions, ModelOptions, TextOptions):
     free = RunOptions.free | {"text", "text_field", "pattern", "tokens", "eval_windows", "prompt"}
 
     def __post_init__(self):
+        vars(self).update(arch=full_name(self.arch))
         super().__post_init__()
         self._require_at_least(1, "eval_windows context stride")
         self._require_at_least(0, "in_memory")
