@@ -1,30 +1,27 @@
 # %% [markdown]
-# # From GPT-2 to Llama 2 to Llama 3
+# # From GPT-2 to Llama, to Qwen3, to Gemma 3
 #
 # How does GPT-2 become Llama? With four changes: RMSNorm, rotary position embeddings, SwiGLU and
-# grouped-query attention. Here they are made one at a time, with the effect and the cost of each. The final
-# model is compared with tinyllm's Llama, and the sizes with the published ones. Nothing large is allocated;
-# it runs in seconds.
+# grouped-query attention. One more makes it Qwen3, and six more Gemma 3. Here they are made one at a time,
+# with the effect and the cost of each. The final models are compared with tinyllm's, and the sizes with the
+# published ones. Nothing large is allocated; it runs in seconds.
 #
-# Read along with `tinyllm/models/gpt2.py` and then `tinyllm/models/llama.py`.
+# Read along with `tinyllm/models/gpt2.py`, then `llama.py`, `qwen.py`, `gemma2.py` and `gemma3.py` beside it.
 
 # %%
-import importlib.util
 import math
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import numpy as np
 
 from tinyllm import GPT2, GPT2Config, Llama, LlamaConfig, Tensor, nn
 from tinyllm import functional as F
-from tinyllm.models.llama import GroupedQueryAttention
-from tinyllm.models.rope import rope_frequencies
+from tinyllm.models import Gemma3, Gemma3Config
 
 rng = np.random.default_rng(0)
 
 # %% [markdown]
-# ## One model for both
+# ## One model for all
 # A plan determines which changes are made. Without any, the model below is GPT-2.
 
 
@@ -38,56 +35,82 @@ class Plan:
     heads: int
     inner: int  # width inside the MLP
     tied: bool = False  # one matrix for the embedding and the head
-    rms_norm: bool = False  # change 1
+    # Llama
+    norm: type = nn.LayerNorm  # change 1
+    eps: float = 1e-5
     rope_theta: float | None = None  # change 2
-    swiglu: bool = False  # change 3
+    gate: str | None = None  # change 3: "silu"
     kv_heads: int | None = None  # change 4; None: one per query head
     biases: bool = True  # Llama has none
+    # Qwen3
+    qk_norm: bool = False  # change 5
+    head_size: int | None = None  # None: channels / heads
+    # Gemma 3
+    norms_after: bool = False  # change 7
+    window: int | None = None  # change 9: of five layers of six
+    local_theta: float | None = None  # change 10: theta in those
+    scale: float = 1.0  # change 11: of the embeddings
+
+    @property
+    def each_head(self):
+        return self.head_size or self.channels // self.heads
+
+    def window_of(self, layer):
+        return self.window if (layer + 1) % 6 else None
 
 
 class Attention(nn.Module):
-    def __init__(self, plan, rng):
-        C, D = plan.channels, plan.channels // plan.heads
+    def __init__(self, plan, window, rng):
+        C, D = plan.channels, plan.each_head
         G = plan.heads if plan.kv_heads is None else plan.kv_heads
-        self.head_size = D
-        self.q_proj = nn.Linear(C, C, plan.biases, rng=rng)
+        self.head_size, self.window = D, window
+        self.q_proj = nn.Linear(C, plan.heads * D, plan.biases, rng=rng)
         self.k_proj = nn.Linear(C, G * D, plan.biases, rng=rng)
         self.v_proj = nn.Linear(C, G * D, plan.biases, rng=rng)
-        self.o_proj = nn.Linear(C, C, plan.biases, rng=rng)
+        self.o_proj = nn.Linear(plan.heads * D, C, plan.biases, rng=rng)
+        self.q_norm = plan.norm(D, plan.eps) if plan.qk_norm else None
+        self.k_norm = plan.norm(D, plan.eps) if plan.qk_norm else None
 
     def forward(self, x, rotation):  # (B, T, C)
         q, k, v = (
             projection(x).rearrange("b t (h d) -> b h t d", d=self.head_size)
             for projection in (self.q_proj, self.k_proj, self.v_proj)
         )
+        if self.q_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
         if rotation is not None:
             q, k = F.rope(q, *rotation), F.rope(k, *rotation)
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)  # (B, H, T, D)
-        return self.o_proj(y.rearrange("b h t d -> b t (h d)"))
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True, window=self.window)
+        return self.o_proj(y.rearrange("b h t d -> b t (h d)"))  # y is (B, H, T, D)
 
 
 class MLP(nn.Module):
     def __init__(self, plan, rng):
-        self.gate_proj = nn.Linear(plan.channels, plan.inner, plan.biases, rng=rng) if plan.swiglu else None
+        self.gate_proj = nn.Linear(plan.channels, plan.inner, plan.biases, rng=rng) if plan.gate else None
         self.up_proj = nn.Linear(plan.channels, plan.inner, plan.biases, rng=rng)
         self.down_proj = nn.Linear(plan.inner, plan.channels, plan.biases, rng=rng)
+        self.gated = F.geglu if plan.gate == "gelu" else F.swiglu
 
     def forward(self, x):
         if self.gate_proj is None:
             return self.down_proj(F.gelu(self.up_proj(x), approximate="tanh"))
-        return self.down_proj(F.swiglu(self.gate_proj(x), self.up_proj(x)))
-
-
-def norm(plan):
-    return nn.RMSNorm(plan.channels, 1e-5) if plan.rms_norm else nn.LayerNorm(plan.channels, 1e-5)
+        return self.down_proj(self.gated(self.gate_proj(x), self.up_proj(x)))
 
 
 class Block(nn.Module):
-    def __init__(self, plan, rng):
-        self.input_layernorm, self.self_attn = norm(plan), Attention(plan, rng)
-        self.post_attention_layernorm, self.mlp = norm(plan), MLP(plan, rng)
+    def __init__(self, plan, layer, rng):
+        names = ["input_layernorm", "post_attention_layernorm"]
+        if plan.norms_after:  # then the second is what its name says, and these are around the MLP
+            names += ["pre_feedforward_layernorm", "post_feedforward_layernorm"]
+        for name in names:
+            setattr(self, name, plan.norm(plan.channels, plan.eps))
+        self.self_attn, self.mlp = Attention(plan, plan.window_of(layer), rng), MLP(plan, rng)
+        self.norms_after = plan.norms_after
 
     def forward(self, x, rotation):
+        if self.norms_after:
+            x = x + self.post_attention_layernorm(self.self_attn(self.input_layernorm(x), rotation))
+            return x + self.post_feedforward_layernorm(self.mlp(self.pre_feedforward_layernorm(x)))
         x = x + self.self_attn(self.input_layernorm(x), rotation)
         return x + self.mlp(self.post_attention_layernorm(x))
 
@@ -100,20 +123,21 @@ class Model(nn.Module):
         self.embed_tokens = nn.Embedding(plan.vocabulary, plan.channels, rng=rng)
         learned = plan.rope_theta is None
         self.positions = nn.Embedding(plan.context, plan.channels, rng=rng) if learned else None
-        self.layers = [Block(plan, rng) for _ in range(plan.layers)]
-        self.norm = norm(plan)
+        self.layers = [Block(plan, layer, rng) for layer in range(plan.layers)]
+        self.norm = plan.norm(plan.channels, plan.eps)
         self.lm_head = nn.Linear(plan.channels, plan.vocabulary, bias=False, rng=rng)
         if plan.tied:
             self.lm_head.weight = self.embed_tokens.weight
 
     def forward(self, ids):  # (B, T)
-        x, rotation, places = self.embed_tokens(ids), None, np.arange(ids.shape[1])
+        plan, places = self.plan, np.arange(ids.shape[1])
+        x = self.embed_tokens(ids) * plan.scale
         if self.positions is not None:
             x = x + self.positions(places)
-        else:
-            rotation = angles(places, self.plan.channels // self.plan.heads, self.plan.rope_theta)
         for layer in self.layers:
-            x = layer(x, rotation)
+            local = plan.local_theta if layer.self_attn.window else None
+            theta = local or plan.rope_theta
+            x = layer(x, None if theta is None else angles(places, plan.each_head, theta))
         return self.lm_head(self.norm(x))
 
 
@@ -188,8 +212,6 @@ assert np.abs(F.swiglu(a, b).data - by_hand).max() < 1e-15
 C = 4096
 inner = 256 * math.ceil(8 * C / 3 / 256)
 print(f"Llama 2: inner width {inner:,}")  # Llama 2: inner width 11,008
-print(f"two matrices {2 * C * 4 * C:,}, three {3 * C * inner:,}")
-# two matrices 134,217,728, three 135,266,304
 assert inner == LlamaConfig.preset("Llama-2-7B").intermediate_size
 
 # %% [markdown]
@@ -209,9 +231,9 @@ def step(before, what, **changes):
 
 large = Plan(32000, 4096, layers=32, channels=4096, heads=32, inner=4 * 4096)
 plan = step(large, "GPT-2, this large, with a head of its own")
-plan = step(plan, "1. RMSNorm", rms_norm=True)
+plan = step(plan, "1. RMSNorm", norm=nn.RMSNorm)
 plan = step(plan, "2. rotary position embeddings", rope_theta=10000.0)
-plan = step(plan, "3. SwiGLU, inner width 11,008", swiglu=True, inner=inner)
+plan = step(plan, "3. SwiGLU, inner width 11,008", gate="silu", inner=inner)
 llama2 = step(plan, "no biases: Llama 2 7B", biases=False)
 # GPT-2, this large, with a head of its own      6,723,084,288              +0
 # 1. RMSNorm                                     6,722,818,048        -266,240
@@ -220,28 +242,11 @@ llama2 = step(plan, "no biases: Llama 2 7B", biases=False)
 # no biases: Llama 2 7B                          6,738,415,616      -1,359,872
 assert Model(llama2).num_parameters() == 6_738_415_616  # as published
 
-
-def tinyllm_counts(size):
-    return Llama(LlamaConfig.preset(size), rng=None).num_parameters()
-
-
-assert Model(llama2).num_parameters() == tinyllm_counts("Llama-2-7B")
-
 # %% [markdown]
 # ## 4. Grouped-query attention
 # Every head has its own queries, but several heads can share keys and values. With 8 key-value heads for 32
 # query heads, two of the four matrices shrink to a quarter.
-
-# %%
-for name, kv_heads in (("MHA", 32), ("GQA", 8)):
-    config = LlamaConfig(hidden_size=4096, num_attention_heads=32, num_key_value_heads=kv_heads)
-    weights = GroupedQueryAttention(config, rng=None).num_parameters()
-    print(f"{name}, {kv_heads:2} key-value heads: {weights:,} weights")
-    assert weights == {"MHA": 67_108_864, "GQA": 41_943_040}[name]
-# MHA, 32 key-value heads: 67,108,864 weights
-# GQA,  8 key-value heads: 41,943,040 weights
-
-# %% [markdown]
+#
 # This equals ordinary attention in which each key and value head is repeated for every query head of its
 # group. The repeated heads are never stored, neither in memory nor in the cache.
 
@@ -277,104 +282,119 @@ small = step(small, "tied embeddings: Llama 3.2 1B", tied=True, context=131072)
 # inner width 14,336, theta 500,000: Llama 3 8B  8,030,261,248  +1,308,622,848
 # 16 layers, 2,048 channels, 8,192 inside        1,498,482,688  -6,531,778,560
 # tied embeddings: Llama 3.2 1B                  1,235,814,400    -262,668,288
-assert Model(llama3).num_parameters() == tinyllm_counts("Llama-3-8B") == 8_030_261_248
-assert Model(small).num_parameters() == tinyllm_counts("Llama-3.2-1B") == 1_235_814_400
+for plan, size in ((llama2, "Llama-2-7B"), (llama3, "Llama-3-8B"), (small, "Llama-3.2-1B")):
+    published = Llama(LlamaConfig.preset(size), rng=None)
+    assert Model(plan).num_parameters() == published.num_parameters()
 
 # %% [markdown]
-# ## The cost of the cache
+# ## 5. Qwen3: normalized queries and keys
+# The scores q · k / √D grow with the square of the weights' scale, and if they are large, softmax selects a
+# single key. Qwen3 normalizes each head of q and k, so that no score exceeds √D (times the norms' learned
+# scales). And the size of a head is a number of its own.
+
+# %%
+q, k = (Tensor(rng.standard_normal((1, 1, 16, 64))) for _ in range(2))
+for factor in (1, 10, 100):
+    raw = np.abs((factor**2 * (q @ k.swapaxes(2, 3)) / 8).data).max()
+    normed = np.abs((F.rms_norm(factor * q, 64) @ F.rms_norm(factor * k, 64).swapaxes(2, 3) / 8).data).max()
+    print(f"q and k x {factor:3}: largest score {raw:8,.1f}, of normalized ones {normed:.1f}")
+    assert normed <= math.sqrt(64)
+# q and k x   1: largest score      2.9, of normalized ones 2.8
+# q and k x  10: largest score    287.4, of normalized ones 2.8
+# q and k x 100: largest score 28,742.0, of normalized ones 2.8
+
+plan = replace(small, vocabulary=151936, context=40960, layers=28, channels=1024, heads=16, inner=3072)
+plan = step(plan, "a Llama of Qwen3's sizes")
+plan = step(plan, "heads of 128 channels, not of 64", head_size=128)
+qwen3 = step(plan, "5. norms of q and k: Qwen3 0.6B", qk_norm=True, rope_theta=1e6, eps=1e-6)
+# a Llama of Qwen3's sizes                         507,962,368              +0
+# heads of 128 channels, not of 64                 596,042,752     +88,080,384
+# 5. norms of q and k: Qwen3 0.6B                  596,049,920          +7,168
+assert Model(qwen3).num_parameters() == 596_049_920  # as published
+
+# %% [markdown]
+# ## Gemma 3
+# 6. The scale of an RMSNorm is 1 + w, and the weight w starts at 0.
+# 7. The outputs of attention and MLP are normalized, too, before they are added to the residual stream.
+# 8. GeGLU: GELU in place of SiLU.
+# 9. Five of six layers see a window only, 512 positions in the smallest model.
+# 10. Within a window theta is 10,000, so that near positions are told apart; in the other layers 1,000,000.
+# 11. Embeddings are multiplied by √C, because the head shares their weight, whose rows have a length of
+#     about 1: so the residual stream begins with numbers of about 1.
+#
+# Only the norms cost parameters. The windows save what long texts cost: the cache and the scores.
+
+# %%
+plan = replace(qwen3, vocabulary=262144, context=32768, layers=18, channels=640, heads=4, kv_heads=1,
+               head_size=256, inner=2048)  # fmt: skip
+plan = step(plan, "a Qwen3 of Gemma 3's sizes")
+plan = step(plan, "6. scales of 1 + w", norm=nn.OffsetRMSNorm)
+plan = step(plan, "7. norms after attention and MLP", norms_after=True)
+plan = step(plan, "8. GeGLU", gate="gelu")
+full = step(plan, "11. scaled embeddings", scale=math.sqrt(640))
+gemma3 = step(full, "9., 10. windows with their own theta: 270M", window=512, local_theta=1e4)
+# a Qwen3 of Gemma 3's sizes                       268,075,136              +0
+# 6. scales of 1 + w                               268,075,136              +0
+# 7. norms after attention and MLP                 268,098,176         +23,040
+# 8. GeGLU                                         268,098,176              +0
+# 11. scaled embeddings                            268,098,176              +0
+# 9., 10. windows with their own theta: 270M       268,098,176              +0
+assert Model(gemma3).num_parameters() == 268_098_176  # as published
+assert Gemma3(Gemma3Config.preset("Gemma-3-270M"), rng=None).num_parameters() == 268_098_176
+
+# %% [markdown]
+# ## What a long text costs
 # Decoding caches the keys and values of all positions: 2 · layers · key-value heads · head size numbers per
-# token. Grouped-query attention reduces this: with as many layers and channels, Llama 3 needs a quarter of
-# Llama 2's memory. In float32 (half precision needs half of it), per token and for the whole context:
+# token, in a layer with a window of its last tokens only. In float32 (half precision needs half of it), and
+# with the multiplications of scores and values, Q Kᵀ and P V, for the last token:
 
 
 # %%
-def cache_bytes(plan, itemsize):
-    """The size of one token's keys and values in all layers."""
+def at(tokens, plan):
+    """Bytes of the cache and FLOPs of attention for one more token, after so many."""
+    seen = sum(min(tokens, plan.window_of(i) or tokens) for i in range(plan.layers))
     kv_heads = plan.heads if plan.kv_heads is None else plan.kv_heads
-    return 2 * plan.layers * kv_heads * (plan.channels // plan.heads) * itemsize
+    return 2 * seen * kv_heads * plan.each_head * 4, 4 * seen * plan.heads * plan.each_head
 
 
-sizes = {"GPT-2 124M": gpt2_plan, "Llama 2 7B": llama2, "Llama 3 8B": llama3, "Llama 3.2 1B": small}
+sizes = {"GPT-2 124M": gpt2_plan, "Llama 2 7B": llama2, "Llama 3 8B": llama3, "Llama 3.2 1B": small,
+         "Qwen3 0.6B": qwen3, "Gemma 3 270M, full": full, "Gemma 3 270M": gemma3}  # fmt: skip
 for name, each in sizes.items():
-    per_token = cache_bytes(each, itemsize=4)
-    whole = each.context * per_token / 2**30
-    print(f"{name:12}  {per_token / 1024:5.0f} KiB per token  {whole:5.2f} GiB for {each.context:7,} tokens")
-# GPT-2 124M       72 KiB per token   0.07 GiB for   1,024 tokens
-# Llama 2 7B     1024 KiB per token   4.00 GiB for   4,096 tokens
-# Llama 3 8B      256 KiB per token   2.00 GiB for   8,192 tokens
-# Llama 3.2 1B     64 KiB per token   8.00 GiB for 131,072 tokens
-assert cache_bytes(llama2, 4) == 4 * cache_bytes(llama3, 4)
-
-cache = Llama(LlamaConfig.preset("Llama-3.2-1B"), rng=None).new_cache(batch=1, capacity=10)
-assert sum(array.nbytes for array in cache.keys + cache.values) == 10 * cache_bytes(small, 4)  # allocated
-
-# %% [markdown]
-# ## Is it Llama?
-# A small model with all changes, and tinyllm's Llama with the same weights, in float64. The names of the
-# parameters equal the checkpoint's, so `load_state_dict` copies them all.
-
-# %%
-toy = replace(
-    llama3, vocabulary=100, context=64, layers=2, channels=32, heads=4, kv_heads=2, inner=48, rope_theta=1e4
-)
-config = LlamaConfig(
-    vocab_size=100,
-    hidden_size=32,
-    intermediate_size=48,
-    num_hidden_layers=2,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    max_position_embeddings=64,
-    rms_norm_eps=1e-5,
-    initializer_range=0.2,
-)
-llama = Llama(config, rng=rng).astype(np.float64).eval()
-mine = Model(toy, rng).astype(np.float64)
-mine.load_state_dict(llama.state_dict())
-ids = rng.integers(0, 100, (2, 64))
-difference = np.abs(mine(ids).data - llama(ids).data).max()
-print(f"largest difference of {mine(ids).size:,} logits: {difference:.0e}")
-assert difference < 1e-12
+    cache, flops = at(each.context, each)
+    print(f"{name:18}  {each.context:7,} tokens: {cache / 2**30:5.2f} GiB, {flops / 1e6:9,.1f} MFLOP")
+# GPT-2 124M            1,024 tokens:  0.07 GiB,      37.7 MFLOP
+# Llama 2 7B            4,096 tokens:  4.00 GiB,   2,147.5 MFLOP
+# Llama 3 8B            8,192 tokens:  2.00 GiB,   4,295.0 MFLOP
+# Llama 3.2 1B        131,072 tokens:  8.00 GiB,  17,179.9 MFLOP
+# Qwen3 0.6B           40,960 tokens:  8.75 GiB,   9,395.2 MFLOP
+# Gemma 3 270M, full   32,768 tokens:  1.12 GiB,   2,415.9 MFLOP
+# Gemma 3 270M         32,768 tokens:  0.20 GiB,     434.1 MFLOP
+assert at(1000, llama2)[0] == 4 * at(1000, llama3)[0]
 
 # %% [markdown]
-# ## The longer context of Llama 3.1
-# Llama 3 was trained on sequences of 8,192 tokens; Llama 3.1 extends the context to 131,072. Pairs of
-# channels that rotate more than 4 times within 8,192 tokens resolve small distances and are unchanged. Pairs
-# that do not complete one rotation would reach angles never seen in training. They are slowed down 8 times,
-# so that 65,536 tokens rotate them as far as 8,192 did. In between, the factor is interpolated. (Training on
-# long texts did the rest.)
+# ## Is it Llama? Is it Gemma?
+# Small models with all changes, and tinyllm's with the same weights, in float64. The names of the parameters
+# equal the checkpoint's, so `load_state_dict` copies them all.
+
 
 # %%
-before = rope_frequencies(LlamaConfig.preset("Llama-3-8B"))  # radians per position, one for each pair
-after = rope_frequencies(LlamaConfig.preset("Llama-3.1-8B"))
-turns = 8192 * before / (2 * math.pi)  # in the context it was trained on
-print("pair  tokens per turn  turns in 8,192  slowed down")
-for i in range(0, len(before), 7):
-    print(f"{i:4}  {2 * math.pi / before[i]:15,.0f}  {turns[i]:14.2f}  {before[i] / after[i]:10.2f} times")
-# pair  tokens per turn  turns in 8,192  slowed down
-#    0                6         1303.80        1.00 times
-# …
-#   28            1,956            4.19        1.00 times
-#   35            8,219            1.00        8.00 times
-# …
-#   63        2,559,196            0.00        8.00 times
-slower = before / after
-assert (slower[turns > 4] == 1).all() and np.allclose(slower[turns < 1], 8, rtol=1e-15)
-slope = slower[(turns > 1) & (turns < 4)]
-print("between them:", slope.round(2))
-assert len(slope) and (np.diff(slope) > 0).all() and slope.min() > 1 and slope.max() < 8
+def compare(plan, theirs):
+    mine = Model(plan, rng).astype(np.float64)
+    theirs = theirs.astype(np.float64).eval()
+    for parameter in theirs.parameters():  # norms too
+        parameter.data += 0.2 * rng.standard_normal(parameter.shape)
+    mine.load_state_dict(theirs.state_dict())
+    ids = rng.integers(0, 100, (2, 64))
+    difference = np.abs(mine(ids).data - theirs(ids).data).max()
+    print(f"{type(theirs).__name__}: largest difference of {mine(ids).size:,} logits: {difference:.0e}")
+    assert difference < 1e-12
 
-# %%
-if importlib.util.find_spec("matplotlib"):
-    from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(7, 4), layout="constrained")
-    axes = figure.subplots()
-    axes.semilogx(2 * math.pi / before, slower, "o-", markersize=3)
-    axes.axvspan(8192 / 4, 8192, alpha=0.2, label="1 to 4 turns in 8,192 tokens")
-    axes.set(xlabel="tokens per turn", ylabel="slowed down (times)", title="RoPE in Llama 3.1 (factor 8)")
-    axes.legend()
-    picture = Path("runs") / "rope-scaling.png"
-    picture.parent.mkdir(exist_ok=True)
-    figure.savefig(picture)
-    print("picture:", picture)
+tiny = dict(vocabulary=100, context=64, channels=32, heads=4, kv_heads=2, inner=48)
+same = dict(vocab_size=100, max_position_embeddings=64, hidden_size=32, num_attention_heads=4,
+            num_key_value_heads=2, intermediate_size=48)  # fmt: skip
+plan = replace(llama3, layers=2, rope_theta=1e4, **tiny)
+compare(plan, Llama(LlamaConfig(**same, num_hidden_layers=2, rms_norm_eps=1e-5), rng=rng))
+plan = replace(gemma3, layers=6, head_size=8, window=9, scale=math.sqrt(32), **tiny)
+sizes = dict(num_hidden_layers=6, head_dim=8, query_pre_attn_scalar=8, sliding_window=9)
+compare(plan, Gemma3(Gemma3Config(**same, **sizes), rng=rng))
