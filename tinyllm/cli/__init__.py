@@ -25,6 +25,7 @@ from tinyllm.cli import (
     merge,
     plot,
     pull,
+    serve,
     tokenize,
     train,
 )
@@ -48,6 +49,7 @@ COMMANDS = {
     "merge": (merge.MergeConfig, merge.run),
     "export": (export.ExportConfig, export.run),
     "judge": (judge.JudgeConfig, judge.run),
+    "serve": (serve.ServeConfig, serve.run),
     "pull": (pull.PullConfig, pull.run),
     "tokenize": (tokenize.TokenizeConfig, tokenize.run),
     "inspect": (inspect.InspectConfig, inspect.run),

@@ -195,7 +195,7 @@ def _next_logits(
         candidates = speculate.propose(texts[0], cache, left)
         if candidates:
             ids = np.array([[texts[0][-1], *candidates]])
-            return speculate.keep(candidates, _logits(run, ids, cache, last_only=False)[0])
+            return speculate.keep(candidates, logits_of(run, ids, cache, last_only=False)[0])
     if cache is None:
         new = [text[-model.context :] for text in texts]
     else:
@@ -205,12 +205,12 @@ def _next_logits(
         ids = np.array(list(rows))  # (rows, T)
         some = slice(first, first + len(ids))
         part = cache if cache is None or len(ids) == len(texts) else cache[some]
-        parts.append(_logits(run, ids, part)[:, 0])
+        parts.append(logits_of(run, ids, part)[:, 0])
         first = some.stop
     return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
 
-def _logits(run: DecodingSteps, ids, cache: Cache | None, last_only: bool = True) -> np.ndarray:
+def logits_of(run: DecodingSteps, ids, cache: Cache | None, last_only: bool = True) -> np.ndarray:
     """The logits (B, T, V), or the last ones (B, 1, V), on the host, for the ids (B, T) that continue those
     in the cache.
     """

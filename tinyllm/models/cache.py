@@ -216,15 +216,25 @@ class Cache:
         for dropped in self.dropped.values():
             dropped[:] = 0
 
-    def copy_row(self, source: int, target: int) -> None:
-        """Replace the row ``target`` by a copy of the row ``source``."""
-        self.texts[target][:] = self.texts[source]
+    def copy_row(self, source: int, target: int, length: int | None = None) -> None:
+        """Replace the row ``target`` by a copy of the row ``source``, or of its first ``length`` tokens."""
+        self.texts[target][:] = self.texts[source][:length]
         for dropped in self.dropped.values():
             dropped[target] = dropped[source]
         for window, keys, values in zip(self.windows, self.keys, self.values):
-            held = len(self.texts[source]) - self.dropped[window][source]
+            held = max(0, len(self.texts[target]) - self.dropped[window][source])
             for entries in (keys, values):
                 entries[target, :, :held] = entries[source, :, :held]
+
+    def swap_rows(self, a: int, b: int) -> None:
+        """Exchange two rows."""
+        held = {window: (self.lengths - dropped)[[a, b]].max() for window, dropped in self.dropped.items()}
+        self.texts[a][:], self.texts[b][:] = self.texts[b][:], self.texts[a][:]
+        for dropped in self.dropped.values():
+            dropped[[a, b]] = dropped[[b, a]]
+        for window, keys, values in zip(self.windows, self.keys, self.values):
+            for entries in (keys, values):
+                entries[[a, b], :, : held[window]] = entries[[b, a], :, : held[window]]
 
     def with_capacity(self, capacity: int) -> Cache:
         """A copy with another capacity. Raises ``Error`` if a row holds more tokens."""
@@ -267,7 +277,7 @@ class Cache:
         The model then continues with the others: its logits are those of a new cache. So a row of which
         tokens were dropped is cleared.
         """
-        lengths = np.array([_common(old, new) for old, new in zip(self.texts, texts, strict=True)])
+        lengths = np.array([common_prefix(old, new) for old, new in zip(self.texts, texts, strict=True)])
         complete = self._holds(lengths)
         if None in self.dropped:
             complete &= self.dropped[None] == 0
@@ -295,7 +305,7 @@ class Cache:
         self.dropped[window] += count
 
 
-def _common(cached: Sequence[int], text: Sequence[int]) -> int:
+def common_prefix(cached: Sequence[int], text: Sequence[int]) -> int:
     """The length of the common prefix, less than that of ``text``."""
     most = min(len(cached), len(text) - 1)
     return next((i for i in range(most) if cached[i] != text[i]), most)

@@ -1,0 +1,110 @@
+"""``tinyllm serve``: an HTTP server with OpenAI's API."""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+import os
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, ClassVar
+
+from tinyllm.backend.dtypes import autocast
+from tinyllm.checks import check_at_least, pip_install
+from tinyllm.cli.options import DeviceOptions, TextModelOptions, move, option
+from tinyllm.errors import Error
+from tinyllm.serve.engine import Engine
+
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
+LONGEST = 8192  # tokens of a conversation, unless --context says otherwise
+KEY = "TINYLLM_API_KEY"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServeConfig(DeviceOptions, TextModelOptions):
+    """Serve a model over HTTP, with OpenAI's API.
+
+    Prints its address on stdout, and a line for each request, without its content, on stderr. Ctrl-C or
+    SIGTERM ends it; answers in progress have five seconds to finish.
+
+    Example: tinyllm serve --model smollm2 --port 8080
+    """
+
+    smaller: ClassVar = ["fewer --slots", "a smaller --context"]
+
+    host: Annotated[str, option("NAME")] = "127.0.0.1"
+    """Address to listen on. Other than this one, anyone in the network can use the server: give --api-key."""
+    port: Annotated[int, option("N")] = 8080
+    """Port to listen on; 0 chooses a free one."""
+    slots: Annotated[int, option("N")] = 4
+    """Number of answers that are generated at once, and of conversations whose beginning is kept."""
+    queue: Annotated[int, option("N")] = 32
+    """Number of requests that may wait for a slot; more get status 503."""
+    context: Annotated[int | None, option("N", f"the model's, at most {LONGEST}")] = None
+    """Maximum number of tokens of a conversation, its answer included. Memory grows with --slots times it."""
+    max_tokens: Annotated[int, option("N")] = 2048
+    """Maximum number of tokens of an answer, and their number if a chat request does not say it."""
+    api_key: Annotated[str | None, option("KEY", f"the environment variable {KEY}, if set")] = None
+    """Key that clients must send. On the command line other users of the machine can see it."""
+    cors: Annotated[str | None, option("ORIGIN", "none")] = None
+    """Let web pages of this origin use the server, such as http://localhost:3000; * stands for all."""
+
+
+def run(config: ServeConfig) -> None:
+    """Load the model and serve it until a signal arrives.
+
+    Raises Error before the model is loaded if an option is out of range or the port cannot be used, and
+    KeyboardInterrupt, with the signal's number and a message, at the end.
+    """
+    missing = [name for name in ("starlette", "uvicorn") if importlib.util.find_spec(name) is None]
+    if missing:
+        raise Error(f"serve needs {' and '.join(missing)}: {pip_install('serve')}")
+    for name in ("slots", "queue", "max_tokens"):
+        check_at_least(getattr(config, name), 1, name)
+    if config.context is not None:
+        check_at_least(config.context, 2, "context")
+    if not 0 <= config.port <= 65535:
+        raise Error(f"port is {config.port}: choose a number from 0 to 65535")
+    api_key = config.api_key if config.api_key is not None else os.environ.get(KEY) or None
+    if api_key is not None and not re.fullmatch("[!-~]+", api_key):
+        raise Error("api_key is empty or has spaces or unusual characters: use letters and digits")
+    from tinyllm.serve.app import create_app  # needs the extra
+    from tinyllm.serve.server import bound, serve
+
+    device = config.open_device()
+    config.find()
+    listening = bound(config.host, config.port)
+    try:
+        model, tokenizer = config.load(config.weights_dtype)
+        move(model, device)
+        _log_to_stderr()
+        name = config.model if config.run is None else str(config.run)
+        name = Path(name).name if Path(name).expanduser().exists() else name
+        with autocast(config.dtype):
+            capacity = min(model.context, config.context or LONGEST)
+            engine = Engine(model, tokenizer, name, config.slots, capacity, config.queue)
+            hosts = LOOPBACK if config.host in LOOPBACK and api_key is None else ()
+            cors = () if config.cors is None else (config.cors,)
+            app = create_app(engine, config.max_tokens, api_key, cors, hosts)
+            number = serve(app, listening, lambda: _welcome(config.host, listening.getsockname()[1], name))
+    finally:
+        listening.close()
+    if number is not None:
+        raise KeyboardInterrupt(number, "the server has ended")
+
+
+def _welcome(host: str, port: int, name: str) -> None:
+    shown = f"[{host}]" if ":" in host else host
+    print(f"serving {name} at http://{shown}:{port}/v1", flush=True)
+
+
+def _log_to_stderr() -> None:
+    """A line for each request, and errors of the server with their traceback."""
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
+    for name, level in (("tinyllm.serve", logging.INFO), ("uvicorn.error", logging.ERROR)):
+        logger = logging.getLogger(name)
+        logger.setLevel(level)
+        logger.addHandler(handler)
+        logger.propagate = False
