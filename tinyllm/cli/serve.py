@@ -91,8 +91,7 @@ def run(config: ServeConfig) -> None:
             number = serve(app, listening, lambda: _welcome(config.host, listening.getsockname()[1], name))
     finally:
         listening.close()
-    if number is not None:
-        raise KeyboardInterrupt(number, "the server has ended")
+    raise KeyboardInterrupt(number, "the server has ended")
 
 
 def _welcome(host: str, port: int, name: str) -> None:

@@ -62,7 +62,12 @@ def create_app(
     app = Starlette(
         routes=[*endpoints, *routes],
         middleware=[*([Middleware(CORSMiddleware, **allowed)] if cors else []), Middleware(Guard, **guard)],
-        exception_handlers={APIError: on_api_error, HTTPException: on_http_error, Exception: on_defect},
+        exception_handlers={
+            APIError: on_api_error,
+            HTTPException: on_http_error,
+            ClientDisconnect: on_disconnect,
+            Exception: on_defect,
+        },
         lifespan=_lifespan,
     )
     app.router.redirect_slashes = False
@@ -87,10 +92,8 @@ async def _lifespan(app: Starlette):
 
 async def health(request: Request) -> Response:
     scheduler = request.app.state.engine.scheduler
-    busy = len(scheduler.rows) - scheduler.rows.count(None)
-    return JSONResponse(
-        {"status": "ok", "slots": len(scheduler.rows), "busy": busy, "queued": len(scheduler.waiting)}
-    )
+    slots, idle, queued = len(scheduler.rows), scheduler.rows.count(None), len(scheduler.waiting)
+    return JSONResponse({"status": "ok", "slots": slots, "busy": slots - idle, "queued": queued})
 
 
 async def models(request: Request) -> Response:
@@ -134,9 +137,7 @@ async def _answer(
     try:
         answers = engine.submit(arguments, wanted.stops)
     except Busy:
-        raise APIError(
-            503, "all slots are busy and the queue is full: try again", code="busy", retry_after=1
-        ) from None
+        raise busy(engine.retry_after) from None
     except Stopped:
         raise stopped() from None
     envelope = Envelope(shapes, engine.name)
@@ -219,13 +220,10 @@ async def read_json(request: Request):
                 if len(data) > MAX_BODY:
                     raise too_large()
     except TimeoutError:
-        raise APIError(
-            408, f"the body did not arrive in {BODY_TIMEOUT:g} seconds", headers={"Connection": "close"}
-        ) from None
+        message = f"the body did not arrive in {BODY_TIMEOUT:g} seconds"
+        raise APIError(408, message, headers={"Connection": "close"}) from None
     try:
-        return (
-            await asyncio.to_thread(parse_json, bytes(data)) if len(data) > 2**16 else parse_json(bytes(data))
-        )
+        return await asyncio.to_thread(parse_json, bytes(data))
     except ValueError as error:
         raise APIError(400, f"the body is not JSON: {str(error)[:200]}") from None
 
@@ -253,8 +251,9 @@ def too_large() -> APIError:
     return APIError(413, f"the body has more than {MAX_BODY:,} bytes: shorten the prompt")
 
 
-def busy() -> APIError:
-    return APIError(503, "all slots are busy and the queue is full: try again", code="busy", retry_after=1)
+def busy(seconds: int) -> APIError:
+    message = f"all slots are busy and the queue is full: try again in {seconds} s"
+    return APIError(503, message, code="busy", retry_after=seconds)
 
 
 def stopped() -> APIError:
@@ -284,6 +283,11 @@ async def on_http_error(request: Request, error: HTTPException) -> Response:
     headers = dict(error.headers or {})
     found = APIError(error.status_code, message.get(error.status_code, str(error.detail)), headers=headers)
     return JSONResponse(found.body, found.status, found.headers)
+
+
+async def on_disconnect(request: Request, error: ClientDisconnect) -> Response:
+    """Nobody reads this reply; the access log has its status, which is nginx's for this case."""
+    return Response(status_code=499)
 
 
 async def on_defect(request: Request, error: Exception) -> Response:

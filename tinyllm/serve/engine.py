@@ -11,6 +11,7 @@ import asyncio
 import concurrent.futures
 import contextvars
 import logging
+import math
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -164,6 +165,13 @@ class Engine:
             self._functions.append((function, future))
             self._changed.notify()
         return await asyncio.wrap_future(future)
+
+    @property
+    def retry_after(self) -> int:
+        """In how many seconds a row becomes free: as often as lately, at least 1 and at most 60."""
+        ends = list(self.scheduler.ends)
+        seconds = (ends[-1] - ends[0]) / (len(ends) - 1) if len(ends) > 1 else 1
+        return min(60, max(1, math.ceil(seconds)))
 
     def drain(self) -> None:
         """Refuse new requests, and end those that wait; those in rows go on."""

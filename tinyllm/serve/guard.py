@@ -29,18 +29,13 @@ class Guard:
     def __init__(
         self,
         app,
-        api_key: str | None,
-        origins: Sequence[str],
-        hosts: Sequence[str],
-        open_paths: Sequence[str],
+        api_key: str | None = None,
+        origins: Sequence[str] = (),
+        hosts: Sequence[str] = (),
+        open_paths: Sequence[str] = (),
     ):
-        self.app, self.api_key, self.origins, self.hosts, self.open_paths = (
-            app,
-            api_key,
-            origins,
-            hosts,
-            open_paths,
-        )
+        self.app, self.api_key = app, api_key
+        self.origins, self.hosts, self.open_paths = origins, hosts, open_paths
 
     async def __call__(self, scope, receive, send) -> None:
         if scope["type"] != "http":

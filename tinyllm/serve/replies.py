@@ -8,6 +8,7 @@ import time
 from tinyllm.serve.engine import Piece
 from tinyllm.serve.scheduler import Sampled
 from tinyllm.tokenizers.base import Tokenizer
+from tinyllm.version import __version__
 
 LOWEST = -9999.0  # what OpenAI writes for log 0, which JSON cannot express
 
@@ -97,7 +98,7 @@ class Envelope:
             "id": f"{shapes.prefix}-{secrets.token_hex(12)}",
             "created": int(time.time()),
             "model": model,
-            "system_fingerprint": None,
+            "system_fingerprint": f"tinyllm-{__version__}",
         }
 
     def whole(self, choices: list[dict], usage: dict) -> dict:

@@ -19,6 +19,7 @@ from __future__ import annotations
 import collections
 import itertools
 import threading
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -34,7 +35,7 @@ from tinyllm.models.cache import Cache, common_prefix
 
 CHUNK = 64  # tokens of a prompt in a step while others decode: about the time of one more step
 LONG_CHUNK = 512  # while none does
-STEADY = 8  # steps with the same rows, after which their calls are recorded (``inference/decoding.py``)
+STEADY = 8  # steps of a single row, after which its calls are recorded (``inference/decoding.py``)
 
 
 class Busy(Exception):
@@ -101,6 +102,7 @@ class Scheduler:
         self._lock, self._clock = threading.Lock(), itertools.count(1)
         self._views: dict[tuple[int, int], Cache] = {}
         self._plain, self._recorded = DecodingSteps(model, 0), DecodingSteps(model, self.cache.capacity)
+        self.ends: collections.deque[float] = collections.deque(maxlen=9)  # times at which rows became free
         self._last, self._steady = [], 0  # the rows that decoded in the last step, and for how many steps
 
     def submit(self, *requests: Request) -> None:
@@ -188,6 +190,7 @@ class Scheduler:
     def _end(self, row: _Row, reason: str | Exception) -> None:
         place = self.rows.index(row)
         self.rows[place], self.used[place] = None, next(self._clock)
+        self.ends.append(time.monotonic())
         if isinstance(reason, Exception):
             self._view(place, place + 1).clear()  # whatever it holds, it is not trusted
         row.request.on_end(reason)
@@ -226,7 +229,8 @@ class Scheduler:
         rows = self.rows[first : first + len(rows)]
         self._steady = self._steady + 1 if rows == self._last else 0
         self._last = rows
-        run = self._recorded if self._steady >= STEADY else self._plain
+        # Rows that came one after another have different lengths, which recorded steps do not allow.
+        run = self._recorded if len(rows) == 1 and self._steady >= STEADY else self._plain
         try:
             logits = self._logits(run, first, rows)
         except Exception as error:

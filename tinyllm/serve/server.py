@@ -15,7 +15,7 @@ import uvicorn
 from tinyllm.errors import Error
 
 GRACE = 5.0  # seconds that answers in progress have to finish after the first signal
-SIGNALS = (signal.SIGINT, signal.SIGTERM)
+SIGNALS = signal.SIGINT, signal.SIGTERM
 BACKLOG, CONNECTIONS = 256, 512
 
 
@@ -23,70 +23,62 @@ def bound(host: str, port: int) -> socket.socket:
     """A listening socket; port 0 stands for any free one. Raises ``Error`` if that is impossible."""
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        made = socket.socket(family, kind, protocol)
-        if sys.platform != "win32":  # there it would allow two servers on one port
-            made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        with _named(host, port):
-            made.bind(address)
-            made.listen(BACKLOG)  # now, or two servers could be bound to the same port
-    except socket.gaierror as error:
-        raise Error(
-            f"host {host!r} is unknown ({error.strerror}): give 127.0.0.1, or 0.0.0.0 for all networks"
-        ) from None
-    return made
-
-
-@contextlib.contextmanager
-def _named(host: str, port: int):
+    except (socket.gaierror, UnicodeError) as error:
+        problem = f"host {host!r} is unknown ({getattr(error, 'strerror', None) or 'not a name'})"
+        raise Error(f"{problem}: give 127.0.0.1, or 0.0.0.0 for all networks") from None
+    listening = socket.socket(family, kind, protocol)
     try:
-        yield
+        if sys.platform != "win32":  # there it would allow two servers on one port
+            listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listening.bind(address)
+        listening.listen(BACKLOG)  # now, or two servers could be bound to the same port
     except OSError as error:
+        listening.close()
         reason = "is in use" if error.errno == errno.EADDRINUSE else f"cannot be used ({error.strerror})"
-        raise Error(
-            f"port {port} of {host} {reason}: choose another with --port, or 0 for any free one"
-        ) from None
+        remedy = "choose another with --port, or 0 for any free one"
+        raise Error(f"port {port} of {host} {reason}: {remedy}") from None
+    return listening
 
 
-class _Server(uvicorn.Server):
-    """Signals are handled by ``serve``."""
+class Server(uvicorn.Server):
+    """uvicorn's server for an application of ``create_app``, which leaves signals alone."""
+
+    def __init__(self, app):
+        options = dict(http="h11", ws="none", loop="asyncio", lifespan="on", log_config=None)
+        limits = dict(limit_concurrency=CONNECTIONS, timeout_graceful_shutdown=int(2 * GRACE))
+        super().__init__(uvicorn.Config(app, access_log=False, server_header=False, **limits, **options))
+        logging.getLogger("uvicorn.error").setLevel(logging.ERROR)
+        self.engine = app.state.engine
 
     @contextlib.contextmanager
     def capture_signals(self):
         yield
 
+    def stop(self) -> None:
+        """Accept no new request and give answers in progress ``GRACE`` seconds; none at the second call.
 
-def serve(app, listening: socket.socket, on_start=lambda: None) -> int | None:
-    """Serve until a signal arrives, and return its number.
+        An answer that is not complete then ends with an error, which tells its client so. Must be called in
+        the event loop.
+        """
+        if self.should_exit:
+            self.engine.close()
+        else:
+            self.should_exit = True
+            self.engine.drain()
+            asyncio.get_running_loop().call_later(GRACE, self.engine.close)
 
-    On the first one, no new request is accepted and answers in progress have ``GRACE`` seconds to finish;
-    then, or on the second signal, they are ended with an error, which tells clients that they are incomplete.
-    """
+
+def serve(app, listening: socket.socket, on_start=lambda: None) -> int:
+    """Serve until SIGINT or SIGTERM, stop, and return the first signal's number."""
     return asyncio.run(_serve(app, listening, on_start))
 
 
-async def _serve(app, listening: socket.socket, on_start) -> int | None:
-    options = dict(http="h11", ws="none", loop="asyncio", lifespan="on", log_config=None, access_log=False)
-    config = uvicorn.Config(
-        app,
-        server_header=False,
-        limit_concurrency=CONNECTIONS,
-        timeout_graceful_shutdown=int(2 * GRACE),
-        **options,
-    )
-    logging.getLogger("uvicorn.error").setLevel(logging.ERROR)
-    server, engine, loop, received = _Server(config), app.state.engine, asyncio.get_running_loop(), []
-
-    def stop(number: int) -> None:
-        received.append(number)
-        server.should_exit = True
-        engine.drain()
-        if len(received) > 1:
-            engine.close()
-        else:
-            loop.call_later(GRACE, engine.close)
+async def _serve(app, listening: socket.socket, on_start) -> int:
+    server, loop, received = Server(app), asyncio.get_running_loop(), []
 
     def handle(number: int, _) -> None:
-        loop.call_soon_threadsafe(stop, number)
+        received.append(number)
+        loop.call_soon_threadsafe(server.stop)
 
     before = {number: signal.signal(number, handle) for number in SIGNALS}
     try:
@@ -95,4 +87,4 @@ async def _serve(app, listening: socket.socket, on_start) -> int | None:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-    return received[0] if received else None
+    return received[0]
