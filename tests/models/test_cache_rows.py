@@ -76,7 +76,7 @@ def small_slack(monkeypatch):
 
 actions = st.lists(
     st.tuples(
-        st.sampled_from(["extend", "extend", "extend", "rollback", "clear", "copy", "grow", "prefix"]),
+        st.sampled_from(["extend", "extend", "extend", "rollback", "clear", "copy", "swap", "grow", "prefix"]),
         st.integers(0, 2),
         st.integers(0, 2),
         st.integers(1, 8),
@@ -112,6 +112,9 @@ def apply(model, cache, action, i, j, n, rng):
     elif action == "copy":
         cache.copy_row(i, j)
         assert cache.texts[j] == before[i] and (i == j or cache.texts[j] is not cache.texts[i])
+    elif action == "swap":
+        cache.swap_rows(i, j)
+        assert (cache.texts[i], cache.texts[j]) == (before[j], before[i])
     elif action == "grow":
         return cache.with_capacity(min(CONTEXT, cache.capacity + n))
     else:  # go on from a part of each text

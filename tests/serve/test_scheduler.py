@@ -1,4 +1,4 @@
-"""Batched rows equal rows alone, and a kept prefix equals none, however requests come, go and are cancelled."""
+"""Batched rows equal rows alone, and a kept prefix equals none, however requests come and go."""
 
 import numpy as np
 import pytest
@@ -103,7 +103,7 @@ def test_rows_are_as_alone_whatever_others_do(name, script, slots, chunk):
                 ids, new, seed, temperature = values
                 options = dict(max_new_tokens=new, seed=seed, temperature=temperature, top=VOCABULARY)
                 listeners.append(submitted(scheduler, ids, **options))
-            elif action == "turn" and listeners:  # a conversation goes on, perhaps while its answer is written
+            elif action == "turn" and listeners:  # of a conversation, perhaps before its answer is complete
                 before = listeners[values[0] % len(listeners)]
                 ids = [*before.request.ids, *before.tokens, 9, 10][:CONTEXT]
                 listeners.append(submitted(scheduler, ids, max_new_tokens=values[1], top=VOCABULARY))
@@ -246,6 +246,18 @@ def test_the_queue_is_bounded_and_takes_all_or_none():
         scheduler.submit(Listener([5]).request, Listener([6]).request)
     assert len(scheduler.waiting) == 1
     submitted(scheduler, [5])
+    run(scheduler)
+
+
+def test_places_in_the_queue_are_held_for_requests_that_are_prepared():
+    scheduler = Scheduler(MODELS["llama"], 1, queue=2)
+    with scheduler.held(2):
+        submitted(scheduler, [1])
+        with pytest.raises(Busy):
+            submitted(scheduler, [2])
+        with pytest.raises(Busy), scheduler.held(1):
+            pass
+    submitted(scheduler, [2])
     run(scheduler)
 
 

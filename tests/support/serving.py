@@ -16,8 +16,8 @@ from tinyllm.serve.engine import Engine
 
 pytest.importorskip("uvicorn")
 
-from tinyllm.serve.app import create_app  # noqa: E402
-from tinyllm.serve.server import Server, bound  # noqa: E402
+from tinyllm.serve.app import create_app
+from tinyllm.serve.server import Server, bound
 
 PROMPT = [BYTE_ID[byte] for byte in ANSWER.removeprefix("<|im_start|>").encode()]
 
@@ -31,9 +31,11 @@ class Scripted(Llama):
         time.sleep(self.seconds)
         logits = super().forward(ids, last_only=last_only, cache=cache)
         for row, text in enumerate(cache.texts):
-            said = next(n for n in range(len(text)) if text[len(text) - n - len(PROMPT) : len(text) - n] == PROMPT)
-            logits.data[row, -1] = -5.0
-            logits.data[row, -1, BYTE_ID[self.script[said]] if said < len(self.script) else END] = 5.0
+            starts = [n for n in range(len(text) + 1) if text[max(0, n - len(PROMPT)) : n] == PROMPT]
+            if starts:
+                said = len(text) - starts[-1]
+                logits.data[row, -1] = -50.0
+                logits.data[row, -1, BYTE_ID[self.script[said]] if said < len(self.script) else END] = 50.0
         return logits
 
 

@@ -125,8 +125,8 @@ class Parameters:
                 continue
             known = ", ".join(map(_shown, NEUTRAL.get(name, ())))
             remedy = f"only {known} is supported, or omit it" if known else "omit it"
-            raise APIError(400, f"{_shown_name(name)} is not supported by this server: {remedy}", name,
-                           "unsupported_parameter")  # fmt: skip
+            message = f"{_shown_name(name)} is not supported by this server: {remedy}"
+            raise APIError(400, message, _shown_name(name), "unsupported_parameter")
 
 
 def parse_chat(body, limits: Limits) -> ChatRequest:
@@ -145,9 +145,8 @@ def parse_chat(body, limits: Limits) -> ChatRequest:
     parameters.finish()
     messages = [_message(message, f"messages[{i}]") for i, message in enumerate(messages)]
     if goes_on and messages[-1]["role"] != "assistant":
-        raise APIError(
-            400, "continue_final_message needs an assistant's message at the end: add it", "messages"
-        )
+        message = "continue_final_message needs an assistant's message at the end: add it"
+        raise APIError(400, message, "continue_final_message")
     top = (top or 0) if logprobs else None
     request = ChatRequest(**options, messages=messages, goes_on=goes_on, top=top)
     _check_choices(request.n, limits)

@@ -114,8 +114,8 @@ async def chat_completions(request: Request) -> Response:
     wanted = parse_chat(body, request.app.state.limits)
     if engine.tokenizer.chat_template is None:
         raise APIError(400, f"{engine.name} has no chat template: use /v1/completions", "messages")
-    prompt = await in_thread(request, chat_prompt, engine.tokenizer, wanted.messages, wanted.goes_on)
-    return await _answer(request, wanted, [prompt], Chat(engine.tokenizer))
+    calls = [(chat_prompt, engine.tokenizer, wanted.messages, wanted.goes_on)]
+    return await _answer(request, wanted, calls, Chat(engine.tokenizer))
 
 
 async def completions(request: Request) -> Response:
@@ -123,18 +123,22 @@ async def completions(request: Request) -> Response:
     body = await read_json(request)
     check_model(body, {engine.name})
     wanted = parse_completion(body, request.app.state.limits)
-    prompts = [await in_thread(request, text_prompt, engine.tokenizer, each) for each in wanted.prompts]
-    return await _answer(request, wanted, prompts, Completion(engine.tokenizer))
+    calls = [(text_prompt, engine.tokenizer, prompt) for prompt in wanted.prompts]
+    return await _answer(request, wanted, calls, Completion(engine.tokenizer))
 
 
-async def _answer(
-    request: Request, wanted: Options, prompts: list[list[int]], shapes: Chat | Completion
-) -> Response:
+async def _answer(request: Request, wanted: Options, calls, shapes: Chat | Completion) -> Response:
+    """The reply, whole or as a stream, to the prompts that the ``calls`` (function, arguments) return.
+
+    They take a while, so there must be a place in the queue first.
+    """
     engine = request.app.state.engine
-    for ids in prompts:
-        check_length(ids, engine.capacity)
-    arguments = [wanted.arguments(ids, number) for ids in prompts for number in range(wanted.n)]
     try:
+        with engine.scheduler.held(wanted.n * len(calls)):
+            prompts = [await in_thread(request, *call) for call in calls]
+        for ids in prompts:
+            check_length(ids, engine.capacity)
+        arguments = [wanted.arguments(ids, number) for ids in prompts for number in range(wanted.n)]
         answers = engine.submit(arguments, wanted.stops)
     except Busy:
         raise busy(engine.retry_after) from None

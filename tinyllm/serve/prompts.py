@@ -17,28 +17,30 @@ def chat_prompt(
     A BOS token that the model expects is added unless the template begins with it. Raises ``Error`` as
     ``encode_chat`` does. The template runs in a process of its own, which takes a tenth of a second.
     """
-    if continue_final_message and messages[-1]["content"]:
+    if continue_final_message:
         ids = _unfinished(tokenizer, messages)
     else:
-        asked = messages[:-1] if continue_final_message else messages
-        ids = encode_chat(tokenizer, tokenizer.chat_template, asked)
+        ids = encode_chat(tokenizer, tokenizer.chat_template, messages)
     return tokenizer.with_bos(ids)
 
 
 def _unfinished(tokenizer: Tokenizer, messages: Sequence[dict[str, str]]) -> list[int]:
-    """The rendered conversation, cut off after the last message's text. A template may strip that text."""
-    (chat,) = render_chats(tokenizer, tokenizer.chat_template, [(messages, False)])
-    content = messages[-1]["content"]
-    for text, rest in ((content, ""), (content.strip(), content[len(content.rstrip()) :])):
-        before, found, _ = chat.text.rpartition(text)
-        if text and found:
-            end = len(before) + len(text)
-            special = None if chat.special is None else [x for x in chat.special if x.end() <= end]
-            return RenderedChat(chat.text[:end] + rest, special).encode(tokenizer)
-    raise Error(
-        "the chat template changes the last message, so that it cannot be continued: omit "
-        "continue_final_message"
-    )
+    """The rendered conversation up to the end of the last message's text.
+
+    A character that occurs nowhere else marks that end; a template that strips texts leaves it there.
+    """
+    texts = [tokenizer.chat_template, *(message["content"] for message in messages)]
+    mark = next(c for c in map(chr, range(0xE000, 0xF900)) if not any(c in text for text in texts))
+    last = messages[-1] | {"content": messages[-1]["content"] + mark}
+    (chat,) = render_chats(tokenizer, tokenizer.chat_template, [([*messages[:-1], last], False)])
+    if chat.text.count(mark) != 1:
+        raise Error(
+            "the chat template does not render the last message as it is, so that it cannot be continued: "
+            "omit continue_final_message"
+        )
+    text = chat.text.partition(mark)[0]
+    special = None if chat.special is None else [found for found in chat.special if found.end() <= len(text)]
+    return RenderedChat(text, special).encode(tokenizer)
 
 
 def text_prompt(tokenizer: Tokenizer, prompt: str | list[int]) -> list[int]:

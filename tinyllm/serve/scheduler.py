@@ -17,6 +17,7 @@ to the row with the longest common prefix, and only what is new is processed.
 from __future__ import annotations
 
 import collections
+import contextlib
 import itertools
 import threading
 import time
@@ -99,7 +100,7 @@ class Scheduler:
         self.waiting: collections.deque[Request] = collections.deque()
         self.rows: list[_Row | None] = [None] * slots  # by row of the cache
         self.used = [0] * slots  # when each row was last in use: a time that counts requests
-        self._lock, self._clock = threading.Lock(), itertools.count(1)
+        self._lock, self._clock, self._held = threading.Lock(), itertools.count(1), 0
         self._views: dict[tuple[int, int], Cache] = {}
         self._plain, self._recorded = DecodingSteps(model, 0), DecodingSteps(model, self.cache.capacity)
         self.ends: collections.deque[float] = collections.deque(maxlen=9)  # times at which rows became free
@@ -117,9 +118,27 @@ class Scheduler:
             check_at_least(request.max_new_tokens, 1, "max_new_tokens")
             check_sampling(request.temperature, request.top_k, request.top_p)
         with self._lock:
-            if len(self.waiting) + len(requests) > self.queue + self.rows.count(None):
-                raise Busy
+            self._check_free(len(requests))
             self.waiting.extend(requests)
+
+    @contextlib.contextmanager
+    def held(self, count: int):
+        """Hold ``count`` places of the queue within the block, for requests that are being prepared.
+
+        Raises ``Busy`` if there are not as many.
+        """
+        with self._lock:
+            self._check_free(count)
+            self._held += count
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._held -= count
+
+    def _check_free(self, count: int) -> None:
+        if len(self.waiting) + self._held + count > self.queue + self.rows.count(None):
+            raise Busy
 
     @property
     def has_work(self) -> bool:

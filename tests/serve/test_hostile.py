@@ -1,0 +1,279 @@
+"""Requests and clients that nobody wants: the right status, no traceback in the reply, the server lives."""
+
+import contextlib
+import json
+import re
+import resource
+import socket
+import threading
+import time
+from urllib.parse import urlsplit
+
+import pytest
+from support.serving import Scripted, ask, busy, post, serving, tiny_chat_model, wait_until
+
+from tinyllm.serve import app, streams
+
+CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
+
+
+@pytest.fixture(scope="module")
+def scripted(tmp_path_factory):
+    return tiny_chat_model(tmp_path_factory.mktemp("scripted"), Scripted)
+
+
+@pytest.fixture(scope="module")
+def server(scripted):
+    with serving(*scripted) as (url, engine):
+        yield url, engine
+        assert_lives(url)
+
+
+def assert_lives(url):
+    status, _, body = post(url, CHAT, ask())
+    assert status == 200 and body["choices"][0]["message"]["content"] == "Hello."
+
+
+def assert_error(reply, *statuses):
+    status, _, body = reply
+    assert status in statuses, reply
+    assert set(body) == {"error"} and set(body["error"]) == {"message", "type", "param", "code"}
+    text = json.dumps(body)
+    assert len(text) < 2000 and not re.search(r"Traceback|File \"|\.py", text)
+
+
+def connect(url):
+    host, port = urlsplit(url).netloc.split(":")
+    return socket.create_connection((host, int(port)), timeout=20)
+
+
+def answer_to(url, data):
+    """What the server sends back to these bytes, until it closes the connection or is silent for a second."""
+    with connect(url) as connection:
+        connection.sendall(data)
+        connection.settimeout(1)
+        found = b""
+        with contextlib.suppress(OSError):
+            while chunk := connection.recv(65536):
+                found += chunk
+        return found
+
+
+def request_of(body, length=None, path=CHAT):
+    """The bytes of a POST request."""
+    length = len(body) if length is None else length
+    head = f"POST {path} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json"
+    return f"{head}\r\nContent-Length: {length}\r\n\r\n".encode() + body
+
+
+# -------------------------------------------------------------------------------------- bodies
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"", b"Hello", b"{", b"{'a': 1}", b"\xff\xfe", b"\x00" * 100, b"[" * 100_000, b'{"a":' * 100_000,
+        b'{"messages": NaN}', b'{"temperature": Infinity}', b'{"a": 1e999}', b'{"a": 1, "a": 2}',
+        b'{"a": "\\ud800"}', b'{"a": ' + b"9" * 10_000 + b"}", b"[]", b'"x"', b"5", b"null", b"true",
+        b'{"messages": ' + b"[" * 500 + b"]" * 500 + b"}",
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("path", [CHAT, TEXT])
+def test_bodies_that_are_no_requests(server, path, body):
+    assert_error(post(server[0], path, body), 400)
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"messages": {"role": "user"}}, {"messages": [[[]]]}, {"messages": "x"}, {"messages": [None]},
+        {"temperature": -1}, {"temperature": "hot"}, {"max_tokens": -5}, {"max_tokens": 10**30}, {"n": -1},
+        {"seed": 2**70}, {"top_p": -0.5}, {"stop": {"a": []}}, {"stream": "yes"}, {"logprobs": 3},
+        {"stop": [""]},
+        {"messages": [{"role": "user", "content": {"a": "b"}}]}, {"no_such_parameter": 1}, {"tools": [{}]},
+        {"a" * 10_000: 1}, {"temperature": 10**4000}, {"top_logprobs": True},
+    ],
+)  # fmt: skip
+def test_values_of_the_wrong_kind(server, values):
+    assert_error(post(server[0], CHAT, ask() | values), 400)
+
+
+def test_unknown_models_and_paths_and_wrong_methods(server):
+    url = server[0]
+    assert_error(post(url, CHAT, ask(model="gpt-5")), 404)
+    assert_error(post(url, CHAT, ask(model="../" * 500)), 404)
+    for path in ("/v1/embeddings", CHAT + "/", "/" + "x" * 5000, "/%2e%2e/etc/passwd", "/v1/models/a/b"):
+        assert_error(post(url, path, None, method="GET"), 404)
+    for method, path in (("GET", CHAT), ("DELETE", "/v1/models"), ("PUT", TEXT), ("PATCH", "/health")):
+        reply = post(url, path, None, method=method)
+        assert_error(reply, 405)
+        assert reply[1]["allow"]
+
+
+def test_a_body_of_100_megabytes_is_refused_and_not_kept(server):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    chunk, size = b"x" * 2**20, 100 * 2**20
+    with connect(server[0]) as connection:
+        connection.sendall(request_of(b"", size))
+        for _ in range(100):
+            connection.sendall(chunk)
+        assert connection.recv(65536).startswith(b"HTTP/1.1 413 ")
+    with connect(server[0]) as connection:  # without a length that says so
+        connection.sendall(request_of(b"").replace(b"Content-Length: 0", b"Transfer-Encoding: chunked"))
+        for _ in range(100):
+            connection.sendall(b"100000\r\n" + chunk + b"\r\n")
+        assert connection.recv(65536).startswith(b"HTTP/1.1 413 ")
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 60_000  # kB
+
+
+def test_a_long_prompt_is_refused(server):
+    assert_error(post(server[0], CHAT, ask("x" * 2_000_000)), 400)
+    assert_error(post(server[0], TEXT, {"prompt": "x" * 100_000}), 400)
+    assert_error(post(server[0], TEXT, {"prompt": ["x"] * 1000}), 400)
+
+
+# ------------------------------------------------------------------------------------- clients
+
+
+def test_requests_that_are_not_http(server):
+    for data in (b"\x16\x03\x01\x02\x00" + b"\x00" * 100, b"GET\r\n\r\n", b"\r\n" * 3, b"GET / HTTP/1.1\r\nHost\r\n\r\n",
+                 b"POST /v1/completions HTTP/1.1\r\nHost: a\r\nContent-Length: -5\r\n\r\n"):  # fmt: skip
+        found = answer_to(server[0], data)
+        assert found.startswith(b"HTTP/1.1 400 ") and b"Traceback" not in found
+
+
+@pytest.mark.parametrize("size", [100, 100_000])
+def test_a_flood_of_headers(server, size):
+    flood = b"".join(b"X-%d: %s\r\n" % (i, b"y" * size) for i in range(200_000 // size))
+    found = answer_to(server[0], b"GET /health HTTP/1.1\r\nHost: localhost\r\n" + flood + b"\r\n")
+    assert found.startswith((b"HTTP/1.1 400 ", b"HTTP/1.1 431 ")) or found == b""
+
+
+def test_200_connections_at_once(server):
+    url, engine = server
+    with contextlib.ExitStack() as stack:
+        idle = [stack.enter_context(connect(url)) for _ in range(100)]
+        for connection in idle[:50]:  # half a request
+            connection.sendall(b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Le")
+        replies = []
+        threads = [
+            threading.Thread(target=lambda: replies.append(post(url, CHAT, ask(), timeout=60)))
+            for _ in range(100)
+        ]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert len(replies) == 100
+        for reply in replies:
+            if reply[0] == 200:
+                assert reply[2]["choices"][0]["message"]["content"] == "Hello."
+            else:
+                assert_error(reply, 503)
+                assert int(reply[1]["retry-after"]) >= 1
+        assert sum(reply[0] == 200 for reply in replies) >= 7  # what the slots and the queue hold
+        assert_lives(url)
+    wait_until(lambda: busy(engine) == 0)
+
+
+def test_a_body_that_does_not_arrive_is_given_up(server, monkeypatch):
+    monkeypatch.setattr(app, "BODY_TIMEOUT", 0.2)
+    found = answer_to(server[0], request_of(b'{"model":', 100))
+    assert found.startswith(b"HTTP/1.1 408 ") and b"error" in found
+
+
+def test_a_client_that_leaves_in_the_middle_of_its_body(server):
+    with connect(server[0]) as connection:
+        connection.sendall(request_of(b'{"model":', 100))
+    assert_lives(server[0])
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_client_that_leaves_frees_its_slot_within_a_step(scripted, monkeypatch, stream):
+    """The row is free at the first step that begins after the server knows: it computes no further token."""
+    monkeypatch.setattr(Scripted, "seconds", 0.05)
+    monkeypatch.setattr(Scripted, "script", b"x" * 1000)
+    with serving(*scripted, slots=1) as (url, engine):
+        with connect(url) as connection:
+            connection.sendall(request_of(json.dumps(ask(stream=stream)).encode()))
+            wait_until(
+                lambda: (row := engine.scheduler.rows[0]) and row.left < row.request.max_new_tokens - 3
+            )
+            (row,) = engine.scheduler.rows
+        left = time.monotonic()
+        tokens = len(row.text)
+        wait_until(lambda: busy(engine) == 0)
+        assert time.monotonic() - left < 1.0
+        assert row.request.cancelled and len(row.text) <= tokens + 3
+        monkeypatch.setattr(Scripted, "script", b"Hello.")
+        assert_lives(url)
+
+
+def test_a_client_that_does_not_read_is_given_up(scripted, monkeypatch):
+    """Its answers fill the buffers between them and the server, which then waits for a while."""
+    monkeypatch.setattr(streams, "SEND_TIMEOUT", 0.3)
+    monkeypatch.setattr(Scripted, "script", b"x" * 200)
+    with serving(*scripted, slots=2) as (url, engine), connect(url) as connection:
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        body = json.dumps(ask(stream=True, logprobs=True, top_logprobs=20, n=2)).encode()
+        for _ in range(4):  # pipelined: about 4 MB of events
+            connection.sendall(request_of(body))
+        monkeypatch.setattr(Scripted, "script", b"Hello.")
+        assert_lives(url)
+        wait_until(lambda: busy(engine) == 0 and not engine.scheduler.waiting, 20)
+        assert_lives(url)
+
+
+def test_an_internal_error_is_500_without_details(server, monkeypatch):
+    url, engine = server
+
+    def fail(*_):
+        raise RuntimeError("secret of file.py")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Scripted, "forward", fail)
+        reply = post(url, CHAT, ask())
+        assert_error(reply, 500)
+        assert "secret" not in str(reply)
+        _, _, data = post(url, CHAT, ask(stream=True))
+        (event,) = [json.loads(line[6:]) for line in data.decode().splitlines() if "error" in line]
+        assert event["error"]["code"] == "internal_error" and b"[DONE]" not in data and b"secret" not in data
+    assert busy(engine) == 0
+    assert_lives(url)
+
+
+# ------------------------------------------------------------------------------------ browsers
+
+
+@pytest.mark.parametrize(
+    ("headers", "status"),
+    [
+        ({}, 200),
+        ({"Origin": "http://evil.example"}, 403),
+        ({"Origin": "null"}, 403),
+        ({"Host": "evil.example"}, 403),
+        ({"Host": "localhost:1"}, 200),
+        ({"Host": "[::1]"}, 200),
+        ({"Host": "[", "Origin": "http://["}, 403),
+        ({"Host": "127.0.0.1:5", "Origin": "http://127.0.0.1:5"}, 200),
+        ({"Host": "127.0.0.1:5", "Origin": "http://127.0.0.1:6"}, 403),
+        ({"Origin": "http://allowed.example"}, 200),
+    ],
+)
+def test_pages_of_other_origins_are_refused(scripted, headers, status):
+    options = dict(hosts=("127.0.0.1", "localhost", "::1"), cors=("http://allowed.example",))
+    with serving(*scripted, **options) as (url, _):
+        reply = post(url, CHAT, ask(), headers)
+        assert reply[0] == status
+        if status == 403:
+            assert_error(reply, 403)
+        allowed = reply[1].get("access-control-allow-origin")
+        assert allowed == ("http://allowed.example" if "allowed" in headers.get("Origin", "") else None)
+        preflight = {"Access-Control-Request-Method": "POST", "Origin": "http://evil.example"}
+        assert post(url, CHAT, None, preflight, "OPTIONS")[0] == 400
+
+
+def test_no_page_of_another_origin_may_use_a_server_without_cors(server):
+    preflight = {"Access-Control-Request-Method": "POST", "Origin": "http://evil.example"}
+    status, headers, _ = post(server[0], CHAT, None, preflight, "OPTIONS")
+    assert status == 403 and not [name for name in headers if name.startswith("access-control")]
