@@ -1,5 +1,6 @@
 """Requests and clients that nobody wants: the right status, no traceback in the reply, the server lives."""
 
+import asyncio
 import contextlib
 import json
 import re
@@ -136,8 +137,13 @@ def test_a_long_prompt_is_refused(server):
 
 
 def test_requests_that_are_not_http(server):
-    for data in (b"\x16\x03\x01\x02\x00" + b"\x00" * 100, b"GET\r\n\r\n", b"\r\n" * 3, b"GET / HTTP/1.1\r\nHost\r\n\r\n",
-                 b"POST /v1/completions HTTP/1.1\r\nHost: a\r\nContent-Length: -5\r\n\r\n"):  # fmt: skip
+    for data in (
+        b"\x16\x03\x01\x02\x00" + b"\x00" * 100,  # TLS
+        b"GET\r\n\r\n",
+        b"\r\n" * 3,
+        b"GET / HTTP/1.1\r\nHost\r\n\r\n",
+        b"POST /v1/completions HTTP/1.1\r\nHost: a\r\nContent-Length: -5\r\n\r\n",
+    ):
         found = answer_to(server[0], data)
         assert found.startswith(b"HTTP/1.1 400 ") and b"Traceback" not in found
 
@@ -209,19 +215,38 @@ def test_a_client_that_leaves_frees_its_slot_within_a_step(scripted, monkeypatch
         assert_lives(url)
 
 
-def test_a_client_that_does_not_read_is_given_up(scripted, monkeypatch):
-    """Its answers fill the buffers between them and the server, which then waits for a while."""
-    monkeypatch.setattr(streams, "SEND_TIMEOUT", 0.3)
+def test_a_client_that_does_not_read_is_given_up(monkeypatch):
+    """The buffers between them and the server are full: sending takes forever."""
+    monkeypatch.setattr(streams, "SEND_TIMEOUT", 0.1)
+    sent, cancelled = [], []
+
+    async def events():
+        for number in range(10):
+            yield str(number)
+
+    async def receive():
+        await asyncio.sleep(60)
+
+    async def send(message):
+        sent.append(message)
+        if len(sent) == 4:
+            await asyncio.sleep(60)
+
+    stream = streams.EventStream(events(), lambda: cancelled.append(True))
+    asyncio.run(asyncio.wait_for(stream({}, receive, send), 10))
+    assert [message.get("body") for message in sent] == [None, b"data: 0\n\n", b"data: 1\n\n", b"data: 2\n\n"]
+    assert cancelled
+
+
+def test_a_client_that_reads_slowly_does_not_keep_others_waiting(scripted, monkeypatch):
     monkeypatch.setattr(Scripted, "script", b"x" * 200)
     with serving(*scripted, slots=2) as (url, engine), connect(url) as connection:
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
-        body = json.dumps(ask(stream=True, logprobs=True, top_logprobs=20, n=2)).encode()
-        for _ in range(4):  # pipelined: about 4 MB of events
-            connection.sendall(request_of(body))
-        monkeypatch.setattr(Scripted, "script", b"Hello.")
-        assert_lives(url)
-        wait_until(lambda: busy(engine) == 0 and not engine.scheduler.waiting, 20)
-        assert_lives(url)
+        body = ask(stream=True, logprobs=True, top_logprobs=20, n=2)
+        for _ in range(3):  # a megabyte of events each
+            connection.sendall(request_of(json.dumps(body).encode()))
+        wait_until(lambda: busy(engine) == 2)
+        wait_until(lambda: post(url, CHAT, ask(max_tokens=3))[0] == 200)
 
 
 def test_an_internal_error_is_500_without_details(server, monkeypatch):

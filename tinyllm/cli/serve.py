@@ -70,6 +70,8 @@ def run(config: ServeConfig) -> None:
     api_key = config.api_key if config.api_key is not None else os.environ.get(KEY) or None
     if api_key is not None and not re.fullmatch("[!-~]+", api_key):
         raise Error("api_key is empty or has spaces or unusual characters: use letters and digits")
+    if config.cors is not None and not re.fullmatch(r"\*|https?://[^/\s]+", config.cors):
+        raise Error(f"cors is {config.cors!r}: give an origin such as http://localhost:3000, or * for all")
     from tinyllm.serve.app import create_app  # needs the extra
     from tinyllm.serve.server import bound, serve
 
