@@ -2,7 +2,7 @@
 
 import sys
 
-from parity.bench.command import BenchDecode, BenchDevice, BenchScaling, BenchTrain
+from parity.bench.command import BenchDecode, BenchDevice, BenchScaling, BenchServe, BenchTrain
 from parity.compare.command import Report
 from parity.durability.command import Reliability
 from parity.ops.command import Proof
@@ -16,6 +16,7 @@ COMMANDS = {
     "bench train": BenchTrain,
     "bench decode": BenchDecode,
     "bench scaling": BenchScaling,
+    "bench serve": BenchServe,
     "bench": BenchDevice,
     "reliability": Reliability,
 }

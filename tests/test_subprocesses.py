@@ -14,6 +14,7 @@ STARTERS = {f"subprocess.{name}" for name in START} | {"os.system", "os.popen", 
 KNOWN = {
     "parity/bench/cuda/report.py": 1,
     "parity/bench/process.py": 2,
+    "parity/bench/serve.py": 1,
     "parity/durability/kill.py": 1,
     "parity/durability/processes.py": 1,
     "tinyllm/tokenizers/chat_template.py": 1,

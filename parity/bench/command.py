@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Literal
 
 from parity import tables
-from parity.bench import decode, llamacpp, scaling, targets, train
+from parity.bench import decode, llamacpp, scaling, serve, targets, train
 from parity.bench.cuda import measure
 from parity.bench.cuda.variants import VARIANTS
 from parity.bench.cuda.works import PRECISIONS, WORKS
@@ -190,6 +190,37 @@ class BenchDecode:
         return decode.decode(
             sources, name, self.rounds, self.threads, self.isa, self.works, texts, tuple(omitted)
         )
+
+
+@dataclass(frozen=True)
+class BenchServe:
+    """Put tinyllm's server under load: clients at once, second turns, and a crowd for two minutes.
+
+    Prints the tokens/s of 1, 4, 8 and 16 clients, the time to the first token, and what a crowd larger than
+    the queue got. Exit code 1 if batching does not pay, a stream is not whole, or memory grows.
+    """
+
+    model: str = "smollm2"  # or a chat model's folder, .gguf file or hub id
+    seconds: int = 120  # that the crowd stays
+    crowd: int = 32  # clients of the crowd
+    threads: int = 2  # threads of the server
+    json: Path | None = None  # also write the complete result to this file
+    write: bool = False  # also write the table into parity/bench/README.md
+
+    def run(self) -> int:
+        """Check the arguments, measure and print the tables; return the exit code."""
+        _check_counts(self, seconds=1, crowd=1, threads=1)
+        check_installed("bench serve", ("starlette", "uvicorn"))
+        hub.find_model(self.model)
+        if self.write:
+            tables.check_page(tables.BENCH_PAGE, "serve")
+        sizes = serve.Sizes(seconds=self.seconds, crowd=self.crowd)
+        result = serve.serve(self.model, self.threads, sizes)
+        print(serve.report(result))
+        write_json(self.json, result)
+        if self.write:
+            tables.write(tables.BENCH_PAGE, "serve", serve.markdown(result))
+        return int(bool(serve.not_met(result)))
 
 
 @dataclass(frozen=True)
