@@ -94,10 +94,12 @@ actions = st.one_of(
 @given(st.lists(actions, min_size=3, max_size=16), st.integers(1, 4), st.integers(1, 5))
 def test_rows_are_as_alone_whatever_others_do(name, script, slots, chunk):
     model = MODELS[name]
-    scheduler, listeners = Scheduler(model, slots, queue=100), []
+    listeners = []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module, "CHUNK", chunk)
         patch.setattr(module, "LONG_CHUNK", 2 * chunk)
+        patch.setattr(module, "START", 4)  # the cache grows
+        scheduler = Scheduler(model, slots, queue=100)
         for action, *values in script:
             if action == "submit":
                 ids, new, seed, temperature = values
@@ -152,6 +154,21 @@ def test_a_single_row_repeats_recorded_calls():
     for listener in listeners:
         alone = generate(model, [listener.request.ids], 60, temperature=0)
         assert listener.tokens == [int(step[0]) for step in alone]
+
+
+def test_the_cache_grows_with_the_longest_text_only(monkeypatch):
+    monkeypatch.setattr(module, "START", 4)
+    scheduler = Scheduler(MODELS["llama"], 2)
+    submitted(scheduler, [1, 2], max_new_tokens=3)
+    run(scheduler)
+    assert scheduler.cache.capacity == 4  # the last token is not processed
+    short, long = submitted(scheduler, [1], max_new_tokens=2), submitted(scheduler, [3] * 9, max_new_tokens=2)
+    run(scheduler)
+    assert scheduler.cache.capacity == 18  # 4, then 9, doubled for the tenth
+    monkeypatch.setattr(scheduler.cache, "with_capacity", lambda capacity: 1 / 0)  # no memory
+    failed, short = submitted(scheduler, [4] * 20), submitted(scheduler, [5], max_new_tokens=5)
+    run(scheduler)
+    assert isinstance(failed.ends[0], ZeroDivisionError) and short.ends == long.ends == ["length"]
 
 
 # ------------------------------------------------------------------------------------ prefixes

@@ -136,7 +136,7 @@ class Engine:
     @property
     def capacity(self) -> int:
         """The most tokens of a prompt and its answer."""
-        return self.scheduler.cache.capacity
+        return self.scheduler.capacity
 
     def start(self) -> None:
         run = contextvars.copy_context().run  # of half precision, say

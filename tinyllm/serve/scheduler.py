@@ -36,6 +36,7 @@ from tinyllm.models.cache import Cache, common_prefix
 
 CHUNK = 64  # tokens of a prompt in a step while others decode: about the time of one more step
 LONG_CHUNK = 512  # while none does
+START = 1024  # tokens that a row holds at first
 STEADY = 8  # steps of a single row, after which its calls are recorded (``inference/decoding.py``)
 
 
@@ -95,14 +96,15 @@ class Scheduler:
 
     def __init__(self, model, slots: int = 4, capacity: int | None = None, queue: int = 32, suppress_ids=()):
         slots, queue = check_at_least(slots, 1, "slots"), check_at_least(queue, 1, "queue")
-        self.model, self.cache = model, model.new_cache(slots, capacity)
+        self.model, self.capacity = model, min(capacity or model.context, model.context)
+        self.cache = model.new_cache(slots, min(START, self.capacity))
         self.queue, self.suppress_ids = queue, suppress_ids
         self.waiting: collections.deque[Request] = collections.deque()
         self.rows: list[_Row | None] = [None] * slots  # by row of the cache
         self.used = [0] * slots  # when each row was last in use: a time that counts requests
         self._lock, self._clock, self._held = threading.Lock(), itertools.count(1), 0
         self._views: dict[tuple[int, int], Cache] = {}
-        self._plain, self._recorded = DecodingSteps(model, 0), DecodingSteps(model, self.cache.capacity)
+        self._plain, self._recorded = DecodingSteps(model, 0), DecodingSteps(model, self.capacity)
         self.ends: collections.deque[float] = collections.deque(maxlen=9)  # times at which rows became free
         self._last, self._steady = [], 0  # the rows that decoded in the last step, and for how many steps
 
@@ -112,9 +114,9 @@ class Scheduler:
         """
         for request in requests:
             check_ids(request.ids, self.model.config.vocab_size, "prompt")
-            if len(request.ids) > self.cache.capacity:
-                held = self.cache.capacity
-                raise Error(f"the prompt has {len(request.ids)} tokens, but a row holds {held}: shorten it")
+            if len(request.ids) > self.capacity:
+                held, most = len(request.ids), self.capacity
+                raise Error(f"the prompt has {held} tokens, but a row holds {most}: shorten it")
             check_at_least(request.max_new_tokens, 1, "max_new_tokens")
             check_sampling(request.temperature, request.top_k, request.top_p)
         with self._lock:
@@ -235,6 +237,7 @@ class Scheduler:
             self._begin(row)
         place, pending = self.rows.index(row), self._pending(row)
         try:
+            self._make_room(len(row.text))
             view, ids = self._view(place, place + 1), np.array([pending[:chunk]])
             logits = logits_of(self._plain, ids, view)[0]
         except Exception as error:
@@ -251,7 +254,9 @@ class Scheduler:
         # Rows that came one after another have different lengths, which recorded steps do not allow.
         run = self._recorded if len(rows) == 1 and self._steady >= STEADY else self._plain
         try:
-            logits = self._logits(run, first, rows)
+            self._make_room(max(len(row.text) for row in rows))
+            ids = np.array([row.text[-1:] for row in rows])
+            logits = logits_of(run, ids, self._view(first, first + len(rows)))
         except Exception as error:
             if len(rows) == 1:
                 self._end(rows[0], error)
@@ -262,9 +267,17 @@ class Scheduler:
         for row, each in zip(rows, logits):
             self._sample(row, each)
 
-    def _logits(self, run: DecodingSteps, first: int, rows: list[_Row]) -> np.ndarray:
-        ids = np.array([row.text[-1:] for row in rows])
-        return logits_of(run, ids, self._view(first, first + len(rows)))
+    def _make_room(self, tokens: int) -> None:
+        """Enlarge the cache, at least twofold, if a row needs more.
+
+        So its memory depends on the longest text, not on the longest possible one, which few texts reach. (An
+        array of zeros costs nothing before it is used, but only where the system's pages are small.)
+        """
+        if tokens > self.cache.capacity:
+            larger = min(max(tokens, 2 * self.cache.capacity), self.capacity)
+            self.cache = self.cache.with_capacity(larger)
+            self._views.clear()
+            self._recorded = DecodingSteps(self.model, self.capacity)  # the old one refers to the old cache
 
     def _make_neighbours(self, rows: list[_Row]) -> int:
         """Exchange rows of the cache so that these are neighbours, and return the place of the first.
@@ -310,7 +323,7 @@ class Scheduler:
             return
         if ended:
             self._end(row, "stop")
-        elif not row.left or len(row.text) > self.cache.capacity:
+        elif not row.left or len(row.text) > self.capacity:
             self._end(row, "length")
 
 
