@@ -43,7 +43,8 @@ class ServeConfig(DeviceOptions, TextModelOptions):
     queue: Annotated[int, option("N")] = 32
     """Number of requests that may wait for a slot; more get status 503."""
     context: Annotated[int | None, option("N", f"the model's, at most {LONGEST}")] = None
-    """Maximum number of tokens of a conversation, its answer included. Memory grows with --slots times it."""
+    """Maximum number of tokens of a conversation, its answer included. Memory grows with the longest one and
+    with --slots."""
     max_tokens: Annotated[int, option("N")] = 2048
     """Maximum number of tokens of an answer, and their number if a chat request does not say it."""
     api_key: Annotated[str | None, option("KEY", f"the environment variable {KEY}, if set")] = None
