@@ -34,7 +34,8 @@ def started(*options, **environment):
     with subprocess.Popen(command, env=os.environ | environment, **pipes) as process:
         try:
             line = process.stdout.readline()
-            found = re.fullmatch(r"serving tiny at http://127\.0\.0\.1:(\d+)/v1\n", line)
+            address = r"http://127\.0\.0\.1:(\d+)/"
+            found = re.fullmatch(rf"serving tiny at {address}v1, with a page at {address}\n", line)
             assert found, line + process.stderr.read()
             yield process, int(found[1])
         finally:
@@ -190,3 +191,26 @@ def test_help_names_every_option(capsys):
         name in page
         for name in "--host --port --slots --queue --context --max-tokens --api-key --cors --adapter".split()
     )
+
+
+def test_runs_are_watched_without_a_model(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "tokens": 0}\n')
+    command = [sys.executable, "-P", "-m", "tinyllm", "serve", "--port", "0", "--watch", str(tmp_path)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        try:
+            found = re.fullmatch(r"watching .* at http://127\.0\.0\.1:(\d+)/\n", process.stdout.readline())
+            page = request(int(found[1]), "GET", "/")
+            assert page.status == 200 and "script-src 'self'" in page.getheader("Content-Security-Policy")
+            runs = json.loads(request(int(found[1]), "GET", "/tinyllm/runs").read())["runs"]
+            assert [run["last"]["step"] for run in runs] == [1]
+            process.terminate()
+            _, log = process.communicate(timeout=20)
+            assert process.returncode == 143 if os.name != "nt" else True
+            assert "GET / 200" in log and "/tinyllm/runs" not in log
+        finally:
+            process.kill()
+
+
+def test_a_folder_to_watch_that_is_not_a_run_is_refused(tmp_path, capsys):
+    assert main(["serve", "--watch", str(tmp_path)]) == 2
+    assert "not a run folder" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""``tinyllm serve``: an HTTP server with OpenAI's API."""
+"""``tinyllm serve``: an HTTP server with OpenAI's API, and a page to chat, look inside and watch runs."""
 
 from __future__ import annotations
 
@@ -24,16 +24,23 @@ KEY = "TINYLLM_API_KEY"
 
 @dataclass(frozen=True, kw_only=True)
 class ServeConfig(DeviceOptions, TextModelOptions):
-    """Serve a model over HTTP, with OpenAI's API.
+    """Serve a model over HTTP, with OpenAI's API and a page for the browser.
+
+    On the page, click a word of an answer to see what else it might have been, where the model looked, and
+    how the word formed.
 
     Prints its address on stdout, and a line for each request, without its content, on stderr. Ctrl-C or
     SIGTERM ends it; answers in progress have five seconds to finish.
 
     Example: tinyllm serve --model smollm2 --port 8080
+
+    To watch runs in progress: tinyllm serve --watch runs/small runs/llama
     """
 
     smaller: ClassVar = ["fewer --slots", "a smaller --context"]
 
+    watch: Annotated[tuple[Path, ...], option("DIR ...", "")] = ()
+    """Show the losses, samples and throughput of runs on the page; --run and --model are then optional."""
     host: Annotated[str, option("NAME")] = "127.0.0.1"
     """Address to listen on. Other than this one, anyone in the network can use the server: give --api-key."""
     port: Annotated[int, option("N")] = 8080
@@ -51,6 +58,16 @@ class ServeConfig(DeviceOptions, TextModelOptions):
     """Key that clients must send. On the command line other users of the machine can see it."""
     cors: Annotated[str | None, option("ORIGIN", "none")] = None
     """Let web pages of this origin use the server, such as http://localhost:3000; * stands for all."""
+
+    @property
+    def serves_model(self) -> bool:
+        return not self.watch or self.run is not None or self.model is not None
+
+    @property
+    def name(self) -> str:
+        """The model's name in the API."""
+        name = self.model if self.run is None else str(self.run)
+        return Path(name).name if Path(name).expanduser().exists() else name
 
 
 def run(config: ServeConfig) -> None:
@@ -73,33 +90,53 @@ def run(config: ServeConfig) -> None:
         raise Error("api_key is empty or has spaces or unusual characters: use letters and digits")
     if config.cors is not None and not re.fullmatch(r"\*|https?://[^/\s]+", config.cors):
         raise Error(f"cors is {config.cors!r}: give an origin such as http://localhost:3000, or * for all")
-    from tinyllm.serve.app import create_app  # needs the extra
-    from tinyllm.serve.server import bound, serve
+    from tinyllm.serve.server import bound, serve  # needs the extra
+    from tinyllm.serve.watch import watched
 
     device = config.open_device()
-    config.find()
+    if config.serves_model:
+        config.find()
+    runs = watched(config.watch)
     listening = bound(config.host, config.port)
     try:
-        model, tokenizer = config.load(config.weights_dtype)
-        move(model, device)
         _log_to_stderr()
-        name = config.model if config.run is None else str(config.run)
-        name = Path(name).name if Path(name).expanduser().exists() else name
         with autocast(config.dtype):
-            capacity = min(model.context, config.context or LONGEST)
-            engine = Engine(model, tokenizer, name, config.slots, capacity, config.queue)
-            hosts = LOOPBACK if config.host in LOOPBACK and api_key is None else ()
-            cors = () if config.cors is None else (config.cors,)
-            app = create_app(engine, config.max_tokens, api_key, cors, hosts)
-            number = serve(app, listening, lambda: _welcome(config.host, listening.getsockname()[1], name))
+            app = _app(config, device, runs, api_key)
+            address = _address(config.host, listening.getsockname()[1])
+            number = serve(app, listening, lambda: _welcome(config, address))
     finally:
         listening.close()
     raise KeyboardInterrupt(number, "the server has ended")
 
 
-def _welcome(host: str, port: int, name: str) -> None:
-    shown = f"[{host}]" if ":" in host else host
-    print(f"serving {name} at http://{shown}:{port}/v1", flush=True)
+def _app(config: ServeConfig, device, runs: list, api_key: str | None):
+    """The application: the page, and the endpoints of the model, of looking into it, and of the runs."""
+    from tinyllm.serve.app import create_app
+    from tinyllm.serve.look import look_routes
+    from tinyllm.serve.page import OPEN_PATHS, page_routes
+    from tinyllm.serve.watch import watch_routes
+
+    engine, routes = None, [*page_routes(bool(runs)), *(watch_routes(runs) if runs else [])]
+    if config.serves_model:
+        model, tokenizer = config.load(config.weights_dtype)
+        move(model, device)
+        capacity = min(model.context, config.context or LONGEST)
+        engine = Engine(model, tokenizer, config.name, config.slots, capacity, config.queue)
+        routes += look_routes(engine)
+    hosts = LOOPBACK if config.host in LOOPBACK and api_key is None else ()
+    cors = () if config.cors is None else (config.cors,)
+    return create_app(engine, config.max_tokens, api_key, cors, hosts, routes, OPEN_PATHS)
+
+
+def _address(host: str, port: int) -> str:
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+def _welcome(config: ServeConfig, address: str) -> None:
+    if config.serves_model:
+        print(f"serving {config.name} at {address}/v1, with a page at {address}/", flush=True)
+    else:
+        print(f"watching {', '.join(map(str, config.watch))} at {address}/", flush=True)
 
 
 def _log_to_stderr() -> None:

@@ -35,7 +35,7 @@ AT_ONCE = 2  # prompts that are rendered and encoded at a time
 
 
 def create_app(
-    engine: Engine,
+    engine: Engine | None,
     max_tokens: int | None = None,
     api_key: str | None = None,
     cors: Sequence[str] = (),
@@ -43,7 +43,7 @@ def create_app(
     routes: Sequence[BaseRoute] = (),
     open_paths: Sequence[str] = (),
 ) -> Starlette:
-    """The application for an engine, which it starts and stops.
+    """The application for an engine, which it starts and stops; for None, of the additional ``routes`` alone.
 
     An answer has at most ``max_tokens``. With an ``api_key`` every path except ``/health`` and ``open_paths``
     needs it. Pages of the origins ``cors``, and of no others, may send requests. Unless ``hosts`` is empty, a
@@ -60,7 +60,7 @@ def create_app(
     allowed = dict(allow_origins=list(cors), allow_methods=["GET", "POST"], allow_headers=["*"])
     guard = dict(api_key=api_key, origins=cors, hosts=hosts, open_paths=("/health", *open_paths))
     app = Starlette(
-        routes=[*endpoints, *routes],
+        routes=[*([] if engine is None else endpoints), *routes],
         middleware=[*([Middleware(CORSMiddleware, **allowed)] if cors else []), Middleware(Guard, **guard)],
         exception_handlers={
             APIError: on_api_error,
@@ -71,20 +71,27 @@ def create_app(
         lifespan=_lifespan,
     )
     app.router.redirect_slashes = False
+    app.state.engine = engine
+    if engine is None:
+        return app
     most = min(max_tokens or engine.capacity, engine.capacity)
     rows = engine.scheduler.queue + len(engine.scheduler.rows)
     vocab_size = engine.model.config.vocab_size
-    app.state.engine, app.state.prompts_at_once = engine, asyncio.Semaphore(AT_ONCE)
+    app.state.prompts_at_once = asyncio.Semaphore(AT_ONCE)
     app.state.limits = Limits(context=engine.capacity, max_tokens=most, vocab_size=vocab_size, choices=rows)
     return app
 
 
 @contextlib.asynccontextmanager
 async def _lifespan(app: Starlette):
-    app.state.engine.start()
+    engine = app.state.engine
+    if engine is None:
+        yield
+        return
+    engine.start()
     yield
-    app.state.engine.close()
-    await asyncio.to_thread(app.state.engine.join)
+    engine.close()
+    await asyncio.to_thread(engine.join)
 
 
 # ----------------------------------------------------------------------------------- endpoints

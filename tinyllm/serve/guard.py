@@ -15,6 +15,8 @@ from tinyllm.serve.errors import APIError
 
 log = logging.getLogger("tinyllm.serve")
 
+POLLED = "/tinyllm/runs"  # an open page asks for it again and again: not logged
+
 
 class Guard:
     """Middleware that refuses requests, and logs each without its content.
@@ -60,9 +62,9 @@ class Guard:
             client = (scope.get("client") or ["-"])[0]
             path = ascii(scope["path"][:200])[1:-1]
             shown = "gone" if status is None else status
-            log.info(
-                "%s %s %s %s %.2f s %s", client, ascii(scope["method"])[1:-1], path, shown, seconds, note
-            )
+            level = logging.DEBUG if path == POLLED else logging.INFO
+            method = ascii(scope["method"])[1:-1]
+            log.log(level, "%s %s %s %s %.2f s %s", client, method, path, shown, seconds, note)
 
     def _refusal(self, scope) -> APIError | None:
         headers = Headers(scope=scope)

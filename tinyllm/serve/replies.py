@@ -79,6 +79,8 @@ class Completion:
             "token_logprobs": [max(sampled.logprob, LOWEST) for sampled, _ in tokens],
             "top_logprobs": [self._top(sampled) for sampled, _ in tokens],
             "text_offset": [offset for _, offset in tokens],
+            # With ids and bytes, as for a chat; llama.cpp's server has the same key.
+            "content": Chat(self.tokenizer).logprobs(tokens, True)["content"],
         }
 
     def _top(self, sampled: Sampled) -> dict[str, float]:

@@ -60,10 +60,12 @@ class Server(uvicorn.Server):
         An answer that is not complete then ends with an error, which tells its client so. Must be called in
         the event loop.
         """
-        if self.should_exit:
+        first, self.should_exit = not self.should_exit, True
+        if self.engine is None:
+            return
+        if not first:
             self.engine.close()
         else:
-            self.should_exit = True
             self.engine.drain()
             asyncio.get_running_loop().call_later(GRACE, self.engine.close)
 

@@ -111,14 +111,18 @@ def _read_metrics(path: Path) -> tuple[list[dict], list[str]]:
     return records, [note] if rest and not is_whole else []
 
 
-def parse_records(lines: Iterable[bytes]) -> tuple[list[dict], str | None]:
-    """The records in the lines before the first damaged one, and what is wrong with that, or None."""
+def parse_records(lines: Iterable[bytes], before: dict | None = None) -> tuple[list[dict], str | None]:
+    """The records in the lines before the first damaged one, and what is wrong with that, or None.
+
+    The lines follow those of which ``before`` is the last record.
+    """
     records = []
     for line in lines:
         record = _parse_record(line)
-        if wrong := _what_is_wrong(record, records[-1] if records else None):
+        if wrong := _what_is_wrong(record, before):
             return records, wrong
         records.append(record)
+        before = record
     return records, None
 
 
