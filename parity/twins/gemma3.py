@@ -5,10 +5,8 @@ Like it, this file has Gemma 2's twin (``gemma2.py``) and the changes to it.
 
 from __future__ import annotations
 
-import torch
-
 from parity.twins.gemma2 import GemmaAttention, GemmaBlock, OffsetRMSNorm, TorchGemma2, exact_angles
-from parity.twins.llama import rope_frequencies
+from parity.twins.rope import rotation
 from tinyllm.models.gemma3 import Gemma3, Gemma3Config
 
 
@@ -39,11 +37,8 @@ class TorchGemma3(TorchGemma2):
     published = "Gemma3ForCausalLM"
 
     def rotations(self, length, like):  # for each layer: those of both kinds, of which it takes its own
-        positions, found = torch.arange(length, dtype=torch.float64), {}
-        for kind, parameters in self.config.rope_parameters.items():
-            angles = torch.outer(positions, rope_frequencies(self.config, parameters))
-            found[kind] = angles.cos().to(like), angles.sin().to(like)
-        return [found] * len(self.layers)
+        kinds = self.config.rope_parameters.items()
+        return [{kind: rotation(self.config, length, like, rope) for kind, rope in kinds}] * len(self.layers)
 
     @staticmethod
     def own_options() -> dict:

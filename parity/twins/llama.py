@@ -9,33 +9,16 @@ vocabulary.
 from __future__ import annotations
 
 import math
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from functools import partial
-from unittest import mock
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from parity.twins.base import TorchLanguageModel
+from parity.twins.rope import in_float64, rotation
 from tinyllm.models.llama import Llama, LlamaConfig
-
-
-def rope_frequencies(config: LlamaConfig, parameters: dict | None = None) -> torch.Tensor:
-    """Radians per position of each channel pair, (D/2,), in float64; "llama3" is the scaling of Llama 3.1."""
-    rope, D = parameters or config.rope_parameters, config.head_dim
-    frequencies = 1 / rope["rope_theta"] ** (torch.arange(0, D, 2, dtype=torch.float64) / D)
-    if rope["rope_type"] == "linear":
-        return frequencies / rope["factor"]
-    if rope["rope_type"] == "llama3":
-        trained = rope["original_max_position_embeddings"]
-        low, high = rope["low_freq_factor"], rope["high_freq_factor"]
-        wavelength = 2 * math.pi / frequencies
-        smooth = (trained / wavelength - low) / (high - low)
-        between = (1 - smooth) * frequencies / rope["factor"] + smooth * frequencies
-        scaled = torch.where(wavelength > trained / low, frequencies / rope["factor"], between)
-        return torch.where(wavelength < trained / high, frequencies, scaled)
-    return frequencies
 
 
 def rope(x, cos, sin):  # (B, H, T, D)
@@ -149,21 +132,20 @@ class TorchLlama(TorchLanguageModel):
             self.lm_head.weight = self.embed_tokens.weight  # one matrix for both
 
     def rotations(self, length, like):  # for each layer: cos and sin (T, D/2)
-        angles = torch.outer(torch.arange(length, dtype=torch.float64), rope_frequencies(self.config))
-        return [(angles.cos().to(like), angles.sin().to(like))] * len(self.layers)
+        return [rotation(self.config, length, like)] * len(self.layers)
 
     def hidden_states(self, ids):  # (B, T) -> (B, T, C)
         x = self.embed_tokens(ids)  # (B, T, C)
-        for layer, rotation in zip(self.layers, self.rotations(ids.shape[1], x)):
-            x = layer(x, rotation)
+        for layer, angles in zip(self.layers, self.rotations(ids.shape[1], x)):
+            x = layer(x, angles)
         return self.norm(x)
 
     # ---- The counterpart in transformers ----
 
-    @staticmethod
-    def random_config(n_layer: int, n_head: int, n_embd: int, vocab_size: int, n_positions: int):
-        """Grouped heads, biases and scaled frequencies."""
-        return LlamaConfig(
+    @classmethod
+    def random_config(cls, n_layer: int, n_head: int, n_embd: int, vocab_size: int, n_positions: int):
+        """Grouped heads, scaled frequencies, and biases if the architecture may have them."""
+        values = dict(
             vocab_size=vocab_size,
             hidden_size=n_embd,
             intermediate_size=3 * n_embd,
@@ -181,39 +163,42 @@ class TorchLlama(TorchLanguageModel):
             attention_bias=True,
             mlp_bias=True,
         )
+        known = {field.name for field in fields(cls.config_class)}
+        return cls.config_class(**{name: value for name, value in values.items() if name in known})
 
     @staticmethod
     def in_transformers(config: LlamaConfig):
         import transformers
 
-        theirs = transformers.LlamaConfig(**asdict(config), bos_token_id=0, eos_token_id=0)
+        their_class = getattr(transformers, config.hub_class)
+        theirs = their_class.config_class(**asdict(config), bos_token_id=0, eos_token_id=0, pad_token_id=None)
         theirs._attn_implementation = TorchLlama.attention
-        return transformers.LlamaForCausalLM(theirs)
+        return their_class(theirs)
 
     @staticmethod
     def exact(theirs):
-        """A ``LlamaForCausalLM`` with SDPA attention that computes everything in the dtype of its weights.
+        """A relative of their Llama, with SDPA attention, that computes everything in its weights' dtype.
 
         Their RMSNorm, RoPE and eager softmax compute in float32 even in a float64 model. The error of 1e-7
         would hide smaller ones. Here the norm is torch's own, and the angles and their cosines are float64.
-        The frequencies still come from *their* function, with ``torch.float`` patched to float64.
+        The frequencies still come from *their* function, made to compute in float64.
         """
         from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-        rotary = theirs.model.rotary_emb
+        rotary = theirs.base_model.rotary_emb
         compute = ROPE_INIT_FUNCTIONS.get(rotary.rope_type, rotary.compute_default_rope_parameters)
-        with mock.patch.object(torch, "float", torch.float64):
-            frequencies, scaling = compute(theirs.config)
 
         def rms_norm(norm, x):
             return torch.nn.functional.rms_norm(x, norm.weight.shape, norm.weight, norm.variance_epsilon)
 
         def cos_and_sin(x, position_ids):
+            with in_float64():
+                frequencies, scaling = compute(theirs.config, seq_len=int(position_ids.max()) + 1)
             angles = (position_ids[..., None] * frequencies).repeat(1, 1, 2)
             return (angles.cos() * scaling).to(x), (angles.sin() * scaling).to(x)
 
         rotary.forward = cos_and_sin
         for module in theirs.modules():
-            if type(module).__name__ == "LlamaRMSNorm":
+            if type(module).__name__.endswith("RMSNorm"):
                 module.forward = partial(rms_norm, module)
         return theirs

@@ -4,7 +4,6 @@ import json
 import math
 import tracemalloc
 from dataclasses import replace
-from unittest import mock
 
 import numpy as np
 import pytest
@@ -12,7 +11,6 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from tinyllm import Error, Llama, LlamaConfig, load_model, manual_seed, no_grad
-from tinyllm.models.rope import ROPE_TYPES, rope_frequencies, rotation
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
@@ -27,7 +25,6 @@ from support.models import (  # noqa: E402
     random_llama,
     rewrite,
 )
-from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS  # noqa: E402
 
 from parity.__main__ import main  # noqa: E402
 from parity.ops import cases as ops  # noqa: E402
@@ -46,7 +43,7 @@ from parity.twins import bridge  # noqa: E402
        num_targets=st.none() | st.integers(1, 50))  # fmt: skip
 def test_logits_loss_and_gradients_equal_transformers_and_the_twin(config, rows, seed, num_targets):
     model = random_llama(config, seed)
-    ids, targets = batch(config, (rows, 1 + seed % config.max_position_embeddings), seed)
+    ids, targets = batch(config, (rows, 1 + seed % config.context), seed)
     tensors = torch.from_numpy(ids), torch.from_numpy(targets)
     loss = model.loss(ids, targets, num_targets=num_targets)
     loss.backward()
@@ -111,73 +108,6 @@ def test_several_query_blocks_and_row_chunks_equal_transformers():
 
 
 # --------------------------------------------------------------------------------- RoPE
-
-
-def their_frequencies(config):
-    """(frequencies, scaling of cos and sin) as transformers computes them, in float32."""
-    theirs = transformers.LlamaConfig(**vars(config))
-    rotary = transformers.models.llama.modeling_llama.LlamaRotaryEmbedding
-    compute = ROPE_INIT_FUNCTIONS.get(
-        config.rope_parameters["rope_type"], rotary.compute_default_rope_parameters
-    )
-    return compute(theirs)
-
-
-@given(
-    kind=st.sampled_from(sorted(ROPE_TYPES)),
-    half=st.integers(1, 64),
-    theta=st.floats(2, 1e6),
-    factor=st.floats(1, 64),
-    low=st.floats(0.5, 4),
-    more=st.floats(0.1, 8),
-    trained=st.integers(16, 8192),
-)
-@example(kind="llama3", half=64, theta=5e5, factor=8, low=1, more=3, trained=8192)  # Llama 3.1 8B
-@example(kind="llama3", half=32, theta=5e5, factor=32, low=1, more=3, trained=8192)  # Llama 3.2 1B
-@example(kind="default", half=64, theta=1e4, factor=1, low=1, more=1, trained=16)  # Llama 2
-def test_frequencies_of_every_rope_type_equal_transformers(kind, half, theta, factor, low, more, trained):
-    values = dict(
-        factor=factor, low_freq_factor=low, high_freq_factor=low + more,
-        original_max_position_embeddings=trained,
-    )  # fmt: skip
-    rope = dict(rope_type=kind, rope_theta=theta) | {name: values[name] for name in ROPE_TYPES[kind]}
-    config = LlamaConfig(**SMALL_LLAMA | dict(head_dim=2 * half), rope_parameters=rope)
-    ours = rope_frequencies(config)
-    assert ours.shape == (half,) and ours.dtype == np.float64
-    # The interpolation factor of a short wave, (thousands - low) / more, has that relative error in float32.
-    single, scaling = their_frequencies(config)
-    np.testing.assert_allclose(ours, single.numpy(), rtol=1e-4)
-    with mock.patch.object(torch, "float", torch.float64):
-        double, _ = their_frequencies(config)
-    np.testing.assert_allclose(ours, double.numpy(), rtol=1e-13)
-    assert scaling == 1.0
-
-
-@pytest.mark.parametrize("size", ["Llama-3.1-8B", "Llama-3.2-1B"])
-def test_published_rope_scaling_has_an_effect(size):
-    """Llama 3.1 keeps high frequencies, divides low ones by the factor, and interpolates in between."""
-    config = LlamaConfig.preset(size)
-    plain = replace(config, rope_parameters=dict(rope_theta=500000.0))
-    ratio = rope_frequencies(plain) / rope_frequencies(config)
-    factor = config.rope_parameters["factor"]
-    assert ratio[0] == 1 and ratio[-1] == pytest.approx(factor)
-    assert (np.diff(ratio) >= -1e-12).all() and ((ratio > 1.01) & (ratio < factor - 0.01)).sum() >= 3
-    small = LlamaConfig(**SMALL_LLAMA, rope_parameters=ROPES["llama3"])
-    scaled, unscaled = random_llama(small), random_llama(replace(small, rope_parameters={"rope_theta": 50.0}))
-    ids, _ = batch(small, (1, 8))
-    assert np.abs(scaled(ids).data - unscaled(ids).data).max() > 1e-2
-
-
-@pytest.mark.parametrize("dtype", [np.float32, np.float64])
-def test_angles_of_late_positions_are_accurate(dtype):
-    """Angles in float32 would have errors of up to 0.005 near position 100,000."""
-    frequencies = rope_frequencies(LlamaConfig.preset("Llama-3.1-8B"))
-    positions = np.array([0, 1, 99_999, 131_071])
-    cos, sin = rotation(frequencies, positions, like=np.zeros(1, dtype))
-    assert cos.shape == sin.shape == (4, 64) and cos.dtype == sin.dtype == dtype
-    exact = [[math.cos(int(t) * f) for f in frequencies] for t in positions]
-    np.testing.assert_allclose(cos, exact, rtol=0, atol=1.5 * np.finfo(dtype).eps)
-    np.testing.assert_allclose(cos**2 + sin**2, 1, rtol=0, atol=4 * np.finfo(dtype).eps)
 
 
 def test_attention_depends_on_distances_only():
@@ -574,8 +504,6 @@ BAD_CONFIGS = {
     "another model": (dict(model_type="gpt2"), "model_type='llama', .* 'gpt2'"),
     "interleaved": (dict(rope_interleaved=True), "rope_interleaved=False, .* True"),
     "quantised": (dict(quantization_config={}), "quantization_config"),
-    "yarn": (dict(rope_scaling=dict(type="yarn", factor=2.0)),
-             "rope_type 'yarn' is not supported; supported: default, linear, llama3"),
     "no factor": (dict(rope_scaling=dict(type="linear")),
                   "of rope_type 'linear' must be factor, rope_theta, rope_type, not rope_theta, rope_type"),
     "a part of llama3": (dict(rope_parameters=dict(rope_type="llama3", factor=8.0)), "low_freq_factor"),

@@ -107,6 +107,13 @@ ROPES = {
     # Some of the frequencies 1, θ^-½ … are kept, some divided, some interpolated.
     "llama3": dict(rope_type="llama3", rope_theta=50.0, factor=8.0, low_freq_factor=1.0,
                    high_freq_factor=4.0, original_max_position_embeddings=12),
+    # One of two frequencies is kept, the other interpolated; cos and sin are multiplied by 1.14.
+    "yarn": dict(rope_type="yarn", rope_theta=50.0, factor=4.0, beta_fast=8.0, truncate=False,
+                 original_max_position_embeddings=64),
+    # Texts of more than 8 tokens, and of more than 5, have other frequencies.
+    "dynamic": dict(rope_type="dynamic", rope_theta=50.0, factor=2.0),
+    "longrope": dict(rope_type="longrope", rope_theta=50.0, short_factor=[1.0, 1.5], long_factor=[2.0, 6.0],
+                     original_max_position_embeddings=5),
 }  # fmt: skip
 
 
@@ -183,6 +190,9 @@ MODELS = {  # name -> the model with a dropout
 @st.composite
 def llama_configs(draw):
     G, R, D = draw(st.integers(1, 3)), draw(st.integers(1, 3)), 2 * draw(st.integers(1, 4))
+    rope = draw(st.sampled_from([{}, *ROPES.values()]))
+    if "long_factor" in rope:  # one for each pair of channels
+        rope = rope | {name: (rope[name] * D)[: D // 2] for name in ("short_factor", "long_factor")}
     return LlamaConfig(
         vocab_size=draw(st.integers(2, 40)),
         hidden_size=G * R * draw(st.integers(1, 5)),
@@ -193,7 +203,7 @@ def llama_configs(draw):
         head_dim=D,
         max_position_embeddings=draw(st.integers(1, 12)),
         rms_norm_eps=draw(st.sampled_from([1e-5, 1e-6, 0.1])),
-        rope_parameters=draw(st.sampled_from([{}, *ROPES.values()])),
+        rope_parameters={} if D == 2 and rope.get("rope_type") == "dynamic" else rope,
         tie_word_embeddings=draw(st.booleans()),
         attention_bias=draw(st.booleans()),
         mlp_bias=draw(st.booleans()),

@@ -41,7 +41,8 @@ class Gemma3Config(Gemma2Config):
         given = of_kinds(self.rope_parameters)
         vars(self).update(rope_parameters={})  # a Llama has parameters of one kind only
         super().__post_init__()
-        rope = {kind: checked_rope({"rope_theta": THETAS[kind]} | given[kind]) for kind in given}
+        sizes = self.max_position_embeddings, self.head_dim // 2
+        rope = {kind: checked_rope({"rope_theta": THETAS[kind]} | given[kind], *sizes) for kind in given}
         vars(self).update(rope_parameters=rope)
 
     @classmethod

@@ -26,7 +26,7 @@ from tinyllm import nn
 from tinyllm.errors import Error
 from tinyllm.models.base import LanguageModel, ModelConfig, register
 from tinyllm.models.cache import look_back
-from tinyllm.models.rope import Rope, checked_rope, older_keys, with_rope_parameters
+from tinyllm.models.rope import Rope, checked_rope, longest, older_keys, with_rope_parameters
 from tinyllm.models.sizes import LLAMA
 
 
@@ -57,7 +57,7 @@ class LlamaConfig(ModelConfig):
 
     model_type, hub_class, sizes = "llama", "LlamaForCausalLM", LLAMA
     whole_heads = True  # transformers requires that hidden_size is divisible, even if head_dim is given
-    context = property(lambda self: self.max_position_embeddings)
+    context = property(lambda self: longest(self.rope_parameters, self.max_position_embeddings))
     kv_shape = property(lambda self: (self.num_key_value_heads, self.head_dim))
 
     def __post_init__(self):
@@ -71,7 +71,8 @@ class LlamaConfig(ModelConfig):
             raise Error(f"num_attention_heads ({H}) must be divisible by num_key_value_heads ({G})")
         if D % 2:
             raise Error(f"head_dim must be even, not {D}: RoPE rotates pairs of channels")
-        rope = checked_rope(self.rope_parameters)  # the dataclass is frozen: fill in the defaults this way
+        rope = checked_rope(self.rope_parameters, self.max_position_embeddings, D // 2)
+        # The dataclass is frozen: fill in the defaults this way.
         vars(self).update(num_key_value_heads=G, head_dim=D, rope_parameters=rope)
 
     @classmethod
