@@ -53,6 +53,7 @@ NOT_ARCHITECTURES = {
     "rope",
     "saving",
     "sizes",
+    "windows",
 }  # of models/
 
 

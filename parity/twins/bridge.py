@@ -16,15 +16,18 @@ from parity.twins.gemma2 import TorchGemma2
 from parity.twins.gemma3 import TorchGemma3
 from parity.twins.gpt2 import TorchGPT2
 from parity.twins.llama import TorchLlama
+from parity.twins.mistral import TorchMistral
+from parity.twins.qwen import TorchQwen2, TorchQwen3
 from tinyllm.backend.device import to_device
 from tinyllm.checks import check_names_and_shapes
 from tinyllm.errors import Error
 from tinyllm.models import SequenceClassifier, load_model
 from tinyllm.nn import Module
 
-TWINS = {
-    twin.ours: twin for twin in (TorchGPT2, TorchLlama, TorchGemma2, TorchGemma3)
-}  # tinyllm's class -> its twin
+TWINS = {  # tinyllm's class -> its twin
+    twin.ours: twin
+    for twin in (TorchGPT2, TorchLlama, TorchQwen2, TorchQwen3, TorchMistral, TorchGemma2, TorchGemma3)
+}
 
 DTYPES = ("float32", "float64")  # both NumPy and torch compute in these
 

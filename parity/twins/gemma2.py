@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from parity.twins.llama import GroupedQueryAttention, LlamaBlock, SwiGLU, TorchLlama
+from parity.twins.rope import in_float64
 from tinyllm.models.gemma2 import Gemma2, Gemma2Config
 
 
@@ -150,10 +151,11 @@ def exact_angles(rotary, rope_type: str, **of_layer):
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
     compute = ROPE_INIT_FUNCTIONS.get(rope_type, rotary.compute_default_rope_parameters)
-    with mock.patch.object(torch, "float", torch.float64):
-        frequencies, scaling = compute(rotary.config, **of_layer)
 
     def cos_and_sin(x, position_ids):
+        with in_float64():
+            length = int(position_ids.max()) + 1
+            frequencies, scaling = compute(rotary.config, seq_len=length, **of_layer)
         angles = (position_ids[..., None] * frequencies).repeat(1, 1, 2)
         return (angles.cos() * scaling).to(x), (angles.sin() * scaling).to(x)
 

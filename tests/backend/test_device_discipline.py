@@ -13,7 +13,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 from support.device_array import DeviceArray
-from support.models import MODELS, on_host
+from support.models import MODELS, RELATIVE_MODELS, on_host
 
 import tinyllm
 from tinyllm import Tensor, manual_seed, nn, no_grad, optim, tensor_ops
@@ -340,22 +340,22 @@ def test_gradients_on_the_device_have_one_owner(put):
 def build(name, put, dropout=0.0):
     """The model in float64 with perturbed parameters on the device under test."""
     rng = np.random.default_rng(1)
-    model = MODELS[name](dropout).astype(np.float64)
+    model = (MODELS | RELATIVE_MODELS)[name](dropout).astype(np.float64)
     for parameter in model.parameters():
         moved = parameter.data + 0.3 * rng.standard_normal(parameter.shape)
         parameter.replace(put(moved))
     return model
 
 
-def train(name, put, dropout):
-    """The losses and gradient norms of three training steps, and the final parameters."""
+def train(name, put, dropout, steps=3, length=140):
+    """The losses and gradient norms of training steps, and the final parameters."""
     model = build(name, put, dropout)
     optimizer = optim.AdamW(model, lr=1e-2, weight_decay=0.1)
     rng = np.random.default_rng(1)
     numbers = []
-    for step in range(3):
-        tokens = rng.integers(0, 23, (2, 141))
-        targets = np.where(rng.random((2, 140)) < 0.1, -100, tokens[:, 1:])
+    for step in range(steps):
+        tokens = rng.integers(0, 23, (2, length + 1))
+        targets = np.where(rng.random((2, length)) < 0.1, -100, tokens[:, 1:])
         manual_seed(0, step)
         loss = model.loss(tokens[:, :-1], targets)  # ids are on the host, where they are checked
         loss.backward()
@@ -384,7 +384,17 @@ def test_training_on_the_device_equals_numpy(name, dropout, put):
         assert np.allclose(array, expected_parameters[name], rtol=tolerance, atol=tolerance), name
 
 
-@every_model
+@pytest.mark.parametrize("name", RELATIVE_MODELS)
+def test_a_step_of_a_relative_on_the_device_equals_numpy(name, put):
+    """With a window, normalized heads and scaled cos and sin; in training mode, with dropout."""
+    expected, expected_parameters = train(name, stay, 0.2, steps=1, length=20)
+    numbers, parameters = train(name, put, 0.2, steps=1, length=20)
+    assert numbers == pytest.approx(expected, rel=1e-12)
+    for key, array in parameters.items():
+        assert np.allclose(array, expected_parameters[key], rtol=1e-9, atol=1e-9), key
+
+
+@pytest.mark.parametrize("name", [*MODELS, *RELATIVE_MODELS])
 def test_logits_and_observations_on_the_device_equal_numpy(name, put):
     ids = np.random.default_rng(2).integers(0, 23, (2, 9))
     host, device = (build(name, where).eval() for where in (stay, put))

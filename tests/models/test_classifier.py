@@ -6,7 +6,17 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support.models import EVERYTHING, GEMMA2, GEMMA3, NO_DROPOUT, SMALL, assert_close, configs, llama_configs
+from support.models import (
+    EVERYTHING,
+    GEMMA2,
+    GEMMA3,
+    NO_DROPOUT,
+    RELATIVES,
+    SMALL,
+    assert_close,
+    configs,
+    llama_configs,
+)
 from support.suite import proven
 
 from parity.ops import cases
@@ -74,7 +84,7 @@ def check_against_the_twin(model, ids, lengths, targets):
 @proven("subject", ["SequenceClassifier"])
 @settings(deadline=None, max_examples=15)
 @given(
-    config=configs() | llama_configs(),
+    config=configs() | llama_configs() | st.one_of(map(llama_configs, RELATIVES.values())),
     rows=st.integers(1, 4),
     classes=st.integers(2, 5),
     pooling=st.sampled_from(POOLINGS),

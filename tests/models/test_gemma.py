@@ -16,8 +16,8 @@ from tinyllm.functional import composed
 from tinyllm.inference.decoding import DecodingSteps
 from tinyllm.models import ARCHITECTURES, Gemma2, Gemma2Config, Gemma3, Gemma3Config
 from tinyllm.models import cache as cache_module
-from tinyllm.models.gemma2 import FULL, SLIDING
 from tinyllm.models.sizes import GEMMA_2, GEMMA_3
+from tinyllm.models.windows import FULL, SLIDING
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")

@@ -6,15 +6,32 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support.models import EVERYTHING, GEMMA3, NO_DROPOUT, our_gradients, random_gpt2, random_llama
+from support.models import (
+    EVERYTHING,
+    GEMMA3,
+    NO_DROPOUT,
+    SMALL_LLAMA,
+    our_gradients,
+    random_gpt2,
+    random_llama,
+)
 
 from tinyllm import GPT2Config, nn
 from tinyllm.errors import Error
+from tinyllm.models import Qwen3Config
 from tinyllm.models.packed import Packed
 
 MODELS = {
     "gpt2": random_gpt2(
         GPT2Config(vocab_size=13, n_positions=24, n_embd=12, n_layer=2, n_head=3, **NO_DROPOUT)
+    ),
+    "qwen3, a window of 3 in one of two layers": random_llama(
+        Qwen3Config(
+            **SMALL_LLAMA | dict(max_position_embeddings=24),
+            use_sliding_window=True,
+            sliding_window=3,
+            max_window_layers=1,
+        )
     ),
     "llama": random_llama(replace(EVERYTHING, vocab_size=13, max_position_embeddings=24)),
     "gemma3": random_llama(replace(GEMMA3, max_position_embeddings=24)),
@@ -92,7 +109,7 @@ def test_a_sequence_number_may_come_again_and_a_window_holds_within_a_sequence(m
         [False, False, True, False],
         [False, False, False, True],
     ]
-    monkeypatch.setattr(type(model.config), "window_of", lambda config, layer: (None, 2)[layer % 2])
+    monkeypatch.setattr(model.layers[1].self_attn, "window", 2)
     windows = Packed(np.array([[0, 0, 0, 1]]), model).keys
     assert windows[0][0, 0, 2].tolist() == [True, True, True, False]
     assert windows[1][0, 0, 2].tolist() == [False, True, True, False]

@@ -31,16 +31,18 @@ from transformers.pytorch_utils import Conv1D as TheirConv1D
 from parity.ops import strategies as some
 from parity.ops.attention import addresses, kept_weights, torch_attention
 from parity.ops.cases import FLOOR, assert_close, upstream
+from parity.twins import bridge
 from parity.twins import gemma2 as torch_gemma2
 from parity.twins import gemma3 as torch_gemma3
 from parity.twins import gpt2 as torch_gpt2
 from parity.twins import llama as torch_llama
+from parity.twins import qwen as torch_qwen
 from parity.twins.classifier import TorchSequenceClassifier
 from parity.twins.lora import TorchLoRA
 from tinyllm import GPT2Config, Tensor, manual_seed, models, nn
 from tinyllm import functional as F
 from tinyllm.backend.random import next_address
-from tinyllm.models import LanguageModel, gemma2, gemma3, gpt2, llama
+from tinyllm.models import LanguageModel, gemma2, gemma3, gpt2, llama, mistral, qwen
 from tinyllm.models.rope import Rope, rope_frequencies
 
 
@@ -116,7 +118,9 @@ def same_masks(address):
         if dropout_p == 0:
             return attention(q, k, v, attn_mask, is_causal=is_causal, **options)
         mask = None if attn_mask is None else attn_mask.numpy()
-        arrays, given = (x.detach().numpy() for x in (q, k)), {"attn_mask": mask, "is_causal": is_causal}
+        # The mask is that of a window: which elements are dropped depends on the blocks, which skip the rest.
+        window = None if mask is None else int(mask[-1].sum())
+        arrays, given = (x.detach().numpy() for x in (q, k)), {"is_causal": True, "window": window}
         kept = kept_weights(*arrays, options | given, dropout_p, next_address())
         return torch_attention(q, k, v, mask, is_causal, options.get("scale"), kept)
 
@@ -234,30 +238,42 @@ def gpt2_model(draw):
 
 
 @st.composite
-def dropping_llama_configs(draw):
-    return replace(draw(llama_configs()), attention_dropout=draw(st.sampled_from([0.0, 0.3])))
+def dropping_llama_configs(draw, kind="llama"):
+    config = draw(llama_configs(models.ARCHITECTURES[kind].config_class))
+    return replace(config, attention_dropout=draw(st.sampled_from([0.0, 0.3])))
+
+
+def lengths(config):
+    """Up to the context, and half of them past any window."""
+    return st.just(min(config.context, 20)) | st.integers(1, config.context)
 
 
 @st.composite
-def llama_part(draw, ours, theirs, rotates=True):
-    """A layer created from a config that maps (B, T, C) and, with ``rotates``, a rotation to (B, T, C)."""
-    config = draw(dropping_llama_configs())
-    T = draw(st.integers(1, config.max_position_embeddings))
+def llama_part(draw, ours, theirs, rotates=True, kind="llama"):
+    """A layer created from a config that maps (B, T, C) and, with ``rotates``, a rotation to (B, T, C).
+
+    It is that of the last block, which has the window if the architecture of this ``kind`` has one.
+    """
+    config = draw(dropping_llama_configs(kind))
+    number = [config.num_hidden_layers - 1] * rotates
+    T = draw(lengths(config))
     angles = np.arange(T)[:, None] * rope_frequencies(config)
     x = draw(some.arrays((draw(st.integers(1, 2)), T, config.hidden_size), some.nonzero))
     rotation = [(np.cos(angles), np.sin(angles))] * rotates
-    return draw(layers(ours(config, np.random.default_rng(0)), theirs(config), x, *rotation))
+    return draw(
+        layers(ours(config, np.random.default_rng(0), *number), theirs(config, *number), x, *rotation)
+    )
 
 
 @st.composite
-def llama_model(draw):
+def llama_model(draw, kind="llama"):
     """The logits, or the loss with or without ``num_targets``."""
-    config, seed = draw(dropping_llama_configs()), draw(some.SEEDS)
+    config, seed = draw(dropping_llama_configs(kind)), draw(some.SEEDS)
     model = random_llama(config, seed).train(draw(st.booleans()))
-    shape = draw(st.integers(1, 3)), draw(st.integers(1, config.max_position_embeddings))
+    shape = draw(st.integers(1, 3)), draw(lengths(config))
     inputs = batch(config, shape, seed)
     inputs = draw(st.sampled_from([inputs[:1], inputs, (*inputs, 7)]))
-    return LayerCase(model, torch_llama.TorchLlama(config), inputs, draw(addresses()), seed)
+    return LayerCase(model, bridge.twin_of(model)(config), inputs, draw(addresses()), seed)
 
 
 # ----------------------------------------------------------------------------------- Gemma
@@ -297,7 +313,7 @@ def classifier(draw):
     pooling, labels = draw(st.sampled_from(models.classifier.POOLINGS)), ["a", "b", "c"]
     model = models.SequenceClassifier(random_llama(config, seed), labels, rng=seed, pooling=pooling)
     twin = TorchSequenceClassifier(torch_llama.TorchLlama(config), len(labels), pooling)
-    B, T = draw(st.integers(1, 3)), draw(st.integers(1, config.max_position_embeddings))
+    B, T = draw(st.integers(1, 3)), draw(st.integers(1, config.context))
     ids, lengths = batch(config, (B, T), seed)[0], draw(st.lists(st.integers(1, T), min_size=B, max_size=B))
     model.train(draw(st.booleans()))
     return LayerCase(model, twin, (ids, np.array(lengths)), draw(addresses()), seed)
@@ -320,6 +336,14 @@ CASES = {
     "SwiGLU": llama_part(llama.SwiGLU, torch_llama.SwiGLU, rotates=False),
     "LlamaBlock": llama_part(llama.LlamaBlock, torch_llama.LlamaBlock),
     "Llama": llama_model(),
+    "Qwen2Attention": llama_part(qwen.Qwen2Attention, torch_qwen.Qwen2Attention, kind="qwen2"),
+    "Qwen2Block": llama_part(qwen.Qwen2Block, torch_qwen.Qwen2Block, kind="qwen2"),
+    "Qwen2": llama_model("qwen2"),
+    "Qwen3Attention": llama_part(qwen.Qwen3Attention, torch_qwen.Qwen3Attention, kind="qwen3"),
+    "Qwen3Block": llama_part(qwen.Qwen3Block, torch_qwen.Qwen3Block, kind="qwen3"),
+    "Qwen3": llama_model("qwen3"),
+    "MistralBlock": llama_part(mistral.MistralBlock, torch_llama.LlamaBlock, kind="mistral"),
+    "Mistral": llama_model("mistral"),
     "ScaledEmbedding": embedding(gemma2.ScaledEmbedding, torch_gemma2.ScaledEmbedding),
     "GemmaAttention": gemma_part(models.Gemma2Config, gemma2.GemmaAttention, torch_gemma2.GemmaAttention),
     "GeGLU": gemma_part(models.Gemma2Config, gemma2.GeGLU, torch_gemma2.GeGLU, rotates=False),

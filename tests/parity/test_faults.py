@@ -15,14 +15,20 @@ from support.suite import collected, failures
 from parity import tables
 from parity.compare import compare, report
 from parity.twins import bridge
+from parity.twins.mistral import TorchMistral
+from parity.twins.qwen import TorchQwen2, TorchQwen3
 from tinyllm import GPT2Config, LlamaConfig
 
 CONFIG = GPT2Config(vocab_size=17, n_positions=8, n_embd=12, n_layer=2, n_head=3, **NO_DROPOUT)
+RANDOM = dict(n_layer=2, n_head=6, n_embd=24, vocab_size=17, n_positions=16)
+QWEN2, QWEN3, MISTRAL = (twin.random_config(**RANDOM) for twin in (TorchQwen2, TorchQwen3, TorchMistral))
 
 # ---------------------------------------------------------------------- the suite's checks
 
 MODEL, LLAMA = "GPT-2 against transformers", "Llama against transformers"
 GEMMA_2, GEMMA_3 = "Gemma 2 against transformers", "Gemma 3 against transformers"
+WINDOW = "attention in a window against torch"
+RELATIVES, RELATIVE_FOLDER = "Llama's relatives against transformers", "their folders"
 FOLDER, FREQUENCIES = "a checkpoint of transformers", "RoPE frequencies against transformers"
 ADAMW, TRAINING, SAMPLING = "AdamW against torch", "50 training steps", "sampling against torch"
 INSTRUCT = "masked conversations against torch"
@@ -33,6 +39,9 @@ DPO = "50 DPO steps"
 # The checks of an op or a layer are found by their subject, the others by the name of their test
 TESTS = {
     MODEL: "test_gpt2::test_several_query_blocks_and_row_chunks_equal_transformers",
+    RELATIVES: "test_relatives::test_several_query_blocks_and_row_chunks_equal_transformers",
+    WINDOW: "test_window_over_several_blocks_of_queries",
+    RELATIVE_FOLDER: "test_relatives::test_folder_of_transformers_loads",
     LLAMA: "test_llama::test_several_query_blocks_and_row_chunks_equal_transformers",
     GEMMA_2: "test_several_query_blocks_of_gemma2_equal_transformers",
     GEMMA_3: "test_several_query_blocks_of_gemma3_equal_transformers",
@@ -187,6 +196,30 @@ FAULTS = {
         ("output of layers.0.self_attn.v_proj", "output of layers.0.self_attn.o_proj"),
         EVERYTHING,
     ),
+    "Qwen3: heads normalized together, not each": Fault(
+        faults.heads_normalized_together,
+        ("Qwen3Attention", "Qwen3", RELATIVES),
+        ("output of layers.0.self_attn.v_proj", "output of layers.0.self_attn.q_norm"),
+        QWEN3,
+    ),
+    "RoPE: YaRN's factor of cos and sin ignored": Fault(
+        faults.extension_not_sharpened,
+        (FREQUENCIES, "Qwen2", RELATIVE_FOLDER),
+        ("output of layers.0.self_attn.v_proj", "output of layers.0.self_attn.o_proj"),
+        QWEN2,
+    ),
+    "attention: window off by one": Fault(
+        faults.attention(faults.window_one_too_wide),
+        (WINDOW, "MistralBlock", "Mistral", RELATIVES),
+        ("output of layers.0.self_attn.v_proj", "output of layers.0.self_attn.o_proj"),
+        MISTRAL,
+    ),
+    "Qwen2: windows one layer late": Fault(
+        faults.windows_one_layer_late,
+        (RELATIVES,),
+        ("output of layers.1.self_attn.v_proj", "output of layers.1.self_attn.o_proj"),
+        QWEN2,
+    ),
     "geglu: da × (1 + 1e-8)": Fault(
         faults.scaled_gradient("geglu", 0),
         ("geglu", "GeGLU", GEMMA_2),
@@ -264,7 +297,8 @@ def test_correct_replacements_are_not_reported_as_faults(monkeypatch):
     faults.adamw()(monkeypatch)
     faults.attention(lambda q, k, given: {})(monkeypatch)
     assert failing(sorted({check for fault in FAULTS.values() for check in fault.caught_by})) == {}
-    assert all(located(config) is None for config in (CONFIG, EVERYTHING, GEMMA2, GEMMA3))
+    every = CONFIG, EVERYTHING, GEMMA2, GEMMA3, QWEN2, QWEN3, MISTRAL
+    assert [located(config) for config in every] == [None] * 7
 
 
 @pytest.mark.fault

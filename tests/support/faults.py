@@ -12,7 +12,8 @@ from tinyllm import GPT2, Tensor, functional, nn, optim, tensor
 from tinyllm.data import padded
 from tinyllm.data.padded import PaddedExamples
 from tinyllm.inference import sampling
-from tinyllm.models import SequenceClassifier, gemma2, gemma3, gpt2, rope
+from tinyllm.models import SequenceClassifier, gemma2, gemma3, gpt2, qwen, rope
+from tinyllm.models.windows import SLIDING
 from tinyllm.training import preference
 
 FACTOR = 1 + 1e-8  # a gradient wrong in the ninth digit
@@ -121,7 +122,7 @@ def gemma_windows(of_sliding, of_full):
 
     def faulty(layer, config, rng, number=0):
         correct(layer, config, rng, number)
-        layer.window = (of_sliding if layer.kind == gemma2.SLIDING else of_full)(config)
+        layer.window = (of_sliding if layer.kind == SLIDING else of_full)(config)
 
     return lambda patch: patch.setattr(gemma2.GemmaAttention, "__init__", faulty)
 
@@ -164,6 +165,34 @@ def scaling_ignored(patch):
 
     # Replacing the code instead of the function also reaches tests that imported the function by name.
     patch.setattr(rope.rope_frequencies, "__code__", unscaled.__code__)
+
+
+def extension_not_sharpened(patch):
+    """cos and sin are not multiplied by YaRN's factor."""
+    patch.setattr(rope.attention_factor, "__code__", (lambda config, parameters=None: 1.0).__code__)
+
+
+def heads_normalized_together(patch):
+    """The RMS of Qwen3's queries and keys is taken over all heads of a position, not of each."""
+    correct = nn.RMSNorm.forward
+
+    def forward(layer, x):
+        if x.ndim < 4:
+            return correct(layer, x)
+        scale = functional.rms_norm(x, x.shape[2:], None, layer.eps)  # (B, T, H, D)
+        return scale * layer.weight
+
+    patch.setattr(nn.RMSNorm, "forward", forward)
+
+
+def window_one_too_wide(q, k, given):
+    return {"window": given["window"] + 1} if given.get("window") else {}
+
+
+def windows_one_layer_late(patch):
+    """Qwen's first layer with a window has none."""
+    correct = qwen.Qwen2Config.window_of
+    patch.setattr(qwen.Qwen2Config, "window_of", lambda config, layer: correct(config, max(layer - 1, 0)))
 
 
 def erf_for_tanh(patch):

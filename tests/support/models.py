@@ -1,6 +1,7 @@
 """Small models with random weights, and helpers shared by several test files."""
 
 import math
+from dataclasses import fields
 
 import numpy as np
 import pytest
@@ -8,7 +9,7 @@ from hypothesis import strategies as st
 
 from tinyllm import GPT2, GPT2Config, Llama, LlamaConfig, nn
 from tinyllm.models import ARCHITECTURES, Gemma2Config, Gemma3Config
-from tinyllm.models.gemma2 import FULL, SLIDING
+from tinyllm.models.windows import FULL, SLIDING
 
 torch = pytest.importorskip("torch")
 
@@ -95,6 +96,9 @@ def rewrite(folder, change):
     save_file(tensors, file, metadata={"format": "pt"})
 
 
+RELATIVES = {kind: ARCHITECTURES[kind].config_class for kind in ("qwen2", "qwen3", "mistral")}  # of Llama
+
+
 SMALL_LLAMA = dict(
     vocab_size=13, hidden_size=12, intermediate_size=20, num_hidden_layers=2, num_attention_heads=6,
     num_key_value_heads=2, head_dim=4, max_position_embeddings=8,
@@ -128,7 +132,10 @@ GEMMA3 = Gemma3Config(**SMALL_GEMMA, layer_types=[SLIDING, FULL], attention_bias
 
 
 def random_llama(config, seed=0, dtype=np.float64):
-    """A model with perturbed parameters, because biases of 0 and norm weights of 1 hide mistakes."""
+    """A model with perturbed parameters, because biases of 0 and norm weights of 1 hide mistakes.
+
+    Also one of Llama's relatives: the config says which.
+    """
     rng = np.random.default_rng(seed)
     model = ARCHITECTURES[config.model_type](config, rng=rng).astype(dtype).eval()
     for name, parameter in model.named_parameters():
@@ -172,6 +179,12 @@ def gemma(config, dropout, **changes):
     return ARCHITECTURES[config.model_type](config, rng=np.random.default_rng(0))
 
 
+def relative(kind, dropout, **changes):
+    """One of Llama's relatives."""
+    config = RELATIVES[kind](**LLAMA_SIZES, attention_dropout=dropout, **changes)
+    return ARCHITECTURES[kind](config, rng=np.random.default_rng(0))
+
+
 UNTIED = dict(tie_word_embeddings=False, lm_head_bias=True, qkv_bias=False, activation_function="gelu")
 
 
@@ -187,41 +200,67 @@ MODELS = {  # name -> the model with a dropout
 }
 
 
+RELATIVE_MODELS = {  # the same for Llama's relatives, for texts of more than 9 tokens
+    "qwen2": lambda dropout: relative("qwen2", dropout, rope_parameters=ROPES["yarn"]),
+    "qwen3": lambda dropout: relative(
+        "qwen3", dropout, use_sliding_window=True, sliding_window=9, max_window_layers=1
+    ),
+    "mistral": lambda dropout: relative("mistral", dropout, sliding_window=9),
+}
+
+
+def ropes(head_dim):
+    """Parameters of every type, with as many numbers as such heads have pairs of channels."""
+    found = [{}]
+    for rope in ROPES.values():
+        if rope["rope_type"] != "dynamic" or head_dim > 2:
+            lists = {name: x for name, x in rope.items() if isinstance(x, list)}
+            found.append(rope | {name: (x * head_dim)[: head_dim // 2] for name, x in lists.items()})
+    return st.sampled_from(found)
+
+
 @st.composite
-def llama_configs(draw):
+def llama_configs(draw, config_class=LlamaConfig):
+    """Configs of a Llama or of one of its relatives, with small windows if it may have them."""
     G, R, D = draw(st.integers(1, 3)), draw(st.integers(1, 3)), 2 * draw(st.integers(1, 4))
-    rope = draw(st.sampled_from([{}, *ROPES.values()]))
-    if "long_factor" in rope:  # one for each pair of channels
-        rope = rope | {name: (rope[name] * D)[: D // 2] for name in ("short_factor", "long_factor")}
-    return LlamaConfig(
+    layers = draw(st.integers(1, 3))
+    values = dict(
         vocab_size=draw(st.integers(2, 40)),
-        hidden_size=G * R * draw(st.integers(1, 5)),
+        hidden_size=G * R * draw(st.integers(1, 5)) + (not config_class.whole_heads),
         intermediate_size=draw(st.integers(1, 30)),
-        num_hidden_layers=draw(st.integers(1, 3)),
+        num_hidden_layers=layers,
         num_attention_heads=G * R,
         num_key_value_heads=G,
         head_dim=D,
-        max_position_embeddings=draw(st.integers(1, 12)),
+        max_position_embeddings=draw(st.just(12) | st.integers(1, 12)),
         rms_norm_eps=draw(st.sampled_from([1e-5, 1e-6, 0.1])),
-        rope_parameters={} if D == 2 and rope.get("rope_type") == "dynamic" else rope,
+        rope_parameters=draw(ropes(D)),
         tie_word_embeddings=draw(st.booleans()),
         attention_bias=draw(st.booleans()),
         mlp_bias=draw(st.booleans()),
+        use_sliding_window=True,
+        sliding_window=draw(st.integers(1, 4) | st.none()),
+        max_window_layers=draw(st.integers(0, layers - 1) | st.just(layers)),
     )
+    known = {field.name for field in fields(config_class)}
+    return config_class(**{name: value for name, value in values.items() if name in known})
 
 
 @st.composite
 def gemma_configs(draw, config_class):
     """Of Gemma 2 or 3, with every mixture of kinds of layers and windows from one position on."""
     sizes = vars(draw(llama_configs())) | dict(sliding_window=draw(st.integers(1, 12)))
-    n, ropes = sizes["num_hidden_layers"], [{}, *ROPES.values()]
+    n, parameters = sizes["num_hidden_layers"], ropes(sizes["head_dim"])
     for name in ("hidden_act", "mlp_bias", "rope_parameters"):
         del sizes[name]
     if config_class is Gemma2Config:
         sizes["attn_logit_softcapping"] = draw(st.sampled_from([None, 0.7, 50.0]))
-        sizes["rope_parameters"] = draw(st.sampled_from(ropes))
+        sizes["rope_parameters"] = draw(parameters)
     else:
-        sizes["rope_parameters"] = {kind: draw(st.sampled_from(ropes)) for kind in (SLIDING, FULL)}
+        drawn = {kind: dict(draw(parameters)) for kind in (SLIDING, FULL)}
+        for each in drawn.values():
+            each.pop("truncate", None)  # transformers looks for it outside of the kind's parameters
+        sizes["rope_parameters"] = drawn
     return config_class(
         **sizes,
         layer_types=draw(st.lists(st.sampled_from([SLIDING, FULL]), min_size=n, max_size=n)),

@@ -18,6 +18,8 @@ from tinyllm.models.gemma2 import Gemma2, Gemma2Config
 from tinyllm.models.gemma3 import Gemma3, Gemma3Config
 from tinyllm.models.gpt2 import GPT2, GPT2Config
 from tinyllm.models.llama import Llama, LlamaConfig
+from tinyllm.models.mistral import Mistral, MistralConfig
+from tinyllm.models.qwen import Qwen2, Qwen2Config, Qwen3, Qwen3Config
 from tinyllm.weights import hub
 from tinyllm.weights.adapter_config import base_of, check_causal_lm
 from tinyllm.weights.adapters import load_adapter
@@ -34,7 +36,13 @@ __all__ = [
     "LanguageModel",
     "Llama",
     "LlamaConfig",
+    "Mistral",
+    "MistralConfig",
     "ModelConfig",
+    "Qwen2",
+    "Qwen2Config",
+    "Qwen3",
+    "Qwen3Config",
     "SequenceClassifier",
     "empty_model",
     "full_name",

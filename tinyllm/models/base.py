@@ -69,6 +69,7 @@ FIXED = {
     "scale_attn_by_inverse_layer_idx": False,
     "scale_attn_weights": True,
     "use_bidirectional_attention": False,
+    "use_mrope": False,
 }
 
 # Keys of a config.json that do not affect the logits
@@ -103,6 +104,7 @@ class ModelConfig:
     short_name = ""  # another name for ``model_type`` at the command line
     is_standard = True  # whether that class computes the same with this config
     sizes: Mapping[str, dict] = {}  # published sizes: name -> fields
+    may_be_zero: tuple[str, ...] = ()  # integer fields; the others are at least 1
 
     def window_of(self, layer: int) -> int | None:
         """How many positions, its own included, a query of this layer attends to; None for all up to it."""
@@ -147,8 +149,9 @@ class ModelConfig:
         checks.check_fields(self, layers=layers, widths=widths)
         for field in fields(self):
             value = getattr(self, field.name)
-            if field.type.startswith("int") and value is not None and value < 1:
-                raise Error(f"{field.name} must be a whole number of at least 1, not {value!r}")
+            least = 0 if field.name in self.may_be_zero else 1
+            if field.type.startswith("int") and value is not None and value < least:
+                raise Error(f"{field.name} must be a whole number of at least {least}, not {value!r}")
         for name in probabilities:
             if not 0 <= getattr(self, name) < 1:
                 raise Error(f"{name} must be at least 0 and below 1, not {getattr(self, name)!r}")
@@ -242,8 +245,13 @@ class LanguageModel(nn.Module):
         return Cache(windows, batch, heads, capacity, head_size, like, compute_dtype(like))
 
     def windows(self) -> list[int | None]:
-        """Of each block: how many positions a query attends to; see ``ModelConfig.window_of``."""
-        return [self.config.window_of(i) for i in range(len(getattr(self, self.blocks)))]
+        """Of each block: how many positions a query attends to; see ``ModelConfig.window_of``.
+
+        A layer keeps its own when blocks are removed. The config's count if not every layer has one.
+        """
+        own = [vars(module)["window"] for module in self.modules() if "window" in vars(module)]
+        blocks = range(len(getattr(self, self.blocks)))
+        return own if len(own) == len(blocks) else [self.config.window_of(i) for i in blocks]
 
     def start(self, ids, cache: Cache | None) -> tuple[np.ndarray, np.ndarray, list[LayerCache | None]]:
         """The inputs of ``hidden_states``: validated ids (B, T), their positions, and every layer's cache."""

@@ -25,8 +25,7 @@ from tinyllm.errors import Error
 from tinyllm.models.base import register
 from tinyllm.models.llama import GroupedQueryAttention, Llama, LlamaBlock, LlamaConfig, SwiGLU
 from tinyllm.models.sizes import GEMMA_2
-
-SLIDING, FULL = "sliding_attention", "full_attention"
+from tinyllm.models.windows import FULL, SLIDING, checked_layer_types
 
 
 @dataclass(frozen=True)
@@ -61,12 +60,8 @@ class Gemma2Config(LlamaConfig):
         caps = "final_logit_softcapping", "attn_logit_softcapping"
         caps = [name for name in caps if getattr(self, name) is not None]
         self.check((), (), (), caps, {"hidden_activation": ("gelu_pytorch_tanh",)})
-        n, kinds = self.num_hidden_layers, self.layer_types
-        kinds = self.kinds_of(n, self.pattern) if kinds is None else list(kinds)
-        if len(kinds) != n or any(kind not in (SLIDING, FULL) for kind in kinds):
-            raise Error(f"layer_types must have {SLIDING} or {FULL} for each of {n} layers, not {kinds}")
-        if SLIDING in kinds and self.sliding_window is None:
-            raise Error(f"sliding_window is missing, and layer_types has {SLIDING}: give a whole number")
+        usual = self.kinds_of(self.num_hidden_layers, self.pattern)
+        kinds = checked_layer_types(self.layer_types, usual, self.sliding_window)
         vars(self).update(layer_types=kinds)
 
     @staticmethod

@@ -18,9 +18,10 @@ from tinyllm import nn
 from tinyllm.checks import check_at_least
 from tinyllm.errors import Error
 from tinyllm.models.base import ModelConfig, register
-from tinyllm.models.gemma2 import FULL, SLIDING, Gemma2, Gemma2Config, GemmaAttention, GemmaBlock
+from tinyllm.models.gemma2 import Gemma2, Gemma2Config, GemmaAttention, GemmaBlock
 from tinyllm.models.rope import Rope, checked_rope, older_keys, rope_of
 from tinyllm.models.sizes import GEMMA_3
+from tinyllm.models.windows import FULL, SLIDING
 
 THETAS = {SLIDING: 10000.0, FULL: 1000000.0}  # the defaults
 

@@ -19,6 +19,62 @@ LLAMA = {
     "Llama-3.2-1B": LLAMA_3_2 | dict(hidden_size=2048, num_hidden_layers=16),
     "Llama-3.2-3B": LLAMA_3_2 | dict(hidden_size=3072, num_hidden_layers=28, num_attention_heads=24),
 }  # fmt: skip
+
+# Of 2.5; use_sliding_window is false in all of them.
+QWEN_2 = dict(rope_parameters=dict(rope_theta=1e6))
+QWEN_2_5 = {
+    "Qwen2.5-0.5B": QWEN_2 | dict(
+        hidden_size=896, intermediate_size=4864, num_hidden_layers=24, num_attention_heads=14,
+        num_key_value_heads=2, tie_word_embeddings=True,
+    ),
+    "Qwen2.5-1.5B": QWEN_2 | dict(
+        hidden_size=1536, intermediate_size=8960, num_hidden_layers=28, num_attention_heads=12,
+        num_key_value_heads=2, max_position_embeddings=131072, tie_word_embeddings=True,
+    ),
+    "Qwen2.5-3B": QWEN_2 | dict(
+        hidden_size=2048, intermediate_size=11008, num_hidden_layers=36, num_attention_heads=16,
+        num_key_value_heads=2, tie_word_embeddings=True,
+    ),
+    "Qwen2.5-7B": QWEN_2 | dict(
+        vocab_size=152064, hidden_size=3584, intermediate_size=18944, num_hidden_layers=28,
+        num_attention_heads=28, num_key_value_heads=4, max_position_embeddings=131072,
+    ),
+}  # fmt: skip
+
+QWEN_3_ALL = dict(num_key_value_heads=8, max_position_embeddings=40960, rope_parameters=dict(rope_theta=1e6))
+QWEN_3 = {
+    "Qwen3-0.6B": QWEN_3_ALL | dict(
+        hidden_size=1024, intermediate_size=3072, num_hidden_layers=28, num_attention_heads=16,
+        tie_word_embeddings=True,
+    ),
+    "Qwen3-1.7B": QWEN_3_ALL | dict(
+        hidden_size=2048, intermediate_size=6144, num_hidden_layers=28, num_attention_heads=16,
+        tie_word_embeddings=True,
+    ),
+    "Qwen3-4B": QWEN_3_ALL | dict(
+        hidden_size=2560, intermediate_size=9728, num_hidden_layers=36, tie_word_embeddings=True,
+    ),
+    "Qwen3-8B": QWEN_3_ALL | dict(intermediate_size=12288, num_hidden_layers=36),
+    "Qwen3-14B": QWEN_3_ALL | dict(
+        hidden_size=5120, intermediate_size=17408, num_hidden_layers=40, num_attention_heads=40,
+    ),
+    "Qwen3-32B": QWEN_3_ALL | dict(
+        hidden_size=5120, intermediate_size=25600, num_hidden_layers=64, num_attention_heads=64,
+    ),
+}  # fmt: skip
+
+MISTRAL_7B = dict(max_position_embeddings=32768, rms_norm_eps=1e-5)
+MISTRAL = {
+    "Mistral-7B-v0.1": MISTRAL_7B,
+    "Mistral-7B-v0.3": MISTRAL_7B | dict(
+        vocab_size=32768, sliding_window=None, rope_parameters=dict(rope_theta=1e6),
+    ),
+    "Mistral-Nemo-12B": MISTRAL_7B | dict(
+        vocab_size=131072, hidden_size=5120, num_hidden_layers=40, head_dim=128, sliding_window=None,
+        max_position_embeddings=131072, rope_parameters=dict(rope_theta=1e6),
+    ),
+}  # fmt: skip
+
 GEMMA_2 = {"Gemma-2-2B": {}}
 GEMMA_3_SMALL = dict(vocab_size=262144, max_position_embeddings=32768, num_attention_heads=4,
                      num_key_value_heads=1, sliding_window=512)  # fmt: skip

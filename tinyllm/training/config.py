@@ -177,23 +177,23 @@ class ModelOptions:
     start_from: str | None = None
     """Start from the weights and the tokenizer of a run, a model's folder, a .gguf file or a hub id."""
     arch: str = "gpt2"
-    """Architecture: gpt2, llama, gemma2 or gemma3."""
+    """Architecture: gpt2, llama, or one of Llama's relatives, such as qwen3, gemma3 or mistral."""
     n_layer: int = 3
     """Number of blocks."""
     n_head: int = 4
     """Attention heads per block; must divide --n-embd."""
     n_kv_head: int | None = None
-    """Llama only: key-value heads, each shared by several query heads; by default as many as --n-head."""
+    """Not for GPT-2: key-value heads, each shared by several query heads; by default as many as --n-head."""
     n_embd: int = 256
     """Width of the model: channels of the embeddings and hidden states."""
     context: int = 128
     """The longest sequence the model takes, and the length of a training window, in tokens."""
     dropout: float = 0.1
-    """Dropout probability: of a GPT-2's embeddings, attention and residuals, or a Llama's attention."""
+    """Dropout probability: of a GPT-2's embeddings, attention and residuals, or of another's attention."""
     tie_head: bool = True
     """Use the token embedding as the output layer's weight."""
     qkv_bias: bool = True
-    """GPT-2 only: biases in the projection to queries, keys and values (a Llama has none)."""
+    """GPT-2 only: biases in the projection to queries, keys and values (Qwen2 always has them)."""
     head_bias: bool = False
     """GPT-2 only: a bias in the output layer."""
     init: str = "gpt2"
