@@ -17,7 +17,9 @@ from parity.twins.gemma3 import TorchGemma3
 from parity.twins.gpt2 import TorchGPT2
 from parity.twins.llama import TorchLlama
 from parity.twins.mistral import TorchMistral
+from parity.twins.olmo2 import TorchOlmo2
 from parity.twins.qwen import TorchQwen2, TorchQwen3
+from parity.twins.smollm3 import TorchSmolLM3
 from tinyllm.backend.device import to_device
 from tinyllm.checks import check_names_and_shapes
 from tinyllm.errors import Error
@@ -26,7 +28,17 @@ from tinyllm.nn import Module
 
 TWINS = {  # tinyllm's class -> its twin
     twin.ours: twin
-    for twin in (TorchGPT2, TorchLlama, TorchQwen2, TorchQwen3, TorchMistral, TorchGemma2, TorchGemma3)
+    for twin in (
+        TorchGPT2,
+        TorchLlama,
+        TorchQwen2,
+        TorchQwen3,
+        TorchMistral,
+        TorchSmolLM3,
+        TorchOlmo2,
+        TorchGemma2,
+        TorchGemma3,
+    )
 }
 
 DTYPES = ("float32", "float64")  # both NumPy and torch compute in these

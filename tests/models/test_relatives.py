@@ -1,4 +1,4 @@
-"""Llama's relatives (Qwen2, Qwen3, Mistral) against transformers and their twins, and what they change."""
+"""Llama's relatives against transformers and their twins, and what each of them changes."""
 
 import json
 import tracemalloc
@@ -40,11 +40,13 @@ proven_kind = pytest.mark.parametrize(
 )
 
 SIZES = SMALL_LLAMA | dict(hidden_size=13, num_hidden_layers=3)  # 13 is not divisible by the heads
-WINDOWS = dict(use_sliding_window=True, sliding_window=4, max_window_layers=1)
+WINDOWS = dict(use_sliding_window=True, sliding_window=4, max_window_layers=1, no_rope_layer_interval=2)
+# The windows of three layers: in all of a Mistral, the last two of a Qwen, the unrotated one of a SmolLM3
+EXPECTED = {"mistral": [4, 4, 4], "smollm3": [None, 4, None], "olmo2": [None] * 3}
 
 
 def config_of(kind, **changes):
-    """A small config with windows: in all layers of a Mistral, in two of three of a Qwen."""
+    """A small config, with windows if the architecture has them."""
     values = SIZES | WINDOWS | changes
     known = {field.name for field in fields(RELATIVES[kind])}
     return RELATIVES[kind](**{name: value for name, value in values.items() if name in known})
@@ -125,10 +127,10 @@ def test_padded_rows_equal_transformers_with_an_attention_mask(kind):
 # ------------------------------------------------------------------------------- windows and caches
 
 
-@every_kind
+@pytest.mark.parametrize("kind", [kind for kind in RELATIVES if kind != "olmo2"])
 def test_a_query_sees_its_window_only(kind):
     """In one block, a token changes the next positions within the window, and none after it."""
-    config = config_of(kind, num_hidden_layers=1, max_window_layers=0)
+    config = config_of(kind, num_hidden_layers=1, max_window_layers=0, no_rope_layer_interval=1)
     assert config.window_of(0) == 4
     model = random_llama(config)
     ids, _ = batch(config, (1, 8))
@@ -213,7 +215,7 @@ def test_speculative_decoding_and_generation_without_a_cache_give_the_same_text(
 def test_layers_keep_their_windows_when_others_are_removed(kind, tmp_path):
     model = random_llama(config_of(kind), dtype=np.float32)
     windows = model.windows()
-    assert windows == ([4, 4, 4] if kind == "mistral" else [None, 4, 4])
+    assert windows == EXPECTED.get(kind, [None, 4, 4])
     del model.layers[0]
     assert model.windows() == windows[1:]
     ids, _ = batch(model.config, (1, 8))
@@ -226,7 +228,7 @@ def test_layers_keep_their_windows_when_others_are_removed(kind, tmp_path):
     assert_close(again(ids).data, theirs(torch.from_numpy(ids)).logits, "logits", 1e-5)
 
 
-# ------------------------------------------------------------------------------- Qwen's changes
+# -------------------------------------------------------------------------------- other changes
 
 
 def test_the_biases_of_qwen2_are_of_queries_keys_and_values():
@@ -249,6 +251,32 @@ def test_queries_and_keys_of_qwen3_are_normalized_head_by_head():
     after = next(iter(attention.heads(x))).data
     np.testing.assert_allclose(after, before, rtol=1e-3, atol=1e-3)
     assert np.array_equal(after[:, 1:], before[:, 1:])
+
+
+def test_unrotated_layers_of_smollm3_know_no_distances():
+    model = random_llama(config_of("smollm3", use_sliding_window=False))
+    assert [layer.self_attn.rotates for layer in model.layers] == [True, False, True]
+    x = model.embed_tokens(np.arange(8)[None])
+    near, far = (model.rope(step * np.arange(8), x.data) for step in (1, 3))
+    same = [np.array_equal(m.self_attn(x, near).data, m.self_attn(x, far).data) for m in model.layers]
+    assert same == [False, True, False]
+    del model.layers[0]
+    assert model.current_config().no_rope_layers == [0, 1]
+
+
+def test_queries_of_olmo2_are_normalized_together_and_outputs_too():
+    model = random_llama(config_of("olmo2"))
+    block, attention = model.layers[0], model.layers[0].self_attn
+    attention.q_norm.weight.replace(np.ones(24))
+    x = model.embed_tokens(np.arange(8)[None])
+    q, *_ = (heads.data for heads in attention.heads(x))
+    np.testing.assert_allclose((q**2).mean(axis=(1, 3)), 1, rtol=1e-3)
+    assert not np.allclose((q**2).mean(axis=3), 1, rtol=0.1)
+    added = block(x, model.rope(np.arange(8), x.data)).data - x.data
+    for layer in (attention.o_proj, block.mlp.down_proj):
+        layer.weight.replace(1000 * layer.weight.data)
+    again = block(x, model.rope(np.arange(8), x.data)).data - x.data
+    np.testing.assert_allclose(again, added, rtol=1e-2, atol=1e-2)
 
 
 # --------------------------------------------------------------------- sizes, training, fine-tuning
@@ -288,7 +316,8 @@ COUNTS = {name: count for name, (_, count) in HUB.items()} | {
     "Qwen2.5-1.5B": 1_543_714_304, "Qwen2.5-3B": 3_085_938_688, "Qwen2.5-7B": 7_615_616_512,
     "Qwen3-1.7B": 1_720_574_976, "Qwen3-4B": 4_022_468_096, "Qwen3-8B": 8_190_735_360,
     "Qwen3-14B": 14_768_307_200, "Qwen3-32B": 32_762_123_264, "Mistral-7B-v0.3": 7_248_023_552,
-    "Mistral-Nemo-12B": 12_247_782_400,
+    "Mistral-Nemo-12B": 12_247_782_400, "SmolLM3-3B": 3_075_098_624, "OLMo-2-1B": 1_484_916_736,
+    "OLMo-2-7B": 7_298_617_344,
 }  # fmt: skip
 
 
@@ -478,6 +507,8 @@ BAD = {
     "no head": ("qwen3", dict(head_dim=None), r"hidden_size \(13\) must be divisible"),
     "bias": ("mistral", dict(attention_bias=True), "attention_bias"),
     "two kinds": ("mistral", dict(layer_types=[SLIDING, FULL, SLIDING]), "all layers of a Mistral"),
+    "rotation": ("smollm3", dict(no_rope_layers=[1, 0]), r"for each of 3 layers, not \[1, 0\]"),
+    "rotations": ("smollm3", dict(no_rope_layers=[1, 0, 2]), "no_rope_layers must have 0 or 1"),
     "multimodal": ("qwen2", dict(use_mrope=True), "use_mrope=False, but the config has True"),
 }  # fmt: skip
 

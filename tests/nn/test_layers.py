@@ -36,13 +36,25 @@ from parity.twins import gemma2 as torch_gemma2
 from parity.twins import gemma3 as torch_gemma3
 from parity.twins import gpt2 as torch_gpt2
 from parity.twins import llama as torch_llama
+from parity.twins import olmo2 as torch_olmo2
 from parity.twins import qwen as torch_qwen
+from parity.twins import smollm3 as torch_smollm3
 from parity.twins.classifier import TorchSequenceClassifier
 from parity.twins.lora import TorchLoRA
 from tinyllm import GPT2Config, Tensor, manual_seed, models, nn
 from tinyllm import functional as F
 from tinyllm.backend.random import next_address
-from tinyllm.models import LanguageModel, gemma2, gemma3, gpt2, llama, mistral, qwen
+from tinyllm.models import (
+    LanguageModel,
+    gemma2,
+    gemma3,
+    gpt2,
+    llama,
+    mistral,
+    olmo2,
+    qwen,
+    smollm3,
+)
 from tinyllm.models.rope import Rope, rope_frequencies
 
 
@@ -344,6 +356,12 @@ CASES = {
     "Qwen3": llama_model("qwen3"),
     "MistralBlock": llama_part(mistral.MistralBlock, torch_llama.LlamaBlock, kind="mistral"),
     "Mistral": llama_model("mistral"),
+    "SmolLM3Attention": llama_part(smollm3.SmolLM3Attention, torch_smollm3.SmolLM3Attention, kind="smollm3"),
+    "SmolLM3Block": llama_part(smollm3.SmolLM3Block, torch_smollm3.SmolLM3Block, kind="smollm3"),
+    "SmolLM3": llama_model("smollm3"),
+    "Olmo2Attention": llama_part(olmo2.Olmo2Attention, torch_olmo2.Olmo2Attention, kind="olmo2"),
+    "Olmo2Block": llama_part(olmo2.Olmo2Block, torch_olmo2.Olmo2Block, kind="olmo2"),
+    "Olmo2": llama_model("olmo2"),
     "ScaledEmbedding": embedding(gemma2.ScaledEmbedding, torch_gemma2.ScaledEmbedding),
     "GemmaAttention": gemma_part(models.Gemma2Config, gemma2.GemmaAttention, torch_gemma2.GemmaAttention),
     "GeGLU": gemma_part(models.Gemma2Config, gemma2.GeGLU, torch_gemma2.GeGLU, rotates=False),

@@ -96,7 +96,9 @@ def rewrite(folder, change):
     save_file(tensors, file, metadata={"format": "pt"})
 
 
-RELATIVES = {kind: ARCHITECTURES[kind].config_class for kind in ("qwen2", "qwen3", "mistral")}  # of Llama
+RELATIVES = {
+    kind: ARCHITECTURES[kind].config_class for kind in ("qwen2", "qwen3", "mistral", "smollm3", "olmo2")
+}
 
 
 SMALL_LLAMA = dict(
@@ -206,6 +208,8 @@ RELATIVE_MODELS = {  # the same for Llama's relatives, for texts of more than 9 
         "qwen3", dropout, use_sliding_window=True, sliding_window=9, max_window_layers=1
     ),
     "mistral": lambda dropout: relative("mistral", dropout, sliding_window=9),
+    "smollm3": lambda dropout: relative("smollm3", dropout, no_rope_layer_interval=2),
+    "olmo2": lambda dropout: relative("olmo2", dropout),
 }
 
 
@@ -241,6 +245,7 @@ def llama_configs(draw, config_class=LlamaConfig):
         use_sliding_window=True,
         sliding_window=draw(st.integers(1, 4) | st.none()),
         max_window_layers=draw(st.integers(0, layers - 1) | st.just(layers)),
+        no_rope_layer_interval=draw(st.integers(1, 3)),
     )
     known = {field.name for field in fields(config_class)}
     return config_class(**{name: value for name, value in values.items() if name in known})

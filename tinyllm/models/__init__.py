@@ -19,7 +19,9 @@ from tinyllm.models.gemma3 import Gemma3, Gemma3Config
 from tinyllm.models.gpt2 import GPT2, GPT2Config
 from tinyllm.models.llama import Llama, LlamaConfig
 from tinyllm.models.mistral import Mistral, MistralConfig
+from tinyllm.models.olmo2 import Olmo2, Olmo2Config
 from tinyllm.models.qwen import Qwen2, Qwen2Config, Qwen3, Qwen3Config
+from tinyllm.models.smollm3 import SmolLM3, SmolLM3Config
 from tinyllm.weights import hub
 from tinyllm.weights.adapter_config import base_of, check_causal_lm
 from tinyllm.weights.adapters import load_adapter
@@ -39,11 +41,15 @@ __all__ = [
     "Mistral",
     "MistralConfig",
     "ModelConfig",
+    "Olmo2",
+    "Olmo2Config",
     "Qwen2",
     "Qwen2Config",
     "Qwen3",
     "Qwen3Config",
     "SequenceClassifier",
+    "SmolLM3",
+    "SmolLM3Config",
     "empty_model",
     "full_name",
     "load_model",

@@ -34,8 +34,8 @@ from tinyllm.models.sizes import LLAMA
 class LlamaConfig(ModelConfig):
     """Hugging Face's field names and defaults: the size of Llama 2 7B.
 
-    ``rope_parameters`` contains ``rope_theta`` (default 10,000), ``rope_type`` (default "default") and the
-    parameters of that type (see ``rope.py``).
+    ``rope_parameters`` contains ``rope_theta``, ``rope_type`` (default "default") and the parameters of that
+    type (see ``rope.py``).
     """
 
     vocab_size: int = 32000
@@ -57,6 +57,7 @@ class LlamaConfig(ModelConfig):
 
     model_type, hub_class, sizes = "llama", "LlamaForCausalLM", LLAMA
     whole_heads = True  # transformers requires that hidden_size is divisible, even if head_dim is given
+    theta = 10000.0  # rope_theta, if it is not given
     context = property(lambda self: longest(self.rope_parameters, self.max_position_embeddings))
     kv_shape = property(lambda self: (self.num_key_value_heads, self.head_dim))
 
@@ -71,7 +72,7 @@ class LlamaConfig(ModelConfig):
             raise Error(f"num_attention_heads ({H}) must be divisible by num_key_value_heads ({G})")
         if D % 2:
             raise Error(f"head_dim must be even, not {D}: RoPE rotates pairs of channels")
-        rope = checked_rope(self.rope_parameters, self.max_position_embeddings, D // 2)
+        rope = checked_rope(self.rope_parameters, self.max_position_embeddings, D // 2, self.theta)
         # The dataclass is frozen: fill in the defaults this way.
         vars(self).update(num_key_value_heads=G, head_dim=D, rope_parameters=rope)
 

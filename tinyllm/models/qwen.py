@@ -80,9 +80,9 @@ class Qwen2(Llama):
 
     config_class, block_class = Qwen2Config, Qwen2Block
 
-    def current_config(self):
+    def current_config(self, **changes):
         kinds = [FULL if window is None else SLIDING for window in self.windows()]
-        return super().current_config(layer_types=kinds)
+        return super().current_config(layer_types=kinds, **changes)
 
 
 # ------------------------------------------------------------------------------------- Qwen3

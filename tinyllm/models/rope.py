@@ -232,13 +232,15 @@ def older_keys(rope: Mapping) -> dict:
     }
 
 
-def checked_rope(given: Mapping, positions: int | None = None, pairs: int | None = None) -> dict:
+def checked_rope(
+    given: Mapping, positions: int | None = None, pairs: int | None = None, theta: float = 10000.0
+) -> dict:
     """``rope_parameters`` with defaults. Raises ``Error`` if one is missing, unknown or out of range.
 
     ``positions``, the config's ``max_position_embeddings``, are the default of L for "yarn" and "longrope",
-    whose lists have one number for each of the ``pairs``.
+    whose lists have one number for each of the ``pairs``; ``theta`` is that of ``rope_theta``.
     """
-    rope = {"rope_type": "default", "rope_theta": 10000.0} | {k: x for k, x in given.items() if x is not None}
+    rope = {"rope_type": "default", "rope_theta": theta} | {k: x for k, x in given.items() if x is not None}
     kind = rope["rope_type"]
     if not isinstance(kind, str) or kind not in ROPE_TYPES:
         raise Error(f"rope_type {kind!r} is not supported; supported: {', '.join(ROPE_TYPES)}")

@@ -75,6 +75,20 @@ MISTRAL = {
     ),
 }  # fmt: skip
 
+SMOLLM_3 = {
+    "SmolLM3-3B": dict(max_position_embeddings=65536, rope_parameters=dict(rope_theta=5e6)),
+}
+
+OLMO_2_ALL = dict(
+    vocab_size=100352, max_position_embeddings=4096, rms_norm_eps=1e-6, rope_parameters=dict(rope_theta=5e5)
+)
+OLMO_2 = {
+    "OLMo-2-1B": OLMO_2_ALL | dict(
+        hidden_size=2048, intermediate_size=8192, num_hidden_layers=16, num_attention_heads=16,
+    ),
+    "OLMo-2-7B": OLMO_2_ALL,
+}  # fmt: skip
+
 GEMMA_2 = {"Gemma-2-2B": {}}
 GEMMA_3_SMALL = dict(vocab_size=262144, max_position_embeddings=32768, num_attention_heads=4,
                      num_key_value_heads=1, sliding_window=512)  # fmt: skip
