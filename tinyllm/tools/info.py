@@ -18,7 +18,7 @@ import numpy as np
 from tinyllm.backend.threads import BLOCK, first_task_only, matmul, num_threads
 from tinyllm.checks import is_integer
 from tinyllm.errors import Error
-from tinyllm.functional.attention import QUERY_BLOCK
+from tinyllm.functional.attention import QUERY_BLOCK, keys_of
 from tinyllm.nn import Linear, Module, evaluating
 from tinyllm.tensor import Tensor, no_grad
 from tinyllm.tools.meta import MetaArray, Tally
@@ -96,7 +96,8 @@ def memory(model: Module, batch: int, context: int, dtype="float32", optimizer: 
 
     Counts all arrays of a forward and backward pass of this model, from the second step on (with AdamW's
     m and v, unless ``optimizer`` is false) and with the scratch memory of one thread. Python, its libraries
-    and BLAS are not included. A context above 4,096 tokens is extrapolated linearly from two shorter ones.
+    and BLAS are not included. A context above 4,096 tokens is extrapolated linearly from two shorter ones,
+    all but the cache, which does not grow beyond a layer's window.
     ``dtype`` is float32 or float64. Raises Error for a context outside the model's, a batch below 1 or
     another dtype.
     """
@@ -112,7 +113,7 @@ def memory(model: Module, batch: int, context: int, dtype="float32", optimizer: 
     if context > LONG:
         half = _count(model, batch, LONG // 2, dtype)
         found = found + (found - half) * (context - LONG) // (LONG // 2)
-    activations, forward, backward, inference, cache = map(int, found)
+    activations, forward, backward, inference = map(int, found)
     return Memory(
         weights,
         gradients,
@@ -122,12 +123,12 @@ def memory(model: Module, batch: int, context: int, dtype="float32", optimizer: 
         backward=backward + moments,
         update=weights + gradients + moments + scratch,
         inference=inference,
-        cache=cache,
+        cache=_cache_bytes(model, batch, context, dtype),
     )
 
 
 def _count(model: Module, batch: int, context: int, dtype: np.dtype) -> np.ndarray:
-    """Bytes of activations, of the peaks of forward, backward and inference, and of a cache."""
+    """Bytes of activations, and of the peaks of forward, backward and inference."""
     model = _meta_copy(model, dtype)
     ids, weights = np.zeros((batch, context), np.int64), Tally.restart()
     with first_task_only():
@@ -143,11 +144,12 @@ def _count(model: Module, batch: int, context: int, dtype: np.dtype) -> np.ndarr
             Tally.restart()
             model(ids, last_only=True)
             inference = Tally.peak
-    held = Tally.restart()
-    cache = model.new_cache(batch, context)
-    found = [activations, forward, backward, inference, Tally.held - held]
-    del cache  # after it was counted
-    return np.array(found, object)
+    return np.array([activations, forward, backward, inference], object)
+
+
+def _cache_bytes(model: Module, batch: int, context: int, dtype: np.dtype) -> int:
+    cache = _meta_copy(model, dtype).new_cache(batch, context)
+    return sum(entries.nbytes for entries in cache.keys + cache.values)
 
 
 def _meta_copy(model: Module, dtype: np.dtype) -> Module:
@@ -200,34 +202,39 @@ def flops_per_token(model: Module, context: int) -> Flops:
     """The matrix products of this implementation, per token of a sequence of ``context`` tokens.
 
     Includes linear layers and attention, but no elementwise operations. Causal attention skips the keys
-    after each block of queries, about half of the scores in a long sequence, and recomputes the scores in
-    the backward pass. ``head`` is the output layer at every position, as in training; decoding needs it
-    at the last position only. Raises Error for a context outside the model's.
+    after each block of queries, about half of the scores in a long sequence, and those before its window,
+    and recomputes the scores in the backward pass. ``head`` is the output layer at every position, as in
+    training; decoding needs it at the last position only. Raises Error for a context outside the model's.
     """
     _check_context(model, context)
     head = _matrix_elements(model.lm_head)
     attention, textbook = 0, 0
-    for query, key, value in _attentions(model):
+    for query, key, value, window in _attentions(model):
         heads, per_score = query[1], 2 * (query[3] + value[3])  # Q Kᵀ, and P V
         step, scores = max(1, QUERY_BLOCK * key[1] // heads), 0
         for start in range(0, context, step):
-            stop = min(start + step, context)
-            scores += (stop - start) * stop
+            rows = slice(start, min(start + step, context))
+            keys = keys_of(rows, context, context, True, window)
+            scores += (rows.stop - rows.start) * (keys.stop - keys.start)
         attention += heads * per_score * scores / context
         textbook += heads * per_score * context
     return Flops(2 * (_matrix_elements(model) - head), 2 * head, attention, textbook)
 
 
 def _attentions(model: Module) -> list[tuple]:
-    """The shapes of query, key and value in every attention of a forward pass on one token."""
-    found = []
+    """The shapes of query, key and value, and the window, of every attention in a forward pass."""
+    found, model = [], _meta_copy(model, np.dtype(np.float32))
+    blocks = enumerate(getattr(model, model.blocks))
+    windows = {id(module): model.config.window_of(i) for i, block in blocks for module in block.modules()}
 
     def watch(out, parents):
-        if op_and_module()[0] == "scaled_dot_product_attention":
-            found.append(tuple(parent.shape for parent in parents[:3]))  # the fourth is the bias
+        op, module = op_and_module()
+        if op == "scaled_dot_product_attention":
+            shapes = (parent.shape for parent in parents[:3])  # the fourth is the bias
+            found.append((*shapes, windows.get(id(module))))
 
     with watching(watch), first_task_only():
-        _meta_copy(model, np.dtype(np.float32))(np.zeros((1, 1), np.int64))
+        model(np.zeros((1, 1), np.int64))
     return found
 
 
