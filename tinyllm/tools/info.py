@@ -19,7 +19,7 @@ from tinyllm.backend.threads import BLOCK, first_task_only, matmul, num_threads
 from tinyllm.checks import is_integer
 from tinyllm.errors import Error
 from tinyllm.functional.attention import QUERY_BLOCK, keys_of
-from tinyllm.nn import Linear, Module, evaluating
+from tinyllm.nn import Module, evaluating
 from tinyllm.tensor import Tensor, no_grad
 from tinyllm.tools.meta import MetaArray, Tally
 from tinyllm.tools.profile import op_and_module, watching
@@ -193,23 +193,53 @@ class Flops(NamedTuple):
         return 3 * (self.linears + self.head + self.attention_textbook)
 
 
-def _matrix_elements(model: Module) -> int:
-    """The number of weights in all linear layers, the head included: each is used once per position."""
-    return sum(module.weight.size for _, module in model.named_modules() if isinstance(module, Linear))
+class _Products(NamedTuple):
+    """What a forward pass computes: products of linear layers, of the head among them, and attentions."""
+
+    linears: list[tuple[int, int, int]]  # (m, k, n) of (m, k) @ (k, n)
+    head: list[tuple[int, int, int]]
+    attentions: list[tuple]  # the shapes of query, key and value, and the window
+    used: int  # elements of all parameters that took part
+
+    def weights(self) -> int:
+        """The elements of all matrices of the linear layers and the head."""
+        return sum(k * n for _, k, n in self.linears + self.head)
+
+
+def _products(model: Module, positions: int = 1) -> _Products:
+    """Of a forward pass on this many independent positions; those of a mixture use all experts alike."""
+    linears, in_head, attentions, used, model = [], [], [], set(), _meta_copy(model, np.dtype(np.float32))
+    blocks, head = enumerate(getattr(model, model.blocks)), set(map(id, model.lm_head.modules()))
+    windows = {id(module): model.config.window_of(i) for i, block in blocks for module in block.modules()}
+
+    def watch(out, parents):
+        op, module = op_and_module()
+        used.update(map(id, parents))
+        if op == "scaled_dot_product_attention":
+            shapes = (parent.shape for parent in parents[:3])  # the fourth is the bias
+            attentions.append((*shapes, windows.get(id(module))))
+        elif op == "linear":
+            x, weight = parents[:2]
+            shapes = in_head if id(module) in head else linears
+            shapes.append((x.size // x.shape[-1], *weight.shape[::-1]))
+
+    with watching(watch), first_task_only():
+        model(np.zeros((positions, 1), np.int64))
+    return _Products(linears, in_head, attentions, sum(p.size for p in model.parameters() if id(p) in used))
 
 
 def flops_per_token(model: Module, context: int) -> Flops:
     """The matrix products of this implementation, per token of a sequence of ``context`` tokens.
 
-    Includes linear layers and attention, but no elementwise operations. Causal attention skips the keys
-    after each block of queries, about half of the scores in a long sequence, and those before its window,
-    and recomputes the scores in the backward pass. ``head`` is the output layer at every position, as in
-    training; decoding needs it at the last position only. Raises Error for a context outside the model's.
+    Includes linear layers (of a mixture's experts those that a token uses) and attention, but no elementwise
+    operations. Causal attention skips the keys after each block of queries, about half of the scores in a
+    long sequence, and those before its window, and recomputes the scores in the backward pass. ``head`` is
+    the output layer at every position, as in training; decoding needs it at the last position only. Raises
+    Error for a context outside the model's.
     """
     _check_context(model, context)
-    head = _matrix_elements(model.lm_head)
-    attention, textbook = 0, 0
-    for query, key, value, window in _attentions(model):
+    products, attention, textbook = _products(model), 0, 0
+    for query, key, value, window in products.attentions:
         heads, per_score = query[1], 2 * (query[3] + value[3])  # Q Kᵀ, and P V
         step, scores = max(1, QUERY_BLOCK * key[1] // heads), 0
         for start in range(0, context, step):
@@ -218,24 +248,8 @@ def flops_per_token(model: Module, context: int) -> Flops:
             scores += (rows.stop - rows.start) * (keys.stop - keys.start)
         attention += heads * per_score * scores / context
         textbook += heads * per_score * context
-    return Flops(2 * (_matrix_elements(model) - head), 2 * head, attention, textbook)
-
-
-def _attentions(model: Module) -> list[tuple]:
-    """The shapes of query, key and value, and the window, of every attention in a forward pass."""
-    found, model = [], _meta_copy(model, np.dtype(np.float32))
-    blocks = enumerate(getattr(model, model.blocks))
-    windows = {id(module): model.config.window_of(i) for i, block in blocks for module in block.modules()}
-
-    def watch(out, parents):
-        op, module = op_and_module()
-        if op == "scaled_dot_product_attention":
-            shapes = (parent.shape for parent in parents[:3])  # the fourth is the bias
-            found.append((*shapes, windows.get(id(module))))
-
-    with watching(watch), first_task_only():
-        model(np.zeros((1, 1), np.int64))
-    return found
+    linears, head = (sum(2 * m * k * n for m, k, n in each) for each in products[:2])
+    return Flops(linears, head, attention, textbook)
 
 
 # -------------------------------------------------------------------------- speed of this machine
@@ -251,12 +265,10 @@ def product_shapes(model: Module, tokens: int) -> Counter:
     For Y = X Wᵀ with ``tokens`` rows these are Y itself, dX = dY W and dW = dYᵀ X. Sizes above LARGE are
     replaced by LARGE: the rate is about the same.
     """
-    shapes = Counter()
-    for _, module in model.named_modules():
-        if isinstance(module, Linear):
-            n, k = module.weight.shape
-            for shape in ((tokens, k, n), (tokens, n, k), (n, tokens, k)):
-                shapes[tuple(min(size, LARGE) for size in shape)] += 1
+    shapes, products = Counter(), _products(model, min(tokens, 4 * LONG))
+    for m, k, n in products.linears + products.head:
+        for shape in ((m, k, n), (m, n, k), (n, m, k)):
+            shapes[tuple(min(size, LARGE) for size in shape)] += 1
     return shapes
 
 
@@ -298,8 +310,10 @@ def describe(model: Module, batch: int, context: int, dtype="float32") -> str:
     """
     dtype = _dtype(dtype)
     costs, flops = memory(model, batch, context, dtype), flops_per_token(model, context)
+    number, used = model.num_parameters(), _products(model).used
+    active = f", of which a token uses {used:,}" if used < number else ""
     lines = [
-        f"{type(model).__name__}: {model.num_parameters():,} parameters",
+        f"{type(model).__name__}: {number:,} parameters{active}",
         "",
         *_parameter_lines(parameter_table(model)),
         "",
@@ -353,7 +367,7 @@ def _arithmetic_lines(flops: Flops) -> list[str]:
 
 def _machine_lines(model: Module, tokens: int, flops: Flops, dtype: np.dtype) -> list[str]:
     gemm, bandwidth = gemm_rate(product_shapes(model, tokens), dtype), memory_rate(dtype)
-    matrices, threads = dtype.itemsize * _matrix_elements(model), num_threads()
+    matrices, threads = dtype.itemsize * _products(model).weights(), num_threads()
     read = _amount(matrices, "B")
     return [
         f"This machine, measured now with {threads} thread{'s' * (threads > 1)}",

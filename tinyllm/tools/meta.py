@@ -40,7 +40,8 @@ class MetaArray(np.ndarray):
     """An array with a shape, dtype, strides and views, whose elements all share one block of zeros.
 
     Ufuncs and matrix products return the right shape and dtype without computing anything. NumPy's other
-    functions run on the zeros, which takes time but gives the right shape. Nothing is ever written.
+    functions run on the zeros, which takes time but gives the right shape. Nothing is ever written. Where
+    values decide about shapes, as in a mixture of experts, they are taken to be spread evenly.
     """
 
     def __new__(cls, shape, dtype, strides=None):
@@ -82,6 +83,8 @@ class MetaArray(np.ndarray):
             return MetaArray(args[0].shape, args[0].dtype, _strides_like(args[0], args[0].dtype))
         if function in (np.empty, np.zeros):  # with like=
             return MetaArray(*args)
+        if function is np.searchsorted:  # evenly spread values among 0, 1, 2 …
+            return np.arange(len(args[1])) * len(args[0]) // max(len(args[1]), 1)
         return _wrap(function(*_plain(args), **_plain(kwargs)), self)
 
     def __getitem__(self, index):
