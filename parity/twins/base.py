@@ -34,6 +34,11 @@ class TorchLanguageModel(nn.Module):
         """``theirs``, modified to compute everything in the dtype of its weights."""
         return theirs
 
+    @classmethod
+    def as_published(cls, arrays: dict) -> dict:
+        """The arrays of a tinyllm model under the names, and in the layout, of ``in_transformers``."""
+        return arrays
+
     @staticmethod
     def only_published(config) -> list[str]:
         """Parameters that only ``transformers`` has with this config; they are set to zero there."""

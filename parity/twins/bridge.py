@@ -17,6 +17,7 @@ from parity.twins.gemma3 import TorchGemma3
 from parity.twins.gpt2 import TorchGPT2
 from parity.twins.llama import TorchLlama
 from parity.twins.mistral import TorchMistral
+from parity.twins.mixture import TorchMixtral, TorchQwen3Moe
 from parity.twins.olmo2 import TorchOlmo2
 from parity.twins.qwen import TorchQwen2, TorchQwen3
 from parity.twins.smollm3 import TorchSmolLM3
@@ -34,6 +35,8 @@ TWINS = {  # tinyllm's class -> its twin
         TorchQwen2,
         TorchQwen3,
         TorchMistral,
+        TorchMixtral,
+        TorchQwen3Moe,
         TorchSmolLM3,
         TorchOlmo2,
         TorchGemma2,
@@ -118,7 +121,7 @@ def to_transformers(model: Module):
     twin = twin_of(model)
     theirs = twin.exact(twin.in_transformers(model.config))
     arrays = {name: torch.tensor(np.array(to_device(a, "cpu"))) for name, a in model.state_dict().items()}
-    theirs = theirs.to(next(iter(arrays.values())).dtype)
+    theirs, arrays = theirs.to(next(iter(arrays.values())).dtype), twin.as_published(arrays)
     parameters = {_our_name(theirs, name): p for name, p in theirs.named_parameters()}
     arrays |= {name: torch.zeros_like(parameters[name]) for name in twin.only_published(model.config)}
     _check(parameters, arrays, "the tinyllm model")

@@ -105,6 +105,10 @@ class DeviceArray(NDArrayOperatorsMixin):
         """The only element, as a Python number."""
         return self._array.item()
 
+    def tolist(self) -> list:
+        """All elements, as Python numbers, through a copy on the host."""
+        return self.get().tolist()
+
     def __getattr__(self, name: str):
         if name in ("shape", "dtype", "ndim", "size", "nbytes", "itemsize", "strides"):
             return getattr(self._array, name)

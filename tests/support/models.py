@@ -8,7 +8,7 @@ import pytest
 from hypothesis import strategies as st
 
 from tinyllm import GPT2, GPT2Config, Llama, LlamaConfig, nn
-from tinyllm.models import ARCHITECTURES, Gemma2Config, Gemma3Config
+from tinyllm.models import ARCHITECTURES, Gemma2Config, Gemma3Config, Mixtral, MixtralConfig
 from tinyllm.models.windows import FULL, SLIDING
 
 torch = pytest.importorskip("torch")
@@ -194,6 +194,17 @@ MODELS = {  # name -> the model with a dropout
     "gpt2": gpt2,
     "gpt2 untied": lambda dropout: gpt2(dropout, **UNTIED),
     "llama": llama,
+    "mixtral": lambda dropout: Mixtral(
+        MixtralConfig(
+            **LLAMA_SIZES,
+            attention_dropout=dropout,
+            num_local_experts=3,
+            sliding_window=50,
+            output_router_logits=True,
+            router_aux_loss_coef=0.1,
+        ),
+        rng=np.random.default_rng(0),
+    ),
     "llama tied": lambda dropout: llama(
         dropout, tie_word_embeddings=True, attention_bias=True, mlp_bias=True
     ),

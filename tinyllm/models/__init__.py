@@ -19,8 +19,10 @@ from tinyllm.models.gemma3 import Gemma3, Gemma3Config
 from tinyllm.models.gpt2 import GPT2, GPT2Config
 from tinyllm.models.llama import Llama, LlamaConfig
 from tinyllm.models.mistral import Mistral, MistralConfig
+from tinyllm.models.mixtral import Mixtral, MixtralConfig
 from tinyllm.models.olmo2 import Olmo2, Olmo2Config
 from tinyllm.models.qwen import Qwen2, Qwen2Config, Qwen3, Qwen3Config
+from tinyllm.models.qwen_moe import Qwen3Moe, Qwen3MoeConfig
 from tinyllm.models.smollm3 import SmolLM3, SmolLM3Config
 from tinyllm.weights import hub
 from tinyllm.weights.adapter_config import base_of, check_causal_lm
@@ -40,6 +42,8 @@ __all__ = [
     "LlamaConfig",
     "Mistral",
     "MistralConfig",
+    "Mixtral",
+    "MixtralConfig",
     "ModelConfig",
     "Olmo2",
     "Olmo2Config",
@@ -47,6 +51,8 @@ __all__ = [
     "Qwen2Config",
     "Qwen3",
     "Qwen3Config",
+    "Qwen3Moe",
+    "Qwen3MoeConfig",
     "SequenceClassifier",
     "SmolLM3",
     "SmolLM3Config",

@@ -66,6 +66,7 @@ FIXED = {
     "pruned_heads": {},
     "reorder_and_upcast_attn": False,
     "rope_interleaved": False,
+    "router_jitter_noise": 0.0,
     "scale_attn_by_inverse_layer_idx": False,
     "scale_attn_weights": True,
     "use_bidirectional_attention": False,

@@ -96,3 +96,21 @@ GEMMA_3 = {
     "Gemma-3-270M": GEMMA_3_SMALL | dict(hidden_size=640, intermediate_size=2048, num_hidden_layers=18),
     "Gemma-3-1B": GEMMA_3_SMALL | dict(hidden_size=1152, intermediate_size=6912),
 }
+
+MIXTRAL = {
+    "Mixtral-8x7B": dict(max_position_embeddings=32768, rms_norm_eps=1e-5),
+    "Mixtral-8x22B": dict(
+        hidden_size=6144, intermediate_size=16384, num_hidden_layers=56, num_attention_heads=48,
+        max_position_embeddings=65536, rms_norm_eps=1e-5,
+    ),
+}  # fmt: skip
+
+QWEN_3_MOE_ALL = dict(head_dim=128, norm_topk_prob=True, max_position_embeddings=40960,
+                      rope_parameters=dict(rope_theta=1e6))  # fmt: skip
+QWEN_3_MOE = {
+    "Qwen3-30B-A3B": QWEN_3_MOE_ALL | dict(num_hidden_layers=48),
+    "Qwen3-235B-A22B": QWEN_3_MOE_ALL | dict(
+        hidden_size=4096, intermediate_size=12288, moe_intermediate_size=1536, num_hidden_layers=94,
+        num_attention_heads=64,
+    ),
+}  # fmt: skip

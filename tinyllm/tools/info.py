@@ -209,8 +209,8 @@ class _Products(NamedTuple):
 def _products(model: Module, positions: int = 1) -> _Products:
     """Of a forward pass on this many independent positions; those of a mixture use all experts alike."""
     linears, in_head, attentions, used, model = [], [], [], set(), _meta_copy(model, np.dtype(np.float32))
-    blocks, head = enumerate(getattr(model, model.blocks)), set(map(id, model.lm_head.modules()))
-    windows = {id(module): model.config.window_of(i) for i, block in blocks for module in block.modules()}
+    blocks, head = zip(getattr(model, model.blocks), model.windows()), set(map(id, model.lm_head.modules()))
+    windows = {id(module): window for block, window in blocks for module in block.modules()}
 
     def watch(out, parents):
         op, module = op_and_module()
