@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from functools import partial
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -66,6 +67,12 @@ class Balanced:
         return loss + self.config.router_aux_loss_coef * share * load_balancing_loss(routings, counted)
 
     # ---- The counterpart in transformers ----
+
+    few_experts: dict  # in a random config
+
+    @classmethod
+    def random_config(cls, **sizes):
+        return replace(super().random_config(**sizes), **cls.few_experts)
 
     @classmethod
     def as_published(cls, arrays):
@@ -134,9 +141,10 @@ class MixtralBlock(LlamaBlock):
 
 
 class TorchMixtral(Balanced, TorchMistral):
-    """Mixtral with its language-model head: the twin of ``tinyllm.Mixtral``."""
+    """Mixtral with its language-model head: the twin of ``tinyllm.models.Mixtral``."""
 
     ours, config_class, block_class, published = Mixtral, MixtralConfig, MixtralBlock, "MixtralForCausalLM"
+    few_experts: ClassVar = dict(num_local_experts=5)
 
 
 def mixture(config):
@@ -152,11 +160,8 @@ class Qwen3MoeBlock(Qwen3Block):
 
 
 class TorchQwen3Moe(Balanced, TorchQwen3):
-    """Qwen3-MoE with its language-model head: the twin of ``tinyllm.Qwen3Moe``."""
+    """Qwen3-MoE with its language-model head: the twin of ``tinyllm.models.Qwen3Moe``."""
 
-    ours, config_class, block_class, published = (
-        Qwen3Moe,
-        Qwen3MoeConfig,
-        Qwen3MoeBlock,
-        "Qwen3MoeForCausalLM",
-    )
+    ours, config_class, block_class = Qwen3Moe, Qwen3MoeConfig, Qwen3MoeBlock
+    published = "Qwen3MoeForCausalLM"
+    few_experts: ClassVar = dict(num_experts=5, num_experts_per_tok=2, decoder_sparse_step=2)

@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 
 from tinyllm import Error, Tensor, generate, load_model, nn, no_grad, optim
 from tinyllm.inference.decoding import DecodingSteps
-from tinyllm.models import Mixtral, Qwen3Moe
+from tinyllm.models import Mixtral, MixtralConfig, Qwen3Moe, Qwen3MoeConfig
 from tinyllm.models.mixture import load_balancing_loss
+from tinyllm.weights.adapters import load_adapter, save_adapter
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
@@ -25,11 +26,9 @@ from support.mixtures import (  # noqa: E402
     MIXTRAL,
     QWEN3_MOE,
     WINDOWED,
-    configs,
     in_our_layout,
-    random_mixture,
 )
-from support.models import assert_close, batch, rewrite  # noqa: E402
+from support.models import assert_close, batch, llama_configs, random_llama, rewrite  # noqa: E402
 
 from parity.ops import cases as ops  # noqa: E402
 from parity.ops.cases import FLOOR  # noqa: E402
@@ -69,12 +68,17 @@ def real(targets):
 @settings(max_examples=25)
 @example(config=MIXTRAL, rows=2, padding=3, seed=0, num_targets=None)
 @example(config=MIXED, rows=2, padding=0, seed=1, num_targets=7)
-@given(config=configs(), rows=st.integers(1, 3), padding=st.integers(0, 4), seed=st.integers(0, 2**32 - 1),
-       num_targets=st.none() | st.integers(1, 50))  # fmt: skip
+@given(
+    config=llama_configs(MixtralConfig) | llama_configs(Qwen3MoeConfig),
+    rows=st.integers(1, 3),
+    padding=st.integers(0, 4),
+    seed=st.integers(0, 2**32 - 1),
+    num_targets=st.none() | st.integers(1, 50),
+)
 def test_logits_loss_and_gradients_equal_transformers_and_the_twin(config, rows, padding, seed, num_targets):
     """In training mode, where the balancing loss belongs to the loss; no dropout."""
-    model = random_mixture(config, seed).train()
-    ids, targets = batch(config, (rows, 1 + seed % 12), seed)
+    model = random_llama(config, seed).train()
+    ids, targets = batch(config, (rows, 1 + seed % config.context), seed)
     targets[1:, max(1, targets.shape[1] - padding) :] = -100  # but not in the first row
     tensors = torch.from_numpy(ids), torch.from_numpy(targets)
     loss = model.loss(ids, targets, num_targets=num_targets)
@@ -107,12 +111,10 @@ def test_logits_loss_and_gradients_equal_transformers_and_the_twin(config, rows,
                 ops.assert_close(parameter.grad, arrays[name], f"{name} of {side}", floor=floor.item())
 
 
-@pytest.mark.proof("Mixtral")
-@pytest.mark.proof("Qwen3Moe")
 @every_config
 def test_unmodified_transformers_differs_by_its_float32_rounding(name):
     """Their router, norms, angles and balancing loss are float32: logits and loss are within 1e-6."""
-    model = random_mixture(replace(CONFIGS[name], rms_norm_eps=1e-3)).train()
+    model = random_llama(replace(CONFIGS[name], rms_norm_eps=1e-3)).train()
     patched = bridge.to_transformers(model)
     config = type(patched.config).from_dict(patched.config.to_dict())
     config._attn_implementation = config._experts_implementation = "eager"
@@ -138,7 +140,7 @@ def balance(routings):
 
 
 def test_a_mixture_is_the_weighted_sum_of_the_experts_with_the_largest_probabilities():
-    mixture = random_mixture(QWEN3_MOE).layers[0].mlp
+    mixture = random_llama(QWEN3_MOE).layers[0].mlp
     x = Tensor(np.random.default_rng(1).standard_normal((2, 3, 12)))
     logits, expected = x.data @ mixture.gate.weight.data.T, np.zeros(x.shape)
     for b, t in np.ndindex(2, 3):
@@ -163,16 +165,16 @@ def test_balancing_loss_is_k_if_all_experts_are_used_alike_and_larger_otherwise(
 
 @every_config
 def test_balancing_loss_is_part_of_the_loss_in_training_mode_only(name):
-    model = random_mixture(CONFIGS[name])
+    model = random_llama(CONFIGS[name])
     ids, targets = batch(model.config, (2, 9))
     evaluated, trained = model.eval().loss(ids, targets), model.train().loss(ids, targets)
     assert trained.item() > evaluated.item() + 0.3 * 2 * 0.5
-    silent = random_mixture(replace(CONFIGS[name], output_router_logits=False)).train()
+    silent = random_llama(replace(CONFIGS[name], output_router_logits=False)).train()
     assert silent.loss(ids, targets).item() == evaluated.item()
 
 
 def test_padding_changes_neither_loss_nor_gradients():
-    model = random_mixture(QWEN3_MOE).train()
+    model = random_llama(QWEN3_MOE).train()
     ids, targets = batch(model.config, (2, 6))
     targets[:, -1] = 1
     model.loss(ids, targets).backward()
@@ -188,7 +190,7 @@ def test_padding_changes_neither_loss_nor_gradients():
 
 
 def test_the_losses_of_a_divided_batch_are_weighted_by_their_targets():
-    model = random_mixture(MIXTRAL).train()
+    model = random_llama(MIXTRAL).train()
     ids, targets = batch(model.config, (3, 8))
     number = (targets != -100).sum()
     parts = [(ids[i : i + 1], targets[i : i + 1]) for i in range(3)]
@@ -200,7 +202,7 @@ def test_the_losses_of_a_divided_batch_are_weighted_by_their_targets():
 
 def test_a_router_learns_to_choose_the_better_expert():
     """Only through the weights: the experts are fixed, and the output should be that of expert 1."""
-    mixture = random_mixture(replace(QWEN3_MOE, num_experts=2)).layers[0].mlp
+    mixture = random_llama(replace(QWEN3_MOE, num_experts=2)).layers[0].mlp
     mixture.requires_grad_(False)
     mixture.gate.weight.requires_grad = True
     x = Tensor(np.random.default_rng(0).standard_normal((1, 20, 12)) + 1)
@@ -222,7 +224,7 @@ def test_a_router_learns_to_choose_the_better_expert():
 @every_config
 def test_a_cache_gives_the_logits_without_one(name):
     """Beyond the window, token by token and in pieces, for rows of different lengths."""
-    model = random_mixture(CONFIGS[name])
+    model = random_llama(CONFIGS[name])
     ids = np.random.default_rng(1).integers(0, 23, (2, 24))
     with no_grad():
         whole, cache, columns = model(ids).data, model.new_cache(2), []
@@ -240,7 +242,7 @@ def test_a_cache_gives_the_logits_without_one(name):
 @pytest.mark.parametrize("rows", [1, 3])
 def test_recorded_decoding_does_not_repeat_the_routing_of_earlier_tokens(name, rows):
     """A plan would repeat the products of the experts that the recorded tokens chose."""
-    model, run = random_mixture(CONFIGS[name]), None
+    model, run = random_llama(CONFIGS[name]), None
     ids = np.random.default_rng(2).integers(0, 23, (rows, 35))
     with no_grad():
         expected, cache, run = model(ids).data, model.new_cache(rows), DecodingSteps(model, 35)
@@ -250,14 +252,14 @@ def test_recorded_decoding_does_not_repeat_the_routing_of_earlier_tokens(name, r
 
 
 def test_generated_text_is_the_same_with_and_without_a_cache():
-    model = random_mixture(WINDOWED)
+    model = random_llama(WINDOWED)
     options = dict(max_new_tokens=30, temperature=0)
     texts = [[*generate(model, [[1, 2, 3]], use_cache=cached, **options)] for cached in (True, False)]
     assert len(texts[0]) == 30 and np.array_equal(*texts)
 
 
 def test_tokens_do_not_depend_on_later_ones_or_on_other_rows():
-    model = random_mixture(QWEN3_MOE)
+    model = random_llama(QWEN3_MOE)
     ids = np.random.default_rng(3).integers(0, 23, (3, 10))
     with no_grad():
         logits = model(ids).data
@@ -272,7 +274,7 @@ def test_tokens_do_not_depend_on_later_ones_or_on_other_rows():
 
 @every_config
 def test_folders_are_exchanged_with_transformers(name, tmp_path):
-    model = random_mixture(CONFIGS[name], dtype=np.float32)
+    model = random_llama(CONFIGS[name], dtype=np.float32)
     ids = np.random.default_rng(4).integers(0, 23, (2, 12))
     model.save_pretrained(tmp_path / "ours")
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "ours", **EAGER)
@@ -288,7 +290,7 @@ def test_folders_are_exchanged_with_transformers(name, tmp_path):
 @every_config
 def test_fused_experts_load_as_well(name, tmp_path):
     """The layout of transformers 5 in memory, as a file."""
-    model = random_mixture(CONFIGS[name], dtype=np.float32)
+    model = random_llama(CONFIGS[name], dtype=np.float32)
     theirs = bridge.to_transformers(model)
     theirs.save_pretrained(tmp_path, save_original_format=False)
     keys = load_keys(tmp_path)
@@ -305,7 +307,7 @@ def load_keys(folder):
 
 
 def test_a_parameter_that_is_fused_and_separate_is_an_error(tmp_path):
-    bridge.to_transformers(random_mixture(QWEN3_MOE, dtype=np.float32)).save_pretrained(
+    bridge.to_transformers(random_llama(QWEN3_MOE, dtype=np.float32)).save_pretrained(
         tmp_path, save_original_format=False
     )
     twice = "model.layers.0.mlp.experts.3.up_proj.weight"
@@ -315,7 +317,7 @@ def test_a_parameter_that_is_fused_and_separate_is_an_error(tmp_path):
 
 
 def test_a_missing_expert_is_named(tmp_path):
-    random_mixture(MIXTRAL, dtype=np.float32).save_pretrained(tmp_path)
+    random_llama(MIXTRAL, dtype=np.float32).save_pretrained(tmp_path)
     missing = "model.layers.1.block_sparse_moe.experts.4.w3.weight"
     rewrite(tmp_path, lambda tensors: {name: x for name, x in tensors.items() if name != missing})
     with pytest.raises(Error, match=r"Missing \(1\): layers\.1\.block_sparse_moe\.experts\.4\.w3\.weight"):
@@ -373,7 +375,7 @@ def mixture_of(block):
 
 
 def test_lora_on_experts_and_router_is_trained_merged_and_loaded(tmp_path):
-    model = random_mixture(QWEN3_MOE, dtype=np.float32)
+    model = random_llama(QWEN3_MOE, dtype=np.float32)
     ids, targets = batch(model.config, (4, 12))
     names = nn.add_lora(model, rank=2, targets=["gate", "gate_proj", "down_proj"], rng=0)
     assert sum(".experts." in name for name in names) == 2 * 5 * 2 and "layers.0.mlp.gate" in names
@@ -385,7 +387,11 @@ def test_lora_on_experts_and_router_is_trained_merged_and_loaded(tmp_path):
         model.zero_grad()
         losses.append(loss.item())
     assert losses[-1] < losses[0] - 0.3
+    save_adapter(model, tmp_path, base=None)
+    again = random_llama(QWEN3_MOE, dtype=np.float32)
+    load_adapter(again, tmp_path)
     with no_grad():
         before = model.eval()(ids).data
+        assert np.array_equal(again.eval()(ids).data, before)
         nn.merge_lora(model)
         assert_close(model(ids).data, before, "logits of the merged model", 1e-4)

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 
 import pytest
 from support import faults
+from support.mixtures import MIXTRAL
 from support.models import EVERYTHING, GEMMA2, GEMMA3, NO_DROPOUT, random_model
 from support.suite import collected, failures
 
@@ -36,6 +37,8 @@ LORA_TRAINING, ADAPTER = "50 training steps of LoRA", "an adapter of peft"
 CLASSIFIER, CLASSES = "a classifier of transformers", "50 training steps of a classifier"
 DPO = "50 DPO steps"
 
+MIXTURE_FOLDER, ROUTER = "a mixture in transformers", "a router that learns"
+
 # The checks of an op or a layer are found by their subject, the others by the name of their test
 TESTS = {
     MODEL: "test_gpt2::test_several_query_blocks_and_row_chunks_equal_transformers",
@@ -54,6 +57,8 @@ TESTS = {
     CLASSIFIER: "test_classifier::test_a_folder_of_transformers_loads",
     CLASSES: "test_fifty_steps_of_classification_equal_torchs",
     DPO: "test_fifty_dpo_steps_equal_torchs",
+    MIXTURE_FOLDER: "test_folders_are_exchanged_with_transformers",
+    ROUTER: "test_a_router_learns_to_choose_the_better_expert",
     SAMPLING: "test_sampled_tokens_equal_those_of_plain_torch",
     INSTRUCT: "test_the_masked_loss_and_all_gradients_equal_torchs",
 }
@@ -262,6 +267,27 @@ FAULTS = {
         ("output of lm_head", "output of loss"),
         GEMMA2,
     ),
+    "attention: softcap after the mask": Fault(
+        faults.softcap_after_the_mask,
+        ("scaled_dot_product_attention", "GemmaAttention", GEMMA_2),
+        ("output of layers.0.self_attn.v_proj", "output of layers.0.self_attn.o_proj"),
+        GEMMA2,
+    ),
+    "mixture: expert weights not renormalized": Fault(
+        faults.weights_not_renormalized,
+        ("Mixture", "Mixtral", MIXTURE_FOLDER),
+        ("output of layers.0.block_sparse_moe.experts.4", "output of layers.0.block_sparse_moe"),
+        MIXTRAL,
+    ),
+    "mixture: router's gradient dropped": Fault(
+        faults.router_detached,
+        ("Mixture", "Mixtral", ROUTER),
+        (
+            "gradient of layers.1.block_sparse_moe.experts.0.w1.weight",
+            "gradient of the output of layers.1.post_attention_layernorm",
+        ),
+        MIXTRAL,
+    ),
     "AdamW: no bias correction": Fault(faults.adamw(bias_correction=False), (ADAMW, TRAINING), None),
     "AdamW: norms and biases decayed": Fault(faults.adamw(decay_everything=True), (ADAMW, TRAINING), None),
     "gradient accumulation: unweighted mean": Fault(faults.plain_means, (TRAINING,), None),
@@ -297,8 +323,8 @@ def test_correct_replacements_are_not_reported_as_faults(monkeypatch):
     faults.adamw()(monkeypatch)
     faults.attention(lambda q, k, given: {})(monkeypatch)
     assert failing(sorted({check for fault in FAULTS.values() for check in fault.caught_by})) == {}
-    every = CONFIG, EVERYTHING, GEMMA2, GEMMA3, QWEN2, QWEN3, MISTRAL
-    assert [located(config) for config in every] == [None] * 7
+    every = CONFIG, EVERYTHING, GEMMA2, GEMMA3, QWEN2, QWEN3, MISTRAL, MIXTRAL
+    assert [located(config) for config in every] == [None] * 8
 
 
 @pytest.mark.fault

@@ -11,9 +11,11 @@ import pytest
 from tinyllm import GPT2, Tensor, functional, nn, optim, tensor
 from tinyllm.data import padded
 from tinyllm.data.padded import PaddedExamples
+from tinyllm.functional import composed
 from tinyllm.inference import sampling
-from tinyllm.models import SequenceClassifier, gemma2, gemma3, gpt2, qwen, rope
+from tinyllm.models import SequenceClassifier, gemma2, gemma3, gpt2, mixture, qwen, rope
 from tinyllm.models.windows import SLIDING
+from tinyllm.tensor_ops import einsum, where
 from tinyllm.training import preference
 
 FACTOR = 1 + 1e-8  # a gradient wrong in the ninth digit
@@ -60,6 +62,32 @@ def one_key_too_many(q, k, given):
         return {}
     T, S = q.shape[-2], k.shape[-2]
     return {"is_causal": False, "window": None, "attn_mask": np.tri(T, S, S - T + 1, dtype=bool)}
+
+
+def softcap_after_the_mask(patch):
+    """Masked scores are capped too: they become -softcap instead of -inf."""
+    correct = functional.scaled_dot_product_attention
+
+    def faulty(q, k, v, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False,
+               window=None, softcap=None):  # fmt: skip
+        if softcap is None or q.ndim == 3:
+            options = attn_mask, dropout_p, is_causal, scale, enable_gqa, window, softcap
+            return correct(q, k, v, *options)
+        k, v = (composed.repeat_heads(x, q.shape[1]) if enable_gqa else x for x in (k, v))
+        scores = einsum("...td,...sd->...ts", q, k) * (
+            max(q.shape[-1], 1) ** -0.5 if scale is None else scale
+        )
+        (T, S), mask = scores.shape[-2:], 0.0 if attn_mask is None else attn_mask
+        if is_causal:
+            hidden = ~np.tri(T, S, S - T, dtype=bool)
+            hidden |= False if window is None else np.tri(T, S, S - T - window, dtype=bool)
+            scores = where(hidden, -1e30, scores)
+        if getattr(mask, "dtype", float) is np.dtype(bool):
+            scores, mask = where(mask, scores, -1e30), 0.0
+        capped = softcap * ((scores + mask) / softcap).tanh()
+        return composed.dropout(composed.softmax(capped), dropout_p) @ v
+
+    patch.setattr(functional, "scaled_dot_product_attention", faulty)
 
 
 def unscaled(q, k, given):
@@ -311,6 +339,24 @@ def labels_shifted(patch):
 def padding_counted(patch):
     correct = padded.pad
     patch.setattr(padded, "pad", lambda rows, fill: correct(rows, 0 if fill == padded.IGNORED else fill))
+
+
+def weights_not_renormalized(patch):
+    """The weights of a token's experts are their probabilities, as if ``norm_topk_prob`` were false."""
+    never = property(lambda layer: False, lambda layer, value: None)
+    patch.setattr(mixture.Mixture, "renormalize", never, raising=False)
+
+
+def router_detached(patch):
+    """The weights of the experts are constants: the router gets no gradient."""
+    correct, softmax = mixture.Mixture.forward, functional.softmax
+
+    def forward(layer, x):
+        with pytest.MonkeyPatch.context() as inner:
+            inner.setattr(functional, "softmax", lambda logits: softmax(logits).detach())
+            return correct(layer, x)
+
+    patch.setattr(mixture.Mixture, "forward", forward)
 
 
 def unscaled_lora(patch):

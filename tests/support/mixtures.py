@@ -1,9 +1,6 @@
 """Small random mixtures of experts, and the weights of ``transformers``' in our layout."""
 
-import numpy as np
-from hypothesis import strategies as st
-
-from tinyllm.models import Mixtral, MixtralConfig, Qwen3Moe, Qwen3MoeConfig
+from tinyllm.models import MixtralConfig, Qwen3MoeConfig
 from tinyllm.weights.fused import per_expert
 
 SIZES = dict(
@@ -21,50 +18,6 @@ MIXED = Qwen3MoeConfig(
 CONFIGS = {"mixtral": MIXTRAL, "a window": WINDOWED, "qwen3_moe": QWEN3_MOE, "few mixtures": MIXED}
 
 
-def random_mixture(config, seed=0, dtype=np.float64):
-    """A model with perturbed parameters, because norm weights of 1 hide mistakes."""
-    rng = np.random.default_rng(seed)
-    model = (Mixtral if isinstance(config, MixtralConfig) else Qwen3Moe)(config, rng=rng)
-    for name, parameter in model.named_parameters():
-        mean = 1.0 if "norm" in name else 0.0
-        parameter.replace((mean + 0.4 * rng.standard_normal(parameter.shape)).astype(dtype))
-    return model.eval()
-
-
 def in_our_layout(model, arrays):
     """Arrays by the names of ``transformers`` 5, as a mapping with the names of our parameters."""
     return per_expert({name.removeprefix("model."): x for name, x in arrays.items()}, *model.fused_names)
-
-
-@st.composite
-def configs(draw):
-    G, R, D, experts = (draw(st.integers(1, n)) for n in (2, 2, 3, 6))
-    sizes = dict(
-        vocab_size=draw(st.integers(2, 30)),
-        hidden_size=G * R * draw(st.integers(1, 4)),
-        intermediate_size=draw(st.integers(1, 9)),
-        num_hidden_layers=draw(st.integers(1, 3)),
-        num_attention_heads=G * R,
-        num_key_value_heads=G,
-        head_dim=2 * D,
-        max_position_embeddings=12,
-        rms_norm_eps=draw(st.sampled_from([1e-5, 1e-6, 0.1])),
-        tie_word_embeddings=draw(st.booleans()),
-        num_experts_per_tok=draw(st.integers(1, experts)),
-        output_router_logits=draw(st.booleans()),
-        router_aux_loss_coef=draw(st.sampled_from([0.001, 1.0])),
-    )
-    if draw(st.booleans()):
-        window = draw(st.none() | st.integers(1, 13))
-        return MixtralConfig(**sizes, num_local_experts=experts, sliding_window=window)
-    return Qwen3MoeConfig(
-        **sizes,
-        num_experts=experts,
-        moe_intermediate_size=draw(st.integers(1, 9)),
-        norm_topk_prob=draw(st.booleans()),
-        decoder_sparse_step=draw(st.integers(1, 2)),
-        mlp_only_layers=draw(st.sampled_from([None, [], [0], [1, 2]])),
-        attention_bias=draw(st.booleans()),
-        use_sliding_window=draw(st.booleans()),
-        sliding_window=draw(st.integers(1, 13)),
-    )

@@ -259,6 +259,19 @@ def llama_configs(draw, config_class=LlamaConfig):
         no_rope_layer_interval=draw(st.integers(1, 3)),
     )
     known = {field.name for field in fields(config_class)}
+    if "num_experts_per_tok" in known:
+        experts = draw(st.integers(1, 5))
+        values |= dict(
+            num_experts_per_tok=draw(st.integers(1, experts)),
+            num_experts=experts,
+            num_local_experts=experts,
+            moe_intermediate_size=draw(st.integers(1, 9)),
+            norm_topk_prob=draw(st.booleans()),
+            decoder_sparse_step=draw(st.integers(1, 2)),
+            mlp_only_layers=draw(st.sampled_from([None, [], [0], [1, 2]])),
+            output_router_logits=draw(st.booleans()),
+            router_aux_loss_coef=draw(st.sampled_from([0.001, 1.0])),
+        )
     return config_class(**{name: value for name, value in values.items() if name in known})
 
 

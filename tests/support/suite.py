@@ -59,6 +59,11 @@ class _Run:
             self.passed.add(report.nodeid)
 
 
+def _each(error: BaseException) -> list[BaseException]:
+    """The errors in a group, such as the distinct failures that Hypothesis found, or the error itself."""
+    return [*error.exceptions] if isinstance(error, BaseExceptionGroup) else [error]
+
+
 def failures(tests: dict[str, list[str]]) -> dict[str, BaseException]:
     """Run tests (name -> node ids) and return the names with a failing test, each with its first exception.
 
@@ -70,7 +75,7 @@ def failures(tests: dict[str, list[str]]) -> dict[str, BaseException]:
     pytest.main([*nodes, "--show-capture=no", "--tb=line", *QUIET], plugins=[run])
     found = {}
     for name, some in tests.items():
-        errors = [run.errors[node] for node in some if node in run.errors]
+        errors = [error for node in some if node in run.errors for error in _each(run.errors[node])]
         for error in errors:
             if not isinstance(error, (AssertionError, Error)):
                 raise error

@@ -2,13 +2,16 @@
 
 import tracemalloc
 from collections import Counter
+from dataclasses import fields
 
 import numpy as np
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from tinyllm import GPT2, Error, GPT2Config, Llama, LlamaConfig, manual_seed, nn, no_grad
+from tinyllm import GPT2, Error, GPT2Config, LlamaConfig, manual_seed, nn, no_grad
+from tinyllm.models import ARCHITECTURES, Mixtral, MixtralConfig
+from tinyllm.models.cache import SLACK
 from tinyllm.nn import evaluating
 from tinyllm.optim import AdamW, clip_grad_norm
 from tinyllm.tools import info
@@ -41,8 +44,14 @@ def llama(vocab_size, hidden_size, layers, heads, kv_heads, inner, context, **mo
     )
 
 
+def mixtral(context, **more) -> MixtralConfig:
+    sizes = vars(llama(50, 16, 2, 8, 2, 20, context)) | more
+    kept = {field.name: sizes[field.name] for field in fields(MixtralConfig) if field.name in sizes}
+    return MixtralConfig(**kept, num_local_experts=5)
+
+
 def model_of(config, rng=None):
-    return GPT2(config, rng) if isinstance(config, GPT2Config) else Llama(config, rng)
+    return ARCHITECTURES[config.model_type](config, rng)
 
 
 UNTIED = dict(tie_word_embeddings=False, lm_head_bias=True, qkv_bias=False)
@@ -334,6 +343,8 @@ def count_products(work) -> int:
         (llama(50, 16, 2, 8, 2, 20, 300), 2, 300),  # four heads in one product: blocks of 32 queries
         (llama(9000, 8, 1, 2, 2, 20, 300, tie_word_embeddings=True), 2, 290),
         (llama(7, 6, 3, 1, 1, 5, 5, head_dim=4, mlp_bias=True), 1, 1),
+        (mixtral(300, sliding_window=40), 2, 300),  # of keys before a window, no block is read
+        (mixtral(5), 1, 1),
     ],
 )
 def test_flops_are_those_of_the_products_computed(config, batch, context):
@@ -483,3 +494,42 @@ def test_bad_input_is_refused(call, message):
     with pytest.raises(Error) as error:
         call()
     assert str(error.value) == message
+
+
+# --------------------------------------------------------------------- mixtures and windows
+
+
+def test_a_token_uses_two_of_eight_experts():
+    """The head, attention and norms of Mixtral 8x7B, and two experts of each block."""
+    model = Mixtral(MixtralConfig.preset("Mixtral-8x7B"), rng=None)
+    flops = info.flops_per_token(model, 128)
+    expert = 3 * 4096 * 14336
+    assert flops.head == 2 * 4096 * 32000
+    assert flops.linears == 2 * 32 * (2 * expert + 8 * 4096 + 2 * 4096 * (4096 + 1024))
+    first = info.describe(model, 1, 16).splitlines()[0]
+    active = 46_702_792_704 - 32 * 6 * expert
+    assert first == f"Mixtral: 46,702,792,704 parameters, of which a token uses {active:,}"
+
+
+def test_a_window_bounds_the_cache_and_the_attention_of_long_contexts():
+    whole, windowed = (model_of(mixtral(20_000, sliding_window=window)) for window in (None, 100))
+    costs = [info.memory(model, 2, 20_000).cache for model in (whole, windowed)]
+    heads, size, layers = 2, 2, 2
+    numbers = [2 * layers * 2 * heads * size * positions for positions in (20_000, 100 + 2 * SLACK)]
+    assert costs == [4 * number for number in numbers]
+    attention = [info.flops_per_token(model, 20_000).attention for model in (whole, windowed)]
+    assert attention[1] == pytest.approx(attention[0] * 131 / 10_000, rel=0.01)  # 32 queries see 131 keys
+
+
+def test_memory_of_a_mixture_is_that_of_experts_used_alike():
+    """Within a tenth of the memory that a random mixture takes, of which some experts have more tokens."""
+    config = mixtral(64)
+    model = model_of(config, np.random.default_rng(0))
+    ids = np.random.default_rng(1).integers(0, 50, (8, 64))
+    model.loss(ids, ids).backward()
+    tracemalloc.start()
+    loss = model.loss(ids, ids)
+    held = tracemalloc.get_traced_memory()[0]
+    tracemalloc.stop()
+    del loss
+    assert info.memory(model, 8, 64, "float32").activations == pytest.approx(held, rel=0.1)

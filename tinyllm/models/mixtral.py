@@ -38,9 +38,10 @@ class MixtralConfig(MistralConfig):
 
     @classmethod
     def of_size(cls, vocab_size, **options) -> MixtralConfig:
-        """Eight experts; the two that a token uses have the parameters of a Llama's network together."""
+        """Eight experts, without a window; the two of a token have the parameters of a Llama's network."""
         config = super().of_size(vocab_size, **options)
-        return replace(config, intermediate_size=config.intermediate_size // 2, output_router_logits=True)
+        experts = {"intermediate_size": config.intermediate_size // 2, "output_router_logits": True}
+        return replace(config, sliding_window=None, **experts)
 
 
 class MixtralExpert(nn.Module):

@@ -38,7 +38,7 @@ class Qwen3MoeConfig(Qwen3Config):
     num_experts_per_tok: int = 8
     norm_topk_prob: bool = False
     decoder_sparse_step: int = 1
-    mlp_only_layers: list | None = None
+    mlp_only_layers: list | None = None  # None: none
     output_router_logits: bool = False
     router_aux_loss_coef: float = 0.001
 
@@ -47,6 +47,7 @@ class Qwen3MoeConfig(Qwen3Config):
     def __post_init__(self):
         super().__post_init__()
         check_experts(self)
+        vars(self).update(mlp_only_layers=self.mlp_only_layers or [])
         if self.layer_types is not None:
             raise Error(f"layer_types is {self.layer_types}, but the layers of {self.model_type} are alike")
 
@@ -55,7 +56,7 @@ class Qwen3MoeConfig(Qwen3Config):
         return [FULL if self.sliding_window is None else SLIDING] * self.num_hidden_layers
 
     def has_experts(self, layer: int) -> bool:
-        return (layer + 1) % self.decoder_sparse_step == 0 and layer not in (self.mlp_only_layers or ())
+        return (layer + 1) % self.decoder_sparse_step == 0 and layer not in self.mlp_only_layers
 
     @classmethod
     def from_dict(cls, config: Mapping) -> Qwen3MoeConfig:
@@ -65,7 +66,7 @@ class Qwen3MoeConfig(Qwen3Config):
 
     @classmethod
     def of_size(cls, vocab_size, **options) -> Qwen3MoeConfig:
-        """Eight experts; the two that a token uses have the parameters of a Llama's network together."""
+        """Eight experts; the two of a token have the parameters of a Llama's network."""
         config, experts = super().of_size(vocab_size, **options), {"num_experts": 8, "num_experts_per_tok": 2}
         experts |= {"moe_intermediate_size": config.intermediate_size // 2, "norm_topk_prob": True}
         return replace(config, output_router_logits=True, **experts)
