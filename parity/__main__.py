@@ -5,6 +5,7 @@ import sys
 from parity.bench.command import BenchDecode, BenchDevice, BenchScaling, BenchServe, BenchTrain
 from parity.compare.command import Report
 from parity.durability.command import Reliability
+from parity.grade.command import Check, Grade
 from parity.ops.command import Proof
 from tinyllm.cli.options import did_you_mean, parse_options, readable, wrap_help
 from tinyllm.errors import Error
@@ -13,6 +14,8 @@ from tinyllm.errors import Error
 COMMANDS = {
     "report": Report,
     "proof": Proof,
+    "grade": Grade,
+    "check": Check,
     "bench train": BenchTrain,
     "bench decode": BenchDecode,
     "bench scaling": BenchScaling,

@@ -1,0 +1,1 @@
+"""Exercises graded against PyTorch: ``python -m parity grade``."""

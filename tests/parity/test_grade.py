@@ -1,0 +1,53 @@
+"""Grading of exercises: solutions pass, every usual mistake gets its own hint, and a report is readable."""
+
+from pathlib import Path
+
+import pytest
+from support import mistakes
+
+from parity.grade.course import COURSE
+from parity.grade.grading import DONE, OPEN, grade, hint_of
+from parity.grade.report import exercise_of
+
+ROOT = Path(__file__).parents[2]
+EXERCISES = sorted((ROOT / "examples/exercises").glob("[0-9][0-9]_*.py"))
+SOLUTIONS = sorted((ROOT / "examples/exercises/solutions").glob("[0-9][0-9]_*.py"))
+
+KNOWN = [
+    (exercise.name, part.function, mistake.name)
+    for exercise in COURSE.values()
+    for part in exercise.parts
+    for mistake in part.mistakes
+]
+
+
+def test_every_exercise_has_a_file_and_a_solution():
+    assert [path.name for path in EXERCISES] == [path.name for path in SOLUTIONS]
+    assert {exercise_of(path).name for path in EXERCISES} == {*COURSE}
+
+
+@pytest.mark.parametrize("path", SOLUTIONS, ids=lambda path: path.stem)
+def test_a_solution_is_done(path):
+    assert {v.function: v.status for v in grade(exercise_of(path), path)} == {
+        part.function: DONE for part in exercise_of(path).parts
+    }
+
+
+@pytest.mark.parametrize("path", EXERCISES, ids=lambda path: path.stem)
+def test_an_exercise_is_open(path):
+    assert {verdict.status for verdict in grade(exercise_of(path), path)} == {OPEN}
+
+
+def test_every_mistake_is_planted_in_three_ways():
+    planted = mistakes.planted()
+    assert sorted(planted) == sorted(KNOWN)
+    assert {key: len(variants) for key, variants in planted.items() if len(variants) < 3} == {}
+
+
+@pytest.mark.parametrize("key", KNOWN, ids=": ".join)
+def test_a_planted_mistake_gets_its_own_hint(key):
+    name, function, mistake = key
+    part = next(part for part in COURSE[name].parts if part.function == function)
+    hint = next(each.hint for each in part.mistakes if each.name == mistake)
+    for variant in mistakes.planted()[key]:
+        assert hint_of(part, variant) == hint, variant.__name__
