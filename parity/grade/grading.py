@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 import importlib.util
+import io
 import signal
 import traceback
 from collections.abc import Callable, Iterator
@@ -14,13 +16,16 @@ from typing import NamedTuple
 
 import numpy as np
 from hypothesis import HealthCheck, Phase, Verbosity, given, seed, settings
+from hypothesis.errors import Flaky
 
-from parity.grade.exercise import Exercise, Inputs, Part
+from parity.grade.exercise import Exercise, Inputs, Mistake, Part
 from tinyllm.errors import Error
 
 RELATIVE, FLOOR = 1e-9, 1e-12  # of the largest element of the truth; absolute
 
 DRAWN = 100  # inputs on which a function is tried
+
+ENOUGH = 3  # of them must show a mistake by value before its hint is given
 
 SECONDS = 20  # for one call of a learner's function
 
@@ -29,10 +34,12 @@ DONE, WRONG, OPEN = "done", "wrong", "open"
 
 @dataclass(frozen=True)
 class Failure:
-    """What is wrong: ``problem`` in words, for ``inputs``."""
+    """What is wrong: ``problem`` in words, for ``inputs``, and what the function printed."""
 
     problem: str
     inputs: Inputs | None = None
+    printed: str = ""
+    slow: bool = False  # stopped after ``SECONDS``
 
 
 class Verdict(NamedTuple):
@@ -61,7 +68,7 @@ def load(path: Path):
         raise Error(f"{path} cannot be read: {error.strerror}") from None
     except SyntaxError as error:
         raise Error(f"{path}, line {error.lineno}: {error.msg}") from None
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise Error(f"{path} cannot be run: {_what(error, path)}") from None
     return module
 
@@ -77,56 +84,90 @@ def _grade_part(part: Part, module, path: Path) -> Verdict:
 def grade_function(part: Part, function: Callable, path: Path | None = None) -> Verdict:
     """The verdict on a function, whose file is ``path``."""
     try:
-        failure = _smallest_failure(part, function, path)
+        failure = _first_failure(part, function, path)
+        if failure is None:
+            return Verdict(part.function, DONE)
+        if failure.slow:
+            return Verdict(part.function, WRONG, failure)
+        failure = _smallest_failure(part, function, path) or failure
     except NotImplementedError:
         return Verdict(part.function, OPEN)
-    if failure is None:
-        return Verdict(part.function, DONE)
     return Verdict(part.function, WRONG, failure, hint_of(part, function))
 
 
+def _first_failure(part: Part, function: Callable, path: Path | None) -> Failure | None:
+    trials = ((inputs, _try(part, function, inputs, truth, path)) for inputs, truth in _trials(part))
+    return next((failure for _, failure in trials if failure), None)
+
+
+class _SlowError(BaseException):
+    """Ends Hypothesis's search: each further attempt would take as long."""
+
+
 def _smallest_failure(part: Part, function: Callable, path: Path | None) -> Failure | None:
-    """The failure on the smallest of the drawn inputs that fail, or None. The same in every run."""
+    """The failure on the smallest of the inputs that fail. None if no input fails a second time."""
     last: list[Failure] = []
 
-    @seed(0)
-    @settings(
+    @_search(0, (Phase.generate, Phase.shrink))
+    @given(part.inputs)
+    def attempt(inputs):
+        failure = _try(part, function, inputs, part.truth(**inputs), path)
+        if failure is not None:
+            last[:] = [failure]
+            if failure.slow:
+                raise _SlowError
+            raise AssertionError
+
+    # Hypothesis ends with the smallest, or complains of a function that fails only sometimes
+    with contextlib.suppress(AssertionError, Flaky, _SlowError):
+        attempt()
+    return last[0] if last else None
+
+
+def _search(number: int, phases: tuple[Phase, ...]) -> Callable:
+    """A decorator: the same inputs in every run, of all sizes, and no word from Hypothesis."""
+    quiet = settings(
         max_examples=DRAWN,
         database=None,
         deadline=None,
-        phases=(Phase.generate, Phase.shrink),
+        phases=phases,
         verbosity=Verbosity.quiet,
         suppress_health_check=list(HealthCheck),
     )
+    return lambda test: seed(number)(quiet(test))
+
+
+@functools.cache
+def _trials(part: Part) -> list[tuple[Inputs, object]]:
+    """The inputs on which a function is tried, and the truth for each."""
+    drawn: list[Inputs] = []
+
+    @_search(0, (Phase.generate,))
     @given(part.inputs)
-    def attempt(inputs):
-        failure = _try(part, function, inputs, path)
-        if failure is not None:
-            last[:] = [failure]
-            raise AssertionError
+    def collect(inputs):
+        drawn.append(inputs)
 
-    try:
-        attempt()
-    except AssertionError:
-        return last[0]  # Hypothesis ends with the smallest
-    return None
+    collect()
+    return [(inputs, part.truth(**copy.deepcopy(dict(inputs)))) for inputs in drawn]
 
 
-def _try(part: Part, function: Callable, inputs: Inputs, path: Path | None) -> Failure | None:
+def _try(part: Part, function: Callable, inputs: Inputs, truth, path: Path | None) -> Failure | None:
     """What is wrong with ``function(**inputs)``, or None. NotImplementedError passes through."""
-    given_to_it = copy.deepcopy(dict(inputs))
+    given_to_it, printed = copy.deepcopy(dict(inputs)), io.StringIO()
     try:
-        with _time_limit(), np.errstate(all="ignore"):
+        with _time_limit(), np.errstate(all="ignore"), contextlib.redirect_stdout(printed):
             found = function(**given_to_it)
     except NotImplementedError:
         raise
-    except Exception as error:
-        return Failure(_what(error, path), inputs)
+    except (Exception, SystemExit) as error:
+        slow = isinstance(error, TimeoutError)
+        return Failure(_what(error, path), inputs, printed.getvalue(), slow)
     changed = [name for name in inputs if not _equal(given_to_it[name], inputs[name])]
     if changed:
-        return Failure(f"{changed[0]} was changed: compute with a copy of the arguments", inputs)
-    problem = compare(found, part.truth(**inputs), part.returns)
-    return Failure(problem, inputs) if problem else None
+        problem = f"{changed[0]} was changed: compute with a copy of the arguments"
+    else:
+        problem = compare(found, truth, part.returns)
+    return Failure(problem, inputs, printed.getvalue()) if problem else None
 
 
 def compare(found, truth, names: tuple[str, ...]) -> str | None:
@@ -175,7 +216,7 @@ def _error(found, truth) -> str:
     if not np.isfinite(found).all() and np.isfinite(truth).all():
         return "not all elements are finite"
     with np.errstate(invalid="ignore"):
-        return f"off by up to {np.nanmax(np.abs(found - truth)):.3g}"
+        return f"off by up to {np.nanmax(np.abs(found - truth), initial=0):.3g}"
 
 
 def _equal(a, b) -> bool:
@@ -191,37 +232,71 @@ def _equal(a, b) -> bool:
 
 def hint_of(part: Part, function: Callable) -> str | None:
     """The hint of the mistake that explains what ``function`` returns for every drawn input, or None."""
-    inputs = [each for each in _drawn(part) if not _agrees(function, part.truth, part, each)]
+    trials = _trials(part)
+    found = [_outcome(function, inputs) for inputs, _ in trials]
+    wrong = [not _same(mine, truth, part) for mine, (_, truth) in zip(found, trials)]
     for mistake in part.mistakes:
-        if inputs and all(_agrees(function, mistake.wrong, part, each) for each in inputs):
+        if _explains(_outcomes(part, mistake), found, wrong, part):
             return mistake.hint
     return None
 
 
-def _drawn(part: Part, number: int = 40) -> list[Inputs]:
-    """Inputs of all sizes, the same in every run."""
-    drawn: list[Inputs] = []
+def _explains(expected: list, found: list, wrong: list[bool], part: Part) -> bool:
+    """Whether a mistake, whose outcomes are ``expected``, explains all that a function returned.
 
-    @seed(1)
-    @settings(max_examples=number, database=None, deadline=None, phases=(Phase.generate,),
-              suppress_health_check=list(HealthCheck))  # fmt: skip
-    @given(part.inputs)
-    def collect(inputs):
-        drawn.append(inputs)
-
-    collect()
-    return drawn
-
-
-def _agrees(function: Callable, other: Callable, part: Part, inputs: Inputs) -> bool:
-    """Whether both functions return the same."""
-    with np.errstate(all="ignore"), _time_limit():
-        try:
-            found = function(**copy.deepcopy(dict(inputs)))
-            expected = other(**copy.deepcopy(dict(inputs)))
-        except Exception:
+    Where the mistake has no result that can be right (it raises, or gives nan or another shape), the function
+    must be wrong, but how it fails depends on how it is written: a loop may end early where a product of
+    matrices raises, and what overflows in one way of writing is 0 in another. So the two must also be equally
+    wrong, or the mistake's result nan, for some inputs.
+    """
+    equal = 0
+    for (_, truth), other, mine, is_wrong in zip(_trials(part), expected, found, wrong):
+        if _same(mine, other, part):
+            equal += is_wrong
+        elif _usable(other, truth) or not is_wrong:
             return False
+        else:
+            equal += other is not RAISED and not _finite(other)
+    return any(wrong) and equal >= min(sum(wrong), ENOUGH)
+
+
+@functools.cache
+def _outcomes(part: Part, mistake: Mistake) -> list:
+    return [_outcome(mistake.wrong, inputs) for inputs, _ in _trials(part)]
+
+
+RAISED = object()
+
+
+def _outcome(function: Callable, inputs: Inputs):
+    """What ``function(**inputs)`` returns, or RAISED."""
+    try:
+        with _time_limit(), np.errstate(all="ignore"), contextlib.redirect_stdout(io.StringIO()):
+            return function(**copy.deepcopy(dict(inputs)))
+    except (Exception, SystemExit):
+        return RAISED
+
+
+def _same(found, expected, part: Part) -> bool:
+    if found is RAISED or expected is RAISED:
+        return False
     return compare(found, expected, part.returns) is None
+
+
+def _usable(outcome, truth) -> bool:
+    """Whether an outcome has finite elements in the shapes of the truth."""
+    shapes = [[np.shape(array) for array in _arrays(each)] for each in (outcome, truth)]
+    return outcome is not RAISED and _finite(outcome) and shapes[0] == shapes[1]
+
+
+def _finite(outcome) -> bool:
+    return all(np.isfinite(array).all() for array in _arrays(outcome))
+
+
+def _arrays(outcome) -> list:
+    if isinstance(outcome, (tuple, list)):
+        return [array for each in outcome for array in _arrays(each)]
+    return [outcome] if isinstance(outcome, (np.ndarray, float)) else []
 
 
 # -------------------------------------------------------------------------------- in words

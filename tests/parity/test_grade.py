@@ -6,7 +6,7 @@ import pytest
 from support import mistakes
 
 from parity.grade.course import COURSE
-from parity.grade.grading import DONE, OPEN, grade, hint_of
+from parity.grade.grading import DONE, OPEN, grade, grade_function, hint_of
 from parity.grade.report import exercise_of
 
 ROOT = Path(__file__).parents[2]
@@ -44,10 +44,20 @@ def test_every_mistake_is_planted_in_three_ways():
     assert {key: len(variants) for key, variants in planted.items() if len(variants) < 3} == {}
 
 
+@pytest.mark.parametrize("variants", mistakes.VARIANTS, ids=lambda each: each.function)
+def test_what_a_mistake_is_planted_in_is_right_without_it(variants):
+    for solution in variants.solutions():
+        assert grade_function(part_of(variants.exercise, variants.function), solution).status == DONE
+
+
 @pytest.mark.parametrize("key", KNOWN, ids=": ".join)
 def test_a_planted_mistake_gets_its_own_hint(key):
     name, function, mistake = key
-    part = next(part for part in COURSE[name].parts if part.function == function)
+    part = part_of(name, function)
     hint = next(each.hint for each in part.mistakes if each.name == mistake)
     for variant in mistakes.planted()[key]:
-        assert hint_of(part, variant) == hint, variant.__name__
+        assert hint_of(part, variant) == hint, variant.__code__.co_filename
+
+
+def part_of(name, function):
+    return next(part for part in COURSE[name].parts if part.function == function)

@@ -1,8 +1,18 @@
 """Wrong solutions of the exercises, written from the mistake: each mistake is made in at least three ways."""
 
-from support.mistakes import norms
+import functools
+
+from support.mistakes import losses, norms
+from support.mistakes.planting import Variants
+
+VARIANTS: list[Variants] = [*norms.VARIANTS, *losses.VARIANTS]
 
 
+@functools.cache
 def planted() -> dict:
     """(exercise, function, mistake) -> functions that make it."""
-    return norms.PLANTED
+    return {
+        (each.exercise, each.function, mistake): each.wrong(mistake)
+        for each in VARIANTS
+        for mistake in each.mistakes
+    }
