@@ -244,19 +244,18 @@ def hint_of(part: Part, function: Callable) -> str | None:
 def _explains(expected: list, found: list, wrong: list[bool], part: Part) -> bool:
     """Whether a mistake, whose outcomes are ``expected``, explains all that a function returned.
 
-    Where the mistake has no result that can be right (it raises, or gives nan or another shape), the function
-    must be wrong, but how it fails depends on how it is written: a loop may end early where a product of
-    matrices raises, and what overflows in one way of writing is 0 in another. So the two must also be equally
-    wrong, or the mistake's result nan, for some inputs.
+    Where the mistake raises or gives another shape, it says nothing of the function: a loop may end early
+    where a product of matrices raises. Where it gives nan, the function must be wrong, but how depends on the
+    way it is written: ``math.exp`` raises where NumPy gives inf. So some results must be equally wrong.
     """
     equal = 0
     for (_, truth), other, mine, is_wrong in zip(_trials(part), expected, found, wrong):
         if _same(mine, other, part):
             equal += is_wrong
-        elif _usable(other, truth) or not is_wrong:
-            return False
-        else:
-            equal += other is not RAISED and not _finite(other)
+        elif _has_shapes_of(other, truth):
+            if _finite(other) or not is_wrong:
+                return False
+            equal += 1
     return any(wrong) and equal >= min(sum(wrong), ENOUGH)
 
 
@@ -283,10 +282,9 @@ def _same(found, expected, part: Part) -> bool:
     return compare(found, expected, part.returns) is None
 
 
-def _usable(outcome, truth) -> bool:
-    """Whether an outcome has finite elements in the shapes of the truth."""
+def _has_shapes_of(outcome, truth) -> bool:
     shapes = [[np.shape(array) for array in _arrays(each)] for each in (outcome, truth)]
-    return outcome is not RAISED and _finite(outcome) and shapes[0] == shapes[1]
+    return outcome is not RAISED and shapes[0] == shapes[1]
 
 
 def _finite(outcome) -> bool:

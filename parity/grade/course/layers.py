@@ -123,6 +123,11 @@ exercise(
                 lambda ids, weight: weight.T[ids],
             ),
             Mistake(
+                "columns side by side",
+                "weight is (vocabulary, channels): an id selects a row, not a column.",
+                lambda ids, weight: weight[:, ids],
+            ),
+            Mistake(
                 "ids counted from 1",
                 "Ids count from 0: id 0 is the first row.",
                 lambda ids, weight: weight[ids - 1],

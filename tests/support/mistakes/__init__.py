@@ -2,10 +2,10 @@
 
 import functools
 
-from support.mistakes import losses, norms
+from support.mistakes import activations, layers, losses, norms
 from support.mistakes.planting import Variants
 
-VARIANTS: list[Variants] = [*norms.VARIANTS, *losses.VARIANTS]
+VARIANTS: list[Variants] = [*norms.VARIANTS, *losses.VARIANTS, *layers.VARIANTS, *activations.VARIANTS]
 
 
 @functools.cache
