@@ -222,7 +222,7 @@ exercise(
             Mistake(
                 "the wrong divisor",
                 "The size of a group is H / G, so head h reads key head h // (H / G), not h // G.",
-                lambda q, k, v: grouped(q, k, v, lambda h: min(h // len(k), len(k) - 1)),
+                lambda q, k, v: grouped(q, k, v, lambda h: h // len(k)),
             ),
             Mistake(
                 "no mask",

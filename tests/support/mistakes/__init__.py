@@ -2,10 +2,11 @@
 
 import functools
 
-from support.mistakes import activations, layers, losses, norms
-from support.mistakes.planting import Variants
+from support.mistakes import activations, attention, layers, losses, norms, positions
 
-VARIANTS: list[Variants] = [*norms.VARIANTS, *losses.VARIANTS, *layers.VARIANTS, *activations.VARIANTS]
+TOPICS = norms, losses, layers, activations, attention, positions
+
+VARIANTS = [variants for topic in TOPICS for variants in topic.VARIANTS]
 
 
 @functools.cache
