@@ -104,14 +104,30 @@ def top_p_inputs(draw):
     return {"logits": logits, "top_p": p}
 
 
-def nucleus(logits, top_p, crossing=True, renormalised=True, ascending=False):
+def nucleus(logits, top_p, renormalised=True, ascending=False):
     p = softmax(logits[None])[0]
     order = np.argsort(p if ascending else -p, kind="stable")
     before = np.cumsum(p[order]) - p[order]
-    kept = order[before < top_p] if crossing else order[np.cumsum(p[order]) <= top_p + 1e-12]
-    out = np.zeros(len(p))
-    out[kept] = p[kept] / (p[kept].sum() if renormalised else 1.0)
-    return out
+    kept = np.zeros(len(p))
+    kept[order] = np.where(before < top_p, p[order], 0.0)
+    return kept / kept.sum() if renormalised else kept
+
+
+def without_crossing(logits, top_p):
+    """Only while the sum is at most top_p: nan if that is no token."""
+    if top_p == 1.0:
+        raise ValueError("rounding decides whether the sum of all exceeds 1")
+    p = softmax(logits[None])[0]
+    order = np.argsort(-p)
+    kept = np.zeros(len(p))
+    kept[order] = np.where(np.cumsum(p[order]) <= top_p, p[order], 0.0)
+    return kept / kept.sum()
+
+
+def each_above(logits, top_p):
+    """nan if no probability is."""
+    p = softmax(logits[None])[0]
+    return np.where(p >= top_p, p, 0.0) / p[p >= top_p].sum()
 
 
 def torch_nucleus(logits, top_p):
@@ -131,7 +147,7 @@ exercise(
             Mistake(
                 "the token that crosses top_p is dropped",
                 "Keep the token with which the sum reaches top_p, too: otherwise nothing may be left.",
-                lambda **given: nucleus(**given, crossing=False),
+                without_crossing,
             ),
             Mistake(
                 "not renormalised",
@@ -153,9 +169,7 @@ exercise(
             Mistake(
                 "a bound for each probability",
                 "top_p bounds the sum of the most likely probabilities, not each of them.",
-                lambda logits, top_p: (
-                    lambda p: np.where(p >= top_p, p, 0) / max(p[p >= top_p].sum(), 1e-300)
-                )(softmax(logits[None])[0]),
+                each_above,
             ),
         ),
     ),

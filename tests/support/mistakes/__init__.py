@@ -2,9 +2,9 @@
 
 import functools
 
-from support.mistakes import activations, attention, layers, losses, norms, positions
+from support.mistakes import activations, attention, layers, losses, norms, positions, sampling, training
 
-TOPICS = norms, losses, layers, activations, attention, positions
+TOPICS = norms, losses, layers, activations, attention, positions, training, sampling
 
 VARIANTS = [variants for topic in TOPICS for variants in topic.VARIANTS]
 
