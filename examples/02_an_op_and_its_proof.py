@@ -9,12 +9,11 @@
 
 # %%
 import importlib.util
-from pathlib import Path
 
 import numpy as np
 
 from tinyllm import Tensor, where
-from tinyllm.tools.plot import new_figure, save
+from tinyllm.tools.plot import new_figure, show
 
 rng = np.random.default_rng(0)
 
@@ -98,12 +97,12 @@ figure, [[axes]] = new_figure(6, 3)
 axes.loglog(steps, errors, marker="o", markersize=3)
 axes.set_xlabel("step h")
 axes.set_ylabel("relative error")
-Path("runs").mkdir(exist_ok=True)
-save(figure, Path("runs/02_difference.png"))
+show("runs/02_difference.png", figure)
 # > h = 1e-01: error about 1e-2
 # > h = 1e-04: error about 1e-8
 # > h = 1e-07: error about 1e-10
 # > h = 1e-10: error about 1e-6
+# > picture: runs/02_difference.png
 
 # %% [markdown]
 # Now our op, with h = 1e-5. The kink at 0 must be avoided: a step must not cross it.
@@ -175,3 +174,7 @@ print("quotient:  ", abs((gradient(wrong, data, grad) * v).sum() - expected) > 1
 # arrays as it can.
 #
 # </details>
+#
+# ## Read on
+# `tinyllm/functional/activations.py` has GELU and SwiGLU, derived and written as here; `parity/ops/proof.py`
+# runs these three proofs for every op. Next: 03 tokens.

@@ -7,12 +7,11 @@
 # Read along: `tinyllm/tokenizers/bpe.py`. Exercise: `examples/exercises/17_bpe.py`.
 
 # %%
-from pathlib import Path
 
 from tinyllm import load_tokenizer
 from tinyllm.tokenizers.bpe import BPETokenizer, train_bpe
 from tinyllm.tokenizers.char import CharTokenizer
-from tinyllm.tools.plot import new_figure, save
+from tinyllm.tools.plot import new_figure, show
 from tinyllm.tools.show import show_tokens
 
 TEXT = """I HAD always thought Jack Gisburn rather a cheap genius--though a good fellow enough--so it was no
@@ -112,9 +111,9 @@ figure, [[axes]] = new_figure(6, 3)
 axes.plot(sizes, per_token, marker="o", markersize=3)
 axes.set_xlabel("vocabulary (256 bytes, the merges, and the end of text)")
 axes.set_ylabel("bytes per token")
-Path("runs").mkdir(exist_ok=True)
-save(figure, Path("runs/03_tokens.png"))
+show("runs/03_tokens.png", figure)
 # > ['1.00', '1.17', '1.29', '1.41', '1.50', '1.58', '1.66', '1.73', '1.82', '1.91']
+# > picture: runs/03_tokens.png
 
 # %% [markdown]
 # ## Questions
@@ -141,3 +140,7 @@ save(figure, Path("runs/03_tokens.png"))
 # whether it means the token or the characters, because a guess would let a text end itself.
 #
 # </details>
+#
+# ## Read on
+# `tinyllm/tokenizers/base.py` has what all tokenizers share, special tokens among it; `load_tokenizer` in
+# `tinyllm/tokenizers/__init__.py` recognises the formats of other libraries. Next: 04 batches.

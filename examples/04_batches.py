@@ -9,13 +9,12 @@
 
 # %%
 import math
-from pathlib import Path
 
 import numpy as np
 
 from tinyllm import GPT2, GPT2Config, load_tokenizer
 from tinyllm.data.batches import Batches, Windows
-from tinyllm.tools.plot import new_figure, save
+from tinyllm.tools.plot import new_figure, show
 
 tokenizer = load_tokenizer("gpt2")
 ids = tokenizer.encode("Every effort moves you closer to the height of your glory.")
@@ -102,8 +101,8 @@ for axes, rows, name in zip((left, right), batch, ("inputs", "targets")):
     axes.grid(False)
     axes.set_xlabel(f"{name}: position")
 left.set_ylabel("window")
-Path("runs").mkdir(exist_ok=True)
-save(figure, Path("runs/04_batches.png"))
+show("runs/04_batches.png", figure)
+# > picture: runs/04_batches.png
 
 # %% [markdown]
 # ## Questions
@@ -131,3 +130,7 @@ save(figure, Path("runs/04_batches.png"))
 # joins examples in one row, with a mask that keeps each to itself: the loss is the same to 12 digits.
 #
 # </details>
+#
+# ## Read on
+# `tinyllm/data/token_file.py` has texts that are larger than memory, `tinyllm/data/padded.py` examples of
+# different lengths, and `tinyllm/functional/losses.py` the loss with its gradient. Next: 05 attention.

@@ -8,14 +8,13 @@
 # `examples/exercises/09_causal_attention.py` to `13_kv_cache.py`.
 
 # %%
-from pathlib import Path
 
 import numpy as np
 
 from tinyllm import Tensor, no_grad
 from tinyllm import functional as F
 from tinyllm.functional import composed
-from tinyllm.tools.plot import new_figure, save
+from tinyllm.tools.plot import new_figure, show
 
 rng = np.random.default_rng(0)
 np.set_printoptions(precision=2, suppress=True)
@@ -131,12 +130,12 @@ for axes, weights, name in zip(panels[0], (equal, previous), ("equal symbols", "
     axes.grid(False)
     axes.set_xlabel(f"key: {name}")
     axes.set_ylabel("query")
-Path("runs").mkdir(exist_ok=True)
-save(figure, Path("runs/05_attention.png"))
 print(
     "equal:", np.flatnonzero(equal.data[0, 0, 17] > 0.1).tolist(), "before:", previous.data[0, 0, 17].argmax()
 )
+show("runs/05_attention.png", figure)
 # > equal: [5, 11, 17] before: 16
+# > picture: runs/05_attention.png
 
 # %% [markdown]
 # ## Never all scores at once
@@ -178,3 +177,8 @@ print(f"kept by the plain form: {2 * T * T:,} weights; by the fused op: {2 * T:,
 # In GPT-2 124M at 1,024 tokens attention is still less than a tenth of the work.
 #
 # </details>
+#
+# ## Read on
+# `attention_weights` in `tinyllm/functional/composed.py` also has windows and soft caps;
+# `tinyllm/models/rope.py` the frequencies of published models. Chapter 15 looks at the heads of one. Next:
+# 06 GPT-2 from its parts.

@@ -8,13 +8,12 @@
 # `10_heads.py`.
 
 # %%
-from pathlib import Path
 
 import numpy as np
 
 from tinyllm import GPT2, GPT2Config, nn, no_grad
 from tinyllm import functional as F
-from tinyllm.tools.plot import new_figure, save
+from tinyllm.tools.plot import new_figure, show
 
 config = GPT2Config(n_layer=4, n_head=4, n_embd=64, n_positions=32, vocab_size=100)
 model = GPT2(config, rng=np.random.default_rng(0)).eval()
@@ -128,9 +127,9 @@ print("root mean square after each block:", [f"{value:.3f}" for value in norms])
 figure, [[axes]] = new_figure(6, 2.6)
 axes.bar(["embedding", "block 1", "block 2", "block 3", "block 4"], norms, color="tab:blue")
 axes.set_ylabel("root mean square")
-Path("runs").mkdir(exist_ok=True)
-save(figure, Path("runs/06_residual_stream.png"))
+show("runs/06_residual_stream.png", figure)
 # > root mean square after each block: ['0.029', '0.031', '0.032', '0.034', '0.036']
+# > picture: runs/06_residual_stream.png
 
 # %% [markdown]
 # ## Change it
@@ -180,3 +179,8 @@ print(
 # From `wpe` and the causal mask only. Attention and the feed-forward network treat all positions alike.
 #
 # </details>
+#
+# ## Read on
+# `tinyllm/models/base.py` has what is not GPT-2's own: the loss, the cache, loading and saving.
+# `tinyllm/nn/init.py` has the initial weights, `tinyllm/nn/surgery.py` the `replace` of the last section.
+# Next: 07 train on The Verdict.

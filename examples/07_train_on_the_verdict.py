@@ -1,11 +1,14 @@
 # %% [markdown]
 # # Train GPT-2 on a short story
 #
-# The classic first run: GPT-2 with 162 million parameters memorises "The Verdict" (Edith Wharton, 1908), and
-# shows what overfitting looks like. It takes ten to fifteen minutes on two cores; with
-# `TINYLLM_EXAMPLES=small` in the environment, a few seconds with a toy model.
+# What does a training run look like, and when is it over? After this chapter you can write a training loop,
+# read its loss curve, and say what overfitting is: GPT-2 with 162 million parameters memorises "The Verdict"
+# (Edith Wharton, 1908). 10 minutes, and the training takes ten to fifteen on two cores; with
+# `TINYLLM_EXAMPLES=small` in the environment, a few seconds with a toy model. Prerequisites: 04 batches and
+# 06 GPT-2.
 #
-# Read with it `tinyllm/models/gpt2.py`, and `tinyllm/training/step.py`, which has this loop's body.
+# Read along: `tinyllm/training/step.py`, which has this loop's body. Exercises:
+# `examples/exercises/14_adamw.py` to `16_schedule.py`.
 
 # %%
 import os
@@ -19,6 +22,7 @@ from tinyllm.backend.device import pick_device
 from tinyllm.backend.memory import keep_memory
 from tinyllm.data.batches import Batches, Windows
 from tinyllm.data.corpus import load_text, train_validation_split
+from tinyllm.tools.plot import show
 from tinyllm.training.loggers import plot_losses
 from tinyllm.training.tasks.pretrain import mean_loss
 
@@ -39,8 +43,12 @@ train_text, validation_text = train_validation_split(text)
 train = Windows(tokenizer.encode(train_text), context)
 validation = Windows(tokenizer.encode(validation_text), context)
 batches = Batches(train, batch_size=2, seed=123)
-print(f"{len(text):,} characters, {len(tokenizer.encode(text)):,} tokens")  # 20,479 characters, 5,145 tokens
+print(f"{len(text):,} characters, {len(tokenizer.encode(text)):,} tokens")
 print(f"{len(train)} + {len(validation)} windows, {batches.steps_per_epoch} steps an epoch")
+# > 20,479 characters, 5,145 tokens
+# > 18 + 2 windows, 9 steps an epoch
+# small> 20,479 characters, 5,145 tokens
+# small> 144 + 16 windows, 72 steps an epoch
 
 # %% [markdown]
 # ## The model
@@ -64,13 +72,18 @@ rng = np.random.default_rng(123)
 model = GPT2(config, rng=rng)
 nn.initialize_as_torch(model, rng)
 model.to(device).train()
-print(f"{model.num_parameters():,} parameters on {device}")  # 162,469,969 parameters on cpu
+print(f"{model.num_parameters():,} parameters on {device}")
+# > 162,469,969 parameters on …
+# small> 3,293,009 parameters on …
 
 # %% [markdown]
 # ## The loop
+# A step is: the loss of a batch, its gradient, clipping (which bounds the effect of an unusual batch), and an
+# update by AdamW, whose learning rate rises for ten steps and then falls along a cosine.
+#
 # The untrained model guesses among 50,257 tokens: its loss is near ln 50257 = 10.82. The training loss falls
-# towards 1, while the validation loss stops near 6.2 and rises again: the model memorises the story, and
-# 4,612 tokens are too few to learn English from.
+# below 1, while the validation loss stops near 6.3 and rises again: the model memorises the story, and 4,612
+# tokens are too few to learn English from. The numbers of every epoch are in `tinyllm/training/README.md`.
 
 # %%
 epochs = 1 if SMALL else 15
@@ -98,15 +111,23 @@ for step in range(steps):
             f"train {losses[0]:.2f}  validation {losses[1]:.2f}  {tokenizer.decode(prompt + sample)!r}",
             flush=True,
         )
+# > epoch  1 … s  train …  validation …  'Every effort moves you…
+# > …
+# > epoch 15 … s  train …  validation …  'Every effort moves you…
+# small> epoch  1 … s  train 10.…  validation 10.…  'Every effort moves you…
 
 # %% [markdown]
 # ## The curve
+# Faint: each batch, with dropout. With dots: both parts of the text, without dropout, after every epoch. The
+# ring marks the lowest validation loss: from there on the model learns the story and not its language.
+# `images/the-verdict.png` is the picture of a full run.
 
 # %%
-plot = Path("runs") / "the-verdict.png"
-plot.parent.mkdir(exist_ok=True)
-plot_losses(history, plot)
-print("loss curve:", plot)
+picture = Path("runs/07_the_verdict.png")
+picture.parent.mkdir(exist_ok=True)
+plot_losses(history, picture)
+show(picture)
+# > picture: runs/07_the_verdict.png
 
 # %% [markdown]
 # ## The sampling grid
@@ -120,3 +141,36 @@ for top_k in (1, 3, 5, 10, 100):
         sampled = generate(model, [prompt], 30, temperature=temperature, top_k=top_k, rng=rng)
         words = tokenizer.decode([int(token[0]) for token in sampled])
         print(f"top-k {top_k:3}  temperature {temperature:.1f}  {' '.join(words.split())}")
+# > top-k   1  temperature 0.0  …
+# > …
+# > top-k 100  temperature 2.0  …
+
+# %% [markdown]
+# ## Questions
+#
+# <details><summary>1. From which epoch on does this model overfit, and which weights would you
+# keep?</summary>
+#
+# From where the validation loss begins to rise, although the training loss still falls. The best weights are
+# those at the ring, not the last ones: a run keeps a checkpoint of the lowest validation loss if you let it.
+#
+# </details>
+#
+# <details><summary>2. What would help more here: a larger model, a smaller one, or more text?</summary>
+#
+# More text. 162 million parameters can store 4,612 tokens many times over. A smaller model or more dropout
+# only memorises more slowly.
+#
+# </details>
+#
+# <details><summary>3. Why is the loss of the first step not 10.82, but a little larger?</summary>
+#
+# ln V is the loss of equal probabilities. Random logits are not equal: the model is confident by chance, and
+# mostly wrong. The larger the initial weights, the more it costs, and here they are PyTorch's.
+#
+# </details>
+#
+# ## Read on
+# `tinyllm/training/README.md` has curves of runs that went wrong, and `tinyllm train --preset gpt2-verdict`
+# makes this run with checkpoints that survive a crash; `tinyllm/optim.py` derives AdamW. Next: 08 weights and
+# sampling.

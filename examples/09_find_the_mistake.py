@@ -2,14 +2,15 @@
 # # Find the mistake
 #
 # You wrote your own GPT in PyTorch. It runs, its initial loss is that of a uniform guess, and it even learns.
-# Is it correct? `parity.compare` runs your model and tinyllm's with the same weights, forward and backward,
-# and names the first layer whose result differs.
+# Is it correct? After this chapter you can find out, and find the first layer whose result differs:
+# `parity.compare` runs your model and tinyllm's with the same weights, forward and backward. 10 minutes;
+# prerequisites: 06 GPT-2, and PyTorch (`pip install 'tinyllm-numpy[test]'`).
 #
-# Read along: `tinyllm/models/gpt2.py`, `parity/compare/layers.py`.
+# Read along: `tinyllm/models/gpt2.py`, `parity/compare/layers.py`. Exercise: plant a mistake of your own in
+# the model below, and ask a friend to find it.
 
 # %%
 import importlib.util
-import os
 import sys
 
 import numpy as np
@@ -24,9 +25,9 @@ import torch
 from torch import nn
 
 from parity.compare import compare
+from tinyllm.tools.plot import new_figure, show
 
-SMALL = os.environ.get("TINYLLM_EXAMPLES") == "small"
-LAYERS, HEADS, CHANNELS, CONTEXT, VOCABULARY = (2, 2, 16, 16, 50) if SMALL else (4, 4, 64, 64, 256)
+LAYERS, HEADS, CHANNELS, CONTEXT, VOCABULARY = 4, 4, 64, 64, 256
 
 # %% [markdown]
 # ## The model
@@ -112,23 +113,24 @@ targets = torch.from_numpy(np.roll(ids, -1, axis=1)).flatten()
 our_loss = ours.eval().loss(ids, targets.numpy().reshape(ids.shape)).item()
 their_loss = nn.functional.cross_entropy(theirs(torch.from_numpy(ids)).flatten(0, 1), targets).item()
 print(f"loss of tinyllm {our_loss:.4f}, of my GPT {their_loss:.4f}")
-# loss of tinyllm 5.5528, of my GPT 5.5529: far too close to raise suspicion
+# > loss of tinyllm 5.5528, of my GPT 5.5529
 
 # %% [markdown]
+# That is far too close to raise suspicion.
+#
 # ## Layer by layer
 # Layers are paired by the shapes of their parameters, in the order in which they run. If that fails, pass the
 # pairs in `names=`.
 
 # %%
 found = compare(ours, theirs, ids)
-print(found.verdict())
-# First diverging layer: h.0.attn.c_proj (output of h.0.attn.c_proj, error 3.2e-02, bound 1.0e-10). The last
-# to agree is the output of h.0.attn.c_attn.
-#
-# print(found) shows the whole table.
+print(*found.verdict().split(". "), sep=".\n")
+# > First diverging layer: h.0.attn.c_proj (output of h.0.attn.c_proj, error 3.2e-02, bound 1.0e-10).
+# > The last to agree is the output of h.0.attn.c_attn.
 
-# %% [markdown] `c_attn` agrees and `c_proj` does not, so the mistake is between the two, in the attention
-# itself: the scores must be divided by the square root of the head's size.
+# %% [markdown]
+# `print(found)` shows the whole table. `c_attn` agrees and `c_proj` does not, so the mistake is between the
+# two, in the attention itself: the scores must be divided by the square root of the head's size.
 
 
 # %%
@@ -139,6 +141,53 @@ def scores(attention, q, k):
 Attention.scores = scores
 fixed = compare(ours, theirs, ids)
 print(fixed.verdict())
-# All 134 rows agree. The closest to its bound is the gradient of h.2.attn.c_attn.weight (error 1.4e-15,
-# bound 1.0e-10).
+# > All 134 rows agree. The closest to its bound is the … (error …e-15, bound 1.0e-10).
 assert found.first.name == "h.0.attn.c_proj" and fixed.first is None
+
+# %% [markdown]
+# ## In a picture
+# The error of every row, in the order of computation: outputs from the first layer to the last, then
+# gradients from the last to the first. One wrong line reaches all that comes after it, and what comes before
+# it agrees to fifteen digits.
+
+# %%
+figure, [[axes]] = new_figure(8, 3)
+for comparison, label in ((found, "with the mistake"), (fixed, "corrected")):
+    errors = [max(row.relative, 1e-17) for row in comparison.rows]
+    axes.semilogy(errors, ".", markersize=4, label=label)
+axes.axhline(1e-10, color="black", linestyle=":", linewidth=1)
+axes.set_xlabel("row of the comparison: outputs, then gradients (dotted: the bound)")
+axes.set_ylabel("relative error")
+axes.legend(frameon=False, loc="center right", bbox_to_anchor=(1, 0.65))
+show("runs/09_errors.png", figure)
+# > picture: runs/09_errors.png
+
+# %% [markdown]
+# ## Questions
+#
+# <details><summary>1. Why is the initial loss nearly right although attention is wrong?</summary>
+#
+# At the start the weights are small: all scores are near 0, and the weights near equal with and without 1/√D.
+# The model could even learn to compensate, by smaller queries. Losses see the whole; only numbers of the
+# parts tell where.
+#
+# </details>
+#
+# <details><summary>2. All outputs agree, but a gradient differs. Where do you look?</summary>
+#
+# In a backward pass written by hand, or in an op that is not differentiated where it should be (`detach`, a
+# conversion to NumPy). The forward pass is right, so the names of layers help only up to the first gradient,
+# counted from the loss, that differs.
+#
+# </details>
+#
+# <details><summary>3. In float32 the largest error would be about 1e-6. Is that a mistake?</summary>
+#
+# You cannot know, and so both models are compared in float64: rounding is then nine digits smaller, and a
+# mistake stays as it is.
+#
+# </details>
+#
+# ## Read on
+# `parity/README.md` has what is proven in this way, and `python -m parity report` draws the comparison as a
+# page. `python -m parity check FILE` compares your own function or model. Next: 10 GPT-2 to Llama.

@@ -2,13 +2,16 @@
 # # Follow instructions
 #
 # A language model continues texts. How does it become an assistant? By more training, on questions with
-# answers, of which only the answers are learned. This example fine-tunes SmolLM2-135M-Instruct (downloaded
-# once, see 11) with LoRA on the 1,100 instructions of Raschka's book; with `TINYLLM_EXAMPLES=small`, a toy
-# model on eight instructions, in seconds.
+# answers. After this chapter you can say which tokens of a conversation are learned, and fine-tune a model
+# with LoRA. 10 minutes, without the training; prerequisites: 04 batches and 11 chat.
 #
-# In a terminal: `tinyllm finetune --task instruct --model smollm2 --data instruction-data --epochs 2`, which
-# also keeps checkpoints, logs and sample answers. Read along with `tinyllm/data/instructions.py`,
-# `tinyllm/data/padded.py` and `tinyllm/nn/lora.py`.
+# It fine-tunes SmolLM2-135M-Instruct (downloaded once, see 11) on the 1,100 instructions of Raschka's book;
+# with `TINYLLM_EXAMPLES=small`, a toy model on eight instructions, in seconds. In a terminal: `tinyllm
+# finetune --task instruct --model smollm2 --data instruction-data --epochs 2`, which also keeps checkpoints,
+# logs and sample answers.
+#
+# Read along: `tinyllm/data/instructions.py`, `tinyllm/data/padded.py`, `tinyllm/nn/lora.py`. Exercises:
+# `examples/exercises/20_lora.py`, `04_cross_entropy.py`.
 
 # %%
 import os
@@ -27,6 +30,7 @@ from tinyllm.data.padded import PaddedExamples
 from tinyllm.inference.chat import load_model_and_tokenizer
 from tinyllm.optim import warmup_cosine
 from tinyllm.tokenizers.chat_template import encode_chat
+from tinyllm.tools.plot import new_figure, show
 from tinyllm.training import fit
 from tinyllm.training.step import evaluate
 from tinyllm.weights.pull import find_pulled, pull
@@ -61,7 +65,8 @@ try:
 except Error as error:  # no network, for example: the message says what to do
     raise SystemExit(f"{error}") from None
 print(f"{len(train)} training, {len(valid)} validation and {len(test)} test instructions")
-# 935 training, 55 validation and 110 test instructions
+# > 935 training, 55 validation and 110 test instructions
+# small> 6 training, 2 validation and 0 test instructions
 
 # %% [markdown]
 # ## Which tokens are learned
@@ -76,6 +81,10 @@ encoded = {name: encode_conversations(tokenizer, part, chats[name]) for name, pa
 ids, learned, _ = encoded["valid"][0]
 print("read:   ", repr(tokenizer.decode(ids[~learned])))
 print("learned:", repr(tokenizer.decode(ids[learned])))
+# > read:    '<|im_start|>system\nYou are …\nWhat are the first 10 square numbers?<|im_end|>\n…assistant\n\n'
+# > learned: '1, 4, 9, 16, 25, 36, 49, 64, 81, 100.<|im_end|>'
+# small> read:    '<|im_start|>user\nSay four.<|im_end|>\n<|im_start|>assistant\n\n'
+# small> learned: 'four<|im_end|>'
 
 # %% [markdown]
 # ## Batches
@@ -88,6 +97,8 @@ batches = Batches(rows["train"], batch_size=8, seed=0, lengths=rows["train"].len
 inputs, targets = batches.at(0)
 counted = (targets != -100).sum()
 print(f"a batch of {inputs.shape[0]} x {inputs.shape[1]} tokens, {counted} of them learned")
+# > a batch of 8 x 61 tokens, 83 of them learned
+# small> a batch of 6 x 14 tokens, 12 of them learned
 validation = [rows["valid"][np.arange(i, min(i + 8, len(valid)))] for i in range(0, len(valid), 8)]
 
 # %% [markdown]
@@ -99,7 +110,8 @@ validation = [rows["valid"][np.arange(i, min(i + 8, len(valid)))] for i in range
 nn.add_lora(model, rank=16, alpha=16, targets="all-linear", rng=0)
 trained = sum(parameter.size for parameter in model.parameters() if parameter.requires_grad)
 print(f"{trained:,} of {model.num_parameters():,} parameters are trained")
-# 4,884,480 of 139,399,488 parameters are trained
+# > 4,884,480 of 139,399,488 parameters are trained
+# small> 17,408 of 1,646,336 parameters are trained
 
 # %% [markdown]
 # ## Before and after
@@ -123,6 +135,8 @@ def questions_and_answers():
 
 loss, before = evaluate(model, validation), questions_and_answers()
 print(f"validation loss {loss:.3f} before training")
+# > validation loss 1.132 before training
+# small> validation loss 10.934 before training
 
 # %%
 steps = 8 if SMALL else 2 * batches.steps_per_epoch  # two epochs
@@ -135,9 +149,56 @@ print(f"validation loss {last:.3f} after {steps} steps in {minutes:.1f} minutes"
 if memory := peak_memory("cpu"):
     print(f"peak memory {memory / 1e9:.1f} GB")
 assert last < loss
+# > validation loss 0.… after 234 steps in … minutes
+# > …
+# small> validation loss 10.… after 8 steps in … minutes
+# small> …
 
 # %%
 for chat, old, new in zip(chats["valid"], before, questions_and_answers()):
     print(
         f"\nquestion: {chat[0]['content']}\nexpected: {chat[1]['content']}\nbefore:   {old}\nafter:    {new}"
     )
+
+# %% [markdown]
+# ## In a picture
+# The loss of every batch of training, and of the validation part before and after.
+
+# %%
+figure, [[axes]] = new_figure(6, 3)
+axes.plot([record["step"] for record in records], [record["loss"] for record in records], linewidth=1)
+axes.plot([0, steps], [loss, last], "o--", label="validation")
+axes.set_xlabel("step")
+axes.set_ylabel("loss (nats per learned token)")
+axes.legend(frameon=False)
+show("runs/13_loss.png", figure)
+# > picture: runs/13_loss.png
+
+# %% [markdown]
+# ## Questions
+#
+# <details><summary>1. Why is the token that ends an answer learned, and not what begins it?</summary>
+#
+# The program writes the beginning, as part of the prompt. The end is the model's decision, so it must have
+# learned when an answer is over.
+#
+# </details>
+#
+# <details><summary>2. Would the loss be lower if the questions were learned as well?</summary>
+#
+# It would be another loss: the mean over other tokens. Never compare losses of different targets. Whether the
+# answers become better is another question, and only the answers' own loss, or a judge, can say.
+#
+# </details>
+#
+# <details><summary>3. LoRA trains 4% of the parameters. What does it save, and what not?</summary>
+#
+# Memory: gradients and AdamW's two averages for the other 96%; and a checkpoint has 20 MB instead of 540.
+# Less time: products with frozen weights are still computed, forward and for the gradients of their inputs;
+# only the gradients of the weights themselves, a third of the work, are not.
+#
+# </details>
+#
+# ## Read on
+# `tinyllm/models/packed.py` fills the padding with other examples; `tinyllm/inference/judge.py` scores
+# answers. Next: 14 prefer one answer.

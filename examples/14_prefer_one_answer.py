@@ -2,15 +2,17 @@
 # # Prefer one answer
 #
 # An instruction-tuned model has learned what an answer looks like, but not which of two answers people like
-# better. Direct preference optimization (DPO, arXiv 2305.18290) teaches it that from pairs, without a reward
-# model and without sampling. Here the pairs differ in politeness: 1,100 instructions, each with a chosen and
-# a rejected answer (Raschka's "Build a Large Language Model (From Scratch)", chapter 7).
+# better. After this chapter you can teach it that from pairs, with direct preference optimization (DPO, arXiv
+# 2305.18290): without a reward model and without sampling. 15 minutes, and about ten for the training on two
+# cores; prerequisite: 13 follow instructions.
 #
-# It needs SmolLM2-135M-Instruct, which example 11 downloads, and takes about ten minutes on two cores. With
-# `TINYLLM_EXAMPLES=small` a tiny random model and a few pairs replace both. `tinyllm finetune --task dpo`
-# does the same with checkpoints, on your own pairs.
+# The pairs differ in politeness: 1,100 instructions, each with a chosen and a rejected answer (Raschka's
+# "Build a Large Language Model (From Scratch)", chapter 7). The model is SmolLM2-135M-Instruct, which chapter
+# 11 downloads. With `TINYLLM_EXAMPLES=small` a tiny random model and a few pairs replace both. `tinyllm
+# finetune --task dpo` does the same with checkpoints, on your own pairs.
 #
-# Read along with `tinyllm/training/preference.py`, which derives the loss, and `tinyllm/nn/lora.py`.
+# Read along: `tinyllm/training/preference.py`, which derives the loss. Exercise:
+# `examples/exercises/21_dpo_loss.py`.
 
 # %%
 import os
@@ -26,6 +28,7 @@ from tinyllm.data.examples import open_examples
 from tinyllm.data.instructions import CHATML
 from tinyllm.inference.chat import Conversation, load_model_and_tokenizer
 from tinyllm.tokenizers.chat_template import render_chats
+from tinyllm.tools.plot import new_figure, show
 from tinyllm.training.preference import answer_log_probs, dpo_loss, preferences
 from tinyllm.weights.pull import find_pulled, pull
 
@@ -65,6 +68,12 @@ else:
 print(f"{len(train)} pairs to train on, {len(held_out)} held out")
 for key in ("instruction", "chosen", "rejected"):
     print(f"  {key:11} {train[1][key]}")
+# > 320 pairs to train on, 64 held out
+# > …
+# small> 16 pairs to train on, 8 held out
+# small>   instruction Greet 1.
+# small>   chosen      Hello, 1!
+# small>   rejected    1? Go away.
 
 # %% [markdown]
 # ## Two answers to the same prompt
@@ -115,7 +124,7 @@ reference, test_reference = ([answer_log_probs(model, *batch) for batch in part]
 
 
 def measure():
-    """The mean loss and rewards of the held-out pairs, and how many rewards are in the right order."""
+    """The mean loss of the held-out pairs, and their rewards (2, pairs): chosen and rejected."""
     model.eval()
     found = [preferences(answer_log_probs(model, *b), ref, BETA) for b, ref in zip(tests, test_reference)]
     loss = np.concatenate([each.losses for each in found]).mean()
@@ -124,7 +133,7 @@ def measure():
         f"held out: loss {loss:.4f}, rewards {chosen.mean():+.3f} and {rejected.mean():+.3f}, "
         f"margin {(chosen - rejected).mean():+.3f}, right {(chosen > rejected).mean():.0%}"
     )
-    return loss
+    return loss, (chosen, rejected)
 
 
 def answer(row):
@@ -134,8 +143,9 @@ def answer(row):
 
 
 before = [answer(row) for row in held_out[:3]]
-assert abs(measure() - np.log(2)) < 1e-4  # the model is the reference, so all rewards are 0
-# held out: loss 0.6931, rewards +0.000 and -0.000, margin +0.000, …
+loss, _ = measure()
+assert abs(loss - np.log(2)) < 1e-4  # the model is the reference, so all rewards are 0
+# > held out: loss 0.6931, rewards …0.000 and …0.000, margin …0.000, right …
 
 # %% [markdown]
 # ## Training
@@ -157,6 +167,13 @@ records = training.fit(
         f"step {record['step']:2}  loss {record['loss']:.4f}", flush=True
     ),
 )
+# > 4,884,480 of 139,399,488 parameters are trained
+# > step  1  loss 0.6931
+# > …
+# > step 40  loss …
+# small> 221,184 of 11,494,656 parameters are trained
+# small> step  1  loss 0.6931
+# small> step  2  loss 0.4…
 
 # %% [markdown]
 # ## What it learned
@@ -165,6 +182,54 @@ records = training.fit(
 # with a small beta unlearns both.
 
 # %%
-assert measure() < np.log(2)
+loss, (chosen, rejected) = measure()
+assert loss < np.log(2)
 for row, old in zip(held_out, before):
     print(f"\n{question(row)}\n  before: {old}\n  after:  {answer(row)}")
+# > held out: loss …, rewards … and …, margin +…, right …
+# > …
+
+# %% [markdown]
+# ## In a picture
+# A point is a held-out pair. Below the diagonal the chosen answer has the higher reward. At the start all
+# points are at 0.
+
+# %%
+figure, [[axes]] = new_figure(4.5, 4.5)
+axes.plot(chosen, rejected, "o", markersize=4)
+ends = [min(chosen.min(), rejected.min()), max(chosen.max(), rejected.max())]
+axes.plot(ends, ends, "k:", linewidth=1)
+axes.axhline(0, color="grey", linewidth=0.5)
+axes.axvline(0, color="grey", linewidth=0.5)
+axes.set_xlabel("reward of the chosen answer")
+axes.set_ylabel("reward of the rejected answer")
+show("runs/14_rewards.png", figure)
+# > picture: runs/14_rewards.png
+
+# %% [markdown]
+# ## Questions
+#
+# <details><summary>1. Why is the first loss ln 2, whatever the model and the pairs?</summary>
+#
+# The model is its own reference, so both rewards are 0, and -log σ(0) = ln 2: a coin decides.
+#
+# </details>
+#
+# <details><summary>2. What does β do?</summary>
+#
+# It multiplies the change of log-probability. With a small β the model must go far from the reference to make
+# the loss small; with a large one a small change is enough, and the model stays close.
+#
+# </details>
+#
+# <details><summary>3. The chosen answers became less likely, and the loss fell. Where did the probability
+# go?</summary>
+#
+# To answers that are in no pair. The loss sees only the difference of two log-probabilities: if the rejected
+# one falls faster, both may fall. Watch the reward of the chosen answers.
+#
+# </details>
+#
+# ## Read on
+# `tinyllm/training/tasks/dpo.py` has the same with checkpoints, and `tinyllm/training/README.md` the formats
+# of pairs. Next: 15 look inside.

@@ -9,6 +9,7 @@ with different tokenizers compare in bits per byte only, since a longer token is
 from __future__ import annotations
 
 import json
+import sys
 import textwrap
 from collections.abc import Sequence
 from dataclasses import replace
@@ -32,7 +33,18 @@ from tinyllm.training.loggers import (
 )
 from tinyllm.training.metrics import RecordedRun, read_run, same_tokenizer
 
-__all__ = ["COLORS", "GREY", "LIGHT", "check_picture", "new_figure", "plot_runs", "save", "summary", "title"]
+__all__ = [
+    "COLORS",
+    "GREY",
+    "LIGHT",
+    "check_picture",
+    "new_figure",
+    "plot_runs",
+    "save",
+    "show",
+    "summary",
+    "title",
+]
 
 PICTURES = (".png", ".svg", ".pdf")
 
@@ -142,6 +154,22 @@ def save(figure, path: Path) -> None:
             figure.savefig(new, dpi=DPI)
     except OSError as error:
         raise Error(f"{path} cannot be written ({error.strerror or error}): choose another path") from None
+
+
+def show(path: str | Path, figure=None) -> None:
+    """Print where a picture is; a notebook shows it as well. With a figure, it is saved there first.
+
+    The folder of the picture is made if it is missing. Raises ``Error`` as ``save`` does.
+    """
+    path = Path(path)
+    if figure is not None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save(figure, path)
+    print(f"picture: {path.as_posix()}")
+    if "ipykernel" in sys.modules:
+        from IPython.display import Image, display
+
+        display(Image(filename=str(path)))
 
 
 def _check_request(path: Path, x: str, y: str) -> None:
