@@ -176,5 +176,6 @@ print("quotient:  ", abs((gradient(wrong, data, grad) * v).sum() - expected) > 1
 # </details>
 #
 # ## Read on
-# `tinyllm/functional/activations.py` has GELU and SwiGLU, derived and written as here; `parity/ops/proof.py`
-# runs these three proofs for every op. Next: 03 tokens.
+# `tinyllm/functional/activations.py` has GELU and SwiGLU, derived and written as here; `check_composed`,
+# `check_direction` and `check_torch` in `parity/ops/cases.py` are these three proofs, for every op. Next: 03
+# tokens.

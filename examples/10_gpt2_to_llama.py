@@ -2,11 +2,14 @@
 # # From GPT-2 to Llama, to Qwen3, to Gemma 3
 #
 # How does GPT-2 become Llama? With four changes: RMSNorm, rotary position embeddings, SwiGLU and
-# grouped-query attention. One more makes it Qwen3, and six more Gemma 3. Here they are made one at a time,
-# with the effect and the cost of each. The final models are compared with tinyllm's, and the sizes with the
-# published ones. Nothing large is allocated; it runs in seconds.
+# grouped-query attention. One more makes it Qwen3, and six more Gemma 3. After this chapter you can say what
+# each of them does and costs: they are made one at a time, the final models are compared with tinyllm's, and
+# the sizes with the published ones. Nothing large is allocated. 15 minutes; prerequisites: 05 attention and
+# 06 GPT-2.
 #
-# Read along with `tinyllm/models/gpt2.py`, then `llama.py`, `qwen.py`, `gemma2.py` and `gemma3.py` beside it.
+# Read along: `tinyllm/models/gpt2.py`, then `llama.py`, `qwen.py`, `gemma2.py` and `gemma3.py` beside it.
+# Exercises: `examples/exercises/06_rms_norm.py`, `08_swiglu.py`, `11_grouped_query_attention.py`,
+# `12_rope.py`.
 
 # %%
 import math
@@ -17,6 +20,7 @@ import numpy as np
 from tinyllm import GPT2, GPT2Config, Llama, LlamaConfig, Tensor, nn
 from tinyllm import functional as F
 from tinyllm.models import Gemma3, Gemma3Config
+from tinyllm.tools.plot import new_figure, show
 
 rng = np.random.default_rng(0)
 
@@ -153,7 +157,8 @@ def angles(places, head_size, theta):
 # %%
 gpt2_plan = Plan(50257, 1024, layers=12, channels=768, heads=12, inner=4 * 768, tied=True)
 gpt2 = Model(gpt2_plan)
-print(f"GPT-2: {gpt2.num_parameters():,} parameters")  # GPT-2: 124,439,808 parameters
+print(f"GPT-2: {gpt2.num_parameters():,} parameters")
+# > GPT-2: 124,439,808 parameters
 assert gpt2.num_parameters() == GPT2(GPT2Config.preset("124M"), rng=None).num_parameters() == 124_439_808
 
 # %% [markdown]
@@ -168,8 +173,8 @@ for name, y in (("LayerNorm", F.layer_norm(x, (4096,))), ("RMSNorm", F.rms_norm(
     root = math.sqrt((y.data**2).mean())
     print(f"{name:9}  mean {y.data.mean():6.3f}  root mean square {root:.3f}")
     assert abs(root - 1) < 1e-5
-# LayerNorm  mean  0.000  root mean square 1.000
-# RMSNorm    mean  0.830  root mean square 1.000
+# > LayerNorm  mean  0.000  root mean square 1.000
+# > RMSNorm    mean  0.830  root mean square 1.000
 
 # %% [markdown]
 # ## 2. Rotary position embeddings for learned ones
@@ -197,6 +202,9 @@ for distance in (0, 3, 100):
     assert max(scores) - min(scores) < 1e-9
 assert abs(score(0, 0) - (q * k).sum().item()) < 1e-12  # at distance 0 as without RoPE
 assert abs(score(3, 0) - score(0, 3)) > 0.1  # but the sign of the distance matters
+# > distance   0: -8.759594941  -8.759594941  -8.759594941  -8.759594941
+# > distance   3: -8.303339757  -8.303339757  -8.303339757  -8.303339757
+# > distance 100: -8.003943219  -8.003943219  -8.003943219  -8.003943219
 
 # %% [markdown]
 # ## 3. SwiGLU for GELU
@@ -211,7 +219,8 @@ assert np.abs(F.swiglu(a, b).data - by_hand).max() < 1e-15
 
 C = 4096
 inner = 256 * math.ceil(8 * C / 3 / 256)
-print(f"Llama 2: inner width {inner:,}")  # Llama 2: inner width 11,008
+print(f"Llama 2: inner width {inner:,}")
+# > Llama 2: inner width 11,008
 assert inner == LlamaConfig.preset("Llama-2-7B").intermediate_size
 
 # %% [markdown]
@@ -235,11 +244,11 @@ plan = step(plan, "1. RMSNorm", norm=nn.RMSNorm)
 plan = step(plan, "2. rotary position embeddings", rope_theta=10000.0)
 plan = step(plan, "3. SwiGLU, inner width 11,008", gate="silu", inner=inner)
 llama2 = step(plan, "no biases: Llama 2 7B", biases=False)
-# GPT-2, this large, with a head of its own      6,723,084,288              +0
-# 1. RMSNorm                                     6,722,818,048        -266,240
-# 2. rotary position embeddings                  6,706,040,832     -16,777,216
-# 3. SwiGLU, inner width 11,008                  6,739,775,488     +33,734,656
-# no biases: Llama 2 7B                          6,738,415,616      -1,359,872
+# > GPT-2, this large, with a head of its own      6,723,084,288              +0
+# > 1. RMSNorm                                     6,722,818,048        -266,240
+# > 2. rotary position embeddings                  6,706,040,832     -16,777,216
+# > 3. SwiGLU, inner width 11,008                  6,739,775,488     +33,734,656
+# > no biases: Llama 2 7B                          6,738,415,616      -1,359,872
 assert Model(llama2).num_parameters() == 6_738_415_616  # as published
 
 # %% [markdown]
@@ -256,8 +265,10 @@ k, v = (Tensor(rng.standard_normal((1, 2, 5, 16))) for _ in range(2))  # (B, G, 
 shared = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
 k_repeated, v_repeated = (Tensor(np.repeat(t.data, 4, axis=1)) for t in (k, v))  # (B, H, T, D)
 repeated = F.scaled_dot_product_attention(q, k_repeated, v_repeated, is_causal=True)
-print("largest difference:", np.abs(shared.data - repeated.data).max())  # 0.0, or nearly
-assert np.abs(shared.data - repeated.data).max() < 1e-14
+difference = np.abs(shared.data - repeated.data).max()
+print("the same, but for rounding:", difference < 1e-14)
+assert difference < 1e-14
+# > the same, but for rounding: True
 
 # %% [markdown]
 # ## Llama 3
@@ -276,12 +287,12 @@ llama3 = step(
 )
 small = step(llama3, "16 layers, 2,048 channels, 8,192 inside", layers=16, channels=2048, inner=8192)
 small = step(small, "tied embeddings: Llama 3.2 1B", tied=True, context=131072)
-# Llama 2 7B                                     6,738,415,616              +0
-# a vocabulary of 128,256                        7,526,944,768    +788,529,152
-# 4. 8 key-value heads                           6,721,638,400    -805,306,368
-# inner width 14,336, theta 500,000: Llama 3 8B  8,030,261,248  +1,308,622,848
-# 16 layers, 2,048 channels, 8,192 inside        1,498,482,688  -6,531,778,560
-# tied embeddings: Llama 3.2 1B                  1,235,814,400    -262,668,288
+# > Llama 2 7B                                     6,738,415,616              +0
+# > a vocabulary of 128,256                        7,526,944,768    +788,529,152
+# > 4. 8 key-value heads                           6,721,638,400    -805,306,368
+# > inner width 14,336, theta 500,000: Llama 3 8B  8,030,261,248  +1,308,622,848
+# > 16 layers, 2,048 channels, 8,192 inside        1,498,482,688  -6,531,778,560
+# > tied embeddings: Llama 3.2 1B                  1,235,814,400    -262,668,288
 for plan, size in ((llama2, "Llama-2-7B"), (llama3, "Llama-3-8B"), (small, "Llama-3.2-1B")):
     published = Llama(LlamaConfig.preset(size), rng=None)
     assert Model(plan).num_parameters() == published.num_parameters()
@@ -299,17 +310,17 @@ for factor in (1, 10, 100):
     normed = np.abs((F.rms_norm(factor * q, 64) @ F.rms_norm(factor * k, 64).swapaxes(2, 3) / 8).data).max()
     print(f"q and k x {factor:3}: largest score {raw:8,.1f}, of normalized ones {normed:.1f}")
     assert normed <= math.sqrt(64)
-# q and k x   1: largest score      2.9, of normalized ones 2.8
-# q and k x  10: largest score    287.4, of normalized ones 2.8
-# q and k x 100: largest score 28,742.0, of normalized ones 2.8
+# > q and k x   1: largest score      2.9, of normalized ones 2.8
+# > q and k x  10: largest score    287.4, of normalized ones 2.8
+# > q and k x 100: largest score 28,742.0, of normalized ones 2.8
 
 plan = replace(small, vocabulary=151936, context=40960, layers=28, channels=1024, heads=16, inner=3072)
 plan = step(plan, "a Llama of Qwen3's sizes")
 plan = step(plan, "heads of 128 channels, not of 64", head_size=128)
 qwen3 = step(plan, "5. norms of q and k: Qwen3 0.6B", qk_norm=True, rope_theta=1e6, eps=1e-6)
-# a Llama of Qwen3's sizes                         507,962,368              +0
-# heads of 128 channels, not of 64                 596,042,752     +88,080,384
-# 5. norms of q and k: Qwen3 0.6B                  596,049,920          +7,168
+# > a Llama of Qwen3's sizes                         507,962,368              +0
+# > heads of 128 channels, not of 64                 596,042,752     +88,080,384
+# > 5. norms of q and k: Qwen3 0.6B                  596,049,920          +7,168
 assert Model(qwen3).num_parameters() == 596_049_920  # as published
 
 # %% [markdown]
@@ -333,12 +344,12 @@ plan = step(plan, "7. norms after attention and MLP", norms_after=True)
 plan = step(plan, "8. GeGLU", gate="gelu")
 full = step(plan, "11. scaled embeddings", scale=math.sqrt(640))
 gemma3 = step(full, "9., 10. windows with their own theta: 270M", window=512, local_theta=1e4)
-# a Qwen3 of Gemma 3's sizes                       268,075,136              +0
-# 6. scales of 1 + w                               268,075,136              +0
-# 7. norms after attention and MLP                 268,098,176         +23,040
-# 8. GeGLU                                         268,098,176              +0
-# 11. scaled embeddings                            268,098,176              +0
-# 9., 10. windows with their own theta: 270M       268,098,176              +0
+# > a Qwen3 of Gemma 3's sizes                       268,075,136              +0
+# > 6. scales of 1 + w                               268,075,136              +0
+# > 7. norms after attention and MLP                 268,098,176         +23,040
+# > 8. GeGLU                                         268,098,176              +0
+# > 11. scaled embeddings                            268,098,176              +0
+# > 9., 10. windows with their own theta: 270M       268,098,176              +0
 assert Model(gemma3).num_parameters() == 268_098_176  # as published
 assert Gemma3(Gemma3Config.preset("Gemma-3-270M"), rng=None).num_parameters() == 268_098_176
 
@@ -362,14 +373,30 @@ sizes = {"GPT-2 124M": gpt2_plan, "Llama 2 7B": llama2, "Llama 3 8B": llama3, "L
 for name, each in sizes.items():
     cache, flops = at(each.context, each)
     print(f"{name:18}  {each.context:7,} tokens: {cache / 2**30:5.2f} GiB, {flops / 1e6:9,.1f} MFLOP")
-# GPT-2 124M            1,024 tokens:  0.07 GiB,      37.7 MFLOP
-# Llama 2 7B            4,096 tokens:  4.00 GiB,   2,147.5 MFLOP
-# Llama 3 8B            8,192 tokens:  2.00 GiB,   4,295.0 MFLOP
-# Llama 3.2 1B        131,072 tokens:  8.00 GiB,  17,179.9 MFLOP
-# Qwen3 0.6B           40,960 tokens:  8.75 GiB,   9,395.2 MFLOP
-# Gemma 3 270M, full   32,768 tokens:  1.12 GiB,   2,415.9 MFLOP
-# Gemma 3 270M         32,768 tokens:  0.20 GiB,     434.1 MFLOP
+# > GPT-2 124M            1,024 tokens:  0.07 GiB,      37.7 MFLOP
+# > Llama 2 7B            4,096 tokens:  4.00 GiB,   2,147.5 MFLOP
+# > Llama 3 8B            8,192 tokens:  2.00 GiB,   4,295.0 MFLOP
+# > Llama 3.2 1B        131,072 tokens:  8.00 GiB,  17,179.9 MFLOP
+# > Qwen3 0.6B           40,960 tokens:  8.75 GiB,   9,395.2 MFLOP
+# > Gemma 3 270M, full   32,768 tokens:  1.12 GiB,   2,415.9 MFLOP
+# > Gemma 3 270M         32,768 tokens:  0.20 GiB,     434.1 MFLOP
 assert at(1000, llama2)[0] == 4 * at(1000, llama3)[0]
+
+# %% [markdown]
+# ## In a picture
+# The same cache against the length of the text, as far as each model was trained for. Grouped-query attention
+# makes the slope smaller, and windows make all but a sixth of it end after 512 tokens.
+
+# %%
+figure, [[axes]] = new_figure(7, 3.5)
+for name, each in sizes.items():
+    lengths = np.geomspace(64, each.context, 60).astype(int)
+    axes.loglog(lengths, [at(length, each)[0] / 2**20 for length in lengths], label=name)
+axes.set_xlabel("tokens")
+axes.set_ylabel("cache (MiB)")
+axes.legend(frameon=False, fontsize="small")
+show("runs/10_cache.png", figure)
+# > picture: runs/10_cache.png
 
 # %% [markdown]
 # ## Is it Llama? Is it Gemma?
@@ -398,3 +425,34 @@ compare(plan, Llama(LlamaConfig(**same, num_hidden_layers=2, rms_norm_eps=1e-5),
 plan = replace(gemma3, layers=6, head_size=8, window=9, scale=math.sqrt(32), **tiny)
 sizes = dict(num_hidden_layers=6, head_dim=8, query_pre_attn_scalar=8, sliding_window=9)
 compare(plan, Gemma3(Gemma3Config(**same, **sizes), rng=rng))
+# > Llama: largest difference of 12,800 logits: …
+# > Gemma3: largest difference of 12,800 logits: …
+
+# %% [markdown]
+# ## Questions
+#
+# <details><summary>1. Why does Llama leave out the biases?</summary>
+#
+# They are a thousandth of the parameters and hardly change what a layer with a norm before it can compute.
+# Without them there is one kind of parameter less to store, to train and to decay.
+#
+# </details>
+#
+# <details><summary>2. Which of the changes makes training better, and which generating cheaper?</summary>
+#
+# SwiGLU and the norms are about training: a lower loss or a steadier run for the same work. Grouped-query
+# attention and windows are about generating: a smaller cache, of which every new token reads all.
+#
+# </details>
+#
+# <details><summary>3. Five of six layers of Gemma 3 see 512 positions only. How can it use what stands 10,000
+# tokens before?</summary>
+#
+# The sixth layer sees everything. And a window reaches further than its width: the position 511 before has
+# itself seen as far back in the layer below, so information can move on from layer to layer.
+#
+# </details>
+#
+# ## Read on
+# `tinyllm/models/rope.py` also stretches rotations for longer texts; `tinyllm/models/cache.py` keeps the keys
+# and values, and `tinyllm info --model Llama-3.2-1B` prints the memory of a model. Next: 11 chat.

@@ -182,9 +182,14 @@ def test_a_textbook_op_speaks_of_no_device_and_of_no_16_bit_type(name):
     assert hardware_words(sources("tinyllm/functional")[f"tinyllm.functional.{name}"]) == []
 
 
-@pytest.mark.parametrize("folder", ["tinyllm", "parity", "examples"])
+@pytest.mark.parametrize("folder", ["tinyllm", "parity"])
 def test_files_are_short(folder):
     assert too_long(sources(folder)) == []
+
+
+def test_chapters_are_short_without_their_prose():
+    code = {name: re.sub(r"^#.*\n", "", text, flags=re.M) for name, text in sources("examples").items()}
+    assert too_long(code) == []
 
 
 def test_no_test_file_imports_another():
