@@ -76,8 +76,10 @@ print("how often each token was chosen:", np.bincount(chosen) / 10_000)
 # `from_pretrained` reads the safetensors files that other libraries write; the names of the arrays are those
 # of tinyllm's modules.
 
-
 # %%
+tokenizer = load_tokenizer("gpt2")
+
+
 def published():
     """GPT-2 from the hub or from a folder; None at the small size, and if the hub cannot be reached."""
     if SMALL and source == "gpt2":
@@ -92,7 +94,7 @@ def published():
         print(error)
 
 
-tokenizer = load_tokenizer("gpt2")
+# %%
 model = published()
 if model is None:
     print("Continuing with random weights.")

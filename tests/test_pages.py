@@ -1,10 +1,13 @@
 """The pages (README.md of the repository and of folders): links, commands and Python code work as written."""
 
+import ast
 import re
 from dataclasses import fields
+from pathlib import Path
 
 import numpy as np
 import pytest
+from support.chapters import CHAPTERS
 from support.suite import ROOT
 
 from parity.__main__ import COMMANDS as PARITY
@@ -61,6 +64,8 @@ def test_commands_and_options_exist(page):
         used = set(re.findall(r"(?<![\w-])--([a-z][a-z0-9-]*)", part))
         command = re.match(r"(?:python -m )?(tinyllm|parity) ([a-z].*)", part)
         known = options_of(command[1], command[2].split()) if command else every_option
+        if part.startswith("jupytext "):
+            known = {"to"}
         assert used <= known, part
 
 
@@ -72,3 +77,47 @@ def test_front_page_is_short_and_its_python_runs(capsys):
     exec(program, values)
     assert capsys.readouterr().out.strip()
     assert values["loss"].item() < np.log(50257)
+
+
+def definitions(text: str) -> set[str]:
+    """The names that a module defines: ``function``, ``Class``, ``Class.method``, ``Class.attribute``."""
+    found, nodes = set(), [("", node) for node in ast.parse(text).body]
+    for prefix, node in nodes:
+        if isinstance(node, ast.ClassDef | ast.FunctionDef):
+            found.add(prefix + node.name)
+        if isinstance(node, ast.ClassDef):
+            nodes += [(f"{prefix}{node.name}.", inner) for inner in node.body]
+        if isinstance(node, ast.Assign | ast.AnnAssign):
+            targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+            found |= {prefix + target.id for target in targets if isinstance(target, ast.Name)}
+    return found
+
+
+def wrong_names(page: Path, text: str) -> list[str]:
+    """Links such as [`Class.method`](file.py) whose file does not define the name."""
+    links = re.findall(r"\[`([A-Za-z_][\w.]*)`\]\(([^)#]+\.py)\)", text)
+    named = [(name, page.parent / file) for name, file in links if not name.endswith(".py")]
+    return [
+        f"{file}: {name}" for name, file in named if name not in definitions(file.read_text(encoding="utf-8"))
+    ]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=str)
+def test_names_in_links_are_defined_in_their_files(page):
+    assert wrong_names(ROOT / page, (ROOT / page).read_text(encoding="utf-8")) == []
+
+
+def test_a_wrong_name_in_a_link_is_found():
+    text = "[`Tensor.backward`](tinyllm/tensor.py) [`Tensor.forward`](tinyllm/tensor.py)"
+    (found,) = wrong_names(ROOT / "README.md", text)
+    assert found.endswith("tensor.py: Tensor.forward")
+
+
+def test_the_path_and_the_glossary_are_complete():
+    text = (ROOT / "examples" / "README.md").read_text(encoding="utf-8")
+    path, _, glossary = text.partition("## Glossary\n")
+    assert re.findall(r"^\| \[\d\d [^]]*\]\((.*?)\)", path, re.M) == [chapter.name for chapter in CHAPTERS]
+    terms = re.findall(r"^\| (.*?) \| (.*?) \| \[`.*?`\]\(.*\) \|$", glossary, re.M)
+    assert len(terms) >= 60 and len(terms) == len(re.findall(r"^\| ", glossary, re.M)) - 1
+    names = [term.lower() for term, _ in terms]
+    assert names == sorted(set(names))

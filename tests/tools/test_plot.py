@@ -3,6 +3,7 @@
 import json
 import math
 import sys
+from types import SimpleNamespace
 
 import pytest
 from support.pictures import (
@@ -19,7 +20,7 @@ from support.runs import full_disk
 
 import tinyllm.tools.plot
 from tinyllm.errors import Error
-from tinyllm.tools.plot import plot_runs, summary
+from tinyllm.tools.plot import new_figure, plot_runs, show, summary
 from tinyllm.training.metrics import read_run
 
 
@@ -295,3 +296,21 @@ def test_a_run_that_is_given_twice_is_refused(tmp_path):
 def test_the_start_of_a_run_is_shown_as_its_option(tmp_path):
     runs = [write_run(tmp_path / "one"), write_run(tmp_path / "two", start_from="one")]
     assert summary(runs).splitlines()[-2:] == ["one: --from not given", "two: --from=one"]
+
+
+def test_show_saves_a_figure_and_prints_where(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    figure, _ = new_figure(2, 2)
+    show("runs/new/picture.png", figure)
+    assert is_png(tmp_path / "runs/new/picture.png")
+    assert capsys.readouterr().out == "picture: runs/new/picture.png\n"
+
+
+def test_show_displays_a_picture_in_a_notebook(tmp_path, monkeypatch, figures):
+    displayed = []
+    fake = SimpleNamespace(display=displayed.append, Image=lambda filename: filename)
+    monkeypatch.setitem(sys.modules, "ipykernel", SimpleNamespace())
+    monkeypatch.setitem(sys.modules, "IPython", SimpleNamespace(display=fake))
+    monkeypatch.setitem(sys.modules, "IPython.display", fake)
+    show(tmp_path / "there.png")
+    assert displayed == [str(tmp_path / "there.png")] and not figures
