@@ -3,7 +3,7 @@
 #
 # A language model continues texts. How does it become an assistant? By more training, on questions with
 # answers. After this chapter you can say which tokens of a conversation are learned, and fine-tune a model
-# with LoRA. 10 minutes, without the training; prerequisites: 04 batches and 11 chat.
+# with LoRA. 10 minutes, and a quarter of an hour for the training; prerequisites: 04 batches and 11 chat.
 #
 # It fine-tunes SmolLM2-135M-Instruct (downloaded once, see 11) on the 1,100 instructions of Raschka's book;
 # with `TINYLLM_EXAMPLES=small`, a toy model on eight instructions, in seconds. In a terminal: `tinyllm
