@@ -187,7 +187,7 @@ def uncapped_loss(patch):
 def scaling_ignored(patch):
     """The frequencies of rope_type "default" for every config."""
 
-    def unscaled(config, parameters=None):
+    def unscaled(config, parameters=None, length=0):
         D = config.head_dim
         return config.rope_parameters["rope_theta"] ** (-np.arange(0, D, 2) / D)
 
