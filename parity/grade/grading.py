@@ -6,6 +6,7 @@ import contextlib
 import copy
 import functools
 import importlib.util
+import inspect
 import io
 import signal
 import traceback
@@ -27,7 +28,7 @@ DRAWN = 100  # inputs on which a function is tried
 
 ENOUGH = 3  # of them must show a mistake by value before its hint is given
 
-SECONDS = 20  # for one call of a learner's function
+SECONDS = 10  # for one call of a learner's function
 
 DONE, WRONG, OPEN = "done", "wrong", "open"
 
@@ -60,6 +61,8 @@ def grade(exercise: Exercise, path: Path) -> list[Verdict]:
 def load(path: Path):
     """Run a Python file and return it as a module. Raises ``Error`` with the line of a failure."""
     spec = importlib.util.spec_from_file_location(f"graded_{path.stem}", path)
+    if spec is None:
+        raise Error(f"{path} is not a Python file")
     module = importlib.util.module_from_spec(spec)
     try:
         with _time_limit():
@@ -69,7 +72,7 @@ def load(path: Path):
     except SyntaxError as error:
         raise Error(f"{path}, line {error.lineno}: {error.msg}") from None
     except (Exception, SystemExit) as error:
-        raise Error(f"{path} cannot be run: {_what(error, path)}") from None
+        raise Error(f"{path} cannot be run: {in_words(error, path)}") from None
     return module
 
 
@@ -83,6 +86,8 @@ def _grade_part(part: Part, module, path: Path) -> Verdict:
 
 def grade_function(part: Part, function: Callable, path: Path | None = None) -> Verdict:
     """The verdict on a function, whose file is ``path``."""
+    if problem := _wrong_parameters(part, function):
+        return Verdict(part.function, WRONG, Failure(problem))
     try:
         failure = _first_failure(part, function, path)
         if failure is None:
@@ -93,6 +98,16 @@ def grade_function(part: Part, function: Callable, path: Path | None = None) -> 
     except NotImplementedError:
         return Verdict(part.function, OPEN)
     return Verdict(part.function, WRONG, failure, hint_of(part, function))
+
+
+def _wrong_parameters(part: Part, function: Callable) -> str | None:
+    names = _trials(part)[0][0].keys()
+    try:
+        inspect.signature(function).bind(**dict.fromkeys(names))
+    except TypeError:
+        has = ", ".join(inspect.signature(function).parameters)
+        return f"{part.function} has the parameters ({has}), but they must be ({', '.join(names)})"
+    return None
 
 
 def _first_failure(part: Part, function: Callable, path: Path | None) -> Failure | None:
@@ -161,7 +176,7 @@ def _try(part: Part, function: Callable, inputs: Inputs, truth, path: Path | Non
         raise
     except (Exception, SystemExit) as error:
         slow = isinstance(error, TimeoutError)
-        return Failure(_what(error, path), inputs, printed.getvalue(), slow)
+        return Failure(in_words(error, path), inputs, printed.getvalue(), slow)
     changed = [name for name in inputs if not _equal(given_to_it[name], inputs[name])]
     if changed:
         problem = f"{changed[0]} was changed: compute with a copy of the arguments"
@@ -172,6 +187,8 @@ def _try(part: Part, function: Callable, inputs: Inputs, truth, path: Path | Non
 
 def compare(found, truth, names: tuple[str, ...]) -> str | None:
     """How ``found`` differs from ``truth``, in words; None if it does not."""
+    if found is None and truth is not None:
+        return f"returned nothing (None): end with return {', '.join(names)}"
     if len(names) == 1:
         found, truth = (found,), (truth,)
     if not isinstance(found, (tuple, list)) or len(found) != len(names):
@@ -193,11 +210,11 @@ def _difference(found, truth) -> str | None:
     if not isinstance(truth, (np.ndarray, float)):
         return None if _equal(found, truth) else f"is {found!r}, but should be {truth!r}"
     if not isinstance(found, (np.ndarray, float, int, np.generic)):
-        return f"is {_kind(found)} instead of an array of shape {np.shape(truth)}"
+        return f"is {_kind(found)} instead of {_kind(truth)}"
     found = np.asarray(found)
     if found.shape != np.shape(truth):
         return f"has shape {found.shape} instead of {np.shape(truth)}"
-    if found.dtype.kind not in "fiu":
+    if found.dtype.kind not in "iu" and found.dtype != np.float64:
         return f"has dtype {found.dtype} instead of float64"
     if _close(found, truth):
         return None
@@ -233,7 +250,11 @@ def _equal(a, b) -> bool:
 def hint_of(part: Part, function: Callable) -> str | None:
     """The hint of the mistake that explains what ``function`` returns for every drawn input, or None."""
     trials = _trials(part)
-    found = [_outcome(function, inputs) for inputs, _ in trials]
+    try:
+        with _time_limit():
+            found = [_outcome(function, inputs) for inputs, _ in trials]
+    except TimeoutError:
+        return None
     wrong = [not _same(mine, truth, part) for mine, (_, truth) in zip(found, trials)]
     for mistake in part.mistakes:
         if _explains(_outcomes(part, mistake), found, wrong, part):
@@ -270,8 +291,10 @@ RAISED = object()
 def _outcome(function: Callable, inputs: Inputs):
     """What ``function(**inputs)`` returns, or RAISED."""
     try:
-        with _time_limit(), np.errstate(all="ignore"), contextlib.redirect_stdout(io.StringIO()):
+        with np.errstate(all="ignore"), contextlib.redirect_stdout(io.StringIO()):
             return function(**copy.deepcopy(dict(inputs)))
+    except TimeoutError:
+        raise
     except (Exception, SystemExit):
         return RAISED
 
@@ -300,13 +323,18 @@ def _arrays(outcome) -> list:
 # -------------------------------------------------------------------------------- in words
 
 
-def _what(error: Exception, path: Path | None) -> str:
+def in_words(error: BaseException, path: Path | None) -> str:
     """An exception in words, with the line of the learner's file that raised it."""
     lines = [
         frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)
     ]
     where = f" in line {lines[-1]}" if lines else ""
-    return f"{type(error).__name__}{where}: {error}"
+    if isinstance(error, TimeoutError):
+        return f"stopped{where} after {SECONDS} seconds: does a loop never end?"
+    if isinstance(error, SystemExit):
+        return f"the program is ended{where}: leave exit() out"
+    missing = ": is an import missing?" if isinstance(error, NameError) else ""
+    return f"{type(error).__name__}{where}: {error}{missing}"
 
 
 def _kind(x) -> str:
@@ -314,7 +342,9 @@ def _kind(x) -> str:
         return "nothing (None)"
     if isinstance(x, (tuple, list)):
         return f"a {type(x).__name__} of {len(x)}"
-    return f"an array of shape {x.shape}" if isinstance(x, np.ndarray) else f"a {type(x).__name__}"
+    if isinstance(x, np.ndarray):
+        return f"an array of shape {x.shape}"
+    return "a number" if isinstance(x, float) else f"a {type(x).__name__}"
 
 
 def _shown(x) -> str:
@@ -329,7 +359,7 @@ def _time_limit() -> Iterator[None]:
         return
 
     def stop(*_):
-        raise TimeoutError(f"did not return within {SECONDS} seconds")
+        raise TimeoutError
 
     before = signal.signal(signal.SIGALRM, stop)
     signal.setitimer(signal.ITIMER_REAL, SECONDS)

@@ -15,6 +15,8 @@ from tinyllm.errors import Error
 
 NUMBERED = "[0-9][0-9]_*.py"
 
+PRINTED = 10  # lines of a function's output that are shown
+
 
 def grade_files(paths: Iterable[Path]) -> int:
     """Print the verdict on each function of each file; return 0 if all are done, else 1."""
@@ -46,7 +48,9 @@ def describe(verdict: Verdict) -> list[str]:
     if verdict.failure is not None:
         lines += [f"    {line}" for line in verdict.failure.problem.splitlines()]
         if verdict.failure.inputs is not None:
-            lines += [f"    smallest input that fails: {call(verdict.function, verdict.failure.inputs)}"]
+            which = "an" if verdict.failure.slow else "smallest"
+            lines += [f"    {which} input that fails: {call(verdict.function, verdict.failure.inputs)}"]
+        lines += [f"    it printed: {line}" for line in verdict.failure.printed.splitlines()[:PRINTED]]
     if verdict.hint is not None:
         lines += [f"    hint: {verdict.hint}"]
     return lines

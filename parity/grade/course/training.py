@@ -218,7 +218,7 @@ exercise(
     "schedule",
     Part(
         "learning_rate",
-        ("lr",),
+        ("rate",),
         schedule_inputs(),
         torch_schedule,
         (
