@@ -1,5 +1,7 @@
 """``python -m parity check``: a reader's own op or module against a reference."""
 
+from pathlib import Path
+
 import pytest
 
 from parity.grade.check import check
@@ -211,3 +213,9 @@ def test_the_wrong_number_of_gradients_is_refused(run):
     text = RELU2.format(slope=2).replace("return grad *", "return grad, grad *")
     with pytest.raises(Error, match="implementation_gradient returned 2 arrays, not 1"):
         run(text)
+
+
+def test_the_example_in_the_readme_agrees(run):
+    page = (Path(__file__).parents[2] / "tinyllm/functional/README.md").read_text(encoding="utf-8")
+    code, printed = run(page.partition("# my_op.py\n")[2].partition("```")[0])
+    assert code == 0 and rows(printed)["gradient of input 0"] == "agrees"
