@@ -34,6 +34,7 @@ MISTAKES = {
     "no import": ("import numpy as np", "", "NameError in line 5: name 'np' is not defined: is an import"),
     "exception": ("return e", "assert x.shape[0] == 0, 'rows'\n    return e", "Error in line 6: rows"),
     "exit": ("return e", "exit()\n    return e", "the program is ended in line 6: leave exit() out"),
+    "a builtin": ("\ndef softmax_gradient", "\nsoftmax = max\n\ndef softmax_gradient", "softmax: wrong"),
     "wrong": (RESULT, f"1.01 * {RESULT}", "], but should be ["),
 }  # fmt: skip
 
