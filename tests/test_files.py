@@ -119,6 +119,26 @@ def test_symbolic_links_are_followed(tmp_path):
     assert read_json(tmp_path / "config.json") == {"a": 1}
 
 
+def test_two_programs_that_write_a_file_at_once_do_not_mix_their_bytes(tmp_path):
+    path = tmp_path / "file"
+    with files.replacing(path) as first:
+        first.write_bytes(b"1" * 9)
+        with files.replacing(path) as second:
+            second.write_bytes(b"2" * 4)
+        assert path.read_bytes() == b"2" * 4
+    assert path.read_bytes() == b"1" * 9 and list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("stop", [OSError, KeyboardInterrupt])
+def test_a_file_that_was_not_finished_leaves_the_old_one(tmp_path, stop):
+    path = tmp_path / "file"
+    path.write_text("old")
+    with pytest.raises(stop), files.replacing(path) as new:
+        new.write_text("ne")
+        raise stop
+    assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
+
+
 def test_time_of_a_repeated_key_is_linear():
     data = b"{" + b",".join(b'"%d":1' % i for i in range(200_000)) + b',"199999":1}'
     started = time.process_time()

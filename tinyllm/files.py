@@ -16,6 +16,7 @@ import json
 import math
 import os
 import re
+import secrets
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -65,19 +66,21 @@ def write_whole(path: Path, data: bytes) -> None:
 def replacing(path: Path) -> Iterator[Path]:
     """The path of a new file to write, which then replaces ``path`` atomically, or is removed on failure.
 
-    A link to a file stays a link; a device or a pipe is written directly.
+    Its name is its own, so that two programs that write the same file at once do not write into each other's:
+    the last one to finish replaces the other's. A link to a file stays a link; a device or a pipe is written
+    directly.
     """
     path = Path(os.path.realpath(path))
     if path.exists() and not path.is_file():
         yield path
         return
-    new = path.with_name(SAVING + path.name)
+    new = path.with_name(f"{SAVING}{secrets.token_hex(4)}-{path.name}")
     try:
         yield new
         with open(new, "rb+") as file:
             sync(file)
         os.replace(new, path)
-    except Exception:
+    except (Exception, KeyboardInterrupt):
         new.unlink(missing_ok=True)
         raise
     sync_folder(path.parent)

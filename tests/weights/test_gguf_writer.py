@@ -224,6 +224,18 @@ def test_an_unknown_type_and_a_file_that_exists_are_refused(saved, tmp_path):
     assert (tmp_path / "m.gguf").read_text() == "mine"
 
 
+def test_a_file_that_another_program_wrote_meanwhile_is_kept(saved, tmp_path, monkeypatch):
+    write = gguf_writer._write
+
+    def race(*arguments):
+        write(*arguments)
+        (tmp_path / "m.gguf").write_text("theirs")
+
+    monkeypatch.setattr(gguf_writer, "_write", race)
+    assert "m.gguf exists" in message_of(tmp_path / "m.gguf", *saved("llama"))
+    assert os.listdir(tmp_path) == ["m.gguf"] and (tmp_path / "m.gguf").read_text() == "theirs"
+
+
 def test_without_the_package_gguf_the_message_says_what_to_install(saved, tmp_path, monkeypatch):
     import sys
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -69,8 +70,7 @@ def write_gguf(
     gguf, path = _import_gguf(), Path(path)
     if type not in TYPES:
         raise Error(f"type {type!r} is not one of {', '.join(TYPES)}: choose one of them")
-    if path.exists():
-        raise Error(f"{path} exists already: choose another name")
+    _check_new(path)
     table = table_of_model(config["model_type"])
     keys = {**(about or {}), **model_keys(table, config)}
     keys |= {"general.file_type": FILE_TYPES[type], "general.quantization_version": 2}
@@ -78,17 +78,19 @@ def write_gguf(
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with replacing(path) as new:
-            try:
-                _write(gguf, new, table, keys, planned)
-            except KeyboardInterrupt:
-                new.unlink(missing_ok=True)
-                raise
+            _write(gguf, new, table, keys, planned)
+            _check_new(path)  # another program may have written it meanwhile
     except OSError as error:
         raise OSError(
             f"{path} cannot be written ({error.strerror or error}): check the path and disk space"
         ) from error
     short = [each for each in planned if type == "q8_0" and each.type == "F16"]
     return Written(len(planned), len(short))
+
+
+def _check_new(path: Path) -> None:
+    if os.path.lexists(path):
+        raise Error(f"{path} exists already: choose another name")
 
 
 def _plan(gguf, table: Table, config: Mapping, tensors: Mapping[str, np.ndarray], type: str) -> list[Planned]:
