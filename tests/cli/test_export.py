@@ -10,8 +10,10 @@ from support.tokenizers import nasty_strings
 
 from tinyllm import GPT2, GPT2Config, Llama, LlamaConfig, load_model, load_tokenizer, nn
 from tinyllm.cli import main
+from tinyllm.errors import Error
 from tinyllm.tokenizers import BPETokenizer, CharTokenizer, train_bpe
 from tinyllm.tokenizers.export import save_for_transformers
+from tinyllm.tools.export import export_folder, export_gguf
 from tinyllm.weights import gguf_writer
 from tinyllm.weights.adapters import save_adapter
 
@@ -125,8 +127,11 @@ def test_transformers_loads_the_folder(models, tmp_path, capsys, name, type):
     np.testing.assert_allclose(logits, ours(IDS).data, rtol=0, atol=bound)
     if type == "f32":
         np.testing.assert_array_equal(load_model(folder)(IDS).data, load_model(models / name)(IDS).data)
-    assert json.loads((folder / "config.json").read_text())["model_type"] == name
+    config = json.loads((folder / "config.json").read_text())
     tokenizer, reference = load_tokenizer(models / name), transformers.AutoTokenizer.from_pretrained(folder)
+    end = tokenizer.special_tokens["<|endoftext|>"]  # 50256, the default of their GPT-2, is no id here
+    assert (config["model_type"], config["bos_token_id"], config["eos_token_id"]) == (name, None, end)
+    assert (theirs.config.bos_token_id, theirs.config.eos_token_id) == (None, end)
     for text in nasty_strings(200, seed=5):
         assert reference.encode(text) == tokenizer.encode(text, "allow")
     assert not list(folder.parent.glob(".*"))
@@ -134,32 +139,46 @@ def test_transformers_loads_the_folder(models, tmp_path, capsys, name, type):
 
 WRONG = [
     ("--run {gpt2}", "either --gguf FILE or --hf DIR"),
-    ("--run {gpt2} --gguf {new} --hf {new}", "either --gguf FILE or --hf DIR"),
-    ("--gguf {new}", "--model NAME"),
+    ("--run {gpt2} --gguf {gguf} --hf {new}", "either --gguf FILE or --hf DIR"),
+    ("--gguf {gguf}", "--model NAME"),
     ("--run {gpt2} --hf {new} --type q8_0", "--type is q8_0"),
-    ("--run {gpt2} --gguf {new} --type q4_0", "choose f32, f16, bf16, q8_0"),
+    ("--run {gpt2} --gguf {gguf} --type q4_0", "choose f32, f16, bf16, q8_0"),
     ("--run {gpt2} --gguf {file}", "exists: choose another --gguf"),
     ("--run {gpt2} --hf {chat}", "exists: choose another --hf"),
     ("--run {gpt2} --gguf {file}/x.gguf", "is not a folder"),
-    ("--run {char} --gguf {new}", "the tokenizer char"),
+    ("--run {gpt2} --gguf {new}", "new must end in .gguf"),
+    ("--run {char} --gguf {gguf}", "the tokenizer char"),
     ("--run {char} --hf {new}", "the tokenizer char"),
-    ("--run {bias} --gguf {new}", "lm_head.bias"),
-    ("--run {bias} --hf {new}", "lm_head_bias=True"),
-    ("--run {own} --hf {new}", "qkv_bias=False"),
-    ("--model {bare} --gguf {new}", "has no tokenizer"),
+    ("--run {bias} --gguf {gguf}", "neither llama.cpp nor transformers has lm_head.bias"),
+    ("--run {bias} --hf {new}", "no model with lm_head_bias=True: only tinyllm can run it"),
+    ("--run {own} --hf {new}", "no model with qkv_bias=False: export a GGUF file instead"),
+    ("--model {bare} --gguf {gguf}", "has no tokenizer"),
     ("--model {bare} --hf {new}", "has no tokenizer"),
-    ("--model {nothing} --gguf {new}", "there is no model"),
+    ("--model {nothing} --gguf {gguf}", "there is no model"),
 ]
 
 
 @pytest.mark.parametrize(("arguments", "said"), WRONG)
 def test_wrong_requests(models, tmp_path, capsys, arguments, said):
     names = "gpt2 char bias own chat bare file nothing".split()
-    places = {name: models / name for name in names} | {"new": tmp_path / "new"}
+    places = {name: models / name for name in names} | {"new": tmp_path / "new", "gguf": tmp_path / "m.gguf"}
     message = printed(capsys, "export", *arguments.format(**places).split(), code=2)
     assert said in message and message.count("\n") == 1
     assert list(tmp_path.iterdir()) == []
     assert (models / "file").read_text() == "mine"
+
+
+@pytest.mark.parametrize("type", ["f32", "f16", "bf16", "q8_0"])
+@pytest.mark.parametrize("wrong", [np.nan, np.inf])
+def test_a_weight_that_is_not_finite_is_refused_by_name(models, tmp_path, wrong, type):
+    model, tokenizer = load_model(models / "llama"), load_tokenizer(models / "llama")
+    model.layers[1].mlp.down_proj.weight.data[3, 5] = wrong
+    with pytest.raises(Error, match=r"blk\.1\.ffn_down\.weight has a weight that is not finite"):
+        export_gguf(model, tokenizer, tmp_path / "m.gguf", type)
+    if type != "q8_0":
+        with pytest.raises(Error, match=r"layers\.1\.mlp\.down_proj\.weight has a weight that is not finite"):
+            export_folder(model, tokenizer, tmp_path / "folder", type)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_gguf_file_without_a_tokenizer_says_so(models, tmp_path, capsys):
@@ -189,9 +208,9 @@ def test_a_full_disk_is_reported_and_leaves_nothing(models, tmp_path, capsys, mo
 
     monkeypatch.setattr(gguf_writer, "_encoded", full)
     monkeypatch.setattr("tinyllm.weights.safetensors._write_weights", full)
-    message = printed(capsys, "export", "--run", models / "gpt2", kind, tmp_path / "new", code=1)
+    message = printed(capsys, "export", "--run", models / "gpt2", kind, tmp_path / "new.gguf", code=1)
     assert (
-        f"{tmp_path / 'new'} cannot be written" in message
+        f"{tmp_path / 'new.gguf'} cannot be written" in message
         and "No space left" in message
         and message.count("\n") == 1
     )

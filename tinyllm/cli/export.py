@@ -48,6 +48,10 @@ def run(config: ExportConfig) -> None:
     option, out = ("--gguf", config.gguf) if config.hf is None else ("--hf", config.hf)
     if os.path.lexists(out):
         raise Error(f"{out} exists: choose another {option}")
+    if config.gguf is not None and out.suffix.lower() != ".gguf":
+        raise Error(
+            f"--gguf {out} must end in .gguf, the ending by which --model knows such a file: rename it"
+        )
     check_writable(out.absolute().parent, option)
     checkpoint = config.find()
     if checkpoint is not None and read_config(checkpoint.parent).get("task") == ClassifyOptions.task:

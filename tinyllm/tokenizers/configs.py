@@ -13,6 +13,7 @@ from tinyllm.files import read_json, read_text
 from tinyllm.tokenizers.base import Tokenizer, check_text
 
 ADDED_TOKENS, CHAT_TEMPLATE = "added_tokens.json", "chat_template.jinja"
+GENERATION_CONFIG = "generation_config.json"
 FLAGS = ("special", "lstrip", "rstrip", "single_word", "normalized")  # of an added token
 
 # Special tokens that end a turn of a chat, by the names that llama.cpp looks for. Older files name only the
@@ -77,10 +78,10 @@ def read_configs(tokenizer: Tokenizer, folder: Path) -> None:
     """
     configs = {
         name: read_json(folder / name) if (folder / name).exists() else {}
-        for name in ("tokenizer_config.json", "generation_config.json", "config.json")
+        for name in ("tokenizer_config.json", GENERATION_CONFIG, "config.json")
     }
     own = configs["tokenizer_config.json"]
-    model = configs["generation_config.json"] or configs["config.json"]
+    model = configs[GENERATION_CONFIG] or configs["config.json"]
     bos = _ids_of(tokenizer, [own.get("bos_token", model.get("bos_token_id"))], folder)
     eos = _ids_of(tokenizer, [own.get("eos_token"), *_as_list(model.get("eos_token_id"))], folder)
     if bos or "bos_token" in own:

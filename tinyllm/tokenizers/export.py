@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from tinyllm.errors import Error
 from tinyllm.files import write_whole
 from tinyllm.tokenizers.base import END_OF_TEXT, Tokenizer, require
-from tinyllm.tokenizers.configs import CHAT_TEMPLATE
+from tinyllm.tokenizers.configs import CHAT_TEMPLATE, GENERATION_CONFIG
 from tinyllm.tokenizers.huggingface import TOKENIZER_JSON, TokenizersTokenizer, build_byte_level
 from tinyllm.tokenizers.pieces import pieces_of
 from tinyllm.tokenizers.sentencepiece import (
@@ -160,7 +160,7 @@ def save_for_transformers(tokenizer: Tokenizer, folder: Path, context: int) -> N
     files = {
         TOKENIZER_JSON: found.to_str(pretty=True),
         "tokenizer_config.json": json.dumps(config, indent=2, ensure_ascii=False),
-        "generation_config.json": json.dumps({name: i for name, i in ids.items() if i not in (None, [])}),
+        GENERATION_CONFIG: json.dumps({name: i for name, i in ids.items() if i not in (None, [])}),
     }
     for name, text in files.items():
         write_whole(folder / name, f"{text}\n".encode())

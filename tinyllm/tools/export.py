@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import json
 import os
 import tempfile
+from dataclasses import fields
 from pathlib import Path
 
 import numpy as np
 
 from tinyllm.errors import Error
-from tinyllm.files import SAVING
+from tinyllm.files import SAVING, read_json, write_whole
 from tinyllm.models import LanguageModel
+from tinyllm.models.base import ModelConfig
 from tinyllm.models.saving import is_plain
 from tinyllm.tokenizers.base import Tokenizer, check_fits
+from tinyllm.tokenizers.configs import GENERATION_CONFIG
 from tinyllm.tokenizers.export import library_tokenizer, save_for_transformers
 from tinyllm.tokenizers.gguf_writer import tokenizer_keys
-from tinyllm.weights.gguf_writer import Written, write_gguf
+from tinyllm.weights.gguf_writer import EARLIER, Written, write_gguf
+from tinyllm.weights.safetensors import CONFIG
 
 DTYPES = {"f32": "float32", "f16": "float16", "bf16": "bfloat16"}
 
@@ -42,8 +47,9 @@ def export_folder(model: LanguageModel, tokenizer: Tokenizer, folder: str | Path
     """Write a model and its tokenizer as a folder for ``AutoModelForCausalLM`` and ``AutoTokenizer``.
 
     The folder appears when it is complete. ``type`` is that of the weights, "f32", "f16" or "bf16", and the
-    model itself is converted to it. Raises ``Error`` if the folder exists, if ``transformers`` would compute
-    something else than this model, or if the tokenizer has no form for it.
+    model itself is converted to it. Raises ``Error`` if the folder exists, if a weight is not finite or too
+    large for float16, if ``transformers`` would compute something else than this model, or if the tokenizer
+    has no form for it.
     """
     folder = Path(folder)
     if type not in DTYPES:
@@ -52,21 +58,21 @@ def export_folder(model: LanguageModel, tokenizer: Tokenizer, folder: str | Path
         raise Error(f"{folder} exists already: choose another name")
     config = _plain_config(model, tokenizer)
     if not config.is_standard:
-        own = {name: value for name, value in vars(config).items() if name.endswith("_bias")}
-        found = ", ".join(f"{name}={value}" for name, value in own.items())
-        raise Error(
-            f"{config.hub_class} of transformers would compute something else than a model with {found}"
-        )
+        raise Error(_not_standard(config))
     library_tokenizer(tokenizer)  # raises Error before anything is written
-    largest = max(float(np.abs(array).max()) for array in model.state_dict().values())
-    if type == "f16" and largest > np.finfo(np.float16).max:
-        raise Error(f"the model has the weight {largest:.3g}, too large for float16: choose bf16 or f32")
+    for name, array in model.state_dict().items():
+        largest = float(np.abs(array).max())
+        if not np.isfinite(largest):
+            raise Error(f"{name} has a weight that is not finite: {EARLIER}")
+        if type == "f16" and largest > np.finfo(np.float16).max:
+            raise Error(f"{name} has a weight of {largest:.3g}, too large for float16: choose bf16 or f32")
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=SAVING, dir=folder.parent) as temporary:
             new = Path(temporary) / folder.name
             model.astype(DTYPES[type]).save_pretrained(new)
             save_for_transformers(tokenizer, new, model.context)
+            _name_the_ends(new)
             os.rename(new, folder)
     except (OSError, Error) as error:
         cause = error.__cause__ if isinstance(error, Error) else error
@@ -74,6 +80,25 @@ def export_folder(model: LanguageModel, tokenizer: Tokenizer, folder: str | Path
             raise
         reason = cause.strerror or cause
         raise OSError(f"{folder} cannot be written ({reason}): check the path and disk space") from error
+
+
+def _not_standard(config: ModelConfig) -> str:
+    """Why ``transformers`` has no such model, and what to do instead."""
+    own = [each for each in fields(config) if each.name.endswith("_bias")]
+    found = {each.name: getattr(config, each.name) for each in own}
+    found = {each.name: found[each.name] for each in own if found[each.name] != each.default}
+    named = ", ".join(f"{name}={value}" for name, value in found.items())
+    instead = "only tinyllm can run it" if found.get("lm_head_bias") else "export a GGUF file instead"
+    return f"{config.hub_class} of transformers has no model with {named}: {instead}"
+
+
+def _name_the_ends(folder: Path) -> None:
+    """Add the ids that begin and end a text to ``config.json``: without them the class has ids of its own."""
+    ids = dict.fromkeys(("bos_token_id", "eos_token_id")) | read_json(folder / GENERATION_CONFIG)
+    if ids["eos_token_id"] is not None and len(ids["eos_token_id"]) == 1:
+        ids["eos_token_id"] = ids["eos_token_id"][0]
+    config = read_json(folder / CONFIG) | ids
+    write_whole(folder / CONFIG, json.dumps(config, indent=2).encode() + b"\n")
 
 
 def _plain_config(model: LanguageModel, tokenizer: Tokenizer):

@@ -22,6 +22,7 @@ TYPES = {"f32": "F32", "f16": "F16", "bf16": "BF16", "q8_0": "Q8_0"}  # of --typ
 FILE_TYPES = {"f32": 0, "f16": 1, "bf16": 32, "q8_0": 7}  # general.file_type, llama.cpp's enum llama_ftype
 SINGLE = ("ffn_gate_inp", "position_embd")  # parts that llama.cpp expects in float32
 LARGEST = {"F16": 65504.0, "Q8_0": 127 * 65504.0}  # Q8_0: a block's scale is its largest weight / 127
+EARLIER = "export a checkpoint from before the loss became so"
 BLOCK = 2**20  # weights converted at once
 
 
@@ -64,8 +65,8 @@ def write_gguf(
     llama.cpp's converter.
 
     Raises ``Error`` if llama.cpp would compute something else than the model (see ``model_keys``), if a
-    weight is too large for float16, if the file exists or if gguf is not installed, and OSError if the file
-    cannot be written.
+    weight is not finite or too large for float16, if the file exists or if gguf is not installed, and OSError
+    if the file cannot be written.
     """
     gguf, path = _import_gguf(), Path(path)
     if type not in TYPES:
@@ -102,6 +103,10 @@ def _plan(gguf, table: Table, config: Mapping, tensors: Mapping[str, np.ndarray]
             raise Error(f"a GGUF file of a {table.architecture} has no place for {name}: {INSTEAD}")
         part, gguf_name, expert = place
         is_bias = gguf_name.endswith(".bias")
+        if is_bias and part == "output":
+            raise Error(
+                f"neither llama.cpp nor transformers has {name}, so that only tinyllm can run the model"
+            )
         if (is_bias and part not in table.biases) or (part == "output" and table.tied):
             raise Error(f"llama.cpp's {table.architecture} has no {name}: {INSTEAD}")
         if part in table.transposed and not is_bias:
@@ -182,6 +187,8 @@ def _encoded(gguf, each: Planned) -> np.ndarray:
     done = 0
     for rows in _rows(each, max(1, BLOCK // columns)):
         largest = np.abs(rows).max()
+        if not np.isfinite(largest):
+            raise Error(f"{each.name} has a weight that is not finite: {EARLIER}")
         if largest > LARGEST.get(each.type, np.inf):
             raise Error(
                 f"{each.name} has a weight of {largest:.3g}, too large for {each.type}: choose bf16 or f32"
