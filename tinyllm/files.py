@@ -86,6 +86,16 @@ def replacing(path: Path) -> Iterator[Path]:
     sync_folder(path.parent)
 
 
+def check_is_writable(path: Path) -> None:
+    """Raise ``Error`` if a file cannot be written, as far as that can be told before."""
+    if path.is_dir():
+        raise Error(f"{path} cannot be written: it is a folder")
+    if not path.parent.is_dir():
+        raise Error(f"{path} cannot be written: there is no folder {path.parent}")
+    if (path.is_file() or not path.exists()) and not os.access(path.parent, os.W_OK | os.X_OK):
+        raise Error(f"{path} cannot be written: no file can be made in {path.parent}")
+
+
 def append_whole(path: Path, data: bytes) -> None:
     """Append to a file. Raises OSError, and leaves the file as it was, if the disk is full, say."""
     size = path.stat().st_size if path.exists() else 0

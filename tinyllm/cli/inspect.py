@@ -12,7 +12,7 @@ from tinyllm.backend.dtypes import autocast
 from tinyllm.cli.generate import encode_prompt
 from tinyllm.cli.options import DeviceOptions, Flag, SpecialOptions, TextModelOptions, move, option
 from tinyllm.errors import Error
-from tinyllm.files import read_text
+from tinyllm.files import check_is_writable, read_text
 from tinyllm.nn import Module
 from tinyllm.tools.console import wants_colour
 from tinyllm.tools.inspect import Inspection, inspect
@@ -21,6 +21,7 @@ from tinyllm.tools.inspect_plot import plot_attention, plot_lens, plot_norms, pl
 from tinyllm.tools.inspect_text import show_surprise
 from tinyllm.tools.plot import check_picture
 
+PAGES = (".html", ".htm")
 PICTURES = {"attention": plot_attention, "lens": plot_lens, "surprise": plot_surprise, "norms": plot_norms}
 
 
@@ -96,12 +97,16 @@ def _check(config: InspectConfig, pictures: list[Path]) -> None:
         raise Error("--head chooses one map of --attention: give --attention FILE and --layer, too")
     if config.layer is not None and config.attention is None and config.html is None:
         raise Error("--layer chooses the maps of --attention or --html: give one of them, too")
+    if config.top != InspectConfig.top and config.html is None:
+        raise Error("--top chooses what --html shows: give --html FILE, too")
     for path in pictures:
         check_picture(path)
-    for path in filter(None, (*pictures, config.html)):
-        if not path.parent.is_dir():
-            raise Error(f"{path} cannot be written: there is no folder {path.parent}")
-    paths = [path.resolve() for path in (*pictures, config.html) if path is not None]
+    views = [*pictures] if config.html is None else [*pictures, config.html]
+    for path in views:
+        check_is_writable(path)
+    if config.html is not None and config.html.is_file() and config.html.suffix.lower() not in PAGES:
+        raise Error(f"--html {config.html} exists and is not a page: choose a name that ends in .html")
+    paths = [path.resolve() for path in views]
     if repeated := [str(path) for path in paths if paths.count(path) > 1]:
         raise Error(f"{repeated[0]} is to be written twice: choose different files")
 
