@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import errno
 import json
 import os
 import re
@@ -894,3 +895,13 @@ def test_output_that_cannot_be_written_is_one_message():
             )
         assert done.returncode == 1
         assert done.stderr == b"tinyllm: the output cannot be written (No space left on device)\n"
+
+
+def test_an_error_of_the_system_names_the_file_and_says_what_to_do(monkeypatch, capsys):
+    def refuse(*_):
+        raise PermissionError(errno.EACCES, "Permission denied", "models/config.json")
+
+    monkeypatch.setattr("tinyllm.cli.tokenize.load_tokenizer", refuse)
+    assert main(["tokenize", "--text", "the"]) == 1
+    said = "models/config.json cannot be read or written (Permission denied): check the path"
+    assert capsys.readouterr().err == f"tinyllm: {said}\n"

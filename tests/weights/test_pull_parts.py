@@ -305,7 +305,7 @@ def test_error_for_a_model_that_only_the_hub_has(gpt2, monkeypatch):
     text = message_of(pull, "gpt2", say=str)
     page = "https://huggingface.co/openai-community/gpt2/tree/607a30d783dfa663caf39e06633721c8d4cfcd7e"
     assert "pip install huggingface_hub" in text and page in text and "pip download" not in text
-    assert text.endswith(f"put them into {gpt2 / 'hub'}") and contents(gpt2) == []
+    assert text.endswith(f"into {gpt2 / 'hub'}") and contents(gpt2) == []
 
 
 # ---------------------------------------------------------------------------- the real packages

@@ -1,5 +1,6 @@
 """Reading and writing Hugging Face folders: comparison with transformers and safetensors."""
 
+import errno
 import json
 import os
 import stat
@@ -171,6 +172,16 @@ def test_pickle_is_never_opened_and_the_remedy_is_stated(tmp_path):
     (tmp_path / "pytorch_model.bin").write_bytes(b"anything")
     text = message_of(Weights, tmp_path)
     assert "pickle" in text and "run code" in text and "save_pretrained" in text
+
+
+def test_a_file_without_permission_is_not_said_to_be_incomplete(tmp_path, monkeypatch):
+    save_folder(tmp_path, {}, simple_arrays())
+
+    def refuse(path):
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    monkeypatch.setattr("tinyllm.weights.safetensors.open_regular", refuse)
+    assert "model.safetensors cannot be read (Permission denied)" in message_of(Weights, tmp_path)
 
 
 @pytest.mark.parametrize("cut", [0, 5, 30, -1])

@@ -113,8 +113,7 @@ def main(args: list[str] | None = None) -> int:
             return DONE
         except OSError as error:
             silence(sys.stdout)
-            of_stdout = error.filename is None and error.errno is not None
-            return _fail(f"the output cannot be written ({error.strerror})" if of_stdout else error, FAILED)
+            return _fail(_not_accessible(error), FAILED)
 
 
 def _reopen_closed_streams() -> None:
@@ -156,6 +155,15 @@ def _distributed(args: list[str]) -> str | None:
         if name == "--distributed" and args[0] in PARSERS:
             return value if equals else after
     return None
+
+
+def _not_accessible(error: OSError) -> str:
+    """The message of an error of the system, or of our own, which has no number."""
+    if error.errno is None:
+        return str(error)
+    if error.filename is None:  # an open stream's
+        return f"the output cannot be written ({error.strerror})"
+    return f"{os.fsdecode(error.filename)} cannot be read or written ({error.strerror}): check the path"
 
 
 def _show_warning(message, *_) -> None:

@@ -138,7 +138,7 @@ def _reader(file: Path):
         return read_vocab_and_merges
     line = read_file(file, 4096).partition(b"\n")
     start = line[0] + line[1]
-    if start.startswith(MAGIC):
+    if start.startswith(MAGIC) or file.suffix.lower() == ".gguf":  # says what is wrong with a damaged file
         return read_gguf
     if start.lstrip().startswith(b"{"):
         return read_tokenizer_json

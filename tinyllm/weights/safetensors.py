@@ -16,7 +16,7 @@ import numpy as np
 
 from tinyllm.backend.device import to_device
 from tinyllm.errors import Error
-from tinyllm.files import SAVING, check_is_file, read_json, sync, write_synced
+from tinyllm.files import SAVING, open_regular, read_json, sync, write_synced
 from tinyllm.weights import StoredTensors
 
 CONFIG, SINGLE_FILE, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
@@ -98,9 +98,13 @@ def _open_safetensors(path: Path):
     from safetensors import SafetensorError, safe_open
 
     try:
-        check_is_file(path)
+        open_regular(path).close()  # the library takes every failure for a missing file
         return safe_open(path, framework="np")
-    except (SafetensorError, OSError, ValueError) as error:  # ValueError: a zero byte in the path
+    except OSError as error:
+        raise Error(
+            f"{path} cannot be read ({error.strerror or error}): check the path or copy it again"
+        ) from error
+    except (SafetensorError, ValueError) as error:  # ValueError: a zero byte in the path
         raise Error(f"{path} is not a complete safetensors file ({error}): copy it again") from error
 
 
