@@ -5,10 +5,10 @@ import json
 
 import numpy as np
 import pytest
-from support.chat_model import CHATML
+from support.chat_model import CHATML, put_lora
 from support.tokenizers import nasty_strings
 
-from tinyllm import GPT2, GPT2Config, Llama, LlamaConfig, load_model, load_tokenizer, nn
+from tinyllm import GPT2, GPT2Config, Llama, LlamaConfig, load_model, load_tokenizer
 from tinyllm.cli import main
 from tinyllm.errors import Error
 from tinyllm.tokenizers import BPETokenizer, CharTokenizer, train_bpe
@@ -27,15 +27,6 @@ def printed(capsys, *args, code=0):
     assert main([*map(str, args)]) == code
     out, err = capsys.readouterr()
     return err if code else out
-
-
-def put_lora(model):
-    """LoRA whose B is random, so that the output changes."""
-    nn.add_lora(model, rng=0)
-    for layer in nn.lora_layers(model).values():
-        B = layer.lora_B.weight
-        B.replace(np.random.default_rng(1).standard_normal(B.shape, dtype=np.float32))
-    return model
 
 
 @pytest.fixture(scope="module")

@@ -5,24 +5,15 @@ import json
 
 import numpy as np
 import pytest
-from support.chat_model import write_model
+from support.chat_model import put_lora, write_model
 
-from tinyllm import GPT2, GPT2Config, load_model, load_tokenizer, nn
+from tinyllm import GPT2, GPT2Config, load_model, load_tokenizer
 from tinyllm.cli import main
 from tinyllm.tokenizers.char import CharTokenizer
 from tinyllm.weights.adapters import save_adapter
 from tinyllm.weights.safetensors import ADAPTER_CONFIG
 
 TEXT = "the cat sat on the mat. " * 4
-
-
-def put_lora(model, **options):
-    """LoRA whose B is random, so that the output changes."""
-    nn.add_lora(model, rng=0, **options)
-    for layer in nn.lora_layers(model).values():
-        B = layer.lora_B.weight
-        B.replace(np.random.default_rng(1).standard_normal(B.shape, dtype=np.float32))
-    return model
 
 
 @pytest.fixture(scope="module")

@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from tinyllm import Llama, LlamaConfig
+from tinyllm import Llama, LlamaConfig, nn
 from tinyllm.tokenizers.tiktoken import BYTE_ORDER, SYMBOLS
 
 tokenizers = pytest.importorskip("tokenizers")
@@ -65,3 +65,12 @@ class Script(list):
             if isinstance(token, BaseException):
                 raise token
             yield np.array([BYTE_ID.get(token, token)])
+
+
+def put_lora(model, **options):
+    """LoRA whose B is random, so that the output changes."""
+    nn.add_lora(model, rng=0, **options)
+    for layer in nn.lora_layers(model).values():
+        B = layer.lora_B.weight
+        B.replace(np.random.default_rng(1).standard_normal(B.shape, dtype=np.float32))
+    return model

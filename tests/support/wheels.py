@@ -5,6 +5,10 @@ import hashlib
 import os
 import zipfile
 
+import pytest
+
+from tinyllm.errors import Error
+
 
 def sha256(data):
     return hashlib.sha256(data).hexdigest()
@@ -39,3 +43,17 @@ def only_index(monkeypatch, folder):
     """Make the folder pip's only index."""
     for name, value in {"CONFIG_FILE": os.devnull, "NO_INDEX": "1", "FIND_LINKS": str(folder)}.items():
         monkeypatch.setenv(f"PIP_{name}", value)
+
+
+def message_of(call, *args, **kwargs):
+    """The message of the error that a call raises: one line, without a full stop."""
+    with pytest.raises(Error) as caught:
+        call(*args, **kwargs)
+    text = str(caught.value)
+    assert "\n" not in text and not text.endswith(".")
+    return text
+
+
+def contents(folder):
+    """The names in a folder, none if there is no folder."""
+    return sorted(path.name for path in folder.iterdir()) if folder.exists() else []

