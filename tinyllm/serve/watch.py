@@ -20,6 +20,7 @@ from starlette.responses import JSONResponse
 from starlette.routing import Route
 
 from tinyllm.errors import Error
+from tinyllm.files import open_regular
 from tinyllm.training.loggers import COLORS, best_record
 from tinyllm.training.metrics import CONFIG, METRICS, RecordedRun, parse_records
 from tinyllm.training.run_folder import SAMPLES
@@ -49,7 +50,7 @@ class WatchedRun:
         """Read what was written since the last call; returns notes on what could not be."""
         path = self.folder / METRICS
         try:
-            with open(path, "rb") as file:
+            with open_regular(path) as file:
                 self._update(file)
         except FileNotFoundError:
             if self.records:
@@ -119,7 +120,7 @@ class WatchedRun:
     def samples(self) -> list[dict]:
         """The newest samples, oldest first: step and text."""
         try:
-            with open(self.folder / SAMPLES, "rb") as file:
+            with open_regular(self.folder / SAMPLES) as file:
                 file.seek(max(0, _status(file)[1] - TAIL))
                 # The text before the first heading belongs to a sample of which the beginning was not read.
                 _, *parts = SAMPLE.split(file.read())
