@@ -8,12 +8,14 @@ import resource
 import socket
 import threading
 import time
+from http.client import HTTPConnection
 from urllib.parse import urlsplit
 
 import pytest
 from support.serving import Scripted, ask, busy, post, serving, tiny_chat_model, wait_until
 
 from tinyllm.serve import app, streams
+from tinyllm.serve import connection as module
 
 CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
 
@@ -41,6 +43,14 @@ def assert_error(reply, *statuses):
     assert set(body) == {"error"} and set(body["error"]) == {"message", "type", "param", "code"}
     text = json.dumps(body)
     assert len(text) < 2000 and not re.search(r"Traceback|File \"|\.py", text)
+
+
+def assert_raw_error(found, status):
+    """The same of a reply with its head."""
+    head, _, body = found.partition(b"\r\n\r\n")
+    assert head.startswith(b"HTTP/1.1 %d " % status)
+    assert b"content-type: application/json" in head.lower() and b"connection: close" in head.lower()
+    assert_error((status, {}, json.loads(body)), status)
 
 
 def connect(url):
@@ -144,8 +154,7 @@ def test_requests_that_are_not_http(server):
         b"GET / HTTP/1.1\r\nHost\r\n\r\n",
         b"POST /v1/completions HTTP/1.1\r\nHost: a\r\nContent-Length: -5\r\n\r\n",
     ):
-        found = answer_to(server[0], data)
-        assert found.startswith(b"HTTP/1.1 400 ") and b"Traceback" not in found
+        assert_raw_error(answer_to(server[0], data), 400)
 
 
 @pytest.mark.parametrize("size", [100, 100_000])
@@ -184,8 +193,52 @@ def test_200_connections_at_once(server):
 
 def test_a_body_that_does_not_arrive_is_given_up(server, monkeypatch):
     monkeypatch.setattr(app, "BODY_TIMEOUT", 0.2)
-    found = answer_to(server[0], request_of(b'{"model":', 100))
-    assert found.startswith(b"HTTP/1.1 408 ") and b"error" in found
+    assert_raw_error(answer_to(server[0], request_of(b'{"model":', 100)), 408)
+
+
+def test_headers_that_do_not_arrive_are_given_up(server, monkeypatch):
+    """Also those of a second request, and though a byte comes now and then."""
+    monkeypatch.setattr(module, "HEAD_TIMEOUT", 0.4)
+    part, whole = b"GET /health HTTP/1.1\r\nHost: local", b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n"
+    for before in (b"", whole):
+        with connect(server[0]) as connection:
+            connection.sendall(before)
+            found = b""
+            while before and not found.endswith(b"}"):
+                found += connection.recv(65536)
+            started = time.monotonic()
+            for byte in part:
+                time.sleep(0.03)
+                with contextlib.suppress(OSError):  # it is closed
+                    connection.sendall(bytes([byte]))
+            assert_raw_error(connection.recv(65536), 408)
+            assert time.monotonic() - started < 5
+    assert answer_to(server[0], b"") == b""
+
+
+def test_a_request_that_takes_longer_than_its_headers_may(scripted, monkeypatch):
+    monkeypatch.setattr(module, "HEAD_TIMEOUT", 0.2)
+    monkeypatch.setattr(Scripted, "seconds", 0.1)
+    with (
+        serving(*scripted) as (url, _),
+        contextlib.closing(HTTPConnection(urlsplit(url).netloc)) as connection,
+    ):
+        for _ in range(2):  # the second on the same connection
+            connection.request("POST", CHAT, json.dumps(ask()))
+            assert json.loads(connection.getresponse().read())["choices"][0]["message"]["content"] == "Hello."
+
+
+def test_connections_beyond_the_limit_are_refused(scripted, monkeypatch):
+    monkeypatch.setattr(module, "CONNECTIONS", 3)
+    with serving(*scripted) as (url, _), contextlib.ExitStack() as stack:
+        idle = [stack.enter_context(connect(url)) for _ in range(3)]
+        for _ in range(2):
+            found = answer_to(url, request_of(json.dumps(ask()).encode()))
+            assert_raw_error(found, 503)
+            assert b"retry-after: " in found.lower()
+        for connection in idle:
+            connection.close()
+        wait_until(lambda: post(url, CHAT, ask())[0] == 200)
 
 
 def test_a_client_that_leaves_in_the_middle_of_its_body(server):

@@ -13,10 +13,11 @@ import sys
 import uvicorn
 
 from tinyllm.errors import Error
+from tinyllm.serve.connection import Connection
 
 GRACE = 5.0  # seconds that answers in progress have to finish after the first signal
 SIGNALS = signal.SIGINT, signal.SIGTERM
-BACKLOG, CONNECTIONS = 256, 512
+BACKLOG = 256
 
 
 def bound(host: str, port: int) -> socket.socket:
@@ -44,9 +45,9 @@ class Server(uvicorn.Server):
     """uvicorn's server for an application of ``create_app``, which leaves signals alone."""
 
     def __init__(self, app):
-        options = dict(http="h11", ws="none", loop="asyncio", lifespan="on", log_config=None)
-        limits = dict(limit_concurrency=CONNECTIONS, timeout_graceful_shutdown=int(2 * GRACE))
-        super().__init__(uvicorn.Config(app, access_log=False, server_header=False, **limits, **options))
+        kinds = dict(http=Connection, ws="none", loop="asyncio", lifespan="on")
+        quiet = dict(log_config=None, access_log=False, server_header=False)
+        super().__init__(uvicorn.Config(app, timeout_graceful_shutdown=int(2 * GRACE), **kinds, **quiet))
         logging.getLogger("uvicorn.error").setLevel(logging.ERROR)
         self.engine = app.state.engine
 
