@@ -1,10 +1,12 @@
 """Batched rows equal rows alone, and a kept prefix equals none, however requests come and go."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from support.models import random_gpt2, random_llama
+from support.models import GEMMA2, GEMMA3, random_gpt2, random_llama
 
 from tinyllm import Error, GPT2Config, LlamaConfig, generate, nn, no_grad
 from tinyllm.serve import scheduler as module
@@ -17,7 +19,13 @@ LLAMA = LlamaConfig(
 )  # fmt: skip
 GPT = GPT2Config(vocab_size=VOCABULARY, n_positions=CONTEXT, n_embd=12, n_layer=2, n_head=3,
                  embd_pdrop=0.0, attn_pdrop=0.0, resid_pdrop=0.0)  # fmt: skip
-MODELS = {"llama": random_llama(LLAMA), "gpt2": random_gpt2(GPT)}
+MODELS = {
+    "llama": random_llama(LLAMA),
+    "gpt2": random_gpt2(GPT),
+    # Windows of 3 tokens, shorter than most prompts, in every layer or in every second one
+    "gemma2": random_llama(replace(GEMMA2, max_position_embeddings=CONTEXT)),
+    "gemma3": random_llama(replace(GEMMA3, max_position_embeddings=CONTEXT)),
+}
 
 
 class Listener:
