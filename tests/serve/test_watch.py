@@ -129,6 +129,16 @@ def test_long_curves_are_means_of_neighbours(folder):
     assert points[-1][0] == count - 1.5
 
 
+def test_values_that_json_cannot_express_are_left_out(folder):
+    """A norm that overflowed is recorded as Infinity: the other curves, and other runs, are still shown."""
+    for step, norm in enumerate([1.5, float("inf"), float("nan"), 1e308, 10**400, -2.5], start=3):
+        write(folder, lines(record(step, grad_norm=norm)))
+    found = WatchedRun(folder, "run").report()
+    json.dumps(found, allow_nan=False)
+    assert [point[::3] for point in found["curves"]["grad_norm"]] == [[3, 1.5], [8, -2.5]]
+    assert len(found["curves"]["train_loss"]) == 8 and found["notes"] == []
+
+
 def test_samples_are_the_newest_of_the_file(folder):
     run = WatchedRun(folder, "run")
     (folder / "samples.txt").write_text("--- step 0\nfirst\n--- step 5\ntwo\nlines\n")

@@ -106,7 +106,7 @@ class WatchedRun:
         points = [
             [record["step"], record["tokens"], at, record[key]]
             for record, at in zip(self.records, seconds)
-            if isinstance(record.get(key), int | float)
+            if _is_drawn(record.get(key))
         ]
         group = -(-len(points) // MOST_POINTS)
         return points if group <= 1 else [_mean(points[i : i + group]) for i in range(0, len(points), group)]
@@ -137,6 +137,11 @@ def _status(file) -> tuple[tuple[int, int], int]:
     """What identifies an open file, and its size."""
     found = os.fstat(file.fileno())
     return (found.st_dev, found.st_ino), found.st_size
+
+
+def _is_drawn(value) -> bool:
+    """Whether a recorded value is a number that JSON, and a sum of many, can express: not an infinite norm."""
+    return isinstance(value, int | float) and abs(value) < 1e300
 
 
 def _mean(points: list[list[float]]) -> list[float]:
