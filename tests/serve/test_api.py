@@ -1,5 +1,7 @@
 """What a request may contain, and what it means."""
 
+import re
+
 import pytest
 
 from tinyllm.serve.api import Limits, check_model, parse_chat, parse_completion
@@ -75,6 +77,7 @@ def test_parameters_of_a_chat(given, name, value):
             "tool_choice": "none",
         },
         {"response_format": {"type": "text"}, "min_p": 0, "repetition_penalty": 1.0, "modalities": ["text"]},
+        {"logprobs": False, "top_logprobs": 0},
     ],
 )
 def test_what_has_no_effect_is_accepted(given):
@@ -99,6 +102,16 @@ def test_what_would_have_an_effect_is_refused_by_name(given, name):
         chat(**given)
     assert (refused.value.status, refused.value.param) == (400, name)
     assert refused.value.code == "unsupported_parameter"
+
+
+def test_a_refusal_names_what_would_be_accepted():
+    """The parameters as JSON; and of a message that is wrong in two ways its role, which says most."""
+    with pytest.raises(APIError, match=re.escape('only {"type": "text"} is supported')):
+        chat(response_format={"type": "json_object"})
+    with pytest.raises(APIError, match="only false is supported"):
+        completion(echo=True)
+    with pytest.raises(APIError, match="the role is 'tool': use system, developer, user, assistant"):
+        chat(messages=[{"role": "tool", "tool_call_id": "1", "content": "x"}])
 
 
 @pytest.mark.parametrize(

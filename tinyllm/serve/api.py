@@ -7,6 +7,7 @@ than it got. Values with no effect, such as a penalty of 0, are accepted.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -123,7 +124,7 @@ class Parameters:
         for name, value in self.left.items():
             if name in IGNORED or any(value == x and type(value) is type(x) for x in _neutral(name)):
                 continue
-            known = ", ".join(map(_shown, NEUTRAL.get(name, ())))
+            known = ", ".join(map(json.dumps, NEUTRAL.get(name, ())))
             remedy = f"only {known} is supported, or omit it" if known else "omit it"
             message = f"{_shown_name(name)} is not supported by this server: {remedy}"
             raise APIError(400, message, _shown_name(name), "unsupported_parameter")
@@ -132,14 +133,16 @@ class Parameters:
 def parse_chat(body, limits: Limits) -> ChatRequest:
     """The request of ``/v1/chat/completions``. Raises ``APIError``, 400 unless said otherwise."""
     parameters = Parameters(body)
-    messages = parameters.take("messages", lambda x: isinstance(x, list) and x, "a list of messages")
+    messages = parameters.take(
+        "messages", lambda x: isinstance(x, list) and x, "a list of messages that is not empty"
+    )
     if messages is None:
         raise APIError(400, "messages is missing: give a list of messages", "messages")
     goes_on = parameters.flag("continue_final_message")
     if goes_on:
         parameters.flag("add_generation_prompt")  # vLLM wants it to be false
     logprobs, top = parameters.flag("logprobs"), parameters.integer("top_logprobs", 0, MAX_TOP)
-    if top is not None and not logprobs:
+    if top and not logprobs:
         raise APIError(400, "top_logprobs needs logprobs: set it to true", "top_logprobs")
     options = _options(parameters, limits, ("max_completion_tokens", "max_tokens"), limits.max_tokens)
     parameters.finish()
@@ -235,14 +238,14 @@ def _message(message, where: str) -> dict[str, str]:
     """A message's role and text. A null or empty extra, as in a reply that is sent back, has no effect."""
     if not isinstance(message, Mapping):
         raise APIError(400, f"{where} is {_kind(message)}: give an object with role and content", where)
+    role, content = message.get("role"), message.get("content")
+    if not isinstance(role, str) or role not in ROLES:
+        raise APIError(400, f"{where}: the role is {_shown(role)}: use {', '.join(ROLES)}", where)
     for name, value in message.items():
         if name not in ("role", "content") and value not in (None, [], {}, ""):
             raise APIError(
                 400, f"{where}: {_shown_name(name)} is not supported by this server: omit it", where
             )
-    role, content = message.get("role"), message.get("content")
-    if not isinstance(role, str) or role not in ROLES:
-        raise APIError(400, f"{where}: the role is {_shown(role)}: use {', '.join(ROLES)}", where)
     if isinstance(content, list):
         parts = [part.get("text") if isinstance(part, dict) else None for part in content]
         if not all(isinstance(x, str) and part.get("type") == "text" for x, part in zip(parts, content)):
