@@ -106,6 +106,68 @@ def test_an_answer_that_was_being_written_is_there_after_a_reload(page):
     assert "Stopped." in page.text(".assistant .acts")
 
 
+def damaged_conversations():
+    """What the storage may hold under the key of a conversation: each is skipped, and the page works."""
+    user = {"id": "u", "role": "user", "text": "Hi", "parent": None, "made": 1}
+    answer = {"id": "a", "role": "assistant", "text": "one", "parent": "u", "made": 2, "tokens": []}
+    chat = {"id": "x", "title": "Damaged", "used": 1, "nodes": {"u": user, "a": answer}, "leaf": "a"}
+    yield from (None, 7, [], chat | {"title": {}}, chat | {"leaf": "z"}, chat | {"nodes": {"u": user}})
+    for change in ({"parent": "a"}, {"parent": "z"}, {"text": 5}, {"made": None}, {"tokens": None},
+                   {"tokens": [{}]}, {"role": "system"}, {"id": "b"}):  # fmt: skip
+        yield chat | {"nodes": {"u": user, "a": answer | change}}
+
+
+def test_damaged_conversations_and_settings_are_skipped(page):
+    put = "localStorage.setItem(arguments[0], JSON.stringify(arguments[1]))"
+    page.script(put, "tinyllm.settings", {"temperature": "hot", "top_k": None, "max_tokens": 7, "seed": []})
+    for value in damaged_conversations():
+        page.script(put, "tinyllm.chat.x", value)
+        page.script("sessionStorage.setItem('tinyllm.open', 'x')")
+        page.reload()
+        assert page.texts("#list .name") == [], value
+    page.ask("Hi", "one and more")
+    assert page.text(".assistant .body") == "one and" and page.server.answers.sampling[-1] == (0.2, None, 0.9)
+
+
+def test_a_browser_that_denies_storage(page):
+    source = """for (const name of ["localStorage", "sessionStorage"])
+        Object.defineProperty(window, name, { get() { throw new DOMException("", "SecurityError"); } });"""
+    cdp = page.driver.execute_cdp_cmd
+    found = cdp("Page.addScriptToEvaluateOnNewDocument", {"source": source})
+    try:
+        page.reload()
+        page.ask("Hi", "one")
+        page.named("Dark").click()
+        assert page.texts(".body") == ["Hi", "one"] and page.texts("#list .name") == ["Hi"]
+    finally:
+        cdp("Page.removeScriptToEvaluateOnNewDocument", found)
+
+
+def test_two_tabs_lose_nothing_of_each_other(page):
+    page.ask("Hi", "one")
+    (chat,) = page.stored()
+    last = chat["leaf"]
+    more = {"id": "theirs", "role": "user", "text": "Theirs", "parent": last, "made": chat["used"]}
+    page.store(chat | {"nodes": chat["nodes"] | {"theirs": more}, "leaf": "theirs"})  # as another tab does
+    page.ask("Ours", "two")
+    (chat,) = page.stored()
+    assert {node["text"] for node in chat["nodes"].values()} == {"Hi", "one", "Theirs", "Ours", "two"}
+    assert page.texts(".body") == ["Hi", "one", "Ours", "two"]
+
+
+def test_a_message_cannot_be_edited_while_an_answer_is_written(page):
+    """Its end draws the messages anew, and the edit would be lost."""
+    page.ask("Hi", "one")
+    page.server.say(["two", 20.0])
+    page.write("More")
+    page.until(lambda: page.texts(".assistant .body")[-1] == "two")
+    assert not page.one("[aria-label='Edit message']").is_enabled()
+    assert not page.one("[aria-label='Answer again']").is_enabled()
+    page.server.say()
+    page.until(page.is_idle)
+    assert page.one("[aria-label='Edit message']").is_enabled()
+
+
 def test_settings_reach_the_model_and_are_kept(page):
     page.named("Settings").click()
     page.named("Instructions to the model").send_keys("Be brief")
@@ -137,7 +199,7 @@ def test_a_server_that_is_busy_refuses_or_is_gone_is_a_sentence(page, tmp_path, 
     with monkeypatch.context() as patch:
         patch.setattr(page.server.engine.scheduler, "submit", busy)
         page.write("Hi")
-        page.until(lambda: "busy: try again in 1 s" in page.text("#messages"))
+        page.until(lambda: re.search(r"busy: try again in \d+ s", page.text("#messages")))
     page.write("x" * 1200)
     page.until(lambda: "The server refused" in page.texts(".assistant")[-1] and page.is_idle())
     with PageServer(tmp_path / "model") as other:

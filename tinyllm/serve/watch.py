@@ -140,7 +140,7 @@ def _status(file) -> tuple[tuple[int, int], int]:
 
 
 def _is_drawn(value) -> bool:
-    """Whether a recorded value is a number that JSON, and a sum of many, can express: not an infinite norm."""
+    """Whether a value is a number that JSON can express, and a sum of many: not an infinite norm."""
     return isinstance(value, int | float) and abs(value) < 1e300
 
 

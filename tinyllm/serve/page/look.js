@@ -17,6 +17,14 @@ export function h(tag, attributes = {}, ...children) {
   return element;
 }
 
+class Memory { getItem(key) { return this[key] ?? null; } setItem(key, value) { this[key] = value; } removeItem(key) { delete this[key]; } }
+
+/** The browser's stores; where it denies them, ones that last as long as the page. */
+export const [local, session] = ["localStorage", "sessionStorage"].map(name => { try { return window[name] ?? new Memory(); } catch { return new Memory(); } });
+
+/** Store a value, and return whether there was space for it. */
+export const keep = (store, key, value) => { try { store.setItem(key, value); return true; } catch { return false; } };
+
 /** An error whose message is a sentence for the page. */
 export class Failure extends Error {
   constructor(message, status = 0) { super(message); this.status = status; }
@@ -25,7 +33,7 @@ export class Failure extends Error {
 /** fetch() that fails with a sentence, also if the server is gone or refuses the request. */
 export async function ask(path, body, options = {}) {
   const headers = body ? { "Content-Type": "application/json" } : {};
-  const key = sessionStorage.getItem("tinyllm.key");
+  const key = session.getItem("tinyllm.key");
   if (key) headers.Authorization = `Bearer ${key}`;
   let reply;
   try {

@@ -1,5 +1,5 @@
 // The chat: conversations kept in the browser, answers that stream as Markdown, and every token a thing to click.
-import { $, Failure, Look, Watch, ask, h, surprise } from "./look.js";
+import { $, Failure, Look, Watch, ask, h, keep, local, session, surprise } from "./look.js";
 
 // --------------------------------------------------------------------------------- Markdown
 //
@@ -181,37 +181,37 @@ function safe(url) {
 const PREFIX = "tinyllm.chat.";
 const number = () => Math.random().toString(36).slice(2, 10);
 
-/** Conversations in localStorage. Messages form a tree: another answer or an edit is a sibling, and nothing is lost. */
+/** Conversations in local. Messages form a tree: another answer or an edit is a sibling, and nothing is lost. */
 const kept = {
-  all() {
-    const found = [];
-    for (const key of Object.keys(localStorage)) if (key.startsWith(PREFIX)) {
-      try {
-        const one = JSON.parse(localStorage.getItem(key));
-        if (typeof one.id === "string" && PREFIX + one.id === key && one.nodes && typeof one.used === "number") found.push(one);
-      } catch { /* not ours, or damaged: it stays where it is */ }
-    }
-    return found.sort((a, b) => b.used - a.used);
-  },
+  // null if it is not ours, or damaged: it stays where it is
+  one(key) { try { const one = JSON.parse(local.getItem(key)); return PREFIX + one.id === key && isWhole(one) ? one : null; } catch { return null; } },
+  all() { return Object.keys(local).filter(key => key.startsWith(PREFIX)).map(this.one).filter(Boolean).sort((a, b) => b.used - a.used); },
   save(chat) {
-    for (const older of [null, ...this.all().reverse()]) { // a full store forgets alternatives of old answers first
-      try {
-        if (older) {
-          Object.values(older.nodes).forEach(node => node.tokens?.forEach(token => delete token.top));
-          localStorage.setItem(PREFIX + older.id, JSON.stringify(older));
-        }
-        localStorage.setItem(PREFIX + chat.id, JSON.stringify(chat));
-        return;
-      } catch { /* the quota */ }
+    const put = one => keep(local, PREFIX + one.id, JSON.stringify(one));
+    chat.nodes = { ...this.one(PREFIX + chat.id)?.nodes, ...chat.nodes }; // with what another tab has added
+    if (put(chat)) return;
+    for (const older of this.all().reverse()) { // a full store forgets alternatives of old answers first
+      Object.values(older.nodes).forEach(node => node.tokens?.forEach(token => delete token.top));
+      if (put(older) && put(chat)) return;
     }
-    note("The browser’s storage is full: remove a conversation, or this one is lost when the page is closed.");
+    note("The browser’s storage is full: remove a conversation, or this one is lost when you leave it.");
   },
-  remove(id) { localStorage.removeItem(PREFIX + id); },
+  remove(id) { local.removeItem(PREFIX + id); },
 };
+
+/** Whether a conversation has all that the page relies on, and its messages lead to a first one. */
+function isWhole({ title, used, nodes, leaf }) {
+  const valid = ([id, { role, text, parent, made, tokens, ...node }]) => node.id === id && typeof text === "string" && typeof made === "number"
+    && (parent === null || parent in nodes) && (role === "user" || (role === "assistant" && Array.isArray(tokens) && tokens.every(token => typeof token.text === "string" && typeof token.end === "number")));
+  for (let left = Object.keys(nodes).length; leaf && left; left--) leaf = nodes[leaf].parent;
+  return typeof title === "string" && typeof used === "number" && leaf === null && Object.entries(nodes).every(valid);
+}
 
 const STANDARD = { system: "", temperature: 0.2, top_p: 0.9, top_k: 0, max_tokens: 512, seed: "" };
 const settings = { ...STANDARD };
-try { Object.assign(settings, JSON.parse(localStorage.getItem("tinyllm.settings"))); } catch { /* damaged: the standard ones */ }
+try { // damaged ones are the standard ones
+  for (const [name, value] of Object.entries(JSON.parse(local.getItem("tinyllm.settings")))) if (typeof value === typeof STANDARD[name]) settings[name] = value;
+} catch { /* not JSON */ }
 const fresh = () => ({ id: number(), title: "", used: Date.now(), nodes: {}, leaf: null });
 
 let about, chat = fresh(), look, watch, running = null; // `running`: {chat, id, stop} of the answer that is being written
@@ -412,7 +412,7 @@ const ENDS = { length: "The longest answer allowed was reached.", stopped: "Stop
 
 function item(node) {
   const same = children(node.parent), at = same.indexOf(node), writing = running?.id === node.id, acts = h("div", { class: "acts" });
-  const act = (name, run, label) => acts.append(h("button", { type: "button", "aria-label": label, onclick: run }, name));
+  const act = (name, run, label) => acts.append(h("button", { type: "button", "aria-label": label, onclick: run, disabled: running && label !== "Look inside this answer" }, name));
   if (!writing) {
     if (same.length > 1) {
       const go = by => { look.close(); chat.leaf = tip(same[at + by].id); kept.save(chat); draw(); };
@@ -476,7 +476,7 @@ function drawList() {
 function openChat(one) {
   look?.close();
   chat = running?.chat.id === one.id ? running.chat : one; // the one that is being written is not yet stored
-  sessionStorage.setItem("tinyllm.open", chat.id);
+  keep(session, "tinyllm.open", chat.id);
   note();
   show("chat");
   draw();
@@ -499,9 +499,9 @@ function menu(open) {
 }
 
 function theme(next) {
-  const dark = next ?? localStorage.getItem("tinyllm.theme") ?? (matchMedia("(prefers-color-scheme: dark)").matches ? "dark" : "light");
-  if (next) localStorage.setItem("tinyllm.theme", next);
-  if (localStorage.getItem("tinyllm.theme")) document.documentElement.dataset.theme = dark;
+  const dark = next ?? local.getItem("tinyllm.theme") ?? (matchMedia("(prefers-color-scheme: dark)").matches ? "dark" : "light");
+  if (next) keep(local, "tinyllm.theme", next);
+  if (local.getItem("tinyllm.theme")) document.documentElement.dataset.theme = dark;
   $("theme").textContent = dark === "dark" ? "Light" : "Dark";
   $("theme").onclick = () => theme(dark === "dark" ? "light" : "dark");
 }
@@ -509,18 +509,18 @@ function theme(next) {
 function prepareSettings() {
   const form = $("settings").querySelector("form"), fields = [...form.elements].filter(each => each.name);
   const fill = () => fields.forEach(field => {
-    field.value = field.name === "key" ? sessionStorage.getItem("tinyllm.key") ?? "" : settings[field.name];
+    field.value = field.name === "key" ? session.getItem("tinyllm.key") ?? "" : settings[field.name];
     say(field);
   });
   const say = field => { const out = field.parentNode.querySelector("output"); if (out) out.textContent = field.name === "top_k" && field.value === "0" ? "all" : field.value; };
   form.addEventListener("input", ({ target }) => {
-    if (target.name === "key") { sessionStorage.setItem("tinyllm.key", target.value.trim()); return; }
+    if (target.name === "key") { keep(session, "tinyllm.key", target.value.trim()); return; }
     if (!target.checkValidity()) return;
     settings[target.name] = target.type === "range" || target.name === "max_tokens" ? +target.value : target.value;
-    localStorage.setItem("tinyllm.settings", JSON.stringify(settings));
+    keep(local, "tinyllm.settings", JSON.stringify(settings));
     say(target);
   });
-  $("defaults").onclick = () => { Object.assign(settings, STANDARD); localStorage.removeItem("tinyllm.settings"); fill(); };
+  $("defaults").onclick = () => { Object.assign(settings, STANDARD); local.removeItem("tinyllm.settings"); fill(); };
   $("set").onclick = () => { menu(false); fill(); $("settings").showModal(); };
 }
 
@@ -562,7 +562,7 @@ async function start() {
     const same = kept.all().find(one => one.id === chat.id);
     if (same && $("look").hidden && !document.querySelector(".edit")) { chat = same; draw(); } else drawList();
   });
-  openChat(kept.all().find(one => one.id === sessionStorage.getItem("tinyllm.open")) ?? fresh());
+  openChat(kept.all().find(one => one.id === session.getItem("tinyllm.open")) ?? fresh());
 }
 
 start();
