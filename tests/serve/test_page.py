@@ -143,6 +143,18 @@ def test_a_browser_that_denies_storage(page):
         cdp("Page.removeScriptToEvaluateOnNewDocument", found)
 
 
+def test_a_conversation_removed_while_its_answer_is_written_does_not_come_back(page):
+    page.server.say(["half", 20.0])
+    page.write("Hi")
+    page.until(lambda: page.text(".assistant .body") == "half")
+    page.one("[aria-label='Remove Hi']").click()
+    page.driver.switch_to.alert.accept()
+    page.until(page.is_idle)
+    assert page.stored() == [] and page.texts("#list .name") == [] and page.all(".body") == []
+    page.ask("Next", "one")
+    assert page.texts("#list .name") == ["Next"]
+
+
 def test_two_tabs_lose_nothing_of_each_other(page):
     page.ask("Hi", "one")
     (chat,) = page.stored()
@@ -455,21 +467,43 @@ def test_a_narrow_screen_has_everything(page):
 # ------------------------------------------------------------------------------------- the runs
 
 
-def test_runs_are_drawn_as_they_go_on(driver, tmp_path):
-    def record(step):
-        return {
-            "step": step,
-            "tokens": 100 * step,
-            "train_loss": 4 / step,
-            "tokens_per_s": 50.0,
-            "lr": 0.1,
-            "grad_norm": 1.0,
-        }
+def record(step):
+    speed = {"tokens_per_s": 50.0, "lr": 0.1, "grad_norm": 1.0}
+    return {"step": step, "tokens": 100 * step, "train_loss": 4 / step} | speed
 
+
+def append(folder, *records):
+    folder.mkdir(exist_ok=True)
+    with open(folder / "metrics.jsonl", "a") as file:
+        file.writelines(json.dumps(each) + "\n" for each in records)
+
+
+def test_runs_that_have_not_come_far_are_drawn_beside_others(driver, tmp_path):
+    """One without a step, one without an evaluation, one with a single point; names are text."""
+    names = ["none", "<img src=x onerror=pwned=1>", "one", "many"]
+    append(tmp_path / names[0])
+    append(tmp_path / names[1], record(1), record(2))
+    append(tmp_path / names[2], record(1) | {"val_loss": 3.0})
+    append(tmp_path / names[3], *(record(step) | {"val_loss": 3.0 / step} for step in range(1, 9)))
+    resize(driver, WIDE)
+    with PageServer(tmp_path, runs=[tmp_path / name for name in names], model=False) as server:
+        page = Page(driver, server)
+        page.open()
+        page.until(lambda: page.all(".chart"))
+        assert page.texts("#runs .tiles:first-child h3") == names and len(page.all(".chart")) == 4
+        assert [len(page.all(f".charts .tile:first-child {mark}")) for mark in ("circle", "circle.ring")] == [
+            11,
+            2,
+        ]
+        assert "no step is recorded yet" in page.text("#runs")
+        page.change("x", "seconds")
+        assert len(page.all(".chart")) == 4 and not page.script("return window.pwned")
+    assert complaints(driver) == []
+
+
+def test_runs_are_drawn_as_they_go_on(driver, tmp_path):
     def log(name, *records):
-        (tmp_path / name).mkdir(exist_ok=True)
-        with open(tmp_path / name / "metrics.jsonl", "a") as file:
-            file.writelines(json.dumps(each) + "\n" for each in records)
+        append(tmp_path / name, *records)
 
     for name in ("a", "b"):
         log(name, record(1), record(2) | {"val_loss": 3.0, "train_eval_loss": 2.5})

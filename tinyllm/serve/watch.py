@@ -61,7 +61,7 @@ class WatchedRun:
         if self._damage is not None:
             number = len(self.records) + 1
             return [f"line {number} of {METRICS} is damaged ({self._damage}): later steps are not shown"]
-        return []
+        return [] if self.records else ["no step is recorded yet"]
 
     def _update(self, file) -> None:
         state = _status(file)

@@ -256,7 +256,7 @@ function chart(title, series, { width, height, zero, format }) {
   for (const each of series) {
     const group = h("g", { css: { "--c": each.color } });
     group.append(h("path", { class: each.style, d: each.points.map(([x, y], i) => `${i ? "L" : "M"}${sx(x).toFixed(1)} ${sy(y).toFixed(1)}`).join("") }));
-    if (each.dots) {
+    if (each.dots && each.points.length) {
       each.points.forEach(([x, y]) => group.append(h("circle", { cx: sx(x), cy: sy(y), r: 3 })));
       const best = each.points.reduce((a, b) => b[1] < a[1] ? b : a);
       group.append(h("circle", { class: "ring", cx: sx(best[0]), cy: sy(best[1]), r: 7 }));

@@ -187,9 +187,9 @@ const kept = {
   one(key) { try { const one = JSON.parse(local.getItem(key)); return PREFIX + one.id === key && isWhole(one) ? one : null; } catch { return null; } },
   all() { return Object.keys(local).filter(key => key.startsWith(PREFIX)).map(this.one).filter(Boolean).sort((a, b) => b.used - a.used); },
   save(chat) {
-    const put = one => keep(local, PREFIX + one.id, JSON.stringify(one));
+    const put = one => one.removed || keep(local, PREFIX + one.id, JSON.stringify(one));
     chat.nodes = { ...this.one(PREFIX + chat.id)?.nodes, ...chat.nodes }; // with what another tab has added
-    if (put(chat)) return;
+    if (put(chat)) return; // or it was removed while its answer was written
     for (const older of this.all().reverse()) { // a full store forgets alternatives of old answers first
       Object.values(older.nodes).forEach(node => node.tokens?.forEach(token => delete token.top));
       if (put(older) && put(chat)) return;
@@ -467,7 +467,7 @@ function drawList() {
     h("button", { class: "name", "aria-current": one.id === chat.id && "page", title: one.title, onclick: () => openChat(one) }, one.title || "New chat"),
     h("button", { class: "remove", "aria-label": `Remove ${one.title}`, onclick: () => {
       if (!confirm(`Remove the conversation “${one.title}”?`)) return;
-      if (running?.chat.id === one.id) running.stop();
+      if (running?.chat.id === one.id) { running.chat.removed = true; running.stop(); }
       kept.remove(one.id);
       if (one.id === chat.id) openChat(fresh()); else drawList();
     } }, "✕"))));
