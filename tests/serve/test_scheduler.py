@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from support.models import GEMMA2, GEMMA3, random_gpt2, random_llama
+from support.models import GEMMA2, GEMMA3, RELATIVES, ROPES, SMALL_LLAMA, random_gpt2, random_llama
 
 from tinyllm import Error, GPT2Config, LlamaConfig, generate, nn, no_grad
 from tinyllm.serve import scheduler as module
@@ -19,11 +19,13 @@ LLAMA = LlamaConfig(
 )  # fmt: skip
 GPT = GPT2Config(vocab_size=VOCABULARY, n_positions=CONTEXT, n_embd=12, n_layer=2, n_head=3,
                  embd_pdrop=0.0, attn_pdrop=0.0, resid_pdrop=0.0)  # fmt: skip
+WINDOW = dict(max_position_embeddings=CONTEXT, sliding_window=3)
 MODELS = {
     "llama": random_llama(LLAMA),
     "gpt2": random_gpt2(GPT),
     # Windows of 3 tokens, shorter than most prompts, in every layer or in every second one
     "gemma2": random_llama(replace(GEMMA2, max_position_embeddings=CONTEXT)),
+    "mistral": random_llama(RELATIVES["mistral"](**SMALL_LLAMA | WINDOW)),
     "gemma3": random_llama(replace(GEMMA3, max_position_embeddings=CONTEXT)),
 }
 
@@ -129,6 +131,23 @@ def test_rows_are_as_alone_whatever_others_do(name, script, slots, chunk):
         assert listener.ends == ["length"] if complete else listener.ends == ["cancelled"]
         assert_as_alone(model, listener)
     assert scheduler.rows == [None] * slots
+
+
+@pytest.mark.parametrize(("kind", "most"), [("longrope", 5), ("dynamic", 8)])
+def test_texts_end_where_the_frequencies_of_positions_change(kind, most):
+    """Beyond that all keys of a text would have to be rotated anew; a cache has them rotated."""
+    model = random_llama(LlamaConfig(**SMALL_LLAMA, rope_parameters=ROPES[kind]))
+    scheduler = Scheduler(model, 2)
+    assert scheduler.capacity == most
+    full = submitted(scheduler, [1, 2, 3], max_new_tokens=20, top=VOCABULARY)
+    longest = submitted(scheduler, [1] * most, max_new_tokens=20, top=VOCABULARY)
+    run(scheduler)
+    assert (full.ends, len(full.tokens)) == (["length"], most - 2)
+    assert (longest.ends, len(longest.tokens)) == (["length"], 1)
+    for listener in (full, longest):
+        assert_as_alone(model, listener)
+    with pytest.raises(Error, match=f"a row holds {most}"):
+        submitted(scheduler, [1] * (most + 1))
 
 
 def test_float32_tokens_agree_except_at_near_ties():

@@ -134,6 +134,20 @@ def longest(rope: Mapping, positions: int) -> int:
     return positions
 
 
+def longest_cached(config) -> int:
+    """The longest text that can be processed in several passes, as with a cache: see ``Rope``."""
+    rope = getattr(config, "rope_parameters", {})
+    every = [rope] if "rope_type" in rope else rope.values()  # or those of each kind of layer
+    trained = [trained_length(config, each) for each in every]
+    return min([config.context, *(length for length in trained if length is not None)])
+
+
+def trained_length(config, rope: Mapping) -> int | None:
+    """After how many tokens the frequencies change; None if they do not depend on the length."""
+    lengths = {"dynamic": config.max_position_embeddings, "longrope": rope.get(TRAINED)}
+    return lengths.get(rope["rope_type"])
+
+
 class Rope:
     """``rotation`` with one set of ``rope_parameters``, by default the config's.
 
@@ -149,8 +163,7 @@ class Rope:
         self.frequencies = rope_frequencies(config, parameters)  # (D/2,), of texts as long as in training
         self.factor = attention_factor(config, parameters)
         self.kind = rope["rope_type"]
-        lengths = {"dynamic": config.max_position_embeddings, "longrope": rope.get(TRAINED)}
-        self.trained = lengths.get(self.kind)  # None: the frequencies do not depend on the length
+        self.trained = trained_length(config, rope)
 
     def __call__(self, positions: np.ndarray, like) -> tuple:
         """cos and sin of the positions' angles, in the dtype and array type of ``like``; see ``rotation``."""

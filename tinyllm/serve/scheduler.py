@@ -33,6 +33,7 @@ from tinyllm.inference.decoding import DecodingSteps
 from tinyllm.inference.generate import logits_of
 from tinyllm.inference.sampling import check_sampling, choose_tokens, suppress
 from tinyllm.models.cache import Cache, common_prefix
+from tinyllm.models.rope import longest_cached
 
 CHUNK = 64  # tokens of a prompt in a step while others decode: about the time of one more step
 LONG_CHUNK = 512  # while none does
@@ -96,7 +97,8 @@ class Scheduler:
 
     def __init__(self, model, slots: int = 4, capacity: int | None = None, queue: int = 32, suppress_ids=()):
         slots, queue = check_at_least(slots, 1, "slots"), check_at_least(queue, 1, "queue")
-        self.model, self.capacity = model, min(capacity or model.context, model.context)
+        most = longest_cached(model.config)  # a text is read in chunks, and goes on in later turns
+        self.model, self.capacity = model, min(capacity or most, most)
         self.cache = model.new_cache(slots, min(START, self.capacity))
         self.queue, self.suppress_ids = queue, suppress_ids
         self.waiting: collections.deque[Request] = collections.deque()
