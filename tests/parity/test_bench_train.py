@@ -354,7 +354,7 @@ def test_wrong_arguments_give_one_sentence_and_exit_code_2(arguments, sentence):
         (["bench", "sleep"], ["'bench sleep'", "scaling"]),
         (["bench", "tran"], ["did you mean train?"]),
         (["reprot"], ["did you mean report?"]),
-        (["sleep"], ["'sleep'", "report, proof, bench, reliability", "--help"]),
+        (["sleep"], ["'sleep'", "report, proof, grade, check, bench, reliability", "--help"]),
     ],
 )
 def test_an_unknown_command_gives_one_sentence_and_exit_code_2(capsys, arguments, named):
