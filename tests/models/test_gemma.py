@@ -31,12 +31,11 @@ from support.models import (  # noqa: E402
     gemma_configs,
     random_model,
 )
+from support.references import check_against_both  # noqa: E402
 
 from parity.__main__ import main  # noqa: E402
 from parity.compare import report  # noqa: E402
 from parity.compare.command import RANDOM_SIZES  # noqa: E402
-from parity.ops import cases as ops  # noqa: E402
-from parity.ops.cases import FLOOR  # noqa: E402
 from parity.twins import bridge  # noqa: E402
 
 KINDS = {"gemma2": GEMMA2, "gemma3": GEMMA3}
@@ -54,29 +53,9 @@ def their_config(config, **changes):
 # ------------------------------------------------------------ against the twin and transformers
 
 
-def check_against_both(config, rows, seed, num_targets):
-    model = random_model(config)
+def check(config, rows, seed, num_targets):
     ids, targets = batch(config, (rows, 1 + seed % config.max_position_embeddings), seed)
-    tensors = torch.from_numpy(ids), torch.from_numpy(targets)
-    loss = model.loss(ids, targets, num_targets=num_targets)
-    loss.backward()
-    for side, other in (("twin", bridge.to_torch(model)), ("transformers", bridge.to_transformers(model))):
-        logits = other(tensors[0])
-        logits = logits if side == "twin" else logits.logits
-        assert_close(model(ids).data, logits, f"logits of {side}")
-        total = torch.nn.functional.cross_entropy(logits.flatten(0, 1), tensors[1].flatten(), reduction="sum")
-        expected = total / (num_targets or int((targets != -100).sum()))
-        expected.backward()
-        assert loss.item() == pytest.approx(expected.item(), rel=1e-10)
-        theirs = {name.removeprefix("model."): p.grad for name, p in other.named_parameters()}
-        assert theirs.keys() == {name for name, _ in model.named_parameters()}
-        # For a single position the gradients of q_proj and k_proj are 0 except for rounding errors.
-        floor = FLOOR * max(gradient.abs().max() for gradient in theirs.values()).item()
-        for name, parameter in model.named_parameters():
-            reference = theirs[name].numpy()
-            ops.assert_close(parameter.grad, reference, f"gradient of {name} of {side}", floor=floor)
-        if side == "twin":
-            assert other.loss(*tensors, num_targets).item() == pytest.approx(loss.item(), rel=1e-10)
+    check_against_both(random_model(config), ids, targets, num_targets)
 
 
 sizes = dict(
@@ -88,14 +67,14 @@ sizes = dict(
 @example(config=GEMMA2, rows=2, seed=7, num_targets=None)
 @given(config=gemma_configs(Gemma2Config), **sizes)
 def test_gemma2_equals_transformers_and_the_twin(config, rows, seed, num_targets):
-    check_against_both(config, rows, seed, num_targets)
+    check(config, rows, seed, num_targets)
 
 
 @settings(max_examples=20)
 @example(config=GEMMA3, rows=2, seed=7, num_targets=None)
 @given(config=gemma_configs(Gemma3Config), **sizes)
 def test_gemma3_equals_transformers_and_the_twin(config, rows, seed, num_targets):
-    check_against_both(config, rows, seed, num_targets)
+    check(config, rows, seed, num_targets)
 
 
 def as_it_stands(model):

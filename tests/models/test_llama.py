@@ -25,10 +25,9 @@ from support.models import (  # noqa: E402
     random_llama,
     rewrite,
 )
+from support.references import check_against_both  # noqa: E402
 
 from parity.__main__ import main  # noqa: E402
-from parity.ops import cases as ops  # noqa: E402
-from parity.ops.cases import FLOOR  # noqa: E402
 from parity.twins import bridge  # noqa: E402
 
 # ------------------------------------------------------------ against the twin and transformers
@@ -44,27 +43,7 @@ from parity.twins import bridge  # noqa: E402
 def test_logits_loss_and_gradients_equal_transformers_and_the_twin(config, rows, seed, num_targets):
     model = random_llama(config, seed)
     ids, targets = batch(config, (rows, 1 + seed % config.context), seed)
-    tensors = torch.from_numpy(ids), torch.from_numpy(targets)
-    loss = model.loss(ids, targets, num_targets=num_targets)
-    loss.backward()
-    assert loss.shape == ()
-    for side, other in (("twin", bridge.to_torch(model)), ("transformers", bridge.to_transformers(model))):
-        logits = other(tensors[0])
-        logits = logits if side == "twin" else logits.logits
-        assert_close(model(ids).data, logits, f"logits of {side}")
-        total = torch.nn.functional.cross_entropy(logits.flatten(0, 1), tensors[1].flatten(), reduction="sum")
-        expected = total / (num_targets or int((targets != -100).sum()))
-        expected.backward()
-        assert loss.item() == pytest.approx(expected.item(), rel=1e-10)
-        theirs = {name.removeprefix("model."): p.grad for name, p in other.named_parameters()}
-        assert theirs.keys() == {name for name, _ in model.named_parameters()}
-        # For a single position the gradients of q_proj and k_proj are 0 except for rounding errors.
-        floor = FLOOR * max(gradient.abs().max() for gradient in theirs.values()).item()
-        for name, parameter in model.named_parameters():
-            reference = theirs[name].numpy()
-            ops.assert_close(parameter.grad, reference, f"gradient of {name} of {side}", floor=floor)
-        if side == "twin":
-            assert other.loss(*tensors, num_targets).item() == pytest.approx(loss.item(), rel=1e-10)
+    check_against_both(model, ids, targets, num_targets)
 
 
 @pytest.mark.parametrize("rope", ROPES)

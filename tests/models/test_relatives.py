@@ -28,9 +28,8 @@ from support.models import (  # noqa: E402
     random_llama,
     rewrite,
 )
+from support.references import check_against, check_against_both  # noqa: E402
 
-from parity.ops import cases as ops  # noqa: E402
-from parity.ops.cases import FLOOR  # noqa: E402
 from parity.twins import bridge  # noqa: E402
 
 NAMES = {kind: ARCHITECTURES[kind].__name__ for kind in RELATIVES}
@@ -55,27 +54,6 @@ def config_of(kind, **changes):
 # ----------------------------------------------------------------- against the twin and transformers
 
 
-def check_against(model, other, side, ids, targets, num_targets=None):
-    """Logits, loss and all gradients at 1e-10."""
-    tensors = torch.from_numpy(ids), torch.from_numpy(targets)
-    model.zero_grad()
-    loss = model.loss(ids, targets, num_targets=num_targets)
-    loss.backward()
-    logits = other(tensors[0])
-    logits = logits if side == "twin" else logits.logits
-    assert_close(model(ids).data, logits, f"logits of {side}")
-    total = torch.nn.functional.cross_entropy(logits.flatten(0, 1), tensors[1].flatten(), reduction="sum")
-    expected = total / (num_targets or int((targets != -100).sum()))
-    expected.backward()
-    assert loss.item() == pytest.approx(expected.item(), rel=1e-10)
-    theirs = {name.removeprefix("model."): p.grad for name, p in other.named_parameters()}
-    assert theirs.keys() == {name for name, _ in model.named_parameters()}
-    floor = FLOOR * max(gradient.abs().max() for gradient in theirs.values()).item()
-    for name, parameter in model.named_parameters():
-        reference = theirs[name].numpy()
-        ops.assert_close(parameter.grad, reference, f"gradient of {name} of {side}", floor=floor)
-
-
 @every_kind
 @settings(max_examples=20)
 @given(data=st.data(), rows=st.integers(1, 3), seed=st.integers(0, 2**32 - 1),
@@ -84,8 +62,7 @@ def test_logits_loss_and_gradients_equal_transformers_and_the_twin(kind, data, r
     config = data.draw(llama_configs(RELATIVES[kind]))
     model = random_llama(config, seed)
     ids, targets = batch(config, (rows, 1 + seed % min(config.context, 40)), seed)
-    check_against(model, bridge.to_torch(model), "twin", ids, targets, num_targets)
-    check_against(model, bridge.to_transformers(model), "transformers", ids, targets, num_targets)
+    check_against_both(model, ids, targets, num_targets)
 
 
 @proven_kind
@@ -93,7 +70,7 @@ def test_several_query_blocks_and_row_chunks_equal_transformers(kind):
     """300 positions are several query blocks, of which those outside the window of 70 are skipped."""
     config = config_of(kind, max_position_embeddings=300, vocab_size=70, sliding_window=70)
     model = random_llama(config)
-    check_against(model, bridge.to_transformers(model), "transformers", *batch(config, (3, 300)))
+    check_against(bridge.to_transformers(model), model, *batch(config, (3, 300)))
 
 
 @every_kind
@@ -490,7 +467,7 @@ def test_explicit_layer_types_are_those_of_transformers():
     model = random_llama(config)
     assert model.windows() == [4, None, 4] and config.to_dict()["layer_types"] == kinds
     ids, targets = batch(config, (2, 8))
-    check_against(model, bridge.to_transformers(model), "transformers", ids, targets)
+    check_against(bridge.to_transformers(model), model, ids, targets)
     assert config_of("qwen3", layer_types=[FULL, SLIDING, SLIDING]) == config_of("qwen3")
 
 

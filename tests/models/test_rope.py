@@ -44,6 +44,11 @@ def their_frequencies(config, length=None):
     return compute(theirs, seq_len=length)
 
 
+PLAIN = dict(length=1, given_too=set(), numbers=[1] * 4, truncate=True)
+TURNS = PLAIN | dict(given_too={"beta_fast", "beta_slow"})
+DEEPSEEK = PLAIN | dict(given_too={"mscale", "mscale_all_dim"}, numbers=[1, 0.707, 1.5, 1], truncate=False)
+
+
 @given(
     kind=st.sampled_from(sorted(ROPE_TYPES)),
     half=st.integers(2, 64),
@@ -57,84 +62,16 @@ def their_frequencies(config, length=None):
     numbers=st.lists(st.floats(0.5, 2), min_size=4, max_size=4),
     truncate=st.booleans(),
 )
+@example(kind="llama3", half=64, theta=5e5, factor=8, low=1, more=3, trained=8192, **PLAIN)  # Llama 3.1 8B
+@example(kind="llama3", half=32, theta=5e5, factor=32, low=1, more=3, trained=8192, **PLAIN)  # Llama 3.2 1B
+@example(kind="default", half=64, theta=1e4, factor=1, low=1, more=1, trained=16, **PLAIN)  # Llama 2
 @example(
-    kind="llama3",
-    half=64,
-    theta=5e5,
-    factor=8,
-    low=1,
-    more=3,
-    trained=8192,
-    length=1,
-    given_too=set(),
-    numbers=[1] * 4,
-    truncate=True,
-)  # Llama 3.1 8B
+    kind="yarn", half=64, theta=1e6, factor=4, low=1, more=31, trained=32768, **PLAIN
+)  # Qwen2.5 at 131,072
+@example(kind="yarn", half=32, theta=1e4, factor=40, low=1, more=31, trained=4096, **DEEPSEEK)
 @example(
-    kind="llama3",
-    half=32,
-    theta=5e5,
-    factor=32,
-    low=1,
-    more=3,
-    trained=8192,
-    length=1,
-    given_too=set(),
-    numbers=[1] * 4,
-    truncate=True,
-)  # Llama 3.2 1B
-@example(
-    kind="default",
-    half=64,
-    theta=1e4,
-    factor=1,
-    low=1,
-    more=1,
-    trained=16,
-    length=1,
-    given_too=set(),
-    numbers=[1] * 4,
-    truncate=True,
-)  # Llama 2
-@example(
-    kind="yarn",
-    half=64,
-    theta=1e6,
-    factor=4,
-    low=1,
-    more=31,
-    trained=32768,
-    length=1,
-    given_too=set(),
-    numbers=[1] * 4,
-    truncate=True,
-)  # Qwen2.5 with 131,072 positions
-@example(
-    kind="yarn",
-    half=32,
-    theta=1e4,
-    factor=40,
-    low=1,
-    more=31,
-    trained=4096,
-    length=1,
-    given_too={"mscale", "mscale_all_dim"},
-    numbers=[1, 0.707, 1.5, 1],
-    truncate=False,
-)  # DeepSeek's
-@example(
-    kind="yarn",
-    half=2,
-    theta=1e4,
-    factor=4,
-    low=3,
-    more=1,
-    trained=16,
-    length=1,
-    given_too={"beta_fast", "beta_slow"},
-    numbers=[1] * 4,
-    truncate=True,
-)  # no pair turns three times
+    kind="yarn", half=2, theta=1e4, factor=4, low=3, more=1, trained=16, **TURNS
+)  # no pair turns 3 times
 def test_frequencies_of_every_rope_type_equal_transformers(
     kind, half, theta, factor, low, more, trained, length, given_too, numbers, truncate
 ):

@@ -5,9 +5,7 @@ import gzip
 import hashlib
 import html.parser
 import json
-import os
 import re
-import shutil
 
 import numpy as np
 import pytest
@@ -150,20 +148,11 @@ def test_wrong_requests(tmp_path):
 
 @pytest.fixture(scope="module")
 def driver():
-    webdriver = pytest.importorskip("selenium.webdriver")
-    chromium, chromedriver = shutil.which("chromium"), shutil.which("chromedriver")
-    if chromium is None or chromedriver is None:
-        pytest.skip("needs Chromium and chromedriver: apt-get install chromium chromium-driver")
-    options = webdriver.ChromeOptions()
-    options.binary_location = chromium
-    for argument in ("--headless=new", "--disable-gpu", "--disable-dev-shm-usage", "--window-size=1400,1200"):
-        options.add_argument(argument)
-    if hasattr(os, "geteuid") and os.geteuid() == 0:
-        options.add_argument("--no-sandbox")  # Chromium refuses to run as root with it
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
-    driver = webdriver.Chrome(options=options, service=webdriver.ChromeService(chromedriver))
-    yield driver
-    driver.quit()
+    from support.browser import browser  # skips where Selenium is missing
+
+    with browser() as driver:
+        driver.set_window_size(1400, 1200)
+        yield driver
 
 
 def eventually(driver, condition):
