@@ -229,4 +229,4 @@ for layer in (0, len(found.norms) // 2, len(found.norms) - 1):
 #
 # ## Read on
 # `tinyllm/tools/inspect_plot.py` draws the lens, the norms and the surprise; `observe` in
-# `tinyllm/nn/hooks.py` is how `inspect` sees every layer.
+# `tinyllm/nn/hooks.py` is how `inspect` sees every layer. Next: 16 reproduce and surpass.

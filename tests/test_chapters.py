@@ -1,7 +1,7 @@
 """Chapters print what their comments say, have one form, and run as notebooks.
 
 CI runs them at a small size, and with SmolLM2 those that take a minute. ``pytest -m full`` runs them all as
-they are: an hour.
+they are: an hour and a half.
 """
 
 import os
