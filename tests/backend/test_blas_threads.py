@@ -104,3 +104,38 @@ def test_few_rows_are_recorded_as_one_call_and_repeated():
     plan = Plan(*calls, result.view(np.ndarray), 5)
     x[...] = rng.standard_normal(x.shape)
     assert np.array_equal(plan(1), threads.matmul(x, w.T))
+
+
+def test_products_of_the_same_few_rows_become_one_call(monkeypatch):
+    """Unless the rows change between them, or a matrix is computed in the step."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "2")
+    rng = np.random.default_rng(0)
+    weights, x = [rng.standard_normal((n, 700)) for n in (500, 192, 67, 300)], rng.standard_normal((4, 700))
+
+    def step(x):
+        rows = x * 2
+        q, k = threads.matmul(rows, weights[0].T), threads.matmul(rows, weights[1].T)
+        q += 1  # a bias between the products
+        v = threads.matmul(rows, weights[2].T)
+        scaled = np.multiply(x[:1], weights[3], out=np.empty_like(x, shape=weights[3].shape))
+        last = threads.matmul(rows, scaled.T)
+        rows += 1
+        return (
+            q.sum(axis=1)
+            + (k * 3).sum(axis=1)
+            + v.sum(axis=1)
+            + last.sum(axis=1)
+            + (threads.matmul(rows, weights[0].T).sum(axis=1))
+        )
+
+    calls = []
+    for _ in range(2):
+        with recording() as some:
+            result = step(recorded(x))
+        calls.append(some)
+    plan = Plan(*calls, result.view(np.ndarray), 5)
+    plan.merge(threads.few_rows.__wrapped__)
+    merged = [len(call.args) for call in plan.calls if call.function is threads.few_rows.__wrapped__]
+    assert merged == [7, 3, 3]
+    x[...] = rng.standard_normal(x.shape)
+    np.testing.assert_allclose(plan(1), step(x), rtol=1e-12)

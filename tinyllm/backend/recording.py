@@ -227,7 +227,7 @@ class Plan:
         starting BLAS's threads as on reading its matrix.
         """
         fused, removed, places = {}, set(), {}
-        for group in self._groups():
+        for group in self._groups(_is_row_product):
             matrix = adjacent([call.args[1].T for call in group])
             if matrix is None:
                 continue
@@ -252,15 +252,32 @@ class Plan:
         self.calls, self.result = kept, placed(self.result)
         self._bind()
 
-    def _groups(self) -> list[list[Call]]:
-        """Products of the same row, of which each has an array of its own for its result."""
+    def merge(self, function: Callable) -> None:
+        """Make calls ``function(a, x, out)`` with the same a one: ``function(a, x, out, x, out, ...)``."""
+
+        def selected(call: Call) -> bool:
+            if call.function is not function or not all(isinstance(x, np.ndarray) for x in call.args):
+                return False
+            a, x, out = call.args
+            given = id(owner(x)) not in self.written  # and so the same before the first of the calls
+            return given and a.flags.c_contiguous and owner(out).nbytes == out.nbytes
+
+        removed = set()
+        for first, *others in self._groups(selected):
+            first.args = [*first.args, *(x for call in others for x in call.args[1:])]
+            removed |= set(map(id, others))
+        self.calls = [call for call in self.calls if id(call) not in removed]
+        self._bind()
+
+    def _groups(self, selected: Callable[[Call], bool]) -> list[list[Call]]:
+        """Of the calls that are ``selected``, those that follow one another with the same first argument."""
         groups, open_groups = [], {}
         for call in self.calls:
             written = id(owner(call.out))
             open_groups = {key: group for key, group in open_groups.items() if key[0] != written}
-            if _is_row_product(call):
+            if selected(call):
                 row = call.args[0]
-                key = id(owner(row)), offset(row), row.size, row.dtype
+                key = id(owner(row)), offset(row), row.shape, row.dtype
                 if key not in open_groups:
                     open_groups[key] = []
                     groups.append(open_groups[key])

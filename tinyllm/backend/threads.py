@@ -12,13 +12,16 @@ from concurrent.futures import ThreadPoolExecutor, wait
 import numpy as np
 from threadpoolctl import ThreadpoolController, threadpool_limits
 
+from tinyllm.backend.helpers import run_parts
 from tinyllm.backend.recording import as_one_call
 
 SMALL_PRODUCT = 2**20  # multiplications; below, a second thread costs more than it saves
 WIDE = 3  # columns per row of a result from which its columns are split among threads
 FEW_ROWS = 16  # below, a product is limited by reading its matrix
 UNPACKED = 10**6  # multiplications, below which OpenBLAS with AVX-512 does not copy the operands first
-LARGE_MATRIX = 2**20  # elements from which reading a matrix takes much longer than starting a second thread
+FEW_ROWS_PRODUCT = 2**17  # multiplications of few rows, from which the matrix is read in blocks
+SHARED = 2**18  # elements of a matrix from which a product of few rows is shared among threads
+HEAD_START = 2**17  # elements that a thread reads until another one is awake, in 40 microseconds
 BLOCK = (
     128 * 1024
 )  # elements: small enough for the cache, large enough to keep the GIL from being a bottleneck
@@ -167,7 +170,7 @@ def step_of_few_rows(rows: int):
     yield their core meanwhile. If another program takes it, each product waits until it is returned: 600 ms
     per token. With OPENBLAS_THREAD_TIMEOUT=20 (2**20 ticks) it is 40 to 70 ms. OpenBLAS reads the variable
     when it is loaded, and ``import tinyllm`` sets it unless NumPy was imported before. Without it, and with
-    several rows (see ``_few_rows``), BLAS uses one thread in this block.
+    several rows (see ``few_rows``), BLAS uses one thread in this block.
     """
     return contextlib.nullcontext() if rows == 1 and _BLAS_THREADS_SLEEP else one_blas_thread()
 
@@ -190,8 +193,8 @@ def matmul(a, b, out=None, bias=None):
     if out is None and on_host:
         out = np.empty((a.shape[0], b.shape[1]), a.dtype, like=a)
     if not on_host or len(a) < FEW_ROWS:
-        if on_host and len(a) > 1 and len(a) * b.size > SMALL_PRODUCT and b.T.flags.c_contiguous:
-            out = _few_rows(a, b.T, out)
+        if on_host and len(a) > 1 and len(a) * b.size > FEW_ROWS_PRODUCT and b.T.flags.c_contiguous:
+            out = few_rows(a, b.T, out)
         else:
             out = np.matmul(a, b, out=out)
         if bias is not None:
@@ -217,29 +220,50 @@ def matmul(a, b, out=None, bias=None):
 
 
 @as_one_call
-def _few_rows(a, w, out):
-    """``out`` = a wᵀ for few rows a (M, in) and a large matrix w (out, in), a block of rows of w at a time.
+def few_rows(a, *products):
+    """``out`` = a wᵀ for few rows a (M, in) and each w (out, in), given as (w, out, w, out, ...).
 
     BLAS copies w into the order in which it reads it, which takes longer than multiplying it by few rows: 8
-    rows cost as much as 5 products of one row. OpenBLAS's kernels for small products do not copy, and others
-    copy a block that is still in the cache when it is read: 2.3 such products with AVX-512, 3.0 with AVX2.
+    rows cost as much as 5 products of one row. So a block of rows of w is multiplied at a time. OpenBLAS's
+    kernels for small products do not copy, and others copy a block that is still in the cache when it is
+    read. Several matrices are shared among the threads as one.
     """
     rows, (M, K) = 64, a.shape
     while rows > 1 and rows * M * K > UNPACKED:
         rows //= 2
-    count = len(w) // rows
-    blocks = w[: count * rows].reshape(count, rows, K)
-    product = np.empty((count, rows, M), a.dtype)
 
-    def multiply(some):
-        np.matmul(blocks[some], a.T, out=product[some])
+    def multiply(part):
+        for w, out in part:
+            count = len(w) // rows
+            blocks, whole = w[: count * rows].reshape(count, rows, K), out[:, : count * rows]
+            np.matmul(a, blocks.swapaxes(1, 2), out=whole.reshape(M, count, rows).swapaxes(0, 1))
+            if count * rows < len(w):
+                np.matmul(a, w[count * rows :].T, out=out[:, count * rows :])
 
+    pairs = list(zip(products[::2], products[1::2]))
+    total = sum(len(w) for w, _ in pairs)
+    threads = 1 if total * K < SHARED or in_task() else num_threads()
     with one_blas_thread():
-        run_tasks(multiply, _shares(count) if w.size >= LARGE_MATRIX else [slice(None)])
-        out[:, : count * rows] = product.reshape(-1, M).T
-        if count * rows < len(w):
-            np.matmul(a, w[count * rows :].T, out=out[:, count * rows :])
-    return out
+        run_parts(multiply, _divided(pairs, total, threads, HEAD_START // K, rows))
+    return products[-1]
+
+
+def _divided(pairs: list, total: int, threads: int, head_start: int, multiple: int) -> list[list]:
+    """The ``total`` rows of the matrices w of ``pairs`` (w, out) in a list of (w, out) for each thread.
+
+    All get equally many, but the first one ``head_start`` more, in multiples of a number.
+    """
+    parts, ends = [], [(head_start + n * max(0, total - head_start) // threads) for n in range(1, threads)]
+    ends = [*(min(total, end // multiple * multiple) for end in ends), total]
+    for first, stop in zip([0, *ends], ends):
+        part, start = [], 0
+        for w, out in pairs:
+            rows = slice(max(first - start, 0), max(stop - start, 0))
+            if len(w[rows]):
+                part.append((w[rows], out[:, rows]))
+            start += len(w)
+        parts += [part] if part else []
+    return parts
 
 
 def _shares(length: int, multiple: int = 1) -> list[slice]:
