@@ -184,6 +184,7 @@ def test_a_real_run_is_reported_without_a_model(tmp_path, monkeypatch):
     with PageServer(tmp_path, runs=[tmp_path / "real"], model=False) as server:
         status, about = server.get("tinyllm/about")
         assert status == 200 and about == {"model": None, "watch": True}
+        assert server.get("health") == (200, {"status": "ok"})
         started = time.perf_counter()
         status, found = server.get("tinyllm/runs")
         assert status == 200 and time.perf_counter() - started < 5

@@ -43,15 +43,15 @@ def create_app(
     routes: Sequence[BaseRoute] = (),
     open_paths: Sequence[str] = (),
 ) -> Starlette:
-    """The application for an engine, which it starts and stops; for None, of the additional ``routes`` alone.
+    """The application for an engine, which it starts and stops; for None, of ``/health`` and ``routes``.
 
     An answer has at most ``max_tokens``. With an ``api_key`` every path except ``/health`` and ``open_paths``
     needs it. Pages of the origins ``cors``, and of no others, may send requests. Unless ``hosts`` is empty, a
     request must name one of them as its host (see ``Guard``). ``routes`` are additional endpoints, which find
     the engine in ``request.app.state.engine``.
     """
+    always = [Route("/health", health, methods=["GET"])]
     endpoints = [
-        Route("/health", health, methods=["GET"]),
         Route("/v1/models", models, methods=["GET"]),
         Route("/v1/models/{name:path}", model, methods=["GET"]),
         Route("/v1/chat/completions", chat_completions, methods=["POST"]),
@@ -60,7 +60,7 @@ def create_app(
     allowed = dict(allow_origins=list(cors), allow_methods=["GET", "POST"], allow_headers=["*"])
     guard = dict(api_key=api_key, origins=cors, hosts=hosts, open_paths=("/health", *open_paths))
     app = Starlette(
-        routes=[*([] if engine is None else endpoints), *routes],
+        routes=[*always, *([] if engine is None else endpoints), *routes],
         middleware=[*([Middleware(CORSMiddleware, **allowed)] if cors else []), Middleware(Guard, **guard)],
         exception_handlers={
             APIError: on_api_error,
@@ -98,6 +98,8 @@ async def _lifespan(app: Starlette):
 
 
 async def health(request: Request) -> Response:
+    if request.app.state.engine is None:
+        return JSONResponse({"status": "ok"})
     scheduler = request.app.state.engine.scheduler
     slots, idle, queued = len(scheduler.rows), scheduler.rows.count(None), len(scheduler.waiting)
     return JSONResponse({"status": "ok", "slots": slots, "busy": slots - idle, "queued": queued})
