@@ -5,17 +5,19 @@ import pickle
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.support.models import NO_DROPOUT, Wrapped
+from tests.support.models import GEMMA3, NO_DROPOUT, RELATIVES, SMALL_LLAMA, Wrapped, random_llama
 from tinyllm import GPT2, GPT2Config, Llama, LlamaConfig, Tensor, generate, nn, no_grad, optim
 from tinyllm.errors import Error
-from tinyllm.inference.decoding import DecodingSteps, adjacent
-from tinyllm.models.cache import Cache
+from tinyllm.inference.decoding import DecodingSteps, _Recording, adjacent
+from tinyllm.models import cache as cache_module
+from tinyllm.models.cache import Cache, RepeatedPlace
 from tinyllm.nn import hooks
 from tinyllm.nn.hooks import observe
 
@@ -44,7 +46,7 @@ def build(config, dtype=np.float64, seed=0):
 
 
 def decode(model, steps=20, rows=1, between=lambda step, cache: None):
-    """Logits of every step, with ``between`` called before it, and the object that ran them."""
+    """Logits of every step, with ``between`` called before it, and the last recording."""
     cache, run = model.new_cache(rows, 60), DecodingSteps(model, 100)
     ids = np.random.default_rng(rows).integers(0, 23, (steps + 1, rows, 1))
     logits = []
@@ -53,13 +55,13 @@ def decode(model, steps=20, rows=1, between=lambda step, cache: None):
         for step in range(steps):
             between(step, cache)
             logits.append(run(ids[step], cache).data)
-    return np.array(logits), run
+    return np.array(logits), next(reversed(run.recordings.values()), None)
 
 
 def plainly(*args, **kwargs):
     """``decode`` by the model alone."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(DecodingSteps, "_columns", lambda *args: None)
+        patch.setattr(DecodingSteps, "_places", lambda *args: None)
         return decode(*args, **kwargs)[0]
 
 
@@ -272,6 +274,85 @@ def test_rows_may_come_to_hold_equally_many_tokens_at_different_positions():
     np.testing.assert_allclose(decode(model, rows=2, between=shift)[0], expected, rtol=1e-10)
 
 
+LENGTHS = (3, 5, 1)
+RAGGED = CONFIGS | {
+    "a window": Windowed(**vars(LLAMA)),
+    "gemma3": replace(GEMMA3, max_position_embeddings=64),  # a window of 3 tokens in every layer but one
+    "mistral": RELATIVES["mistral"](**SMALL_LLAMA | dict(max_position_embeddings=64, sliding_window=3)),
+}
+
+
+def decode_ragged(model, steps=25, kept=2):
+    """Three rows of different lengths step together, and each alone; the newest recording."""
+    rng, run = np.random.default_rng(0), DecodingSteps(model, 100, kept)
+    together, alone = model.new_cache(3, 60), [model.new_cache(1, 60) for _ in LENGTHS]
+    with no_grad():
+        for row, length in enumerate(LENGTHS):
+            prompt = rng.integers(0, 13, (1, length))
+            for cache in (together[row : row + 1], alone[row]):
+                model(prompt, cache=cache)
+        for step in range(steps):
+            if step == 15:  # a longer text leaves, and a new one comes
+                for cache in (together[1:2], alone[1]):
+                    cache.clear()
+                    model([[1, 2]], cache=cache)
+            ids = rng.integers(0, 13, (3, 1))
+            logits = run(ids, together).data
+            for row, cache in enumerate(alone):
+                expected = model(ids[row : row + 1], cache=cache).data[0]
+                assert np.abs(logits[row] - expected).max() <= 1e-10 * np.abs(expected).max(), (step, row)
+            assert together.texts == [cache.texts[0] for cache in alone]
+    return next(reversed(run.recordings.values()))
+
+
+@pytest.mark.parametrize("slack", [2, 64])
+@pytest.mark.parametrize("name", RAGGED)
+def test_rows_of_different_lengths_are_repeated_and_are_as_alone(name, slack, monkeypatch):
+    """With little slack the entries of layers with a window move often."""
+    monkeypatch.setattr(cache_module, "SLACK", slack)
+    config = RAGGED[name]
+    model = build(config) if name in CONFIGS or name == "a window" else random_llama(config)
+    assert decode_ragged(model, kept=6).is_checked or slack == 2
+
+
+def change_place(self, place, correct=RepeatedPlace.follow, **changes):
+    faulty = copy.copy(place)
+    for name, change in changes.items():
+        setattr(faulty, name, change(getattr(place, name)))
+    correct(self, faulty)
+
+
+def change_positions(self, ids, positions, places, correct=_Recording._fill):
+    correct(self, ids, positions[:1], places)
+
+
+FAULTS = {
+    "a mask off by one": (
+        RepeatedPlace,
+        "follow",
+        partial(change_place, mask=lambda mask: np.roll(mask, 1, -1)),
+    ),
+    "entries written over": (
+        RepeatedPlace,
+        "follow",
+        partial(change_place, held=lambda held: held.clip(max=7)),
+    ),
+    "every row at the position of the first": (_Recording, "_fill", change_positions),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_planted_fault_in_rows_of_different_lengths_is_caught(fault, monkeypatch):
+    """By the comparison of a recorded step with the model's, or by that with each row alone."""
+    kind, name, function = FAULTS[fault]
+    monkeypatch.setattr(kind, name, lambda self, *args: function(self, *args))
+    try:
+        is_checked = decode_ragged(build(LLAMA)).is_checked
+    except AssertionError:
+        is_checked = False
+    assert not is_checked
+
+
 USES = ["step"] * 12 + ["rollback", "several tokens", "clear a row", "drop"]
 
 
@@ -325,7 +406,7 @@ def test_parameters_become_neighbours_and_keep_their_values():
 def test_generate_repeats_steps_and_writes_the_same_text():
     model = build(LLAMA, np.float32)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(DecodingSteps, "_columns", lambda *args: None)
+        patch.setattr(DecodingSteps, "_places", lambda *args: None)
         expected = [tokens.tolist() for tokens in generate(model, [[1, 2, 3]], 50, temperature=0)]
     assert [tokens.tolist() for tokens in generate(model, [[1, 2, 3]], 50, temperature=0)] == expected
 

@@ -101,14 +101,19 @@ actions = st.one_of(
 
 
 @pytest.mark.parametrize("name", MODELS)
-@given(st.lists(actions, min_size=3, max_size=16), st.integers(1, 4), st.integers(1, 5))
-def test_rows_are_as_alone_whatever_others_do(name, script, slots, chunk):
+@given(
+    st.lists(actions, min_size=3, max_size=16), st.integers(1, 4), st.integers(1, 5),
+    st.sampled_from([4, CONTEXT]), st.sampled_from([0, 8]),
+)  # fmt: skip
+def test_rows_are_as_alone_whatever_others_do(name, script, slots, chunk, start, steady):
+    """Also if the cache grows from ``start`` tokens on, and if steps are recorded at once."""
     model = MODELS[name]
     listeners = []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module, "CHUNK", chunk)
         patch.setattr(module, "LONG_CHUNK", 2 * chunk)
-        patch.setattr(module, "START", 4)  # the cache grows
+        patch.setattr(module, "START", start)
+        patch.setattr(module, "STEADY", steady)
         scheduler = Scheduler(model, slots, queue=100)
         for action, *values in script:
             if action == "submit":
@@ -168,18 +173,23 @@ def test_float32_tokens_agree_except_at_near_ties():
             text.append(token)
 
 
-def test_a_single_row_repeats_recorded_calls():
-    """A row that decodes alone uses the fast path of ``generate``, until another one comes."""
-    model = random_llama(LlamaConfig(**vars(LLAMA) | {"max_position_embeddings": 100}), dtype=np.float32)
+def test_rows_that_come_and_go_repeat_recorded_calls():
+    """Recorded for one row and for two, the steps serve the rows that come after them, too."""
+    model = random_llama(LlamaConfig(**vars(LLAMA) | {"max_position_embeddings": 100}))
     scheduler = Scheduler(model, 2)
-    listeners = [submitted(scheduler, [1, 2, 3], max_new_tokens=60)]
-    for _ in range(25):
-        scheduler.step()
-    assert scheduler._recorded.is_checked
-    listeners.append(submitted(scheduler, [1, 2, 4], max_new_tokens=60))
+    listeners = [submitted(scheduler, [1, 2, 3], max_new_tokens=90)]
+    for ids in ([1, 2, 4, 5], [7, 6], [8, 9, 1]):
+        for _ in range(20):
+            scheduler.step()
+        listeners.append(submitted(scheduler, ids, max_new_tokens=16))
+        if len(listeners) == 3:
+            recordings = set(scheduler._run.recordings.values())
     run(scheduler)
+    assert [recording.is_checked for recording in recordings] == [True, True]
+    assert set(scheduler._run.recordings.values()) == recordings
     for listener in listeners:
-        alone = generate(model, [listener.request.ids], 60, temperature=0)
+        count = listener.request.max_new_tokens
+        alone = generate(model, [listener.request.ids], count, temperature=0)
         assert listener.tokens == [int(step[0]) for step in alone]
 
 

@@ -6,9 +6,11 @@ layers and Tensors, half the time of a step of SmolLM2-135M, does not run. No ar
 forward pass, and a step's results are those of the model; where products were fused, up to rounding.
 
 The model itself runs whenever something might differ: in modules that are not tinyllm's own, or of which a
-method was replaced, because their Python code may do more than call NumPy; while somebody observes; with rows
-of different lengths; on a GPU; after anything was replaced in the model or the cache was rolled back, cleared
-or moved. A change of values in the parameters' arrays needs no such care: the plan reads these very arrays.
+method was replaced, because their Python code may do more than call NumPy; while somebody observes; on a
+GPU; after anything was replaced in the model, or if the columns of the cache that a step reads do not follow
+those of the recorded steps. Rows of different lengths join and leave: what is recorded writes where an array
+of indices says and hides what a mask says, and both are filled anew before each step. A change of values in
+the parameters' arrays needs no such care: the plan reads these very arrays.
 """
 
 from __future__ import annotations
@@ -22,8 +24,8 @@ from collections.abc import Callable
 import numpy as np
 
 from tinyllm.backend.recording import NotRepeatable, Plan, offset, owner, recorded, recording
-from tinyllm.backend.threads import FEW_ROWS, in_this_thread
-from tinyllm.models.cache import Cache
+from tinyllm.backend.threads import FEW_ROWS, few_rows, in_this_thread
+from tinyllm.models.cache import Cache, LayerCache, Place, RepeatedPlace
 from tinyllm.nn import Module, evaluating
 from tinyllm.nn.hooks import is_observed
 from tinyllm.tensor import Tensor, mode
@@ -33,95 +35,151 @@ _joining = threading.Lock()  # held while parameters become neighbours in memory
 
 
 class DecodingSteps:
-    """``model(ids, last_only, cache)`` in eval mode, repeated for successive steps of one text, or of several
-    in step.
+    """``model(ids, last_only, cache)`` in eval mode, repeated for successive steps of the rows of a cache.
 
-    ``steps`` is how many there will be at most; with fewer than ``FEW_STEPS`` nothing is recorded.
+    ``steps`` is how many there will be at most; with fewer than ``FEW_STEPS`` nothing is recorded. Each
+    recording belongs to one cache and, if its rows have different lengths, to the columns that layers with a
+    window read. At most ``kept`` are kept, those used last, each begun after ``patience`` steps of its kind.
     """
 
-    def __init__(self, model, steps: int):
-        self.model, self.enabled = model, steps >= FEW_STEPS
-        self._forget()
+    def __init__(self, model, steps: int, kept: int = 1, patience: int = 0):
+        self.model, self.enabled, self.kept, self.patience = model, steps >= FEW_STEPS, kept, patience
+        self.forget()
 
-    def _forget(self) -> None:
-        self.plan, self.is_checked, self.columns, self.calls = None, False, [], []
+    def forget(self) -> None:
+        """Free all recordings, and with them the caches to which they belong."""
+        self.recordings: dict[tuple, _Recording] = {}
 
     def __call__(self, ids: np.ndarray, cache: Cache | None, last_only: bool = True) -> Tensor:
-        columns = self._columns(ids, cache) if self.enabled and last_only else None
-        if columns is None:
+        places = self._places(ids, cache) if self.enabled and last_only else None
+        recording = None if places is None else self._recording(cache, places)
+        if recording is None:
             return self._run(ids, cache, last_only)
-        step, positions = self._number(columns), cache.positions(1)
-        if self.columns and (step is None or not self.unchanged(cache, ids, positions)):
-            self._forget()
-        if self.plan is None:
-            return self._record(ids, positions, cache, columns)
-        self.ids[...], self.positions[...] = ids, positions
-        logits = self.plan(step).copy()
-        if self.is_checked:
+        positions = cache.lengths[:, None] if recording.places else cache.positions(1)
+        if recording.columns and not recording.goes_on(cache, places, ids, positions):
+            recording.forget()
+        if recording.plan is None:
+            return self._record(recording, ids, positions, cache, places)
+        logits = recording.repeat(ids, positions, places).copy()
+        if recording.is_checked:
             cache.advance(ids)
             return Tensor(logits)
         expected = self._run(ids, cache)
-        self.is_checked = self.enabled = np.array_equal(logits, expected.data)
+        recording.is_checked = self.enabled = np.array_equal(logits, expected.data)
         with _joining:
-            if self.is_checked and self.unchanged(cache, ids, positions):  # by another thread
-                self.plan.fuse_products(adjacent(self.model))
-                self.unchanged = _unchanged(self.model, cache, ids, positions)
+            if recording.is_checked and recording.unchanged(cache, ids, positions):  # by another thread
+                recording.plan.fuse_products(adjacent(self.model))
+                recording.plan.merge(few_rows.__wrapped__)
+                recording.unchanged = _unchanged(self.model, cache, ids, positions)
         return expected
 
     def _run(self, ids, cache: Cache | None, last_only: bool = True) -> Tensor:
         with evaluating(self.model):
             return self.model(ids, last_only=last_only, cache=cache)
 
-    def _columns(self, ids, cache: Cache | None) -> list[tuple[int, int]] | None:
-        """The first and last column of the keys that each layer reads; None if the model itself must run."""
+    def _places(self, ids, cache: Cache | None) -> list[Place] | None:
+        """Where the tokens go, in each kind of layer; None if the model itself must run."""
         if cache is None or ids.shape[1] != 1 or len(ids) >= FEW_ROWS or is_observed() or mode.watch:
             return None
-        places = {id(layer.place): layer.place for layer in cache.layers(*ids.shape)}.values()
-        if any(place.mask is not None or place.stop > place.capacity for place in places):
-            return None
-        return [(place.first, place.stop) for place in places] or None
+        places = list({id(layer.place): layer.place for layer in cache.layers(*ids.shape)}.values())
+        return places if places and all(place.stop <= place.capacity for place in places) else None
 
-    def _number(self, columns) -> int | None:
-        """The number of a step, 0 for the second that was recorded; None if its columns do not follow."""
-        if len(self.columns) < 2:
-            follows = self.columns and columns[0][1] == self.columns[0][0][1] + 1
-            return 0 if follows else None
-        first, second = self.columns
-        step = columns[0][1] - second[0][1]
-        expected = [tuple(y + step * (y - x) for x, y in zip(*pair)) for pair in zip(first, second)]
-        return step if columns == expected else None
+    def _recording(self, cache: Cache, places: list[Place]) -> _Recording | None:
+        """That of steps like this one; None while there were too few of them."""
+        masked = [place for place in places if place.mask is not None]
+        key = cache, *((place.window, place.window and (place.first, place.end)) for place in masked)
+        recording = self.recordings.pop(key, None)
+        if recording is None:
+            heads = cache.keys[0].shape[1]
+            recording = _Recording({place.window: RepeatedPlace(place, heads) for place in masked})
+        self.recordings[key] = recording  # the last one
+        while len(self.recordings) > self.kept:
+            del self.recordings[next(iter(self.recordings))]
+        recording.seen += 1
+        return recording if recording.seen > self.patience else None
 
-    def _record(self, ids, positions, cache: Cache, columns) -> Tensor:
+    def _record(self, recording: _Recording, ids, positions, cache: Cache, places) -> Tensor:
         """Run and record a step; make the plan if it is the second."""
         try:
-            if not self.columns:
+            if not recording.columns:
                 # First of all: what another thread replaces from now on is noticed.
-                self.unchanged = _unchanged(self.model, cache, ids, positions)
-                self.ids, self.positions = ids.copy(), positions.copy()
-                self.recorded = _recorded_copy(self.model)
-            self.ids[...], self.positions[...] = ids, positions
-            calls, logits = self._recorded_step(cache)
+                recording.begin(_unchanged(self.model, cache, ids, positions), ids, positions)
+                recording.model = _recorded_copy(self.model)
+            calls, logits = recording.step(ids, positions, cache, places)
         except NotRepeatable:
             self.enabled = False
             return self._run(ids, cache)
-        self.columns.append(columns)
-        self.calls.append(calls)
-        if len(self.calls) == 2:
+        recording.columns.append(_columns(places))
+        recording.calls.append(calls)
+        if len(recording.calls) == 2:
             try:
-                self.plan = Plan(*self.calls, logits, cache.capacity - columns[0][1])
+                recording.plan = Plan(*recording.calls, logits, cache.capacity - places[0].stop)
             except NotRepeatable:
                 self.enabled = False
-            self.calls, self.recorded = [], None
+            recording.calls, recording.model = [], None
         return Tensor(logits.copy())  # the plan computes later ones in the same memory
 
-    def _recorded_step(self, cache: Cache) -> tuple[list, np.ndarray]:
-        """The calls of a step, and its logits."""
+
+class _Recording:
+    """The recorded steps of the rows of a cache, and their plan.
+
+    ``places`` has those, by window, of the layers in which rows have different lengths.
+    """
+
+    def __init__(self, places: dict[int | None, RepeatedPlace]):
+        self.places, self.seen = places, 0
+        self.forget()
+
+    def forget(self) -> None:
+        self.plan, self.is_checked, self.columns, self.calls = None, False, [], []
+
+    def begin(self, unchanged: Callable[..., bool], ids, positions) -> None:
+        self.unchanged, self.ids, self.positions = unchanged, ids.copy(), positions.copy()
+
+    def goes_on(self, cache: Cache, places: list[Place], ids, positions) -> bool:
+        """Whether nothing changed but the tokens, and the columns follow those that were recorded."""
+        return self._number(places) is not None and self.unchanged(cache, ids, positions)
+
+    def _number(self, places: list[Place]) -> int | None:
+        """The number of a step, 0 for the second that was recorded; None if its columns do not follow."""
+        columns, first = _columns(places), self.columns[0]
+        if len(self.columns) < 2:
+            grow = [place.window not in self.places or place.window is None for place in places]
+            follows = [now[1] - before[1] for before, now in zip(first, columns)] == grow
+            return 0 if follows else None
+        second = self.columns[1]
+        grown = ((now[1] - y[1], y[1] - x[1]) for x, y, now in zip(first, second, columns))
+        step = next((count for count, change in grown if change), 0)
+        expected = [tuple(y + step * (y - x) for x, y in zip(*pair)) for pair in zip(first, second)]
+        return step if columns == expected else None
+
+    def repeat(self, ids, positions, places: list[Place]) -> np.ndarray:
+        self._fill(ids, positions, places)
+        return self.plan(self._number(places))
+
+    def _fill(self, ids, positions, places: list[Place]) -> None:
+        self.ids[...], self.positions[...] = ids, positions
+        for place in places:
+            if place.window in self.places:
+                self.places[place.window].follow(place)
+
+    def step(self, ids, positions, cache: Cache, places: list[Place]) -> tuple[list, np.ndarray]:
+        """Record a step: its calls, and its logits."""
+        self._fill(ids, positions, places)
         same = copy.copy(cache)  # its texts are the cache's own
         same.keys, same.values = list(map(recorded, cache.keys)), list(map(recorded, cache.values))
         same.positions = lambda count: recorded(self.positions)
+        by_window = {place.window: place for place in places} | self.places
+        parts = list(zip(same.keys, same.values, map(by_window.get, cache.windows)))
+        same.layers = lambda rows, count: [LayerCache(*part) for part in parts]
         with recording() as calls, in_this_thread():
-            logits = self.recorded(recorded(self.ids), last_only=True, cache=same)
+            logits = self.model(recorded(self.ids), last_only=True, cache=same)
         return calls, logits.data.view(np.ndarray)
+
+
+def _columns(places: list[Place]) -> list[tuple[int, int]]:
+    """The first and last column of the keys that each kind of layer reads."""
+    return [(place.first, place.end) for place in places]
 
 
 def _recorded_copy(model: Module) -> Module:

@@ -79,12 +79,16 @@ class Place:
     def __post_init__(self):
         self.same = (self.held == self.held[0]).all()
         self.stop = int(self.held.max()) + self.count
-        # Columns that no query sees are not returned.
+        # Columns that no query sees are not returned: ``first`` to ``end`` are.
         self.first = 0 if self.window is None else max(0, int(self.held.min()) + 1 - self.window)
-        cut = self.window is not None and self.stop - self.first > self.window
+        self.end = self.stop
+        if self.window is not None and not self.same and self.count == 1 and self.stop <= self.capacity:
+            # Which ones are seen is decided by the mask, so that few of the steps read different columns.
+            self.first, self.end = 0, min(self.capacity, -(-self.stop // SLACK) * SLACK)
+        cut = self.window is not None and self.end - self.first > self.window
         if not self.same or cut:
             column, query = (
-                np.arange(self.first, self.stop),
+                np.arange(self.first, self.end),
                 self.held[:, None, None] + np.arange(self.count)[:, None],
             )
             mask = column <= query
@@ -115,7 +119,34 @@ class Place:
         else:
             for row, start in enumerate(self.held.tolist()):
                 entries[row, :, start : start + self.count] = new[row]
-        return entries[:, :, self.first : self.stop]
+        return entries[:, :, self.first : self.end]
+
+
+class RepeatedPlace:
+    """The place of one new token in each row, in arrays that stay the same from step to step.
+
+    NumPy calls on these arrays, once recorded, can be repeated for rows of other lengths: ``follow`` changes
+    the contents only. What a step reads depends on the columns ``first`` to ``end`` of the ``Place``.
+    """
+
+    def __init__(self, place: Place, heads: int):
+        rows = len(place.held)
+        self.starts = np.arange(rows * heads) * place.capacity  # of each row's heads, in columns of all
+        self.index = np.empty(rows * heads, np.int64)  # where the new entries go
+        self.masks = np.empty((rows, 1, 1, place.capacity), bool)
+        self.follow(place)
+
+    def follow(self, place: Place) -> None:
+        np.add(self.starts, np.repeat(place.held, len(self.starts) // len(place.held)), out=self.index)
+        self.first, self.end, self.offsets = place.first, place.end, place.offsets
+        self.mask = self.masks[..., self.first : self.end]
+        self.mask[...] = place.mask
+
+    def append(self, entries, new):
+        """``Place.append`` for ``new`` (B, G, 1, D)."""
+        D = entries.shape[3]
+        entries.reshape(-1, D)[self.index] = new.reshape(-1, D)
+        return entries[:, :, self.first : self.end]
 
 
 class Cache:

@@ -38,7 +38,9 @@ from tinyllm.models.rope import longest_cached
 CHUNK = 64  # tokens of a prompt in a step while others decode: about the time of one more step
 LONG_CHUNK = 512  # while none does
 START = 1024  # tokens that a row holds at first
-STEADY = 8  # steps of a single row, after which its calls are recorded (``inference/decoding.py``)
+STEADY = 8  # steps of some rows, after which they are recorded (``inference/decoding.py``)
+RECORDINGS = 8  # kept: of as many rows as usually decode together, and of a few more or fewer
+NEAR = 1024  # tokens that may be moved so that the rows of a step are the first ones
 
 
 class Busy(Exception):
@@ -106,9 +108,8 @@ class Scheduler:
         self.used = [0] * slots  # when each row was last in use: a time that counts requests
         self._lock, self._clock, self._held = threading.Lock(), itertools.count(1), 0
         self._views: dict[tuple[int, int], Cache] = {}
-        self._plain, self._recorded = DecodingSteps(model, 0), DecodingSteps(model, self.capacity)
+        self._run = DecodingSteps(model, self.capacity, RECORDINGS, STEADY)
         self.ends: collections.deque[float] = collections.deque(maxlen=9)  # times at which rows became free
-        self._last, self._steady = [], 0  # the rows that decoded in the last step, and for how many steps
 
     def submit(self, *requests: Request) -> None:
         """Append requests to the queue, all or none. Raises ``Busy``, and ``Error`` for a request that can
@@ -241,7 +242,7 @@ class Scheduler:
         try:
             self._make_room(len(row.text))
             view, ids = self._view(place, place + 1), np.array([pending[:chunk]])
-            logits = logits_of(self._plain, ids, view)[0]
+            logits = logits_of(self._run, ids, view)[0]
         except Exception as error:
             self._end(row, error)
             return
@@ -251,14 +252,10 @@ class Scheduler:
     def _decode(self, rows: list[_Row]) -> None:
         first = self._make_neighbours(rows)
         rows = self.rows[first : first + len(rows)]
-        self._steady = self._steady + 1 if rows == self._last else 0
-        self._last = rows
-        # Rows that came one after another have different lengths, which recorded steps do not allow.
-        run = self._recorded if len(rows) == 1 and self._steady >= STEADY else self._plain
         try:
             self._make_room(max(len(row.text) for row in rows))
             ids = np.array([row.text[-1:] for row in rows])
-            logits = logits_of(run, ids, self._view(first, first + len(rows)))
+            logits = logits_of(self._run, ids, self._view(first, first + len(rows)))
         except Exception as error:
             if len(rows) == 1:
                 self._end(rows[0], error)
@@ -279,13 +276,14 @@ class Scheduler:
             larger = min(max(tokens, 2 * self.cache.capacity), self.capacity)
             self.cache = self.cache.with_capacity(larger)
             self._views.clear()
-            self._recorded = DecodingSteps(self.model, self.capacity)  # the old one refers to the old cache
+            self._run.forget()  # what refers to the old cache
 
     def _make_neighbours(self, rows: list[_Row]) -> int:
         """Exchange rows of the cache so that these are neighbours, and return the place of the first.
 
         A batch is a slice of the cache: a copy of scattered rows at every step would cost more than moving
-        one of them now and then. Of all slices the one is taken for which the fewest tokens are moved.
+        one of them now and then. The slice is the first one for which few tokens are moved, because recorded
+        steps belong to it, or else the one for which the fewest are.
         """
         places = {self.rows.index(row) for row in rows}
         lengths = list(map(len, self.cache.texts))
@@ -295,7 +293,7 @@ class Scheduler:
             return list(zip(sorted(places - set(inside)), sorted(set(inside) - places)))
 
         def cost(first: int) -> int:
-            return sum(max(lengths[a], lengths[b]) for a, b in moves(first))
+            return max(NEAR, sum(max(lengths[a], lengths[b]) for a, b in moves(first)))
 
         best = min(range(len(self.rows) - len(rows) + 1), key=cost)
         for a, b in moves(best):
