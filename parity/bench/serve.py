@@ -5,6 +5,7 @@ is compared with another program: batching is compared with one client, a second
 """
 
 import http.client
+import itertools
 import json
 import os
 import re
@@ -32,9 +33,9 @@ class Sizes:
     """Numbers of clients, requests, tokens and seconds."""
 
     clients: tuple[int, ...] = (1, 4, 8, 16)
-    requests: int = 2  # of each client, one after another
+    steady: float = 20.0  # seconds in which every client asks one request after another
     prompt: int = 32  # tokens; client i has i more, so that rows have different lengths
-    new: int = 128  # tokens of each answer
+    new: int = 128  # tokens of an answer, at most
     crowd: int = 32  # clients at once
     seconds: float = 120.0  # that the crowd stays
     slots: int = 8  # for the crowd
@@ -85,6 +86,7 @@ class Reply:
     tokens: int = 0
     first: float = 0.0  # seconds to the first text
     text: str = ""
+    times: list[float] = field(default_factory=list)  # of time.perf_counter(), at each event
     problem: str | None = None  # why the reply is not whole
 
 
@@ -103,6 +105,7 @@ def ask(port: int, path: str, body: dict) -> Reply:
         for line in response:
             if line.startswith(b"data: "):
                 events.append(line[6:].strip())
+                reply.times.append(time.perf_counter())
                 reply.first = reply.first or _has_text(events[-1]) * (time.perf_counter() - start)
         reply.problem = _read(events, reply)
     except (OSError, http.client.HTTPException, ValueError) as error:
@@ -147,21 +150,24 @@ def at_once(count: int, client) -> None:
 
 
 def throughput(port: int, count: int, sizes: Sizes) -> float:
-    """Tokens per second of ``count`` clients in total, prefill included."""
-    replies = []
+    """Tokens per second of ``count`` clients in total, prefill included, while all of them are there.
+
+    Answers end where the model ends them, so that clients with a fixed number of requests would not.
+    """
+    replies, start = [], time.perf_counter()
+    end = start + sizes.steady
 
     def client(number: int) -> None:
-        for turn in range(sizes.requests):
+        for turn in itertools.takewhile(lambda turn: time.perf_counter() < end, itertools.count()):
             seed = 1000 * count + 100 * turn + number
             ids = [3 + (seed + 7 * i) % 50 for i in range(sizes.prompt + number)]
             body = dict(prompt=ids, max_tokens=sizes.new, temperature=0.8, top_k=40, seed=seed)
             replies.append(ask(port, "/v1/completions", body))
 
-    start = time.perf_counter()
     at_once(count, client)
-    seconds = time.perf_counter() - start
     _check(replies)
-    return sum(reply.tokens for reply in replies) / seconds
+    shares = (sum(at < end for at in reply.times) / len(reply.times) for reply in replies)
+    return sum(reply.tokens * share for reply, share in zip(replies, shares)) / sizes.steady
 
 
 def two_turns(port: int, number: int, sizes: Sizes) -> tuple[float, float]:

@@ -11,7 +11,7 @@ from parity.bench.serve import Reply, Sizes
 pytest.importorskip("uvicorn")
 
 SMALL = Sizes(
-    clients=(1, 2), requests=1, prompt=4, new=6, crowd=6, seconds=3, slots=2, queue=1, context=900,
+    clients=(1, 2), steady=1, prompt=4, new=6, crowd=6, seconds=3, slots=2, queue=1, context=900,
     history=20, turns=1,
 )  # fmt: skip
 
