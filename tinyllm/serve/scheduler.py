@@ -38,8 +38,8 @@ from tinyllm.models.rope import longest_cached
 CHUNK = 64  # tokens of a prompt in a step while others decode: about the time of one more step
 LONG_CHUNK = 512  # while none does
 START = 1024  # tokens that a row holds at first
-STEADY = 8  # steps of some rows, after which they are recorded (``inference/decoding.py``)
-RECORDINGS = 8  # kept: of as many rows as usually decode together, and of a few more or fewer
+STEADY = 16  # steps of some rows, after which they are recorded, which costs what 14 steps gain
+RECORDINGS = 20  # kept: of every number of rows that decode together now and then
 NEAR = 1024  # tokens that may be moved so that the rows of a step are the first ones
 
 
