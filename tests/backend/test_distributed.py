@@ -227,4 +227,3 @@ def test_threads_are_changed_while_the_program_runs(monkeypatch):
         done = []
         threads.run_tasks(done.append, [1, 2, 3])
         assert sorted(done) == [1, 2, 3]
-    threads._reset_workers()

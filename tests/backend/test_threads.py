@@ -1,4 +1,4 @@
-"""The thread pool: every task runs once, all threads take part, and exceptions propagate."""
+"""Tasks on all cores: every task runs once, all threads take part, and exceptions propagate."""
 
 import os
 import threading
@@ -13,7 +13,6 @@ from tinyllm.backend import threads
 @pytest.fixture(autouse=True)
 def three_threads(monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "3")
-    monkeypatch.setattr(threads._Workers, "pool", None)
 
 
 @pytest.mark.parametrize(

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import collections
 import contextlib
-import contextvars
 import os
 import threading
-from concurrent.futures import ThreadPoolExecutor, wait
 
 import numpy as np
 from threadpoolctl import ThreadpoolController, threadpool_limits
@@ -15,23 +13,23 @@ from threadpoolctl import ThreadpoolController, threadpool_limits
 from tinyllm.backend.helpers import run_parts
 from tinyllm.backend.recording import as_one_call
 
-SMALL_PRODUCT = 2**20  # multiplications; below, a second thread costs more than it saves
+# Handing work to a second thread takes 25 to 100 microseconds, most of which the system needs to wake it.
+SMALL_PRODUCT = 2**23  # multiplications; below, a second thread costs more than it saves
 WIDE = 3  # columns per row of a result from which its columns are split among threads
 FEW_ROWS = 16  # below, a product is limited by reading its matrix
 UNPACKED = 10**6  # multiplications, below which OpenBLAS with AVX-512 does not copy the operands first
 FEW_ROWS_PRODUCT = 2**17  # multiplications of few rows, from which the matrix is read in blocks
 SHARED = 2**18  # elements of a matrix from which a product of few rows is shared among threads
 HEAD_START = 2**17  # elements that a thread reads until another one is awake, in 40 microseconds
-BLOCK = (
-    128 * 1024
-)  # elements: small enough for the cache, large enough to keep the GIL from being a bottleneck
+BLOCK = 2**17  # elements: small enough for the cache, large enough to keep the GIL from being a bottleneck
+FEW_BLOCKS = 3  # elementwise work on so many blocks is done before a second thread is at work
 
 
 VARIABLES = "OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"
 
 
 def num_threads() -> int:
-    """The size of the thread pool: OMP_NUM_THREADS, else OPENBLAS_NUM_THREADS, else the available cores."""
+    """How many threads work: OMP_NUM_THREADS, else OPENBLAS_NUM_THREADS, else the available cores."""
     for name in VARIABLES:
         value = os.environ.get(name, "")
         if value.isdecimal() and int(value) > 0:
@@ -54,23 +52,14 @@ def threads_are_chosen() -> bool:
 def use_threads(number: int) -> None:
     """Use this many threads from now on, as if OMP_NUM_THREADS had been set at the start."""
     os.environ[VARIABLES[0]] = str(number)
-    _reset_workers()
     threadpool_limits(limits=number, user_api="blas")
 
 
 class _Workers:
-    """The thread pool and the controller of BLAS's threads, created when first used."""
+    """BLAS's libraries, found when first used, and what each thread is doing."""
 
-    pool = blas = None
+    blas = None
     busy = threading.local()
-
-
-def _reset_workers():
-    _Workers.pool = _Workers.blas = None
-
-
-if hasattr(os, "register_at_fork"):  # a forked child inherits the pool object but not its threads
-    os.register_at_fork(after_in_child=_reset_workers)
 
 
 def run_tasks(function, tasks: list) -> None:
@@ -81,16 +70,14 @@ def run_tasks(function, tasks: list) -> None:
     """
     if getattr(_Workers.busy, "first_task_only", False):
         tasks = tasks[:1]
-    helpers = min(num_threads(), len(tasks)) - 1
-    if helpers < 1 or in_task():
+    helpers = 0 if len(tasks) < 2 or in_task() else min(num_threads(), len(tasks)) - 1
+    if helpers < 1:
         for task in tasks:
             function(task)
         return
-    if _Workers.pool is None:
-        _Workers.pool = ThreadPoolExecutor(num_threads(), thread_name_prefix="tinyllm")
     left = collections.deque(tasks)
 
-    def work():
+    def work(_):
         _Workers.busy.flag = True  # nested work stays in this thread
         try:
             while (task := _next(left)) is not None:
@@ -98,14 +85,7 @@ def run_tasks(function, tasks: list) -> None:
         finally:
             _Workers.busy.flag = False
 
-    # Each helper runs in a copy of this context, so that np.errstate applies there too.
-    running = [_Workers.pool.submit(contextvars.copy_context().run, work) for _ in range(helpers)]
-    try:
-        work()
-    finally:
-        wait(running)  # helpers may still be writing to the arrays
-    for helper in running:
-        helper.result()
+    run_parts(work, [None] * (helpers + 1))
 
 
 def _next(tasks: collections.deque):
@@ -141,31 +121,41 @@ def in_task() -> bool:
     return getattr(_Workers.busy, "flag", False)
 
 
-@contextlib.contextmanager
-def one_blas_thread():
-    """Within this block BLAS uses one thread, because the pool runs matrix products in parallel.
+class one_blas_thread:
+    """Within this block BLAS uses one thread, because our own threads run products in parallel.
 
-    Changing the setting takes as long as a small product. In a nested block it is not changed again, so many
-    small products should be surrounded by one block.
+    In a nested block the setting is not changed again, so many small products should be surrounded by one.
     """
-    if getattr(_Workers.busy, "one_blas_thread", False):
-        yield
-        return
-    if _Workers.blas is None:
-        _Workers.blas = ThreadpoolController()
-    _Workers.busy.one_blas_thread = True
-    try:
-        with _Workers.blas.limit(limits=1, user_api="blas"):
-            yield
-    finally:
-        _Workers.busy.one_blas_thread = False
+
+    def __enter__(self):
+        self.before = []
+        if getattr(_Workers.busy, "one_blas_thread", False):
+            return
+        if _Workers.blas is None:
+            libraries = ThreadpoolController().lib_controllers
+            _Workers.blas = [library for library in libraries if library.user_api == "blas"]
+        _Workers.busy.one_blas_thread = True
+        # Not by the controller's limit(), which asks every library for all that it knows: 10 microseconds.
+        for library in _Workers.blas:
+            if (number := library.get_num_threads()) != 1:
+                self.before.append((library, number))
+                library.set_num_threads(1)
+        self.outermost = True
+
+    outermost = False
+
+    def __exit__(self, *exception):
+        for library, number in self.before:
+            library.set_num_threads(number)
+        if self.outermost:
+            _Workers.busy.one_blas_thread = False
 
 
 def step_of_few_rows(rows: int):
     """Context manager for a forward pass over few rows, such as a decoding step.
 
     The time of its products is that of reading every weight once. With one row, BLAS's threads, still
-    spinning after the previous product, start in two microseconds, the pool's threads in fifty: a token of
+    spinning after the previous product, start in two microseconds, our own threads in fifty: a token of
     SmolLM2-135M takes 18 ms instead of 27 on two cores. But OpenBLAS's threads spin for 2**26 clock ticks and
     yield their core meanwhile. If another program takes it, each product waits until it is returned: 600 ms
     per token. With OPENBLAS_THREAD_TIMEOUT=20 (2**20 ticks) it is 40 to 70 ms. OpenBLAS reads the variable
@@ -204,7 +194,7 @@ def matmul(a, b, out=None, bias=None):
     def multiply(part):
         rows, columns = part
         np.matmul(a[rows], b[:, columns], out=out[part])
-        if bias is not None:  # while the result is in the cache
+        if bias is not None:
             out[part] += bias[columns]
 
     (rows, columns), every = out.shape, slice(None)
@@ -266,8 +256,19 @@ def _divided(pairs: list, total: int, threads: int, head_start: int, multiple: i
     return parts
 
 
+def sum_rows(a):
+    """Σ_rows of a matrix, on all cores: partial sums of blocks, added in order."""
+    parts = {}
+
+    def add(rows):
+        parts[rows.start] = np.ones_like(a, shape=len(a[rows])) @ a[rows]
+
+    each_block(add, *a.shape, like=a)
+    return sum(parts[start] for start in sorted(parts))
+
+
 def _shares(length: int, multiple: int = 1) -> list[slice]:
-    """Split ``range(length)`` into slices of nearly equal size, one for each thread of the pool."""
+    """Split ``range(length)`` into slices of nearly equal size, one for each thread."""
     step = -(-length // (num_threads() * multiple)) * multiple
     return [slice(start, start + step) for start in range(0, length, step)]
 
@@ -279,7 +280,12 @@ def each_block(function, rows: int, row_size: int, like) -> None:
     there is one call, because one large kernel is faster than many small ones.
     """
     step = max(1, BLOCK // max(1, row_size))
-    if not isinstance(like, np.ndarray) or rows <= step:
+    if not isinstance(like, np.ndarray):
         function(slice(0, rows))
         return
-    run_tasks(function, [slice(start, min(start + step, rows)) for start in range(0, rows, step)])
+    with one_blas_thread():
+        if rows > FEW_BLOCKS * step:
+            run_tasks(function, [slice(start, min(start + step, rows)) for start in range(0, rows, step)])
+        else:
+            for start in range(0, max(rows, 1), step):
+                function(slice(start, min(start + step, rows)))
