@@ -22,6 +22,7 @@ import numpy as np
 
 from tinyllm.backend.cuda.launch import check_one_device
 from tinyllm.backend.dtypes import accumulation_dtype, is_floating, mixed_dtypes
+from tinyllm.backend.memory import is_kept
 from tinyllm.errors import Error, names_shapes
 from tinyllm.tensor_ops import ArrayAlgebra, At, as_array, as_rows, vector_matmul
 
@@ -123,7 +124,7 @@ class Tensor(ArrayAlgebra):
         holds arrays, never Tensors. A parent may be None: an optional input that was omitted.
 
         ``recompute()``, if given, returns bitwise identical data from the arrays that the vjp holds, so that
-        consumers need not keep it (``saved``): activation checkpointing for a single op.
+        consumers need not keep it (``saved``), if it is large: activation checkpointing for a single op.
         Chen et al., "Training Deep Nets with Sublinear Memory Cost", arXiv 1604.06174.
         """
         out = Tensor(data)
@@ -134,7 +135,7 @@ class Tensor(ArrayAlgebra):
             nodes = tuple(None if parent is None else parent.node for parent in parents)
             if any(node is not None for node in nodes):
                 out.node = Node(nodes, vjp, out.data.shape, out.data.dtype)
-                out.recompute = recompute
+                out.recompute = None if is_kept(out.data.shape, out.data) else recompute
         if mode.watch is not None:
             mode.watch(out, parents)
         return out

@@ -28,12 +28,13 @@ class Work:
     batch: int
     context: int
     arch: str = "gpt2"  # or llama
+    dropout: float = 0.0
 
     def config(self) -> dict:
         """The arguments of ``GPT2Config`` or ``LlamaConfig``, whose names tinyllm and transformers share."""
         if self.arch == "gpt2":
             sizes = {name: getattr(self, name) for name in ("n_layer", "n_embd", "n_head", "n_positions")}
-            dropouts = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+            dropouts = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), self.dropout)
             return {"vocab_size": self.vocab_size, **sizes, **dropouts}
         return {
             "vocab_size": self.vocab_size,
@@ -51,10 +52,16 @@ WORKS = {
     "gpt2-124m-1x1024": Work(12, 768, 12, n_positions=1024, vocab_size=50257, batch=1, context=1024),
     "llama-124m": Work(12, 768, 12, 1024, vocab_size=50257, batch=4, context=256, arch="llama"),
     "small": Work(6, 384, 6, n_positions=256, vocab_size=2048, batch=16, context=256),
+    "first-run": Work(3, 256, 4, n_positions=128, vocab_size=1024, batch=32, context=128),
+    "first-run-dropout": Work(3, 256, 4, 128, vocab_size=1024, batch=32, context=128, dropout=0.1),
+    "4x128-256": Work(4, 128, 4, n_positions=256, vocab_size=1024, batch=1, context=256),
+    "4x128-1024": Work(4, 128, 4, n_positions=256, vocab_size=1024, batch=4, context=256),
+    "4x128-4096": Work(4, 128, 4, n_positions=256, vocab_size=1024, batch=16, context=256),
+    "2x64-512": Work(2, 64, 2, n_positions=64, vocab_size=256, batch=8, context=64),
     "tiny": Work(2, 32, 2, n_positions=16, vocab_size=64, batch=2, context=16),
 }
 
-# The recipe of every variant: float32, no dropout, AdamW with decay on matrices only, clipping.
+# The recipe of every variant: float32, AdamW with decay on matrices only, clipping.
 LEARNING_RATE, BETAS, EPS, WEIGHT_DECAY, MAX_GRAD_NORM = 3e-4, (0.9, 0.999), 1e-8, 0.1, 1.0
 
 # step(ids (B, T), targets (B, T)) -> loss, or None if the variant has none; both are int64 NumPy arrays
@@ -153,12 +160,13 @@ def head_products(x, w) -> None:
     import numpy as np
 
     from tinyllm.backend.threads import matmul, one_blas_thread, run_tasks
-    from tinyllm.functional.losses import CHUNK, COLUMNS
+    from tinyllm.functional.losses import COLUMNS, rows_of_logits
 
     dx = np.empty_like(x)
     columns = [slice(first, first + COLUMNS) for first in range(0, len(w), COLUMNS)]
-    for start in range(0, len(x), CHUNK):
-        rows = slice(start, start + CHUNK)
+    most = rows_of_logits(len(w))
+    for start in range(0, len(x), most):
+        rows = slice(start, start + most)
         logits = matmul(x[rows], w.T)
         matmul(logits, w, out=dx[rows])
         with one_blas_thread():

@@ -8,7 +8,6 @@ import importlib
 import inspect
 import math
 import pkgutil
-from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -20,6 +19,7 @@ from support.ops import (
     attend,
     both_dtypes,
     fails,
+    keeping,
     leaf,
     normal,
     place_of_error,
@@ -78,15 +78,30 @@ def test_float32_results_are_float32_and_close_to_float64(op, data):
 @every_op
 @given(data=st.data())
 def test_one_and_four_threads_are_bitwise_identical(op, data):
-    with small_blocks(), ThreadPoolExecutor(4) as pool, pytest.MonkeyPatch.context() as patch:
+    with small_blocks(), pytest.MonkeyPatch.context() as patch:
         case = data.draw(CASES[op])
-        patch.setattr(threads._Workers, "pool", pool)
         patch.setattr(threads, "num_threads", lambda: 1)
         out, grads, _ = run(case.ours, case)
         patch.setattr(threads, "num_threads", lambda: 4)
         same_out, same_grads, _ = run(case.ours, case)
     for one, four in zip([out, *grads], [same_out, *same_grads]):
         np.testing.assert_array_equal(one, four)
+
+
+@every_op
+@given(data=st.data())
+def test_what_is_kept_equals_what_is_computed_again(op, data):
+    with small_blocks():
+        case = data.draw(CASES[op])
+        with keeping(everything=True):
+            out, grads, _ = run(case.ours, case)
+        with keeping(everything=False):
+            same_out, same_grads, _ = run(case.ours, case)
+    np.testing.assert_allclose(same_out, out, rtol=1e-13, atol=1e-14)
+    for kept, again in zip(grads, same_grads):
+        if kept is not None:
+            close = 1e-13 * max(1, np.abs(kept).max(initial=0))
+            np.testing.assert_allclose(again, kept, rtol=1e-12, atol=close)
 
 
 @pytest.mark.parametrize("position", [0, -1])
@@ -167,7 +182,7 @@ def test_losses_over_several_chunks_of_rows_or_columns(rows, classes):
 def test_recomputed_output_is_bitwise_identical(op):
     """With gradients it is recomputed into another array; without them the first array is kept."""
     x, w = (Tensor(normal(*shape).astype(np.float32), requires_grad=True) for shape in ((2, 5, 7), (7,)))
-    with small_blocks():
+    with small_blocks(), keeping(everything=False):
         y = op(x, w)
         again = y.saved()()
         with no_grad():
@@ -189,7 +204,9 @@ def test_elementwise_ops_over_several_blocks():
         (lambda x: F.geglu(x, x * 2), lambda x: TF.gelu(x, approximate="tanh") * x * 2),
         (lambda x: F.softcap(x, 2.0), lambda x: 2 * torch.tanh(x / 2)),
     ]:
-        check_torch(Case("several blocks", [normal(*shape)], ours, theirs))
+        for everything in (True, False):
+            with keeping(everything):
+                check_torch(Case("several blocks", [normal(*shape)], ours, theirs))
 
 
 @pytest.mark.parametrize("label_smoothing", [0, 0.2])

@@ -9,7 +9,7 @@ import torch
 from parity.ops.cases import check_torch
 from tinyllm import Tensor
 from tinyllm import functional as F
-from tinyllm.backend import threads
+from tinyllm.backend import memory, threads
 from tinyllm.errors import Error
 from tinyllm.functional import attention, losses
 from tinyllm.tensor_ops import At
@@ -98,11 +98,26 @@ def fails(case):
 
 @contextlib.contextmanager
 def small_blocks():
-    """Block sizes of a few rows, heads and elements, so that small arrays make many blocks."""
+    """Block sizes of a few rows, heads and elements, so that small arrays make many blocks.
+
+    Arrays of more than 30 elements are large, so that some ops keep what others compute again.
+    """
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(attention, "QUERY_BLOCK", 3)
         patch.setattr(attention, "SCORES", 24)
         patch.setattr(losses, "CHUNK", 3)
+        patch.setattr(losses, "LOGITS", 1)
         patch.setattr(losses, "COLUMNS", 2)
         patch.setattr(threads, "BLOCK", 8)
+        patch.setattr(threads, "FEW_BLOCKS", 1)
+        patch.setattr(memory, "SMALL_ARRAY", 30)
+        yield
+
+
+@contextlib.contextmanager
+def keeping(everything: bool):
+    """Ops keep all that they could compute again, or nothing of it."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(memory, "SMALL_ARRAY", 2**62 if everything else -1)
+        patch.setattr(memory, "MANY_ROWS", 2**62)
         yield

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
+from support.ops import keeping
 
 from tinyllm import GPT2, Error, GPT2Config, LlamaConfig, manual_seed, nn, no_grad
 from tinyllm.models import ARCHITECTURES, Mixtral, MixtralConfig
@@ -251,7 +252,7 @@ def test_memory_equals_that_of_a_real_step(step, one_thread):
 def test_the_steps_have_their_peaks_in_all_phases(one_thread):
     """So that an error in any phase would be found."""
     costs = {step: info.memory(model_of(config), *sizes) for step, (config, *sizes) in STEPS.items()}
-    assert costs["deep"].peak == costs["deep"].backward
+    assert costs["wide MLP"].peak == costs["wide MLP"].backward
     assert costs["logits"].peak == costs["logits"].forward
     assert costs["weights"].peak == costs["weights"].update
 
@@ -287,9 +288,10 @@ def test_replaced_layers_are_counted():
 
 def test_a_long_context_is_extrapolated_linearly(monkeypatch):
     model = model_of(llama(300, 32, 2, 2, 1, 64, 4096))
-    counted = info.memory(model, 1, 1500)
-    monkeypatch.setattr(info, "LONG", 1000)
-    assert info.memory(model, 1, 1500)[3:] == pytest.approx(counted[3:], rel=0.03)
+    with keeping(everything=False):  # at 4,096 tokens all that may be kept depends on the channels alone
+        counted = info.memory(model, 1, 1500)
+        monkeypatch.setattr(info, "LONG", 1000)
+        assert info.memory(model, 1, 1500)[3:] == pytest.approx(counted[3:], rel=0.03)
 
 
 def test_memory_depends_on_optimizer_dtype_and_batch():
@@ -315,7 +317,7 @@ class Counted(np.ndarray):
         if out is not None:
             kwargs["out"] = tuple(x.view(np.ndarray) if isinstance(x, Counted) else x for x in out)
         result = getattr(ufunc, method)(*plain, **kwargs)
-        if ufunc is np.matmul:
+        if ufunc is np.matmul and min(x.ndim for x in inputs) > 1:  # not a sum
             Counted.products.append(2 * result.size * plain[0].shape[-1])
         return out[0] if out is not None else _counted(result)
 
@@ -360,9 +362,9 @@ def test_flops_are_those_of_the_products_computed(config, batch, context):
 
     flops, tokens = info.flops_per_token(model_of(config), context), batch * context
     assert count_products(forward) == pytest.approx(flops.forward * tokens, rel=1e-12)
-    assert count_products(lambda: model.loss(ids, ids).backward()) == pytest.approx(
-        flops.training * tokens, rel=1e-12
-    )
+    with keeping(everything=False):
+        trained = count_products(lambda: model.loss(ids, ids).backward())
+    assert trained == pytest.approx(flops.training * tokens, rel=1e-12)
 
 
 def test_flops_of_gpt2_by_hand():

@@ -265,10 +265,10 @@ def test_products_are_the_matrix_products(monkeypatch):
     """All products, forward and backward, and nothing else: the clock ticks once per product."""
     ticks = iter(range(10**9))
     monkeypatch.setattr(module.time, "perf_counter_ns", lambda: next(ticks))
-    # In each of 2 layers and for each of 3 sequences, 4 heads at once, of one block of queries: 7 products.
+    # In each of 2 layers, for 4 heads of 3 sequences at once and one block of queries: 2 forward, 4 backward.
     assert products_of(Training("gpt2")) == {
         "h.*.attn.c_attn linear": 6,
-        "h.*.attn scaled_dot_product_attention": 42,
+        "h.*.attn scaled_dot_product_attention": 12,
         "h.*.attn.c_proj linear": 6,
         "h.*.mlp.c_fc linear": 6,
         "h.*.mlp.c_proj linear": 6,
@@ -313,11 +313,12 @@ def test_memory_of_single_ops():
     training = Training("gpt2, no dropout", batch=16)
     rows = {f"{r.place} {r.op}": r for r in profile(training.model, training.parts).rows}
     a = 4 * 16 * 64 * 32  # bytes of one residual stream
-    assert rows["h.*.mlp gelu"].keeps == 2 * 4 * a  # its input, in two layers
-    assert rows["h.*.mlp.c_proj linear"].keeps == 0  # GELU's output, which is recomputed
+    assert rows["h.*.mlp gelu"].keeps == 2 * 4 * a  # its slope, in two layers
+    assert rows["h.*.mlp.c_proj linear"].keeps == 2 * 4 * a  # GELU's output
     assert rows["h.*.attn.c_proj linear"].keeps == 0  # attention's output, kept by attention
     assert 4 * a <= rows["h.*.mlp.c_fc linear"].needs < 4.5 * a  # one call's output, and NumPy's own buffers
-    assert rows["AdamW "].needs == pytest.approx(4 * 128 * 32, rel=0.1)  # a scratch for the largest matrix
+    scratch = 4 * 128 * 32  # for the largest matrix
+    assert scratch <= rows["AdamW "].needs < scratch + 3000  # and Python's objects
     assert rows["GPT2 add"].keeps == 0 and a <= rows["GPT2 add"].needs < 1.5 * a
 
 

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import ctypes
+import math
 import re
 import sys
 from pathlib import Path
+
+import numpy as np
 
 from tinyllm.backend.device import is_ampere
 from tinyllm.backend.dtypes import Precision
@@ -24,6 +27,26 @@ def keep_memory() -> None:
     M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # from malloc.h
     libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
     libc.mallopt(M_MMAP_THRESHOLD, 2**30)
+
+
+SMALL_ARRAY = 2**20  # elements
+MANY_ROWS = 2  # for each channel
+
+
+def is_kept(shape: tuple[int, ...], like) -> bool:
+    """Whether an op keeps an array (..., C) for the backward pass that it could also compute again.
+
+    It does if the array is small, or if its rows are at least twice its channels. Weights, their gradients
+    and averages take memory in proportion to C², activations in proportion to rows times C: with few rows
+    the weights are most of what a step holds, and what recomputation saves is needed to stay at half of
+    PyTorch's memory. With many rows activations are most of it, of which PyTorch holds several times as
+    much. On a GPU (``like`` is not NumPy's) memory is scarce and nothing is kept. The answer depends on
+    shapes only, never on free memory, so that a run is the same wherever it is repeated.
+    """
+    if not isinstance(like, np.ndarray):
+        return False
+    size = math.prod(shape)
+    return size <= SMALL_ARRAY or size >= MANY_ROWS * math.prod(shape[-1:]) ** 2
 
 
 def peak_memory(device: str = "cpu") -> int | None:

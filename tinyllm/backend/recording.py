@@ -107,7 +107,7 @@ def as_one_call(function):
 
 
 # Functions of NumPy that only read their arguments, and that return one array or a Python value.
-_READING = (np.asarray, np.ascontiguousarray, np.broadcast_to, np.full_like, np.ones_like)
+_READING = (np.asarray, np.ascontiguousarray, np.broadcast_to, np.einsum, np.full_like, np.ones_like)
 _READING += (np.reshape, np.repeat, np.take, np.where, np.zeros, np.zeros_like, np.shape, np.ndim)
 
 

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import TypeVar
 
 import tinyllm.functional.linear as projections
+import tinyllm.functional.rope as rotations
 from tinyllm.backend.cuda.launch import on_gpu
 from tinyllm.backend.dtypes import is_half
 from tinyllm.errors import Error, names_shapes
@@ -79,7 +80,7 @@ geglu = accelerated(activations.geglu)
 softcap = summed_in_float32(activations.softcap)
 softmax = summed_in_float32(activations.softmax)
 dropout = checked(activations.dropout)
-rope = accelerated(attention.rope)
+rope = accelerated(rotations.rope)
 scaled_dot_product_attention = accelerated(attention.scaled_dot_product_attention)
 cross_entropy = accelerated(losses.cross_entropy)
 linear_cross_entropy = accelerated(losses.linear_cross_entropy)

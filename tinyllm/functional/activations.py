@@ -4,6 +4,7 @@ import math
 
 import numpy as np
 
+from tinyllm.backend.memory import is_kept
 from tinyllm.backend.random import dropout_mask, next_address
 from tinyllm.backend.threads import each_block
 from tinyllm.errors import Error
@@ -32,8 +33,8 @@ def gelu(input: Tensor, approximate: str = "none") -> Tensor:
     """
     check_gelu(approximate)
     if approximate == "tanh":
-        return _elementwise(input, _gelu_tanh, _gelu_tanh_slope)
-    return _elementwise(input, _gelu_erf, _gelu_erf_slope)
+        return _elementwise(input, _gelu_tanh, _gelu_tanh_and_slope)
+    return _elementwise(input, _gelu_erf, _gelu_erf_and_slope)
 
 
 def check_gelu(approximate: str) -> None:
@@ -41,28 +42,27 @@ def check_gelu(approximate: str) -> None:
         raise Error(f"gelu: approximate must be 'none' or 'tanh', not {approximate!r}")
 
 
-def _elementwise(input: Tensor, value, slope) -> Tensor:
-    """y = f(x), block by block, with ``value(x)`` = f(x) and ``slope(x)`` = f'(x).
+def _elementwise(input: Tensor, value, value_and_slope) -> Tensor:
+    """y = f(x), block by block: ``value(x, y)`` writes f(x), ``value_and_slope(x, y, slope)`` also f'(x).
 
-    Only x is kept for the backward pass, which computes the slope from it, and y if a consumer needs it: that
-    costs little time and saves two arrays as large as x.
+    Either the slope is computed with y and kept instead of x, or only x is kept, and the backward pass
+    computes the slope from it, and y if a consumer needs it: see ``is_kept``.
     """
     x, shape = input.data.reshape(-1), input.shape
+    if input.needs_grad and is_kept(shape, x):
+        return _with_slope(input, value_and_slope)
 
     def result():
         y = np.empty_like(x)
-
-        def forward(block):
-            y[block] = value(x[block])
-
-        each_block(forward, x.size, 1, like=x)
+        each_block(lambda block: value(x[block], y[block]), x.size, 1, like=x)
         return y.reshape(shape)
 
     def vjp(grad):
         g, dx = grad.reshape(-1), np.empty_like(x)
 
         def backward(block):
-            np.multiply(g[block], slope(x[block]), out=dx[block])
+            value_and_slope(x[block], np.empty_like(x[block]), dx[block])
+            dx[block] *= g[block]
 
         each_block(backward, x.size, 1, like=x)
         return (dx.reshape(shape),)
@@ -70,25 +70,45 @@ def _elementwise(input: Tensor, value, slope) -> Tensor:
     return Tensor.from_op(result(), (input,), vjp, recompute=result)
 
 
-def _gelu_tanh(x):
-    u = x * x
-    u *= CUBIC
-    u += LINEAR
-    u *= x
-    y = _sigmoid(u)
+def _with_slope(input: Tensor, value_and_slope) -> Tensor:
+    """y = f(x), whose slope f'(x) is kept."""
+    x, shape = input.data.reshape(-1), input.shape
+    y, slope = np.empty_like(x), np.empty_like(x)
+    each_block(lambda block: value_and_slope(x[block], y[block], slope[block]), x.size, 1, like=x)
+
+    def vjp(grad):
+        g, dx = grad.reshape(-1), np.empty_like(slope)
+        each_block(lambda block: np.multiply(g[block], slope[block], out=dx[block]), g.size, 1, like=g)
+        return (dx.reshape(shape),)
+
+    return Tensor.from_op(y.reshape(shape), (input,), vjp)
+
+
+# Values and slopes are computed in the arrays of the results: each further array is one more that must stay
+# in the cache.
+
+
+def _gelu_tanh(x, y):
+    """x / (1 + exp(-2u))."""
+    np.multiply(x, x, out=y)
+    y *= -CUBIC
+    y -= LINEAR
     y *= x
-    return y
+    _over_one_plus_exp(x, y)
 
 
-def _gelu_tanh_slope(x):
-    return _gelu_tanh_and_slope(x)[1]
-
-
-def _gelu_tanh_and_slope(x):
-    square = x * x
-    s = _sigmoid(x * (LINEAR + CUBIC * square))
-    gelu = x * s
-    return gelu, s + gelu * (1 - s) * (LINEAR + 3 * CUBIC * square)
+def _gelu_tanh_and_slope(x, y, slope):
+    np.multiply(x, x, out=slope)
+    slope *= -CUBIC
+    s = slope - LINEAR
+    s *= x
+    _over_one_plus_exp(1, s)
+    np.multiply(x, s, out=y)
+    slope *= -3
+    slope += LINEAR  # 2u'
+    slope *= y
+    slope *= 1 - s
+    slope += s
 
 
 def _normal_cdf(x):
@@ -97,17 +117,28 @@ def _normal_cdf(x):
     return 0.5 * (1 + erf(x * math.sqrt(0.5)))
 
 
-def _gelu_erf(x):
-    return x * _normal_cdf(x)
+def _gelu_erf(x, y):
+    np.multiply(x, _normal_cdf(x), out=y)
 
 
-def _gelu_erf_slope(x):
-    return _normal_cdf(x) + x * np.exp(-0.5 * x * x) * (1 / math.sqrt(2 * math.pi))
+def _gelu_erf_and_slope(x, y, slope):
+    cdf = _normal_cdf(x)
+    np.multiply(x, cdf, out=y)
+    np.add(cdf, x * np.exp(-0.5 * x * x) * (1 / math.sqrt(2 * math.pi)), out=slope)
 
 
 def relu(input: Tensor) -> Tensor:
     """y = max(x, 0). dy/dx is 1 for x > 0 and 0 for x < 0; at 0, where it does not exist, 0 is used."""
-    return _elementwise(input, lambda x: np.maximum(x, 0), lambda x: x > 0)
+    return _elementwise(input, _relu, _relu_and_slope)
+
+
+def _relu(x, y):
+    np.maximum(x, 0, out=y)
+
+
+def _relu_and_slope(x, y, slope):
+    np.maximum(x, 0, out=y)
+    np.greater(x, 0, out=slope)
 
 
 def silu(input: Tensor) -> Tensor:
@@ -116,31 +147,30 @@ def silu(input: Tensor) -> Tensor:
     σ'(x) = exp(-x) / (1 + exp(-x))² = s (1 - s), because 1 - s = exp(-x) / (1 + exp(-x)). The product rule
     gives silu'(x) = s + x s (1 - s), and dx = g silu'(x). Hendrycks and Gimpel, arXiv 1606.08415, section 2.
     """
-    return _elementwise(input, _silu, _silu_slope)
+    return _elementwise(input, _silu, _silu_and_slope)
 
 
-def _silu(x):
-    s = _sigmoid(x)
-    s *= x
-    return s
+def _silu(x, y):
+    """x / (1 + exp(-x))."""
+    np.negative(x, out=y)
+    _over_one_plus_exp(x, y)
 
 
-def _silu_slope(x):
-    return _silu_and_slope(x)[1]
-
-
-def _silu_and_slope(x):
-    s = _sigmoid(x)
-    silu = x * s
-    return silu, s + silu * (1 - s)
-
-
-def _sigmoid(x):
+def _silu_and_slope(x, y, slope):
     s = -x
+    _over_one_plus_exp(1, s)
+    np.multiply(x, s, out=y)
+    np.subtract(1, s, out=slope)
+    slope *= y
+    slope += s
+
+
+def _over_one_plus_exp(x, y):
+    """y becomes x / (1 + exp(y))."""
     with np.errstate(over="ignore"):  # exp(large) = inf gives the right limit, 0
-        np.exp(s, out=s)
-    s += 1  # in place: new arrays would not stay in the cache
-    return np.divide(1, s, out=s)
+        np.exp(y, out=y)
+    y += 1
+    np.divide(x, y, out=y)
 
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
@@ -174,7 +204,7 @@ def geglu(gate: Tensor, up: Tensor) -> Tensor:
 
 
 def _gated(gate: Tensor, up: Tensor, value, value_and_slope) -> Tensor:
-    """y = f(a) u, block by block, with ``value(a)`` = f(a) and ``value_and_slope(a)`` = f(a), f'(a)."""
+    """y = f(a) u, block by block, with ``value`` and ``value_and_slope`` as in ``_elementwise``."""
     a, u = as_rows(gate.data), as_rows(up.data)  # (N, F)
     shape = gate.shape
 
@@ -182,7 +212,8 @@ def _gated(gate: Tensor, up: Tensor, value, value_and_slope) -> Tensor:
         y = np.empty_like(a)
 
         def forward(rows):
-            np.multiply(value(a[rows]), u[rows], out=y[rows])
+            value(a[rows], y[rows])
+            y[rows] *= u[rows]
 
         each_block(forward, *a.shape, like=a)
         return y.reshape(shape)
@@ -192,10 +223,10 @@ def _gated(gate: Tensor, up: Tensor, value, value_and_slope) -> Tensor:
         da, du = np.empty_like(a), np.empty_like(u)
 
         def backward(rows):
-            f, slope = value_and_slope(a[rows])
-            np.multiply(g[rows], f, out=du[rows])
-            slope *= u[rows]
-            np.multiply(g[rows], slope, out=da[rows])
+            value_and_slope(a[rows], du[rows], da[rows])
+            du[rows] *= g[rows]
+            da[rows] *= u[rows]
+            da[rows] *= g[rows]
 
         each_block(backward, *g.shape, like=g)
         return da.reshape(shape), du.reshape(shape)
@@ -217,16 +248,16 @@ def softcap(input: Tensor, cap: float) -> Tensor:
     """
     c = check_softcap(cap)
 
-    def value(x):
-        y = np.tanh(x / c)
+    def value(x, y):
+        np.tanh(x / c, out=y)
         y *= c
-        return y
 
-    def slope(x):
+    def value_and_slope(x, y, slope):
         t = np.tanh(x / c)
-        return 1 - t * t
+        np.multiply(t, c, out=y)
+        np.subtract(1, t * t, out=slope)
 
-    return _elementwise(input, value, slope)
+    return _elementwise(input, value, value_and_slope)
 
 
 def check_softcap(cap: float) -> float:

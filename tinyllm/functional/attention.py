@@ -11,15 +11,18 @@ import math
 
 import numpy as np
 
+from tinyllm.backend.memory import is_kept
 from tinyllm.backend.random import dropout_mask, next_address
-from tinyllm.backend.threads import each_block, one_blas_thread, run_tasks
+from tinyllm.backend.threads import one_blas_thread, run_tasks
 from tinyllm.checks import is_integer
 from tinyllm.errors import Error
 from tinyllm.functional.activations import check_probability
 from tinyllm.tensor import Tensor
-from tinyllm.tensor_ops import array_of
+from tinyllm.tensor_ops import array_of, row_sum
 
 QUERY_BLOCK = 128  # rows of scores at a time
+
+KEPT_KEYS = 256  # of a query, at most, if its weights are kept: all weights together grow with T · T
 
 SCORES = 2**18  # heads x rows x keys at a time: a block of scores stays in the cache
 
@@ -66,7 +69,10 @@ def scaled_dot_product_attention(
 
     The forward pass keeps one number per query, ℓ_t = log Σ_k exp(S_tk), instead of the row P_t. The backward
     pass computes S again, and P_ts = exp(S_ts) / exp(ℓ_t) = exp(S_ts - ℓ_t): the same quotient, so the
-    recomputation is exact, one block at a time, because ℓ_t already contains the sum over all keys.
+    recomputation is exact, one block at a time, because ℓ_t already contains the sum over all keys. Where
+    memory allows it (see ``is_kept``) the blocks of E_ts = exp(S_ts - max_k S_tk) are kept instead. With
+    their sums Σ_t, P_ts = E_ts / Σ_t, and since every gradient above is linear in P and g, it is cheaper to
+    divide the rows of g by Σ_t than those of E.
 
     Vaswani et al., "Attention Is All You Need", arXiv 1706.03762, section 3.2.1.
     """
@@ -103,9 +109,13 @@ def scaled_dot_product_attention(
     def unstacked(x):
         return x.reshape(*x.shape[:2], R, x.shape[2] // R, x.shape[3])
 
-    def zeros_grouped(channels):
-        """(B, G, R, T, channels), in memory (B, T, H, channels): the order of the projections around it."""
-        return np.zeros((B, T, G, R, channels), q.dtype, like=q).transpose(0, 2, 3, 1, 4)
+    def new_grouped(channels):
+        """(B, G, R, T, channels), in memory (B, T, H, channels): the order of the projections around it.
+
+        Zeros where a query may see no key, and so belong to no block.
+        """
+        new = np.empty if S > 0 and (T <= S or not is_causal) else np.zeros
+        return new((B, T, G, R, channels), q.dtype, like=q).transpose(0, 2, 3, 1, 4)
 
     q, mask = grouped(q), None if mask is None else grouped(mask)
 
@@ -125,10 +135,12 @@ def scaled_dot_product_attention(
             scores = _capped(scores, softcap)
         return q_scaled, scores
 
+    future = np.triu(np.full_like(q, -np.inf, shape=(min(step, T),) * 2), 1) if is_causal else None
+
     def masked(scores, rows, keys, block_mask):
         """The scores of one block + mask, -inf where a key is masked."""
         if is_causal:
-            _hide(scores, rows.start + S - T, keys, window)
+            _hide(scores, future, rows.start + S - T, keys, window)
         if block_mask is not None and block_mask.dtype == bool:
             scores = np.where(block_mask, scores, -np.inf)
         elif block_mask is not None:
@@ -142,9 +154,21 @@ def scaled_dot_product_attention(
         masks = [dropout_mask(address, shape[3:], dropout_p, q, part) for part in parts]
         return np.stack(masks).reshape(shape)
 
-    out = zeros_grouped(v.shape[3])
-    log_sum = np.zeros((B, G, R, T, 1), q.dtype, like=q)
+    out = new_grouped(v.shape[3])
+    sums = np.ones_like(q, shape=(B, G, R, T, 1))  # ℓ of every query, or Σ where E is kept
     lowest = float(np.finfo(q.dtype).min)
+    keeps = needs_grad and softcap is None and widest <= KEPT_KEYS and is_kept((B * T, H * widest), q)
+
+    def place(bg, number):
+        return bg[0].start, bg[1].start, number
+
+    def new_block(bg, rows, keys):
+        heads = [part.stop - part.start for part in (*bg, rows, keys)]
+        return np.empty((*heads[:2], R, *heads[2:]), q.dtype, like=q)
+
+    kept = {}  # the place of a block -> its E
+    if keeps:
+        kept = {place(bg, i): new_block(bg, rows, keys) for bg in tasks for rows, keys, _, i in blocks(bg)}
 
     def forward(task):
         bg, (rows, keys, block_mask, number) = task
@@ -152,37 +176,44 @@ def scaled_dot_product_attention(
         # A finite maximum even where every score is -inf: all weights are exp(-inf) = 0 then.
         peak = np.maximum(p.max(axis=-1, keepdims=True), lowest)
         p -= peak
-        np.exp(p, out=p)
+        p = np.exp(p, out=kept[place(bg, number)] if keeps else p)
         # The largest weight is exp(0) = 1, so a sum below 1 is 0: the query has no visible key.
-        total = np.maximum(p.sum(axis=-1, keepdims=True), 1)
-        log_sum[bg][..., rows, :] = peak + np.log(total)
+        total = np.maximum(row_sum(p), 1)
+        sums[bg][..., rows, :] = total if keeps else peak + np.log(total)
         if dropout_p:
-            p *= dropped(bg, number, p.shape)
+            p = p * dropped(bg, number, p.shape)
         out[bg][..., rows, :] = unstacked(stacked(p) @ v[bg][:, :, keys]) / total
 
     # Blocks are independent here, so that one text is processed by all threads; the longest come first.
     with one_blas_thread():
         run_tasks(forward, [(bg, block) for bg in tasks for block in reversed([*blocks(bg)])])
 
+    def weights_of(bg, rows, keys, block_mask, number):
+        """P of one block (E if it was kept), Q · scale, and the slope of the cap."""
+        if keeps:
+            return kept.pop(place(bg, number)), stacked(q[bg][..., rows, :] * scale), None
+        q_scaled, scores = scores_of(bg, rows, keys)
+        slope = None if softcap is None else 1 - (scores / softcap) ** 2  # 1 - tanh²
+        p = masked(scores, rows, keys, block_mask)
+        p -= sums[bg][..., rows, :]
+        return np.exp(p, out=p), q_scaled, slope
+
     def vjp(grad):
-        dq, grad = zeros_grouped(D), grouped(grad)
+        dq, grad = new_grouped(D), grouped(grad)
+        grad = grad / sums if keeps else grad
         dk, dv = (np.zeros((B, S, G, a.shape[3]), a.dtype, like=a).swapaxes(1, 2) for a in (k, v))
         dbias = np.zeros((B, G, R, T, S), q.dtype, like=q) if needs_bias else None
 
         def backward(bg):
-            delta = (grad[bg] * out[bg]).sum(axis=-1, keepdims=True)  # (b, g, R, T, 1)
+            delta = np.einsum("...e,...e->...", grad[bg], out[bg])[..., None]  # (b, g, R, T, 1)
             for rows, keys, block_mask, number in blocks(bg):
-                q_scaled, scores = scores_of(bg, rows, keys)
-                slope = None if softcap is None else 1 - (scores / softcap) ** 2  # 1 - tanh²
-                p = masked(scores, rows, keys, block_mask)
-                p -= log_sum[bg][..., rows, :]
-                np.exp(p, out=p)
+                p, q_scaled, slope = weights_of(bg, rows, keys, block_mask, number)
                 g = stacked(grad[bg][..., rows, :])
                 ds = unstacked(g @ v[bg][:, :, keys].swapaxes(-1, -2))
                 if dropout_p:
-                    kept = dropped(bg, number, p.shape)
-                    dv[bg][:, :, keys] += stacked(p * kept).swapaxes(-1, -2) @ g
-                    ds *= kept
+                    mask = dropped(bg, number, p.shape)
+                    dv[bg][:, :, keys] += stacked(p * mask).swapaxes(-1, -2) @ g
+                    ds *= mask
                 else:
                     dv[bg][:, :, keys] += stacked(p).swapaxes(-1, -2) @ g
                 ds -= delta[..., rows, :]
@@ -225,21 +256,21 @@ def keys_of(rows: slice, T: int, S: int, is_causal: bool, window: int | None) ->
     return slice(max(0, first), max(0, rows.stop + S - T))
 
 
-def _hide(scores, position, keys, window):
+def _hide(scores, future, position, keys, window):
     """Add -inf to the scores (..., n, keys) of future keys and of those before the window.
 
-    ``position`` is that of the first of the n queries. Both parts are triangles at an edge of the block.
+    ``position`` is that of the first of the n queries, and ``future`` (at least n, n) is -inf above the
+    diagonal. Both parts are triangles at an edge of the block.
     """
     n, seen = scores.shape[-2:]
     if n == 1:  # a block has only keys that its first or its last query sees
         return
-    infinite = np.full_like(scores, -np.inf, shape=(n, n))
     last = min(n, seen)
-    scores[..., seen - last :] += np.triu(infinite, 1)[:, n - last :]
+    scores[..., seen - last :] += future[:n, n - last : n]
     if window is not None:
         hidden = position - window - keys.start  # query i does not see the keys up to number i + hidden
         first = max(0, n + hidden)
-        scores[..., :first] += np.tril(infinite, hidden)[:, :first]
+        scores[..., :first] += np.tril(np.full_like(future, -np.inf), hidden)[:n, :first]
 
 
 def _capped(scores, softcap):
@@ -322,56 +353,11 @@ def _head_groups(B, G, scores, like):
     if not isinstance(like, np.ndarray):  # one large call is faster than many
         return [(slice(0, B), slice(0, G))]
     most = max(1, SCORES // max(1, scores))
-    size = -(-G // -(-G // most)) if G else 1  # groups of nearly the same size
-    return [(slice(b, b + 1), slice(g, min(g + size, G))) for b in range(B) for g in range(0, G, size)]
+    rows = max(1, most // max(1, G))  # of the batch, if all heads of one are fewer than fit
 
+    def slices(length, size):
+        """``range(length)`` in slices of nearly the same size, ``size`` or less."""
+        size = max(1, -(-length // max(1, -(-length // size))))
+        return [slice(start, min(start + size, length)) for start in range(0, length, size)]
 
-def rope(input: Tensor, cos, sin) -> Tensor:
-    """Rotate pairs of channels of queries or keys (B, H, T, D) by angles proportional to the position.
-
-    Channels i and i + D/2 form a point (a, b) in a plane (Hugging Face's pairing; Meta pairs 2i and 2i + 1):
-
-        y = R(θ) (a, b)ᵀ = (a cos θ - b sin θ, b cos θ + a sin θ),   R(θ) = [[cos θ, -sin θ], [sin θ, cos θ]].
-
-    As R(α)ᵀ R(β) = R(β - α), a product q · k depends on the positions only through their distance. R is the
-    Jacobian of y, so with g = dL/dy, split into halves g₁ and g₂, the gradient is R(θ)ᵀ g = R(-θ) g:
-
-        da = g₁ cos θ + g₂ sin θ,   db = g₂ cos θ - g₁ sin θ.
-
-    ``cos`` and ``sin`` are arrays (T, D/2) of the input's dtype, or (B, 1, T, D/2) if each row of the batch
-    has positions of its own. Su et al., "RoFormer", arXiv 2104.09864, section 3.4.2.
-    """
-    check_rope(input, cos, sin, input.dtype)
-    return Tensor.from_op(_rotate(input.data, cos, sin), (input,), lambda grad: (_rotate(grad, cos, -sin),))
-
-
-def check_rope(input: Tensor, cos, sin, angles_dtype) -> None:
-    if input.ndim != 4 or input.shape[3] % 2:
-        raise Error(f"rope needs an input (B, H, T, D) with an even D, not {input.shape}")
-    B, _, T, D = input.shape
-    if cos.shape != sin.shape or cos.shape not in ((T, D // 2), (B, 1, T, D // 2)):
-        raise Error(
-            f"rope of {input.shape} needs cos and sin of shape {(T, D // 2)} or {(B, 1, T, D // 2)}, "
-            f"not {cos.shape} and {sin.shape}"
-        )
-    if cos.dtype != angles_dtype or sin.dtype != angles_dtype:
-        raise Error(
-            f"rope of {input.dtype} needs cos and sin in {angles_dtype}, not in {cos.dtype} and {sin.dtype}"
-        )
-
-
-def _rotate(x, cos, sin):
-    """Rotate every pair (a, b) of x (B, H, T, D), one block of positions at a time."""
-    B, H, T, D = x.shape
-    y = np.empty_like(x)
-
-    def rotate(t):
-        c, s, x_t, y_t = cos[..., t, :], sin[..., t, :], x[:, :, t], y[:, :, t]
-        a, b, y_a, y_b = x_t[..., : D // 2], x_t[..., D // 2 :], y_t[..., : D // 2], y_t[..., D // 2 :]
-        np.multiply(a, c, out=y_a)
-        y_a -= b * s
-        np.multiply(b, c, out=y_b)
-        y_b += a * s
-
-    each_block(rotate, T, B * H * D, like=x)
-    return y
+    return [(b, g) for b in slices(B, rows) for g in slices(G, most)]

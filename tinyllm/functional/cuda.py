@@ -29,7 +29,6 @@ from tinyllm.backend.random import next_address, rounded
 from tinyllm.functional import activations
 from tinyllm.functional.attention import (
     check_attention,
-    check_rope,
     check_window,
     keys_of,
     learned_bias,
@@ -39,6 +38,7 @@ from tinyllm.functional.attention import (
 from tinyllm.functional.linear import check_linear
 from tinyllm.functional.linear import embedding as rows_of
 from tinyllm.functional.norms import check_norm
+from tinyllm.functional.rope import check_rope
 from tinyllm.tensor import Tensor
 from tinyllm.tensor_ops import as_rows
 

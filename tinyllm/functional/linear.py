@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from tinyllm.backend.threads import matmul
+from tinyllm.backend.threads import matmul, sum_rows
 from tinyllm.checks import check_ids
 from tinyllm.errors import Error
 from tinyllm.tensor import Tensor
@@ -34,7 +34,7 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         # dW first: if x was recomputed for it, x is freed before dx is allocated.
         dw = matmul(grad.T, as_rows(saved())) if needs[1] else None
         dx = matmul(grad, w).reshape(*lead, w.shape[1]) if needs[0] else None
-        db = grad.sum(axis=0) if needs[2] else None
+        db = sum_rows(grad) if needs[2] else None
         return dx, dw, db
 
     return Tensor.from_op(y.reshape(*lead, w.shape[0]), (input, weight, bias), vjp)

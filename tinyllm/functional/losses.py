@@ -19,9 +19,10 @@ from tinyllm.errors import Error
 from tinyllm.functional.activations import check_softcap
 from tinyllm.functional.linear import check_linear
 from tinyllm.tensor import Tensor
-from tinyllm.tensor_ops import as_rows, to_memory_of
+from tinyllm.tensor_ops import as_rows, row_sum, to_memory_of
 
-CHUNK = 256  # rows of logits at a time; with fewer, reading the weight from memory dominates
+CHUNK = 256  # rows of logits at a time, or more; with fewer, reading the weight from memory dominates
+LOGITS = 2**20  # logits at a time, if that is more rows
 COLUMNS = 512  # classes of dW at a time, in each thread
 
 
@@ -96,7 +97,8 @@ def linear_cross_entropy(
     db = np.zeros_like(b) if b is not None and linear_bias.needs_grad else None
     total = np.zeros((), x.dtype, like=x)
     classes = [slice(first, first + COLUMNS) for first in range(0, len(w), COLUMNS)]
-    chunk = np.empty((min(CHUNK, len(x)), len(w)), x.dtype, like=x)  # the largest array: reused
+    most = rows_of_logits(len(w))
+    chunk = np.empty((min(most, len(x)), len(w)), x.dtype, like=x)  # the largest array: reused
 
     def add_to_dw(some, logits, rows):  # a slice at a time: the product is small, not of the size of W
         if rows.start == 0:
@@ -104,8 +106,8 @@ def linear_cross_entropy(
         else:
             dw[some] += logits[:, some].T @ x[rows]
 
-    for start in range(0, len(x), CHUNK):
-        rows = slice(start, start + CHUNK)
+    for start in range(0, len(x), most):
+        rows = slice(start, start + most)
         logits = matmul(x[rows], w.T, out=chunk[: len(x[rows])])
         if b is not None:
             logits += b
@@ -129,6 +131,11 @@ def linear_cross_entropy(
 
     loss = Tensor.from_op(total / targets.number, (input, linear_weight, linear_bias), vjp)
     return smoothed(loss, targets, input, linear_weight, linear_bias)
+
+
+def rows_of_logits(num_classes: int) -> int:
+    """How many rows of logits ``linear_cross_entropy`` computes at a time."""
+    return max(CHUNK, LOGITS // max(1, num_classes))
 
 
 def check_capped_loss(softcap: float | None, label_smoothing: float) -> float | None:
@@ -187,7 +194,7 @@ def _into_gradient(logits, counted, index, scale, weights, softcap=None):
         z -= z.max(axis=1, keepdims=True)
         at_target = np.take_along_axis(z, at, axis=1)
         np.exp(z, out=z)
-        total = z.sum(axis=1, keepdims=True)
+        total = row_sum(z)
         losses[rows] = np.where(counted[rows], np.log(total) - at_target, 0)
         z *= scale[rows] / total
         np.put_along_axis(z, at, np.take_along_axis(z, at, axis=1) - scale[rows], axis=1)

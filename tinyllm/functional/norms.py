@@ -7,6 +7,7 @@ import numpy as np
 from tinyllm.backend.threads import each_block
 from tinyllm.errors import Error
 from tinyllm.tensor import Tensor
+from tinyllm.tensor_ops import row_sum
 
 
 def layer_norm(
@@ -38,43 +39,48 @@ def layer_norm(
     x = input.data.reshape(-1, math.prod(own))  # (N, C)
     w, b = (None if t is None else t.data.reshape(-1) for t in (weight, bias))
     needs_dw, needs_db = (t is not None and t.requires_grad for t in (weight, bias))
-    x_hat, shape = np.empty_like(x), input.shape
+    x_hat, y, shape = np.empty_like(x), np.empty_like(x), input.shape
     inv_std = np.empty((len(x), 1), x.dtype, like=x)
 
-    def normalize(rows):
-        centred = np.subtract(x[rows], x[rows].mean(axis=1, keepdims=True), out=x_hat[rows])
-        inv_std[rows] = 1 / np.sqrt((centred * centred).mean(axis=1, keepdims=True) + eps)
-        centred *= inv_std[rows]
+    def scaled(rows, y):
+        np.multiply(x_hat[rows], 1 if w is None else w, out=y[rows])
+        if b is not None:
+            y[rows] += b
 
-    each_block(normalize, *x.shape, like=x)
+    def forward(rows):
+        centred = np.subtract(x[rows], row_sum(x[rows]) / x.shape[1], out=x_hat[rows])
+        inv_std[rows] = 1 / np.sqrt(_row_dot(centred, centred) / x.shape[1] + eps)
+        centred *= inv_std[rows]
+        scaled(rows, y)
+
+    each_block(forward, *x.shape, like=x)
 
     def result():
         y = np.empty_like(x_hat)
-
-        def forward(rows):
-            np.multiply(x_hat[rows], 1 if w is None else w, out=y[rows])
-            if b is not None:
-                y[rows] += b
-
-        each_block(forward, *y.shape, like=y)
+        each_block(lambda rows: scaled(rows, y), *y.shape, like=y)
         return y.reshape(shape)
 
     def vjp(grad):
         g, dx = grad.reshape(x_hat.shape), np.empty_like(x_hat)
+        dw_parts, db_parts = {}, {}  # first row of a block -> its share of the sum over rows
 
         def backward(rows):
             d, xh = np.multiply(g[rows], 1 if w is None else w, out=dx[rows]), x_hat[rows]
-            mean_dx = (d * xh).mean(axis=1, keepdims=True)
-            d -= d.mean(axis=1, keepdims=True)
+            mean_dx = _row_dot(d, xh) / d.shape[1]
+            d -= row_sum(d) / d.shape[1]
             d -= xh * mean_dx
             d *= inv_std[rows]
+            if needs_dw:
+                dw_parts[rows.start] = np.einsum("nc,nc->c", g[rows], xh)
+            if needs_db:
+                db_parts[rows.start] = g[rows].sum(axis=0)
 
         each_block(backward, *g.shape, like=g)
-        dw = (g * x_hat).sum(axis=0).reshape(own) if needs_dw else None
-        db = g.sum(axis=0).reshape(own) if needs_db else None
+        dw = _in_order(dw_parts).reshape(own) if needs_dw else None
+        db = _in_order(db_parts).reshape(own) if needs_db else None
         return dx.reshape(shape), dw, db
 
-    return Tensor.from_op(result(), (input, weight, bias), vjp, recompute=result)
+    return Tensor.from_op(y.reshape(shape), (input, weight, bias), vjp, recompute=result)
 
 
 def rms_norm(
@@ -120,8 +126,7 @@ def rms_norm(
     y = np.empty_like(x)
 
     def forward(rows):
-        squares = (x[rows] * x[rows]).sum(axis=1, keepdims=True)
-        inv_rms[rows] = 1 / np.sqrt(squares / x.shape[1] + eps)
+        inv_rms[rows] = 1 / np.sqrt(_row_dot(x[rows], x[rows]) / x.shape[1] + eps)
         scaled(y, rows)
 
     each_block(forward, *x.shape, like=x)
@@ -133,17 +138,25 @@ def rms_norm(
         def backward(rows):
             x_hat, d = x[rows] * inv_rms[rows], np.multiply(g[rows], 1 if w is None else w, out=dx[rows])
             if needs_dw:
-                dw_parts[rows.start] = (g[rows] * x_hat).sum(axis=0)
-            x_hat *= (d * x_hat).mean(axis=1, keepdims=True)
+                dw_parts[rows.start] = np.einsum("nc,nc->c", g[rows], x_hat)
+            x_hat *= _row_dot(d, x_hat) / x.shape[1]
             d -= x_hat
             d *= inv_rms[rows]
 
         each_block(backward, *g.shape, like=g)
-        # Added in the order of the rows, so that the sum does not depend on which thread finishes first.
-        dw = sum(dw_parts[start] for start in sorted(dw_parts)) if needs_dw else None
-        return dx.reshape(shape), dw.reshape(own) if needs_dw else None
+        return dx.reshape(shape), _in_order(dw_parts).reshape(own) if needs_dw else None
 
     return Tensor.from_op(y.reshape(shape), (input, weight), vjp, recompute=result)
+
+
+def _row_dot(a, b):
+    """Σ_c a_nc b_nc as a column (N, 1), without the array of products."""
+    return np.einsum("nc,nc->n", a, b)[:, None]
+
+
+def _in_order(parts: dict):
+    """The sum of the blocks' parts, which must not depend on the thread that finishes first."""
+    return sum(parts[start] for start in sorted(parts))
 
 
 def check_norm(op, normalized_shape, input, *parameters) -> tuple:

@@ -233,9 +233,9 @@ def flops_per_token(model: Module, context: int) -> Flops:
 
     Includes linear layers (of a mixture's experts those that a token uses) and attention, but no elementwise
     operations. Causal attention skips the keys after each block of queries, about half of the scores in a
-    long sequence, and those before its window, and recomputes the scores in the backward pass. ``head`` is
-    the output layer at every position, as in training; decoding needs it at the last position only. Raises
-    Error for a context outside the model's.
+    long sequence, and those before its window, and recomputes the scores in the backward pass (unless
+    there are few: ``backend.memory.is_kept``). ``head`` is the output layer at every position, as in
+    training; decoding needs it at the last position only. Raises Error for a context outside the model's.
     """
     _check_context(model, context)
     products, attention, textbook = _products(model), 0, 0
@@ -360,7 +360,7 @@ def _arithmetic_lines(flops: Flops) -> list[str]:
         _line("linears", flops.linears, "FLOP", "forward: one multiply-add per weight"),
         _line("head", flops.head, "FLOP", "forward: the logits, one per id of the vocabulary"),
         _line("attention", flops.attention, "FLOP", "forward: blocks of future keys are skipped"),
-        _line("backward", flops.backward, "FLOP", "2 x linears and head, 5/2 x attention (recomputed)"),
+        _line("backward", flops.backward, "FLOP", "2 x linears and head, at most 5/2 x attention"),
         _line("training", flops.training, "FLOP", f"the total; {textbook} without skipping or recomputing"),
     ]
 

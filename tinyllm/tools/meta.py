@@ -65,7 +65,8 @@ class MetaArray(np.ndarray):
             shape = _reduced_shape(first.shape, options.get("axis", 0), options.get("keepdims", False))
         elif ufunc is np.matmul:
             a, b = (x.shape for x in inputs)
-            shape = (*np.broadcast_shapes(a[:-2], b[:-2]), a[-2], b[-1])
+            matrices = np.broadcast_shapes(a[:-2], b[:-2])
+            shape = (*matrices, *a[-2:-1], *b[-1:]) if len(b) > 1 else a[:-1]
         else:
             shape = np.broadcast_shapes(*map(np.shape, inputs))
         compute = getattr(np.multiply if ufunc is np.matmul else ufunc, method)

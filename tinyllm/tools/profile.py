@@ -240,7 +240,7 @@ def op_and_module() -> tuple[str, Module | None]:
 
 
 def _arrays_in(function) -> Iterator[np.ndarray]:
-    """The arrays in a closure: in its variables, in their lists, and in the closures of functions there."""
+    """The arrays in a closure: in its variables, in lists and dicts there, and in the closures of functions."""
     found, seen = [function], set()
     while found:
         thing = found.pop()
@@ -251,6 +251,8 @@ def _arrays_in(function) -> Iterator[np.ndarray]:
             yield thing
         elif isinstance(thing, (list, tuple)):
             found += thing
+        elif type(thing) is dict:
+            found += thing.values()
         elif hasattr(thing, "__closure__"):
             for cell in thing.__closure__ or ():
                 with contextlib.suppress(ValueError):  # a deleted variable
@@ -286,7 +288,7 @@ def _tracing():
 
 
 class _Timed(np.ndarray):
-    """An array that records the time of every matrix product with it, as do its results."""
+    """An array that records the time of every product of matrices with it, as do its results."""
 
     # (in the thread pool?, nanoseconds), one list for all arrays
     products: list[tuple[bool, int]] = []  # noqa: RUF012
@@ -297,7 +299,7 @@ class _Timed(np.ndarray):
             kwargs["out"] = tuple(_plain(x) for x in out)
         start = time.perf_counter_ns()
         result = getattr(ufunc, method)(*plain, **kwargs)
-        if ufunc is np.matmul:
+        if ufunc is np.matmul and min(x.ndim for x in plain) > 1:  # a product with a vector is a sum
             _Timed.products.append((in_task(), time.perf_counter_ns() - start))
         return out[0] if out is not None else _timed(result)
 
