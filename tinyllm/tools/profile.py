@@ -240,7 +240,7 @@ def op_and_module() -> tuple[str, Module | None]:
 
 
 def _arrays_in(function) -> Iterator[np.ndarray]:
-    """The arrays in a closure: in its variables, in lists and dicts there, and in the closures of functions."""
+    """The arrays in a closure: in its variables, lists and dicts, and in the closures of functions there."""
     found, seen = [function], set()
     while found:
         thing = found.pop()
