@@ -150,5 +150,5 @@ show("runs/01_sine.png", figure)
 # </details>
 #
 # ## Read on
-# `backward` in `tinyllm/tensor.py` is a loop over the nodes, the newest first; `tinyllm/optim.py` has AdamW.
-# Next: 02 an op and its proof.
+# `backward` in `tinyllm/tensor.py` is a loop over the nodes, the newest first; `tinyllm/optim/adamw.py` has
+# AdamW. Next: 02 an op and its proof.

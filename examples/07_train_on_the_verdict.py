@@ -172,5 +172,5 @@ for top_k in (1, 3, 5, 10, 100):
 #
 # ## Read on
 # `tinyllm/training/README.md` has curves of runs that went wrong, and `tinyllm train --preset gpt2-verdict`
-# makes this run with checkpoints that survive a crash; `tinyllm/optim.py` derives AdamW. Next: 08 weights and
-# sampling.
+# makes this run with checkpoints that survive a crash; `tinyllm/optim/adamw.py` derives AdamW. Next: 08
+# weights and sampling.

@@ -11,7 +11,7 @@ m and v start at 0, so for the first steps they are too small: m_hat and v_hat c
 
 Loshchilov and Hutter, "Decoupled Weight Decay Regularization" (arXiv 1711.05101), algorithm 2.
 
-When you are done, compare with ``tinyllm/optim.py``.
+When you are done, compare with ``tinyllm/optim/adamw.py``.
 Grade it: python -m parity grade examples/exercises/14_adamw.py
 """
 

@@ -3,45 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 
 from tinyllm.backend.cuda import launch
 from tinyllm.backend.device import to_device, to_device_of
-from tinyllm.backend.threads import each_block, one_blas_thread
 from tinyllm.errors import Error
-from tinyllm.nn import Module, loaded
+from tinyllm.nn import loaded
 from tinyllm.nn.module import check_leaf, zero_grad
+from tinyllm.optim.parameters import Parameters, each_block_of, groups_of, is_rate, named, rows
 from tinyllm.tensor import Tensor
-
-Parameters = Module | Iterable[Tensor] | Iterable[tuple[str, Tensor]]  # accepted by optimizers and clipping
-
-
-def _named(parameters: Parameters) -> list[tuple[str, Tensor]]:
-    """(name, parameter) pairs; Tensors without a name are named by their index."""
-    if isinstance(parameters, Module):
-        return list(parameters.named_parameters())
-    if isinstance(parameters, Tensor) or not isinstance(parameters, Iterable):
-        raise Error(
-            f"parameters must be a model or a list of Tensors, not a {type(parameters).__name__}: "
-            "pass the model, model.parameters() or [tensor]"
-        )
-    entries = [
-        (str(number), entry) if isinstance(entry, Tensor) else entry
-        for number, entry in enumerate(parameters)
-    ]
-    if not entries and isinstance(parameters, Iterator):
-        raise Error(
-            "the iterator of parameters is empty, perhaps because it was consumed before: "
-            "call model.parameters() again, or pass the model"
-        )
-    for entry in entries:
-        match entry:
-            case (str(), Tensor()):
-                continue
-        raise Error(f"parameters must be Tensors or (name, Tensor) pairs; one is a {type(entry).__name__}")
-    return entries
 
 
 class AdamW:
@@ -78,8 +50,8 @@ class AdamW:
         eps: float = 1e-8,
         weight_decay: float = 0.01,
     ):
-        pair = isinstance(betas, Sequence) and len(betas) == 2 and all(_is_rate(b) and b < 1 for b in betas)
-        if not (pair and all(_is_rate(x) for x in (lr, eps, weight_decay))):
+        pair = isinstance(betas, Sequence) and len(betas) == 2 and all(is_rate(b) and b < 1 for b in betas)
+        if not (pair and all(is_rate(x) for x in (lr, eps, weight_decay))):
             raise Error(
                 f"AdamW needs lr, eps and weight_decay of at least 0 and two betas in [0, 1); got lr={lr!r}, "
                 f"eps={eps!r}, weight_decay={weight_decay!r}, betas={betas!r}"
@@ -87,7 +59,7 @@ class AdamW:
         self.lr, self.betas, self.eps, self.weight_decay = lr, betas, eps, weight_decay
         self.parameters: list[tuple[str, Tensor]] = []
         self._options: dict[str, tuple[float, float]] = {}  # name -> (factor of lr, λ)
-        groups = _groups(parameters)
+        groups = groups_of(parameters)
         for number, group in enumerate(groups):
             self._add(group, prefix=f"{number}." if len(groups) > 1 else "")
         if not self.parameters:
@@ -104,11 +76,11 @@ class AdamW:
                 f"a parameter group needs params and may have lr and weight_decay; this one has {list(group)}"
             )
         lr, decay = group.get("lr", self.lr), group.get("weight_decay")
-        if not (_is_rate(lr) and (decay is None or _is_rate(decay)) and (lr == self.lr or self.lr > 0)):
+        if not (is_rate(lr) and (decay is None or is_rate(decay)) and (lr == self.lr or self.lr > 0)):
             raise Error(
                 f"a group's lr {lr!r} and weight_decay {decay!r} must be at least 0, and AdamW's lr above 0"
             )
-        for name, parameter in _named(group["params"]):
+        for name, parameter in named(group["params"]):
             if not parameter.requires_grad:
                 continue
             check_leaf(name, parameter)
@@ -181,7 +153,7 @@ class AdamW:
                 theta *= decay
                 theta -= scratch
 
-            _each_block_of(arrays[0], update)
+            each_block_of(arrays[0], update)
 
     def _begin(self, name: str, parameter: Tensor) -> tuple[list, tuple[float, float, float]]:
         """Increment a parameter's t; returns its arrays (θ, g, m, v) and numbers (step size, ε, decay)."""
@@ -194,7 +166,7 @@ class AdamW:
         lr = self.lr * factor
         step_size, eps, decay = lr * root / (1 - beta1 ** state[0]), self.eps * root, 1 - lr * weight_decay
         own = self._own(name, parameter.data), self._own(name, parameter.grad)
-        arrays = [_rows(array) for array in (*own, *state[1:])]
+        arrays = [rows(array) for array in (*own, *state[1:])]
         return arrays, (step_size, eps, decay)
 
     def state_dict(self) -> dict[str, dict]:
@@ -229,172 +201,3 @@ class AdamW:
                     )
             restored[name] = [t, *(np.asarray(state[key][name], like=like) for key in ("m", "v"))]
         self.state = restored
-
-
-def _is_rate(x) -> bool:
-    return isinstance(x, int | float | np.number) and 0 <= x < math.inf
-
-
-def _groups(parameters) -> list[dict]:
-    """The given groups, or a single group of all parameters."""
-    if isinstance(parameters, Module | Tensor) or not isinstance(parameters, Iterable):
-        return [{"params": parameters}]
-    entries = list(parameters)
-    if entries and all(isinstance(entry, dict) for entry in entries):
-        return entries
-    return [{"params": entries or parameters}]
-
-
-def _rows(array):
-    """The array with at least one axis, to be split into blocks along the first."""
-    return array if array.ndim else array.reshape(1)
-
-
-def _each_block_of(array, function) -> None:
-    each_block(function, array.shape[0], math.prod(array.shape[1:]), like=array)
-
-
-def clip_grad_norm(parameters: Parameters, max_norm: float) -> float:
-    """Scale all gradients, in place, so that their joint L2 norm is at most ``max_norm``.
-
-    With the gradients g₁, g₂, … of all parameters concatenated into one vector g, the norm is
-    ‖g‖ = sqrt(Σ ‖gᵢ‖²) and every gᵢ is multiplied by the same factor c = max_norm / (‖g‖ + 1e-6), if c < 1.
-    Then ‖c g‖ = c ‖g‖ < max_norm, and c g has the direction of g: the step becomes shorter but still goes
-    along the negative gradient. A separate factor per parameter would change the direction.
-
-    Returns the norm before scaling. If it is infinite, finite gradients become 0 and infinite ones NaN; if it
-    is NaN, all become NaN, as in torch: check ``math.isfinite(norm)`` before the step. Raises ``Error``
-    unless ``max_norm`` is a positive number. Pascanu, Mikolov and Bengio, arXiv 1211.5063, algorithm 1; the
-    1e-6 is torch's.
-    """
-    if not (isinstance(max_norm, int | float | np.number) and max_norm > 0):
-        raise Error(f"max_norm must be a positive number, not {max_norm!r}")
-    grads = _grads(parameters)
-    norm = math.sqrt(sum_of_squares(grads))
-    clip(grads, norm, max_norm)
-    return norm
-
-
-def clip(grads: Sequence, norm: float, max_norm: float) -> None:
-    """Scale arrays, in place, as ``clip_grad_norm`` does if the norm of all gradients is ``norm``."""
-    if not (factor := max_norm / (norm + 1e-6)) >= 1:  # or NaN, as in torch: then all gradients become NaN
-        scale(grads, factor)
-
-
-def sum_of_squares(arrays: Sequence) -> float:
-    """Σ x² over all elements of all arrays, each of one axis or more."""
-    if launch.fit_for_many(arrays):
-        return launch.sum_of_squares(arrays)
-    return sum(map(_sum_of_squares, arrays))
-
-
-def _grads(parameters) -> list:
-    return [_rows(parameter.grad) for _, parameter in _named(parameters) if parameter.grad is not None]
-
-
-def scale(arrays: Sequence, factor: float) -> None:
-    """Multiply every array by ``factor``, in place."""
-    if launch.fit_for_many(arrays):
-        launch.scale(arrays, factor)
-        return
-    for x in arrays:
-
-        def multiply(block, x=x):
-            x[block] *= factor
-
-        _each_block_of(x, multiply)
-
-
-def _sum_of_squares(g) -> float:
-    """Sum blocks in g's dtype and their sums in float64: float32 would lose small squares in a large sum."""
-    parts = {}
-
-    def add(block):
-        parts[block.start] = np.vdot(g[block], g[block]).item()
-
-    with one_blas_thread():
-        _each_block_of(g, add)
-    return math.fsum(parts.values())  # exactly rounded, so the order of the blocks does not matter
-
-
-class NoLossScale:
-    """A loss scale that does nothing, with the methods of ``LossScale``, for dtypes that need none."""
-
-    scale = 1.0
-
-    def seed(self, loss: Tensor) -> None:
-        """The argument for ``loss.backward``: None, its default."""
-
-    def unscale(self, parameters: Parameters) -> None:
-        """Do nothing."""
-
-    def update(self, finite: bool) -> None:
-        """Do nothing."""
-
-    def state_dict(self) -> dict:
-        return {}
-
-    def load_state_dict(self, state: Mapping) -> None:
-        """Do nothing."""
-
-
-class LossScale(NoLossScale):
-    """Dynamic loss scaling for float16. Micikevicius et al., arXiv 1710.03740, section 3.2.
-
-    The smallest positive float16 is 6e-8, and many gradients are smaller. The loss is multiplied by S, and by
-    the chain rule so is every gradient; before the update the gradients are divided by S. As in torch's
-    GradScaler, S is adjusted by trial: a step with a non-finite gradient is skipped and S halved, and after
-    2,000 consecutive finite steps S is doubled.
-    """
-
-    GROWTH_STEPS = 2000
-
-    def __init__(self, scale: float = 65536.0):
-        self.load_state_dict({"scale": scale, "good_steps": 0})
-
-    def seed(self, loss: Tensor):
-        """S as an array of the loss's shape, for ``loss.backward``: it multiplies every gradient by S."""
-        return np.full_like(loss.data, self.scale)
-
-    def unscale(self, parameters: Parameters) -> None:
-        """Divide all gradients by S, in place."""
-        scale(_grads(parameters), 1 / self.scale)  # a power of two, like S: exact
-
-    def update(self, finite: bool) -> None:
-        """Choose the next step's S from whether all of this step's gradients were finite."""
-        self.good_steps = self.good_steps + 1 if finite else 0
-        if not finite:
-            self.scale /= 2
-        elif self.good_steps == self.GROWTH_STEPS:
-            self.scale, self.good_steps = 2 * self.scale, 0
-
-    def state_dict(self) -> dict[str, float | int]:
-        """S and the number of finite steps since it last changed, as plain numbers."""
-        return {"scale": self.scale, "good_steps": self.good_steps}
-
-    def load_state_dict(self, state: Mapping[str, float | int]) -> None:
-        """Resume from the result of ``state_dict``. Raises ``Error`` unless S is positive and finite."""
-        if not 0 < state["scale"] < math.inf:
-            raise Error(f"a loss scale must be above 0 and finite, not {state['scale']}")
-        self.scale, self.good_steps = float(state["scale"]), state["good_steps"]
-
-
-def warmup_cosine(
-    peak_lr: float, initial_lr: float, min_lr: float, warmup: int, steps: int
-) -> Callable[[int], float]:
-    """step (from 0) -> learning rate: linear from ``initial_lr`` to ``peak_lr``, then a cosine to ``min_lr``.
-
-    The rate rises by (peak - initial)/warmup per step and reaches the peak at step ``warmup``. Then it is
-    min + (peak - min) ½ (1 + cos(π x)), where x goes linearly from 0 at step ``warmup`` to 1 at step
-    ``steps``. Loshchilov and Hutter, "SGDR", arXiv 1608.03983, equation 5, without restarts.
-    """
-    if not 0 <= warmup < max(steps, 1):
-        raise Error(f"warmup ({warmup} steps) must be shorter than the run ({steps} steps)")
-
-    def lr_at(step: int) -> float:
-        if step < warmup:
-            return initial_lr + (peak_lr - initial_lr) * step / warmup
-        progress = min(1.0, (step - warmup) / (steps - warmup))
-        return min_lr + (peak_lr - min_lr) * 0.5 * (1 + math.cos(math.pi * progress))
-
-    return lr_at
