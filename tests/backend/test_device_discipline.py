@@ -348,10 +348,10 @@ def build(name, put, dropout=0.0):
     return model
 
 
-def train(name, put, dropout, steps=3, length=140):
+def train(name, put, dropout, steps=3, length=140, kind=optim.AdamW):
     """The losses and gradient norms of training steps, and the final parameters."""
     model = build(name, put, dropout)
-    optimizer = optim.AdamW(model, lr=1e-2, weight_decay=0.1)
+    optimizer = kind(model, lr=1e-2, weight_decay=0.1)
     rng = np.random.default_rng(1)
     numbers = []
     for step in range(steps):
@@ -384,6 +384,15 @@ def test_training_on_the_device_equals_numpy(name, dropout, put):
     assert numbers == pytest.approx(expected, rel=1e-12)
     for name, array in parameters.items():
         assert np.allclose(array, expected_parameters[name], rtol=tolerance, atol=tolerance), name
+
+
+@every_model
+def test_training_with_muon_on_the_device_equals_numpy(name, put):
+    expected, expected_parameters = train(name, stay, 0.0, steps=2, length=20, kind=optim.Muon)
+    numbers, parameters = train(name, put, 0.0, steps=2, length=20, kind=optim.Muon)
+    assert numbers == pytest.approx(expected, rel=1e-12)
+    for key, array in parameters.items():
+        assert np.allclose(array, expected_parameters[key], rtol=1e-9, atol=1e-9), key
 
 
 @pytest.mark.parametrize("name", RELATIVE_MODELS)

@@ -32,6 +32,7 @@ WINDOW = "attention in a window against torch"
 RELATIVES, RELATIVE_FOLDER = "Llama's relatives against transformers", "their folders"
 FOLDER, FREQUENCIES = "a checkpoint of transformers", "RoPE frequencies against transformers"
 ADAMW, TRAINING, SAMPLING = "AdamW against torch", "50 training steps", "sampling against torch"
+MUON, MUON_TRAINING = "Muon against torch", "50 training steps with Muon"
 INSTRUCT = "masked conversations against torch"
 LORA_TRAINING, ADAPTER = "50 training steps of LoRA", "an adapter of peft"
 CLASSIFIER, CLASSES = "a classifier of transformers", "50 training steps of a classifier"
@@ -52,6 +53,8 @@ TESTS = {
     FREQUENCIES: "test_frequencies_of_every_rope_type_equal_transformers",
     ADAMW: "test_adamw_equals_torch_for_20_steps",
     TRAINING: "test_fifty_training_steps_equal_torchs",
+    MUON: "test_muon_equals_torch_for_50_steps",
+    MUON_TRAINING: "test_fifty_training_steps_with_muon_equal_torchs",
     LORA_TRAINING: "test_fifty_steps_of_lora_equal_torchs",
     ADAPTER: "test_an_adapter_of_peft_loads_here_and_back",
     CLASSIFIER: "test_classifier::test_a_folder_of_transformers_loads",
@@ -290,6 +293,8 @@ FAULTS = {
     ),
     "AdamW: no bias correction": Fault(faults.adamw(bias_correction=False), (ADAMW, TRAINING), None),
     "AdamW: norms and biases decayed": Fault(faults.adamw(decay_everything=True), (ADAMW, TRAINING), None),
+    "Muon: momentum is not Nesterov's": Fault(faults.plain_momentum, (MUON, MUON_TRAINING), None),
+    "Muon: scaled as the transposed matrix": Fault(faults.scale_of_the_transpose, (MUON,), None),
     "gradient accumulation: unweighted mean": Fault(faults.plain_means, (TRAINING,), None),
     "LoRA: α instead of α / r": Fault(faults.unscaled_lora, ("LoRA", LORA_TRAINING, ADAPTER), None),
     "classification: last padded instead of last real token": Fault(

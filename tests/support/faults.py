@@ -15,6 +15,7 @@ from tinyllm.functional import composed
 from tinyllm.inference import sampling
 from tinyllm.models import SequenceClassifier, gemma2, gemma3, gpt2, mixture, qwen, rope
 from tinyllm.models.windows import SLIDING
+from tinyllm.optim import muon
 from tinyllm.tensor_ops import einsum, where
 from tinyllm.training import preference
 
@@ -286,6 +287,23 @@ def adamw(bias_correction=True, decay_everything=False):
             parameter.data[...] -= self.lr * m / (np.sqrt(v) + self.eps)
 
     return lambda patch: patch.setattr(optim.AdamW, "step", step)
+
+
+def plain_momentum(patch):
+    """Muon's step is the average M itself, not that of the next step if the gradient stays the same."""
+    correct = optim.Muon.__init__
+
+    def init(self, *args, **kwargs):
+        correct(self, *args, **kwargs)
+        self.nesterov = False
+
+    patch.setattr(optim.Muon, "__init__", init)
+
+
+def scale_of_the_transpose(patch):
+    """Muon takes a matrix's rows for its columns, as a layer that stores (in, out) would make one do."""
+    correct = muon.SCALES["original"]
+    patch.setitem(muon.SCALES, "original", lambda rows, columns: correct(columns, rows))
 
 
 def plain_means(patch):

@@ -37,6 +37,7 @@ CHANGES = dict(
     warmup=1,
     weight_decay=0.0,
     clip=2.0,
+    optimizer="muon",
     dropout=0.1,
     tie_head=False,
     qkv_bias=False,

@@ -24,9 +24,9 @@ from tinyllm.weights.runs import checkpoints, last_checkpoint
 pytestmark = pytest.mark.usefixtures("quick")
 
 
-@pytest.mark.parametrize("arch", ["gpt2", "llama"])
-def test_a_run_stopped_after_every_step_resumes(text, tmp_path, arch):
-    config = tiny(text, tmp_path / "whole", arch=arch)
+@pytest.mark.parametrize(("arch", "optimizer"), [("gpt2", "adamw"), ("gpt2", "muon"), ("llama", "adamw")])
+def test_a_run_stopped_after_every_step_resumes(text, tmp_path, arch, optimizer):
+    config = tiny(text, tmp_path / "whole", arch=arch, optimizer=optimizer)
     model = train(config, progress=False)
     out = tmp_path / "run"
     received, said = stopped_after(replace(config, out=out), 0, signal.SIGTERM)
@@ -45,6 +45,7 @@ def test_a_run_stopped_after_every_step_resumes(text, tmp_path, arch):
 
 OPTIONS = dict(
     arch=st.sampled_from(["gpt2", "llama"]),
+    optimizer=st.sampled_from(["adamw", "muon"]),
     dtype=st.sampled_from(["float32", "float64"]),
     micro_batch=st.sampled_from([None, 4, 12]),
     dropout=st.sampled_from([0.0, 0.3]),

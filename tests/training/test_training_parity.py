@@ -1,8 +1,8 @@
 """Fifty training steps of tinyllm and of torch from the same weights on the same batches.
 
-AdamW with weight decay of the matrices, clipping, warm-up, cosine decay, and steps of three micro-batches
-with different numbers of targets. torch's side is the model of ``transformers``, or the twin with LoRA, with
-torch's own loss, optimiser, clipping and schedules.
+AdamW, or Muon for the hidden matrices, with weight decay of the matrices, clipping, warm-up, cosine decay,
+and steps of three micro-batches with different numbers of targets. torch's side is the model of
+``transformers``, or the twin with LoRA, with torch's own loss, optimizers, clipping and schedules.
 """
 
 import functools
@@ -53,8 +53,8 @@ def start(config: GPT2Config, dtype):
     return random_gpt2(config).astype(dtype).train()
 
 
-def tinyllm_run(model) -> list[Step]:
-    optimizer = optim.AdamW(model, PEAK_LR, BETAS, EPS, DECAY)
+def tinyllm_run(model, kind=optim.AdamW) -> list[Step]:
+    optimizer = kind(model, PEAK_LR, BETAS, EPS, DECAY)
     lr_at = optim.warmup_cosine(PEAK_LR, INITIAL_LR, MIN_LR, WARMUP, STEPS)
     trained, steps = {name for name, p in model.named_parameters() if p.requires_grad}, []
     for step in range(STEPS):
@@ -72,23 +72,35 @@ def tinyllm_run(model) -> list[Step]:
     return steps
 
 
-def torch_run(model) -> list[Step]:
+def torch_run(model, **how) -> list[Step]:
     """The same with the ``transformers`` model with the weights of ``model``."""
     theirs = bridge.to_transformers(model)
-    return torch_steps(theirs, lambda ids: theirs(ids).logits, f"{theirs.base_model_prefix}.")
+    return torch_steps(theirs, lambda ids: theirs(ids).logits, f"{theirs.base_model_prefix}.", **how)
 
 
-def torch_steps(theirs, logits_of, prefix="") -> list[Step]:
-    """The steps of a model of torch, whose parameters' names may begin with ``prefix``."""
-    trained = {n.removeprefix(prefix): p for n, p in theirs.train().named_parameters() if p.requires_grad}
-    groups = [
-        {"params": [p for p in trained.values() if p.ndim >= 2], "weight_decay": DECAY},
-        {"params": [p for p in trained.values() if p.ndim < 2], "weight_decay": 0.0},
-    ]
-    optimizer = torch.optim.AdamW(groups, PEAK_LR, BETAS, EPS)
+def schedule_of(optimizer):
     rise = torch.optim.lr_scheduler.LinearLR(optimizer, INITIAL_LR / PEAK_LR, total_iters=WARMUP)
     fall = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, STEPS - WARMUP, MIN_LR)
-    schedule = torch.optim.lr_scheduler.SequentialLR(optimizer, [rise, fall], [WARMUP])
+    return torch.optim.lr_scheduler.SequentialLR(optimizer, [rise, fall], [WARMUP])
+
+
+def torch_steps(theirs, logits_of, prefix="", by_muon=()) -> list[Step]:
+    """The steps of a model of torch, whose parameters' names may begin with ``prefix``.
+
+    ``by_muon`` are the names, without the prefix, of those that Muon updates.
+    """
+    trained = {n.removeprefix(prefix): p for n, p in theirs.train().named_parameters() if p.requires_grad}
+    others = [p for name, p in trained.items() if name not in by_muon]
+    groups = [
+        {"params": [p for p in others if p.ndim >= 2], "weight_decay": DECAY},
+        {"params": [p for p in others if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    optimizers = [torch.optim.AdamW(groups, PEAK_LR, BETAS, EPS)]
+    if by_muon:
+        matrices = [trained[name] for name in by_muon]
+        how = dict(weight_decay=DECAY, adjust_lr_fn="match_rms_adamw")
+        optimizers.append(torch.optim.Muon(matrices, PEAK_LR, **how))
+    schedules = [schedule_of(optimizer) for optimizer in optimizers]
     steps = []
     for step in range(STEPS):
         # Accumulation as it should be: the mean over all targets of the step that count, in one graph.
@@ -96,11 +108,11 @@ def torch_steps(theirs, logits_of, prefix="") -> list[Step]:
         logits = torch.cat([logits_of(ids) for ids, _ in batches]).flatten(0, 1)
         targets = torch.cat([targets for _, targets in batches]).flatten()
         loss = torch.nn.functional.cross_entropy(logits, targets, ignore_index=-100)
-        optimizer.zero_grad()
+        theirs.zero_grad()
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(theirs.parameters(), CLIP)
-        optimizer.step()
-        schedule.step()
+        for each in (*optimizers, *schedules):
+            each.step()
         parameters = {name: p.detach().numpy().copy() for name, p in trained.items()}
         steps.append(Step(loss.item(), norm.item(), parameters))
     return steps
@@ -133,6 +145,18 @@ def test_fifty_training_steps_of_llama_equal_torchs():
     model = random_llama(LLAMA).train()
     theirs = torch_run(model)
     check_run(tinyllm_run(model), theirs, 1e-9)
+    assert theirs[-1].loss < theirs[0].loss / 2
+
+
+@pytest.mark.proof("Llama")
+def test_fifty_training_steps_with_muon_equal_torchs(monkeypatch):
+    """torch.optim.Muon orthogonalises in bfloat16; here its cast is replaced by a copy, so in float64."""
+    monkeypatch.setattr(torch.Tensor, "bfloat16", torch.Tensor.clone)
+    model = random_llama(LLAMA).train()
+    matrices = optim.Muon(model).hidden
+    assert {name.split(".")[-2] for name in matrices} == {f"{p}_proj" for p in "q k v o gate up down".split()}
+    theirs = torch_run(model, by_muon=matrices)
+    check_run(tinyllm_run(model, optim.Muon), theirs, 1e-9)
     assert theirs[-1].loss < theirs[0].loss / 2
 
 

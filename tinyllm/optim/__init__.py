@@ -3,12 +3,14 @@
 from tinyllm.optim.adamw import AdamW
 from tinyllm.optim.clipping import clip, clip_grad_norm, scale, sum_of_squares
 from tinyllm.optim.loss_scale import LossScale, NoLossScale
+from tinyllm.optim.muon import Muon
 from tinyllm.optim.parameters import Parameters
 from tinyllm.optim.schedules import warmup_cosine
 
 __all__ = [
     "AdamW",
     "LossScale",
+    "Muon",
     "NoLossScale",
     "Parameters",
     "clip",

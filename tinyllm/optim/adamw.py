@@ -42,6 +42,8 @@ class AdamW:
     practice since BERT's code: decay limits a matrix's gain, but a norm's neutral scale is 1 and not 0.
     """
 
+    group_options = "lr", "weight_decay"
+
     def __init__(
         self,
         parameters: Parameters | Iterable[dict],
@@ -53,8 +55,8 @@ class AdamW:
         pair = isinstance(betas, Sequence) and len(betas) == 2 and all(is_rate(b) and b < 1 for b in betas)
         if not (pair and all(is_rate(x) for x in (lr, eps, weight_decay))):
             raise Error(
-                f"AdamW needs lr, eps and weight_decay of at least 0 and two betas in [0, 1); got lr={lr!r}, "
-                f"eps={eps!r}, weight_decay={weight_decay!r}, betas={betas!r}"
+                f"{type(self).__name__} needs lr, eps and weight_decay of at least 0 and two betas in [0, 1)"
+                f"; got lr={lr!r}, eps={eps!r}, weight_decay={weight_decay!r}, betas={betas!r}"
             )
         self.lr, self.betas, self.eps, self.weight_decay = lr, betas, eps, weight_decay
         self.parameters: list[tuple[str, Tensor]] = []
@@ -70,15 +72,14 @@ class AdamW:
 
     def _add(self, group: dict, prefix: str) -> None:
         """Add a group's parameters. ``prefix``, the group's number, distinguishes names of several groups."""
-        unknown = group.keys() - {"params", "lr", "weight_decay"}
-        if unknown or "params" not in group:
-            raise Error(
-                f"a parameter group needs params and may have lr and weight_decay; this one has {list(group)}"
-            )
+        if "params" not in group or group.keys() - {"params", *self.group_options}:
+            options = ", ".join(self.group_options)
+            raise Error(f"a parameter group needs params and may have {options}; this one has {list(group)}")
         lr, decay = group.get("lr", self.lr), group.get("weight_decay")
         if not (is_rate(lr) and (decay is None or is_rate(decay)) and (lr == self.lr or self.lr > 0)):
             raise Error(
-                f"a group's lr {lr!r} and weight_decay {decay!r} must be at least 0, and AdamW's lr above 0"
+                f"a group's lr {lr!r} and weight_decay {decay!r} must be at least 0, and the optimizer's lr "
+                "above 0"
             )
         for name, parameter in named(group["params"]):
             if not parameter.requires_grad:
@@ -94,9 +95,9 @@ class AdamW:
             self._options[name] = (1.0 if lr == self.lr else lr / self.lr, own)
 
     def reserve(self) -> None:
-        """Allocate m and v now. The parameters' dtypes must not change afterwards.
+        """Allocate the averages now. The parameters' dtypes must not change afterwards.
 
-        m and v outlive a step's other arrays. Allocated during the first step they would fragment the memory
+        They outlive a step's other arrays. Allocated during the first step they would fragment the memory
         which later steps reuse: the peak for a 124M Llama is 2.18 GB with ``reserve()`` and 2.24 GB without.
         """
         for name, parameter in self.parameters:
@@ -105,8 +106,18 @@ class AdamW:
     def _state_of(self, name: str, parameter: Tensor) -> list:
         if name not in self.state:
             loaded(parameter, f"parameter {name}")
-            self.state[name] = [0, *(np.zeros_like(self._own(name, parameter.data)) for _ in "mv")]
+            like = self._own(name, parameter.data)
+            self.state[name] = [0, *(np.zeros_like(like) for _ in self._averages(name))]
         return self.state[name]
+
+    def _averages(self, name: str) -> str:
+        """The averages kept for a parameter: m and v, in this order, or only m."""
+        return "mv"
+
+    @property
+    def averages_nbytes(self) -> int:
+        """The bytes of the averages of whole parameters, allocated or not."""
+        return sum(len(self._averages(name)) * parameter.data.nbytes for name, parameter in self.parameters)
 
     def _own(self, name: str, array):
         """The elements of a parameter, or of its gradient, that this optimizer updates: all of them."""
@@ -126,7 +137,7 @@ class AdamW:
     def step(self) -> None:
         """Update every parameter that has a gradient, in place. The others keep their value and their t."""
         beta1, beta2 = self.betas
-        every = self.parameters
+        every = self._elementwise()
         if launch.fit_for_many([a for _, p in every if p.grad is not None for a in (p.data, p.grad)]):
             begun = [self._begin(name, p) for name, p in every if p.grad is not None]
             arrays, numbers = zip(*begun)
@@ -155,19 +166,25 @@ class AdamW:
 
             each_block_of(arrays[0], update)
 
+    def _elementwise(self) -> list[tuple[str, Tensor]]:
+        """The parameters that the formula above updates: all."""
+        return self.parameters
+
     def _begin(self, name: str, parameter: Tensor) -> tuple[list, tuple[float, float, float]]:
         """Increment a parameter's t; returns its arrays (θ, g, m, v) and numbers (step size, ε, decay)."""
-        state, (beta1, beta2) = self._state_of(name, parameter), self.betas
+        t, arrays, lr, decay = self._advance(name, parameter)
+        # Both bias corrections are folded into the step size and ε, which saves passes over memory.
+        beta1, beta2 = self.betas
+        root = math.sqrt(1 - beta2**t)
+        return arrays, (lr * root / (1 - beta1**t), self.eps * root, decay)
+
+    def _advance(self, name: str, parameter: Tensor) -> tuple[int, list, float, float]:
+        """Increment a parameter's t; returns it, [θ, g, averages …], the rate, and the factor 1 - lr λ."""
+        state, (factor, weight_decay) = self._state_of(name, parameter), self._options[name]
         state[0] += 1
         state[1:] = (to_device_of(average, parameter.data) for average in state[1:])
-        # Both bias corrections are folded into the step size and ε, which saves passes over memory.
-        root = math.sqrt(1 - beta2 ** state[0])
-        factor, weight_decay = self._options[name]
-        lr = self.lr * factor
-        step_size, eps, decay = lr * root / (1 - beta1 ** state[0]), self.eps * root, 1 - lr * weight_decay
-        own = self._own(name, parameter.data), self._own(name, parameter.grad)
-        arrays = [rows(array) for array in (*own, *state[1:])]
-        return arrays, (step_size, eps, decay)
+        own, lr = (self._own(name, parameter.data), self._own(name, parameter.grad)), self.lr * factor
+        return state[0], [rows(array) for array in (*own, *state[1:])], lr, 1 - lr * weight_decay
 
     def state_dict(self) -> dict[str, dict]:
         """The state to resume from: "t", "m" and "v", each a dict by parameter name.
@@ -175,8 +192,8 @@ class AdamW:
         Parameters that were never updated are absent. The arrays are those in use, not copies.
         """
         return {
-            key: {name: state[i] for name, state in self.state.items() if state[0] > 0}
-            for i, key in enumerate(("t", "m", "v"))
+            key: {name: state[i] for name, state in self.state.items() if state[0] > 0 and i < len(state)}
+            for i, key in enumerate("tmv")
         }
 
     def load_state_dict(self, state: Mapping[str, Mapping]) -> None:
@@ -188,16 +205,21 @@ class AdamW:
         parameters = dict(self.parameters)
         if not (isinstance(state, Mapping) and state.keys() >= {"t", "m", "v"}):
             raise Error('the optimizer state must be a dict with "t", "m" and "v": pass that of state_dict()')
-        if not parameters.keys() >= state["t"].keys() == state["m"].keys() == state["v"].keys():
-            raise Error("the optimizer state belongs to other parameters: use the model it was saved with")
+        kept = {key: {name for name in state["t"] if key in self._averages(name)} for key in "mv"}
+        if not parameters.keys() >= state["t"].keys() or any(state[key].keys() != kept[key] for key in "mv"):
+            raise Error(
+                "the optimizer state belongs to other parameters or to another optimizer: use the model and "
+                "the optimizer it was saved with"
+            )
         restored = {}
         for name, t in state["t"].items():
             like = self._own(name, parameters[name].data)
-            for array in (state["m"][name], state["v"][name]):
+            averages = [state[key][name] for key in self._averages(name)]
+            for array in averages:
                 if array.shape != like.shape or array.dtype != like.dtype:
                     raise Error(
                         f"the optimizer state of {name} is {array.dtype} {array.shape}, but the parameter is "
                         f"{like.dtype} {like.shape}: use the model it was saved with"
                     )
-            restored[name] = [t, *(np.asarray(state[key][name], like=like) for key in ("m", "v"))]
+            restored[name] = [t, *(np.asarray(array, like=like) for array in averages)]
         self.state = restored

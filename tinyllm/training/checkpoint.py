@@ -4,7 +4,8 @@ A checkpoint is a folder ``step-000135`` in the run's folder, with everything th
 
     config.json, model.safetensors    the model in Hugging Face's layout (config.json only for a language
                                       model), or what the task writes instead, such as an adapter
-    optimizer.safetensors             AdamW's averages, ``m.NAME`` and ``v.NAME`` for every trained parameter
+    optimizer.safetensors             AdamW's averages, ``m.NAME`` and ``v.NAME`` for every trained parameter;
+                                      of a matrix that Muon updates only ``m.NAME``
     checkpoint.json                   the step, all other state, and the SHA-256 of every file and of itself
 
 Batches and dropout are functions of (seed, step), so the step is also the position in the data, and no
@@ -148,8 +149,10 @@ def load_checkpoint(
     load_weights(model, folder)
     model.to(device)
     try:
-        averages = load_file(folder / OPTIMIZER)
-        state = {key: {name: averages[f"{key}.{name}"] for name in about["t"]} for key in "mv"}
+        state = {"m": {}, "v": {}}
+        for full_name, array in load_file(folder / OPTIMIZER).items():
+            key, _, name = full_name.partition(".")
+            state[key][name] = array
     except (OSError, SafetensorError, KeyError) as error:
         raise Error(f"{folder / OPTIMIZER} cannot be read ({error}): copy it again") from error
     optimizer.load_state_dict({"t": about["t"], **state})
@@ -189,9 +192,9 @@ def remove_left_overs(run: Path) -> None:
             path.unlink()
 
 
-def check_space(run: Path, saved: Iterable[Tensor]) -> None:
-    """Raise OSError if the disk has no space for a checkpoint: the ``saved`` weights and AdamW's averages."""
-    needed = sum((3 if tensor.requires_grad else 1) * tensor.data.nbytes for tensor in saved)
+def check_space(run: Path, saved: Iterable[Tensor], optimizer: AdamW) -> None:
+    """Raise OSError if the disk has no space for a checkpoint: the ``saved`` weights and all averages."""
+    needed = sum(tensor.data.nbytes for tensor in saved) + optimizer.averages_nbytes
     free = shutil.disk_usage(run).free
     if free < needed + LOG_BYTES:
         sizes = f"{free / 1e6:,.1f} MB left; a checkpoint needs {needed / 1e6:,.1f} MB, and the logs 1 MB"

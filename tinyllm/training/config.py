@@ -15,7 +15,7 @@ from tinyllm.errors import Error
 from tinyllm.models import ARCHITECTURES, full_name
 from tinyllm.nn import Module
 
-SPECIAL = ("refuse", "allow", "text")
+SPECIAL, INITS, OPTIMIZERS = ("refuse", "allow", "text"), ("gpt2", "torch"), ("adamw", "muon")
 
 # A resumed run may change these, because it may resume on another device or with less memory. Its numbers
 # then differ from there on by rounding.
@@ -77,6 +77,7 @@ class RunOptions:
     command = "tinyllm train"  # that runs it
     restart = "tinyllm train --from"  # and begins a new run from the weights of this one
     length_option = "--context"  # that bounds the tokens of a row
+    optimizer = "adamw"
 
     # The options that a resumed run may change, because its numbers stay the same.
     free = frozenset(
@@ -235,6 +236,8 @@ class TextOptions:
     """Maximum number of windows to evaluate in each text, training and validation; fewer before the end."""
     prompt: str | None = None
     """Beginning of the sample at each evaluation; by default The, or the text's first word."""
+    optimizer: str = "adamw"
+    """adamw, or muon: orthogonalised steps for the hidden matrices, AdamW for the rest, with one --lr."""
     profile: bool = False
     """Print the time and memory of each op of a training step instead of training."""
 
@@ -253,8 +256,11 @@ class TrainConfig(RunOptions, ModelOptions, TextOptions):
         self._require_at_least(1, "eval_windows context stride")
         self._require_at_least(0, "in_memory")
         self._require("dropout", 0 <= self.dropout < 1, "at least 0 and below 1")
-        for name, known in (("special", SPECIAL), ("arch", ARCHITECTURES), ("init", ("gpt2", "torch"))):
+        choices = {"special": SPECIAL, "arch": ARCHITECTURES, "init": INITS, "optimizer": OPTIMIZERS}
+        for name, known in choices.items():
             self._require(name, getattr(self, name) in known, " or ".join(known))
+        whole = self.optimizer == "adamw" or not self.shard_optimizer
+        self._require("shard_optimizer", whole, "used with --optimizer adamw: Muon needs whole matrices")
         if self.start_from is None:
             try:
                 self.model_config(vocab_size=1)

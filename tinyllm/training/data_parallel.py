@@ -106,7 +106,10 @@ class Replicas(Alone):
         if isinstance(optimizer, ShardedAdamW):
             parameters = self._vector([parameter.data for parameter in self._parameters])
             return {"AdamW": optimizer.step, "all-gather": lambda: self.spread(parameters)}
-        return {"all-gather": lambda: self.spread(self._gradients()), "AdamW": optimizer.step}
+        return {
+            "all-gather": lambda: self.spread(self._gradients()),
+            type(optimizer).__name__: optimizer.step,
+        }
 
     def parts(self, optimizer: AdamW, max_norm: float) -> dict[str, Callable[[], object]]:
         """What follows the gradients in a step, in order, as functions to profile."""

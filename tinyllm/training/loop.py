@@ -117,8 +117,9 @@ def fit(
         if function is not None and not callable(function):
             raise Error(f"{name} is a {type(function).__name__}: give a function, or omit it")
     optimizer = AdamW(model, LEARNING_RATE) if optimizer is None else optimizer
-    if not isinstance(optimizer, AdamW):
-        raise Error(f"optimizer is a {type(optimizer).__name__}: give an optim.AdamW, or omit it")
+    if not isinstance(optimizer, AdamW):  # a Muon is one, too
+        what = type(optimizer).__name__
+        raise Error(f"optimizer is a {what}: give an optim.AdamW or optim.Muon, or omit it")
     if loss_fn is None and not hasattr(model, "loss"):
         raise Error(f"a {type(model).__name__} has no method loss(ids, targets, num_targets): give a loss_fn")
     records = []

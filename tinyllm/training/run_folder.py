@@ -147,7 +147,7 @@ class RunFolder:
         versions = {"tinyllm": __version__, "numpy": np.__version__, "python": platform.python_version()}
         about = asked | task.data() | found | {"versions": versions}
         try:
-            check_space(self.folder, task.saved_parameters(self.model))
+            check_space(self.folder, task.saved_parameters(self.model), self.optimizer)
             task.save(self.folder)
             write_whole(self.folder / RUN_CONFIG, sealed(about))  # last: it makes the folder a run
         except OSError as error:
@@ -374,7 +374,7 @@ class RunFolder:
         here |= {"run": self.about["sha256"], "versions": self.about["versions"], "machine": self._machine()}
         if scale := self.loss_scale.state_dict():
             here["loss_scale"] = scale
-        check_space(self.folder, self.task.saved_parameters(self.model))
+        check_space(self.folder, self.task.saved_parameters(self.model), self.optimizer)
         save_checkpoint(folder, self.model, self.optimizer, here, self.task.save_weights)
         self._saved_at = time.monotonic()
         self._remove_old_checkpoints()

@@ -6,7 +6,7 @@ the next token at every position, except targets of -100, which are ignored. A s
     L = 1/N Σ loss of each target                 forward, and
     g = ∂L/∂θ                                     backward, for a few rows at a time: a micro-batch
     g = g · min(1, clip / ‖g‖)                    clipping, which bounds the effect of an unusual batch
-    θ = AdamW(θ, g)                               the update, unless L or ‖g‖ is not finite
+    θ = AdamW(θ, g), or Muon                      the update, unless L or ‖g‖ is not finite
 
 Only one micro-batch's activations are in memory at a time; gradients are accumulated over all of them. Each
 micro-batch divides its sum by N, not by its own number of targets. The accumulated gradient is therefore that
@@ -85,7 +85,7 @@ class Alone:
     def parts(self, optimizer: AdamW, max_norm: float) -> dict[str, Callable[[], object]]:
         """What follows the gradients in a step, in order, as functions to profile."""
         clipped = partial(self.clip_grad_norm, optimizer, max_norm, do_nothing)
-        return {"clip_grad_norm": clipped, "AdamW": optimizer.step}
+        return {"clip_grad_norm": clipped, type(optimizer).__name__: optimizer.step}
 
 
 def training_step(
