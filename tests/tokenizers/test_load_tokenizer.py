@@ -20,7 +20,7 @@ from tinyllm.weights.pull import KNOWN_MODELS
 
 def test_load_error_lists_the_alternatives(tmp_path):
     for spec in ("gpt3", tmp_path, tmp_path / FILE_NAME, ""):
-        known = "'gpt2', a run's or a model's folder, or a tokenizer file"
+        known = "'gpt2', 'bytes', a run's or a model's folder, or a tokenizer file"
         with pytest.raises(
             Error, match=rf"no tokenizer .*{known}|has no tokenizer \(tinyllm_tokenizer.json, tokenizer\.json"
         ):
@@ -31,6 +31,19 @@ def test_load_error_lists_the_alternatives(tmp_path):
 def test_load_rejects_other_types_and_impossible_paths(spec):
     with pytest.raises(Error, match="'gpt2'"):
         load_tokenizer(spec)
+
+
+def test_load_bytes(tmp_path):
+    """One id per byte and the end of text; the same after saving."""
+    tokenizer = load_tokenizer("bytes")
+    assert (tokenizer.name, tokenizer.vocab_size) == ("bytes", 257)
+    for text in ("", "a", "Grüße, 世界 \n\n👍", "<|endoftext"):
+        ids = tokenizer.encode(text)
+        assert [tokenizer.decode_bytes([i]) for i in ids] == [bytes([b]) for b in text.encode("utf-8")]
+    assert tokenizer.encode("a<|endoftext|>b", special="allow")[1] == 256
+    tokenizer.save(tmp_path)
+    loaded = load_tokenizer(tmp_path)
+    assert (loaded.name, loaded.to_json()) == ("bytes", tokenizer.to_json())
 
 
 def test_load_pulled_model_by_name(monkeypatch, tmp_path):

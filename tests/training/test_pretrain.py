@@ -116,6 +116,14 @@ def test_a_large_text_with_a_character_tokenizer_is_refused(text, tmp_path):
         load_data(small(text, tmp_path / "run", in_memory=0))
 
 
+def test_a_run_on_bytes_has_their_loss_in_bits(text, tmp_path):
+    model = train(tiny(text, tmp_path / "run", tokenizer="bytes"), progress=False)
+    assert model.config.vocab_size == 257
+    last = records(tmp_path / "run")[-1]
+    assert last["val_bits_per_byte"] == pytest.approx(last["val_loss"] / math.log(2), rel=1e-15)
+    assert load_tokenizer(tmp_path / "run").name == "bytes"
+
+
 def test_new_special_tokens_have_new_ids(text, tmp_path):
     config = small(text, tmp_path / "run", special_tokens=("<|user|>", "<|bot|>"), steps=2, warmup=0)
     model = train(config, progress=False)

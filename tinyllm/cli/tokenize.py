@@ -22,7 +22,7 @@ class _Text:
     file: Annotated[Path | None, option("FILE", "")] = None
     """Instead of --text: a UTF-8 text file."""
     tokenizer: Annotated[str, option("NAME")] = "gpt2"
-    """gpt2, a run's or a model's folder, or a tokenizer file."""
+    """gpt2, bytes, a run's or a model's folder, or a tokenizer file."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,7 +1,8 @@
 """Tokenizers: text to token ids and back, with tinyllm's own tokenizers and those of published models.
 
-tinyllm's own are GPT-2's (``tiktoken.py``), a byte-pair encoding trained on a text (``bpe.py``) and one id
-per character (``char.py``). A run saves its tokenizer as ``tinyllm_tokenizer.json``.
+tinyllm's own are GPT-2's (``tiktoken.py``), a byte-pair encoding trained on a text (``bpe.py``), one id per
+byte (the same without merges) and one id per character (``char.py``). A run saves its tokenizer as
+``tinyllm_tokenizer.json``.
 
 A published model stores its vocabulary in one of these formats, recognised by the content of the file:
 
@@ -54,9 +55,10 @@ TOKENIZER_MODEL = "tokenizer.model"
 
 
 def load_tokenizer(spec: str | Path) -> Tokenizer:
-    """Load a tokenizer: ``"gpt2"``, or the one in a run's folder, a model's folder or a file.
+    """Load a tokenizer: ``"gpt2"``, ``"bytes"``, or the one in a run's folder, a model's folder or a file.
 
-    The name takes precedence over a folder of that name; write ``./gpt2`` for the folder. The name of a model
+    ``bytes`` has 256 ids, the bytes in GPT-2's order, and ``<|endoftext|>``. A name takes precedence over a
+    folder of that name; write ``./gpt2`` for the folder. The name of a model
     that was pulled, such as ``smollm2``, gives that model's tokenizer.
 
     For a published model, ``added_tokens.json`` or ``tokenizer_config.json`` may add tokens to a vocabulary
@@ -75,14 +77,16 @@ def load_tokenizer(spec: str | Path) -> Tokenizer:
     """
     if spec == "gpt2":
         return gpt2()
+    if spec == "bytes":
+        return BPETokenizer([])
     if not isinstance(spec, str | Path):
-        raise Error(f"the tokenizer is {spec!r}: give 'gpt2' or the path of a folder or file")
+        raise Error(f"the tokenizer is {spec!r}: give 'gpt2', 'bytes', or the path of a folder or file")
     if spec in KNOWN_MODELS and not os.path.lexists(spec):
         spec = find_model(spec)
     if not os.path.exists(spec):
         raise Error(
-            f"no tokenizer {str(spec)!r}: give 'gpt2', a run's or a model's folder, or a tokenizer file "
-            "('char' and 'bpe:VOCAB' are trained on a text by tinyllm train)"
+            f"no tokenizer {str(spec)!r}: give 'gpt2', 'bytes', a run's or a model's folder, or a tokenizer "
+            "file ('char' and 'bpe:VOCAB' are trained on a text by tinyllm train)"
         )
     path = Path(spec)
     file = _find_file(path) if path.is_dir() else path

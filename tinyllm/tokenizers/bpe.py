@@ -104,7 +104,7 @@ class BPETokenizer(TiktokenTokenizer):
     ``merges[i]``, then come ``<|endoftext|>`` and any special tokens added later. Merges are applied inside
     the pieces into which ``pattern`` splits a text. Raises ``Error`` naming a merge that is not a pair of
     earlier ids or gives an existing token, or an invalid pattern; ``encode`` raises ``Error`` if the pattern
-    does not cover the text.
+    does not cover the text. Without merges every byte is a token: it is named ``bytes``.
     """
 
     def __init__(self, merges: list[tuple[int, int]], pattern: str = GPT2_PATTERN):
@@ -112,7 +112,7 @@ class BPETokenizer(TiktokenTokenizer):
 
         check_pattern(pattern)
         ranks = _bpe_ranks(merges)
-        name = f"bpe:{len(ranks) + 1}"
+        name = f"bpe:{len(ranks) + 1}" if merges else "bytes"
         try:
             encoding = tiktoken.Encoding(
                 name, pat_str=pattern, mergeable_ranks=ranks, special_tokens={END_OF_TEXT: len(ranks)}

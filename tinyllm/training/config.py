@@ -225,7 +225,7 @@ class TextOptions:
     tokens: Path | None = None
     """Folder for the token ids of a text larger than --in-memory; by default next to the text."""
     tokenizer: str = "bpe:1024"
-    """bpe:VOCAB (learned from the text), gpt2, char (an id per character), or the folder or file of one."""
+    """bpe:VOCAB (learned from the text), gpt2, bytes, char (an id per character), or a folder or file."""
     special: str = "refuse"
     """Special tokens such as <|endoftext|> in the text: refuse, allow (encode as their ids), or text."""
     special_tokens: tuple[str, ...] = ()
