@@ -25,7 +25,8 @@ from tinyllm.errors import Error
 from tinyllm.tokenizers.base import END_OF_TEXT
 from tinyllm.training.config import TrainConfig
 from tinyllm.training.run_folder import begun_config
-from tinyllm.training.tasks.pretrain import Pretraining, load_data, mean_loss, parts_of_a_step, train
+from tinyllm.training.tasks.pretrain import Pretraining, mean_loss, parts_of_a_step, train
+from tinyllm.training.tasks.text import load_data
 from tinyllm.weights.runs import last_checkpoint
 
 
@@ -163,7 +164,7 @@ def test_the_default_prompt_is_part_of_the_text(tmp_path, content, tokenizer, pr
 
 def test_a_prompt_that_cannot_be_encoded_is_refused_before_the_text_is_read(text, tmp_path, monkeypatch):
     train(small(text, tmp_path / "run", steps=1, warmup=0), progress=False)
-    monkeypatch.setattr("tinyllm.training.tasks.pretrain.open_corpus", None)  # a call would fail
+    monkeypatch.setattr("tinyllm.training.tasks.text.open_corpus", None)  # a call would fail
     for prompt, said in (("X", "--prompt: .*'X'"), ("", "--prompt is empty"), ("t" * 17, "17 tokens")):
         with pytest.raises(Error, match=said):
             train(small(text, tmp_path / "new", tokenizer=str(tmp_path / "run"), prompt=prompt))
@@ -173,7 +174,7 @@ def test_a_prompt_that_cannot_be_encoded_is_refused_before_the_text_is_read(text
 
 def test_a_text_too_short_for_the_context_is_refused_before_a_tokenizer_is_learned(tmp_path, monkeypatch):
     (tmp_path / "text.txt").write_text("a few words" * 10, encoding="utf-8")
-    monkeypatch.setattr("tinyllm.training.tasks.pretrain.train_bpe", None)  # a call would fail
+    monkeypatch.setattr("tinyllm.training.tasks.text.train_bpe", None)  # a call would fail
     with pytest.raises(Error, match=r"text\.txt is too short.* 11 bytes.*--context 16 needs 17"):
         load_data(small(tmp_path / "text.txt", tmp_path / "run", tokenizer="bpe:300"))
 
@@ -319,9 +320,7 @@ def test_a_run_of_a_token_file_resumes(tmp_path, monkeypatch):
     config = tiny(tmp_path / "text.txt", tmp_path / "whole", tokenizer="bpe:262", in_memory=0)
     train(config, progress=False)
     stopped_after(replace(config, out=tmp_path / "run"), 4)
-    monkeypatch.setattr(
-        "tinyllm.training.tasks.pretrain.train_bpe", None
-    )  # the tokenizer is not learned again
+    monkeypatch.setattr("tinyllm.training.tasks.text.train_bpe", None)  # the tokenizer is not learned again
     train(begun_config(tmp_path / "run"), progress=False)
     assert left(tmp_path / "run") == left(tmp_path / "whole")
 

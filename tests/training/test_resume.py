@@ -18,7 +18,8 @@ from tinyllm.cli import main
 from tinyllm.data.batches import Batches
 from tinyllm.training.checkpoint import verify
 from tinyllm.training.run_folder import begun_config
-from tinyllm.training.tasks.pretrain import load_data, train
+from tinyllm.training.tasks.pretrain import train
+from tinyllm.training.tasks.text import load_data
 from tinyllm.weights.runs import checkpoints, last_checkpoint
 
 pytestmark = pytest.mark.usefixtures("quick")

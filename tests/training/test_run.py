@@ -22,7 +22,8 @@ from tinyllm import GPT2, load_model, load_tokenizer
 from tinyllm.data.corpus import load_text
 from tinyllm.training.checkpoint import verify
 from tinyllm.training.config import TrainConfig
-from tinyllm.training.tasks.pretrain import load_data, mean_loss, train
+from tinyllm.training.tasks.pretrain import mean_loss, train
+from tinyllm.training.tasks.text import load_data
 from tinyllm.weights.runs import checkpoints, last_checkpoint
 
 STOPPED = {"SIGINT": 130, "SIGTERM": 143, "SIGHUP": 129}  # signal -> exit code

@@ -18,6 +18,7 @@ from support.runs import contents, full_disk, left, records, small, stopped_afte
 
 import tinyllm.training.run_folder
 import tinyllm.training.tasks.pretrain
+import tinyllm.training.tasks.text
 from tinyllm.cli import main
 from tinyllm.errors import Error
 from tinyllm.files import lock, read_sealed, sealed
@@ -207,7 +208,7 @@ def test_a_folder_that_cannot_be_made_is_refused_before_anything_is_learned(
     text, tmp_path, monkeypatch, option
 ):
     (tmp_path / "file").write_text("mine")
-    monkeypatch.setattr(tinyllm.training.tasks.pretrain, "open_corpus", None)  # a call would fail
+    monkeypatch.setattr(tinyllm.training.tasks.text, "open_corpus", None)  # a call would fail
     changes = {"out": tmp_path / "run", option: tmp_path / "file" / "x" / "y"}
     with pytest.raises(Error, match=rf"--{option} .*file is not a folder: choose another --{option}"):
         train(replace(small(text, None, tokenizer="bpe:300"), **changes), progress=False)

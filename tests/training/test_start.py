@@ -17,7 +17,8 @@ from tinyllm.training.config import TrainConfig
 from tinyllm.training.metrics import read_run
 from tinyllm.training.run_folder import begun_config
 from tinyllm.training.start import starting_from
-from tinyllm.training.tasks.pretrain import load_data, mean_loss, train
+from tinyllm.training.tasks.pretrain import mean_loss, train
+from tinyllm.training.tasks.text import load_data
 from tinyllm.weights.runs import last_checkpoint
 
 pytestmark = pytest.mark.usefixtures("quick")

@@ -1,0 +1,189 @@
+"""The text of ``tinyllm train``: what a run reads, its tokenizer, and its training and validation windows."""
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from tinyllm.data.batches import Windows
+from tinyllm.data.corpus import (
+    Corpus,
+    count_bytes,
+    encode_documents,
+    open_corpus,
+    splits,
+    train_validation_split,
+)
+from tinyllm.data.token_file import tokenize_corpus
+from tinyllm.errors import Error
+from tinyllm.tokenizers import END_OF_TEXT, BPETokenizer, CharTokenizer, Tokenizer, load_tokenizer, train_bpe
+from tinyllm.tokenizers.bpe import parse_bpe
+from tinyllm.training.config import TrainConfig
+from tinyllm.training.loggers import say
+from tinyllm.training.start import is_ours
+
+BPE_CHARACTERS = 10_000_000  # learn the vocabulary of a larger text from a sample of this size
+
+VALIDATION_FRACTION = 0.1
+
+SHORTEST_CONTEXT = 8  # that is worth suggesting
+
+
+@dataclass(frozen=True)
+class Data:
+    """The data of a run: its text, its tokenizer, and the windows of both parts."""
+
+    corpus: Corpus
+    tokenizer: Tokenizer
+    prompt: str
+    prompt_ids: list[int]
+    train: Windows
+    validation: Windows
+    bytes_per_token: float  # of the validation text: losses per byte compare across tokenizers
+    texts: tuple[bytes, bytes] | None  # both parts, unless the text is too large for memory
+
+
+def load_data(
+    config: TrainConfig, tokenizer: Tokenizer | None = None, text_sha256: str | None = None
+) -> Data:
+    """Read the text, learn or load a tokenizer, encode the text, and cut it into windows: 90% for training.
+
+    A text of at most ``config.in_memory`` MB is split by characters. A larger one is encoded into a file of
+    tokens, which is split between two of its chunks. For a resumed run, give its ``tokenizer`` and the hash
+    of its text. Raises ``Error`` if the text has changed, is too short or cannot be encoded.
+    """
+    corpus = _open_text(config)
+    if text_sha256 not in (None, corpus.sha256):
+        raise Error(
+            f"the text {corpus.name} is not the one that the run was started with (its SHA-256 is "
+            f"{corpus.sha256[:8]}…, not {text_sha256[:8]}…): give that one with --text, or start a new run"
+        )
+    if corpus.left_out:
+        say(f"{corpus.name}: {len(corpus.left_out):,} other files and links to folders were not read")
+    large = corpus.num_bytes > config.in_memory * 10**6
+    if large and (config.tokenizer == "char" or (tokenizer is not None and not is_ours(tokenizer))):
+        raise Error(
+            f"{corpus.name} has {corpus.num_bytes / 10**6:,.0f} MB, too much for the tokenizer "
+            f"{config.tokenizer}: choose bpe:VOCAB or gpt2, or a larger --in-memory"
+        )
+    # A learned tokenizer has <|endoftext|>.
+    split = config.special == "allow" if tokenizer is None else splits(tokenizer, config.special)
+    parts = [] if large else train_validation_split(corpus.documents(split), VALIDATION_FRACTION)
+    texts = None if large else tuple("".join(part).encode("utf-8") for part in parts)
+    if not large and _is_learned(config):  # not more tokens than bytes, and one between documents
+        _check_length(config, corpus, parts, len(texts[1]) + len(parts[1]) - 1, "bytes")
+    tokenizer = tokenizer or _learn_tokenizer(config, corpus, *parts)
+    prompt = _default_prompt(corpus, split) if config.prompt is None else config.prompt
+    prompt_ids = encode_prompt(config, tokenizer, prompt)
+    if large:
+        default = Path(f"{corpus.name.rstrip('/')}.{tokenizer.name.replace(':', '-')}.tokens")
+        tokens = tokenize_corpus(corpus, tokenizer, config.special, config.tokens or default)
+        train, validation, validation_bytes = tokens.split(VALIDATION_FRACTION)
+    else:
+        _check_special(config, corpus, tokenizer, [*parts[0], *parts[1]])
+        train, validation = (encode_documents(tokenizer, part, config.special) for part in parts)
+        validation_bytes = count_bytes(tokenizer, parts[1], config.special)
+    _check_length(config, corpus, parts, len(validation), "tokens")
+    bytes_per_token = validation_bytes / len(validation)
+    train = Windows(train, config.context, config.stride or max(1, config.context // 4))
+    validation = Windows(validation, config.context)
+    return Data(corpus, tokenizer, prompt, prompt_ids, train, validation, bytes_per_token, texts)
+
+
+def _open_text(config: TrainConfig) -> Corpus:
+    try:
+        return open_corpus(config.text, config.text_field, config.pattern)
+    except Error as error:
+        for word, option in (("field", "--text-field"), ("pattern", "--pattern")):
+            if re.search(rf"\b{word}\b", str(error)):
+                raise Error(f"{error} (option {option})") from None
+        raise
+
+
+def _check_length(config: TrainConfig, corpus: Corpus, parts: list, size: int, unit: str) -> None:
+    if size <= config.context:
+        raise Error(
+            f"the text {corpus.name} is too short: its last tenth, for validation, has {size} {unit}, and a "
+            f"window of --context {config.context} needs {config.context + 1} tokens: use a longer text"
+            + _options_for_short(config, parts, size)
+        )
+
+
+def _options_for_short(config: TrainConfig, parts: list, size: int = 0) -> str:
+    """Options with which a short text can be trained on, if there are any."""
+    learned = _is_learned(config)
+    if learned and parts:
+        size = sum(map(len, parts[1])) + len(parts[1]) - 1  # with the tokenizer char
+    context = min(config.context, 1 << max(size - 1, 1).bit_length() - 1)
+    options = "--tokenizer char " * (learned and config.tokenizer != "char")
+    if context < config.context:
+        options += f"--context {context}"
+    return f", or {options.strip()}" if context >= SHORTEST_CONTEXT else ""
+
+
+def _check_special(config: TrainConfig, corpus: Corpus, tokenizer: Tokenizer, documents: list[str]) -> None:
+    if config.special != "refuse":
+        return
+    for document in documents:
+        for found in tokenizer.find_special(document):
+            raise Error(
+                f"the text {corpus.name} contains the special token {found[0]!r}: give --special allow to "
+                "encode it as its id, or --special text to encode it as ordinary text"
+            )
+
+
+def _is_learned(config: TrainConfig) -> bool:
+    return config.tokenizer == "char" or config.tokenizer.startswith("bpe:")
+
+
+def named_tokenizer(config: TrainConfig) -> Tokenizer | None:
+    """The tokenizer that ``config`` names; None for one that is learned from the text."""
+    if config.tokenizer.startswith("bpe:"):
+        parse_bpe(config.tokenizer)
+    if _is_learned(config):
+        return None
+    tokenizer = load_tokenizer(config.tokenizer)
+    if config.special_tokens and not is_ours(tokenizer):
+        raise Error(f"--special-tokens cannot be added to the published tokenizer {tokenizer.name}: omit it")
+    return tokenizer.with_special_tokens(config.special_tokens)
+
+
+def _learn_tokenizer(config: TrainConfig, corpus: Corpus, train=(), validation=()) -> Tokenizer:
+    """The tokenizer that ``config`` names; a BPE of the training part only, so that validation is unseen."""
+    if (loaded := named_tokenizer(config)) is not None:
+        return loaded
+    if config.tokenizer == "char":
+        tokenizer = CharTokenizer.from_text("".join([*train, *validation]))
+        if max(corpus.num_documents, len(train), len(validation)) > 1:
+            tokenizer = tokenizer.with_special_tokens([END_OF_TEXT])  # to separate them
+    else:
+        sample = train or corpus.sample(BPE_CHARACTERS, VALIDATION_FRACTION, config.special == "allow")
+        try:
+            tokenizer = BPETokenizer(train_bpe(sample, parse_bpe(config.tokenizer)))
+        except Error as error:
+            most = re.search(r"a vocab_size of at most (\d+)", str(error))
+            if most is None:
+                raise Error(f"--tokenizer {config.tokenizer}: {error}") from None
+            raise Error(
+                f"the text {corpus.name} is too short for --tokenizer {config.tokenizer} (bpe:{most[1]} at "
+                f"most): use a longer text{_options_for_short(config, [train, validation])}"
+            ) from None
+    return tokenizer.with_special_tokens(config.special_tokens)
+
+
+def _default_prompt(corpus: Corpus, split: bool) -> str:
+    """The if it occurs at the beginning of the text, else the first word (of at most ten characters)."""
+    first = next(piece.text for piece in corpus.pieces(split) if piece.text.strip())
+    return "The" if "The" in first else first.split()[0][:10]
+
+
+def encode_prompt(config: TrainConfig, tokenizer: Tokenizer, prompt: str) -> list[int]:
+    """The ids of the prompt; a default one is cut to the context."""
+    if config.prompt is None:
+        return tokenizer.encode(prompt, config.special)[: config.context]
+    try:
+        ids = tokenizer.encode(prompt)
+    except Error as error:
+        raise Error(f"--prompt: {error}") from None
+    if not 0 < len(ids) <= config.context:
+        raise Error(f"--prompt is {len(ids)} tokens long: it must have 1 to {config.context} (--context)")
+    return ids
