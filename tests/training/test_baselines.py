@@ -121,39 +121,40 @@ def test_baselines_of_the_python_docs():
     assert xz_bits_per_byte(train, validation) == pytest.approx(1.41, abs=0.03)
 
 
-def test_describe_is_a_table_of_three_numbers():
-    train, validation = WORDS * 50, WORDS * 2
-    lines = describe(1.234, train, validation).splitlines()
-    assert len(lines) == 4
-    assert f"{len(validation)} bytes" in lines[0]
-    figures = {line[:13].strip(): line[15:].split()[0] for line in lines[1:]}
+def test_describe_is_a_table_of_three_numbers_for_each_text():
+    train, texts = WORDS * 50, {"one": (1.234, WORDS * 2), "another": (5.678, WORDS[::-1] * 30)}
+    lines = describe(train, texts).splitlines()
+    assert lines[0].split()[-2:] == ["one", "another"]
+    figures = {line[:44].partition(",")[0].strip(): line[44:].split() for line in lines[1:]}
+    each = [text for _, text in texts.values()]
     assert figures == {
-        "this model": "1.23",
-        "byte 5-gram": f"{ngram_bits_per_byte(train, validation):.2f}",
-        "xz -9": f"{xz_bits_per_byte(train, validation):.2f}",
+        "bytes of text": [f"{len(text):,}" for text in each],
+        "this model": ["1.23", "5.68"],
+        "byte 5-gram": [f"{ngram_bits_per_byte(train, text):.2f}" for text in each],
+        "xz -9": [f"{xz_bits_per_byte(train, text):.2f}" for text in each],
     }
-    assert len({line.index(".") for line in lines[1:]}) == 1  # decimal points in one column
+    assert len({line.rindex(".") for line in lines[2:]}) == 1  # decimal points in one column
     assert max(len(line) for line in lines) <= 88
 
 
 def test_describe_omits_the_baselines_of_a_large_text(monkeypatch):
     monkeypatch.setattr(tinyllm.training.baselines, "LARGEST", 3_000_000)
     monkeypatch.setattr(tinyllm.training.baselines, "ngram_bits_per_byte", None)  # a call would fail
-    said = describe(1.5, b"a" * 2_000_000, b"b" * 1_000_001)
+    said = describe(b"a" * 2_000_000, {"x": (1.5, b"b" * 1_000_001)})
     assert "1.50" in said
     assert said.count("more than 3 MB") == 2
     monkeypatch.undo()
     assert tinyllm.training.baselines.LARGEST == 20_000_000
     monkeypatch.setattr(tinyllm.training.baselines, "LARGEST", len(WORDS * 2))
-    assert "omitted" not in describe(1.5, WORDS, WORDS)
+    assert "omitted" not in describe(WORDS, {"x": (1.5, WORDS)})
 
 
 def test_without_lzma_only_xz_is_omitted(monkeypatch):
     monkeypatch.setitem(sys.modules, "lzma", None)
     with pytest.raises(Error, match="built without lzma"):
         xz_bits_per_byte(b"a", b"b")
-    said = describe(1.5, WORDS, WORDS)
-    assert "xz -9            –  omitted: this Python was built without lzma" in said
+    said = describe(WORDS, {"x": (1.5, WORDS)})
+    assert "xz -9 is omitted: this Python was built without lzma" in said
     assert f"{ngram_bits_per_byte(WORDS, WORDS):.2f}" in said
 
 
@@ -163,7 +164,9 @@ def test_an_order_out_of_range_is_refused(order):
         ngram_bits_per_byte(b"a", b"a", order)
 
 
-@pytest.mark.parametrize("measure", [ngram_bits_per_byte, xz_bits_per_byte, lambda t, v: describe(1.0, t, v)])
+@pytest.mark.parametrize(
+    "measure", [ngram_bits_per_byte, xz_bits_per_byte, lambda t, v: describe(t, {"x": (1.0, v)})]
+)
 @pytest.mark.parametrize(
     ("parts", "said"),
     [

@@ -38,6 +38,7 @@ CHANGES = dict(
     weight_decay=0.0,
     clip=2.0,
     optimizer="muon",
+    second_text="elsewhere",
     dropout=0.1,
     tie_head=False,
     qkv_bias=False,

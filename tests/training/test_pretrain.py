@@ -125,6 +125,61 @@ def test_a_run_on_bytes_has_their_loss_in_bits(text, tmp_path):
     assert load_tokenizer(tmp_path / "run").name == "bytes"
 
 
+def test_a_second_text_is_evaluated_at_the_end_without_the_shared_paragraphs(tmp_path, capsys):
+    own = "\n\n".join(f"{i} the cat sat on the mat" for i in range(60))
+    second = "\n\n".join(f"a cat {i} sat on the\nmat" for i in range(9))
+    (tmp_path / "own.txt").write_text(own)
+    (tmp_path / "second.txt").write_text(
+        f"3 the cat\nsat on the mat\n\n{second}\n\n59 the cat sat on the mat"
+    )
+    config = small(tmp_path / "own.txt", tmp_path / "run", second_text=str(tmp_path / "second.txt"))
+    data = load_data(config)
+    assert data.second.text.decode() == second
+    stopped_after(config, 3)
+    config = begun_config(config.out)
+    model = train(config, progress=False)
+    first, *_, last = records(config.out)
+    loss = mean_loss(model, data.second.windows, 10**6, 2)
+    expected = loss / math.log(2) * len(data.second.windows.tokens) / len(second)
+    assert last["val_second_bits_per_byte"] == pytest.approx(expected, rel=1e-6)
+    assert "val_second_bits_per_byte" not in first
+    assert f"  {expected:.2f}\n" in capsys.readouterr().out
+
+
+def test_a_run_whose_second_text_changed_is_refused(text, tmp_path):
+    second = tmp_path / "second.txt"
+    second.write_text("the cat the cat the cat the cat")
+    config = small(text, tmp_path / "run", second_text=str(second))
+    stopped_after(config, 3)
+    second.write_text("the mat the mat the mat the mat")
+    with pytest.raises(Error, match=r"the second_text of the run in .* changed"):
+        train(begun_config(config.out), progress=False)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (dict(second_text="nowhere"), "--second-text nowhere: no text 'nowhere'"),
+        (dict(tokenizer="char"), "--second-text second.txt: character 'ü'"),
+        (dict(second_text="own.txt"), "--second-text own.txt: own.txt has only 0 tokens"),
+        (dict(in_memory=0, tokenizer="bytes"), "--second-text second.txt: .* larger than 0 MB"),
+    ],
+)
+def test_a_second_text_that_cannot_be_evaluated_is_refused(tmp_path, monkeypatch, options, said):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "own.txt").write_text(RHYME * 9)
+    (tmp_path / "second.txt").write_text("the cat ü")
+    with pytest.raises(Error, match=said):
+        load_data(small("own.txt", None, **{"second_text": "second.txt"} | options))
+
+
+def test_the_default_second_text_is_omitted_if_the_tokenizer_lacks_its_characters(capsys, monkeypatch):
+    assert load_data(TrainConfig(context=16, tokenizer="bytes")).second.name == "python-docstrings"
+    monkeypatch.setattr("tinyllm.data.corpus.python_docstrings", lambda half: "für Ψ")
+    assert load_data(TrainConfig(context=16, tokenizer="char")).second is None
+    assert "no second text is evaluated: character" in capsys.readouterr().out
+
+
 def test_new_special_tokens_have_new_ids(text, tmp_path):
     config = small(text, tmp_path / "run", special_tokens=("<|user|>", "<|bot|>"), steps=2, warmup=0)
     model = train(config, progress=False)

@@ -15,7 +15,7 @@ from tinyllm.inference.perplexity import check_windows, evaluate_text, ids_on_di
 @dataclass(frozen=True, kw_only=True)
 class _Text:
     text: Annotated[str, option("TEXT")]
-    """python-docs, the-verdict, a text file, a .jsonl file, or a folder of them; files may be gzipped."""
+    """python-docs, python-docstrings, the-verdict, a file of text or .jsonl, gzipped or not, or a folder."""
     text_field: Annotated[str | None, option("NAME", "")] = None
     """Of .jsonl files: the field that contains a document's text."""
     context: Annotated[int | None, option("N", "the model's context")] = None

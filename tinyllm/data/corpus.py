@@ -27,11 +27,19 @@ from tinyllm.data.documents import (
     read_documents,
     the_verdict,
 )
+from tinyllm.data.unseen import python_docstrings
 from tinyllm.errors import Error
 from tinyllm.tokenizers.base import END_OF_TEXT, Tokenizer
 
 PIECE_CHARACTERS = 2**20  # a longer document is cut at the first possible position from here on
 LONGEST_PIECE = 16 * 2**20  # characters; an error if there is no such position before
+
+# Known texts that are made, not read from a file
+MADE = {
+    "python-docs": python_docs,
+    "python-docstrings": lambda: python_docstrings(0),
+    "python-docstrings-test": lambda: python_docstrings(1),
+}
 
 # A document may be cut between a character that is not whitespace and one that is. GPT-2's pattern never
 # joins the two and has no lookbehind, so the pieces have the same tokens as the whole document.
@@ -57,8 +65,8 @@ class Text:
 class Corpus:
     """A text that is read on demand, block by block; ``open_corpus`` returns one.
 
-    ``name``: the argument of ``open_corpus``. ``files``: the files of the text, in order (none for
-    ``python-docs``). ``left_out``: the files of the folder that are not part of the text. ``num_documents``,
+    ``name``: the argument of ``open_corpus``. ``files``: the files of the text, in order (none for one that
+    is made). ``left_out``: the files of the folder that are not part of the text. ``num_documents``,
     ``num_characters``, ``num_bytes`` (UTF-8): the size of the text after decompression. ``sha256``: for one
     document, the hex digest of its UTF-8 bytes; for several, the digest of their concatenated digests, so
     that it depends on where documents end, but not on whether files are compressed.
@@ -141,7 +149,7 @@ class Corpus:
     def _read(self) -> Iterator[Piece]:
         """The documents, block by block."""
         if not self.files:
-            return iter([Piece(python_docs(), ends_document=True)])
+            return iter([Piece(MADE[self.name](), ends_document=True)])
         return read_documents(self.files, self.field)
 
     def _read_again(self, split: bool) -> Iterator[Piece]:
@@ -199,10 +207,11 @@ def open_corpus(name_or_path: str | Path, field: str | None = None, pattern: str
     """The text of a known name, a file or a folder, read once to measure it; no byte of it is changed.
 
     Known names: ``python-docs`` (the topics that ship with CPython, about 465,000 characters; the text,
-    and so its hash, differs between Python releases) and ``the-verdict`` (20,479 characters: from the
-    folder in ``TINYLLM_DATA`` if it is there, otherwise downloaded once and cached). A known name takes
-    precedence over a file of that name; a path with a separator (``./python-docs``) or a ``Path`` is always
-    a file.
+    and so its hash, differs between Python releases), ``python-docstrings`` and ``python-docstrings-test``
+    (docstrings of the standard library, 45,000 characters each, see ``unseen.py``) and ``the-verdict``
+    (20,479 characters: from the folder in ``TINYLLM_DATA`` if it is there, otherwise downloaded once and
+    cached). A known name takes precedence over a file of that name; a path with a separator
+    (``./python-docs``) or a ``Path`` is always a file.
 
     A ``.jsonl`` file has one JSON object per line, and the string in its ``field`` is a document (blank
     lines are skipped); any other file is one document, in UTF-8. A file whose name ends in ``.gz`` is
@@ -221,7 +230,7 @@ def open_corpus(name_or_path: str | Path, field: str | None = None, pattern: str
     files, left_out = (), ()
     if name_or_path == "the-verdict":
         files = (the_verdict(),)
-    elif name_or_path != "python-docs":
+    elif name_or_path not in MADE:
         files, left_out = find_files(name_or_path, pattern)
     if pattern is not None and (name_or_path in KNOWN_TEXTS or not Path(name_or_path).is_dir()):
         raise Error(f"text {str(name_or_path)!r} is not a folder: omit the pattern {pattern!r}")

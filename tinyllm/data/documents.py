@@ -26,7 +26,7 @@ from tinyllm.errors import Error
 from tinyllm.files import open_regular
 from tinyllm.tokenizers.base import check_text
 
-KNOWN_TEXTS = ("python-docs", "the-verdict")
+KNOWN_TEXTS = ("python-docs", "python-docstrings", "python-docstrings-test", "the-verdict")
 SUFFIXES = (
     ".txt",
     ".jsonl",

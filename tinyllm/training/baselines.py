@@ -90,27 +90,33 @@ def _check_texts(train: bytes, validation: bytes) -> None:
             raise Error(f"{name} is empty: give at least one byte")
 
 
-def describe(ours: float, train: bytes, validation: bytes) -> str:
-    """A table of three numbers: ``ours`` (bits per byte of ``validation``), the n-gram's and xz's.
+def describe(train: bytes, measured: dict[str, tuple[float, bytes]]) -> str:
+    """A table of the bits per byte of texts: those given, the n-gram's and xz's.
 
-    For more than 20 MB of text the baselines are omitted, and the table says so. Raises ``Error`` as they do,
-    except that without lzma only xz is omitted.
+    ``measured`` maps the name of each text to a model's bits per byte of it and the text. For more than 20 MB
+    of text the baselines are omitted, and the table says so. Raises ``Error`` as they do, except that
+    without lzma only xz is omitted.
     """
-    _check_texts(train, validation)
-    if len(train) + len(validation) > LARGEST:
-        why = f"omitted: too slow or too large for more than {LARGEST // 10**6} MB of text"
-        ngram, xz = ("–", why), ("–", why)
-    else:
-        bits = ngram_bits_per_byte(train, validation)
-        ngram = (f"{bits:.2f}", "each byte given the four before it, counted in the training text")
+    ours, texts = zip(*measured.values())
+    for text in texts:
+        _check_texts(train, text)
+    rows = [
+        ("bits per byte (a uniform guess is 8)", measured),
+        ("  bytes of text", [f"{len(text):,}" for text in texts]),
+        ("  this model", [f"{bits:.2f}" for bits in ours]),
+    ]
+    notes = []
+    for name, measure in (
+        ("byte 5-gram, counted in the training text", ngram_bits_per_byte),
+        ("xz -9, after the training text", xz_bits_per_byte),
+    ):
         try:
-            bits = xz_bits_per_byte(train, validation)
-            xz = (f"{bits:.2f}", "compressed after the training text, copying its passages")
+            if len(train) + sum(map(len, texts)) > LARGEST:
+                raise Error(f"too slow or too large for more than {LARGEST // 10**6} MB of text")
+            figures = [f"{measure(train, text):.2f}" for text in texts]
         except Error as error:
-            xz = ("–", f"omitted: {error}")
-    return (
-        f"bits per byte of the validation text ({len(validation):,} bytes; a uniform guess is 8)\n"
-        f"  this model   {ours:>5.2f}\n"
-        f"  byte 5-gram  {ngram[0]:>5}  {ngram[1]}\n"
-        f"  xz -9        {xz[0]:>5}  {xz[1]}"
-    )
+            figures = ["–"] * len(texts)
+            notes.append(f"  {name.partition(',')[0]} is omitted: {error}")
+        rows.append((f"  {name}", figures))
+    lines = [f"{name:<44}" + "".join(f"{cell:>20}" for cell in cells) for name, cells in rows]
+    return "\n".join([*lines, *notes])

@@ -216,6 +216,8 @@ class TextOptions:
 
     text: str = "python-docs"
     """python-docs, the-verdict, a text file, a .jsonl file, or a folder of them; files may be gzipped."""
+    second_text: str | None = None
+    """A text to evaluate too at the end, without paragraphs of --text; with python-docs python-docstrings."""
     text_field: str | None = None
     """For .jsonl files: the field with the text."""
     pattern: str | None = None

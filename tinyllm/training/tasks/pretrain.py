@@ -1,5 +1,6 @@
 """The task of ``tinyllm train``: a model learns to predict the next token of a text."""
 
+import hashlib
 import math
 import os
 import shlex
@@ -116,11 +117,14 @@ class Pretraining(Task):
         return f"{train:,} training and {validation:,} validation windows"
 
     def evaluate(self, model: Module, check: Check, final: bool) -> dict[str, float]:
-        """Both losses, each of a fixed set of windows."""
+        """Both losses, each of a fixed set of windows, and in the end that of the second text."""
         most, found = self._windows_to_evaluate(final), {}
         for key, windows in (("train_eval_loss", self.text.train), ("val_loss", self.text.validation)):
             found[key] = mean_loss(model, windows, most, self.config.at_once, check)
         found["val_bits_per_byte"] = found["val_loss"] / math.log(2) / self.text.bytes_per_token
+        if final and (second := self.text.second):
+            loss = mean_loss(model, second.windows, most, self.config.at_once, check)
+            found["val_second_bits_per_byte"] = loss / math.log(2) / second.bytes_per_token
         return found
 
     def sample(self, model: Module, step: int, check: Check, final: bool) -> str:
@@ -141,6 +145,9 @@ class Pretraining(Task):
             "text": {"name": corpus.name, "sha256": corpus.sha256, "bytes": corpus.num_bytes},
             "tokenizer": {"name": tokenizer.name, "sha256": hash_tokenizer(tokenizer, self.place)},
         }
+        if second := self.text.second:
+            sha256 = hashlib.sha256(second.text).hexdigest()
+            found["second_text"] = {"name": second.name, "sha256": sha256, "bytes": len(second.text)}
         return found if self.start is None else found | {"start": self.start}
 
     def save(self, folder: Path) -> None:
@@ -178,8 +185,13 @@ class Pretraining(Task):
         return self.text.tokenizer.vocab_size, self.text.bytes_per_token
 
     def conclusion(self, record: dict) -> str | None:
-        texts = self.text.texts
-        return baselines.describe(record["val_bits_per_byte"], *texts) if texts else None
+        texts, second = self.text.texts, self.text.second
+        if texts is None:
+            return None
+        measured = {"validation text": (record["val_bits_per_byte"], texts[1])}
+        if second is not None and "val_second_bits_per_byte" in record:
+            measured[second.name] = record["val_second_bits_per_byte"], second.text
+        return baselines.describe(texts[0], measured)
 
     def next_commands(self, folder: Path) -> list[str]:
         run, prompt = shlex.quote(str(folder)), self.text.prompt

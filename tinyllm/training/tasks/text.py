@@ -14,6 +14,7 @@ from tinyllm.data.corpus import (
     train_validation_split,
 )
 from tinyllm.data.token_file import tokenize_corpus
+from tinyllm.data.unseen import without_paragraphs_of
 from tinyllm.errors import Error
 from tinyllm.tokenizers import END_OF_TEXT, BPETokenizer, CharTokenizer, Tokenizer, load_tokenizer, train_bpe
 from tinyllm.tokenizers.bpe import parse_bpe
@@ -29,6 +30,16 @@ SHORTEST_CONTEXT = 8  # that is worth suggesting
 
 
 @dataclass(frozen=True)
+class SecondText:
+    """A text that shares no paragraph with the text of the run."""
+
+    name: str
+    text: bytes
+    windows: Windows
+    bytes_per_token: float
+
+
+@dataclass(frozen=True)
 class Data:
     """The data of a run: its text, its tokenizer, and the windows of both parts."""
 
@@ -40,6 +51,7 @@ class Data:
     validation: Windows
     bytes_per_token: float  # of the validation text: losses per byte compare across tokenizers
     texts: tuple[bytes, bytes] | None  # both parts, unless the text is too large for memory
+    second: SecondText | None
 
 
 def load_data(
@@ -65,9 +77,15 @@ def load_data(
             f"{corpus.name} has {corpus.num_bytes / 10**6:,.0f} MB, too much for the tokenizer "
             f"{config.tokenizer}: choose bpe:VOCAB or gpt2, or a larger --in-memory"
         )
+    if large and config.second_text is not None:
+        raise Error(
+            f"--second-text {config.second_text}: the paragraphs of {corpus.name}, which is larger than "
+            f"{config.in_memory} MB, cannot be compared with it: omit it, or choose a larger --in-memory"
+        )
     # A learned tokenizer has <|endoftext|>.
     split = config.special == "allow" if tokenizer is None else splits(tokenizer, config.special)
-    parts = [] if large else train_validation_split(corpus.documents(split), VALIDATION_FRACTION)
+    documents = [] if large else [*corpus.documents(split)]
+    parts = [] if large else train_validation_split(documents, VALIDATION_FRACTION)
     texts = None if large else tuple("".join(part).encode("utf-8") for part in parts)
     if not large and _is_learned(config):  # not more tokens than bytes, and one between documents
         _check_length(config, corpus, parts, len(texts[1]) + len(parts[1]) - 1, "bytes")
@@ -86,7 +104,32 @@ def load_data(
     bytes_per_token = validation_bytes / len(validation)
     train = Windows(train, config.context, config.stride or max(1, config.context // 4))
     validation = Windows(validation, config.context)
-    return Data(corpus, tokenizer, prompt, prompt_ids, train, validation, bytes_per_token, texts)
+    second = _second_text(config, tokenizer, documents)
+    return Data(corpus, tokenizer, prompt, prompt_ids, train, validation, bytes_per_token, texts, second)
+
+
+def _second_text(config: TrainConfig, tokenizer: Tokenizer, known: list[str]) -> SecondText | None:
+    """The text of ``config.second_text``, without the paragraphs of the ``known`` documents."""
+    name = config.second_text
+    try:
+        if name is not None:
+            return _without(known, config, name, tokenizer)
+        if config.text == "python-docs" and known:
+            return _without(known, config, "python-docstrings", tokenizer)
+    except Error as error:
+        if name is not None:
+            raise Error(f"--second-text {name}: {error}") from None
+        say(f"no second text is evaluated: {error}")
+    return None
+
+
+def _without(known: list[str], config: TrainConfig, name: str, tokenizer: Tokenizer) -> SecondText:
+    corpus = open_corpus(name, config.text_field if name.endswith((".jsonl", ".jsonl.gz")) else None)
+    documents = [without_paragraphs_of(document, known) for document in corpus.documents()]
+    _check_special(config, corpus, tokenizer, documents)
+    windows = Windows(encode_documents(tokenizer, documents, config.special), config.context, name=name)
+    num_bytes = count_bytes(tokenizer, documents, config.special)
+    return SecondText(name, "".join(documents).encode(), windows, num_bytes / len(windows.tokens))
 
 
 def _open_text(config: TrainConfig) -> Corpus:
