@@ -426,6 +426,14 @@ def test_warmup_cosine_without_warmup_starts_at_the_peak():
     assert optim.warmup_cosine(1.0, 0.0, 0.0, warmup=0, steps=4)(0) == 1.0
 
 
+def test_warmup_linear_has_the_documented_rates():
+    lr_at = optim.warmup_linear(peak_lr=1.0, initial_lr=0.2, min_lr=0.1, warmup=4, steps=14)
+    assert [lr_at(step) for step in (0, 2, 4)] == pytest.approx([0.2, 0.6, 1.0], rel=1e-14)
+    assert [lr_at(step) for step in (5, 9, 14, 99)] == pytest.approx([0.91, 0.55, 0.1, 0.1], rel=1e-14)
+    with pytest.raises(Error, match="must be shorter than the run"):
+        optim.warmup_linear(1.0, 0.0, 0.0, warmup=3, steps=3)
+
+
 @pytest.mark.parametrize(("warmup", "steps"), [(10, 10), (11, 10), (-1, 10), (1, 0)])
 def test_warmup_cosine_refuses_a_warmup_that_exceeds_the_run(warmup, steps):
     with pytest.raises(Error, match="must be shorter than the run"):

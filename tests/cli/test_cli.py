@@ -371,12 +371,14 @@ def test_every_option_can_be_given():
         "--eval-every 2 --eval-windows 11 --checkpoint-every 3 --prompt p --seed 12 --text-field f "
         "--pattern *.py --in-memory 3 --tokens k --special-tokens <|a|> <|b|> --micro-batch 6 --n-kv-head 3 "
         "--profile --device cuda:1 --dtype bfloat16 --gpu-memory 3 --checkpoint-minutes 1.5 --keep 4 "
-        "--skip-nonfinite 2 --log tensorboard --distributed mpi --shard-optimizer"
+        "--skip-nonfinite 2 --log tensorboard --distributed mpi --shard-optimizer --second-text s "
+        "--schedule linear --token-noise 0.1"
     )
     given = dataclasses.asdict(_parse(["train", *train.split()]))
     left = {name for name, value in dataclasses.asdict(TrainConfig()).items() if given[name] == value}
-    # A Llama has no head_bias; resume and start_from bring options of their own.
-    assert left == {"head_bias", "resume", "start_from"}
+    # A Llama has no head_bias; resume and start_from bring options of their own; only AdamW is divided.
+    assert left == {"head_bias", "resume", "start_from", "optimizer"}
+    assert _parse(["train", "--optimizer", "muon"]).optimizer == "muon"
     generate = "--prompt p --run r --model m --max-new-tokens 7 --temperature 2 --top-k 3 --top-p 0.5"
     generate += " --seed 9 --grid --special text --show-probabilities --chat --slide --no-bos --speculate s"
     generate += " --adapter a --device cuda:1 --dtype tf32 --gpu-memory 0.5"
@@ -471,7 +473,11 @@ def matches(sentence, said):
         ("--n-kv-head 2", "n.kv.head is 2"),
         ("--arch llama --head-bias", "head.bias is True"),
         ("--arch llama --n-kv-head 3", r"--n-head \(2\) .*--n-kv-head \(3\)"),
-        ("--init zero", "--init is zero"),
+        ("--init one", "--init is one"),
+        ("--optimizer sgd", "--optimizer is sgd: it must be adamw or muon"),
+        ("--optimizer muon --distributed mpi --shard-optimizer", "Muon needs whole matrices"),
+        ("--schedule step", "--schedule is step: it must be cosine or linear"),
+        ("--token-noise 1", "--token-noise is 1.0: it must be at least 0 and below 1"),
         ("--n-embd 15", r"--n-embd.* \(15\) .*divisible by --n-head.* \(2\)"),
         ("--n-layer 0", "n.layer .*0"),
         ("--steps -3", "--steps is -3: it must be at least 1"),

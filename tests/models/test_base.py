@@ -34,6 +34,19 @@ every_model = pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
 both_models = pytest.mark.parametrize("config", [CONFIGS["gpt2"], EVERYTHING], ids=["gpt2", "llama"])
 
 
+@pytest.mark.parametrize("arch", sorted(ARCHITECTURES))
+def test_blocks_begin_as_the_identity_if_their_projections_are_zero(arch):
+    sizes = dict(context=8, n_layer=2, n_head=2, n_embd=16)
+    model = ARCHITECTURES[arch](ARCHITECTURES[arch].config_class.of_size(11, **sizes), rng=0).eval()
+    ids = np.array([[3, 1, 4, 1, 5]])
+    before = model.hidden_states(ids).data
+    nn.initialize_as_zero(model, model.into_residual)
+    found = model.hidden_states(ids).data
+    assert not np.allclose(found, before, atol=1e-6)
+    setattr(model, model.blocks, [])
+    np.testing.assert_array_equal(found, model.hidden_states(ids).data)
+
+
 # ------------------------------------------------------------------------- where a model comes from
 
 

@@ -117,6 +117,22 @@ def test_a_large_text_with_a_character_tokenizer_is_refused(text, tmp_path):
         load_data(small(text, tmp_path / "run", in_memory=0))
 
 
+def test_noise_replaces_a_share_of_the_inputs_and_no_target(text, tmp_path):
+    plain, noisy = (Pretraining(small(text, tmp_path, batch=32, token_noise=p)) for p in (0.0, 0.4))
+    changed = []
+    for task in (plain, noisy):
+        task.load(tmp_path, {})
+    for step in range(20):
+        (ids, targets), (found, same) = plain.batch_at(step), noisy.batch_at(step)
+        np.testing.assert_array_equal(targets, same)
+        np.testing.assert_array_equal(found, noisy.batch_at(step)[0])
+        assert found.min() >= 0 and found.max() < noisy.text.tokenizer.vocab_size
+        changed.append((found != ids).mean())
+    kept_by_chance = 1 / noisy.text.tokenizer.vocab_size
+    assert np.mean(changed) == pytest.approx(0.4 * (1 - kept_by_chance), abs=0.05)
+    assert len(set(changed)) > 1
+
+
 def test_a_run_on_bytes_has_their_loss_in_bits(text, tmp_path):
     model = train(tiny(text, tmp_path / "run", tokenizer="bytes"), progress=False)
     assert model.config.vocab_size == 257

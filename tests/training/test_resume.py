@@ -50,6 +50,7 @@ OPTIONS = dict(
     dtype=st.sampled_from(["float32", "float64"]),
     micro_batch=st.sampled_from([None, 4, 12]),
     dropout=st.sampled_from([0.0, 0.3]),
+    token_noise=st.sampled_from([0.0, 0.3]),
     stride=st.integers(1, 9),
     seed=st.integers(0, 2**64 - 1),
     eval_every=st.sampled_from([None, 1, 3]),

@@ -215,7 +215,12 @@ def test_the_same_config_gives_the_same_numbers_and_weights(text, tmp_path, drop
 
 def test_seed_dropout_and_initial_weights_change_the_numbers(run, text, tmp_path):
     config, _ = run
-    for name, change in [("seed", {"seed": 1}), ("dropout", {"dropout": 0.3}), ("init", {"init": "torch"})]:
+    for name, change in [
+        ("seed", {"seed": 1}),
+        ("dropout", {"dropout": 0.3}),
+        ("torch", {"init": "torch"}),
+        ("zero", {"init": "zero"}),
+    ]:
         other = small(text, tmp_path / name, steps=5, **change)
         train(other, progress=False)
         changed_from = 0 if name != "dropout" else 1  # dropout is off at step 0's evaluation

@@ -179,6 +179,7 @@ class LanguageModel(nn.Module):
     token_embedding = ""  # the name of the layer that embeds the ids
     blocks = ""  # the name of the list of blocks
     depth = ""  # the config's field for their number
+    into_residual = "o_proj", "down_proj"  # the names of a block's projections into the residual stream
     prefix = ""  # what published files prepend to every name but the head's
     not_parameters: tuple[str, ...] = ()  # suffixes of keys in published files that are not parameters
     logit_softcap: float | None = None  # what ``F.softcap`` applies to the head's output, if anything

@@ -162,6 +162,7 @@ class GPT2(LanguageModel):
     """
 
     config_class, token_embedding, blocks, depth = GPT2Config, "wte", "h", "n_layer"
+    into_residual = ("c_proj",)
     prefix, learned_positions = "transformer.", True
     not_parameters = (".attn.bias", ".attn.masked_bias")  # causal masks
 

@@ -78,3 +78,4 @@ class Mixtral(Balanced, Mistral):
 
     config_class, block_class = MixtralConfig, MixtralBlock
     fused_names = "block_sparse_moe", ("w1", "w3", "w2")
+    into_residual = "o_proj", "w2"

@@ -1,7 +1,7 @@
 """Layers with named parameters, and operations on the models built from them."""
 
 from tinyllm.nn.hooks import Observation, call, observe
-from tinyllm.nn.init import as_generator, initialize_as_torch, is_meta, loaded, normal
+from tinyllm.nn.init import as_generator, initialize_as_torch, initialize_as_zero, is_meta, loaded, normal
 from tinyllm.nn.layers import Dropout, Embedding, LayerNorm, Linear, OffsetRMSNorm, RMSNorm
 from tinyllm.nn.lora import LoRA, adapter_modules, add_lora, lora_layers, merge_lora, unmerge_lora
 from tinyllm.nn.module import Module, evaluating
@@ -23,6 +23,7 @@ __all__ = [
     "call",
     "evaluating",
     "initialize_as_torch",
+    "initialize_as_zero",
     "is_meta",
     "loaded",
     "lora_layers",

@@ -57,3 +57,14 @@ def initialize_as_torch(model, rng: np.random.Generator | int) -> None:
     for _, module in model.named_modules():
         if hasattr(module, "reset_parameters"):
             module.reset_parameters(rng)
+
+
+def initialize_as_zero(model, names: tuple[str, ...]) -> None:
+    """Set the weight of every Linear with one of these names to 0, such as ``("o_proj", "down_proj")``.
+
+    If they are the projections into the residual stream, every block adds 0 to it at first: the model begins
+    as a bigram model, from embedding to head, and the blocks join in as far as they help.
+    """
+    for name, module in model.named_modules():
+        if name.rpartition(".")[2] in names and hasattr(module, "weight"):
+            module.weight.data[...] = 0

@@ -5,7 +5,7 @@ from tinyllm.optim.clipping import clip, clip_grad_norm, scale, sum_of_squares
 from tinyllm.optim.loss_scale import LossScale, NoLossScale
 from tinyllm.optim.muon import Muon
 from tinyllm.optim.parameters import Parameters
-from tinyllm.optim.schedules import warmup_cosine
+from tinyllm.optim.schedules import warmup_cosine, warmup_linear
 
 __all__ = [
     "AdamW",
@@ -18,4 +18,5 @@ __all__ = [
     "scale",
     "sum_of_squares",
     "warmup_cosine",
+    "warmup_linear",
 ]

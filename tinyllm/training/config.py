@@ -15,7 +15,13 @@ from tinyllm.errors import Error
 from tinyllm.models import ARCHITECTURES, full_name
 from tinyllm.nn import Module
 
-SPECIAL, INITS, OPTIMIZERS = ("refuse", "allow", "text"), ("gpt2", "torch"), ("adamw", "muon")
+CHOICES = {
+    "special": ("refuse", "allow", "text"),
+    "arch": ARCHITECTURES,
+    "init": ("gpt2", "torch", "zero"),
+    "optimizer": ("adamw", "muon"),
+    "schedule": ("cosine", "linear"),
+}
 
 # A resumed run may change these, because it may resume on another device or with less memory. Its numbers
 # then differ from there on by rounding.
@@ -41,7 +47,7 @@ class RunOptions:
     initial_lr: float = 0.0
     """Learning rate of the first step, from which the warm-up rises."""
     min_lr: float = 1e-4
-    """Learning rate at the end of the cosine decay."""
+    """Learning rate at the end of the decay."""
     warmup: int | None = None
     """Steps in which the learning rate rises to its peak; by default a sixth of the steps."""
     weight_decay: float = 0.1
@@ -77,7 +83,7 @@ class RunOptions:
     command = "tinyllm train"  # that runs it
     restart = "tinyllm train --from"  # and begins a new run from the weights of this one
     length_option = "--context"  # that bounds the tokens of a row
-    optimizer = "adamw"
+    optimizer, schedule = "adamw", "cosine"
 
     # The options that a resumed run may change, because its numbers stay the same.
     free = frozenset(
@@ -198,7 +204,8 @@ class ModelOptions:
     head_bias: bool = False
     """GPT-2 only: a bias in the output layer."""
     init: str = "gpt2"
-    """Initial weights: gpt2 (standard deviation 0.02), or torch (PyTorch's defaults; embeddings N(0, 1))."""
+    """Initial weights: gpt2 (standard deviation 0.02), zero (the same, but blocks begin as the identity), or
+    torch (PyTorch's defaults; embeddings N(0, 1))."""
 
     def model(self, vocab_size: int, rng: np.random.Generator | None) -> Module:
         """The untrained model; with ``rng=None``, of meta parameters, which use no memory."""
@@ -240,6 +247,10 @@ class TextOptions:
     """Beginning of the sample at each evaluation; by default The, or the text's first word."""
     optimizer: str = "adamw"
     """adamw, or muon: orthogonalised steps for the hidden matrices, AdamW for the rest, with one --lr."""
+    schedule: str = "cosine"
+    """How the learning rate falls after its peak: cosine, or linear (a straight line)."""
+    token_noise: float = 0.0
+    """Probability that an input token of training is replaced by a random one; what it predicts stays."""
     profile: bool = False
     """Print the time and memory of each op of a training step instead of training."""
 
@@ -258,8 +269,8 @@ class TrainConfig(RunOptions, ModelOptions, TextOptions):
         self._require_at_least(1, "eval_windows context stride")
         self._require_at_least(0, "in_memory")
         self._require("dropout", 0 <= self.dropout < 1, "at least 0 and below 1")
-        choices = {"special": SPECIAL, "arch": ARCHITECTURES, "init": INITS, "optimizer": OPTIMIZERS}
-        for name, known in choices.items():
+        self._require("token_noise", 0 <= self.token_noise < 1, "at least 0 and below 1")
+        for name, known in CHOICES.items():
             self._require(name, getattr(self, name) in known, " or ".join(known))
         whole = self.optimizer == "adamw" or not self.shard_optimizer
         self._require("shard_optimizer", whole, "used with --optimizer adamw: Muon needs whole matrices")

@@ -17,7 +17,7 @@ from tinyllm.backend.device import open_device, pick_device
 from tinyllm.backend.memory import keep_memory, out_of_memory, peak_memory
 from tinyllm.errors import Error
 from tinyllm.nn import Module
-from tinyllm.optim import AdamW, Muon, warmup_cosine
+from tinyllm.optim import AdamW, Muon, warmup_cosine, warmup_linear
 from tinyllm.training.config import RunOptions
 from tinyllm.training.data_parallel import ShardedAdamW
 from tinyllm.training.loggers import Log, check_logs, open_logs, output_errors, robust_output, say
@@ -158,7 +158,8 @@ def _train(run: RunFolder, logs: list[Log], check: Check, progress: bool) -> Non
 def _steps(run: RunFolder, logs: list[Log], check: Check, progress: bool) -> None:
     """Run steps, evaluations and checkpoints, and send a record of each step to the logs."""
     task, config, tokens_before, seconds = run.task, run.config, run.tokens, 0.0
-    lr_at = warmup_cosine(config.lr, config.initial_lr, config.min_lr, config.warmup_steps, config.steps)
+    schedule = {"cosine": warmup_cosine, "linear": warmup_linear}[config.schedule]
+    lr_at = schedule(config.lr, config.initial_lr, config.min_lr, config.warmup_steps, config.steps)
     options = dict(micro_batch=config.at_once, clip=config.clip, seed=config.seed, check=check)
     options["replicas"] = run.replicas
 
