@@ -475,7 +475,6 @@ def matches(sentence, said):
         ("--arch llama --n-kv-head 3", r"--n-head \(2\) .*--n-kv-head \(3\)"),
         ("--init one", "--init is one"),
         ("--optimizer sgd", "--optimizer is sgd: it must be adamw or muon"),
-        ("--optimizer muon --distributed mpi --shard-optimizer", "Muon needs whole matrices"),
         ("--schedule step", "--schedule is step: it must be cosine or linear"),
         ("--token-noise 1", "--token-noise is 1.0: it must be at least 0 and below 1"),
         ("--n-embd 15", r"--n-embd.* \(15\) .*divisible by --n-head.* \(2\)"),

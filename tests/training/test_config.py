@@ -97,11 +97,16 @@ def test_integers_are_accepted_for_floats():
     assert TrainConfig.from_json(json.loads(json.dumps(config.to_json()))) == config
 
 
+def test_muon_is_not_divided_among_processes():
+    with pytest.raises(Error, match=r"--shard-optimizer is True: .*Muon needs whole matrices"):
+        TrainConfig(optimizer="muon", distributed="mpi", shard_optimizer=True)
+
+
 def test_warmup_is_a_sixth_of_the_steps_by_default():
     assert [TrainConfig(steps=steps).warmup_steps for steps in (1, 6, 30, 300)] == [0, 1, 5, 50]
     assert TrainConfig(steps=30, warmup=7).warmup_steps == 7
     presets = {name: TrainConfig(**options).warmup_steps for name, options in PRESETS.items()}
-    assert presets == {"small": 50, "ten-minutes": 50, "gpt2-verdict": 10, "gpt2-124m": 500}
+    assert presets == {"small": 50, "modern": 20, "ten-minutes": 50, "gpt2-verdict": 10, "gpt2-124m": 500}
 
 
 @pytest.mark.parametrize(
