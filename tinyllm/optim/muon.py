@@ -144,7 +144,7 @@ def orthogonalize(x, steps: int = 5):
     x /= np.maximum(np.sqrt(np.vdot(x, x)), NORM_EPS)
     other = np.empty_like(x)
     for _ in range(steps):
-        gram = x.T @ x if tall else x @ x.T  # BLAS computes half of a product with the own transpose
+        gram = x.T @ x if tall else x @ x.T  # symmetric: BLAS computes one half
         polynomial = gram @ gram.T
         polynomial *= c
         gram *= b

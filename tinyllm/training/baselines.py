@@ -118,5 +118,5 @@ def describe(train: bytes, measured: dict[str, tuple[float, bytes]]) -> str:
             figures = ["–"] * len(texts)
             notes.append(f"  {name.partition(',')[0]} is omitted: {error}")
         rows.append((f"  {name}", figures))
-    lines = [f"{name:<44}" + "".join(f"{cell:>20}" for cell in cells) for name, cells in rows]
+    lines = [f"{name:<44}" + "".join(f"  {cell:>18}" for cell in cells) for name, cells in rows]
     return "\n".join([*lines, *notes])

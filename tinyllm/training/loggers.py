@@ -308,7 +308,7 @@ def plot_losses(
     train, validation = COLORS[:2]
     faint, dots = dict(alpha=0.3, linewidth=0.8), dict(marker="o", markersize=3)
     for key, label, style in (
-        ("train_loss", "training batch (with dropout, if any)", dict(color=train, **faint)),
+        ("train_loss", "training batch (with dropout and noise, if any)", dict(color=train, **faint)),
         ("train_eval_loss", "training data", dict(color=train, **dots)),
         ("val_loss", "validation data", dict(color=validation, **dots)),
     ):
