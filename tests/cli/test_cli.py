@@ -28,8 +28,9 @@ from tinyllm.weights.runs import last_checkpoint
 
 RHYME = "the cat sat on the mat. "
 TINY = (
-    "--tokenizer char --n-layer 1 --n-head 2 --n-embd 16 --context 16 --batch 4 --steps 4 --warmup 1".split()
-)
+    "--preset gpt2-small --tokenizer char --n-layer 1 --n-head 2 --n-embd 16 --context 16 --batch 4 "
+    "--steps 4 --warmup 1"
+).split()
 
 
 @pytest.fixture(scope="module")
@@ -158,7 +159,7 @@ def test_tokenize_text_and_file(run, capsys, monkeypatch, tmp_path):
 
 def test_info_of_a_size_a_preset_a_folder_and_a_run(run, capsys):
     pages = {}
-    for which in (["--model", "124M"], ["--preset", "small"], ["--run", run]):
+    for which in (["--model", "124M"], ["--preset", "gpt2-small"], ["--run", run]):
         assert main(["info", *which]) == 0
         pages[which[0]] = capsys.readouterr().out
     assert "124,439,808" in pages["--model"]
@@ -306,7 +307,7 @@ def test_help_of_train_has_an_example(capsys):
     out = capsys.readouterr().out
     example = re.search("Example: tinyllm (.*)", out)[1]
     assert _parse(example.split()).steps == 500
-    assert "--steps N" in out and "(default: 300)" in out
+    assert "--steps N" in out and "(default: 510)" in out
 
 
 def test_version(capsys):
@@ -317,8 +318,8 @@ def test_version(capsys):
 
 
 def test_defaults_are_those_of_the_dataclass():
-    assert _parse(["train", "--out", "x"]) == TrainConfig(out=Path("x"))
-    assert _parse(["train", "--preset", "small"]) == _parse(["train"]) == TrainConfig()
+    assert _parse(["train", "--preset", "gpt2-small", "--out", "x"]) == TrainConfig(out=Path("x"))
+    assert _parse(["train"]) == _parse(["train", "--preset", "modern"]) == TrainConfig(**PRESETS["modern"])
     assert _parse(["generate", "--prompt", "a"]) == GenerateConfig(prompt="a")
 
 
@@ -365,8 +366,9 @@ def test_options_override_the_preset(after):
 
 def test_every_option_can_be_given():
     train = (
-        "--out o --text t --special allow --tokenizer gpt2 --arch llama --init torch --n-layer 2 --n-head 3 "
-        "--n-embd 6 --context 7 --stride 5 --batch 12 --steps 9 --lr 1e-2 --initial-lr 1e-5 --min-lr 1e-6 "
+        "--preset gpt2-small --out o --text t --special allow --tokenizer gpt2 --arch llama --init torch "
+        "--n-layer 2 --n-head 3 --n-embd 6 --context 7 --stride 5 --batch 12 --steps 9 --lr 1e-2 "
+        "--initial-lr 1e-5 --min-lr 1e-6 "
         "--warmup 4 --weight-decay 0.2 --clip 0.5 --dropout 0.3 --no-tie-head --no-qkv-bias "
         "--eval-every 2 --eval-windows 11 --checkpoint-every 3 --prompt p --seed 12 --text-field f "
         "--pattern *.py --in-memory 3 --tokens k --special-tokens <|a|> <|b|> --micro-batch 6 --n-kv-head 3 "
@@ -418,7 +420,7 @@ def test_every_option_can_be_given():
         (["generate", "--promt", "a"], r"--promt \(did you mean --prompt\?\); see tinyllm generate --help"),
         (["generate", "--prompt", "a", "--topk=3"], r"--topk \(did you mean --top-k\?\)"),
         (["train", "--no-tie-haed"], r"did you mean --no-tie-head\?"),
-        (["train", "--presett", "small"], r"did you mean --preset\?"),
+        (["train", "--presett", "modern"], r"did you mean --preset\?"),
         (["pull", "smollm"], r"'smollm' \(did you mean smollm2\?\)"),
         (["train", "--bogus", "1"], "--bogus"),
         (["train", "--step", "3"], "--step"),  # no abbreviations
@@ -432,15 +434,18 @@ def test_every_option_can_be_given():
         (["train", "--from", "nowhere"], "--from: .*'nowhere'.* a run's folder"),
         (["train", "--resume", "nowhere"], r"nowhere is not a run folder (?!.*--out)"),
         (["train", "--tie-head", "maybe"], "maybe"),
-        (["train", "--preset", "large"], "'large' is unknown: choose one of small, ten-minutes"),
-        (["train", "--preset", "smal"], r"'smal' is unknown \(did you mean small\?\): choose one of small"),
+        (["train", "--preset", "large"], "'large' is unknown: choose one of gpt2-small, modern"),
+        (
+            ["train", "--preset", "moder"],
+            r"'moder' is unknown \(did you mean modern\?\): choose one of gpt2-small",
+        ),
         (["train", "--preset"], "--preset needs a value; see tinyllm train --help"),
         (["train", "--preset", "--steps", "3"], "--preset needs a value"),
         (["train", "--from="], "--from needs a value"),
         (["train", "--resume"], "--resume needs a value"),
         (["train", "--form", "x"], r"--form \(did you mean --from\?\)"),
         (["train", "--resum=x"], r"--resum \(did you mean --resume\?\)"),
-        (["info", "--preset", "smal"], r"did you mean small\?"),
+        (["info", "--preset", "moder"], r"did you mean modern\?"),
         (["generate"], "--prompt is missing"),
         (["generate", "--prompt", "a", "--run"], "--run"),
         (["generate", "--prompt", "a", "--speed", "9"], "--speed"),
@@ -665,8 +670,8 @@ def test_grid_and_show_probabilities_exclude_each_other(refused, run):
         ("tokenize --text <|endoftext|>", "special"),
         ("tokenize --file nowhere.txt", "nowhere.txt"),
         ("info", "one of --model NAME, --run DIR and --preset NAME"),
-        ("info --preset small --model 124M", "one of --model NAME, --run DIR and --preset NAME"),
-        ("info --preset huge", "'huge' is unknown: choose one of small"),
+        ("info --preset modern --model 124M", "one of --model NAME, --run DIR and --preset NAME"),
+        ("info --preset huge", "'huge' is unknown: choose one of gpt2-small"),
         ("info --model nowhere", "'nowhere': choose .*Llama-3-8B, .*124M, .*smollm2"),
         ("info --model 125M", r"'125M' \(did you mean 124M\?\)"),
         ("info --model llama-3-8b", r"did you mean Llama-3-8B\?"),

@@ -106,7 +106,13 @@ def test_warmup_is_a_sixth_of_the_steps_by_default():
     assert [TrainConfig(steps=steps).warmup_steps for steps in (1, 6, 30, 300)] == [0, 1, 5, 50]
     assert TrainConfig(steps=30, warmup=7).warmup_steps == 7
     presets = {name: TrainConfig(**options).warmup_steps for name, options in PRESETS.items()}
-    assert presets == {"small": 50, "modern": 20, "ten-minutes": 50, "gpt2-verdict": 10, "gpt2-124m": 500}
+    assert presets == {
+        "gpt2-small": 50,
+        "modern": 20,
+        "ten-minutes": 50,
+        "gpt2-verdict": 10,
+        "gpt2-124m": 500,
+    }
 
 
 @pytest.mark.parametrize(

@@ -37,7 +37,8 @@ from tinyllm.training.tasks.pretrain import train
 from tinyllm.weights.runs import checkpoints, last_checkpoint
 
 TINY = (
-    "--tokenizer char --n-layer 1 --n-head 2 --n-embd 8 --context 8 --stride 4 --batch 24 --micro-batch 8 "
+    "--preset gpt2-small --tokenizer char --n-layer 1 --n-head 2 --n-embd 8 --context 8 --stride 4 "
+    "--batch 24 --micro-batch 8 "
     "--steps 6 --lr 1e-2 --warmup 2 --dropout 0.2 --eval-every 2 --eval-windows 20 --prompt the"
 ).split()
 

@@ -176,7 +176,7 @@ def test_resume_at_the_command_line(text, tmp_path, whole, capsys):
     out = tmp_path / "run"
     stopped_after(tiny(text, out), 2)
     for args, said in [
-        (["--preset", "small"], "--preset"),
+        (["--preset", "gpt2-small"], "--preset"),
         (["--lr", "0.5"], "--lr 0.01, not --lr 0.5"),
         (["--out", "x"], "--out x"),
     ]:

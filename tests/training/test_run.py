@@ -351,7 +351,8 @@ def test_a_stopped_run_has_the_same_records_until_then(run, text, tmp_path):
 
 def command(text, out, steps):
     options = (
-        f"--text {text} --out {out} --tokenizer char --n-layer 1 --n-head 2 --n-embd 16 --context {CONTEXT} "
+        f"--preset gpt2-small --text {text} --out {out} --tokenizer char --n-layer 1 --n-head 2 "
+        f"--n-embd 16 --context {CONTEXT} "
         f"--batch 4 --steps {steps} --warmup 0 --eval-every 1000 --prompt the"
     )
     return [sys.executable, "-m", "tinyllm", "train", *options.split()]

@@ -34,7 +34,12 @@ OPTIONS = dict(micro_batch=2, dtype="float64", checkpoint_every=1, keep=9, clip=
 
 def several(text, out, **changes):
     """The options of ``tiny`` that suit up to four processes, as arguments."""
-    return ["train", *as_arguments(tiny(text, out, **OPTIONS | changes), TrainConfig())]
+    return [
+        "train",
+        "--preset",
+        "gpt2-small",
+        *as_arguments(tiny(text, out, **OPTIONS | changes), TrainConfig()),
+    ]
 
 
 def as_arguments(config, default):

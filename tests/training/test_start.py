@@ -234,7 +234,7 @@ def test_dropout_and_a_shorter_context_may_be_chosen(source, tmp_path):
         ("--tokenizer bpe:300", "--tokenizer bpe:300"),
         ("--tokenizer gpt2", "50257"),
         (f"--context {CONTEXT + 1}", f"--context is {CONTEXT + 1}"),
-        ("--preset small", "--preset"),
+        ("--preset gpt2-small", "--preset"),
         ("--resume x", "--resume"),
     ],
 )

@@ -13,7 +13,7 @@ from tinyllm.backend import distributed
 from tinyllm.cli.options import did_you_mean, option, parse_options, readable
 from tinyllm.errors import Error
 from tinyllm.tools.profile import Profile, profile
-from tinyllm.training.config import PRESETS, TrainConfig
+from tinyllm.training.config import DEFAULT_PRESET, PRESETS, TrainConfig
 from tinyllm.training.run import what_to_try
 from tinyllm.training.run_folder import begun_config
 from tinyllm.training.start import starting_from
@@ -24,8 +24,10 @@ from tinyllm.training.tasks.pretrain import parts_of_a_step, train
 class _Preset:
     preset: Annotated[
         str,
-        option("NAME", "small", f"A preset ({', '.join(PRESETS)}) sets the defaults of the other options."),
-    ] = "small"
+        option(
+            "NAME", DEFAULT_PRESET, f"A preset ({', '.join(PRESETS)}) sets the defaults of the other options."
+        ),
+    ] = DEFAULT_PRESET
 
 
 @dataclass(frozen=True)
@@ -91,7 +93,7 @@ def parse(args: list[str]) -> TrainConfig:
             raise Error(f"{name} needs a value; see tinyllm train --help")
     if len(taken) > 1:
         raise Error(f"{' and '.join(taken)} both set the defaults of the other options: give one of them")
-    source, value = next(iter(taken.items()), ("--preset", "small"))
+    source, value = next(iter(taken.items()), ("--preset", DEFAULT_PRESET))
     default, given = _values(SOURCES[source](value)), {word.partition("=")[0] for word in rest}
     if source == "--preset" and "--steps" in given and "--warmup" not in given:
         default["warmup"] = None  # that of the preset suits its own steps
@@ -99,7 +101,7 @@ def parse(args: list[str]) -> TrainConfig:
         _Options,
         "tinyllm train",
         rest,
-        default=_Options(**default, preset=value if source == "--preset" else "small"),
+        default=_Options(**default, preset=value if source == "--preset" else DEFAULT_PRESET),
     )
     return TrainConfig(**{name: value for name, value in _values(options).items() if name in default})
 

@@ -351,8 +351,10 @@ def check_writable(folder: Path, option: str) -> None:
         raise Error(f"{option} {folder}: {existing} cannot be written to: choose another {option}")
 
 
+DEFAULT_PRESET = "modern"  # of tinyllm train
+
 PRESETS = {
-    "small": {},
+    "gpt2-small": {},  # the defaults above
     # What paid at equal seconds (README.md of this folder)
     "modern": dict(
         arch="qwen3", context=256, batch=8, steps=510, lr=1e-2, min_lr=0.0, warmup=20, schedule="linear",
