@@ -124,8 +124,7 @@ class Tensor(ArrayAlgebra):
         holds arrays, never Tensors. A parent may be None: an optional input that was omitted.
 
         ``recompute()``, if given, returns bitwise identical data from the arrays that the vjp holds, so that
-        consumers need not keep it (``saved``), if it is large: activation checkpointing for a single op.
-        Chen et al., "Training Deep Nets with Sublinear Memory Cost", arXiv 1604.06174.
+        consumers need not keep large data (``saved``): checkpointing, Chen et al., arXiv 1604.06174.
         """
         out = Tensor(data)
         dtypes = [parent.data.dtype for parent in parents if parent is not None]

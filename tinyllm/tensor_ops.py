@@ -39,11 +39,6 @@ class At:
             scatter_add(buffer, self.index, self.array)
 
 
-def row_sum(x):
-    """Σ over the last axis of x (..., C) as (..., 1): a product with ones, in a quarter of ``sum``'s time."""
-    return (x @ np.ones_like(x, shape=x.shape[-1:]))[..., None]
-
-
 def _comparison(compare):
     """The method of Tensor that compares its elements with a number's, an array's or another Tensor's."""
 

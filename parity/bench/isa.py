@@ -140,7 +140,7 @@ def _named(found: re.Match | None) -> tuple[str, bool]:
     """
     if not found:
         return UNNAMED, False
-    return found[1].strip(), re.search(r"512|AVX10|AMX", found[1]) is None
+    return found[1].strip(), re.search(r"512|AVX ?10|AMX", found[1]) is None
 
 
 def _numpy_beyond_avx2() -> list[str]:

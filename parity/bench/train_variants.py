@@ -174,11 +174,14 @@ def head_products(x, w) -> None:
 
 
 def attention_products(q, k, v, g) -> None:
-    """The products of attention in each block: two forward; backward recomputes the scores and adds four."""
+    """The products of attention in each block: two forward, four backward, and the scores if recomputed."""
+    import numpy as np
+
     from tinyllm.backend.threads import one_blas_thread, run_tasks
-    from tinyllm.functional.attention import QUERY_BLOCK, _head_groups
+    from tinyllm.functional.attention import QUERY_BLOCK, _head_groups, weights_are_kept
 
     B, H, T, _ = q.shape
+    kept = np.zeros((B, H, min(T, QUERY_BLOCK), T), q.dtype) if weights_are_kept(B, H, T, T, q) else None
     groups = _head_groups(B, H, min(T, QUERY_BLOCK) * T, like=q)
 
     def blocks(bh):
@@ -194,7 +197,10 @@ def attention_products(q, k, v, g) -> None:
 
     def backward(bh):
         for queries, keys, values, grad in blocks(bh):
-            p = queries @ keys.swapaxes(-1, -2)
+            if kept is None:
+                p = queries @ keys.swapaxes(-1, -2)
+            else:
+                p = kept[bh][:, :, : queries.shape[2], : keys.shape[2]]
             ds = grad @ values.swapaxes(-1, -2)
             p.swapaxes(-1, -2) @ grad
             ds @ keys

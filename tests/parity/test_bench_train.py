@@ -155,7 +155,7 @@ class Recorded(np.ndarray):
     products: ClassVar[Counter] = Counter()
 
     def __array_ufunc__(self, ufunc, method, *inputs, out=None, **kwargs):
-        if ufunc.__name__ == "matmul":
+        if ufunc.__name__ == "matmul" and min(array.ndim for array in inputs) > 1:  # else a sum
             Recorded.products[tuple(array.shape for array in inputs)] += 1
         plain = [array.view(np.ndarray) if isinstance(array, Recorded) else array for array in inputs]
         if out is not None:

@@ -94,7 +94,8 @@ def _gelu_tanh(x, y):
     y *= -CUBIC
     y -= LINEAR
     y *= x
-    _over_one_plus_exp(x, y)
+    _one_plus_exp(y)
+    np.divide(x, y, out=y)
 
 
 def _gelu_tanh_and_slope(x, y, slope):
@@ -102,8 +103,9 @@ def _gelu_tanh_and_slope(x, y, slope):
     slope *= -CUBIC
     s = slope - LINEAR
     s *= x
-    _over_one_plus_exp(1, s)
-    np.multiply(x, s, out=y)
+    _one_plus_exp(s)
+    np.divide(x, s, out=y)  # as above: y is the same with and without a gradient
+    np.divide(1, s, out=s)
     slope *= -3
     slope += LINEAR  # 2u'
     slope *= y
@@ -153,24 +155,25 @@ def silu(input: Tensor) -> Tensor:
 def _silu(x, y):
     """x / (1 + exp(-x))."""
     np.negative(x, out=y)
-    _over_one_plus_exp(x, y)
+    _one_plus_exp(y)
+    np.divide(x, y, out=y)
 
 
 def _silu_and_slope(x, y, slope):
     s = -x
-    _over_one_plus_exp(1, s)
-    np.multiply(x, s, out=y)
+    _one_plus_exp(s)
+    np.divide(x, s, out=y)
+    np.divide(1, s, out=s)
     np.subtract(1, s, out=slope)
     slope *= y
     slope += s
 
 
-def _over_one_plus_exp(x, y):
-    """y becomes x / (1 + exp(y))."""
-    with np.errstate(over="ignore"):  # exp(large) = inf gives the right limit, 0
+def _one_plus_exp(y):
+    """y becomes 1 + exp(y), which may be inf: divided by it, a number is 0, the right limit."""
+    with np.errstate(over="ignore"):
         np.exp(y, out=y)
     y += 1
-    np.divide(x, y, out=y)
 
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:

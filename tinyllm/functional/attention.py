@@ -13,12 +13,12 @@ import numpy as np
 
 from tinyllm.backend.memory import is_kept
 from tinyllm.backend.random import dropout_mask, next_address
-from tinyllm.backend.threads import one_blas_thread, run_tasks
+from tinyllm.backend.threads import one_blas_thread, run_tasks, sum_last_axis
 from tinyllm.checks import is_integer
 from tinyllm.errors import Error
 from tinyllm.functional.activations import check_probability
 from tinyllm.tensor import Tensor
-from tinyllm.tensor_ops import array_of, row_sum
+from tinyllm.tensor_ops import array_of
 
 QUERY_BLOCK = 128  # rows of scores at a time
 
@@ -157,7 +157,7 @@ def scaled_dot_product_attention(
     out = new_grouped(v.shape[3])
     sums = np.ones_like(q, shape=(B, G, R, T, 1))  # ℓ of every query, or Σ where E is kept
     lowest = float(np.finfo(q.dtype).min)
-    keeps = needs_grad and softcap is None and widest <= KEPT_KEYS and is_kept((B * T, H * widest), q)
+    keeps = needs_grad and softcap is None and weights_are_kept(B, H, T, widest, q)
 
     def place(bg, number):
         return bg[0].start, bg[1].start, number
@@ -178,7 +178,7 @@ def scaled_dot_product_attention(
         p -= peak
         p = np.exp(p, out=kept[place(bg, number)] if keeps else p)
         # The largest weight is exp(0) = 1, so a sum below 1 is 0: the query has no visible key.
-        total = np.maximum(row_sum(p), 1)
+        total = np.maximum(sum_last_axis(p), 1)
         sums[bg][..., rows, :] = total if keeps else peak + np.log(total)
         if dropout_p:
             p = p * dropped(bg, number, p.shape)
@@ -231,6 +231,11 @@ def scaled_dot_product_attention(
         return dq.reshape(B, H, T, D), dk, dv, None if dbias is None else dbias.reshape(B, H, T, S)
 
     return Tensor.from_op(out.reshape(B, H, T, v.shape[3]), (query, key, value, bias), vjp)
+
+
+def weights_are_kept(B: int, H: int, T: int, widest: int, like) -> bool:
+    """Whether the weights of all queries are kept for the backward pass, of at most ``widest`` keys each."""
+    return widest <= KEPT_KEYS and is_kept((B * T, H * widest), like)
 
 
 def of_one_head(attention, query, key, value, attn_mask, *options):

@@ -13,13 +13,13 @@ from functools import partial
 
 import numpy as np
 
-from tinyllm.backend.threads import each_block, matmul, one_blas_thread, run_tasks
+from tinyllm.backend.threads import each_block, matmul, one_blas_thread, run_tasks, sum_last_axis
 from tinyllm.checks import check_ids
 from tinyllm.errors import Error
 from tinyllm.functional.activations import check_softcap
 from tinyllm.functional.linear import check_linear
 from tinyllm.tensor import Tensor
-from tinyllm.tensor_ops import as_rows, row_sum, to_memory_of
+from tinyllm.tensor_ops import as_rows, to_memory_of
 
 CHUNK = 256  # rows of logits at a time, or more; with fewer, reading the weight from memory dominates
 LOGITS = 2**20  # logits at a time, if that is more rows
@@ -194,7 +194,7 @@ def _into_gradient(logits, counted, index, scale, weights, softcap=None):
         z -= z.max(axis=1, keepdims=True)
         at_target = np.take_along_axis(z, at, axis=1)
         np.exp(z, out=z)
-        total = row_sum(z)
+        total = sum_last_axis(z)
         losses[rows] = np.where(counted[rows], np.log(total) - at_target, 0)
         z *= scale[rows] / total
         np.put_along_axis(z, at, np.take_along_axis(z, at, axis=1) - scale[rows], axis=1)

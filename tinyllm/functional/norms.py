@@ -4,10 +4,9 @@ import math
 
 import numpy as np
 
-from tinyllm.backend.threads import each_block
+from tinyllm.backend.threads import each_block, sum_last_axis
 from tinyllm.errors import Error
 from tinyllm.tensor import Tensor
-from tinyllm.tensor_ops import row_sum
 
 
 def layer_norm(
@@ -48,7 +47,7 @@ def layer_norm(
             y[rows] += b
 
     def forward(rows):
-        centred = np.subtract(x[rows], row_sum(x[rows]) / x.shape[1], out=x_hat[rows])
+        centred = np.subtract(x[rows], sum_last_axis(x[rows]) / x.shape[1], out=x_hat[rows])
         inv_std[rows] = 1 / np.sqrt(_row_dot(centred, centred) / x.shape[1] + eps)
         centred *= inv_std[rows]
         scaled(rows, y)
@@ -67,7 +66,7 @@ def layer_norm(
         def backward(rows):
             d, xh = np.multiply(g[rows], 1 if w is None else w, out=dx[rows]), x_hat[rows]
             mean_dx = _row_dot(d, xh) / d.shape[1]
-            d -= row_sum(d) / d.shape[1]
+            d -= sum_last_axis(d) / d.shape[1]
             d -= xh * mean_dx
             d *= inv_std[rows]
             if needs_dw:
