@@ -89,6 +89,7 @@ def test_a_library_that_does_not_name_its_kernels_fails(monkeypatch):
         ("Intel AVX2", True),
         ("Intel AVX-512 with AVX512_VNNI", False),
         ("Intel AVX10.1 and Intel AMX with bfloat16 support", False),
+        ("Intel AVX 10.1", False),
     ],
 )
 def test_printed_names_are_judged(printed, obeys):
