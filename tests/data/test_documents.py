@@ -177,7 +177,7 @@ def test_bad_files_are_rejected(tmp_path):
     (tmp_path / "empty").write_bytes(b"")
     (tmp_path / "blank").write_bytes(b" \n\t\r\n")
     for name, said in [
-        ("missing", "no text .*missing.*python-docs, the-verdict"),
+        ("missing", "no text .*missing.*python-docs, python-docstrings"),
         ("latin", r"latin.* not UTF-8 at byte offset 3 \(0xe9\)"),
         ("cut", r"cut.* not UTF-8 at byte offset 4 \(0xc3\)"),
         ("empty", "empty"),

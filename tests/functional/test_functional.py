@@ -89,6 +89,7 @@ def test_one_and_four_threads_are_bitwise_identical(op, data):
 
 
 @every_op
+@settings(max_examples=20)
 @given(data=st.data())
 def test_what_is_kept_equals_what_is_computed_again(op, data):
     with small_blocks():

@@ -272,14 +272,14 @@ def adamw(bias_correction=True, decay_everything=False):
 
     def step(self):
         beta1, beta2 = self.betas
-        for name, parameter in self.parameters:
+        for name, parameter in self._elementwise():
             if parameter.grad is None:
                 continue
             t, m, v = self.state.get(name, (0, 0, 0))
             t += 1
             m = beta1 * m + (1 - beta1) * parameter.grad
             v = beta2 * v + (1 - beta2) * parameter.grad**2
-            self.state[name] = t, m, v
+            self.state[name] = [t, m, v]
             if bias_correction:
                 m, v = m / (1 - beta1**t), v / (1 - beta2**t)
             if decay_everything or parameter.ndim >= 2:

@@ -288,7 +288,8 @@ def each_block(function, rows: int, row_size: int, like) -> None:
     if not isinstance(like, np.ndarray):
         function(slice(0, rows))
         return
-    with one_blas_thread() if rows > 1 else contextlib.nullcontext():
+    sums = min(rows, row_size) > 1  # which may be products
+    with one_blas_thread() if sums else contextlib.nullcontext():
         if rows > FEW_BLOCKS * step:
             run_tasks(function, [slice(start, min(start + step, rows)) for start in range(0, rows, step)])
         else:
