@@ -31,7 +31,7 @@ class BenchTrain:
     that has a target is measured with the variants that its targets need. Exit code 1 if a target is not met.
     """
 
-    work: str | None = None  # only this one: gpt2-124m, gpt2-124m-1x1024, llama-124m, small or tiny
+    work: str | None = None  # only this one, such as gpt2-124m, first-run or tiny
     variants: tuple[str, ...] = ()  # tinyllm, gemms, torch-eager, torch-linear-ce, torch-compile
     peers: bool = False  # measure all variants
     rounds: int = 3  # measurements of every variant

@@ -129,7 +129,8 @@ class one_blas_thread:
 
     def __enter__(self):
         self.before = []
-        if getattr(_Workers.busy, "one_blas_thread", False):
+        self.outermost = not getattr(_Workers.busy, "one_blas_thread", False)
+        if not self.outermost:
             return
         if _Workers.blas is None:
             libraries = ThreadpoolController().lib_controllers
@@ -140,9 +141,6 @@ class one_blas_thread:
             if (number := library.get_num_threads()) != 1:
                 self.before.append((library, number))
                 library.set_num_threads(1)
-        self.outermost = True
-
-    outermost = False
 
     def __exit__(self, *exception):
         for library, number in self.before:
@@ -264,6 +262,11 @@ def sum_rows(a):
         parts[rows.start] = np.ones_like(a, shape=len(a[rows])) @ a[rows]
 
     each_block(add, *a.shape, like=a)
+    return in_order(parts)
+
+
+def in_order(parts: dict):
+    """The sum of the blocks' parts by their first rows: it must not depend on which thread finishes first."""
     return sum(parts[start] for start in sorted(parts))
 
 

@@ -166,9 +166,8 @@ def scaled_dot_product_attention(
         heads = [part.stop - part.start for part in (*bg, rows, keys)]
         return np.empty((*heads[:2], R, *heads[2:]), q.dtype, like=q)
 
-    kept = {}  # the place of a block -> its E
-    if keeps:
-        kept = {place(bg, i): new_block(bg, rows, keys) for bg in tasks for rows, keys, _, i in blocks(bg)}
+    every = [(bg, *block) for bg in tasks for block in blocks(bg)] if keeps else []
+    kept = {place(bg, i): new_block(bg, rows, keys) for bg, rows, keys, _, i in every}  # -> E of a block
 
     def forward(task):
         bg, (rows, keys, block_mask, number) = task

@@ -4,7 +4,7 @@ import math
 
 import numpy as np
 
-from tinyllm.backend.threads import each_block, sum_last_axis
+from tinyllm.backend.threads import each_block, in_order, sum_last_axis
 from tinyllm.errors import Error
 from tinyllm.tensor import Tensor
 
@@ -75,8 +75,8 @@ def layer_norm(
                 db_parts[rows.start] = g[rows].sum(axis=0)
 
         each_block(backward, *g.shape, like=g)
-        dw = _in_order(dw_parts).reshape(own) if needs_dw else None
-        db = _in_order(db_parts).reshape(own) if needs_db else None
+        dw = in_order(dw_parts).reshape(own) if needs_dw else None
+        db = in_order(db_parts).reshape(own) if needs_db else None
         return dx.reshape(shape), dw, db
 
     return Tensor.from_op(y.reshape(shape), (input, weight, bias), vjp, recompute=result)
@@ -143,7 +143,7 @@ def rms_norm(
             d *= inv_rms[rows]
 
         each_block(backward, *g.shape, like=g)
-        return dx.reshape(shape), _in_order(dw_parts).reshape(own) if needs_dw else None
+        return dx.reshape(shape), in_order(dw_parts).reshape(own) if needs_dw else None
 
     return Tensor.from_op(y.reshape(shape), (input, weight), vjp, recompute=result)
 
@@ -151,11 +151,6 @@ def rms_norm(
 def _row_dot(a, b):
     """Σ_c a_nc b_nc as a column (N, 1), without the array of products."""
     return np.einsum("nc,nc->n", a, b)[:, None]
-
-
-def _in_order(parts: dict):
-    """The sum of the blocks' parts, which must not depend on the thread that finishes first."""
-    return sum(parts[start] for start in sorted(parts))
 
 
 def check_norm(op, normalized_shape, input, *parameters) -> tuple:

@@ -109,7 +109,7 @@ class Muon(AdamW):
             for matrix in matrices:
                 self._update_matrix(matrix)
             return
-        with one_blas_thread():  # a matrix for each thread of the pool
+        with one_blas_thread():  # each thread takes whole matrices
             run_tasks(self._update_matrix, matrices)
 
     def _update_matrix(self, matrix: tuple) -> None:
