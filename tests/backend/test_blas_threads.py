@@ -1,4 +1,4 @@
-"""Matrix products and BLAS threads: many rows use the pool, few rows BLAS's own threads."""
+"""Matrix products and threads: BLAS's own for few rows, and if they sleep for many; else ours for many."""
 
 import os
 import subprocess
@@ -15,8 +15,12 @@ from tinyllm.backend.recording import Plan, recorded, recording
 @pytest.mark.parametrize("pool", ["1", "2", "3"])
 @pytest.mark.parametrize("columns", [7, 200])  # 200 are split instead of the rows
 @pytest.mark.parametrize("rows", [0, 1, 2, 15, 16, 17])
-def test_products_of_many_rows_use_the_pool_and_of_few_rows_blas(monkeypatch, rows, columns, pool):
+@pytest.mark.parametrize("sleep", [True, False])
+def test_products_of_many_rows_use_our_threads_unless_those_of_blas_sleep(
+    monkeypatch, rows, columns, pool, sleep
+):
     monkeypatch.setenv("OMP_NUM_THREADS", pool)
+    monkeypatch.setattr(threads, "_BLAS_THREADS_SLEEP", sleep)
     monkeypatch.setattr(threads, "SMALL_PRODUCT", 0 if rows >= threads.FEW_ROWS else 10**9)
     shared_out, run_tasks = [], threads.run_tasks
 
@@ -37,7 +41,20 @@ def test_products_of_many_rows_use_the_pool_and_of_few_rows_blas(monkeypatch, ro
             times[part] += 1
         assert (times == 1).all()
         assert len(tasks) <= int(pool)
-    assert len(shared_out) == (4 if rows >= 16 else 0)
+    assert len(shared_out) == (0 if sleep or rows < 16 else 4)
+
+
+@pytest.mark.parametrize("limit", [threads.in_this_thread, threads.one_blas_thread])
+def test_products_within_a_limit_to_one_thread_take_one(monkeypatch, limit):
+    monkeypatch.setattr(threads, "_BLAS_THREADS_SLEEP", True)
+    monkeypatch.setattr(
+        threads, "run_tasks", lambda function, tasks: shared_out.append(tasks) or function(*tasks)
+    )
+    monkeypatch.setattr(threads, "SMALL_PRODUCT", 10**9)
+    shared_out, a = [], np.ones((20, 30))
+    with limit():
+        assert (threads.matmul(a, a.T) == 30).all()
+    assert len(shared_out) == 1
 
 
 def test_one_blas_thread_sets_the_limit_once_and_restores_it():
