@@ -14,7 +14,7 @@ from tinyllm import GPT2, Error, GPT2Config, LlamaConfig, manual_seed, nn, no_gr
 from tinyllm.models import ARCHITECTURES, Mixtral, MixtralConfig
 from tinyllm.models.cache import SLACK
 from tinyllm.nn import evaluating
-from tinyllm.optim import AdamW, clip_grad_norm
+from tinyllm.optim import AdamW, Muon, clip_grad_norm
 from tinyllm.tools import info
 
 
@@ -296,9 +296,14 @@ def test_a_long_context_is_extrapolated_linearly(monkeypatch):
 
 def test_memory_depends_on_optimizer_dtype_and_batch():
     small = model_of(config(512, 128, 4, 4, 256))
-    with_adamw, without = info.memory(small, 4, 256), info.memory(small, 4, 256, optimizer=False)
+    with_adamw, without = info.memory(small, 4, 256), info.memory(small, 4, 256, optimizer=None)
     assert without.optimizer == 0
     assert with_adamw.peak - without.peak == with_adamw.optimizer == 2 * with_adamw.weights
+    with_muon, heads = info.memory(small, 4, 256, optimizer=Muon), ("wte.weight", "wpe.weight")
+    matrices = sum(p.size for name, p in small.named_parameters() if p.ndim == 2 and name not in heads)
+    assert with_adamw.optimizer - with_muon.optimizer == 4 * matrices > 0
+    # N and its polynomial, and three squares of 128 while one replaces another
+    assert with_muon.update - with_muon.optimizer == 2 * with_muon.weights + 4 * (2 * 128 * 512 + 3 * 128**2)
     assert info.memory(small, 4, 256, np.float64).activations == 2 * with_adamw.activations
     assert info.memory(small, 8, 128).activations < 2.01 * info.memory(small, 4, 128).activations
     assert info.memory(model_of(small.config, np.random.default_rng(0)), 4, 256) == with_adamw

@@ -9,6 +9,7 @@ from tinyllm.cli.options import ModelOptions, check_model_name, find_checkpoint,
 from tinyllm.cli.train import preset
 from tinyllm.errors import Error
 from tinyllm.models import ARCHITECTURES, LanguageModel, empty_model
+from tinyllm.optim import OPTIMIZERS, AdamW
 from tinyllm.tokenizers.bpe import parse_bpe
 from tinyllm.tools.info import describe
 from tinyllm.training.config import PRESETS
@@ -48,16 +49,17 @@ class InfoConfig(ModelOptions):
 def run(config: InfoConfig) -> None:
     if [config.preset, config.run, config.model].count(None) != 2:
         raise Error("choose a model with one of --model NAME, --run DIR and --preset NAME")
-    batch = 1
+    batch, optimizer = 1, AdamW
     if config.preset is not None:
         asked = preset(config.preset)
         vocab_size = 50257 if asked.tokenizer == "gpt2" else parse_bpe(asked.tokenizer)
         model, batch = asked.model(vocab_size, rng=None), asked.at_once
+        optimizer = OPTIMIZERS[asked.optimizer]
     else:
         model = _model(config)
     batch = batch if config.batch is None else config.batch
     context = model.context if config.context is None else config.context
-    print(describe(model, batch, context, config.dtype))
+    print(describe(model, batch, context, config.dtype, optimizer))
 
 
 def _model(config: InfoConfig) -> LanguageModel:

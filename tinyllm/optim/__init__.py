@@ -7,7 +7,10 @@ from tinyllm.optim.muon import Muon
 from tinyllm.optim.parameters import Parameters
 from tinyllm.optim.schedules import warmup_cosine, warmup_linear
 
+OPTIMIZERS = {"adamw": AdamW, "muon": Muon}
+
 __all__ = [
+    "OPTIMIZERS",
     "AdamW",
     "LossScale",
     "Muon",

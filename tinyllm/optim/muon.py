@@ -109,6 +109,7 @@ class Muon(AdamW):
             for matrix in matrices:
                 self._update_matrix(matrix)
             return
+        matrices.sort(key=lambda matrix: -matrix[1][0].size)  # so that no thread ends with the largest
         with one_blas_thread():  # each thread takes whole matrices
             run_tasks(self._update_matrix, matrices)
 

@@ -15,11 +15,12 @@ from typing import NamedTuple
 
 import numpy as np
 
-from tinyllm.backend.threads import BLOCK, first_task_only, matmul, num_threads
+from tinyllm.backend.threads import first_task_only, matmul, num_threads
 from tinyllm.checks import is_integer
 from tinyllm.errors import Error
 from tinyllm.functional.attention import QUERY_BLOCK, keys_of
 from tinyllm.nn import Module, evaluating
+from tinyllm.optim import AdamW, Muon
 from tinyllm.tensor import Tensor, no_grad
 from tinyllm.tools.meta import MetaArray, Tally
 from tinyllm.tools.profile import op_and_module, watching
@@ -78,7 +79,7 @@ class Memory(NamedTuple):
 
     weights: int
     gradients: int  # of all parameters that require one, after the backward pass
-    optimizer: int  # AdamW's m and v
+    optimizer: int  # its running averages: AdamW's m and v
     activations: int  # alive after the forward pass: kept for backward, or gradients computed by the loss
     forward: int  # the peaks of a training step's phases, including all of the above alive at the time
     backward: int
@@ -91,13 +92,16 @@ class Memory(NamedTuple):
         return max(self.forward, self.backward, self.update)
 
 
-def memory(model: Module, batch: int, context: int, dtype="float32", optimizer: bool = True) -> Memory:
+def memory(
+    model: Module, batch: int, context: int, dtype="float32", optimizer: type[AdamW] | None = AdamW
+) -> Memory:
     """The memory of a training step on ``batch`` x ``context`` tokens, and of inference, in bytes.
 
-    Counts all arrays of a forward and backward pass of this model, from the second step on (with AdamW's
-    m and v, unless ``optimizer`` is false) and with the scratch memory of one thread. Python, its libraries
-    and BLAS are not included. A context above 4,096 tokens is extrapolated linearly from two shorter ones,
-    all but the cache, which does not grow beyond a layer's window.
+    Counts all arrays of a forward and backward pass of this model and of an update by this kind of
+    ``optimizer``, from the second step on, when it holds its averages (None: without one), and with the
+    scratch memory of one thread. Python, its libraries and BLAS are not included. A context above 4,096
+    tokens is extrapolated linearly from two shorter ones, all but the cache, which does not grow beyond a
+    layer's window.
     ``dtype`` is float32 or float64. Raises Error for a context outside the model's, a batch below 1 or
     another dtype.
     """
@@ -107,8 +111,7 @@ def memory(model: Module, batch: int, context: int, dtype="float32", optimizer: 
         raise Error(f"batch is {batch!r}: it must be a whole number of at least 1")
     weights = dtype.itemsize * model.num_parameters()
     gradients = dtype.itemsize * sum(p.size for p in model.parameters() if p.requires_grad)
-    moments = 2 * gradients if optimizer else 0
-    scratch = dtype.itemsize * min(BLOCK, max(p.size for p in model.parameters()))  # of AdamW
+    averages, scratch = (0, 0) if optimizer is None else _count_update(model, dtype, optimizer)
     found = _count(model, batch, min(context, LONG), dtype)
     if context > LONG:
         half = _count(model, batch, LONG // 2, dtype)
@@ -117,11 +120,11 @@ def memory(model: Module, batch: int, context: int, dtype="float32", optimizer: 
     return Memory(
         weights,
         gradients,
-        moments,
+        averages,
         activations,
-        forward=forward + moments,
-        backward=backward + moments,
-        update=weights + gradients + moments + scratch,
+        forward=forward + averages,
+        backward=backward + averages,
+        update=weights + gradients + averages + scratch,
         inference=inference,
         cache=_cache_bytes(model, batch, context, dtype),
     )
@@ -145,6 +148,19 @@ def _count(model: Module, batch: int, context: int, dtype: np.dtype) -> np.ndarr
             model(ids, last_only=True)
             inference = Tally.peak
     return np.array([activations, forward, backward, inference], object)
+
+
+def _count_update(model: Module, dtype: np.dtype, kind: type[AdamW]) -> tuple[int, int]:
+    """Bytes of the optimizer's averages, and the peak of what an update allocates besides."""
+    model = _meta_copy(model, dtype)
+    optimizer = kind(model)
+    optimizer.reserve()
+    for parameter in model.parameters():
+        parameter.grad = MetaArray(parameter.shape, dtype) if parameter.requires_grad else None
+    held = Tally.restart()
+    with first_task_only():
+        optimizer.step()
+    return optimizer.averages_nbytes, Tally.peak - held
 
 
 def _cache_bytes(model: Module, batch: int, context: int, dtype: np.dtype) -> int:
@@ -303,13 +319,13 @@ def _best_time(work, seconds: float) -> float:
 # ----------------------------------------------------------------------------------- the report
 
 
-def describe(model: Module, batch: int, context: int, dtype="float32") -> str:
+def describe(model: Module, batch: int, context: int, dtype="float32", optimizer=AdamW) -> str:
     """A report for the terminal: parameters, memory, arithmetic, and estimates of this machine's speed.
 
     The measurements take a second or two. Raises Error as ``memory`` does.
     """
     dtype = _dtype(dtype)
-    costs, flops = memory(model, batch, context, dtype), flops_per_token(model, context)
+    costs, flops = memory(model, batch, context, dtype, optimizer), flops_per_token(model, context)
     number, used = model.num_parameters(), _products(model).used
     active = f", of which a token uses {used:,}" if used < number else ""
     lines = [
@@ -318,7 +334,7 @@ def describe(model: Module, batch: int, context: int, dtype="float32") -> str:
         *_parameter_lines(parameter_table(model)),
         "",
         f"Memory of a training step, {batch} x {context} tokens, {dtype} (k, M, G: 10^3, 10^6, 10^9)",
-        *_memory_lines(costs),
+        *_memory_lines(costs, optimizer),
         "",
         f"Arithmetic per token, sequences of {context} tokens: 2 m k n for a product (m, k) @ (k, n)",
         *_arithmetic_lines(flops),
@@ -340,12 +356,18 @@ def _parameter_lines(rows: list[Row]) -> list[str]:
     ]
 
 
-def _memory_lines(costs: Memory) -> list[str]:
+AVERAGES = {
+    AdamW: "two running averages per parameter, m and v",
+    Muon: "one running average per hidden matrix, two per other parameter",
+}
+
+
+def _memory_lines(costs: Memory, optimizer: type[AdamW]) -> list[str]:
     phases = (f"{name} {_amount(getattr(costs, name), 'B')}" for name in ("forward", "backward", "update"))
     return [
         _line("weights", costs.weights, "B", "all parameters"),
         _line("gradients", costs.gradients, "B", "one per parameter, after the backward pass"),
-        _line("AdamW", costs.optimizer, "B", "two running averages per parameter, m and v"),
+        _line(optimizer.__name__, costs.optimizer, "B", AVERAGES[optimizer]),
         _line("activations", costs.activations, "B", "kept by the forward pass for the backward pass"),
         _line("peak", costs.peak, "B", ", ".join(phases)),
         "Memory of inference on the same tokens",

@@ -14,12 +14,13 @@ from tinyllm.backend.dtypes import PRECISIONS
 from tinyllm.errors import Error
 from tinyllm.models import ARCHITECTURES, full_name
 from tinyllm.nn import Module
+from tinyllm.optim import OPTIMIZERS
 
 CHOICES = {
     "special": ("refuse", "allow", "text"),
     "arch": ARCHITECTURES,
     "init": ("gpt2", "torch", "zero"),
-    "optimizer": ("adamw", "muon"),
+    "optimizer": OPTIMIZERS,
     "schedule": ("cosine", "linear"),
 }
 

@@ -17,7 +17,7 @@ from tinyllm.backend.device import open_device, pick_device
 from tinyllm.backend.memory import keep_memory, out_of_memory, peak_memory
 from tinyllm.errors import Error
 from tinyllm.nn import Module
-from tinyllm.optim import AdamW, Muon, warmup_cosine, warmup_linear
+from tinyllm.optim import OPTIMIZERS, AdamW, warmup_cosine, warmup_linear
 from tinyllm.training.config import RunOptions
 from tinyllm.training.data_parallel import ShardedAdamW
 from tinyllm.training.loggers import Log, check_logs, open_logs, output_errors, robust_output, say
@@ -93,8 +93,7 @@ def make_optimizer(model: Module, config: RunOptions) -> AdamW:
     processes = distributed.current()
     if config.shard_optimizer and processes.size > 1:
         return ShardedAdamW(processes, model, config.lr, weight_decay=config.weight_decay)
-    kind = {"adamw": AdamW, "muon": Muon}[config.optimizer]
-    return kind(model, config.lr, weight_decay=config.weight_decay)
+    return OPTIMIZERS[config.optimizer](model, config.lr, weight_decay=config.weight_decay)
 
 
 def _run(run: RunFolder, progress: bool, callback: Log | None) -> Module:
