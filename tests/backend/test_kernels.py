@@ -540,9 +540,13 @@ POLICIES = {
     "float32": dict(X="float", W="float", T="float", Z="float"),
     "float64": dict(X="double", W="double", T="double", Z="double"),
 } | {
-    f"{kind} in {short}": dict(X=short if "norms" in kind else "float", W=weights, T=short, Z="float")
+    f"{kind} in {short}": dict(X=x, W=weights, T=result, Z="float")
     for short in ("__nv_bfloat16", "__half")
-    for kind, weights in [("products", "float"), ("stored", short), ("norms of products", "float")]
+    for kind, x, weights, result in [
+        ("products", "float", "float", short),
+        ("stored", "float", short, short),
+        ("norms of products", short, "float", "float"),
+    ]
 }
 
 

@@ -117,12 +117,17 @@ def _norm(
     input: Tensor, own: tuple, weight: Tensor | None, bias: Tensor | None, eps: float, centred: bool,
     offset: float = 0.0,
 ) -> Tensor:  # fmt: skip
-    """The result has the dtype of the products that follow: ``autocast``'s, or the weight's."""
+    """Of the residual stream, the result has the dtype of the products that follow: ``autocast``'s.
+
+    Of a product's result, which is in that dtype already, it has the weight's: in a Gemma it is added to the
+    residual stream, and to round it once more would make the gradients 1.7 times as inaccurate as torch's.
+    """
     x, shape = contiguous(input.data.reshape(-1, math.prod(own))), input.shape  # (N, C)
     w, b = (None if tensor is None else contiguous(tensor.data.reshape(-1)) for tensor in (weight, bias))
     N, C = x.shape
     stored = x.dtype if w is None else w.dtype
-    types = (centred, x.dtype, stored, compute_dtype() or stored)
+    halved = compute_dtype() if x.dtype == stored else None
+    types = (centred, x.dtype, stored, halved or stored)
     inv = np.empty(N, accumulation_dtype(x.dtype), like=x)
     mean = np.empty_like(inv) if centred else None
     needs = [_required(weight), _required(bias)]
@@ -227,10 +232,10 @@ def scaled_dot_product_attention(
     if query.ndim == 3:
         options = attn_mask, dropout_p, is_causal, scale, enable_gqa, window, softcap
         return of_one_head(scaled_dot_product_attention, query, key, value, *options)
-    q, k, v = query.data, key.data, value.data
-    bias = learned_bias(attn_mask)
+    inputs, bias = (query, key, value), learned_bias(attn_mask)
     needs_bias = bias is not None
-    attn_mask = check_attention(q, k, v, attn_mask, dropout_p, enable_gqa)
+    attn_mask = check_attention(*(x.data for x in inputs), attn_mask, dropout_p, enable_gqa)
+    q, k, v = (for_products(x.data) for x in inputs)
     check_window(window, is_causal, softcap)
     address, tf32 = next_address() if dropout_p else None, tf32_allowed()
     (B, H, T, D), (G, S), E = q.shape, k.shape[1:3], v.shape[3]
@@ -284,7 +289,7 @@ def scaled_dot_product_attention(
         launch(q, "row_dot", (q.dtype,), delta.size, threads_for(E), grad, out, delta, E)
         dq = new(q.shape, q.dtype, like=q)
         dk, dv = (np.zeros(x.shape, sums_in, like=q) for x in (k, v))
-        dbias = np.zeros((B, G, R, T, S), q.dtype, like=q) if needs_bias else None
+        dbias = np.zeros((B, G, R, T, S), bias.dtype, like=q) if needs_bias else None
         for number, rows, keys in blocks():
             q_block, scores, rest = scores_of(number, rows, keys)
             g = stacked(grad, rows)
@@ -299,10 +304,11 @@ def scaled_dot_product_attention(
             gemm(p.swapaxes(1, 2), g, out=dv[:, keys], beta=1, tf32=tf32)
             gemm(dz.swapaxes(1, 2), q_block, out=dk[:, keys], alpha=scale, beta=1, tf32=tf32)
             dq[..., rows, :] = gemm(dz, k[:, keys], alpha=scale, tf32=tf32).reshape(B, G, R, -1, D)
-        dk, dv = (d.astype(q.dtype, copy=False).reshape(B, G, S, -1) for d in (dk, dv))
-        return dq.reshape(B, H, T, D), dk, dv, None if dbias is None else dbias.reshape(B, H, T, S)
+        grads = dq.reshape(B, H, T, D), dk.reshape(B, G, S, D), dv.reshape(B, G, S, E)
+        grads = (d.astype(x.dtype, copy=False) for d, x in zip(grads, inputs))
+        return *grads, None if dbias is None else dbias.reshape(B, H, T, S)
 
-    return Tensor.from_op(out.reshape(B, H, T, E), (query, key, value, bias), vjp)
+    return Tensor.from_op(out.reshape(B, H, T, E), (*inputs, bias), vjp)
 
 
 class _Mask:
