@@ -55,6 +55,18 @@ def test_all_threads_including_this_one_run_tasks():
     assert threading.get_ident() in met and len(set(met)) == 3
 
 
+@pytest.mark.parametrize("elements, number", [(0, 1), (3 * 2**17, 1), (3 * 2**17 + 1, 3)])
+def test_work_on_few_elements_stays_in_this_thread(elements, number):
+    used, together = set(), threading.Barrier(number, timeout=10)
+
+    def task(_):
+        used.add(threading.get_ident())
+        together.wait()
+
+    threads.run_tasks(task, [0, 1, 2], elements)
+    assert len(used) == number and (number > 1 or used == {threading.get_ident()})
+
+
 def test_nested_tasks_stay_in_their_thread():
     found = {}
 

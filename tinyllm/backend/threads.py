@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import contextlib
+import math
 import os
 import threading
 
@@ -62,15 +63,17 @@ class _Workers:
     busy = threading.local()
 
 
-def run_tasks(function, tasks: list) -> None:
+def run_tasks(function, tasks: list, elements: float = math.inf) -> None:
     """Call ``function(task)`` for every task, on all cores. Tasks must not write to the same memory.
 
     Each thread, including this one, takes the next task from a shared queue, because submitting tasks one by
-    one takes longer than a small task. An exception ends the thread's work and is raised here.
+    one takes longer than a small task. An exception ends the thread's work and is raised here. If all tasks
+    together work on few ``elements``, they are done in this thread before another one would be at work.
     """
     if getattr(_Workers.busy, "first_task_only", False):
         tasks = tasks[:1]
-    helpers = 0 if len(tasks) < 2 or in_task() else min(num_threads(), len(tasks)) - 1
+    alone = len(tasks) < 2 or elements <= FEW_BLOCKS * BLOCK or in_task()
+    helpers = 0 if alone else min(num_threads(), len(tasks)) - 1
     if helpers < 1:
         for task in tasks:
             function(task)
@@ -299,9 +302,6 @@ def each_block(function, rows: int, row_size: int, like) -> None:
         function(slice(0, rows))
         return
     sums = min(rows, row_size) > 1  # which may be products
+    blocks = [slice(start, min(start + step, rows)) for start in range(0, max(rows, 1), step)]
     with one_blas_thread() if sums else contextlib.nullcontext():
-        if rows > FEW_BLOCKS * step:
-            run_tasks(function, [slice(start, min(start + step, rows)) for start in range(0, rows, step)])
-        else:
-            for start in range(0, max(rows, 1), step):
-                function(slice(start, min(start + step, rows)))
+        run_tasks(function, blocks, elements=rows * row_size)

@@ -96,7 +96,7 @@ def scaled_dot_product_attention(
     address = next_address() if dropout_p else None
     step = max(1, QUERY_BLOCK // R)  # a block stacks the rows of R heads
     widest = S if window is None else min(S, window + step - 1)
-    tasks = _head_groups(B, G, R * min(T, step) * widest, like=q)
+    tasks, num_scores = _head_groups(B, G, R * min(T, step) * widest, like=q), B * H * T * widest
 
     def grouped(x):
         """(B, H, T, D) -> (B, G, R, T, D), a view: head h is number h % R of group h // R."""
@@ -185,7 +185,7 @@ def scaled_dot_product_attention(
 
     # Blocks are independent here, so that one text is processed by all threads; the longest come first.
     with one_blas_thread():
-        run_tasks(forward, [(bg, block) for bg in tasks for block in reversed([*blocks(bg)])])
+        run_tasks(forward, [(bg, block) for bg in tasks for block in reversed([*blocks(bg)])], num_scores)
 
     def weights_of(bg, rows, keys, block_mask, number):
         """P of one block (E if it was kept), Q · scale, and the slope of the cap."""
@@ -226,7 +226,7 @@ def scaled_dot_product_attention(
                 dk[bg][:, :, keys] += ds.swapaxes(-1, -2) @ q_scaled
 
         with one_blas_thread():
-            run_tasks(backward, tasks)
+            run_tasks(backward, tasks, num_scores)
         return dq.reshape(B, H, T, D), dk, dv, None if dbias is None else dbias.reshape(B, H, T, S)
 
     return Tensor.from_op(out.reshape(B, H, T, v.shape[3]), (query, key, value, bias), vjp)
