@@ -290,7 +290,7 @@ def test_a_long_context_is_extrapolated_linearly(monkeypatch):
     model = model_of(llama(300, 32, 2, 2, 1, 64, 4096))
     with keeping(everything=False):  # at 4,096 tokens all that may be kept depends on the channels alone
         counted = info.memory(model, 1, 1500)
-        monkeypatch.setattr(info, "LONG", 1000)
+        monkeypatch.setattr("tinyllm.tools.memory.LONG", 1000)
         assert info.memory(model, 1, 1500)[3:] == pytest.approx(counted[3:], rel=0.03)
 
 

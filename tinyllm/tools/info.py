@@ -1,13 +1,11 @@
 """The cost of a model: parameters, memory, arithmetic, and an estimate of this machine's speed.
 
-A model may be far larger than the machine (build it with ``rng=None``). Its memory is that of a real training
-step, forward and backward, on meta arrays, which have no elements and count the bytes they would take
-(``meta.py``). That covers any layer. Only the rates at the end are measured with real arrays.
+A model may be far larger than the machine (build it with ``rng=None``): it runs on arrays without elements
+(``meta.py``). Only the rates at the end are measured with real arrays. ``memory.py`` counts the memory.
 """
 
 from __future__ import annotations
 
-import copy
 import re
 import time
 from collections import Counter, defaultdict
@@ -16,29 +14,12 @@ from typing import NamedTuple
 import numpy as np
 
 from tinyllm.backend.threads import first_task_only, matmul, num_threads
-from tinyllm.checks import is_integer
-from tinyllm.errors import Error
 from tinyllm.functional.attention import QUERY_BLOCK, keys_of
-from tinyllm.nn import Module, evaluating
+from tinyllm.nn import Module
 from tinyllm.optim import AdamW, Muon
-from tinyllm.tensor import Tensor, no_grad
-from tinyllm.tools.meta import MetaArray, Tally
+from tinyllm.tools.memory import LONG, Memory, check_context, dtype_of, memory
+from tinyllm.tools.meta import meta_copy
 from tinyllm.tools.profile import op_and_module, watching
-
-DTYPES = ("float32", "float64")  # what models compute in on a CPU
-
-
-def _dtype(dtype) -> np.dtype:
-    name = getattr(dtype, "__name__", str(dtype))  # np.float32, "float32" and np.dtype("float32") alike
-    if name not in DTYPES:
-        raise Error(f"dtype {name!r} is not one that models compute in: choose {' or '.join(DTYPES)}")
-    return np.dtype(name)
-
-
-def _check_context(model: Module, context: int) -> None:
-    if not is_integer(context) or not 1 <= context <= model.context:
-        raise Error(f"context is {context!r}: this model takes 1 to {model.context} tokens")
-
 
 # ------------------------------------------------------------------------------- parameters
 
@@ -67,113 +48,6 @@ def parameter_table(model: Module) -> list[Row]:
         Row(module, " + ".join(own.values()), max(sizes[module].values()), numbers[module])
         for module, own in shapes.items()
     ]
-
-
-# ----------------------------------------------------------------------------------- memory
-
-LONG = 4096  # tokens; beyond, all sizes grow linearly and are extrapolated
-
-
-class Memory(NamedTuple):
-    """Bytes."""
-
-    weights: int
-    gradients: int  # of all parameters that require one, after the backward pass
-    optimizer: int  # its running averages: AdamW's m and v
-    activations: int  # alive after the forward pass: kept for backward, or gradients computed by the loss
-    forward: int  # the peaks of a training step's phases, including all of the above alive at the time
-    backward: int
-    update: int
-    inference: int  # peak of a forward pass for the next token, including the weights
-    cache: int  # keys and values of all positions
-
-    @property
-    def peak(self) -> int:
-        return max(self.forward, self.backward, self.update)
-
-
-def memory(
-    model: Module, batch: int, context: int, dtype="float32", optimizer: type[AdamW] | None = AdamW
-) -> Memory:
-    """The memory of a training step on ``batch`` x ``context`` tokens, and of inference, in bytes.
-
-    Counts all arrays of a forward and backward pass of this model and of an update by this kind of
-    ``optimizer``, from the second step on, when it holds its averages (None: without one), and with the
-    scratch memory of one thread. Python, its libraries and BLAS are not included. A context above 4,096
-    tokens is extrapolated linearly from two shorter ones, all but the cache, which does not grow beyond a
-    layer's window.
-    ``dtype`` is float32 or float64. Raises Error for a context outside the model's, a batch below 1 or
-    another dtype.
-    """
-    dtype = _dtype(dtype)
-    _check_context(model, context)
-    if not is_integer(batch) or batch < 1:
-        raise Error(f"batch is {batch!r}: it must be a whole number of at least 1")
-    weights = dtype.itemsize * model.num_parameters()
-    gradients = dtype.itemsize * sum(p.size for p in model.parameters() if p.requires_grad)
-    averages, scratch = (0, 0) if optimizer is None else _count_update(model, dtype, optimizer)
-    found = _count(model, batch, min(context, LONG), dtype)
-    if context > LONG:
-        half = _count(model, batch, LONG // 2, dtype)
-        found = found + (found - half) * (context - LONG) // (LONG // 2)
-    activations, forward, backward, inference = map(int, found)
-    return Memory(
-        weights,
-        gradients,
-        averages,
-        activations,
-        forward=forward + averages,
-        backward=backward + averages,
-        update=weights + gradients + averages + scratch,
-        inference=inference,
-        cache=_cache_bytes(model, batch, context, dtype),
-    )
-
-
-def _count(model: Module, batch: int, context: int, dtype: np.dtype) -> np.ndarray:
-    """Bytes of activations, and of the peaks of forward, backward and inference."""
-    model = _meta_copy(model, dtype)
-    ids, weights = np.zeros((batch, context), np.int64), Tally.restart()
-    with first_task_only():
-        loss = model.loss(ids, ids)
-        activations, forward = Tally.held - weights, Tally.peak
-        Tally.restart()
-        if loss.requires_grad:
-            loss.backward()
-        backward = Tally.peak
-        model.zero_grad()
-        del loss
-        with evaluating(model), no_grad():
-            Tally.restart()
-            model(ids, last_only=True)
-            inference = Tally.peak
-    return np.array([activations, forward, backward, inference], object)
-
-
-def _count_update(model: Module, dtype: np.dtype, kind: type[AdamW]) -> tuple[int, int]:
-    """Bytes of the optimizer's averages, and the peak of what an update allocates besides."""
-    model = _meta_copy(model, dtype)
-    optimizer = kind(model)
-    optimizer.reserve()
-    for parameter in model.parameters():
-        parameter.grad = MetaArray(parameter.shape, dtype) if parameter.requires_grad else None
-    held = Tally.restart()
-    with first_task_only():
-        optimizer.step()
-    return optimizer.averages_nbytes, Tally.peak - held
-
-
-def _cache_bytes(model: Module, batch: int, context: int, dtype: np.dtype) -> int:
-    cache = _meta_copy(model, dtype).new_cache(batch, context)
-    return sum(entries.nbytes for entries in cache.keys + cache.values)
-
-
-def _meta_copy(model: Module, dtype: np.dtype) -> Module:
-    """A copy in training mode with meta parameters of ``dtype``."""
-    parameters = {
-        id(p): Tensor(MetaArray(p.shape, dtype), requires_grad=p.requires_grad) for p in model.parameters()
-    }
-    return copy.deepcopy(model, parameters).train()
 
 
 # ------------------------------------------------------------------------------- arithmetic
@@ -224,7 +98,7 @@ class _Products(NamedTuple):
 
 def _products(model: Module, positions: int = 1) -> _Products:
     """Of a forward pass on this many independent positions; those of a mixture use all experts alike."""
-    linears, in_head, attentions, used, model = [], [], [], set(), _meta_copy(model, np.dtype(np.float32))
+    linears, in_head, attentions, used, model = [], [], [], set(), meta_copy(model, np.dtype(np.float32))
     blocks, head = zip(getattr(model, model.blocks), model.windows()), set(map(id, model.lm_head.modules()))
     windows = {id(module): window for block, window in blocks for module in block.modules()}
 
@@ -253,7 +127,7 @@ def flops_per_token(model: Module, context: int) -> Flops:
     there are few: ``backend.memory.is_kept``). ``head`` is the output layer at every position, as in
     training; decoding needs it at the last position only. Raises Error for a context outside the model's.
     """
-    _check_context(model, context)
+    check_context(model, context)
     products, attention, textbook = _products(model), 0, 0
     for query, key, value, window in products.attentions:
         heads, per_score = query[1], 2 * (query[3] + value[3])  # Q Kᵀ, and P V
@@ -290,7 +164,7 @@ def product_shapes(model: Module, tokens: int) -> Counter:
 
 def gemm_rate(shapes: Counter, dtype=np.float32, seconds: float = 0.03) -> float:
     """FLOP/s of matrix products of these ``shapes``, in total, from the best time of each in ``seconds``."""
-    dtype, flops, duration = _dtype(dtype), 0, 0.0
+    dtype, flops, duration = dtype_of(dtype), 0, 0.0
     for (m, k, n), count in shapes.items():
         a, b, out = np.ones((m, k), dtype), np.ones((k, n), dtype), np.empty((m, n), dtype)
         flops += count * 2 * m * k * n
@@ -300,7 +174,7 @@ def gemm_rate(shapes: Counter, dtype=np.float32, seconds: float = 0.03) -> float
 
 def memory_rate(dtype=np.float32, seconds: float = 0.5) -> float:
     """Bytes/s at which a large matrix is read in a product with a vector: the best in ``seconds``."""
-    w = np.ones(MATRIX, _dtype(dtype))
+    w = np.ones(MATRIX, dtype_of(dtype))
     x = np.ones((MATRIX[1], 1), w.dtype)
     return w.nbytes / _best_time(lambda: matmul(w, x), seconds)
 
@@ -324,7 +198,7 @@ def describe(model: Module, batch: int, context: int, dtype="float32", optimizer
 
     The measurements take a second or two. Raises Error as ``memory`` does.
     """
-    dtype = _dtype(dtype)
+    dtype = dtype_of(dtype)
     costs, flops = memory(model, batch, context, dtype, optimizer), flops_per_token(model, context)
     number, used = model.num_parameters(), _products(model).used
     active = f", of which a token uses {used:,}" if used < number else ""

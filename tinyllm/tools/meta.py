@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import mmap
 
 import numpy as np
+
+from tinyllm.nn import Module
+from tinyllm.tensor import Tensor
 
 
 class Tally:
@@ -159,3 +163,11 @@ def _reduced_shape(shape, axis, keepdims) -> tuple[int, ...]:
     axes = range(len(shape)) if axis is None else axis if isinstance(axis, tuple) else (axis,)
     axes = {a % len(shape) for a in axes}
     return tuple(1 if i in axes else n for i, n in enumerate(shape) if keepdims or i not in axes)
+
+
+def meta_copy(model: Module, dtype: np.dtype) -> Module:
+    """A copy in training mode with meta parameters of ``dtype``."""
+    parameters = {
+        id(p): Tensor(MetaArray(p.shape, dtype), requires_grad=p.requires_grad) for p in model.parameters()
+    }
+    return copy.deepcopy(model, parameters).train()
