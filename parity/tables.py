@@ -39,10 +39,16 @@ def read(page: Path, name: str) -> str:
     return _split(page, name)[1]
 
 
-def first_cells(text: str) -> list[list[str]]:
-    """For each Markdown table in a text, the first cell of every row below the head, without backquotes."""
+def cells(text: str) -> list[list[list[str]]]:
+    """For each Markdown table in a text, the cells of every row below the head, without backquotes."""
     tables = re.findall(r"^\|[ :|-]+\|\n((?:\|.*(?:\n|\Z))*)", text, re.MULTILINE)
-    return [[row.split("|")[1].strip(" `") for row in table.splitlines()] for table in tables]
+    rows = (table.splitlines() for table in tables)
+    return [[[cell.strip(" `") for cell in row.split("|")[1:-1]] for row in table] for table in rows]
+
+
+def first_cells(text: str) -> list[list[str]]:
+    """The first cell of every row of ``cells``."""
+    return [[row[0] for row in table] for table in cells(text)]
 
 
 def write(page: Path, name: str, text: str) -> None:

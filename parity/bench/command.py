@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Literal
 
 from parity import tables
-from parity.bench import decode, llamacpp, scaling, serve, targets, train
+from parity.bench import decode, front_page, llamacpp, scaling, serve, targets, train
 from parity.bench.cuda import measure
 from parity.bench.cuda.variants import VARIANTS
 from parity.bench.cuda.works import PRECISIONS, WORKS
@@ -36,30 +36,32 @@ class BenchTrain:
     peers: bool = False  # measure all variants
     rounds: int = 3  # measurements of every variant
     warmup: int = 4  # untimed steps at the start of each measurement
-    steps: int = 5  # timed steps of each measurement
+    steps: int = 5  # timed steps of each measurement; works whose step takes milliseconds do more
     threads: int = 2  # threads of every variant
     isa: Isa = "native"  # avx2 holds both sides to AVX2 on a processor that has more
     json: Path | None = None  # also write the complete result to this file
-    write: bool = False  # also write the tables into parity/bench/README.md; measures every work
+    write: bool = False  # also write the tables into parity/bench/README.md and README.md; needs every work
 
     def run(self) -> int:
         """Check the arguments, measure and print the report; return the exit code."""
         if self.work is not None:
             check_names("work", [self.work], train.WORKS)
         _check_counts(self, rounds=1, warmup=0, steps=1, threads=1)
-        check_isa(self.isa, machine())
+        check_isa(self.isa, facts := machine())
+        table = _table("train", self.isa, facts)
         variants = self._variants()
         _check_variants({variant for chosen in variants.values() for variant in chosen}, self.warmup)
         if self.write and (self.work or self.variants):
             raise Error("--write needs every work and its variants: omit --work and --variants")
         if self.write:
-            tables.check_page(tables.BENCH_PAGE, "train")
+            _check_pages(table)
 
         result = train.train(variants, self.rounds, self.warmup, self.steps, self.threads, self.isa)
         print(train.report(result))
         write_json(self.json, result)
         if self.write:
-            tables.write(tables.BENCH_PAGE, "train", train.markdown(result))
+            tables.write(tables.BENCH_PAGE, table, train.markdown(result))
+            front_page.write()
         return int(targets.any_not_met(result))
 
     def _variants(self) -> dict[str, list[str]]:
@@ -145,11 +147,11 @@ class BenchDecode:
         check_names("works", self.works, decode.WORKS)
         _check_counts(self, rounds=1, threads=1)
         check_isa(self.isa, facts := machine())
-        table = f"decode-{in_use(self.isa, facts).replace('-', '').lower()}"  # decode-avx2, decode-avx512
+        table = _table("decode", self.isa, facts)
         if self.write and (self.model is None or set(self.works) != set(decode.WORKS)):
             raise Error("--write needs a trained model and every work: give --model smollm2 and omit --works")
         if self.write:
-            tables.check_page(tables.BENCH_PAGE, table)
+            _check_pages(table)
         check_installed("bench decode", ("torch", "transformers"))
         path = None if self.model is None else hub.find_model(self.model)
         with tempfile.TemporaryDirectory() as folder:
@@ -158,6 +160,7 @@ class BenchDecode:
         write_json(self.json, result)
         if self.write:
             tables.write(tables.BENCH_PAGE, table, decode.markdown(result))
+            front_page.write()
         return int(targets.any_not_met(result))
 
     def _measure(self, path: Path | None, folder: Path) -> dict:
@@ -297,6 +300,16 @@ class BenchDevice:
                 values = value if isinstance(value, tuple) else () if value is True else (value,)
                 words += [f"--{option.name}", *map(str, values)]
         return shlex.join(words)
+
+
+def _table(command: str, isa: Isa, facts: dict) -> str:
+    """The name of the table for the instruction set in use: decode-avx2, decode-avx512."""
+    return f"{command}-{in_use(isa, facts).replace('-', '').lower()}"
+
+
+def _check_pages(table: str) -> None:
+    tables.check_page(tables.BENCH_PAGE, table)
+    tables.check_page(front_page.FRONT_PAGE, "speed")
 
 
 def _check_counts(options, **least: int) -> None:

@@ -18,6 +18,7 @@ import re
 import sys
 import tempfile
 from collections.abc import Callable
+from getpass import getuser
 from typing import Literal
 
 Isa = Literal["native", "avx2"]
@@ -43,6 +44,8 @@ def held_to(isa: Isa) -> dict[str, str]:
         "MKL_ENABLE_INSTRUCTIONS": "AVX2",
         "ONEDNN_MAX_CPU_ISA": "AVX2",
         "ATEN_CPU_CAPABILITY": "avx2",  # torch's own kernels, and those that torch.compile generates
+        # A process with AVX-512 that finds the latter in its cache ends with a corrupt heap (torch 2.13).
+        "TORCHINDUCTOR_CACHE_DIR": os.path.join(tempfile.gettempdir(), f"torchinductor-avx2-{getuser()}"),
     }
 
 

@@ -17,7 +17,7 @@ from dataclasses import asdict
 from statistics import median
 
 from parity import tables
-from parity.bench.isa import Isa, check_obeyed, held_to, processor
+from parity.bench.isa import Isa, check_obeyed, held_to, in_use, processor
 from parity.bench.process import (
     describe,
     in_own_process,
@@ -28,14 +28,14 @@ from parity.bench.process import (
     spread,
     with_threads,
 )
-from parity.bench.targets import COSTS, ratio_by_round, ratio_table, target_rows, target_table
+from parity.bench.targets import COSTS, ratio_by_round, ratio_table, rows_of, target_table, train_targets
 from parity.bench.train_variants import VARIANTS, WORKS, Work
 
 # ---- One measurement: runs in the variant's own process ----
 
 
 def run_variant(variant: str, work: Work, warmup: int, steps: int, threads: int) -> dict:
-    """Train ``warmup`` untimed and ``steps`` timed steps and return their costs.
+    """Train ``warmup`` untimed and ``steps`` timed steps, ``work.repeat`` times as many; return their costs.
 
     Returns ``seconds`` and minor ``page_faults`` of each timed step; ``losses`` of every step, warm-up
     included; ``peak_bytes`` of the process, and ``built_bytes``, its peak before the first step (libraries
@@ -43,8 +43,12 @@ def run_variant(variant: str, work: Work, warmup: int, steps: int, threads: int)
     """
     import resource
 
+    if variant in ("tinyllm", "gemms"):
+        import tinyllm  # noqa: F401 - before NumPy, as in ``tinyllm train``: see tinyllm/backend/__init__.py
+
     import numpy as np
 
+    warmup, steps = warmup * work.repeat, steps * work.repeat
     rng = np.random.default_rng(0)
     tokens = rng.integers(0, work.vocab_size, (warmup + steps, 2, work.batch, work.context))
     step = VARIANTS[variant](work, threads)
@@ -76,11 +80,12 @@ def train(
         runs = measure(WORKS[name], chosen, rounds, **counts)
         summary, ratios = summarise(runs, WORKS[name]), compare(runs)
         works[name] = {"sizes": asdict(WORKS[name]), "variants": summary, "ratios": ratios, "runs": runs}
+    targets = train_targets(in_use(isa, before))
     return {
         "request": {"rounds": rounds, **counts},
         "machine": before,
         "works": works,
-        "targets": target_rows({name: work["runs"] for name, work in works.items()}),
+        "targets": rows_of(targets, COSTS, {name: work["runs"] for name, work in works.items()}),
     }
 
 

@@ -29,6 +29,7 @@ class Work:
     context: int
     arch: str = "gpt2"  # or llama
     dropout: float = 0.0
+    repeat: int = 1  # times as many steps are measured, for a model whose step takes milliseconds
 
     def config(self) -> dict:
         """The arguments of ``GPT2Config`` or ``LlamaConfig``, whose names tinyllm and transformers share."""
@@ -52,12 +53,12 @@ WORKS = {
     "gpt2-124m-1x1024": Work(12, 768, 12, n_positions=1024, vocab_size=50257, batch=1, context=1024),
     "llama-124m": Work(12, 768, 12, 1024, vocab_size=50257, batch=4, context=256, arch="llama"),
     "small": Work(6, 384, 6, n_positions=256, vocab_size=2048, batch=16, context=256),
-    "first-run": Work(3, 256, 4, n_positions=128, vocab_size=1024, batch=32, context=128),
-    "first-run-dropout": Work(3, 256, 4, 128, vocab_size=1024, batch=32, context=128, dropout=0.1),
-    "4x128-256": Work(4, 128, 4, n_positions=256, vocab_size=1024, batch=1, context=256),
-    "4x128-1024": Work(4, 128, 4, n_positions=256, vocab_size=1024, batch=4, context=256),
-    "4x128-4096": Work(4, 128, 4, n_positions=256, vocab_size=1024, batch=16, context=256),
-    "2x64-512": Work(2, 64, 2, n_positions=64, vocab_size=256, batch=8, context=64),
+    "first-run": Work(3, 256, 4, n_positions=128, vocab_size=1024, batch=32, context=128, repeat=3),
+    "first-run-dropout": Work(3, 256, 4, 128, 1024, batch=32, context=128, dropout=0.1, repeat=3),
+    "4x128-256": Work(4, 128, 4, n_positions=256, vocab_size=1024, batch=1, context=256, repeat=8),
+    "4x128-1024": Work(4, 128, 4, n_positions=256, vocab_size=1024, batch=4, context=256, repeat=8),
+    "4x128-4096": Work(4, 128, 4, n_positions=256, vocab_size=1024, batch=16, context=256, repeat=4),
+    "2x64-512": Work(2, 64, 2, n_positions=64, vocab_size=256, batch=8, context=64, repeat=20),
     "tiny": Work(2, 32, 2, n_positions=16, vocab_size=64, batch=2, context=16),
 }
 

@@ -14,6 +14,7 @@ import pytest
 
 from parity import tables
 from parity.__main__ import COMMANDS, main
+from parity.bench import front_page
 from parity.bench import targets as bench_targets
 from parity.bench import train as bench
 from parity.bench import train_variants as bench_variants
@@ -212,6 +213,10 @@ def fake_runs(**costs):
     }
 
 
+def rows_of_works(instructions, works):
+    return bench_targets.rows_of(bench_targets.train_targets(instructions), bench_targets.COSTS, works)
+
+
 def test_targets_are_computed_by_round():
     """In the second round the machine is half as fast, but the ratios stay."""
     runs = fake_runs(
@@ -221,12 +226,12 @@ def test_targets_are_computed_by_round():
         torch_linear_ce=[(8.0, 65, 0), (18.0, 65, 0)],
         gemms=[(5.0, 30, 0), (10.0, 30, 0)],
     )
-    rows = bench_targets.target_rows({"gpt2-124m": runs})
+    rows = rows_of_works("AVX2", {"gpt2-124m": runs})
     found = {(row["cost"], row["against"]): (row["measured"], row["verdict"]) for row in rows}
     eager, best = ("torch-eager",), ("torch-compile", "torch-linear-ce")
     assert found == {
         ("time (medians)", eager): (0.7, "met, stretch too"),
-        ("peak memory", eager): (0.52, "met"),
+        ("peak memory", eager): (0.52, "not met"),
         ("time (medians)", best): (pytest.approx((7 / 8 + 14 / 14) / 2), "met"),  # fastest of each round
         ("peak memory", best): (0.8, "met"),
         ("time (medians)", ("gemms",)): (1.4, "not met"),
@@ -234,8 +239,12 @@ def test_targets_are_computed_by_round():
     }
     table = bench_targets.target_table(rows)
     assert len(table) == 1 + len(rows)
-    assert table[5].split() == ["gpt2-124m", "time", "(medians)", "gemms", "1.22", "(1.12)", "1.400",
+    assert table[3].split() == ["gpt2-124m", "time", "(medians)", "gemms", "1.2", "(1.12)", "1.400",
                                 "1.400", "to", "1.400", "not", "met"]  # fmt: skip
+    wider = {
+        (row["cost"], row["against"]): row["verdict"] for row in rows_of_works("AVX-512", {"gpt2-124m": runs})
+    }
+    assert wider["time (medians)", eager] == "not met" and wider["peak memory", eager] == "met"
 
 
 @pytest.mark.parametrize(
@@ -247,29 +256,36 @@ def test_verdict_compares_the_measurement_with_the_target(measured, verdict):
 
 
 def test_a_target_without_its_peer_is_not_measured():
-    rows = bench_targets.target_rows(
-        {"gpt2-124m": fake_runs(tinyllm=[(1.0, 1, 9000)], torch_compile=[(1.0, 1, 0)])}
-    )
+    runs = fake_runs(tinyllm=[(1.0, 1, 9000)], torch_compile=[(1.0, 1, 0)])
+    rows = rows_of_works("AVX2", {"gpt2-124m": runs})
     verdicts = {(row["cost"], row["against"]): row["verdict"] for row in rows}
     assert verdicts.pop(("page faults", ())) == "not met"
     assert set(verdicts.values()) == {"not measured"}
     assert "–" in bench_targets.target_table(rows)[1]
 
 
-def test_default_variants_cover_every_target():
-    for target in bench_targets.TARGETS:
+@pytest.mark.parametrize("instructions", ["AVX2", "AVX-512", "ASIMD"])
+def test_default_variants_cover_every_target(instructions):
+    targets = bench_targets.train_targets(instructions)
+    assert tuple(dict.fromkeys(target.work for target in targets)) == bench_targets.TARGET_WORKS
+    for target in targets:
         assert target.work in WORKS and target.cost in bench_targets.COSTS
         assert set(target.against) <= set(bench_targets.needed_variants(target.work)) <= set(bench.VARIANTS)
         assert target.stretch is None or target.stretch < target.at_most
+
+
+def only_tiny(monkeypatch, *targets):
+    """Measure only the work ``tiny``, with these targets: (cost, against, at most)."""
+    reach = tuple((("tiny",), cost, against, *2 * [(at_most, None)]) for cost, against, at_most in targets)
+    monkeypatch.setattr(bench_targets, "_REACH", reach)
+    monkeypatch.setattr(bench_targets, "TARGET_WORKS", ("tiny",))
 
 
 @pytest.mark.parametrize(("at_most", "code"), [(1e-9, 1), (1e9, 0)])
 def test_without_work_targets_are_reported_and_a_missed_one_is_exit_code_1(
     monkeypatch, capsys, tmp_path, at_most, code
 ):
-    reduced = (Target("tiny", "time (medians)", ("gemms",), at_most), Target("tiny", "page faults", (), 1e9))
-    monkeypatch.setattr(bench_targets, "TARGETS", reduced)
-    monkeypatch.setattr(bench_targets, "TARGET_WORKS", ("tiny",))
+    only_tiny(monkeypatch, ("time (medians)", ("gemms",), at_most), ("page faults", (), 1e9))
     path = tmp_path / "all.json"
     options = "--variants tinyllm gemms --rounds 1 --warmup 0 --steps 1 --threads 1 --json".split()
     assert main(["bench", "train", *options, str(path)]) == code
@@ -285,32 +301,45 @@ def test_without_work_targets_are_reported_and_a_missed_one_is_exit_code_1(
 
 def test_write_replaces_the_tables_of_the_page(monkeypatch, tmp_path):
     """``--write`` after a real measurement of one work; only the text between the markers changes."""
-    reduced = (
-        Target("tiny", "time (medians)", ("torch-eager",), 1e-9),
-        Target("tiny", "page faults", (), 1e9),
+    only_tiny(monkeypatch, ("time (medians)", ("torch-eager",), 1e-9), ("page faults", (), 1e9))
+    empty = [
+        f"<!-- {name} -->\n<!-- /{name} -->\n" for name in ("train-avx512", "decode-avx2", "decode-avx512")
+    ]
+    page, front = tmp_path / "README.md", tmp_path / "front.md"
+    page.write_text(
+        "".join(["before\n<!-- train-avx2 -->\nold\n<!-- /train-avx2 -->\nafter\n", *empty]), encoding="utf-8"
     )
-    monkeypatch.setattr(bench_targets, "TARGETS", reduced)
-    monkeypatch.setattr(bench_targets, "TARGET_WORKS", ("tiny",))
-    page = tmp_path / "README.md"
-    page.write_text("before\n<!-- train -->\nold\n<!-- /train -->\nafter\n", encoding="utf-8")
+    front.write_text("<!-- speed -->\n<!-- /speed -->\n", encoding="utf-8")
     monkeypatch.setattr(tables, "BENCH_PAGE", page)
-    options = "--rounds 1 --warmup 0 --steps 1 --threads 1 --write".split()
+    monkeypatch.setattr(front_page, "FRONT_PAGE", front)
+    monkeypatch.setattr(front_page, "TRAINING", {"two layers": "tiny"})
+    options = "--rounds 1 --warmup 0 --steps 1 --threads 1 --isa avx2 --write".split()
     assert main(["bench", "train", *options]) == 1
     text = page.read_text(encoding="utf-8")
-    assert text.startswith("before\n<!-- train -->\n\n`python -m parity bench train`, ")
-    assert text.endswith("\n\n<!-- /train -->\nafter\n") and "old" not in text
-    assert tables.first_cells(tables.read(page, "train")) == [["tiny", "tiny"], ["tiny"]]
+    assert text.startswith("before\n<!-- train-avx2 -->\n\n`python -m parity bench train`, ")
+    assert text.endswith("\n\n<!-- /train-avx2 -->\nafter\n" + "".join(empty)) and "old" not in text
+    assert tables.first_cells(tables.read(page, "train-avx2")) == [["tiny", "tiny"], ["tiny"]]
+    ratio = tables.cells(text)[1][0][3]
+    ((row, *others),) = tables.cells(front.read_text(encoding="utf-8"))
+    assert row == ["two layers", ratio, "not measured", "–"] and len(others) == len(front_page.DECODING)
     assert "| 2 × 16 tokens | s/step |" in text and "| work | batch |  | tinyllm | torch-eager |" in text
     assert "Not met: time (medians) on tiny (" in text and "1e-09" in text
     assert "Page faults per step: tinyllm " in text
 
 
-def test_the_written_tables_have_every_work_and_target():
-    costs, ratios = tables.first_cells(tables.read(tables.BENCH_PAGE, "train"))
+@pytest.mark.parametrize("instructions", ["AVX2", "AVX-512"])
+def test_the_written_tables_have_every_work_and_target(instructions):
+    name = f"train-{front_page.INSTRUCTIONS[instructions]}"
+    costs, ratios = tables.first_cells(tables.read(tables.BENCH_PAGE, name))
     assert tuple(dict.fromkeys(costs)) == bench_targets.TARGET_WORKS, (
         "run: python -m parity bench train --write"
     )
-    assert ratios == [target.work for target in bench_targets.TARGETS if target.against]
+    assert ratios == [target.work for target in bench_targets.train_targets(instructions) if target.against]
+
+
+def test_the_front_page_has_the_ratios_of_the_written_tables():
+    written = tables.read(front_page.FRONT_PAGE, "speed").strip()
+    assert written == front_page.front_page(), "run: python -m parity bench train --write"
 
 
 def test_peak_memory_excludes_the_parent_process():
