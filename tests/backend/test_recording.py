@@ -31,12 +31,16 @@ def half_in_place(x, n):
     y = np.empty_like(x)
     y[..., :2] = x[..., 2:]
     y[..., 2:] = x[..., :2] * 2
+    y[:2] *= 3  # which Python ends by assigning y[:2] to itself
     y -= y.max(axis=-1, keepdims=True)
     return y
 
 
 STEPS = {
     "ufuncs and reductions": lambda x, n: (np.exp(x) * 2 - x.sum(axis=0)) / x.mean(),
+    "axes of length 1, and numbers": lambda x, n: 1 - (x[None, :1] * 2 - 0.5) * x[:1, :1] + x[2] / 3,
+    "a row of one element": lambda x, n: 1 / np.sqrt(x[:1, :1] ** 2 + 1e-5) * x,
+    "sums of products": lambda x, n: np.einsum("nc,nc->n", x, x)[:, None] * x,
     "halves, in place": half_in_place,
     "a view": lambda x, n: (x + 1).swapaxes(0, 1)[1:].reshape(3, 3),
     "reshape of a transpose, a copy": lambda x, n: (x + 1).T.reshape(2, 6) * 2,

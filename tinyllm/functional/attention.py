@@ -297,7 +297,8 @@ def _of_one_query(q, k, v, mask, scale, softcap):
     p -= peak if mask is None else np.maximum(peak, float(np.finfo(p.dtype).min))
     np.exp(p, out=p)
     out = p @ v  # (B, G, R, E)
-    out /= np.maximum(p.sum(axis=-1, keepdims=True), 1)
+    total = p.sum(axis=-1, keepdims=True)
+    out /= total if mask is None else np.maximum(total, 1)
     return out.reshape(B, H, 1, E)
 
 

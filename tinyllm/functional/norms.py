@@ -125,7 +125,7 @@ def rms_norm(
     y = np.empty_like(x)
 
     def forward(rows):
-        inv_rms[rows] = 1 / np.sqrt(_row_dot(x[rows], x[rows]) / x.shape[1] + eps)
+        np.divide(1, np.sqrt(_row_dot(x[rows], x[rows]) / x.shape[1] + eps), out=inv_rms[rows])
         scaled(y, rows)
 
     each_block(forward, *x.shape, like=x)

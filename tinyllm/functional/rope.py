@@ -44,15 +44,16 @@ def check_rope(input: Tensor, cos, sin, angles_dtype) -> None:
 def _rotate(x, cos, sin):
     """Rotate every pair (a, b) of x (B, H, T, D), one block of positions at a time."""
     B, H, T, D = x.shape
-    y = np.empty_like(x)
+    y, halves = np.empty_like(x), (B, H, T, 2, D // 2)
+    x_halves, y_halves = x.reshape(halves), y.reshape(halves)  # views: an axis of its own for a and b
 
     def rotate(t):
-        c, s, x_t, y_t = cos[..., t, :], sin[..., t, :], x[:, :, t], y[:, :, t]
-        a, b, y_a, y_b = x_t[..., : D // 2], x_t[..., D // 2 :], y_t[..., : D // 2], y_t[..., D // 2 :]
-        np.multiply(a, c, out=y_a)
-        y_a -= b * s
-        np.multiply(b, c, out=y_b)
-        y_b += a * s
+        c, s = cos[..., t, None, :], sin[..., t, None, :]
+        np.multiply(x_halves[:, :, t], c, out=y_halves[:, :, t])
+        sines = x_halves[:, :, t] * s
+        y_a, y_b = y_halves[:, :, t, 0], y_halves[:, :, t, 1]
+        y_a -= sines[..., 1, :]
+        y_b += sines[..., 0, :]
 
     each_block(rotate, T, B * H * D, like=x)
     return y

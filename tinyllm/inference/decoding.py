@@ -81,7 +81,7 @@ class DecodingSteps:
         """Where the tokens go, in each kind of layer; None if the model itself must run."""
         if cache is None or ids.shape[1] != 1 or len(ids) >= FEW_ROWS or is_observed() or mode.watch:
             return None
-        places = list({id(layer.place): layer.place for layer in cache.layers(*ids.shape)}.values())
+        places = list(cache.places(*ids.shape).values())
         return places if places and all(place.stop <= place.capacity for place in places) else None
 
     def _recording(self, cache: Cache, places: list[Place]) -> _Recording | None:

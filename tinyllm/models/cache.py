@@ -196,6 +196,12 @@ class Cache:
 
     def layers(self, rows: int, count: int) -> list[LayerCache]:
         """Each layer's part of the cache, for appending ``count`` tokens (T) to each of ``rows`` rows (B)."""
+        places = self.places(rows, count)
+        parts = zip(self.keys, self.values, self.windows)
+        return [LayerCache(keys, values, places[window]) for keys, values, window in parts]
+
+    def places(self, rows: int, count: int) -> dict[int | None, Place]:
+        """By window: where ``layers`` appends the tokens."""
         if rows != len(self.texts) or (count > self.free).any():
             held = ", ".join(map(str, dict.fromkeys((self.capacity - self.free).tolist())))
             raise Error(
@@ -210,9 +216,8 @@ class Cache:
             place = Place(self.lengths - dropped, count, window, capacity)
             place.mask = None if place.mask is None else np.asarray(place.mask, like=self.keys[0])
             places[window] = place
-        parts = zip(self.keys, self.values, self.windows)
         self._places = places.values()
-        return [LayerCache(keys, values, places[window]) for keys, values, window in parts]
+        return places
 
     def _kept(self, window: int) -> int:
         """How many entries a layer keeps when others make room."""
