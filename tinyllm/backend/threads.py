@@ -297,11 +297,15 @@ def each_block(function, rows: int, row_size: int, like) -> None:
     The blocks depend on the shape only, so results do not depend on the number of threads. For a GPU array
     there is one call, because one large kernel is faster than many small ones.
     """
-    step = max(1, BLOCK // max(1, row_size))
     if not isinstance(like, np.ndarray):
         function(slice(0, rows))
         return
     sums = min(rows, row_size) > 1  # which may be products
-    blocks = [slice(start, min(start + step, rows)) for start in range(0, max(rows, 1), step)]
     with one_blas_thread() if sums else contextlib.nullcontext():
-        run_tasks(function, blocks, elements=rows * row_size)
+        run_tasks(function, blocks_of(rows, row_size), elements=rows * row_size)
+
+
+def blocks_of(rows: int, row_size: int) -> list[slice]:
+    """``range(rows)`` in slices of about BLOCK elements each."""
+    step = max(1, BLOCK // max(1, row_size))
+    return [slice(start, min(start + step, rows)) for start in range(0, max(rows, 1), step)]

@@ -136,35 +136,33 @@ class AdamW:
 
     def step(self) -> None:
         """Update every parameter that has a gradient, in place. The others keep their value and their t."""
-        beta1, beta2 = self.betas
-        every = self._elementwise()
-        if launch.fit_for_many([a for _, p in every if p.grad is not None for a in (p.data, p.grad)]):
-            begun = [self._begin(name, p) for name, p in every if p.grad is not None]
+        every = [(name, p) for name, p in self._elementwise() if p.grad is not None]
+        together = launch.fit_for_many([array for _, p in every for array in (p.data, p.grad)])
+        begun = [self._begin(name, parameter) for name, parameter in every]
+        if together:
             arrays, numbers = zip(*begun)
             launch.adamw(*zip(*arrays), numbers, self.betas)
             return
-        for name, parameter in every:
-            if parameter.grad is None:
-                continue
-            arrays, (step_size, eps, decay) = self._begin(name, parameter)
+        beta1, beta2 = self.betas
 
-            def update(block, arrays=arrays, step_size=step_size, eps=eps, decay=decay):
-                theta, g, m, v = (array[block] for array in arrays)
-                scratch = g * (1 - beta1)
-                m *= beta1
-                m += scratch
-                np.multiply(g, 1 - beta2, out=scratch)  # before the square, which may overflow in float32
-                scratch *= g
-                v *= beta2
-                v += scratch
-                np.sqrt(v, out=scratch)
-                scratch += eps
-                np.divide(m, scratch, out=scratch)
-                scratch *= step_size
-                theta *= decay
-                theta -= scratch
+        def update(i, block):
+            arrays, (step_size, eps, decay) = begun[i]
+            theta, g, m, v = (array[block] for array in arrays)
+            scratch = g * (1 - beta1)
+            m *= beta1
+            m += scratch
+            np.multiply(g, 1 - beta2, out=scratch)  # before the square, which may overflow in float32
+            scratch *= g
+            v *= beta2
+            v += scratch
+            np.sqrt(v, out=scratch)
+            scratch += eps
+            np.divide(m, scratch, out=scratch)
+            scratch *= step_size
+            theta *= decay
+            theta -= scratch
 
-            each_block_of(arrays[0], update)
+        each_block_of([arrays[0] for arrays, _ in begun], update)
 
     def _elementwise(self) -> list[tuple[str, Tensor]]:
         """The parameters that the formula above updates: all."""

@@ -8,7 +8,6 @@ from collections.abc import Sequence
 import numpy as np
 
 from tinyllm.backend.cuda import launch
-from tinyllm.backend.threads import one_blas_thread
 from tinyllm.errors import Error
 from tinyllm.optim.parameters import Parameters, each_block_of, named, rows
 
@@ -41,10 +40,21 @@ def clip(grads: Sequence, norm: float, max_norm: float) -> None:
 
 
 def sum_of_squares(arrays: Sequence) -> float:
-    """Σ x² over all elements of all arrays, each of one axis or more."""
+    """Σ x² over all elements of all arrays, each of one axis or more.
+
+    Blocks are summed in their dtype, their sums in float64: float32 would lose small squares in a large sum.
+    """
     if launch.fit_for_many(arrays):
         return launch.sum_of_squares(arrays)
-    return sum(map(_sum_of_squares, arrays))
+    parts = [{} for _ in arrays]  # of each array: the first row of a block -> its sum
+
+    def add(i, block):
+        x = arrays[i][block]
+        parts[i][block.start] = np.vdot(x, x).item()
+
+    each_block_of(arrays, add)
+    # Exactly rounded, so that the order in which the blocks were finished does not matter
+    return sum(math.fsum(part.values()) for part in parts)
 
 
 def gradients(parameters) -> list:
@@ -56,21 +66,8 @@ def scale(arrays: Sequence, factor: float) -> None:
     if launch.fit_for_many(arrays):
         launch.scale(arrays, factor)
         return
-    for x in arrays:
 
-        def multiply(block, x=x):
-            x[block] *= factor
+    def multiply(i, block):
+        arrays[i][block] *= factor
 
-        each_block_of(x, multiply)
-
-
-def _sum_of_squares(g) -> float:
-    """Sum blocks in g's dtype and their sums in float64: float32 would lose small squares in a large sum."""
-    parts = {}
-
-    def add(block):
-        parts[block.start] = np.vdot(g[block], g[block]).item()
-
-    with one_blas_thread():
-        each_block_of(g, add)
-    return math.fsum(parts.values())  # exactly rounded, so the order of the blocks does not matter
+    each_block_of(arrays, multiply)

@@ -7,11 +7,11 @@ from collections.abc import Iterable
 
 import numpy as np
 
-from tinyllm.backend.threads import one_blas_thread, run_tasks
+from tinyllm.backend.threads import each_block, one_blas_thread, run_tasks
 from tinyllm.errors import Error
 from tinyllm.nn import Embedding, Module
 from tinyllm.optim.adamw import AdamW
-from tinyllm.optim.parameters import Parameters, each_block_of
+from tinyllm.optim.parameters import Parameters
 from tinyllm.tensor import Tensor
 
 COEFFICIENTS = 3.4445, -4.7750, 2.0315  # a, b and c of Newton-Schulz
@@ -126,7 +126,7 @@ class Muon(AdamW):
             else:
                 update[block] = m[block]
 
-        each_block_of(w, average)
+        each_block(average, *w.shape, like=w)
         update = orthogonalize(update, self.ns_steps)
         lr *= SCALES[self.adjust_lr_fn](*w.shape)
 
@@ -135,7 +135,7 @@ class Muon(AdamW):
             update[block] *= lr
             w[block] -= update[block]
 
-        each_block_of(w, move)
+        each_block(move, *w.shape, like=w)
 
 
 def orthogonalize(x, steps: int = 5):

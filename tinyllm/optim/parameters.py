@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 
-from tinyllm.backend.threads import each_block
+from tinyllm.backend.threads import blocks_of, one_blas_thread, run_tasks
 from tinyllm.errors import Error
 from tinyllm.nn import Module
 from tinyllm.tensor import Tensor
@@ -60,5 +60,17 @@ def rows(array):
     return array if array.ndim else array.reshape(1)
 
 
-def each_block_of(array, function) -> None:
-    each_block(function, array.shape[0], math.prod(array.shape[1:]), like=array)
+def each_block_of(arrays: Sequence, function) -> None:
+    """Call ``function(i, block)`` for blocks of rows of every ``arrays[i]``, of all together on all cores.
+
+    A small model has many parameters of a few thousand elements: one by one they would occupy one thread.
+    """
+    tasks, elements = [], 0
+    for i, array in enumerate(arrays):
+        if isinstance(array, np.ndarray):
+            tasks += [(i, block) for block in blocks_of(len(array), math.prod(array.shape[1:]))]
+            elements += array.size
+        else:
+            function(i, slice(0, len(array)))
+    with one_blas_thread():
+        run_tasks(lambda task: function(*task), tasks, elements)
