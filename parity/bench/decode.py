@@ -150,7 +150,7 @@ def measure(
 
     If a side fails or does not obey ``isa``, its message is on stderr and the program exits with code 1.
     """
-    environment = with_threads(threads) | held_to(isa)
+    environment = held_to(isa, with_threads(threads))
     runs = {side: [] for side in sources}
     for number in range(1, rounds + 1):
         for name, source in sources.items():

@@ -26,19 +26,28 @@ Isa = Literal["native", "avx2"]
 # The kernels of OpenBLAS that use AVX2 and nothing beyond
 OPENBLAS_AVX2 = {"Haswell", "Zen", "Excavator"}
 
+# The variables by which a library's choice of kernels, or of their blocks, is limited
+LIMITS = {
+    "OPENBLAS_CORETYPE", "OPENBLAS_L2_SIZE", "NPY_DISABLE_CPU_FEATURES", "NPY_ENABLE_CPU_FEATURES",
+    "MKL_ENABLE_INSTRUCTIONS", "ONEDNN_MAX_CPU_ISA", "ATEN_CPU_CAPABILITY",
+}  # fmt: skip
+
 UNNAMED = "kernels that it does not name"
 
 # ---- In the program that starts the measurements ----
 
 
-def held_to(isa: Isa) -> dict[str, str]:
-    """Environment variables that hold a new process to this instruction set; none for ``native``.
+def held_to(isa: Isa, environment: dict[str, str]) -> dict[str, str]:
+    """The environment, changed so that a new process is held to this instruction set.
 
-    The kernels in llama.cpp's wheel (xllamacpp) are chosen when it is built, and are AVX2's.
+    For ``native`` it is held to nothing: a variable that limits a library of this shell (a container may set
+    ``OPENBLAS_CORETYPE`` for the sake of an old OpenBLAS) is left out, or its machine would be called slower
+    than it is. The kernels in llama.cpp's wheel (xllamacpp) are chosen when it is built, and are AVX2's.
     """
+    environment = {name: value for name, value in environment.items() if name not in LIMITS}
     if isa == "native":
-        return {}
-    return {
+        return environment
+    return environment | {
         "OPENBLAS_CORETYPE": "Haswell",
         "NPY_DISABLE_CPU_FEATURES": " ".join(_numpy_beyond_avx2()),
         "MKL_ENABLE_INSTRUCTIONS": "AVX2",

@@ -21,6 +21,7 @@ from pathlib import Path
 from statistics import median
 
 from parity import tables
+from parity.bench.isa import held_to
 from parity.bench.process import describe, machine, python_path, with_threads
 
 PAYS = 2.5  # times the tokens/s of one client that 8 clients must get
@@ -53,7 +54,7 @@ def running(model: str, threads: int, **options):
     """A server in a process of its own: its process and its port."""
     command = [sys.executable, "-P", "-m", "tinyllm", "serve", "--model", model, "--port", "0"]
     command += [word for name, value in options.items() for word in (f"--{name}", str(value))]
-    environment = with_threads(threads) | python_path()
+    environment = held_to("native", with_threads(threads)) | python_path()
     pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
     with subprocess.Popen(command, env=environment, **pipes) as server:
         try:

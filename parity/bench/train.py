@@ -96,7 +96,7 @@ def measure(
 
     If a variant fails or does not obey ``isa``, its message is on stderr and the program exits with code 1.
     """
-    environment = with_threads(threads) | held_to(isa)
+    environment = held_to(isa, with_threads(threads))
     runs = {variant: [] for variant in variants}
     for number in range(1, rounds + 1):
         for variant in variants:

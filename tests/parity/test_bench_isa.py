@@ -25,8 +25,9 @@ on_avx2 = pytest.mark.skipif(machine()["instructions"] not in ("AVX2", "AVX-512"
 def child(environment):
     """A process with NumPy and torch that checks itself, in this environment."""
     code = "import numpy, torch; from parity.bench.isa import *; print(kernels()); check_obeyed('avx2')"
-    environment = os.environ | python_path() | environment
-    return subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    return subprocess.run(
+        [sys.executable, "-c", code], env=environment | python_path(), capture_output=True, text=True
+    )
 
 
 def test_names_of_the_instruction_set_and_the_processor():
@@ -52,13 +53,25 @@ def test_every_command_checks_the_processor(kind, monkeypatch, capsys):
     assert "A chip has no AVX2" in capsys.readouterr().err
 
 
-def test_native_leaves_the_environment():
-    assert held_to("native") == {}
+def test_native_is_held_to_nothing_whatever_limits_this_shell():
+    limited = {
+        "OPENBLAS_CORETYPE": "Haswell",
+        "OPENBLAS_L2_SIZE": "512",
+        "ATEN_CPU_CAPABILITY": "avx2",
+        "HOME": "/",
+    }
+    assert held_to("native", limited) == {"HOME": "/"}
+
+
+@on_avx2
+def test_avx2_replaces_what_limits_this_shell():
+    held = held_to("avx2", {"OPENBLAS_CORETYPE": "Prescott", "OPENBLAS_L2_SIZE": "512", "HOME": "/"})
+    assert (held["OPENBLAS_CORETYPE"], held["HOME"]) == ("Haswell", "/") and "OPENBLAS_L2_SIZE" not in held
 
 
 @on_avx2
 def test_a_held_process_obeys():
-    done = child(held_to("avx2"))
+    done = child(held_to("avx2", os.environ))
     assert done.returncode == 0, done.stderr
     for words in "at most AVX2", "'openblas': ('Haswell', True)", "'torch': ('AVX2', True)":
         assert words in done.stdout
@@ -66,7 +79,7 @@ def test_a_held_process_obeys():
 
 @pytest.mark.skipif(machine()["instructions"] != "AVX-512", reason="needs AVX-512 to disobey")
 def test_a_process_that_does_not_obey_fails_and_names_every_library():
-    done = child({})
+    done = child(held_to("native", os.environ))
     assert done.returncode == 1
     problem = done.stderr.splitlines()[-1].partition("not valid: ")[2]
     named = re.findall(r"(\w+) uses ", problem)
