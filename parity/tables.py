@@ -15,8 +15,6 @@ from pathlib import Path
 
 PAGE = Path(__file__).with_name("README.md")
 
-BENCH_PAGE = Path(__file__).parent / "bench" / "README.md"
-
 
 def markdown(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
     """A Markdown table."""

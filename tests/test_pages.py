@@ -1,4 +1,4 @@
-"""The pages (README.md of the repository and of folders): links, commands and Python code work as written."""
+"""The pages (front page, folders, measurements): links, commands and Python code work as written."""
 
 import ast
 import re
@@ -16,7 +16,7 @@ from tinyllm.cli.finetune import TASKS
 
 PAGES = [
     page
-    for page in sorted(path.relative_to(ROOT) for path in ROOT.glob("**/README.md"))
+    for page in sorted(path.relative_to(ROOT) for path in ROOT.glob("**/*.md"))
     if not any(part.startswith(".") or part == "build" for part in page.parts)
 ]
 LINK = re.compile(r"\]\(([^)#]+)")

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Literal
 
 from parity import tables
-from parity.bench import decode, front_page, llamacpp, scaling, serve, targets, train
+from parity.bench import decode, llamacpp, pages, scaling, serve, targets, train
 from parity.bench.cuda import measure
 from parity.bench.cuda.variants import VARIANTS
 from parity.bench.cuda.works import PRECISIONS, WORKS
@@ -40,7 +40,7 @@ class BenchTrain:
     threads: int = 2  # threads of every variant
     isa: Isa = "native"  # avx2 holds both sides to AVX2 on a processor that has more
     json: Path | None = None  # also write the complete result to this file
-    write: bool = False  # also write the tables into parity/bench/README.md and README.md; needs every work
+    write: bool = False  # also write the tables of measured/ and README.md; needs every work
 
     def run(self) -> int:
         """Check the arguments, measure and print the report; return the exit code."""
@@ -54,14 +54,14 @@ class BenchTrain:
         if self.write and (self.work or self.variants):
             raise Error("--write needs every work and its variants: omit --work and --variants")
         if self.write:
-            _check_pages(table)
+            pages.check_pages(table, facts)
 
         result = train.train(variants, self.rounds, self.warmup, self.steps, self.threads, self.isa)
         print(train.report(result))
         write_json(self.json, result)
         if self.write:
-            tables.write(tables.BENCH_PAGE, table, train.markdown(result))
-            front_page.write()
+            tables.write(pages.page_of(result["machine"]), table, train.markdown(result))
+            pages.write_front_page()
         return int(targets.any_not_met(result))
 
     def _variants(self) -> dict[str, list[str]]:
@@ -92,7 +92,7 @@ class BenchScaling:
     steps: int = 5  # timed steps of each measurement
     isa: Isa = "native"  # avx2 holds both sides to AVX2 on a processor that has more
     json: Path | None = None  # also write the complete result to this file
-    write: bool = False  # also write the table into parity/bench/README.md; needs all axes
+    write: bool = False  # also write the table into a page of measured/; needs all axes
 
     def run(self) -> int:
         """Check the arguments, measure, print the tables and write the plot; return the exit code."""
@@ -102,7 +102,7 @@ class BenchScaling:
         if self.write and set(self.axes) != set(scaling.AXES):
             raise Error("--write needs every axis: omit --axes")
         if self.write:
-            tables.check_page(tables.BENCH_PAGE, "scaling")
+            tables.check_page(pages.page_of(machine()), "scaling")
         _check_variants(set(scaling.VARIANTS), self.warmup)
         check_installed("bench scaling", ("matplotlib",))
         try:
@@ -119,7 +119,7 @@ class BenchScaling:
         scaling.plot(result, labels, self.out / "scaling.png")
         print(f"\nThe plot is {self.out / 'scaling.png'}")
         if self.write:
-            tables.write(tables.BENCH_PAGE, "scaling", scaling.markdown(result, labels))
+            tables.write(pages.page_of(result["machine"]), "scaling", scaling.markdown(result, labels))
         return 0
 
 
@@ -140,7 +140,9 @@ class BenchDecode:
     threads: int = 2  # threads of each side
     isa: Isa = "native"  # avx2 holds both sides to AVX2 on a processor that has more
     json: Path | None = None  # also write the complete result to this file
-    write: bool = False  # also write the table into parity/bench/README.md; needs a model and every work
+    write: bool = (
+        False  # also write the tables of parity/bench/measured and README.md; needs a model and every work
+    )
 
     def run(self) -> int:
         """Check the arguments, measure and print the report; return the exit code."""
@@ -151,7 +153,7 @@ class BenchDecode:
         if self.write and (self.model is None or set(self.works) != set(decode.WORKS)):
             raise Error("--write needs a trained model and every work: give --model smollm2 and omit --works")
         if self.write:
-            _check_pages(table)
+            pages.check_pages(table, facts)
         check_installed("bench decode", ("torch", "transformers"))
         path = None if self.model is None else hub.find_model(self.model)
         with tempfile.TemporaryDirectory() as folder:
@@ -159,8 +161,8 @@ class BenchDecode:
         print(decode.report(result))
         write_json(self.json, result)
         if self.write:
-            tables.write(tables.BENCH_PAGE, table, decode.markdown(result))
-            front_page.write()
+            tables.write(pages.page_of(result["machine"]), table, decode.markdown(result))
+            pages.write_front_page()
         return int(targets.any_not_met(result))
 
     def _measure(self, path: Path | None, folder: Path) -> dict:
@@ -208,7 +210,7 @@ class BenchServe:
     crowd: int = 32  # clients of the crowd
     threads: int = 2  # threads of the server
     json: Path | None = None  # also write the complete result to this file
-    write: bool = False  # also write the table into parity/bench/README.md
+    write: bool = False  # also write the table into a page of measured/
 
     def run(self) -> int:
         """Check the arguments, measure and print the tables; return the exit code."""
@@ -216,13 +218,13 @@ class BenchServe:
         check_installed("bench serve", ("starlette", "uvicorn"))
         hub.find_model(self.model)
         if self.write:
-            tables.check_page(tables.BENCH_PAGE, "serve")
+            tables.check_page(pages.page_of(machine()), "serve")
         sizes = serve.Sizes(seconds=self.seconds, crowd=self.crowd)
         result = serve.serve(self.model, self.threads, sizes)
         print(serve.report(result))
         write_json(self.json, result)
         if self.write:
-            tables.write(tables.BENCH_PAGE, "serve", serve.markdown(result))
+            tables.write(pages.page_of(result["machine"]), "serve", serve.markdown(result))
         return int(bool(serve.not_met(result)))
 
 
@@ -305,11 +307,6 @@ class BenchDevice:
 def _table(command: str, isa: Isa, facts: dict) -> str:
     """The name of the table for the instruction set in use: decode-avx2, decode-avx512."""
     return f"{command}-{in_use(isa, facts).replace('-', '').lower()}"
-
-
-def _check_pages(table: str) -> None:
-    tables.check_page(tables.BENCH_PAGE, table)
-    tables.check_page(front_page.FRONT_PAGE, "speed")
 
 
 def _check_counts(options, **least: int) -> None:

@@ -1,13 +1,21 @@
-"""The table of the front page: the ratios to PyTorch and transformers that stand in this folder's page.
+"""The pages that ``--write`` writes: one for each maker of processors, and the table of the front page.
 
-``bench train --write`` and ``bench decode --write`` make it anew after their own tables, so that no figure of
-the front page is copied by hand.
+MKL chooses its kernels by the processor's maker, so ratios to PyTorch differ between two processors that have
+the same instructions. No figure is copied by hand: the table of the front page is made anew from the pages in
+``measured/`` whenever ``bench train --write`` or ``bench decode --write`` has written them.
 """
+
+from pathlib import Path
 
 from parity import tables
 from parity.bench.targets import MEMORY, NOT_MEASURED, TIME
+from tinyllm.errors import Error
 
 FRONT_PAGE = tables.PAGE.parents[1] / "README.md"
+MEASURED = Path(__file__).parent / "measured"
+
+MAKERS = "Intel", "AMD"
+INSTRUCTIONS = {"AVX2": "avx2", "AVX-512": "avx512"}  # -> the tables' names
 
 # What stands in the first column -> the row of ``bench train`` or of ``bench decode``
 TRAINING = {
@@ -22,28 +30,46 @@ DECODING = {
     "SmolLM2-135M: generating a token": "a token",
     "SmolLM2-135M: reading 512 tokens": "prefill of 512 tokens",
 }
-INSTRUCTIONS = {"AVX2": "avx2", "AVX-512": "avx512"}  # -> the tables' names
 
 
-def write() -> None:
-    """Replace the table of the front page by one of what the page of the benchmarks says now."""
+def page_of(facts: dict) -> Path:
+    """``measured/amd.md`` or the like for the facts of ``process.machine()``; ``Error`` if there is none."""
+    for maker in MAKERS:
+        if maker in facts["cpu"]:
+            return MEASURED / f"{maker.lower()}.md"
+    raise Error(
+        f"--write has pages for processors of {' and '.join(MAKERS)}, not for {facts['cpu']}: write the "
+        "result to a file with --json"
+    )
+
+
+def check_pages(table: str, facts: dict) -> None:
+    """Raise ``Error`` if this table or the front page's could not be written."""
+    tables.check_page(page_of(facts), table)
+    tables.check_page(FRONT_PAGE, "speed")
+
+
+def write_front_page() -> None:
+    """Replace the table of the front page by one of what the pages in ``measured/`` say now."""
     tables.write(FRONT_PAGE, "speed", front_page())
 
 
 def front_page() -> str:
-    """The table: for each work and instruction set tinyllm's time divided by PyTorch's, and its memory."""
-    train, decode = [], []  # for each instruction set: (work, cost, against) -> ratio; name -> ratio
-    for name in INSTRUCTIONS.values():
-        *_, ratios = tables.cells(tables.read(tables.BENCH_PAGE, f"train-{name}")) or [[]]
-        train.append({(work, cost, against): ratio for work, cost, against, ratio in ratios})
-        comparisons, *_ = tables.cells(tables.read(tables.BENCH_PAGE, f"decode-{name}")) or [[]]
+    """The table: for each work, maker and instruction set tinyllm's time divided by PyTorch's; its memory."""
+    columns = [(maker, instructions) for maker in MAKERS for instructions in INSTRUCTIONS]
+    train, decode = [], []  # for each column: (work, cost, against) -> ratio; name -> ratio
+    for maker, instructions in columns:
+        page, name = page_of({"cpu": maker}), INSTRUCTIONS[instructions]
+        *_, ratios = tables.cells(tables.read(page, f"train-{name}")) or [[]]
+        train.append({(work, cost, against): ratio.split()[0] for work, cost, against, ratio in ratios})
+        comparisons, *_ = tables.cells(tables.read(page, f"decode-{name}")) or [[]]
         decode.append({row[0]: row[5] for row in comparisons})
     rows = []
     for label, work in TRAINING.items():
         times = [ratio.get((work, TIME, "torch-eager"), NOT_MEASURED) for ratio in train]
-        memory = [ratio.get((work, MEMORY, "torch-eager"), "–").split()[0] for ratio in train]
-        rows.append((label, *times, ", ".join(dict.fromkeys(memory))))
+        memory = {ratio[key] for ratio in train if (key := (work, MEMORY, "torch-eager")) in ratio}
+        rows.append((label, *times, " to ".join(sorted({min(memory), max(memory)})) if memory else "–"))
     rows += [
         (label, *(ratio.get(name, NOT_MEASURED) for ratio in decode), "–") for label, name in DECODING.items()
     ]
-    return tables.markdown(("", *(f"time, {name}" for name in INSTRUCTIONS), "peak memory"), rows)
+    return tables.markdown(("", *map(", ".join, columns), "peak memory"), rows)

@@ -91,7 +91,7 @@ def tinyllm_train_step(model) -> Callable:
     def step(ids, targets):
         loss = model.loss(ids, targets)
         loss.backward()
-        optim.clip_grad_norm(model, MAX_GRAD_NORM)
+        optim.clip_grad_norm(optimizer.parameters, MAX_GRAD_NORM)
         optimizer.step()
         optimizer.zero_grad()
         return loss

@@ -14,7 +14,7 @@ import pytest
 
 from parity import tables
 from parity.__main__ import COMMANDS, main
-from parity.bench import front_page
+from parity.bench import command, pages
 from parity.bench import targets as bench_targets
 from parity.bench import train as bench
 from parity.bench import train_variants as bench_variants
@@ -302,35 +302,48 @@ def test_without_work_targets_are_reported_and_a_missed_one_is_exit_code_1(
 def test_write_replaces_the_tables_of_the_page(monkeypatch, tmp_path):
     """``--write`` after a real measurement of one work; only the text between the markers changes."""
     only_tiny(monkeypatch, ("time (medians)", ("torch-eager",), 1e-9), ("page faults", (), 1e9))
-    empty = [
-        f"<!-- {name} -->\n<!-- /{name} -->\n" for name in ("train-avx512", "decode-avx2", "decode-avx512")
-    ]
-    page, front = tmp_path / "README.md", tmp_path / "front.md"
-    page.write_text(
-        "".join(["before\n<!-- train-avx2 -->\nold\n<!-- /train-avx2 -->\nafter\n", *empty]), encoding="utf-8"
-    )
+    others = "train-avx512", "decode-avx2", "decode-avx512"
+    empty = "".join(f"<!-- {name} -->\n<!-- /{name} -->\n" for name in others)
+    front = tmp_path / "front.md"
     front.write_text("<!-- speed -->\n<!-- /speed -->\n", encoding="utf-8")
-    monkeypatch.setattr(tables, "BENCH_PAGE", page)
-    monkeypatch.setattr(front_page, "FRONT_PAGE", front)
-    monkeypatch.setattr(front_page, "TRAINING", {"two layers": "tiny"})
+    for maker in pages.MAKERS:
+        old = "before\n<!-- train-avx2 -->\nold\n<!-- /train-avx2 -->\nafter\n"
+        (tmp_path / f"{maker.lower()}.md").write_text(old + empty, encoding="utf-8")
+    monkeypatch.setattr(pages, "MEASURED", tmp_path)
+    monkeypatch.setattr(pages, "FRONT_PAGE", front)
+    monkeypatch.setattr(pages, "TRAINING", {"two layers": "tiny"})
+    facts = bench.machine() | {"cpu": "AMD EPYC"}
+    for module in command, bench:
+        monkeypatch.setattr(module, "machine", lambda: facts)
     options = "--rounds 1 --warmup 0 --steps 1 --threads 1 --isa avx2 --write".split()
     assert main(["bench", "train", *options]) == 1
-    text = page.read_text(encoding="utf-8")
+    text = (tmp_path / "amd.md").read_text(encoding="utf-8")
     assert text.startswith("before\n<!-- train-avx2 -->\n\n`python -m parity bench train`, ")
-    assert text.endswith("\n\n<!-- /train-avx2 -->\nafter\n" + "".join(empty)) and "old" not in text
-    assert tables.first_cells(tables.read(page, "train-avx2")) == [["tiny", "tiny"], ["tiny"]]
-    ratio = tables.cells(text)[1][0][3]
-    ((row, *others),) = tables.cells(front.read_text(encoding="utf-8"))
-    assert row == ["two layers", ratio, "not measured", "–"] and len(others) == len(front_page.DECODING)
+    assert text.endswith("\n\n<!-- /train-avx2 -->\nafter\n" + empty) and "old" not in text
+    assert "old" in (tmp_path / "intel.md").read_text(encoding="utf-8")
+    assert tables.first_cells(tables.read(tmp_path / "amd.md", "train-avx2")) == [["tiny", "tiny"], ["tiny"]]
+    ratio = tables.cells(text)[1][0][3].split()[0]
+    ((row, *further),) = tables.cells(front.read_text(encoding="utf-8"))
+    assert row == ["two layers", *2 * ["not measured"], ratio, "not measured", "–"]
+    assert len(further) == len(pages.DECODING)
     assert "| 2 × 16 tokens | s/step |" in text and "| work | batch |  | tinyllm | torch-eager |" in text
     assert "Not met: time (medians) on tiny (" in text and "1e-09" in text
     assert "Page faults per step: tinyllm " in text
 
 
+def test_a_processor_without_a_page_is_told_what_to_do_instead_before_it_is_measured(monkeypatch, capsys):
+    facts = {"cpu": "Apple M9", "instructions": "arm64", "load": "0.0"}
+    for name, options in (("train", []), ("scaling", []), ("decode", ["--model", "x"])):
+        monkeypatch.setattr(command, "machine", lambda: facts)
+        assert main(["bench", name, *options, "--write"]) == 2
+        assert "not for Apple M9: write the result to a file with --json" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("maker", pages.MAKERS)
 @pytest.mark.parametrize("instructions", ["AVX2", "AVX-512"])
-def test_the_written_tables_have_every_work_and_target(instructions):
-    name = f"train-{front_page.INSTRUCTIONS[instructions]}"
-    costs, ratios = tables.first_cells(tables.read(tables.BENCH_PAGE, name))
+def test_the_written_tables_have_every_work_and_target(maker, instructions):
+    page, name = pages.page_of({"cpu": maker}), f"train-{pages.INSTRUCTIONS[instructions]}"
+    costs, ratios = tables.first_cells(tables.read(page, name))
     assert tuple(dict.fromkeys(costs)) == bench_targets.TARGET_WORKS, (
         "run: python -m parity bench train --write"
     )
@@ -338,8 +351,8 @@ def test_the_written_tables_have_every_work_and_target(instructions):
 
 
 def test_the_front_page_has_the_ratios_of_the_written_tables():
-    written = tables.read(front_page.FRONT_PAGE, "speed").strip()
-    assert written == front_page.front_page(), "run: python -m parity bench train --write"
+    written = tables.read(pages.FRONT_PAGE, "speed").strip()
+    assert written == pages.front_page(), "run: python -m parity bench train --write"
 
 
 def test_peak_memory_excludes_the_parent_process():
