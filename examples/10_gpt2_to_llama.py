@@ -171,7 +171,7 @@ assert gpt2.num_parameters() == GPT2(GPT2Config.preset("124M"), rng=None).num_pa
 x = Tensor(3 + 2 * rng.standard_normal((1, 4096)))
 for name, y in (("LayerNorm", F.layer_norm(x, (4096,))), ("RMSNorm", F.rms_norm(x, (4096,)))):
     root = math.sqrt((y.data**2).mean())
-    print(f"{name:9}  mean {y.data.mean():6.3f}  root mean square {root:.3f}")
+    print(f"{name:9}  mean {y.data.mean():z6.3f}  root mean square {root:.3f}")
     assert abs(root - 1) < 1e-5
 # > LayerNorm  mean  0.000  root mean square 1.000
 # > RMSNorm    mean  0.830  root mean square 1.000

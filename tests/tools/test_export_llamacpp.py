@@ -123,7 +123,7 @@ TRAIN = (
 
 
 @pytest.fixture(scope="module", params=["gpt2", "llama"])
-def run(request, tmp_path_factory):
+def run(request, tmp_path_factory, verdict):
     folder = tmp_path_factory.mktemp("runs") / request.param
     words = ["--text", "the-verdict", "--arch", request.param, "--out", str(folder)]
     assert main(["train", *words, *TRAIN.split()]) == 0

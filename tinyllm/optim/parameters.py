@@ -72,5 +72,7 @@ def each_block_of(arrays: Sequence, function) -> None:
             elements += array.size
         else:
             function(i, slice(0, len(array)))
+    # The largest first, so that no thread ends with it
+    tasks.sort(key=lambda task: -arrays[task[0]][task[1]].size)
     with one_blas_thread():
         run_tasks(lambda task: function(*task), tasks, elements)
