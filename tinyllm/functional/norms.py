@@ -48,7 +48,7 @@ def layer_norm(
 
     def forward(rows):
         centred = np.subtract(x[rows], sum_last_axis(x[rows]) / x.shape[1], out=x_hat[rows])
-        inv_std[rows] = 1 / np.sqrt(_row_dot(centred, centred) / x.shape[1] + eps)
+        np.divide(1, np.sqrt(_row_dot(centred, centred) / x.shape[1] + eps), out=inv_std[rows])
         centred *= inv_std[rows]
         scaled(rows, y)
 

@@ -201,7 +201,7 @@ class Cache:
         return [LayerCache(keys, values, places[window]) for keys, values, window in parts]
 
     def places(self, rows: int, count: int) -> dict[int | None, Place]:
-        """By window: where ``layers`` appends the tokens."""
+        """By window: where ``layers`` appends the tokens, for which this makes room."""
         if rows != len(self.texts) or (count > self.free).any():
             held = ", ".join(map(str, dict.fromkeys((self.capacity - self.free).tolist())))
             raise Error(
