@@ -16,24 +16,26 @@ from tests.support.models import GEMMA3, NO_DROPOUT, RELATIVES, SMALL_LLAMA, Wra
 from tinyllm import GPT2, GPT2Config, Llama, LlamaConfig, Tensor, generate, nn, no_grad, optim
 from tinyllm.errors import Error
 from tinyllm.inference.decoding import DecodingSteps, _Recording, adjacent
+from tinyllm.models import Gemma3, Qwen2Config
 from tinyllm.models import cache as cache_module
 from tinyllm.models.cache import Cache, RepeatedPlace
+from tinyllm.models.rope import Rope
 from tinyllm.nn import hooks
 from tinyllm.nn.hooks import observe
 
 SIZES = dict(vocab_size=23, hidden_size=12, intermediate_size=20, num_hidden_layers=2, num_attention_heads=4)
 LLAMA = LlamaConfig(**SIZES, num_key_value_heads=2, head_dim=4, max_position_embeddings=64)
+# A window in all layers but the first
+WINDOWED = Qwen2Config(
+    **SIZES, num_key_value_heads=2, head_dim=4, max_position_embeddings=64,
+    use_sliding_window=True, sliding_window=7, max_window_layers=1,
+)  # fmt: skip
 CONFIGS = {
     "gpt2": GPT2Config(23, 64, 12, n_layer=2, n_head=3, **NO_DROPOUT),
     "gpt2, erf": GPT2Config(23, 64, 12, n_layer=1, n_head=3, activation_function="gelu", **NO_DROPOUT),
     "llama": LLAMA,
     "llama with biases": replace(LLAMA, attention_bias=True, mlp_bias=True, tie_word_embeddings=True),
 }
-
-
-class Windowed(LlamaConfig):
-    def window_of(self, layer):
-        return 7 if layer else None
 
 
 def build(config, dtype=np.float64, seed=0):
@@ -143,6 +145,48 @@ def test_a_method_that_is_patched_between_steps_runs(kind, name, calls, step, mo
 
     decode(model, between=between)
     assert len(seen) == calls * (20 - step)
+
+
+class Stretched(Rope):
+    """Python code that decides by the position."""
+
+    def __call__(self, positions, like):
+        self.frequencies = self.frequencies / (4 if np.max(np.asarray(positions)) >= 12 else 1)
+        return super().__call__(positions, like)
+
+
+def test_a_rope_of_somebody_else_always_runs():
+    model = build(LLAMA)
+    model.rope = Stretched(model.config)
+    expected = plainly(model)
+    model.rope = Stretched(model.config)
+    logits, run = decode(model)
+    assert run.plan is None
+    np.testing.assert_array_equal(logits, expected)
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma3"])
+def test_values_of_an_object_that_a_model_holds_may_be_replaced(name):
+    """Such as the frequencies of RoPE, in a dict of objects, too."""
+
+    def with_other_frequencies():
+        config = replace(GEMMA3, vocab_size=23, max_position_embeddings=64)
+        model = build(LLAMA) if name == "llama" else Gemma3(config, rng=0).astype(np.float64).eval()
+        ropes = [model.rope] if name == "llama" else list(model.rope.ropes.values())
+
+        def between(step, cache):
+            if step == 9:
+                for rope in ropes:
+                    rope.frequencies = rope.frequencies / 4
+
+        return model, between
+
+    model, between = with_other_frequencies()
+    expected = plainly(model, between=between)
+    model, between = with_other_frequencies()
+    logits, run = decode(model, between=between)
+    assert run.is_checked
+    np.testing.assert_allclose(logits, expected, rtol=1e-11, atol=1e-12)
 
 
 def test_values_that_a_model_carries_may_be_replaced():
@@ -276,7 +320,7 @@ def test_rows_may_come_to_hold_equally_many_tokens_at_different_positions():
 
 LENGTHS = (3, 5, 1)
 RAGGED = CONFIGS | {
-    "a window": Windowed(**vars(LLAMA)),
+    "a window": WINDOWED,
     "gemma3": replace(GEMMA3, max_position_embeddings=64),  # a window of 3 tokens in every layer but one
     "mistral": RELATIVES["mistral"](**SMALL_LLAMA | dict(max_position_embeddings=64, sliding_window=3)),
 }
@@ -364,7 +408,7 @@ USES = ["step"] * 12 + ["rollback", "several tokens", "clear a row", "drop"]
 )
 def test_any_use_of_the_cache_gives_the_logits_of_the_model(uses, kind, rows):
     """Rollbacks, more tokens at once, cleared rows and dropped tokens between the steps."""
-    model = build(Windowed(**vars(LLAMA)) if kind == "windowed" else LLAMA)
+    model = build(WINDOWED if kind == "windowed" else LLAMA)
 
     def apply(step, cache):
         use = uses[step]

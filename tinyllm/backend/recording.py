@@ -364,7 +364,7 @@ def _without_iterator(function, args: list, kwargs: dict) -> Callable[[], object
         x = x[(*(0 if n == 1 else slice(None) for n in out.shape[out.ndim - x.ndim :]), ...)]
         return x.reshape(()) if x.size == 1 else x
 
-    return partial(function, *map(view, args), view(out))
+    return partial(function, *map(view, args), out=view(out))
 
 
 def owner(array: np.ndarray) -> np.ndarray:

@@ -5,12 +5,12 @@ them must give the very logits that the model gives. From then on steps repeat t
 layers and Tensors, half the time of a step of SmolLM2-135M, does not run. No architecture needs a second
 forward pass, and a step's results are those of the model; where products were fused, up to rounding.
 
-The model itself runs whenever something might differ: in modules that are not tinyllm's own, or of which a
-method was replaced, because their Python code may do more than call NumPy; while somebody observes; on a
-GPU; after anything was replaced in the model, or if the columns of the cache that a step reads do not follow
-those of the recorded steps. Rows of different lengths join and leave: what is recorded writes where an array
-of indices says and hides what a mask says, and both are filled anew before each step. A change of values in
-the parameters' arrays needs no such care: the plan reads these very arrays.
+The model itself runs whenever something might differ: in modules and objects, such as ``Rope``, that are not
+tinyllm's own, or of which a method was replaced, because their Python code may do more than call NumPy; while
+somebody observes; on a GPU; after anything was replaced in the model, or if the columns of the cache that a
+step reads do not follow those of the recorded steps. Rows of different lengths join and leave: what is
+recorded writes where an array of indices says and hides what a mask says, and both are filled anew before
+each step. A change of values in the parameters' arrays needs no such care: the plan reads these very arrays.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ from tinyllm.nn import Module, evaluating
 from tinyllm.nn.hooks import is_observed
 from tinyllm.tensor import Tensor, mode
 
+PLAIN = "builtins", "numpy"  # the modules of values that do nothing
 FEW_STEPS = 16  # fewer steps do not pay for the recording
 _joining = threading.Lock()  # held while parameters become neighbours in memory
 
@@ -186,14 +187,15 @@ def _recorded_copy(model: Module) -> Module:
     """A copy of the model in eval mode. Its parameters are the same arrays, recorded; all else is shared.
 
     The model itself stays as it is, for other threads and whatever happens. Raises ``NotRepeatable`` unless
-    it consists of tinyllm's own modules, with float32 or float64 parameters on a CPU.
+    it consists of tinyllm's own modules and objects, with float32 or float64 parameters on a CPU.
     """
-    values, modules = {}, list(model.modules())
-    own = {kind for kind in set(map(type, modules)) if _is_own(kind)}
-    for module in modules:
-        kind = type(module)
-        if kind not in own or any(callable(getattr(kind, name, None)) for name in vars(module)):
+    values, parts = {}, _parts(model)
+    own = {kind for kind in set(map(type, parts)) if _is_own(kind)}
+    for part in parts:
+        kind = type(part)
+        if kind not in own or any(callable(getattr(kind, name, None)) for name in vars(part)):
             raise NotRepeatable(f"{kind.__name__}, or a method set on it, may do more than call NumPy")
+    for module in model.modules():
         values |= {id(value): value for _, value in module._attributes() if not isinstance(value, Module)}
     for parameter in model.parameters():
         if type(parameter.data) is not np.ndarray or parameter.dtype not in (np.float32, np.float64):
@@ -202,7 +204,22 @@ def _recorded_copy(model: Module) -> Module:
     return copy.deepcopy(model, values).eval()
 
 
-def _is_own(kind: type[Module]) -> bool:
+def _parts(model: Module) -> list:
+    """The modules of a model, and the objects that they hold, such as ``Rope`` and the config."""
+    found, left = {}, [model]
+    while left:
+        part = left.pop()
+        if isinstance(part, list | tuple | dict):
+            left += part.values() if isinstance(part, dict) else part
+        elif id(part) in found or isinstance(part, Tensor):
+            continue
+        elif type(part).__module__ not in PLAIN:
+            found[id(part)] = part
+            left += getattr(part, "__dict__", {}).values()
+    return list(found.values())
+
+
+def _is_own(kind: type) -> bool:
     """Whether a class is one of tinyllm's, and none of its methods was replaced."""
     methods = [x for each in kind.__mro__[:-1] for x in vars(each).values() if callable(x)]
     return all(x.__module__.startswith("tinyllm.") for x in (kind, *methods))
@@ -213,14 +230,16 @@ def _unchanged(model: Module, cache: Cache, *inputs: np.ndarray) -> Callable[...
 
     It compares 2,000 references in a tenth of a millisecond, a fifth of the time of a walk over the modules.
     """
-    modules, parameters = list(model.modules()), list(model.parameters())
-    owners = [vars(module) for module in modules]
-    holders = [owner for owner in owners for _ in owner]
-    names = [name for owner in owners for name in owner]
-    values = [value for owner in owners for value in owner.values()]
+    parts, parameters = _parts(model), list(model.parameters())
+    tables = [vars(part) for part in parts]
+    for table in tables:  # also those that are appended here
+        tables += [value for value in table.values() if isinstance(value, dict)]
+    holders = [table for table in tables for _ in table]
+    names = [name for table in tables for name in table]
+    values = [value for table in tables for value in table.values()]
     lists = [value for value in values if isinstance(value, list)]
     items = list(itertools.chain(*lists))
-    kinds = list(map(type, modules))
+    kinds = list(map(type, parts))
     classes = list({each for kind in kinds for each in kind.__mro__})
     methods, data = [dict(vars(each)) for each in classes], operator.attrgetter("data")
     arrays = list(map(data, parameters))
@@ -231,11 +250,11 @@ def _unchanged(model: Module, cache: Cache, *inputs: np.ndarray) -> Callable[...
             other is cache
             and other.keys is keys
             and [x.shape for x in inputs] == shapes
-            and sum(map(len, owners)) == len(names)
+            and sum(map(len, tables)) == len(names)
             and sum(map(len, lists)) == len(items)
             and _same(map(dict.get, holders, names), values)
             and _same(itertools.chain(*lists), items)
-            and _same(map(type, modules), kinds)
+            and _same(map(type, parts), kinds)
             and list(map(vars, classes)) == methods
             and _same(map(data, parameters), arrays)
         )
