@@ -19,6 +19,7 @@ from tinyllm import functional as F
 from tinyllm.backend import autocast, threads
 from tinyllm.errors import Error
 from tinyllm.inference.sampling import choose_tokens
+from tinyllm.models import Mistral, MistralConfig
 
 GPT2_SIZES = dict(vocab_size=13, n_positions=8, n_embd=12, n_layer=2, n_head=3)
 DROPOUTS = dict(embd_pdrop=0.2, attn_pdrop=0.2, resid_pdrop=0.2)  # disabled in generation
@@ -278,6 +279,21 @@ def test_context_of_one_token_slides():
     assert tokens == expected[1:]
 
 
+@pytest.mark.parametrize("window", [3, 5, 20])
+def test_a_model_with_windows_only_slides(window):
+    """Rotations depend on distances only, so the text is that of a longer context, with the same window."""
+    sizes = {name: value for name, value in LLAMA_SIZES.items() if name != "max_position_embeddings"}
+    config = MistralConfig(**sizes, max_position_embeddings=8, sliding_window=window)
+    model = Mistral(config, rng=3).astype(np.float64).eval()
+    larger = Mistral(replace(config, max_position_embeddings=64), rng=None).astype(np.float64)
+    larger.load_state_dict(model.state_dict())
+    slid = text(model, [[1, 2, 3], [4]], 40, rng=np.random.default_rng(0), slide=True)
+    assert len(slid) == 40
+    if window < 8:
+        plain = text(larger, [[1, 2, 3], [4]], 40, rng=np.random.default_rng(0))
+        np.testing.assert_array_equal(slid, plain)
+
+
 # ------------------------------------------------------------------------------- the cache itself
 
 
@@ -347,6 +363,59 @@ def test_failed_forward_pass_leaves_the_cache_unchanged(config):
     expected = logits_of(model, [[1, 2, 3, 5]])[:, -1]
     result = logits_of(model, [[5]], cache=cache)[:, 0]
     assert np.abs(result - expected).max() <= 1e-13 * np.abs(expected).max()
+
+
+@pytest.mark.parametrize("count", [4, -1, np.array([3, 0]), np.array([0, -1])])
+def test_dropping_more_than_a_row_holds_is_refused(count):
+    model = build(LLAMA_CONFIG)
+    cache = model.new_cache(2)
+    with no_grad():
+        model([[1, 2, 3]], cache=cache[:1])
+        model([[4, 5]], cache=cache[1:])
+    with pytest.raises(Error, match=r"cannot drop .*\[3, 2\]"):
+        cache.drop_oldest(count if np.ndim(count) == 0 else count + np.array([1, 0]))
+    assert cache.free.tolist() == [5, 6]
+
+
+@pytest.mark.parametrize("moved", [0, 1, 3])
+def test_a_row_whose_entries_were_being_moved_is_cleared(moved):
+    """An interrupt, or memory that is full, must not leave some layers moved and others not."""
+    model = build(LLAMA_CONFIG)
+    cache = model.new_cache(2)
+
+    class Interrupted(np.ndarray):
+        left = moved
+
+        def copy(self):
+            if Interrupted.left == 0:
+                raise KeyboardInterrupt
+            Interrupted.left -= 1
+            return super().copy()
+
+    with no_grad():
+        model([[1, 2, 3], [4, 5, 6]], cache=cache)
+    cache.keys = [keys.view(Interrupted) for keys in cache.keys]
+    cache.values = [values.view(Interrupted) for values in cache.values]
+    with pytest.raises(KeyboardInterrupt):
+        cache.drop_oldest(np.array([0, 2]))
+    assert cache.texts == [[1, 2, 3], []]
+    assert cache.dropped[None].tolist() == [0, 0]
+
+
+def test_a_smaller_capacity_must_hold_what_every_layer_holds():
+    config = MistralConfig(**LLAMA_SIZES | dict(max_position_embeddings=300), sliding_window=100)
+    cache = Mistral(config, rng=3).new_cache(1, 250)
+    cache.texts[0][:] = [1] * 220
+    cache.dropped[None] += 120
+    with pytest.raises(Error, match="holds 220 tokens, more than a capacity of 210"):
+        cache.with_capacity(210)
+    assert cache.with_capacity(230).texts == cache.texts
+
+
+@pytest.mark.parametrize("arguments", [(0,), (-1,), (1, 0), (1, -5), (1, 2.5)])
+def test_a_cache_needs_a_row_and_a_column(arguments):
+    with pytest.raises(Error, match="at least 1"):
+        build(LLAMA_CONFIG).new_cache(*arguments)
 
 
 @both_models

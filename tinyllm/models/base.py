@@ -242,7 +242,8 @@ class LanguageModel(nn.Module):
         """An empty ``Cache`` for ``batch`` rows of at most ``capacity`` tokens (default: the context)."""
         windows = self.windows()
         heads, head_size = self.config.kv_shape
-        capacity = self.context if capacity is None else min(capacity, self.context)
+        capacity = self.context if capacity is None else checks.check_at_least(capacity, 1, "capacity")
+        batch, capacity = checks.check_at_least(batch, 1, "batch"), min(capacity, self.context)
         like = next(self.parameters()).data
         return Cache(windows, batch, heads, capacity, head_size, like, compute_dtype(like))
 

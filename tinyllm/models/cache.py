@@ -166,8 +166,9 @@ class Cache:
         self.capacity = capacity  # in tokens, of the layers without a window
         self.texts: list[list[int]] = [[] for _ in range(batch)]  # the cached ids, dropped ones included
         self.windows = tuple(windows)
-        # By window: the number of oldest tokens of each row (B,) that its layers no longer hold
-        self.dropped = {window: np.zeros(batch, np.int64) for window in self.windows}
+        # By window: the number of oldest tokens of each row (B,) that its layers no longer hold. For None,
+        # also if all layers have a window, how many no longer count as part of ``capacity``.
+        self.dropped = {window: np.zeros(batch, np.int64) for window in (None, *self.windows)}
         shapes = [(batch, heads, self._capacity(window), size) for window in self.windows]
         self.keys = [np.zeros(shape, dtype, like=like) for shape in shapes]
         self.values = [np.zeros(shape, dtype, like=like) for shape in shapes]
@@ -183,8 +184,7 @@ class Cache:
     @property
     def free(self) -> np.ndarray:
         """How many more tokens each row (B,) can hold."""
-        dropped = self.dropped.get(None, np.zeros(len(self.texts), np.int64))
-        return self.capacity - (self.lengths - dropped)
+        return self.capacity - (self.lengths - self.dropped[None])
 
     def positions(self, count: int) -> np.ndarray:
         """Positions of the next ``count`` tokens: (T,), or (B, T) if rows differ."""
@@ -209,7 +209,8 @@ class Cache:
                 f"of at most {self.capacity} tokens: create a larger one with new_cache()"
             )
         places = {}
-        for window, dropped in self.dropped.items():
+        for window in dict.fromkeys(self.windows):
+            dropped = self.dropped[window]
             capacity, kept = self._capacity(window), self.lengths - dropped
             if window is not None and kept.max() + count > capacity:
                 self._drop(window, np.maximum(kept - self._kept(window), 0))
@@ -273,12 +274,12 @@ class Cache:
                 entries[[a, b], :, : held[window]] = entries[[b, a], :, : held[window]]
 
     def with_capacity(self, capacity: int) -> Cache:
-        """A copy with another capacity. Raises ``Error`` if a row holds more tokens."""
-        most = int((self.capacity - self.free).max())
-        if capacity < most:
-            raise Error(f"the cache holds {most} tokens, more than a capacity of {capacity}")
+        """A copy with another capacity. Raises ``Error`` if a row holds more tokens, in any layer."""
+        held = [int((self.lengths - dropped).max()) for dropped in self.dropped.values()]
         B, G, _, D = self.keys[0].shape
         new = Cache(self.windows, B, G, capacity, D, self.keys[0])
+        if any(n > new._capacity(window) for window, n in zip(self.dropped, held)):
+            raise Error(f"the cache holds {max(held)} tokens, more than a capacity of {capacity}")
         new.texts = [list(text) for text in self.texts]
         new.dropped = {window: dropped.copy() for window, dropped in self.dropped.items()}
         for old_entries, entries in zip(self.keys + self.values, new.keys + new.values):
@@ -314,9 +315,7 @@ class Cache:
         tokens were dropped is cleared.
         """
         lengths = np.array([common_prefix(old, new) for old, new in zip(self.texts, texts, strict=True)])
-        complete = self._holds(lengths)
-        if None in self.dropped:
-            complete &= self.dropped[None] == 0
+        complete = self._holds(lengths) & (self.dropped[None] == 0)
         for i, keep in enumerate(complete):
             if keep:
                 del self.texts[i][lengths[i] :]
@@ -325,20 +324,27 @@ class Cache:
 
     def drop_oldest(self, count: int | np.ndarray) -> None:
         """Remove the oldest ``count`` tokens, or as many of each row as ``count`` (B,) says, from the layers
-        without a window. The others keep their positions.
+        without a window. The others keep their positions. Raises ``Error`` if a row holds fewer.
         """
-        if None in self.dropped:
-            self._drop(None, np.broadcast_to(count, len(self.texts)))
+        count, held = np.broadcast_to(count, len(self.texts)), self.capacity - self.free
+        if (count < 0).any() or (count > held).any():
+            raise Error(f"the cache cannot drop {count.tolist()} tokens: its rows hold {held.tolist()}")
+        self._drop(None, count)
 
     def _drop(self, window: int | None, count: np.ndarray) -> None:
+        """Move each row's entries to the front, over its oldest. If that is interrupted, the row is cleared."""
         held = self.lengths - self.dropped[window]
         layers = [i for i, each in enumerate(self.windows) if each == window]
-        for row, (n, end) in enumerate(zip(np.asarray(count).tolist(), held.tolist())):
-            for i in layers if n else ():
-                for entries in (self.keys[i], self.values[i]):
-                    # Copied first, because source and destination overlap.
-                    entries[row, :, : end - n] = entries[row, :, n:end].copy()
-        self.dropped[window] += count
+        for row, (n, end) in enumerate(zip(count.tolist(), held.tolist())):
+            try:
+                for i in layers if n else ():
+                    for entries in (self.keys[i], self.values[i]):
+                        # Copied first, because source and destination overlap.
+                        entries[row, :, : end - n] = entries[row, :, n:end].copy()
+                self.dropped[window][row] += n
+            except BaseException:
+                self[row : row + 1].clear()
+                raise
 
 
 def common_prefix(cached: Sequence[int], text: Sequence[int]) -> int:
