@@ -661,3 +661,23 @@ def test_integer_tables_keep_their_dtype_and_have_no_gradient():
     module.astype(np.float64).requires_grad_(False).requires_grad_(True)
     assert module.table.dtype.kind == "i" and not module.table.requires_grad
     assert module.weight.dtype == np.float64 and module.weight.requires_grad
+
+
+def test_blocks_of_evaluating_in_several_threads_keep_eval_mode_until_the_last_ends():
+    model, inside, go_on = nn.Linear(2, 2, rng=0), threading.Event(), threading.Event()
+
+    def other():
+        with nn.evaluating(model):
+            inside.set()
+            go_on.wait(10)
+
+    thread = threading.Thread(target=other)
+    with nn.evaluating(model):
+        thread.start()
+        assert inside.wait(10)
+    assert not model.training  # the other thread is still within its block
+    with nn.evaluating(model):
+        go_on.set()
+        thread.join()
+        assert not model.training
+    assert model.training

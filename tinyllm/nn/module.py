@@ -8,6 +8,7 @@ nested or not. The name of a parameter is its path: ``model.h[0].attn.c_attn.wei
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Set
 from typing import Any
@@ -250,19 +251,30 @@ def _shape(key: str, array) -> tuple[int, ...]:
     return array.shape
 
 
+_evaluated: dict[int, int] = {}  # id of a module that was in train mode -> number of blocks of ``evaluating``
+_evaluated_lock = threading.Lock()
+
+
 @contextlib.contextmanager
 def evaluating(model: Module, modules: Iterable[Module] | None = None):
     """Context manager: every module is in eval mode within the block, and restored to its mode afterwards.
 
-    ``modules``, the model and all its submodules, may be passed to avoid the search: 400 take a millisecond.
+    Of several blocks at once, in several threads, the last restores the mode. ``modules``, the model and all
+    its submodules, may be passed to avoid the search: 400 take a millisecond.
     """
     if modules is None:
         modules = (module for _, module in model.named_modules())
-    training = [module for module in modules if module.training]  # a loaded model has none
-    for module in training:
-        module.training = False
+    with _evaluated_lock:
+        training = [module for module in modules if module.training or id(module) in _evaluated]
+        for module in training:  # a loaded model has none
+            _evaluated[id(module)] = _evaluated.get(id(module), 0) + 1
+            module.training = False
     try:
         yield
     finally:
-        for module in training:
-            module.training = True
+        with _evaluated_lock:
+            for module in training:
+                _evaluated[id(module)] -= 1
+                if _evaluated[id(module)] == 0:
+                    del _evaluated[id(module)]
+                    module.training = True
