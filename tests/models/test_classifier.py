@@ -12,7 +12,9 @@ from support.models import (
     GEMMA3,
     NO_DROPOUT,
     RELATIVES,
+    ROPES,
     SMALL,
+    SMALL_LLAMA,
     assert_close,
     configs,
     llama_configs,
@@ -131,6 +133,16 @@ def test_padding_batch_size_and_order_do_not_change_the_logits(config, pooling):
         assert_close(model(wider[order], lengths[order]).data, alone[order], "logits", 1e-12)
     losses = [model.loss([r[:n]], [n], [t]).item() for r, n, t in zip(ids, lengths, targets)]
     assert model.loss(ids, lengths, targets).item() == pytest.approx(np.mean(losses), rel=1e-12)
+
+
+def test_a_text_has_the_angles_of_its_own_length_in_any_batch():
+    """RoPE of type "longrope" has other frequencies for texts of more than 5 tokens."""
+    config = LlamaConfig(**SMALL_LLAMA | dict(max_position_embeddings=12), rope_parameters=ROPES["longrope"])
+    model = random_classifier(config)
+    ids = np.random.default_rng(0).integers(1, config.vocab_size, (2, 9))
+    together = model(ids, [4, 9]).data
+    np.testing.assert_allclose(together[0], model(ids[:1, :4]).data[0], rtol=1e-12)
+    np.testing.assert_allclose(together[1], model(ids[1:]).data[0], rtol=1e-12)
 
 
 def test_the_state_of_each_pooling():

@@ -189,22 +189,37 @@ def test_rows_of_a_cache_are_rotated_by_their_own_lengths():
     assert_close(found[1], model(ids[1:]).data[0, 7:], "a long row", 1e-12)
 
 
+@pytest.mark.parametrize("kind", ["dynamic", "longrope"])
+@pytest.mark.parametrize("speculate", [None, "prompt", "itself"])
+def test_a_text_becomes_longer_than_in_training_with_a_cache(kind, speculate):
+    """Its keys are rotated anew, so it is processed again: the tokens are those without a cache."""
+    model = llama(kind, max_position_embeddings=12)
+    prompts = [[1, 2, 1, 2, 1]] if speculate else [[1, 2, 3, 4, 5, 6, 7], [5], [3, 1]]
+    options = dict(max_new_tokens=model.context, rng=0, slide=True)
+    again = [step.tolist() for step in generate(model, prompts, **options, use_cache=False)]
+    candidates = model if speculate == "itself" else speculate
+    kept = [step.tolist() for step in generate(model, prompts, **options, speculate=candidates)]
+    before_sliding = model.context - max(map(len, prompts)) + 1
+    assert kept[:before_sliding] == again[:before_sliding]
+    assert len(kept) == len(again) == model.context
+
+
 @pytest.mark.parametrize(("kind", "trained"), [("dynamic", 8), ("longrope", 5)])
-def test_a_cached_text_cannot_become_longer_than_in_training(kind, trained):
-    """Its keys would have to be rotated anew. Without a cache they are."""
-    model, prompt = llama(kind, max_position_embeddings=8), [1, 2, 3]
-    steps = generate(model, prompt, trained, temperature=0)
-    with pytest.raises(Error, match=rf"longer than {trained} tokens, .*'{kind}'.* use_cache=False"):
-        list(steps)
-    texts = [
-        [
-            int(token[0])
-            for token in generate(model, prompt, trained - 3 + more, temperature=0, use_cache=cached)
-        ]
-        for cached, more in ((True, 1), (False, 1), (False, 3))
-    ]
-    assert texts[0] == texts[1] == texts[2][: trained - 2]  # the last token needs no pass of its own
-    assert len(texts[2]) == trained
+def test_a_pass_cannot_make_a_cached_text_longer_than_in_training(kind, trained):
+    model = llama(kind, max_position_embeddings=8)
+    with (
+        no_grad(),
+        pytest.raises(Error, match=rf"longer than {trained} tokens, .*'{kind}'.* use_cache=False"),
+    ):
+        cache = model.new_cache(1)
+        model(np.ones((1, trained), int), cache=cache)
+        model([[1]], cache=cache)
+
+
+def test_a_draft_model_proposes_no_more_tokens_than_it_was_trained_for():
+    model, draft = llama("default", max_position_embeddings=40), llama("dynamic", max_position_embeddings=8)
+    plain = [int(token[0]) for token in generate(model, [1, 2, 3], 30, rng=0)]
+    assert [int(token[0]) for token in generate(model, [1, 2, 3], 30, rng=0, speculate=draft)] == plain
 
 
 def test_steps_of_a_length_that_matters_are_not_repeated():
@@ -228,6 +243,18 @@ def test_a_packed_sequence_longer_than_in_training_needs_a_row_of_its_own():
     assert_close(model.hidden_states(ids, packed).data, np.concatenate(expected, axis=1), "packed", 1e-12)
     with pytest.raises(Error, match=r"has 6 tokens, more than the 5 .*'longrope'.* a row of its own"):
         model.loss(ids, targets, cache=Packed([[0, 0, 1, 1, 1, 1, 1, 1]], model))
+
+
+@pytest.mark.parametrize("lengths", [(3, 8), (6, 8), (5, 4)])
+def test_padding_does_not_count_as_a_part_of_the_text(lengths):
+    """Below and above the length in training, 5 tokens."""
+    model = llama("longrope")
+    ids, _ = batch(model.config, (2, 8))
+    padded = Packed([[0] * length + [-1] * (8 - length) for length in lengths], model)
+    found = model.hidden_states(ids, padded).data
+    for row, length in enumerate(lengths):
+        alone = model.hidden_states(ids[row : row + 1, :length]).data[0]
+        assert_close(found[row, :length], alone, f"{length} tokens", 1e-12)
 
 
 # ------------------------------------------------------------------------------------- configs

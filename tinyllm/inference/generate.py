@@ -21,6 +21,7 @@ from tinyllm.inference.decoding import DecodingSteps
 from tinyllm.inference.sampling import check_sampling, choose_tokens, suppress
 from tinyllm.inference.speculative import Speculation, speculation
 from tinyllm.models.cache import Cache
+from tinyllm.models.rope import changes_with_length
 from tinyllm.tensor import Tensor, no_grad
 
 
@@ -69,6 +70,9 @@ def generate(
       running the model on the remaining window alone (``slide`` with ``use_cache=False``). Keys keep their
       rotation and positions keep counting from the beginning of the text: RoPE depends only on distances, and
       none exceeds the context.
+
+    When a text becomes longer than those the model was trained on, RoPE of type "longrope" rotates all keys
+    anew once: the text is processed again. "dynamic" does so with every token, from then on without a cache.
 
     The arguments are checked at the call, not at the first step; invalid ones raise ``Error``. The model is
     in eval mode and without gradients only during a step; between steps its mode is restored. The cache is
@@ -147,7 +151,7 @@ def _check_texts(cache: Cache, texts: Sequence[Sequence[int]]) -> None:
 def _steps(model, texts, max_new_tokens, sampling, rng, stop_ids, cache, suppress_ids, speculate):
     if cache is not None:
         cache.keep_prefix(texts)
-    run = DecodingSteps(model, max_new_tokens)
+    run, changes = DecodingSteps(model, max_new_tokens), changes_with_length(model.config)
     tokens, finished = np.zeros(len(texts), np.int64), np.zeros(len(texts), bool)
     for left in range(max_new_tokens, 0, -1):
         if (tokens >= model.config.vocab_size).any():
@@ -155,9 +159,9 @@ def _steps(model, texts, max_new_tokens, sampling, rng, stop_ids, cache, suppres
                 f"the model's head sampled class {tokens.max()}, but the model's ids are below "
                 f"{model.config.vocab_size}: give it a head with one class per id"
             )
-        if cache is not None and not _make_room(model, texts, cache):
+        if cache is not None and not _make_room(model, texts, cache, changes):
             cache = None
-        logits = _next_logits(model, run, texts, cache, speculate, left - 1)
+        logits = _next_logits(model, run, texts, cache, speculate, _most_at_once(changes, texts, left) - 1)
         sampled = choose_tokens(suppress(logits, suppress_ids), rng.random(len(texts)), *sampling)
         tokens = np.where(finished, tokens, sampled)  # (B,)
         finished |= np.isin(tokens, stop_ids)
@@ -168,12 +172,29 @@ def _steps(model, texts, max_new_tokens, sampling, rng, stop_ids, cache, suppres
             return
 
 
-def _make_room(model, texts, cache: Cache) -> bool:
-    """Drop the oldest tokens of rows whose cache is full; False if that would change positions."""
-    full = np.array(list(map(len, texts))) - cache.lengths > cache.free
-    if full.any() and not model.learned_positions:
+def _make_room(model, texts, cache: Cache, changes: list[tuple[int, bool]]) -> bool:
+    """Drop the oldest tokens of rows whose cache is full; False if no cache can hold what is needed.
+
+    That is so if dropping changes positions, and if all keys are rotated anew with every token. Where they
+    are rotated anew once (``changes_with_length``), the row is cleared, and so processed again.
+    """
+    lengths = np.array(list(map(len, texts)))
+    full = lengths - cache.lengths > cache.free
+    if full.any() and model.learned_positions:
+        return False
+    if full.any():
         cache.drop_oldest(np.where(full, max(1, cache.capacity // 4), 0))
-    return not (full.any() and model.learned_positions)
+    for length, again in changes:
+        if again and (lengths > length).any():
+            return False
+        for row in np.flatnonzero((lengths > length) & (cache.lengths <= length)):
+            cache[row : row + 1].clear()
+    return True
+
+
+def _most_at_once(changes: list[tuple[int, bool]], texts, left: int) -> int:
+    """How many of ``left`` tokens a pass may add to the text: none before and after a change of angles."""
+    return min([left, *(length - len(texts[0]) + 1 for length, _ in changes if len(texts[0]) <= length)])
 
 
 def _next_logits(

@@ -35,6 +35,7 @@ from tinyllm.backend.device import to_device
 from tinyllm.backend.threads import step_of_few_rows
 from tinyllm.errors import Error
 from tinyllm.models.cache import SLACK, Cache
+from tinyllm.models.rope import longest_cached
 from tinyllm.nn import Module, evaluating
 from tinyllm.tensor import no_grad
 
@@ -171,6 +172,7 @@ class DraftModel:
 
     def __init__(self, draft: Module, model: Module, capacity: int):
         self.draft, self.cache = draft, draft.new_cache(1, capacity)
+        self.longest = min(self.cache.capacity, longest_cached(draft.config))
         self.cost = draft.num_parameters() / model.num_parameters()  # of a token, in the model's steps
         self.right, self.seen = self.START
         self.pause, self.resume = self.PAUSE, 0
@@ -180,7 +182,7 @@ class DraftModel:
     def candidates(self, text: Sequence[int], most: int) -> list[int]:
         self._learn(text)
         self.proposed, self.length = [], len(text)
-        most = min(most, self.cache.capacity - len(text) + 1)
+        most = min(most, self.longest - len(text) + 1)
         if most > 0 and len(text) >= self.resume:
             count = worthwhile(itertools.repeat(self.right / self.seen), most, self.cost)
             if count:

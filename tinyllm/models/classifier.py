@@ -23,6 +23,8 @@ from tinyllm import checks, nn
 from tinyllm import functional as F
 from tinyllm.errors import Error
 from tinyllm.models.base import LanguageModel, architecture_of
+from tinyllm.models.packed import Packed
+from tinyllm.models.rope import changes_with_length
 from tinyllm.models.saving import is_plain, save_model
 from tinyllm.tensor import Tensor
 from tinyllm.weights import hub
@@ -75,18 +77,24 @@ class SequenceClassifier(nn.Module):
 
         By default all are. Raises ``Error`` unless every length is an integer from 1 to T.
         """
-        h = self.language_model.hidden_states(ids)  # (B, T, C)
-        return self.score(self.pool(h, lengths))
-
-    def pool(self, h: Tensor, lengths=None) -> Tensor:
-        """The state (B, C) to classify, from all states (B, T, C)."""
-        B, T, _ = h.shape
+        ids = checks.check_ids(ids, self.config.vocab_size)
+        if ids.ndim != 2:
+            raise Error(f"token ids have shape {ids.shape}: give (batch, time), one text as [ids]")
+        B, T = ids.shape
         lengths = np.full(B, T) if lengths is None else checks.check_integers(lengths, "lengths")
         if lengths.shape != (B,) or not ((lengths >= 1) & (lengths <= T)).all():
             raise Error(
                 f"lengths are {np.asarray(lengths).tolist()}: give one for each of the {B} rows, from 1 to "
                 f"their {T} tokens"
             )
+        alone = None
+        if changes_with_length(self.config):  # the angles of a text depend on its own length
+            alone = Packed(np.where(np.arange(T) < lengths[:, None], 0, -1), self.language_model)
+        return self.score(self.pool(self.language_model.hidden_states(ids, alone), lengths))
+
+    def pool(self, h: Tensor, lengths: np.ndarray) -> Tensor:
+        """The state (B, C) to classify, from all states (B, T, C)."""
+        B, T, _ = h.shape
         if self.pooling == "mean":
             share = (np.arange(T) < lengths[:, None]) / lengths[:, None]  # (B, T): rows sum to 1
             share = np.asarray(share.astype(h.dtype), like=h.data)

@@ -36,7 +36,9 @@ class Packed:
     """The sequences in each row of ids (B, T), for ``model.loss`` and ``model.hidden_states`` as their cache.
 
     ``segments`` (B, T) has the number of the sequence to which each token belongs; where the number changes,
-    another sequence begins. Raises ``Error`` unless it is such an array.
+    another sequence begins. Negative numbers are padding, which has the position of the last token before
+    it, so that a row's angles depend on its own length (``rope.py``). Raises ``Error`` unless it is such an
+    array.
     """
 
     def __init__(self, segments, model):
@@ -47,7 +49,9 @@ class Packed:
             )
         self.segments, column = segments, np.arange(segments.shape[1])
         begins = np.diff(segments, axis=1, prepend=segments[:, :1]) != 0
-        self._positions = column - np.maximum.accumulate(np.where(begins, column, 0), axis=1)
+        positions = column - np.maximum.accumulate(np.where(begins, column, 0), axis=1)
+        last = np.maximum.accumulate(np.where(segments >= 0, column, 0), axis=1)  # that is no padding
+        self._positions = np.take_along_axis(positions, last, axis=1)
         sequence = begins.cumsum(axis=1)
         same = (sequence[:, :, None] == sequence[:, None, :])[:, None]  # (B, 1, T, T)
         windows = model.windows()

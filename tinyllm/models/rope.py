@@ -136,10 +136,18 @@ def longest(rope: Mapping, positions: int) -> int:
 
 def longest_cached(config) -> int:
     """The longest text that can be processed in several passes, as with a cache: see ``Rope``."""
+    return min([config.context, *(length for length, _ in changes_with_length(config))])
+
+
+def changes_with_length(config) -> list[tuple[int, bool]]:
+    """After how many tokens of a text its angles change, of each kind of layer in which they do.
+
+    The second item is true if they change again with every further token ("dynamic"), not once.
+    """
     rope = getattr(config, "rope_parameters", {})
     every = [rope] if "rope_type" in rope else rope.values()  # or those of each kind of layer
-    trained = [trained_length(config, each) for each in every]
-    return min([config.context, *(length for length in trained if length is not None)])
+    lengths = [(trained_length(config, each), each["rope_type"] == "dynamic") for each in every]
+    return [(length, again) for length, again in lengths if length is not None]
 
 
 def trained_length(config, rope: Mapping) -> int | None:
@@ -177,7 +185,7 @@ class Rope:
         lengths = (np.max(rows, axis=1) + 1).tolist()
         if max(lengths) <= self.trained:
             return self.frequencies
-        if (np.diff(rows, axis=1) != 1).any():
+        if not np.isin(np.diff(rows, axis=1), (0, 1)).all():  # 0: padding repeats the last position
             raise Error(
                 f"a sequence that shares its row with others has {max(lengths)} tokens, more than the "
                 f"{self.trained} after which rope_type {self.kind!r} changes: give it a row of its own"

@@ -18,7 +18,9 @@ from tinyllm.data.instructions import (
 )
 from tinyllm.data.padded import PackedExamples, PaddedExamples
 from tinyllm.errors import Error
+from tinyllm.models import empty_model
 from tinyllm.models.packed import Packed
+from tinyllm.models.rope import changes_with_length
 from tinyllm.nn import Module
 from tinyllm.tensor import Tensor
 from tinyllm.training.tasks.chat import ChatOptions, ChatTuning
@@ -63,9 +65,17 @@ class InstructionTuning(ChatTuning):
         self.notes = [self._describe()]
         for name, part in zip(("training", "validation"), parts):
             self.notes += part.notes(name, self.config.length_option, self.max_length)
-        rows = [PaddedExamples(part.examples) for part in parts]
+        padded = rows = [PaddedExamples(part.examples) for part in parts]
+        limits = [length for length, _ in changes_with_length(empty_model(self.base).config)]
+        if limits:  # rows of one example, which say how long it is
+            rows = [PackedExamples(part, 0) for part in padded]
         if self.config.pack:
-            rows[0] = PackedExamples(rows[0], self.max_length)
+            if limits and padded[0].lengths.max() > min(limits):
+                raise Error(
+                    f"--pack: an example has {padded[0].lengths.max():,} tokens, and from {min(limits):,} on "
+                    f"the model's RoPE needs a row for each: omit --pack, or add --max-length {min(limits)}"
+                )
+            rows = [PackedExamples(padded[0], self.max_length), *rows[1:]]
             self.rows = "packed rows"  # of several examples each
             self.notes.append(f"{len(parts[0].examples):,} examples are packed into {len(rows[0]):,} rows")
         self.questions = self.questions_from(valid) if self.format.messages else []
