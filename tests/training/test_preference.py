@@ -11,7 +11,9 @@ from hypothesis import strategies as st
 from support.models import (
     EVERYTHING,
     NO_DROPOUT,
+    ROPES,
     SMALL,
+    SMALL_LLAMA,
     Wrapped,
     assert_close,
     configs,
@@ -22,7 +24,7 @@ from support.models import (
 
 from parity.ops import cases
 from parity.twins import bridge
-from tinyllm import GPT2Config, nn, optim, training
+from tinyllm import GPT2Config, LlamaConfig, nn, optim, training
 from tinyllm.training.preference import answer_log_probs, dpo_loss, preferences
 from tinyllm.training.step import accumulate_gradients
 
@@ -44,14 +46,14 @@ def pairs(config, count, length, seed=0):
 
 
 def torch_log_probs(twin, ids, targets, mean):
-    """log π (P, 2) by log_softmax over all logits, as TRL and the paper's code compute it."""
-    ids, targets = torch.from_numpy(ids), torch.from_numpy(targets)
-    log_probs = twin(ids.flatten(0, 1)).log_softmax(-1)
-    counted = targets.flatten(0, 1) != IGNORED
-    index = targets.flatten(0, 1).where(counted, 0)[..., None]
-    of_tokens = log_probs.gather(-1, index)[..., 0] * counted
-    found = of_tokens.sum(-1) / (counted.sum(-1) if mean else 1)
-    return found.view(-1, 2)
+    """log π (P, 2) by log_softmax over all logits, of each answer alone: without padding."""
+    found = []
+    for row, target in zip(ids.reshape(-1, ids.shape[-1]), targets.reshape(-1, ids.shape[-1])):
+        counted = np.flatnonzero(target != IGNORED)
+        log_probs = twin(torch.from_numpy(row[None, : counted[-1] + 1])).log_softmax(-1)[0]
+        of_tokens = log_probs[counted, target[counted]]
+        found.append(of_tokens.sum() / (len(counted) if mean else 1))
+    return torch.stack(found).view(-1, 2)
 
 
 def torch_dpo(log_probs, reference, beta):
@@ -129,7 +131,10 @@ def gradients(model, batch, micro_batch):
     return loss, our_gradients(model)
 
 
-@pytest.mark.parametrize("config", [CONFIG, EVERYTHING], ids=["gpt2", "llama"])
+LONG_ROPE = LlamaConfig(**SMALL_LLAMA | dict(max_position_embeddings=8), rope_parameters=ROPES["longrope"])
+
+
+@pytest.mark.parametrize("config", [CONFIG, EVERYTHING, LONG_ROPE], ids=["gpt2", "llama", "longrope"])
 def test_micro_batches_order_and_padding_do_not_change_the_loss(config):
     model = random_model(config)
     ids, targets = pairs(config, 6, 6)

@@ -332,7 +332,7 @@ class Cache:
         self._drop(None, count)
 
     def _drop(self, window: int | None, count: np.ndarray) -> None:
-        """Move each row's entries to the front, over its oldest. If that is interrupted, the row is cleared."""
+        """Move the entries of each row over its oldest ones. If that is interrupted, the row is cleared."""
         held = self.lengths - self.dropped[window]
         layers = [i for i, each in enumerate(self.windows) if each == window]
         for row, (n, end) in enumerate(zip(count.tolist(), held.tolist())):

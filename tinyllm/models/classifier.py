@@ -23,8 +23,7 @@ from tinyllm import checks, nn
 from tinyllm import functional as F
 from tinyllm.errors import Error
 from tinyllm.models.base import LanguageModel, architecture_of
-from tinyllm.models.packed import Packed
-from tinyllm.models.rope import changes_with_length
+from tinyllm.models.packed import padded
 from tinyllm.models.saving import is_plain, save_model
 from tinyllm.tensor import Tensor
 from tinyllm.weights import hub
@@ -87,10 +86,8 @@ class SequenceClassifier(nn.Module):
                 f"lengths are {np.asarray(lengths).tolist()}: give one for each of the {B} rows, from 1 to "
                 f"their {T} tokens"
             )
-        alone = None
-        if changes_with_length(self.config):  # the angles of a text depend on its own length
-            alone = Packed(np.where(np.arange(T) < lengths[:, None], 0, -1), self.language_model)
-        return self.score(self.pool(self.language_model.hidden_states(ids, alone), lengths))
+        model = self.language_model
+        return self.score(self.pool(model.hidden_states(ids, padded(lengths, T, model)), lengths))
 
     def pool(self, h: Tensor, lengths: np.ndarray) -> Tensor:
         """The state (B, C) to classify, from all states (B, T, C)."""

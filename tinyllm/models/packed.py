@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from tinyllm.errors import Error
+from tinyllm.models.rope import changes_with_length
 
 
 @dataclass(frozen=True)
@@ -74,3 +75,13 @@ class Packed:
 
     def advance(self, ids: np.ndarray) -> None:
         """Nothing is kept."""
+
+
+def padded(lengths: np.ndarray, time: int, model) -> Packed | None:
+    """The cache for rows of one text each, of ``lengths`` (B,), padded on the right to ``time`` tokens.
+
+    It is None unless the angles of RoPE depend on a text's length: otherwise padding changes nothing.
+    """
+    if not changes_with_length(model.config):
+        return None
+    return Packed(np.where(np.arange(time) < lengths[:, None], 0, -1), model)

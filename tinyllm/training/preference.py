@@ -32,6 +32,7 @@ from typing import NamedTuple
 import numpy as np
 
 from tinyllm.models import LanguageModel
+from tinyllm.models.packed import padded
 from tinyllm.tensor import Tensor, no_grad
 
 IGNORED = -100  # a target that is not part of the answer
@@ -65,13 +66,16 @@ class Answers:
     def __init__(self, targets: np.ndarray, mean: bool):
         flat = targets.reshape(-1)
         self.positions = np.flatnonzero(flat != IGNORED)  # (M,)
+        time = targets.shape[-1]
+        self.lengths = (np.arange(1, time + 1) * (targets != IGNORED)).max(axis=-1).reshape(-1)  # (2P,)
         self.targets = flat[self.positions]
         self.tokens = (targets != IGNORED).sum(-1).reshape(-1)  # (2P,): of each answer
         self.divisors = self.tokens if mean else np.ones_like(self.tokens)
 
     def hidden_states(self, model: LanguageModel, ids: np.ndarray) -> Tensor:
         """The hidden states (M, C) that predict the answers' tokens, for ids (P, 2, T)."""
-        h = model.hidden_states(ids.reshape(-1, ids.shape[-1]))  # (2P, T, C)
+        rows = ids.reshape(-1, ids.shape[-1])
+        h = model.hidden_states(rows, padded(self.lengths, rows.shape[1], model))  # (2P, T, C)
         return h.reshape(-1, h.shape[-1])[np.asarray(self.positions, like=h.data)]
 
     def log_probs(self, model: LanguageModel, h: Tensor) -> np.ndarray:
