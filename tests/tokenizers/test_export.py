@@ -7,9 +7,9 @@ import pytest
 from support.tokenizers import COUNT, a_tokenizer, message_of, nasty_strings, special, write_gguf, write_json
 
 from tinyllm.tokenizers import BPETokenizer, CharTokenizer, load_tokenizer, train_bpe
-from tinyllm.tokenizers.export import ends_of_text, library_tokenizer, merges_of, save_for_transformers
+from tinyllm.tokenizers.export import ends_of_text, library_tokenizer, save_for_transformers
 from tinyllm.tokenizers.gguf_writer import tokenizer_keys
-from tinyllm.tokenizers.tiktoken import GPT2_PATTERN, SYMBOLS
+from tinyllm.tokenizers.tiktoken import GPT2_PATTERN, SYMBOLS, merges_of
 
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("tokenizers")

@@ -39,6 +39,7 @@ CHANGES = dict(
     clip=2.0,
     optimizer="muon",
     schedule="linear",
+    token_splits=0.5,
     token_noise=0.5,
     second_text="elsewhere",
     dropout=0.1,

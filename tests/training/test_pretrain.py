@@ -133,6 +133,28 @@ def test_noise_replaces_a_share_of_the_inputs_and_no_target(text, tmp_path):
     assert len(set(changed)) > 1
 
 
+def test_splits_change_the_tokens_of_a_window_and_not_its_text(text, tmp_path):
+    options = dict(tokenizer="bpe:266", batch=8)
+    plain, split = (Pretraining(small(text, tmp_path, token_splits=p, **options)) for p in (0.0, 0.4))
+    for task in (plain, split):
+        task.load(tmp_path, {})
+    decode = plain.text.tokenizer.decode_bytes
+    for step in range(5):
+        (ids, targets), (found, following) = plain.batch_at(step), split.batch_at(step)
+        assert found.shape == ids.shape and not np.array_equal(found, ids)
+        np.testing.assert_array_equal(found[:, 1:], following[:, :-1])
+        np.testing.assert_array_equal(found, split.batch_at(step)[0])
+        for row, target, whole in zip(found, following, np.hstack([ids, targets[:, -1:]])):
+            assert decode(whole.tolist()).startswith(decode([*row.tolist(), int(target[-1])]))
+
+
+@pytest.mark.parametrize("tokenizer", ["char", "bytes"])
+def test_splits_need_tokens_that_were_merged(text, tmp_path, tokenizer):
+    with pytest.raises(Error, match=f"--token-splits: .*{tokenizer}"):
+        train(small(text, tmp_path / "run", token_splits=0.1, tokenizer=tokenizer), progress=False)
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_run_on_bytes_has_their_loss_in_bits(text, tmp_path):
     model = train(tiny(text, tmp_path / "run", tokenizer="bytes"), progress=False)
     assert model.config.vocab_size == 257

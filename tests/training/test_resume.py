@@ -50,6 +50,7 @@ OPTIONS = dict(
     dtype=st.sampled_from(["float32", "float64"]),
     micro_batch=st.sampled_from([None, 4, 12]),
     dropout=st.sampled_from([0.0, 0.3]),
+    token_splits=st.sampled_from([0.0, 0.3]),
     token_noise=st.sampled_from([0.0, 0.3]),
     stride=st.integers(1, 9),
     seed=st.integers(0, 2**64 - 1),
@@ -65,6 +66,8 @@ OPTIONS = dict(
 @example(options=dict(arch="llama", eval_every=2), alarms=[12, 13, 14, 15])
 def test_a_run_stopped_anywhere_resumes(text, tmp_path_factory, options, alarms):
     folder = tmp_path_factory.mktemp("anywhere")
+    if options.get("token_splits"):  # of tokens that were merged
+        options["tokenizer"] = "bpe:262"
     config = tiny(text, folder / "whole", **options)
     train(config, progress=False)
     out = folder / "run"

@@ -72,6 +72,10 @@ class Tokenizer:
         absent = self.add_bos and self.bos_id is not None and ids[:1] != [self.bos_id]
         return [self.bos_id, *ids] if absent else ids
 
+    def merged_pairs(self) -> np.ndarray:
+        """(V, 2): the two ids that were merged to each id of byte-pair encoding, -1 where it is not known."""
+        return np.full((self.vocab_size, 2), -1, np.int64)
+
     def find_special(self, text: str) -> list[re.Match]:
         """The matches of special tokens in a text, in order; of two at the same position, the longer one."""
         return find_names(self.special_tokens, text)

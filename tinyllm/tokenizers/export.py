@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
-from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -22,7 +20,13 @@ from tinyllm.tokenizers.sentencepiece import (
     USER_DEFINED,
     SentencePieceTokenizer,
 )
-from tinyllm.tokenizers.tiktoken import BYTE_OF, GPT2_PATTERN, LLAMA3_PATTERN, TiktokenTokenizer
+from tinyllm.tokenizers.tiktoken import (
+    BYTE_OF,
+    GPT2_PATTERN,
+    LLAMA3_PATTERN,
+    TiktokenTokenizer,
+    merges_of,
+)
 
 if TYPE_CHECKING:
     import tokenizers
@@ -76,28 +80,6 @@ def _of_tiktoken(tokenizer: TiktokenTokenizer) -> tokenizers.Tokenizer:
     names = sorted(tokenizer.special_tokens, key=tokenizer.special_tokens.get)
     found.add_tokens([library.AddedToken(name, normalized=False, special=True) for name in names])
     return found
-
-
-def merges_of(ranks: Mapping[bytes, int]) -> list[tuple[bytes, bytes]]:
-    """The merges of a vocabulary of ranks, in order: the two tokens that each longer token is made from.
-
-    tiktoken joins the two adjacent parts whose concatenation has the lowest rank, until none is a token. A
-    token's own bytes, joined by tokens of lower ranks only, end as the two parts of its merge; a token that
-    no merge reaches ends as more.
-    """
-    merges = []
-    for token, rank in sorted(ranks.items(), key=lambda item: item[1]):
-        parts = [token[i : i + 1] for i in range(len(token))]
-        while len(parts) > 2:
-            joined = [ranks.get(left + right, rank) for left, right in pairwise(parts)]
-            lowest = min(joined)
-            if lowest >= rank:
-                break
-            i = joined.index(lowest)
-            parts[i : i + 2] = [parts[i] + parts[i + 1]]
-        if len(parts) == 2:
-            merges.append((parts[0], parts[1]))
-    return merges
 
 
 def _of_sentencepiece(tokenizer: SentencePieceTokenizer) -> tokenizers.Tokenizer:

@@ -7,6 +7,7 @@ import copy
 import hashlib
 import re
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -82,6 +83,12 @@ class TiktokenTokenizer(Tokenizer):
             raise Error(
                 f"the text cannot be tokenized ({error}): shorten its longest run of whitespace"
             ) from None
+
+    def merged_pairs(self) -> np.ndarray:
+        ranks, pairs = self.encoding._mergeable_ranks, super().merged_pairs()
+        for left, right in merges_of(ranks):
+            pairs[ranks[left + right]] = ranks[left], ranks[right]
+        return pairs
 
     def with_special_tokens(self, names: Sequence[str]) -> TiktokenTokenizer:
         extended = super().with_special_tokens(names)
@@ -213,3 +220,25 @@ def check_pattern(pattern: str) -> regex.Pattern:
     if compiled.match(""):  # tiktoken would panic
         raise Error(f"pattern {pattern!r} matches the empty string: make it match at least one character")
     return compiled
+
+
+def merges_of(ranks: Mapping[bytes, int]) -> list[tuple[bytes, bytes]]:
+    """The merges of a vocabulary of ranks, in order: the two tokens that each longer token is made from.
+
+    tiktoken joins the two adjacent parts whose concatenation has the lowest rank, until none is a token. A
+    token's own bytes, joined by tokens of lower ranks only, end as the two parts of its merge; a token that
+    no merge reaches ends as more.
+    """
+    merges = []
+    for token, rank in sorted(ranks.items(), key=lambda item: item[1]):
+        parts = [token[i : i + 1] for i in range(len(token))]
+        while len(parts) > 2:
+            joined = [ranks.get(left + right, rank) for left, right in pairwise(parts)]
+            lowest = min(joined)
+            if lowest >= rank:
+                break
+            i = joined.index(lowest)
+            parts[i : i + 2] = [parts[i] + parts[i + 1]]
+        if len(parts) == 2:
+            merges.append((parts[0], parts[1]))
+    return merges

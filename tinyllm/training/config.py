@@ -250,6 +250,8 @@ class TextOptions:
     """adamw, or muon: orthogonalised steps for the hidden matrices, AdamW for the rest, with one --lr."""
     schedule: str = "cosine"
     """How the learning rate falls after its peak: cosine, or linear (a straight line)."""
+    token_splits: float = 0.0
+    """Probability that a token of training is divided into the two it was merged from, and these again."""
     token_noise: float = 0.0
     """Probability that an input token of training is replaced by a random one; what it predicts stays."""
     profile: bool = False
@@ -270,7 +272,8 @@ class TrainConfig(RunOptions, ModelOptions, TextOptions):
         self._require_at_least(1, "eval_windows context stride")
         self._require_at_least(0, "in_memory")
         self._require("dropout", 0 <= self.dropout < 1, "at least 0 and below 1")
-        self._require("token_noise", 0 <= self.token_noise < 1, "at least 0 and below 1")
+        for name in ("token_splits", "token_noise"):
+            self._require(name, 0 <= getattr(self, name) < 1, "at least 0 and below 1")
         for name, known in CHOICES.items():
             self._require(name, getattr(self, name) in known, " or ".join(known))
         whole = self.optimizer == "adamw" or not self.shard_optimizer

@@ -12,6 +12,7 @@ import numpy as np
 from tinyllm.backend import distributed
 from tinyllm.backend.memory import keep_memory
 from tinyllm.data.batches import Batches, Windows
+from tinyllm.data.noise import replace_tokens, split_tokens
 from tinyllm.errors import Error
 from tinyllm.inference.generate import generate
 from tinyllm.nn import Module, initialize_as_torch, initialize_as_zero
@@ -83,19 +84,25 @@ class Pretraining(Task):
                 raise Error(f"the tokenizer in {folder} changed since the run was started: copy it back")
         self.text = load_data(config, self.tokenizer, text_sha256)
         self.batches = Batches(self.text.train, config.batch, config.seed)
+        if config.token_splits > 0:
+            self.pairs = self.text.tokenizer.merged_pairs()
+            if (self.pairs < 0).all():
+                raise Error(
+                    f"--token-splits: no token of {self.text.tokenizer.name} is known to be merged from two: "
+                    "choose --tokenizer bpe:VOCAB or gpt2, or omit it"
+                )
         self.steps_per_epoch = self.batches.steps_per_epoch
 
     def batch_at(self, step: int) -> tuple[np.ndarray, np.ndarray]:
-        """The windows of a step, with noise among the inputs: Xie et al., arXiv 1703.02573, section 3.
-
-        A model that cannot rely on every token before learns a text by heart more slowly. Dropout of
-        embeddings has the same purpose, but noise costs no time and needs nothing of the model.
-        """
-        ids, targets = self.batches.at(step)
-        if self.config.token_noise > 0:
-            rng = np.random.default_rng([self.config.seed, step, 1])
-            noisy = rng.random(ids.shape) < self.config.token_noise
-            ids = np.where(noisy, rng.integers(0, self.text.tokenizer.vocab_size, ids.shape), ids)
+        """The windows of a step, with what ``--token-splits`` and ``--token-noise`` change (``noise.py``)."""
+        config, (ids, targets) = self.config, self.batches.at(step)
+        if config.token_splits > 0:
+            rng, rows = np.random.default_rng([config.seed, step, 2]), np.hstack([ids, targets[:, -1:]])
+            rows = split_tokens(rows, self.pairs, config.token_splits, rng)
+            ids, targets = rows[:, :-1], rows[:, 1:]
+        if config.token_noise > 0:
+            rng = np.random.default_rng([config.seed, step, 1])
+            ids = replace_tokens(ids, config.token_noise, self.text.tokenizer.vocab_size, rng)
         return ids, targets
 
     def model(self) -> Module:
