@@ -148,11 +148,17 @@ def test_splits_change_the_tokens_of_a_window_and_not_its_text(text, tmp_path):
             assert decode(whole.tolist()).startswith(decode([*row.tolist(), int(target[-1])]))
 
 
-@pytest.mark.parametrize("tokenizer", ["char", "bytes"])
-def test_splits_need_tokens_that_were_merged(text, tmp_path, tokenizer):
-    with pytest.raises(Error, match=f"--token-splits: .*{tokenizer}"):
-        train(small(text, tmp_path / "run", token_splits=0.1, tokenizer=tokenizer), progress=False)
-    assert not (tmp_path / "run").exists()
+@pytest.mark.parametrize(("tokenizer", "told"), [("char", True), ("bytes", True), ("bpe:266", False)])
+def test_tokens_that_were_not_merged_are_not_divided_and_a_line_says_so(text, tmp_path, tokenizer, told):
+    plain, task = (
+        Pretraining(small(text, tmp_path, token_splits=p, tokenizer=tokenizer)) for p in (0.0, 0.1)
+    )
+    for each in (plain, task):
+        each.load(tmp_path, {})
+        each.steps_per_epoch = 1
+    assert any("--token-splits" in line for line in task.introduction()) == told
+    same = [np.array_equal(*pair) for pair in zip(plain.batch_at(0), task.batch_at(0))]
+    assert same == [told, told]
 
 
 def test_a_run_on_bytes_has_their_loss_in_bits(text, tmp_path):

@@ -84,13 +84,7 @@ class Pretraining(Task):
                 raise Error(f"the tokenizer in {folder} changed since the run was started: copy it back")
         self.text = load_data(config, self.tokenizer, text_sha256)
         self.batches = Batches(self.text.train, config.batch, config.seed)
-        if config.token_splits > 0:
-            self.pairs = self.text.tokenizer.merged_pairs()
-            if (self.pairs < 0).all():
-                raise Error(
-                    f"--token-splits: no token of {self.text.tokenizer.name} is known to be merged from two: "
-                    "choose --tokenizer bpe:VOCAB or gpt2, or omit it"
-                )
+        self.pairs = self.text.tokenizer.merged_pairs() if config.token_splits > 0 else None
         self.steps_per_epoch = self.batches.steps_per_epoch
 
     def batch_at(self, step: int) -> tuple[np.ndarray, np.ndarray]:
@@ -189,6 +183,8 @@ class Pretraining(Task):
             f"({train.unused_tokens} + {validation.unused_tokens} tokens unused)",
             evaluated,
         ]
+        if self.pairs is not None and (self.pairs < 0).all():
+            lines.append(f"--token-splits divides no token of {tokenizer.name}: none is known to be merged")
         return lines if self.start is None else [f"starts from {self.start['weights']}", *lines]
 
     def describe_evaluation(self, record: dict) -> str:
