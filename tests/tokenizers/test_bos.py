@@ -1,4 +1,4 @@
-"""The BOS token before a text: when the files of a model ask for it, compared with transformers."""
+"""The tokens before and after a text: when the files of a model ask for them, compared with transformers."""
 
 import json
 
@@ -36,7 +36,7 @@ def with_template(source, folder, single, first=()):
 def check_equals_transformers(folder):
     ours, theirs = load_tokenizer(folder), transformers.AutoTokenizer.from_pretrained(folder)
     for text in TEXTS:
-        assert ours.with_bos(ours.encode(text)) == theirs(text).input_ids
+        assert ours.with_bos(ours.encode(text)) + list(ours.closing_ids) == theirs(text).input_ids
         assert ours.encode(text) == theirs(text, add_special_tokens=False).input_ids
     return ours
 
@@ -71,9 +71,42 @@ def test_template_of_tokenizer_json_decides(byte_level, tmp_path, first, named):
     assert (ours.bos_id, ours.add_bos) == (0, True)
 
 
-def test_template_that_begins_with_the_text_adds_nothing(byte_level, tmp_path):
+def test_template_that_begins_with_the_text_adds_no_bos(byte_level, tmp_path):
     ours = load_tokenizer(with_template(byte_level, tmp_path, "$A <|im_end|>"))
     assert (ours.bos_id, ours.add_bos) == (None, False)
+
+
+@pytest.mark.parametrize(
+    ("single", "closing"),
+    [("<|im_start|> $A <|im_end|>", (1,)), ("$A <|im_end|> <|im_start|>", (1, 0)), ("<|im_start|> $A", ())],
+)
+def test_template_says_what_follows_a_text(byte_level, tmp_path, single, closing):
+    folder = with_template(byte_level, tmp_path, single)
+    assert check_equals_transformers(folder).closing_ids == closing
+
+
+def test_processors_of_bert_and_roberta_put_tokens_around_a_text(byte_level, tmp_path):
+    around = ("<|im_end|>", 1), ("<|im_start|>", 0)
+    for processor in (
+        tokenizers.processors.RobertaProcessing(*around, add_prefix_space=False),
+        tokenizers.processors.BertProcessing(*around),
+    ):
+        library = tokenizers.Tokenizer.from_file(str(byte_level / "tokenizer.json"))
+        library.post_processor = processor
+        library.save(str(tmp_path / "tokenizer.json"))
+        ours = check_equals_transformers(tmp_path)
+        assert (ours.with_bos([]), ours.closing_ids) == ([0], (1,))
+
+
+@pytest.mark.parametrize(("add_eos", "closing"), [(True, (2,)), (False, ()), (None, ())])
+def test_tokenizer_config_of_a_llama_adds_eos(llama2, tmp_path, add_eos, closing):
+    config = {"tokenizer_class": "LlamaTokenizer", "add_bos_token": True, "bos_token": "<s>"}
+    config |= {"eos_token": "</s>"} | ({} if add_eos is None else {"add_eos_token": add_eos})
+    folder = write_folder(tmp_path, llama2 / "tokenizer.model", tokenizer_config=config)
+    assert check_equals_transformers(folder).closing_ids == closing
+    config["add_eos_token"] = 1
+    write_folder(tmp_path, llama2 / "tokenizer.model", tokenizer_config=config)
+    assert "add_eos_token" in message_of(load_tokenizer, tmp_path)
 
 
 def test_tokenizer_config_takes_precedence_over_the_template(byte_level, tmp_path):
@@ -81,6 +114,10 @@ def test_tokenizer_config_takes_precedence_over_the_template(byte_level, tmp_pat
     config = {"bos_token": "<|im_start|>", "add_bos_token": False}
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(config), encoding="utf-8")
     assert load_tokenizer(tmp_path).with_bos([5]) == [5]
+    with_template(byte_level, tmp_path, "<|im_start|> $A <|im_end|>")
+    for add_eos, closing in ((True, (1,)), (False, ()), (None, (1,))):
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps({"add_eos_token": add_eos}))
+        assert load_tokenizer(tmp_path).closing_ids == closing
     config["add_bos_token"] = "yes"
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(config), encoding="utf-8")
     assert "'yes'" in message_of(load_tokenizer, tmp_path)
@@ -105,7 +142,9 @@ def test_gguf_with_sentencepiece_adds_it_by_default(tmp_path, keys, expected):
     """Without bos_token_id and eos_token_id, they are 1 and 2, as in llama.cpp."""
     tokenizer = load_tokenizer(write_gguf(tmp_path / "a.gguf", **sentencepiece_keys(), **keys))
     assert tokenizer.with_bos([9]) == expected
-    assert (tokenizer.bos_id, tokenizer.eos_ids) == (1, (2,))
+    assert (tokenizer.bos_id, tokenizer.eos_ids, tokenizer.closing_ids) == (1, (2,), ())
+    keys = sentencepiece_keys() | {"add_eos_token": True}
+    assert load_tokenizer(write_gguf(tmp_path / "b.gguf", **keys)).closing_ids == (2,)
 
 
 @pytest.mark.parametrize("pre, default", [("llama-bpe", True), ("gpt-2", False), ("smollm", False)])

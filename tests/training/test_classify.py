@@ -218,6 +218,19 @@ def test_ids_of_a_text():
     assert EncodedTexts(tokenizer, ["Hi"], 99).ids[0].tolist() == [5, 17250]
 
 
+def test_the_tokens_that_close_a_text_stay_when_it_is_cut():
+    tokenizer = load_tokenizer("bytes").with_special_tokens(["<s>", "</s>"])
+    tokenizer.add_bos, tokenizer.bos_id, tokenizer.closing_ids = True, 257, (258,)
+    a, b = tokenizer.encode("ab")
+    rows = EncodedTexts(tokenizer, ["abc", "ab"], 4)
+    assert [ids.tolist() for ids in rows.ids] == [[257, a, b, 258], [257, a, b, 258]]
+    assert (rows.cut, rows.lengths.tolist()) == (1, [4, 4])
+    tokenizer.eos_ids = (258, 256)
+    assert padding_id(tokenizer) == 256  # transformers would take a closing token for padding
+    with pytest.raises(Error, match="at least 3"):
+        EncodedTexts(tokenizer, ["abc"], 2)
+
+
 # ------------------------------------------------------------------------------------ bad input
 
 

@@ -11,6 +11,7 @@ import numpy as np
 
 from tinyllm.backend.device import to_device
 from tinyllm.data.padded import IGNORED, pad
+from tinyllm.errors import Error
 from tinyllm.models import SequenceClassifier
 from tinyllm.nn import evaluating
 from tinyllm.tensor import no_grad
@@ -21,7 +22,8 @@ class EncodedTexts:
     """Texts as token ids, of at most ``max_length`` tokens, and the numbers of their classes.
 
     A longer text is cut at its end; ``cut`` counts those. Special tokens in a text are encoded as ordinary
-    text, and a BOS token precedes it if the tokenizer says so. ``lengths`` (N,) are the tokens of each.
+    text. If the tokenizer says so, a BOS token precedes it, and ``closing_ids`` follow it, also one that is
+    cut. ``lengths`` (N,) are the tokens of each. Raises ``Error`` if ``max_length`` leaves none of a text.
     """
 
     def __init__(
@@ -31,9 +33,16 @@ class EncodedTexts:
         max_length: int,
         targets: Sequence[int] | None = None,
     ):
+        closing = list(tokenizer.closing_ids)
+        most = max_length - len(closing)  # of BOS and text
+        if most <= len(tokenizer.with_bos([])):
+            raise Error(
+                f"max_length is {max_length}, and the tokens before and after a text leave none to read: "
+                f"choose at least {len(tokenizer.with_bos([])) + len(closing) + 1}"
+            )
         whole = [tokenizer.with_bos(tokenizer.encode(text, "text")) for text in texts]
-        self.ids = [np.array(ids[:max_length], np.int64) for ids in whole]
-        self.cut = sum(len(ids) > max_length for ids in whole)
+        self.ids = [np.array(ids[:most] + closing, np.int64) for ids in whole]
+        self.cut = sum(len(ids) > most for ids in whole)
         self.lengths = np.array([len(ids) for ids in self.ids])
         unknown = [IGNORED] * len(texts)
         self.targets = np.array(unknown if targets is None else targets, np.int64)
@@ -49,8 +58,9 @@ class EncodedTexts:
 
 
 def padding_id(tokenizer: Tokenizer) -> int | None:
-    """An id that no ordinary text ends with, so that ``transformers`` finds a padded text's end; or None."""
-    return next(iter((*tokenizer.eos_ids, *tokenizer.special_tokens.values())), None)
+    """An id that no encoded text ends with, so that ``transformers`` finds a padded text's end; or None."""
+    known = (*tokenizer.eos_ids, *tokenizer.special_tokens.values())
+    return next((i for i in known if i not in tokenizer.closing_ids), None)
 
 
 def class_logits(

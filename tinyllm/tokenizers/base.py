@@ -40,6 +40,7 @@ class Tokenizer:
     bos_id: int | None = None
     add_bos: bool = False
     eos_ids: tuple[int, ...] = ()
+    closing_ids: tuple[int, ...] = ()
     chat_template: str | None = None
 
     def __repr__(self):

@@ -72,7 +72,7 @@ def _name_of(token) -> str | None:
 
 
 def read_configs(tokenizer: Tokenizer, folder: Path) -> None:
-    """Set ``bos_id``, ``add_bos``, ``eos_ids`` and ``chat_template`` from the configs in a model's folder.
+    """Set the ids around a text and ``chat_template`` from the configs in a model's folder.
 
     Where the configs have no value, the ids from the vocabulary itself are kept.
     """
@@ -86,13 +86,13 @@ def read_configs(tokenizer: Tokenizer, folder: Path) -> None:
     eos = _ids_of(tokenizer, [own.get("eos_token"), *_as_list(model.get("eos_token_id"))], folder)
     if bos or "bos_token" in own:
         tokenizer.bos_id = bos[0] if bos else None
-    match own.get("add_bos_token"):
-        case bool(add_bos):
-            tokenizer.add_bos = add_bos
-        case other if other is not None:
-            raise Error(
-                f"{folder / 'tokenizer_config.json'} has add_bos_token {other!r}: make it true or false"
-            )
+    for key in ("add_bos_token", "add_eos_token"):
+        if own.get(key) not in (None, True, False) or is_integer(own.get(key)):
+            raise Error(f"{folder / 'tokenizer_config.json'} has {key} {own[key]!r}: make it true or false")
+    if own.get("add_bos_token") is not None:
+        tokenizer.add_bos = own["add_bos_token"]
+    if own.get("add_eos_token") is not None:
+        tokenizer.closing_ids = (tokenizer.closing_ids or eos[:1]) if own["add_eos_token"] else ()
     tokenizer.chat_template = _chat_template(folder, own)
     ends = [name for name in END_OF_TURN if name in (tokenizer.chat_template or "")]
     tokenizer.eos_ids = distinct([*(eos or tokenizer.eos_ids), *end_ids(tokenizer, ends)])

@@ -69,6 +69,8 @@ def read_gguf(path: Path) -> Tokenizer:
     tokenizer.bos_id = ids[0]
     tokenizer.eos_ids = distinct([*ids[1:], *end_ids(tokenizer)])
     tokenizer.add_bos = file.value("tokenizer.ggml.add_bos_token", bool, tokenizer.add_bos)
+    if file.value("tokenizer.ggml.add_eos_token", bool, False):
+        tokenizer.closing_ids = distinct(ids[1:2])
     tokenizer.chat_template = file.value("tokenizer.chat_template", str | None)
     return tokenizer
 

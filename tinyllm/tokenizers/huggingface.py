@@ -79,17 +79,25 @@ class TokenizersTokenizer(Tokenizer):
         self._byte_level = self._check_decoder()
         symbols = BYTE_OF.keys() - tokenizer.get_vocab(with_added_tokens=False) if self._byte_level else ()
         self._missing = {BYTE_OF[symbol] for symbol in symbols}
-        self.bos_id = self._first_of_template()
+        opening, self.closing_ids = self._around_a_text()
+        self.bos_id = opening[0] if opening else None
         self.add_bos = self.bos_id is not None
 
-    def _first_of_template(self) -> int | None:
-        """The id of the token that the post-processor's template puts before a text, or None."""
+    def _around_a_text(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """The ids that the post-processor puts before and after a text."""
         processor = self.tokenizer.post_processor
         definition = {} if processor is None else json.loads(processor.__getstate__())
         for step in definition.get("processors", [definition]):
             match step:
-                case {"single": [{"SpecialToken": {"id": name}}, *_], "special_tokens": tokens}:
-                    return tokens[name]["ids"][0]
+                case {"single": list(pieces), "special_tokens": tokens}:
+                    text = next(i for i, piece in enumerate(pieces) if "Sequence" in piece)
+                    return tuple(
+                        tuple(i for piece in part for i in tokens[piece["SpecialToken"]["id"]]["ids"])
+                        for part in (pieces[:text], pieces[text + 1 :])
+                    )
+                case {"cls": [_, int(first)], "sep": [_, int(last)]}:  # BERT's and RoBERTa's
+                    return (first,), (last,)
+        return (), ()
 
     def _check_model(self) -> None:
         kind = type(self.tokenizer.model).__name__

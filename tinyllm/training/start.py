@@ -140,7 +140,8 @@ def save_tokenizer(tokenizer: Tokenizer, place: str | Path, folder: Path) -> Non
         return
     if tokenizer.added_tokens:
         (folder / "tokenizer.json").write_bytes(_extended_json(tokenizer))
-        config = json.dumps({"add_bos_token": tokenizer.add_bos})
+        added = {"add_bos_token": tokenizer.add_bos, "add_eos_token": bool(tokenizer.closing_ids)}
+        config = json.dumps(added)
         (folder / "tokenizer_config.json").write_text(config + "\n", encoding="utf-8")
     else:
         for file in _tokenizer_files(Path(place), (*VOCABULARY_FILES, *OTHER_TOKENIZER_FILES)):
