@@ -2,6 +2,7 @@
 
 import io
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -107,6 +108,32 @@ def test_the_weights_are_rounded_once(folders, tmp_path, capsys):
     for name, W in exact.state_dict().items():
         assert np.abs(single.state_dict()[name] - W).max() <= 1e-6
         assert np.abs(half.state_dict()[name] - W).max() <= np.abs(W).max() / 256
+
+
+@pytest.mark.parametrize(
+    ("value", "dtype", "said"),
+    [
+        (1e5, "float16", "1e+05, too large for float16: choose bfloat16"),
+        (3.4e38, "bfloat16", "too large for bfloat16: choose float32"),
+        (np.nan, "float32", "not finite"),
+    ],
+)
+def test_a_weight_that_the_type_cannot_hold_is_refused(folders, tmp_path, capsys, value, dtype, said):
+    base = load_model(folders / "base-of-the-run")
+    base.layers[0].mlp.gate_proj.weight.data[0, 0] = value
+    shutil.copytree(folders / "base-of-the-run", tmp_path / "large")
+    base.save_pretrained(tmp_path / "large", overwrite=True)
+    arguments = (
+        "--model",
+        tmp_path / "large",
+        "--adapter",
+        folders / "adapter",
+        "--out",
+        tmp_path / "merged",
+    )
+    message = printed(capsys, "merge", *arguments, "--dtype", dtype, code=2)
+    assert "layers.0.mlp.gate_proj.weight" in message and said in message and message.count("\n") == 1
+    assert not (tmp_path / "merged").exists()
 
 
 @pytest.mark.parametrize(

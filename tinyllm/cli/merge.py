@@ -12,6 +12,7 @@ from tinyllm.cli.options import AdapterOptions, option
 from tinyllm.errors import Error
 from tinyllm.inference.chat import find_tokenizer, own_tokenizer
 from tinyllm.models import load_model
+from tinyllm.models.saving import check_weights
 from tinyllm.nn import merge_lora
 from tinyllm.tokenizers import load_tokenizer
 from tinyllm.training.config import check_writable
@@ -57,6 +58,7 @@ def run(config: MergeConfig) -> None:
     place = config.adapter and own_tokenizer(config.adapter)
     place = place or (find_tokenizer(config.model) if checkpoint is None else checkpoint.parent)
     tokenizer = load_tokenizer(place)
+    check_weights(model, config.dtype, "bfloat16" if config.dtype == "float16" else "float32")
     model.astype(config.dtype).save_pretrained(config.out)
     save_tokenizer(tokenizer, place, config.out)
     print(

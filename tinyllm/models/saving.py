@@ -5,9 +5,13 @@ import logging
 from collections.abc import Mapping
 from pathlib import Path
 
+import numpy as np
+
 from tinyllm import nn
+from tinyllm.backend.dtypes import dtype_of
 from tinyllm.errors import Error
 from tinyllm.weights import safetensors
+from tinyllm.weights.gguf_writer import EARLIER
 
 # Begins the model_type of a saved model that the class of ``transformers`` would compute differently.
 OWN = "tinyllm-"
@@ -27,6 +31,17 @@ def is_plain(model: nn.Module, original: nn.Module) -> bool:
             "original ones and would be loaded as those: save model.state_dict() instead"
         )
     return True
+
+
+def check_weights(model: nn.Module, dtype: str, instead: str) -> None:
+    """Raise ``Error``, naming a weight and what to choose ``instead``, unless all are finite in ``dtype``."""
+    for name, array in model.state_dict().items():
+        largest = np.float64(np.abs(array).max())
+        if not np.isfinite(largest):
+            raise Error(f"{name} has a weight that is not finite: {EARLIER}")
+        with np.errstate(over="ignore"):
+            if not np.isfinite(largest.astype(dtype_of(dtype))):
+                raise Error(f"{name} has a weight of {largest:.3g}, too large for {dtype}: choose {instead}")
 
 
 def save_model(folder: str | Path, model: nn.Module, config: dict, tensors: Mapping, overwrite: bool) -> None:

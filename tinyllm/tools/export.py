@@ -8,18 +8,16 @@ import tempfile
 from dataclasses import fields
 from pathlib import Path
 
-import numpy as np
-
 from tinyllm.errors import Error
 from tinyllm.files import SAVING, read_json, write_whole
 from tinyllm.models import LanguageModel
 from tinyllm.models.base import ModelConfig
-from tinyllm.models.saving import is_plain
+from tinyllm.models.saving import check_weights, is_plain
 from tinyllm.tokenizers.base import Tokenizer, check_fits
 from tinyllm.tokenizers.configs import GENERATION_CONFIG
 from tinyllm.tokenizers.export import library_tokenizer, save_for_transformers
 from tinyllm.tokenizers.gguf_writer import tokenizer_keys
-from tinyllm.weights.gguf_writer import EARLIER, Written, write_gguf
+from tinyllm.weights.gguf_writer import Written, write_gguf
 from tinyllm.weights.safetensors import CONFIG
 
 DTYPES = {"f32": "float32", "f16": "float16", "bf16": "bfloat16"}
@@ -48,7 +46,7 @@ def export_folder(model: LanguageModel, tokenizer: Tokenizer, folder: str | Path
 
     The folder appears when it is complete. ``type`` is that of the weights, "f32", "f16" or "bf16", and the
     model itself is converted to it. Raises ``Error`` if the folder exists, if a weight is not finite or too
-    large for float16, if ``transformers`` would compute something else than this model, or if the tokenizer
+    large for the type, if ``transformers`` would compute something else than this model, or if the tokenizer
     has no form for it.
     """
     folder = Path(folder)
@@ -60,12 +58,7 @@ def export_folder(model: LanguageModel, tokenizer: Tokenizer, folder: str | Path
     if not config.is_standard:
         raise Error(_not_standard(config))
     library_tokenizer(tokenizer)  # raises Error before anything is written
-    for name, array in model.state_dict().items():
-        largest = float(np.abs(array).max())
-        if not np.isfinite(largest):
-            raise Error(f"{name} has a weight that is not finite: {EARLIER}")
-        if type == "f16" and largest > np.finfo(np.float16).max:
-            raise Error(f"{name} has a weight of {largest:.3g}, too large for float16: choose bf16 or f32")
+    check_weights(model, DTYPES[type], "bf16 or f32")
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=SAVING, dir=folder.parent) as temporary:

@@ -22,7 +22,7 @@ TYPES = {"f32": "F32", "f16": "F16", "bf16": "BF16", "q8_0": "Q8_0"}  # of --typ
 FILE_TYPES = {"f32": 0, "f16": 1, "bf16": 32, "q8_0": 7}  # general.file_type, llama.cpp's enum llama_ftype
 SINGLE = ("ffn_gate_inp", "position_embd")  # parts that llama.cpp expects in float32
 LARGEST = {"F16": 65504.0, "Q8_0": 127 * 65504.0}  # Q8_0: a block's scale is its largest weight / 127
-EARLIER = "export a checkpoint from before the loss became so"
+EARLIER = "choose a checkpoint from before the loss became so"
 BLOCK = 2**20  # weights converted at once
 
 
