@@ -12,7 +12,7 @@ import weakref
 import numpy as np
 import pytest
 import torch
-from support.adapters import CONFIGS, with_lora
+from support.adapters import CONFIGS, randomize, with_lora
 from support.models import SMALL, batch, random_gpt2, random_model
 from support.ops import keeping
 
@@ -234,6 +234,23 @@ def test_merging_into_a_tied_head_unties_it_and_says_so(caplog):
     nn.unmerge_lora(model, merged)
     assert model.lm_head.base_layer.weight is model.wte.weight
     assert np.array_equal(model(ids).data, expected)
+
+
+def test_a_layer_in_two_places_is_merged_once():
+    model = random_model(CONFIGS["llama"])
+    model.layers[1] = model.layers[0]
+    model.layers[0].mlp.up_proj = model.layers[0].mlp.gate_proj  # one layer, two places in a block
+    nn.add_lora(model, targets="all-linear", rng=1)
+    randomize(model)
+    ids = batch(CONFIGS["llama"], (2, 8))[0]
+    expected = model(ids).data
+    bound = dict(rtol=0, atol=1e-12 * np.abs(expected).max())
+    merged = nn.merge_lora(model)
+    assert not nn.lora_layers(model) and model.layers[0].mlp.up_proj is model.layers[0].mlp.gate_proj
+    np.testing.assert_allclose(model(ids).data, expected, **bound)
+    nn.unmerge_lora(model, merged)
+    assert nn.lora_layers(model) == merged
+    np.testing.assert_allclose(model(ids).data, expected, **bound)
 
 
 # --------------------------------------------------------------------------------- the cost

@@ -63,6 +63,24 @@ def assert_equal(ours, theirs):
 # --------------------------------------------------------------------------- round trips
 
 
+@pytest.mark.parametrize("whole", [[], ["norm", "input_layernorm"]])
+def test_an_adapter_of_a_layer_in_two_places_loads_again(tmp_path, whole):
+    def shared():
+        model = random_model(LLAMA)
+        model.layers[1] = model.layers[0]
+        model.layers[0].mlp.up_proj = model.layers[0].mlp.gate_proj
+        return model
+
+    model, again = shared(), shared()
+    nn.add_lora(model, targets="all-linear", modules_to_save=whole, rng=1)
+    randomize(model)
+    save_adapter(model, tmp_path / "adapter", None)
+    load_adapter(again, tmp_path / "adapter")
+    assert {*nn.lora_layers(again)} == {*nn.lora_layers(model)}
+    ids = batch(LLAMA, (2, 8))[0]
+    assert np.array_equal(again(ids).data, model(ids).data)
+
+
 ALONE = "gpt2, tied matrix"
 
 

@@ -159,26 +159,34 @@ def merge_lora(model: Module) -> dict[str, LoRA]:
     """Add s B A to each W and put the plain layers back: the same function, up to rounding, at no extra cost.
 
     Returns the LoRA layers by name, for ``unmerge_lora``. If another layer shares W, as the embedding shares
-    that of a tied head, the merged layer gets a matrix of its own, and a warning says so.
+    that of a tied head, the merged layer gets a matrix of its own, and a warning says so. To a layer in two
+    places s B A is added once.
     """
-    merged = lora_layers(model)
+    merged, plain = lora_layers(model), {}
     for name, lora in merged.items():
-        layer, W = lora.base_layer, loaded(lora.base_layer.weight, name)
-        if sum(value is W for module in {*model.modules()} for _, value in module._attributes()) > 1:
-            layer = copy.copy(layer)
-            layer.weight = Tensor(W.data, requires_grad=W.requires_grad)
-            logging.getLogger("tinyllm").warning("%s is no longer tied: LoRA was merged into it", name)
-        _add(layer.weight, lora.delta())
-        replace(model, escape(name), lambda _, __, layer=layer: layer)
+        if lora not in plain:
+            plain[lora] = _merge(model, name, lora)
+        replace(model, escape(name), lambda _, __, layer=plain[lora]: layer)
     return merged
+
+
+def _merge(model: Module, name: str, lora: LoRA) -> Linear:
+    layer, W = lora.base_layer, loaded(lora.base_layer.weight, name)
+    if sum(value is W for module in {*model.modules()} for _, value in module._attributes()) > 1:
+        layer = copy.copy(layer)
+        layer.weight = Tensor(W.data, requires_grad=W.requires_grad)
+        logging.getLogger("tinyllm").warning("%s is no longer tied: LoRA was merged into it", name)
+    _add(layer.weight, lora.delta())
+    return layer
 
 
 def unmerge_lora(model: Module, merged: Mapping[str, LoRA]) -> None:
     """Undo ``merge_lora``, whose result is ``merged``: subtract s B A again, up to rounding."""
     modules = dict(model.named_modules())
+    # A layer that was tied is not its base layer, but a copy; one in two places is subtracted from once.
+    for lora in {lora for name, lora in merged.items() if modules[name] is lora.base_layer}:
+        _add(lora.base_layer.weight, -lora.delta())
     for name, lora in merged.items():
-        if modules[name] is lora.base_layer:  # otherwise it was tied, and the merged layer is a copy
-            _add(lora.base_layer.weight, -lora.delta())
         replace(model, escape(name), lambda _, __, lora=lora: lora)
 
 

@@ -127,6 +127,12 @@ def _plain_layers(model: Module) -> dict[str, Module]:
     }
 
 
+def _once(plain: Mapping[str, Module]) -> dict[str, Module]:
+    """The layers by name, one in two places only by the first, under which it is saved."""
+    first = {id(layer): name for name, layer in reversed(plain.items())}
+    return {name: layer for name, layer in plain.items() if first[id(layer)] == name}
+
+
 # ------------------------------------------------------------------------------------------ loading
 
 
@@ -212,7 +218,10 @@ def _rows(model: Module, shapes: Mapping[str, tuple]) -> int | None:
 def _check_fits(model, plain, config, wanted, shapes, rows, folder) -> None:
     """Raise ``Error`` unless the file has exactly the adapter's arrays, in the shapes that fit the model."""
     expected, by_id = {}, (getattr(model, "token_embedding", None), "lm_head")
+    saved = _once(plain)
     for name, (rank, _) in wanted.items():
+        if name not in saved:
+            continue
         if not isinstance(plain[name], Linear):
             kind = type(plain[name]).__name__
             raise Error(f"the adapter in {folder} has LoRA on {name} ({kind}): only a Linear is supported")
@@ -227,7 +236,7 @@ def _check_fits(model, plain, config, wanted, shapes, rows, folder) -> None:
         if isinstance(parameter, Tensor) and (owner in wanted) == (".base_layer." in name):
             shape = plain[owner].layout(local, parameter.data).shape
             expected[name] = (rows, *shape[1:]) if rows and owner in by_id else shape
-    for name, module in plain.items():
+    for name, module in saved.items():
         if matches(config["modules_to_save"] or [], _published(model, name)):
             for inner, array in module.state_dict().items():
                 expected.setdefault(f"{name}.{inner}", array.shape)
@@ -254,8 +263,7 @@ def _untie(
     """
     owners = {}  # id of a parameter -> the layers that have it, each as (layer, name in it, key or None)
     names = {name.replace(".base_layer.", "."): key for name, key in keys.items()}
-    first = {id(layer): (name, layer) for name, layer in reversed(plain.items())}  # of one in two places
-    for name, layer in first.values():
+    for name, layer in _once(plain).items():
         for local, value in vars(layer).items():
             if isinstance(value, Tensor):
                 owners.setdefault(id(value), []).append((layer, local, names.get(f"{name}.{local}")))
