@@ -43,6 +43,10 @@ ADAPTERS = {  # of peft: the base model's config, and the options of LoraConfig
     "gpt2, head": (GPT, dict(target_modules=["c_attn", "lm_head"], modules_to_save=["wte"])),
     "llama": (LLAMA, {}),
     "llama, all linear": (LLAMA, dict(target_modules="all-linear", r=2, lora_alpha=7)),
+    "llama, one block and the head": (
+        LLAMA,
+        dict(target_modules=["q_proj", "lm_head", "model.layers.1.mlp.up_proj"], layers_to_transform=0),
+    ),
     "llama, norms": (LLAMA, dict(modules_to_save=["norm"], use_rslora=True)),
     "llama, tied head": (TIED_LLAMA, dict(target_modules=["q_proj", "lm_head"])),
 }

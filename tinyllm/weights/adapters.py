@@ -193,13 +193,14 @@ def _lora_of(model: Module, plain: Mapping[str, Module], config: dict) -> dict[s
     """The rank and α of every layer that PEFT would adapt, by name."""
     only, found = config["layers_to_transform"], {}
     for name in plain:
-        theirs = _published(model, name)
+        theirs, targets = _published(model, name), config["target_modules"]
         block = re.match(r".*?\.[^.]*\.(\d+)\.", theirs)
+        exact = not isinstance(targets, str) and theirs in targets  # then in any block
         if (
-            matches(config["target_modules"], theirs)
+            matches(targets, theirs)
             and not any(f".{whole}." in f".{theirs}." for whole in config["modules_to_save"] or ())
             and not matches(config["exclude_modules"] or [], theirs)
-            and (only in (None, []) or (block and int(block[1]) in [*np.atleast_1d(only)]))
+            and (exact or only in (None, []) or (block and int(block[1]) in [*np.atleast_1d(only)]))
         ):
             patterns = ("rank_pattern", "r"), ("alpha_pattern", "lora_alpha")
             found[name] = tuple(first_match(config[own], theirs, config[all_]) for own, all_ in patterns)
