@@ -133,6 +133,15 @@ def test_a_merged_run_is_a_classifier_with_the_same_probabilities(run, tmp_path,
     assert "omit --adapter" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("command", ["merge --out {new}", "generate --prompt a", "export --hf {new}"])
+def test_a_classifiers_adapter_is_not_put_on_a_language_model(run, tmp_path, capsys, command):
+    model = ["--model", str(run.parent / "start"), "--adapter", str(run)]
+    assert main([*command.format(new=tmp_path / "new").split(), *model]) == 2
+    message = capsys.readouterr().err
+    assert "makes a classifier" in message and "tinyllm classify" in message and message.count("\n") == 1
+    assert not (tmp_path / "new").exists()
+
+
 def test_a_classifier_is_not_trained_as_a_language_model(run, tmp_path, capsys):
     command = ["finetune", "--task", "classify", "--model", str(run), "--data", str(run.parent / "data.csv")]
     assert main([*command, "--out", str(tmp_path / "run")]) == 2

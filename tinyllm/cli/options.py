@@ -28,7 +28,7 @@ from tinyllm.nn import Module, lora_layers
 from tinyllm.tokenizers import load_tokenizer
 from tinyllm.tokenizers.base import FILE_NAME, Tokenizer, check_fits
 from tinyllm.training.config import flag
-from tinyllm.weights.adapter_config import find_adapter, read_adapter_config
+from tinyllm.weights.adapter_config import check_causal_lm, find_adapter, read_adapter_config
 from tinyllm.weights.adapters import load_adapter
 from tinyllm.weights.hub import HUB_ID
 from tinyllm.weights.pull import KNOWN_MODELS
@@ -117,7 +117,9 @@ class AdapterOptions(ModelOptions):
             return
         if lora_layers(model):
             raise Error(f"{self.typed} has an adapter already: omit --adapter")
-        load_adapter(model, find_adapter(self.adapter))
+        folder = find_adapter(self.adapter)
+        check_causal_lm(folder)
+        load_adapter(model, folder)
         model.eval()
 
 
