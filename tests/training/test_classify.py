@@ -205,6 +205,10 @@ def test_long_texts_are_cut_and_counted(start, table):
     assert task.train_rows.lengths.max() == 8 and longer > 0
     assert any(line.startswith(f"{longer} training and validation texts have more than 8 tokens")
                for line in task.introduction())  # fmt: skip
+    longer = sum(len(text) > 8 for text in task.texts.test.texts)
+    assert longer > 0 and any(
+        line.startswith(f"{longer} test texts have more than 8 tokens") for line in task.introduction()
+    )
 
 
 def test_ids_of_a_text():

@@ -86,6 +86,7 @@ class Classification(Finetuning):
         return self.texts.examples
 
     def encode(self) -> tuple[EncodedTexts, EncodedTexts]:
+        self.test_rows = self._encoded(self.texts.test)
         return self._encoded(self.texts.train), self._encoded(self.texts.valid)
 
     def _encoded(self, part: Part) -> EncodedTexts:
@@ -140,9 +141,9 @@ class Classification(Finetuning):
         chosen = f"chosen by the lowest validation loss: {checkpoint}"
         if not self.texts.test.texts:
             return f"{chosen}\nthe data has no test part"
-        config, test = self.config, self.texts.test
+        config = self.config
         model = load_classifier(checkpoint, config.parameter_dtype).to(pick_device(config.device))
-        logits = class_logits(model, self._encoded(test), config.at_once)
+        logits = class_logits(model, self.test_rows, config.at_once)
         scores = self._scores(logits.argmax(axis=1))
         baselines = self.baselines()
         found = {"checkpoint": checkpoint.name, **scores.to_json(), "baselines": baselines}
@@ -181,11 +182,13 @@ class Classification(Finetuning):
     def introduction(self) -> list[str]:
         lines = [f"starts from {self.start['weights']}; {self.trains}"]
         lines += self.texts.describe()
-        if cut := self.train_rows.cut + self.valid_rows.cut:
-            lines.append(
-                f"{cut:,} training and validation texts have more than {self.max_length} tokens: only their "
-                "beginning is read (--max-length)"
-            )
+        learned = self.train_rows.cut + self.valid_rows.cut
+        lines += [
+            f"{cut:,} {part} texts have more than {self.max_length} tokens: only their beginning is read "
+            "(--max-length)"
+            for part, cut in (("training and validation", learned), ("test", self.test_rows.cut))
+            if cut
+        ]
         return lines
 
     def next_commands(self, folder: Path) -> list[str]:
