@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.chat_model import CHATML, END, START
 from support.instructions import CHATS, chat_tokenizer, of_bytes, reference, render_in_process, turns
+from support.tokenizers import write_sentencepiece_like
 
 from tinyllm.data import instructions
 from tinyllm.data.examples import Row
@@ -154,6 +155,25 @@ def test_a_token_across_the_border_is_divided(tmp_path):
     assert tokenizer.decode(found.ids) == "Q: x A::)<|endoftext|>"
     (plain,) = encoded(tokenizer, [turns("x", " y")])
     assert not plain.divided
+
+
+def test_a_divided_answer_gets_no_space_in_front(tmp_path):
+    """Llama 2's tokenizer adds one in front of a text, and an answer is not the beginning of one."""
+    template = (
+        "{% for m in messages %}{{ m.role.upper() + ': ' + m.content }}"
+        "{{ eos_token if m.role == 'assistant' else ' ' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ 'ASSISTANT: ' }}{% endif %}"
+    )
+    config = {"eos_token": "</s>", "chat_template": template}
+    tokenizer = load_tokenizer(write_sentencepiece_like(tmp_path, config=config))
+    chat = turns("yes", "Hi you.", "no </s>", "Hi")  # the user's </s> is ordinary text
+    (found,) = encoded(tokenizer, [chat])
+    assert found.divided
+    text = "USER: yes ASSISTANT: Hi you.</s> USER: no </s> ASSISTANT: Hi</s>"
+    assert tokenizer.decode(found.ids) == text
+    assert tokenizer.decode_bytes(found.ids[found.learned]) == b"Hi you.</s>Hi</s>"
+    prompt = encode_chat(tokenizer, template, chat[:1])
+    assert found.ids[: len(prompt)].tolist() == prompt
 
 
 def test_a_template_that_changes_earlier_turns_is_refused(tokenizer, monkeypatch):

@@ -176,3 +176,32 @@ def write_json(folder, definition):
 def special(i, content, **more):
     flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
     return {"id": i, "content": content} | flags | more
+
+
+def write_sentencepiece_like(folder, scheme="legacy", config=None):
+    """A folder with a small tokenizer.json in the manner of Llama 2, which adds a space in front of a text.
+
+    ``scheme`` says how: "legacy" is the normalizer Prepend, "first", "always" and "never" are Metaspace's.
+    <s> and </s> are special, and so is <a>, which absorbs the whitespace around it.
+    """
+    library = pytest.importorskip("tokenizers")
+    normal, decode = library.normalizers, library.decoders
+    tokens = ["<unk>", "<s>", "</s>", "<a>", *(f"<0x{byte:02X}>" for byte in range(256))]
+    tokens += [*map(chr, range(33, 127)), "▁", "▁H", "▁Hi", "▁y", "▁▁"]
+    merges = [("▁", "H"), ("▁H", "i"), ("▁", "y"), ("▁", "▁")]
+    vocabulary = {token: i for i, token in enumerate(dict.fromkeys(tokens))}
+    model = library.models.BPE(vocabulary, merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True)
+    found = library.Tokenizer(model)
+    if scheme == "legacy":
+        found.normalizer = normal.Sequence([normal.Prepend("▁"), normal.Replace(" ", "▁")])
+    else:
+        found.pre_tokenizer = library.pre_tokenizers.Metaspace(prepend_scheme=scheme, split=False)
+    steps = [decode.Replace("▁", " "), decode.ByteFallback(), decode.Fuse(), decode.Strip(" ", 1, 0)]
+    found.decoder = decode.Sequence(steps)
+    for name in ("<unk>", "<s>", "</s>", "<a>"):
+        absorbs = dict.fromkeys(("lstrip", "rstrip"), name == "<a>")
+        found.add_special_tokens([library.AddedToken(name, normalized=False, special=True, **absorbs)])
+    folder.mkdir(parents=True, exist_ok=True)
+    found.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text(json.dumps(config or {}), encoding="utf-8")
+    return folder

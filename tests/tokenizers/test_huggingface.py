@@ -15,6 +15,7 @@ from support.tokenizers import (
     special,
     texts,
     write_json,
+    write_sentencepiece_like,
 )
 
 from tinyllm.errors import Error
@@ -55,6 +56,33 @@ def test_tokenizer_json_equals_transformers(byte_level):
             text, add_special_tokens=False, padding=False, truncation=False, split_special_tokens=True
         )
         assert ours.encode(text, "text") == as_text
+
+
+SCHEMES = ["legacy", "first", "always", "never"]
+TEXT = "Hi you  Hi<s>Hi </s> you <a>  Hi\n</s>yes"
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_text_between_special_tokens_is_encoded_as_by_the_library(tmp_path, scheme):
+    ours = load_tokenizer(write_sentencepiece_like(tmp_path, scheme))
+    found = ours.find_special(TEXT)
+    assert len(found) == 4
+    assert ours.encode_around(TEXT, found).tolist() == ours.encode(TEXT, "allow")
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_a_text_that_continues_another_gets_no_space(tmp_path, scheme):
+    ours = load_tokenizer(write_sentencepiece_like(tmp_path, scheme))
+    whole, compared = ours.encode(TEXT, "allow"), 0
+    for cut in range(1, len(TEXT)):
+        before = ours.encode(TEXT[:cut], "allow")
+        rest = ours.encode_around(TEXT[cut:], ours.find_special(TEXT[cut:]), before).tolist()
+        if before == whole[: len(before)]:  # no token and no special token crosses the cut
+            assert rest == whole[len(before) :]
+            compared += 1
+    assert compared > 20
+    before = ours.encode("A: ")
+    assert ours.decode([*before, *ours.encode_around("Hi", [], before)]) == "A: Hi"
 
 
 def test_tokenizer_json_is_never_truncated_or_padded(byte_level):

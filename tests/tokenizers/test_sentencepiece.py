@@ -45,3 +45,12 @@ def test_decode_removes_the_leading_space(llama2, llama2_json):
         assert tokenizer.decode_bytes(ids) == b" the the"
         assert tokenizer.decode_bytes(ids[-1:]) == b" the"
         assert tokenizer.decode(ids[-1:]) == "the"
+
+
+def test_a_text_that_continues_another_gets_no_space(llama2):
+    ours = load_tokenizer(llama2)
+    before = ours.encode("the ")
+    rest = ours.encode_around("cat", [], before).tolist()
+    assert ours.decode([*before, *rest]) == "the cat" and rest != ours.encode("cat")
+    end = ours.special_tokens["</s>"]
+    assert ours.encode_around("cat", [], [*before, end]).tolist() == ours.encode("cat")  # as in encode

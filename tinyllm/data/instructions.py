@@ -296,8 +296,8 @@ def _encode(tokenizer: Tokenizer, parts: list[RenderedChat]) -> Encoded:
     if divided:
         prefixes = []
         for start, end in zip([0, *borders], borders):
-            piece = _encode_piece(tokenizer, whole, start, end)
-            prefixes.append([*(prefixes or [[]])[-1], *piece])
+            before = (prefixes or [[]])[-1]
+            prefixes.append([*before, *_encode_piece(tokenizer, whole, start, end, before)])
         ids = prefixes[-1]
     ends = [len(prefix) for prefix in prefixes]
     offset = len(tokenizer.with_bos(ids)) - len(ids)
@@ -312,14 +312,16 @@ def _encode(tokenizer: Tokenizer, parts: list[RenderedChat]) -> Encoded:
     return Encoded(np.array(tokenizer.with_bos(ids)), learned, divided)
 
 
-def _encode_piece(tokenizer: Tokenizer, whole: RenderedChat, start: int, end: int) -> list[int]:
+def _encode_piece(
+    tokenizer: Tokenizer, whole: RenderedChat, start: int, end: int, before: list[int]
+) -> list[int]:
+    """The ids of a part of the text, which continues the part with the ids ``before``."""
     text = whole.text[start:end]
-    if whole.special is None:
-        return tokenizer.encode(text, special="allow")
-    own = {found.start() for found in whole.special}
-    return tokenizer.encode_around(
-        text, [found for found in tokenizer.find_special(text) if start + found.start() in own]
-    ).tolist()
+    found = tokenizer.find_special(text)
+    if whole.special is not None:
+        own = {each.start() for each in whole.special}
+        found = [each for each in found if start + each.start() in own]
+    return tokenizer.encode_around(text, found, before).tolist()
 
 
 class Shortened(NamedTuple):

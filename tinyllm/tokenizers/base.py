@@ -81,8 +81,11 @@ class Tokenizer:
         """The matches of special tokens in a text, in order; of two at the same position, the longer one."""
         return find_names(self.special_tokens, text)
 
-    def encode_around(self, text: str, found: list[re.Match]) -> np.ndarray:
-        """Encode the special tokens ``found`` as their ids, and the text between them as ordinary text."""
+    def encode_around(self, text: str, found: list[re.Match], before: Sequence[int] = ()) -> np.ndarray:
+        """Encode the special tokens ``found`` as their ids, and the text between them as ordinary text.
+
+        ``before`` are the ids of the text that this one continues: then no space is added in front of it.
+        """
         arrays, end = [], 0
         for match in found:
             arrays.append(self._encode_ordinary(text[end : match.start()], end))

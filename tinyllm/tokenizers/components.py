@@ -48,7 +48,7 @@ def check_components(source: Path, definition: dict) -> None:
     """Raise ``Error`` if a component of the tokenizer in the file ``source`` is not one that may be run."""
     growth, number = 1.0, 0
     for key, parts, known in KINDS:
-        for component in _flatten(definition.get(key), parts):
+        for component in flatten(definition.get(key), parts):
             number += 1
             problem = _problem(component, known)
             growth *= 1 if problem or known is POST_PROCESSORS else _growth(component)
@@ -64,7 +64,7 @@ def check_components(source: Path, definition: dict) -> None:
             raise Error(f"{source} has the dropout {p}: set it to null, or a text's ids are random")
 
 
-def _flatten(component, parts: str) -> list:
+def flatten(component, parts: str) -> list:
     """A component, or the components of a Sequence and of those in it."""
     found, waiting = [], [] if component is None else [component]
     while waiting:

@@ -10,6 +10,7 @@ characters, writes a space as ``▁``, adds one at the beginning of every text, 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -28,7 +29,7 @@ from tinyllm.tokenizers.base import (
     library_errors,
     require,
 )
-from tinyllm.tokenizers.components import check_components
+from tinyllm.tokenizers.components import check_components, flatten
 from tinyllm.tokenizers.sentencepiece import piece_bytes
 from tinyllm.tokenizers.tiktoken import BYTE_OF, LLAMA3_PATTERN
 
@@ -72,9 +73,8 @@ class TokenizersTokenizer(Tokenizer):
         vocabulary = tokenizer.get_vocab(with_added_tokens=True)
         self.vocab_size = max(vocabulary.values(), default=-1) + 1
         self._gaps = set(range(self.vocab_size)).difference(vocabulary.values())
-        added = tokenizer.get_added_tokens_decoder()
-        self._added = {i: token.content for i, token in added.items()}
-        self.special_tokens = {token.content: i for i, token in added.items() if token.special}
+        self._added = tokenizer.get_added_tokens_decoder()
+        self.special_tokens = {token.content: i for i, token in self._added.items() if token.special}
         self._check_model()
         self._byte_level = self._check_decoder()
         symbols = BYTE_OF.keys() - tokenizer.get_vocab(with_added_tokens=False) if self._byte_level else ()
@@ -135,9 +135,45 @@ class TokenizersTokenizer(Tokenizer):
         check_text(text, special)
         return self._encode(self.tokenizer, text)
 
-    def _encode_ordinary(self, text: str, start: int) -> np.ndarray:
-        named = any(name in text for name in self.special_tokens)
-        ids = self._encode(self._text_only if named else self.tokenizer, text)
+    @cached_property
+    def _continuing(self) -> tokenizers.Tokenizer:
+        """A copy that encodes special tokens as ordinary text, and adds no space in front of it."""
+        definition = json.loads(self.tokenizer.to_str())
+        for kind in ("normalizer", "pre_tokenizer"):
+            definition[kind] = _without_prefix(definition[kind])
+        copy = type(self.tokenizer).from_str(json.dumps(definition))
+        copy.encode_special_tokens = True
+        return copy
+
+    @cached_property
+    def _prefix(self) -> str:
+        """Where a space is added: "first" in a text, "always", also after an added token, or "never"."""
+        places = (self.tokenizer.normalizer, "normalizers"), (self.tokenizer.pre_tokenizer, "pretokenizers")
+        states = [(json.loads(part.__getstate__()), key) for part, key in places if part is not None]
+        parts = [part for state, key in states for part in flatten(state, key)]
+        if any(part["type"] == "Prepend" or part.get("add_prefix_space") for part in parts):
+            return "always"
+        return next((part["prepend_scheme"] for part in parts if "prepend_scheme" in part), "never")
+
+    def encode_around(self, text: str, found: list[re.Match], before: Sequence[int] = ()) -> np.ndarray:
+        arrays, end, last = [], 0, before[-1] if len(before) else None
+        for match in found:
+            i = self.special_tokens[match[0]]
+            part = text[end : match.start()]
+            arrays.append(self._encode_after(last, part.rstrip() if self._added[i].lstrip else part))
+            arrays.append(np.array([i], np.uint32))
+            end, last = match.end(), i
+        return np.concatenate([*arrays, self._encode_after(last, text[end:])])
+
+    def _encode_after(self, last: int | None, text: str) -> np.ndarray:
+        """The ids of ordinary text after the token ``last``, or at the beginning of a text."""
+        if last in self._added and self._added[last].rstrip:  # it absorbs the spaces after it
+            text = text.lstrip()
+        if self._prefix == "never" or last is None or (self._prefix == "always" and last in self._added):
+            named = any(name in text for name in self.special_tokens)
+            ids = self._encode(self._text_only if named else self.tokenizer, text)
+        else:
+            ids = self._encode(self._continuing, text)
         unknown = self.special_tokens.get(self.tokenizer.model.unk_token)
         made = (set(self.special_tokens.values()) - {unknown}).intersection(ids.tolist())
         if made:
@@ -156,7 +192,8 @@ class TokenizersTokenizer(Tokenizer):
 
     def with_special_tokens(self, names: Sequence[str]) -> TokenizersTokenizer:
         extended = super().with_special_tokens(names)
-        extended.__dict__.pop("_text_only", None)
+        for copied in ("_text_only", "_continuing"):
+            extended.__dict__.pop(copied, None)
         extended.tokenizer = type(self.tokenizer).from_str(self.tokenizer.to_str())
         extended.tokenizer.add_special_tokens(list(names))
         for name in names:
@@ -164,12 +201,13 @@ class TokenizersTokenizer(Tokenizer):
                 raise Error(
                     f"{self.name} has unused ids, and {name!r} would get one of them: add it to the file"
                 )
-            extended._added = {**extended._added, extended.special_tokens[name]: name}
+        extended._added = extended.tokenizer.get_added_tokens_decoder()
         return extended
 
     def with_file_tokens(self, tokens: Mapping[int, Mapping]) -> TokenizersTokenizer:
         library = require("tokenizers")
-        new = {i: token for i, token in tokens.items() if self._added.get(i) != token["content"]}
+        known = {i: token.content for i, token in self._added.items()}
+        new = {i: token for i, token in tokens.items() if known.get(i) != token["content"]}
         if not new:
             return self
         tokenizer = type(self.tokenizer).from_str(self.tokenizer.to_str())
@@ -209,6 +247,21 @@ class TokenizersTokenizer(Tokenizer):
         checked = check_sequence(ids, self.vocab_size)
         self.decode_bytes(checked)  # raises an error for an id without a token, which the library skips
         return self.tokenizer.decode(checked, skip_special_tokens=False)
+
+
+def _without_prefix(component: dict | None) -> dict | None:
+    """A normalizer or pre-tokenizer of a tokenizer.json that adds no space in front of a text."""
+    match component:
+        case {"type": "Sequence"}:
+            key = "normalizers" if "normalizers" in component else "pretokenizers"
+            return component | {key: [*filter(None, map(_without_prefix, component[key]))]}
+        case {"type": "Prepend"}:
+            return None
+        case {"type": "Metaspace"}:
+            return component | {"prepend_scheme": "never"}
+        case {"add_prefix_space": _}:
+            return component | {"add_prefix_space": False}
+    return component
 
 
 def read_tokenizer_json(file: Path) -> TokenizersTokenizer:

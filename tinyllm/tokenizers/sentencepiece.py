@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import itertools
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -87,16 +87,18 @@ class SentencePieceTokenizer(Tokenizer):
     def token_ids(self) -> set[int]:
         return {*range(len(self.processor)), *self._names()}
 
-    def encode_around(self, text: str, found: list[re.Match]) -> np.ndarray:
+    def encode_around(self, text: str, found: list[re.Match], before: Sequence[int] = ()) -> np.ndarray:
         ordinary = find_names(self._added.keys() - self.special_tokens.keys(), text)
         ids, end, processor = [], 0, self.processor
+        if len(before):
+            processor = self._after(before[-1]) if before[-1] in self._names() else self._continuing
         for match in sorted([*found, *ordinary], key=re.Match.start):
             if match.start() < end:
                 continue
             token = self._added.get(match[0], {})
             i = token.get("id", self.special_tokens.get(match[0]))
-            before = text[end : match.start()]
-            ids += [*processor.encode(before.rstrip() if token.get("lstrip") else before), i]
+            part = text[end : match.start()]
+            ids += [*processor.encode(part.rstrip() if token.get("lstrip") else part), i]
             end, processor = match.end(), self._after(i)
             if token.get("rstrip"):
                 end += len(text[end:]) - len(text[end:].lstrip())
