@@ -24,8 +24,9 @@ from tinyllm import Error, Llama, LlamaConfig, generate, load_tokenizer, nn
 from tinyllm.backend.memory import keep_memory, peak_memory
 from tinyllm.checks import pip_install
 from tinyllm.data.batches import Batches
+from tinyllm.data.conversations import conversations, prompt_of, recognise
 from tinyllm.data.examples import Row, divide, open_examples
-from tinyllm.data.instructions import CHATML, conversations, encode_conversations, prompt_of, recognise
+from tinyllm.data.instructions import CHATML, encode_conversations
 from tinyllm.data.padded import PaddedExamples
 from tinyllm.inference.chat import load_model_and_tokenizer
 from tinyllm.optim import warmup_cosine

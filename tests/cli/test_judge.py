@@ -146,6 +146,22 @@ def test_pairs_of_answers_and_messages_are_prompts(judge, tmp_path):
     assert (chat["prompt"], chat["reference"]) == ("user: u\n\nassistant: a\n\nuser: u", "a")
 
 
+def test_the_reference_is_an_answer_to_learn_and_unused_keys_are_named(judge, tmp_path):
+    chat = [{"role": role, "content": role[0]} for role in ("user", "assistant", "user", "assistant")]
+    chat[3] |= {"weight": 0, "name": "Ann"}
+    pair = {"prompt": "Hi", "chosen": "Hello", "rejected": "No", "system": "Brief.", "score": 3}
+    question = QUESTIONS[0] | {"subject": "logic"}
+    for by, row, unused in (("match", {"messages": chat}, "name of turns"), ("match", pair, "score"),
+                            ("choice", question, "subject")):  # fmt: skip
+        data = tmp_path / "more.json"
+        data.write_text(json.dumps([row] * 2), encoding="utf-8")
+        code, out, _ = judge("--by", by, data=data, rows=1, part="all")
+        assert code == 0 and f"({unused} not used)" in out
+    first, second = (lines(tmp_path / "judged" / f"more-{i}" / "answers.jsonl")[0] for i in (1, 2))
+    assert (first["prompt"], first["reference"]) == ("u", "a")
+    assert (second["prompt"], second["reference"]) == ("system: Brief.\n\nuser: Hi", "Hello")
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [

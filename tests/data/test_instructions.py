@@ -9,16 +9,14 @@ from support.instructions import CHATS, chat_tokenizer, of_bytes, reference, ren
 from support.tokenizers import write_sentencepiece_like
 
 from tinyllm.data import instructions
+from tinyllm.data.conversations import conversations, prompt_of, recognise
 from tinyllm.data.examples import Row
 from tinyllm.data.instructions import (
     Encoded,
     alpaca,
     check_template,
-    conversations,
     encode_conversations,
     encode_text,
-    prompt_of,
-    recognise,
     shorten,
 )
 from tinyllm.errors import Error
@@ -46,59 +44,6 @@ def tokenizer(tmp_path_factory):
 
 def encoded(tokenizer, chats):
     return encode_conversations(tokenizer, rows(*({} for _ in chats)), chats)
-
-
-# ----------------------------------------------------------------------------------------- formats
-
-ANSWER = {"role": "assistant", "content": "4"}
-FORMS = {
-    "messages": ({"messages": turns("2+2?", "4")}, "2+2?"),
-    "sharegpt": (
-        {"conversations": [{"from": "human", "value": "2+2?"}, {"from": "gpt", "value": "4"}]},
-        "2+2?",
-    ),
-    "alpaca": ({"instruction": "Add", "input": "2+2", "output": "4"}, "Add\n\n### Input:\n2+2"),
-    "prompt-completion": ({"prompt": "2+2?", "completion": "4"}, "2+2?"),
-}
-
-
-@pytest.mark.parametrize("name", FORMS)
-def test_a_format_is_recognised_by_its_keys(name):
-    values, question = FORMS[name]
-    form = recognise(rows(values, {**values, "id": 7}))
-    assert form.name == name
-    (found,) = conversations(rows(values), form)
-    assert found == [{"role": "user", "content": question}, ANSWER]
-
-
-def test_an_alpaca_row_needs_no_input_and_a_conversational_completion_is_a_list_of_turns():
-    for values in ({"instruction": "Hi", "output": "4"}, {"instruction": "Hi", "input": "", "output": "4"}):
-        (found,) = conversations(rows(values), recognise(rows(values)))
-        assert found == turns("Hi", "4")
-    values = {"prompt": turns("2+2?"), "completion": [ANSWER]}
-    assert conversations(rows(values), recognise(rows(values))) == [turns("2+2?", "4")]
-    assert recognise(rows({"text": "once"})).messages is None
-
-
-@pytest.mark.parametrize(
-    ("values", "said"),
-    [
-        ([{"question": "2+2?"}], r"row 1 of data.json has the keys 'question'.*\{messages\}"),
-        ([{"prompt": "a", "completion": "b"}, {"prompt": "a"}], "row 2 of data.json has no 'completion'"),
-        ([{"instruction": "a", "output": 4}], "row 1 of data.json: 'output' is 4"),
-        ([{"messages": []}], "row 1 of data.json: 'messages' is .*list of turns"),
-        ([{"messages": [{"role": "user"}]}], "row 1 of data.json: a turn is .*'content'"),
-        ([{"messages": turns("a")}], "row 1 of data.json: there is no answer"),
-        ([{"messages": [ANSWER]}], "row 1 of data.json: there is no answer"),
-        (
-            [{"conversations": [{"from": "alien", "value": "x"}]}],
-            "row 1 of data.json: a turn is from 'alien'",
-        ),
-    ],
-)
-def test_a_row_that_cannot_be_used_is_named(values, said):
-    with pytest.raises(Error, match=said):
-        conversations(rows(*values), recognise(rows(*values)))
 
 
 def test_a_conversation_that_is_too_long_to_render_is_named(tokenizer, monkeypatch):
@@ -138,6 +83,18 @@ def test_what_precedes_an_answer_is_the_prompt_of_generation(tokenizer):
         prompt = encode_chat(tokenizer, tokenizer.chat_template, prompt_of(messages))
         assert found.ids[: len(prompt)].tolist() == prompt
         assert not found.learned[: len(prompt)].any() and found.learned[len(prompt)]
+
+
+def test_an_answer_of_weight_0_is_not_learned(tokenizer):
+    chat = turns("a", "b", "c", "d", "e", "f")
+    ids, learned = reference(chat)
+    wrong = np.flatnonzero(learned)[2:4]  # "d" and its end
+    chat[3]["weight"], chat[5]["weight"] = 0, 1
+    (found,) = encoded(tokenizer, [chat])
+    assert found.ids.tolist() == ids.tolist()
+    assert found.learned.tolist() == [x and i not in wrong for i, x in enumerate(learned)]
+    (whole,) = encode_conversations(tokenizer, rows({}), [chat], prompts=True)
+    assert np.flatnonzero(~whole.learned).tolist() == wrong.tolist()
 
 
 def test_a_token_across_the_border_is_divided(tmp_path):

@@ -3,7 +3,7 @@
 import pytest
 
 from tinyllm.data.examples import Row
-from tinyllm.data.preferences import two_examples
+from tinyllm.data.preferences import two_examples, unused_of_pairs
 from tinyllm.errors import Error
 
 
@@ -50,6 +50,20 @@ def test_messages(row):
     assert read(row) == MESSAGES
 
 
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"instruction": "Hi", "chosen": "Hello", "rejected": "Bye"},
+        {"prompt": "Hi", "chosen": "Hello", "rejected": "Bye"},
+        {"prompt": "Hi", "chosen": [HELLO], "rejected": [BYE]},
+    ],
+)
+def test_a_system_is_that_of_both_answers_and_other_keys_are_named(row):
+    assert [each["system"] for each in read(row | {"system": "Be brief."})] == ["Be brief."] * 2
+    more = row | {"system": "Be brief.", "output": "no", "score": 3}
+    assert unused_of_pairs([Row(row, ""), Row(more, "")]) == ["output", "score"]
+
+
 def test_several_turns():
     turns = [user("Hi"), HELLO, user("And?")]
     row = {"chosen": [*turns, HELLO], "rejected": [*turns, BYE]}
@@ -71,6 +85,7 @@ def test_several_turns():
         ({"prompt": "Hi", "chosen": [HELLO], "rejected": [user("Ho"), BYE]}, "rejected does not begin"),
         ({"chosen": [HELLO], "rejected": [BYE]}, "chosen does not begin"),
         ({"chosen": [user("Hi"), HELLO], "rejected": [user("Ho"), BYE]}, "differ before their last"),
+        ({"prompt": "Hi", "chosen": [HELLO], "rejected": [BYE | {"weight": 0}]}, "has weight 0"),
     ],
 )
 def test_a_malformed_pair_is_named(row, said):

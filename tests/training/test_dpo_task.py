@@ -93,6 +93,16 @@ def test_the_reference_is_that_of_the_model_as_loaded(whole, model, data, tmp_pa
     assert len(kept["valid"]) == len(task.valid_rows)
 
 
+def test_a_system_is_in_the_prompt_and_unused_keys_are_named(model, tmp_path):
+    rows = [row | {"system": "Be brief.", "score": 3} for row in ROWS]
+    task = PreferenceTuning(options(model, write(tmp_path / "pairs.json", rows), tmp_path, questions=()))
+    task.load(tmp_path, {})
+    assert "(score not used)" in task.notes[0]
+    ids, _, _ = task.train_rows[np.arange(1)]
+    for answer in ids[0]:
+        assert task.tokenizer.decode(answer).startswith(turn("system", "Be brief.") + "<|im_start|>user")
+
+
 @pytest.mark.parametrize("step", [0, 1, 4])
 def test_a_stopped_run_resumes_bit_for_bit(whole, model, data, tmp_path, step):
     out = tmp_path / "run"

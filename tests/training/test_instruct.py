@@ -111,7 +111,7 @@ def test_the_output_says_what_is_done(files, tmp_path, capsys):
     for line in (
         "trains 1,024 of 13,968 parameters: LoRA of rank 2 on 14 layers",
         "7 training, 3 validation and 0 test examples (as given)",
-        "format messages: {messages}; chat template: that of the model; learned: the answers",
+        "format messages: {messages, system}; chat template: that of the model; learned: the answers",
         "5 steps of 4 examples, 2 an epoch",
         "Q: line break A:",
         "tinyllm chat --run",

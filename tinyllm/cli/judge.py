@@ -16,9 +16,18 @@ from tqdm import tqdm
 
 from tinyllm.backend.dtypes import autocast
 from tinyllm.cli.options import DeviceOptions, Flag, TextModelOptions, move, option
+from tinyllm.data.conversations import (
+    Message,
+    conversations,
+    is_learned,
+    not_used,
+    recognise,
+    unused_keys,
+    without_weights,
+)
 from tinyllm.data.examples import Row, open_examples
-from tinyllm.data.instructions import Message, alpaca, conversations, recognise
-from tinyllm.data.preferences import two_examples
+from tinyllm.data.instructions import alpaca
+from tinyllm.data.preferences import two_examples, unused_of_pairs
 from tinyllm.errors import Error
 from tinyllm.inference.chat import text_stream
 from tinyllm.inference.choices import LETTERS, log_prob, most_likely, parse_question
@@ -129,7 +138,8 @@ def run(config: JudgeConfig) -> None:
     judge = (_Choices if config.by == "choice" else _Answers)(config, rows)
     out = config.out or _new_folder(config.data)
     with closing(JudgedFolder(out, kept)) as folder:
-        print(f"{len(rows):,} rows of {config.data}; answers and scores are kept in {out}")
+        unused = not_used(judge.unused)
+        print(f"{len(rows):,} rows of {config.data}{unused}; answers and scores are kept in {out}")
         again = f"the same command with --out {out} continues"
         try:
             with autocast(config.dtype):
@@ -177,20 +187,23 @@ def _rows(config: JudgeConfig) -> tuple[list[Row], str]:
     return rows, found.sha256
 
 
-def _items(rows: list[Row]) -> list[tuple[Prompt, Item]]:
-    """The conversation that each row's last answer continues, and both as texts for a judge."""
+def _items(rows: list[Row]) -> tuple[list[tuple[Prompt, Item]], list[str]]:
+    """The conversation that each row's last answer continues, and both as texts for a judge; unused keys."""
+    unused = []
     if "chosen" in rows[0].values:
-        rows = [two_examples(row)[0] for row in rows]
+        pairs, rows = rows, [two_examples(row)[0] for row in rows]
+        unused = unused_of_pairs(pairs)
     form = recognise(rows)
     if form.messages is None:
         raise Error(f"{rows[0].where} is a text without a question: give rows of questions and answers")
     found = []
     for row, messages in zip(rows, conversations(rows, form)):
-        last = max(i for i, message in enumerate(messages) if message["role"] == "assistant")
+        last = max(i for i, message in enumerate(messages) if i and is_learned(message))
         turns = [f"{message['role']}: {message['content']}" for message in messages[:last]]
         text = messages[0]["content"] if last == 1 else "\n\n".join(turns)
-        found.append((Prompt(messages[:last], row.where), Item(text, messages[last]["content"])))
-    return found
+        prompt = Prompt(without_weights(messages[:last]), row.where)
+        found.append((prompt, Item(text, messages[last]["content"])))
+    return found, [*unused, *unused_keys(rows, form)]
 
 
 def _loader(config: JudgeConfig, options: TextModelOptions, device: str, prompts: list[Prompt]) -> Loader:
@@ -232,7 +245,8 @@ class _Answers:
 
     def __init__(self, config: JudgeConfig, rows: list[Row]):
         self.config, self.server = config, None
-        self.prompts, self.items = zip(*_items(rows))
+        pairs, self.unused = _items(rows)
+        self.prompts, self.items = zip(*pairs)
         if config.by in ("score", "pair"):
             options = config.timeout, config.retries
             self.server = ModelServer(config.server, config.judge, *options, on_retry=_say)
@@ -275,6 +289,8 @@ class _Choices:
     def __init__(self, config: JudgeConfig, rows: list[Row]):
         self.config, self.by_letter = config, config.choices == "letter"
         self.questions = [parse_question(row.values, row.where) for row in rows]
+        used = ("question", "choices", "answer")
+        self.unused = [*dict.fromkeys(key for row in rows for key in row.values if key not in used)]
         texts = [each.listed if self.by_letter else each.question for each in self.questions]
         self.prompts = [
             Prompt([{"role": "user", "content": text}], row.where) for text, row in zip(texts, rows)

@@ -1,24 +1,23 @@
 """How does a conversation become ids and targets, of which only the answers are learned?
 
-Rows in one of five formats, recognised by their keys → messages of ``role`` and ``content`` → the text of a
-chat template → ids, and a mask of those that the model shall learn to write: every answer, and the special
-token that ends it. The target of every other position is -100.
+Messages of ``role`` and ``content`` (``conversations.py``) → the text of a chat template → ids, and a mask of
+those that the model shall learn to write: every answer, and the special token that ends it. The target of
+every other position is -100.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import numpy as np
 
+from tinyllm.data.conversations import Message, is_learned, text_of, without_weights
 from tinyllm.data.examples import Row
 from tinyllm.errors import Error
 from tinyllm.tokenizers.base import END_OF_TEXT, Tokenizer
 from tinyllm.tokenizers.chat_template import RenderedChat, RenderError, end_after, render_chats
-
-Message = dict[str, str]
 
 # The template of Stanford's Alpaca, without its second preamble for rows with an input, as in Raschka's
 # chapter 7. END stands for the tokenizer's token that ends a text.
@@ -45,117 +44,6 @@ CHATML = (
 TOKEN_LIKE = re.compile(r"<\|[\w./-]+\|>|<(?:start|end)_of_turn>")  # in a template, meant as special tokens
 
 RENDERED_AT_ONCE = 1000  # conversations in one process
-
-ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
-
-
-# ------------------------------------------------------------------------------------------- formats
-
-
-def _of_messages(values: dict) -> list[Message]:
-    return [_message(turn, "role", "content") for turn in _list(values, "messages")]
-
-
-def _of_sharegpt(values: dict) -> list[Message]:
-    turns = [_message(turn, "from", "value") for turn in _list(values, "conversations")]
-    for turn in turns:
-        if turn["role"] not in ROLES:
-            raise Error(f"a turn is from {turn['role']!r}: use one of {', '.join(ROLES)}")
-        turn["role"] = ROLES[turn["role"]]
-    return turns
-
-
-def _of_alpaca(values: dict) -> list[Message]:
-    instruction, given, output = (_text(values, key) for key in ("instruction", "input", "output"))
-    question = f"{instruction}\n\n### Input:\n{given}" if given else instruction
-    return [{"role": "user", "content": question}, {"role": "assistant", "content": output}]
-
-
-def _of_completion(values: dict) -> list[Message]:
-    prompt, completion = values["prompt"], values["completion"]
-    if isinstance(prompt, list) and isinstance(completion, list):  # TRL's conversational form
-        return [_message(turn, "role", "content") for turn in [*prompt, *completion]]
-    return [
-        {"role": "user", "content": _text(values, "prompt")},
-        {"role": "assistant", "content": _text(values, "completion")},
-    ]
-
-
-class Format(NamedTuple):
-    """How rows with these keys become messages; None for a text, which has no roles."""
-
-    name: str
-    keys: tuple[str, ...]
-    optional: tuple[str, ...]
-    messages: Callable[[dict], list[Message]] | None
-
-
-FORMATS = (
-    Format("messages", ("messages",), (), _of_messages),
-    Format("sharegpt", ("conversations",), (), _of_sharegpt),
-    Format("alpaca", ("instruction", "output"), ("input",), _of_alpaca),
-    Format("prompt-completion", ("prompt", "completion"), (), _of_completion),
-    Format("text", ("text",), (), None),
-)
-
-
-def recognise(rows: Sequence[Row]) -> Format:
-    """The format of the rows, by the keys of the first. Raises ``Error``, naming a row without them."""
-    known = " or ".join("{" + ", ".join(form.keys) + "}" for form in FORMATS)
-    found = next((form for form in FORMATS if rows[0].values.keys() >= {*form.keys}), None)
-    if found is None:
-        raise Error(f"{rows[0].where} has the keys {_keys(rows[0])}: its format must have {known}")
-    for row in rows:
-        missing = [key for key in found.keys if key not in row.values]
-        if missing:
-            raise Error(
-                f"{row.where} has no {missing[0]!r}, which the format {found.name} of the first row needs; "
-                f"its keys are {_keys(row)}: correct the row"
-            )
-    return found
-
-
-def conversations(rows: Sequence[Row], form: Format) -> list[list[Message]]:
-    """The messages of every row. Raises ``Error``, naming the row, for one without an answer to learn."""
-    found = []
-    for row in rows:
-        try:
-            messages = form.messages(row.values)
-            if not any(message["role"] == "assistant" for message in messages[1:]):
-                raise Error("there is no answer, a turn of the role assistant after a first one: add it")
-        except Error as error:
-            raise Error(f"{row.where}: {error}") from None
-        found.append(messages)
-    return found
-
-
-def prompt_of(messages: list[Message]) -> list[Message]:
-    """The messages before the first answer."""
-    return messages[: next(i for i, turn in enumerate(messages) if i and turn["role"] == "assistant")]
-
-
-def _keys(row: Row) -> str:
-    return ", ".join(map(repr, row.values)) or "none"
-
-
-def _list(values: dict, key: str) -> list:
-    if not isinstance(values[key], list) or not values[key]:
-        raise Error(f"{key!r} is {str(values[key])[:40]!r}: give a list of turns")
-    return values[key]
-
-
-def _message(turn, role: str, content: str) -> Message:
-    match turn:
-        case {**keys} if isinstance(keys.get(role), str) and isinstance(keys.get(content), str):
-            return {"role": keys[role], "content": keys[content]}
-    raise Error(f"a turn is {str(turn)[:60]}: give an object with {role!r} and {content!r}, both texts")
-
-
-def _text(values: dict, key: str) -> str:
-    text = values.get(key, "")
-    if not isinstance(text, str):
-        raise Error(f"{key!r} is {str(text)[:40]}: give a text")
-    return text
 
 
 # ----------------------------------------------------------------------------------------- templates
@@ -217,7 +105,7 @@ class Encoded(NamedTuple):
 def encode_text(tokenizer: Tokenizer, row: Row) -> Encoded:
     """A text and the token that ends it, all of them learned; special tokens in it are encoded as such."""
     try:
-        text = _text(row.values, "text")
+        text = text_of(row.values, "text")
         if not text:
             raise Error("'text' is empty: give a text, or remove the row")
         ids = tokenizer.encode(text, special="allow")
@@ -229,9 +117,11 @@ def encode_text(tokenizer: Tokenizer, row: Row) -> Encoded:
 
 
 def encode_conversations(
-    tokenizer: Tokenizer, rows: Sequence[Row], chats: Sequence[list[Message]]
+    tokenizer: Tokenizer, rows: Sequence[Row], chats: Sequence[list[Message]], prompts: bool = False
 ) -> list[Encoded]:
     """The ids of conversations, of which every answer is learned, up to the special token that ends it.
+
+    An answer of ``weight`` 0 is not learned; with ``prompts``, everything but such an answer is.
 
     An answer is what follows the prompt that ``generate`` would get, the conversation before it and
     ``add_generation_prompt``. So the template is rendered with and without every answer, and the ids of a
@@ -252,9 +142,10 @@ def encode_conversations(
     for owner, part in zip(owners, rendered):
         by_row[owner].append(part)
     found = []
-    for row, parts in zip(rows, by_row):
+    for row, messages, parts in zip(rows, chats, by_row):
+        weights = [is_learned(each) for each in messages[1:] if each["role"] == "assistant"]
         try:
-            found.append(_encode(tokenizer, parts))
+            found.append(_encode(tokenizer, parts, weights, prompts))
         except Error as error:
             raise Error(f"{row.where}: {error}") from None
     return found
@@ -267,8 +158,8 @@ def _parts(messages: list[Message]) -> Iterable[tuple[list[Message], bool]]:
     """
     for i, message in enumerate(messages):
         if i and message["role"] == "assistant":  # a first one would have no prompt
-            yield messages[:i], True
-            yield messages[: i + 1], False
+            yield without_weights(messages[:i]), True
+            yield without_weights(messages[: i + 1]), False
 
 
 def _render_all(tokenizer, rows, wanted, owners) -> list[RenderedChat]:
@@ -282,8 +173,8 @@ def _render_all(tokenizer, rows, wanted, owners) -> list[RenderedChat]:
     return rendered
 
 
-def _encode(tokenizer: Tokenizer, parts: list[RenderedChat]) -> Encoded:
-    """An example from the results of ``_parts``, rendered."""
+def _encode(tokenizer: Tokenizer, parts: list[RenderedChat], weights: list[bool], prompts: bool) -> Encoded:
+    """An example from the results of ``_parts``, rendered; ``weights``: whether each answer is learned."""
     whole, borders = parts[-1], [len(part.text) for part in parts]  # where prompts and answers end
     if not all(whole.text.startswith(part.text) for part in parts):
         raise Error(
@@ -301,14 +192,14 @@ def _encode(tokenizer: Tokenizer, parts: list[RenderedChat]) -> Encoded:
         ids = prefixes[-1]
     ends = [len(prefix) for prefix in prefixes]
     offset = len(tokenizer.with_bos(ids)) - len(ids)
-    special, learned = {*tokenizer.special_tokens.values()}, np.zeros(offset + len(ids), bool)
-    for start, end in zip(ends[::2], ends[1::2]):
+    special, learned = {*tokenizer.special_tokens.values()}, np.full(offset + len(ids), prompts)
+    for start, end, weight in zip(ends[::2], ends[1::2], weights, strict=True):
         # Only the template writes special tokens: the last of them ends the answer.
         while end > start and ids[end - 1] not in special:
             end -= 1
         if end == start:
             raise Error("the chat template does not end an answer with a special token: choose --template")
-        learned[offset + start : offset + end] = True
+        learned[offset + start : offset + end] = weight
     return Encoded(np.array(tokenizer.with_bos(ids)), learned, divided)
 
 

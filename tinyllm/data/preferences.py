@@ -6,10 +6,12 @@
                                                   the prompt, and the prompt may be a text or omitted
 
 A pair is read as two examples of instruction tuning with the same prompt, one for each answer, so that it is
-rendered and encoded as those are.
+rendered and encoded as those are. A ``system`` is that of both.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 from tinyllm.data.examples import Row
 from tinyllm.errors import Error
@@ -25,6 +27,7 @@ def two_examples(row: Row) -> tuple[Row, Row]:
     Raises ``Error``, naming the row, for other keys, and for conversations that differ before their last
     message or do not begin with the prompt.
     """
+    system = {key: x for key, x in row.values.items() if key == "system"}
     match row.values:
         case {"instruction": _, "chosen": str(), "rejected": str()}:
             rest = {key: x for key, x in row.values.items() if key in ("instruction", "input")}
@@ -41,7 +44,21 @@ def two_examples(row: Row) -> tuple[Row, Row]:
         case _:
             keys = ", ".join(row.values) or "no keys"
             raise Error(f"{row.where} has {keys}: give {FORMS}")
-    return Row(pair[0], row.where), Row(pair[1], row.where)
+    for values in pair:
+        match values:
+            case {"messages": [*_, {"weight": 0}]}:
+                raise Error(f"{row.where}: an answer of the pair has weight 0, but both are used: omit it")
+    return Row(pair[0] | system, row.where), Row(pair[1] | system, row.where)
+
+
+def unused_of_pairs(rows: Sequence[Row]) -> list[str]:
+    """The keys of pairs that ``two_examples`` does not read."""
+    found = {}
+    for row in rows:
+        texts = "instruction" in row.values and isinstance(row.values["chosen"], str)
+        used = {"system", "chosen", "rejected", *(("instruction", "input") if texts else ("prompt",))}
+        found |= dict.fromkeys(key for key in row.values if key not in used)
+    return [*found]
 
 
 def _message(role: str, content: str) -> dict[str, str]:

@@ -10,15 +10,9 @@ from pathlib import Path
 
 import numpy as np
 
+from tinyllm.data.conversations import Format, conversations, prompt_of
 from tinyllm.data.examples import Row
-from tinyllm.data.instructions import (
-    CHATML,
-    Format,
-    alpaca,
-    check_template,
-    conversations,
-    prompt_of,
-)
+from tinyllm.data.instructions import CHATML, alpaca, check_template
 from tinyllm.files import read_text
 from tinyllm.inference.generate import generate
 from tinyllm.models import LanguageModel

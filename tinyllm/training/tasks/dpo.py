@@ -18,10 +18,11 @@ from tqdm import tqdm
 from tinyllm.backend.device import pick_device
 from tinyllm.backend.distributed import current, shared_out
 from tinyllm.backend.dtypes import autocast
+from tinyllm.data.conversations import conversations, not_used, recognise, unused_keys
 from tinyllm.data.examples import Row
-from tinyllm.data.instructions import Encoded, conversations, encode_conversations, recognise
+from tinyllm.data.instructions import Encoded, encode_conversations
 from tinyllm.data.padded import IGNORED, PADDING, pad
-from tinyllm.data.preferences import two_examples
+from tinyllm.data.preferences import two_examples, unused_of_pairs
 from tinyllm.errors import Error
 from tinyllm.files import read_sealed, sealed, write_whole
 from tinyllm.nn import Module, evaluating
@@ -107,11 +108,15 @@ class PreferenceTuning(ChatTuning):
         flat = [row for pairs in parts.values() for pair in pairs for row in pair]
         self.format = recognise(flat)
         self.set_template()
+        chats = conversations(flat, self.format)
+        given = [row for part in PARTS for row in getattr(self.examples, part)]
+        unused = [*unused_of_pairs(given), *unused_keys(flat, self.format)]
         self.notes = [
-            f"pairs of answers as in the format {self.format.name}; chat template: {self.template_name}"
+            f"pairs of answers as in the format {self.format.name}{not_used(unused)}; chat template: "
+            f"{self.template_name}"
         ]
         self.questions = self.questions_from([preferred for preferred, _ in parts["valid"]])
-        encoded = iter(encode_conversations(self.tokenizer, flat, conversations(flat, self.format)))
+        encoded = iter(encode_conversations(self.tokenizer, flat, chats))
         return tuple(
             self._pairs(part, [(row, next(encoded), next(encoded)) for row, _ in pairs])
             for part, pairs in parts.items()

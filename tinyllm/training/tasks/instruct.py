@@ -5,17 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import numpy as np
-
+from tinyllm.data.conversations import conversations, not_used, recognise, unused_keys
 from tinyllm.data.examples import Row
-from tinyllm.data.instructions import (
-    Encoded,
-    conversations,
-    encode_conversations,
-    encode_text,
-    recognise,
-    shorten,
-)
+from tinyllm.data.instructions import Encoded, encode_conversations, encode_text, shorten
 from tinyllm.data.padded import PackedExamples, PaddedExamples
 from tinyllm.errors import Error
 from tinyllm.models import empty_model
@@ -35,7 +27,7 @@ class InstructOptions(ChatOptions):
     """
 
     train_on_prompt: bool = False
-    """Learn the prompts too, not only the answers."""
+    """Learn the prompts too, not only the answers; an answer of weight 0 is not learned in either case."""
     pack: bool = False
     """Put several examples into one row of --max-length; each sees itself only."""
 
@@ -83,19 +75,14 @@ class InstructionTuning(ChatTuning):
 
     def _encoded(self, rows: Sequence[Row]) -> list[Encoded]:
         if self.format.messages is None:
-            found = [encode_text(self.tokenizer, row) for row in rows]
-        else:
-            found = encode_conversations(self.tokenizer, rows, conversations(rows, self.format))
-        if self.config.train_on_prompt:
-            found = [each._replace(learned=np.ones_like(each.learned)) for each in found]
-        return found
+            return [encode_text(self.tokenizer, row) for row in rows]
+        chats = conversations(rows, self.format)
+        return encode_conversations(self.tokenizer, rows, chats, self.config.train_on_prompt)
 
     def _describe(self) -> str:
         form, learned = self.format, "every token" if self.config.train_on_prompt else "the answers"
-        used = {*form.keys, *form.optional}
-        unused = dict.fromkeys(key for row in self.examples.train for key in row.values if key not in used)
-        line = f"format {form.name}: {{{', '.join((*form.keys, *form.optional))}}}"
-        line += f" ({', '.join(unused)} not used)" if unused else ""
+        unused = unused_keys([*self.examples.train, *self.examples.valid], form)
+        line = f"format {form.name}: {{{', '.join((*form.keys, *form.optional))}}}{not_used(unused)}"
         if form.messages is None:
             return f"{line}; every token is learned"
         return f"{line}; chat template: {self.template_name}; learned: {learned}"
