@@ -57,6 +57,9 @@ Respond with the letter A or B only, or with the word tie if they are equally go
 THOUGHT = re.compile(r"<think>.*?(?:</think>|\Z)", re.DOTALL)
 NUMBER = re.compile(r"(?<![\w.,-])\d+(?:\.\d+)?(?!\w|[.,-]\d)")
 OF_HUNDRED = re.compile(r"\s*(?:/|out of)\s*100\b|\s*%", re.IGNORECASE)
+RATIO = re.compile(
+    r"\d[\s*_]*(?:[/:]|(?:out\s+)?of\b|from\b)[\s*_]*\d", re.IGNORECASE
+)  # another scale: 10/10
 BETTER = r"(?:the )?(?:better )?(?:response|answer)(?: is)?"
 VERDICT = re.compile(rf"\W*(?:{BETTER})?\W*(a|b|tie)\W*", re.IGNORECASE)
 
@@ -64,9 +67,9 @@ RESAMPLES = 10_000
 
 
 def parse_score(reply: str) -> float | None:
-    """The score from 0 to 100 in a judge's reply; None if there is none, or more than one."""
+    """The score from 0 to 100 in a judge's reply; None if there is none, more than one, or another scale."""
     text = OF_HUNDRED.sub(" ", THOUGHT.sub("", reply))
-    found = {float(number) for number in NUMBER.findall(text)}
+    found = set() if RATIO.search(text) else {float(number) for number in NUMBER.findall(text)}
     return found.pop() if len(found) == 1 and max(found) <= 100 else None
 
 
