@@ -169,6 +169,8 @@ def test_the_reference_is_an_answer_to_learn_and_unused_keys_are_named(judge, tm
         ([], "--judge"),
         (["--rows", "0", "--by", "match"], "--rows is 0"),
         (["--timeout", "0", "--judge", "x"], "--timeout is 0"),
+        (["--timeout", "1e30", "--judge", "x"], "--timeout is 1e+30"),
+        (["--server", "http://[::1", "--judge", "x"], "'http://[::1' is not the URL"),
         (["--per-byte", "--by", "match"], "--per-byte"),
         (["--server", "localhost", "--judge", "x"], "'localhost' is not the URL"),
         (["--by", "match", "--against", "nobody/nothing/x"], "there is no model"),

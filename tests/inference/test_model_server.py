@@ -1,6 +1,8 @@
 """The client of a model server, against a small server that fails in every way."""
 
+import base64
 import queue
+import re
 import socket
 import threading
 import time
@@ -44,11 +46,35 @@ def test_openais_protocol(suffix):
 
 
 @pytest.mark.parametrize(
-    "url", ["localhost:11434", "", "ftp://a/b", "http://", "http://host:port", "http://a:99999"]
+    "url",
+    [
+        *("localhost:11434", "", "ftp://a/b", "http://", "http://host:port", "http://a:99999", "http://a:0"),
+        *("http://[::1", "http://[x]", "http://a..b", "http:// x", " http://a", "http://a/\n", "http://a b"),
+        *("http://a/#part", f"http://{'a' * 64}", "http://a/\udcff"),
+    ],
 )
 def test_what_is_not_a_url_is_refused(url):
     with pytest.raises(Error, match="is not the URL"):
         client(url)
+
+
+@pytest.mark.parametrize("timeout", [0, -1, 1e30, float("inf"), float("nan")])
+def test_a_timeout_that_no_socket_has_is_refused(timeout):
+    with pytest.raises(Error, match=re.escape(f"timeout is {timeout}:")):
+        client("http://localhost", timeout=timeout)
+
+
+def test_query_password_and_characters_beyond_ascii_are_sent():
+    with FakeServer() as server:
+        host = server.url.removeprefix("http://")
+        judge = client(f"http://us%20er:p%40ss@{host}/ü/v1?key=5&ä=%20")
+        assert judge.chat("x") == "yes"
+        assert client(server.url).chat("x") == "yes"
+    (path, _), _ = server.requests
+    assert path == "/%C3%BC/v1/chat/completions?key=5&%C3%A4=%20"
+    name, nothing = (headers["Authorization"] for headers in server.headers)
+    assert base64.b64decode(name.removeprefix("Basic ")) == b"us er:p@ss" and nothing is None
+    assert "key" not in judge.url and "p%40ss" not in judge.url
 
 
 @pytest.mark.parametrize(

@@ -10,17 +10,19 @@ class FakeServer:
     """A context manager; ``reply(question)`` returns a str, or what to do instead.
 
     That is an int (an HTTP status), bytes (a raw body), or a float (seconds without a reply). ``asked`` has
-    every question so far, ``requests`` the path and the body of every request.
+    every question so far, ``requests`` the path and the body of every request, and
+    ``headers`` its headers.
     """
 
     def __init__(self, reply=lambda question: "yes"):
-        self.reply, self.asked, self.requests = reply, [], []
+        self.reply, self.asked, self.requests, self.headers = reply, [], [], []
         outer = self
 
         class Handler(BaseHTTPRequestHandler):
             def do_POST(self):
                 body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
                 outer.requests.append((self.path, body))
+                outer.headers.append(self.headers)
                 question = body["messages"][-1]["content"]
                 outer.asked.append(question)
                 found = outer.reply(question)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import math
 import sys
 from collections.abc import Callable
 from contextlib import closing
@@ -34,7 +33,7 @@ from tinyllm.inference.choices import LETTERS, log_prob, most_likely, parse_ques
 from tinyllm.inference.generate import generate
 from tinyllm.inference.judge import summarize
 from tinyllm.inference.judging import Item, JudgedFolder, answer_items, compare, judge_items, match, score
-from tinyllm.inference.model_server import ModelServer, ServerFailure
+from tinyllm.inference.model_server import LONGEST, ModelServer, ServerFailure
 from tinyllm.nn import Module
 from tinyllm.tokenizers import Tokenizer
 from tinyllm.tokenizers.chat_template import end_of_answer, render_chats
@@ -167,8 +166,8 @@ def _check(config: JudgeConfig) -> None:
         value = getattr(config, name)
         if value is not None and value < least:
             raise Error(f"{name} is {value}: choose a whole number of at least {least}")
-    if not 0 < config.timeout < math.inf:
-        raise Error(f"timeout is {config.timeout}: choose a number of seconds above 0")
+    if not 0 < config.timeout <= LONGEST:
+        raise Error(f"timeout is {config.timeout}: choose a number of seconds above 0 and up to {LONGEST:,}")
     if config.by == "pair" and config.against is None:
         raise Error("--by pair compares two models: give the second with --against")
     if config.by in ("score", "pair") and config.judge is None:

@@ -9,14 +9,20 @@ from __future__ import annotations
 
 import http.client
 import json
+import re
 import time
+from base64 import b64encode
 from collections.abc import Callable
-from urllib.parse import urlsplit
+from urllib.parse import quote, unquote, urlsplit
 
 from tinyllm.errors import Error
 from tinyllm.files import parse_json
 
 OLLAMA, OPENAI = "/api/chat", "/v1/chat/completions"
+
+LONGEST = 10**6  # seconds; a socket's timeout has a limit
+
+KEPT = "/%:@!$&'()*+,;=?~-._"  # characters of a path and a query that stay as they are; others are encoded
 
 PAUSE = 1.0  # seconds before a request is repeated for the first time
 
@@ -36,7 +42,8 @@ class ModelServer:
     ``url`` is that of the server or of its chat endpoint: one that ends in ``/api/chat`` is spoken to in
     Ollama's protocol, any other in OpenAI's. A reply may take ``timeout`` seconds in total. A request that
     failed in a way that may pass is repeated up to ``retries`` times, after one second, then two, four and
-    so on. Raises ``Error`` for a URL that is not one.
+    so on. A query in the URL is sent, and a name and password as HTTP's basic authentication. Raises
+    ``Error`` for a URL that is not one, and for a ``timeout`` that is none.
     """
 
     def __init__(
@@ -47,17 +54,24 @@ class ModelServer:
         retries: int = 3,
         on_retry: Callable[[str], None] = print,
     ):
-        parts = urlsplit(url)
+        if not 0 < timeout <= LONGEST:
+            raise Error(f"timeout is {timeout}: choose a number of seconds above 0 and up to {LONGEST:,}")
         try:
-            known = parts.scheme in ("http", "https") and parts.hostname and (parts.port or 1)
-        except ValueError:  # a port that is not a number, or too large
+            parts = urlsplit(url)
+            path, query = (quote(part, safe=KEPT) for part in (parts.path.rstrip("/"), parts.query))
+            parts.hostname.encode("idna")
+            known = parts.scheme in ("http", "https") and parts.port != 0 and not parts.fragment
+        except (ValueError, AttributeError):  # brackets, port, or name of the host; there is none
             known = False
-        if not known:
+        if not known or re.search(r"[\x00-\x20\x7f]", url):  # urlsplit removes some of these
             raise Error(f"{url!r} is not the URL of a server: give one such as http://localhost:11434")
-        path = parts.path.rstrip("/")
         if not path.endswith((OLLAMA, OPENAI)):
             path = path.removesuffix("/v1") + OPENAI
         self.https, self.address, self.path = parts.scheme == "https", parts.netloc.rpartition("@")[2], path
+        self.target, self.headers = f"{path}?{query}" if query else path, {"Content-Type": "application/json"}
+        if parts.username is not None:
+            name = f"{unquote(parts.username)}:{unquote(parts.password or '')}".encode()
+            self.headers["Authorization"] = f"Basic {b64encode(name).decode()}"
         self.url, self.model = f"{parts.scheme}://{self.address}{path}", model
         self.timeout, self.retries, self.on_retry = timeout, retries, on_retry
 
@@ -103,7 +117,7 @@ class ModelServer:
         connection = kind(self.address, timeout=self.timeout)
         try:
             body = json.dumps(request).encode()
-            connection.request("POST", self.path, body, {"Content-Type": "application/json"})
+            connection.request("POST", self.target, body, self.headers)
             socket = connection.sock  # the connection may hand it over to the response
             response = connection.getresponse()
             data = _read(response, socket, deadline)
