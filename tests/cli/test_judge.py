@@ -1,12 +1,13 @@
 """``tinyllm judge`` from the command line, with a small server as the judge."""
 
 import json
+import shutil
 
 import pytest
 from support.chat_model import write_model
 from support.model_server import FakeServer
 
-from tinyllm import cli
+from tinyllm import cli, load_model
 
 ROWS = [{"instruction": f"Say {i}.", "input": "", "output": str(i)} for i in range(20)]
 QUESTIONS = [{"question": f"{i}?", "choices": ["yes", "no", "perhaps"], "answer": i % 3} for i in range(4)]
@@ -182,6 +183,52 @@ def test_wrong_requests_are_one_sentence(judge, tmp_path, arguments, said):
     code, out, err = judge(*arguments)
     assert (code, out) == (2, "") and said in err and err.count("\n") == 1
     assert not (tmp_path / "judged").exists()
+
+
+def test_a_judgement_continues_only_with_the_same_options_and_weights(judge, model, tmp_path):
+    copied, out = shutil.copytree(model, tmp_path / "model"), tmp_path / "judged"
+    command = ("--model", copied, "--by", "match", "--out", out)
+    assert judge(*command)[0] == 0
+    before = (out / "answers.jsonl").read_bytes()
+    for option, said in (
+        (["--no-bos"], "no_bos False, not True"),
+        (["--dtype", "float64"], "dtype 'float32', not 'float64'"),
+    ):
+        code, _, err = judge(*command, *option)
+        assert code == 2 and said in err and err.count("\n") == 1
+    other = load_model(copied)
+    other.norm.weight.data[0] += 1
+    other.save_pretrained(copied, overwrite=True)
+    code, _, err = judge(*command)
+    assert code == 2 and "SHA-256 of model" in err and err.count("\n") == 1
+    shutil.copytree(model, copied, dirs_exist_ok=True)
+    assert judge(*command)[0] == 0
+    (copied / "chat_template.jinja").write_text("{{ messages[0].content }}", encoding="utf-8")
+    code, _, err = judge(*command)
+    assert code == 2 and "SHA-256 of model" in err
+    assert (out / "answers.jsonl").read_bytes() == before
+
+
+def test_answers_that_fill_the_context_are_counted(judge, tmp_path):
+    data, out = tmp_path / "long.json", tmp_path / "judged"
+    rows = [{"prompt": "x" * length, "completion": "y"} for length in (200, 5)]  # of a context of 256
+    data.write_text(json.dumps(rows), encoding="utf-8")
+    command = ("--by", "match", "--part", "all", "--max-new-tokens", 100, "--out", out)
+    for _ in range(2):  # the second time from what is kept
+        code, said, _ = judge(*command, data=data, part="all")
+        assert code == 0 and "model: 1 of 2 answers are cut" in said
+    assert sorted(record["cut"] for record in lines(out / "answers.jsonl")) == [False, True]
+
+
+@pytest.mark.parametrize("choices", [["yes", "x" * 300], ["yes", "no"]])
+def test_a_choice_that_does_not_fit_names_its_row(judge, tmp_path, choices):
+    rows = [QUESTIONS[0], {"question": "a" * 220, "choices": choices, "answer": 0}]
+    (tmp_path / "data").mkdir()
+    for part in ("train", "valid"):
+        (tmp_path / "data" / f"{part}.json").write_text(json.dumps(rows), encoding="utf-8")
+    code, _, err = judge("--by", "choice", "--choices", "text", data=tmp_path / "data")
+    fits = choices[1] == "no"
+    assert (code == 0) if fits else (code == 2 and "row 2 of" in err and "shorten" in err)
 
 
 def test_a_prompt_longer_than_the_context_names_the_numbers(judge, tmp_path):

@@ -32,7 +32,7 @@ def answer_until(folder, stop):
         if row == stop:
             raise Stop
         answered.append(row)
-        return f"answer to {ITEMS[row].prompt}"
+        return {"answer": f"answer to {ITEMS[row].prompt}"}
 
     answered = []
     try:
@@ -65,7 +65,8 @@ def test_a_stopped_judgement_continues_with_the_missing_rows(tmp_path):
 def test_two_models_have_their_own_rows(tmp_path):
     with closing(JudgedFolder(tmp_path / "judged", OPTIONS)) as folder:
         for name in ("model", "against"):
-            answer_items(folder, name, ITEMS, f"{name} {{}}".format, progress=False)
+            answers = [{"answer": f"{name} {row}"} for row in range(4)]
+            answer_items(folder, name, ITEMS, answers.__getitem__, progress=False)
         assert folder.answers["against", 1]["answer"] == "against 1"
         assert len(folder.answers.found) == 8
 
@@ -77,6 +78,16 @@ def test_other_options_are_refused_and_named(tmp_path):
         JudgedFolder(tmp_path / "judged", OPTIONS | {"by": "pair"})
     with closing(JudgedFolder(tmp_path / "judged", OPTIONS)):  # the refusal released the lock
         pass
+
+
+def test_another_model_is_refused_and_named(tmp_path):
+    with closing(JudgedFolder(tmp_path / "judged", OPTIONS)) as folder:
+        for name, sha256 in (("model", "1"), ("against", "2"), ("model", "1")):
+            folder.check_model(name, sha256)
+    with closing(JudgedFolder(tmp_path / "judged", OPTIONS)) as folder:
+        folder.check_model("against", "2")
+        with pytest.raises(Error, match="SHA-256 of model '1', not '3'"):
+            folder.check_model("model", "3")
 
 
 def test_a_folder_of_something_else_and_a_locked_one_are_refused(tmp_path):

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import itertools
 import sys
+from collections import Counter
 from collections.abc import Callable
 from contextlib import closing
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
+from hashlib import sha256
 from pathlib import Path
 from typing import Annotated, ClassVar, Literal, NamedTuple
 
@@ -36,7 +38,8 @@ from tinyllm.inference.judging import Item, JudgedFolder, answer_items, compare,
 from tinyllm.inference.model_server import LONGEST, ModelServer, ServerFailure
 from tinyllm.nn import Module
 from tinyllm.tokenizers import Tokenizer
-from tinyllm.tokenizers.chat_template import end_of_answer, render_chats
+from tinyllm.tokenizers.chat_template import RenderError, end_of_answer, render_chats
+from tinyllm.training.checkpoint import hash_weights
 
 # How answers are judged -> the numbers of a row
 NUMBERS = {"score": ("score",), "pair": ("win",), "match": ("exact_match", "f1"), "choice": ("correct",)}
@@ -129,11 +132,11 @@ def run(config: JudgeConfig) -> None:
     weights = {
         name: f"{options.find() or options.typed} {options.adapter}" for name, options in models.items()
     }
-    rows, sha256 = _rows(config)
+    rows, data = _rows(config)
     device = config.open_device()
-    names = ("part", "split_seed", "by", "max_new_tokens", "choices", "per_byte", "judge")
+    names = ("part", "split_seed", "by", "max_new_tokens", "choices", "per_byte", "judge", "dtype", "no_bos")
     kept = {name: getattr(config, name) for name in names}
-    kept |= {"data": sha256, "rows": len(rows), **weights}
+    kept |= {"data": data, "rows": len(rows), **weights}
     judge = (_Choices if config.by == "choice" else _Answers)(config, rows)
     out = config.out or _new_folder(config.data)
     with closing(JudgedFolder(out, kept)) as folder:
@@ -142,7 +145,12 @@ def run(config: JudgeConfig) -> None:
         again = f"the same command with --out {out} continues"
         try:
             with autocast(config.dtype):
-                loaders = {name: _loader(config, models[name], device, judge.prompts) for name in models}
+                loaders = {
+                    name: _loader(
+                        config, models[name], device, judge.prompts, partial(folder.check_model, name)
+                    )
+                    for name in models
+                }
                 judged = judge(folder, loaders)
         except ServerFailure as error:
             raise ServerFailure(f"{error}; {again}") from None
@@ -151,6 +159,12 @@ def run(config: JudgeConfig) -> None:
         summary = _summary(judged, NUMBERS[config.by])
         folder.write_summary(
             {name: {key: x._asdict() for key, x in found.items()} for name, found in summary.items()}
+        )
+        cut = Counter(name for (name, _), record in folder.answers.found.items() if record.get("cut"))
+    for name, count in cut.items():
+        print(
+            f"{name}: {count:,} of {len(rows):,} answers are cut, because they fill the model's context: "
+            "they are judged so"
         )
     for name, found in summary.items():
         for key, value in found.items():
@@ -205,15 +219,24 @@ def _items(rows: list[Row]) -> tuple[list[tuple[Prompt, Item]], list[str]]:
     return found, [*unused, *unused_keys(rows, form)]
 
 
-def _loader(config: JudgeConfig, options: TextModelOptions, device: str, prompts: list[Prompt]) -> Loader:
+def _loader(
+    config: JudgeConfig,
+    options: TextModelOptions,
+    device: str,
+    prompts: list[Prompt],
+    check: Callable[[str], None],
+) -> Loader:
+    """What loads a model; ``check`` is called with the SHA-256 of its weights, prompts and ends."""
+
     @cache
     def load() -> Loaded:
         model, tokenizer = options.load(config.weights_dtype)
         if tokenizer.chat_template is None:
             tokenizer.chat_template = alpaca(tokenizer)
-        ids = _encode(model, tokenizer, prompts)
+        ids, ends = _encode(model, tokenizer, prompts), (*tokenizer.eos_ids, *end_of_answer(tokenizer))
+        check(sha256(f"{hash_weights(model)} {ids} {ends}".encode()).hexdigest())
         move(model, device)
-        return Loaded(model, tokenizer, ids, (*tokenizer.eos_ids, *end_of_answer(tokenizer)))
+        return Loaded(model, tokenizer, ids, ends)
 
     return load
 
@@ -223,7 +246,10 @@ def _encode(model: Module, tokenizer: Tokenizer, prompts: list[Prompt]) -> list[
     found = []
     for first in range(0, len(prompts), RENDERED_AT_ONCE):
         chats = [(prompt.messages, True) for prompt in prompts[first : first + RENDERED_AT_ONCE]]
-        rendered = render_chats(tokenizer, tokenizer.chat_template, chats)
+        try:
+            rendered = render_chats(tokenizer, tokenizer.chat_template, chats)
+        except RenderError as error:
+            raise Error(f"{prompts[first + error.number].where}: {error}") from None
         found += [tokenizer.with_bos(chat.encode(tokenizer)) for chat in rendered]
     for prompt, ids in zip(prompts, found):
         if len(ids) >= model.context:
@@ -258,7 +284,8 @@ class _Answers:
         return {name: self._judge_all(folder, name, its) for name, its in answers.items()}
 
     def _answer_all(self, folder: JudgedFolder, name: str, load: Loader) -> list[str]:
-        return answer_items(folder, name, self.items, lambda row: self._answer(row, load()))
+        loaded = load()
+        return answer_items(folder, name, self.items, lambda row: self._answer(row, loaded))
 
     def _compare_all(self, folder: JudgedFolder, first: list[str], second: list[str]) -> list[dict]:
         def judge(row: int) -> dict:
@@ -274,12 +301,13 @@ class _Answers:
 
         return judge_items(folder, name, len(self.items), judge)
 
-    def _answer(self, row: int, loaded: Loaded) -> str:
-        """The most likely answer of the model."""
+    def _answer(self, row: int, loaded: Loaded) -> dict:
+        """The most likely answer of the model, and whether the context ended it."""
         model, tokenizer, prompts, stop = loaded
         unused, most = tokenizer.unused_ids(model.config.vocab_size), self.config.max_new_tokens
-        steps = generate(model, [prompts[row]], most, 0, stop_ids=stop, suppress_ids=unused)
-        return "".join(text_stream(tokenizer, steps, stop)).strip()
+        steps = [*generate(model, [prompts[row]], most, 0, stop_ids=stop, suppress_ids=unused)]
+        answer = "".join(text_stream(tokenizer, steps, stop)).strip()
+        return {"answer": answer, "cut": len(steps) < most and int(steps[-1][0]) not in stop}
 
 
 class _Choices:
@@ -299,13 +327,17 @@ class _Choices:
         return {name: self._choose_all(folder, name, loaders.pop(name)) for name in [*loaders]}
 
     def _choose_all(self, folder: JudgedFolder, name: str, load: Loader) -> list[dict]:
-        return judge_items(folder, name, len(self.questions), lambda row: self._choose(row, load()))
+        loaded = load()
+        return judge_items(folder, name, len(self.questions), lambda row: self._choose(row, loaded))
 
     def _choose(self, row: int, loaded: Loaded) -> dict:
         question = self.questions[row]
         texts = LETTERS[: len(question.choices)] if self.by_letter else question.choices
-        answers = [loaded.tokenizer.encode(text, special="text") for text in texts]
-        log_probs = [log_prob(loaded.model, loaded.prompts[row], answer) for answer in answers]
+        try:
+            answers = [loaded.tokenizer.encode(text, special="text") for text in texts]
+            log_probs = [log_prob(loaded.model, loaded.prompts[row], answer) for answer in answers]
+        except Error as error:
+            raise Error(f"{self.prompts[row].where}: {error}") from None
         chosen = most_likely(log_probs, texts, self.config.per_byte)
         return {"log_probs": log_probs, "chosen": chosen, "correct": float(chosen == question.answer)}
 

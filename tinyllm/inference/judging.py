@@ -2,8 +2,10 @@
 
 A folder has
 
-config.json      the options and the SHA-256 of the data; a stopped judgement continues only with the same
-answers.jsonl    {"model", "row", "prompt", "reference", "answer"} of every row, and of both models
+config.json      the options, and the SHA-256 of the data and of each model with its prompts; a stopped
+                 judgement continues only with the same
+answers.jsonl    {"model", "row", "prompt", "reference", "answer"} of every row, and of both models, and
+                 "cut" true if the context ended the answer
 judged.jsonl     {"row", …}: the judge's ``replies`` and what was read from them, or the numbers
 summary.json     the means, their intervals, and how many rows have no value
 lock             held by the one process that writes here
@@ -96,15 +98,27 @@ class JudgedFolder:
     def _begin(self, options: dict) -> None:
         path = self.folder / CONFIG
         if path.exists():
-            begun = read_sealed(path)
-            changed = [name for name in options if begun.get(name) != options[name]]
-            if changed:
-                listed = ", ".join(f"{name} {begun.get(name)!r}, not {options[name]!r}" for name in changed)
-                raise Error(f"the judgement in {self.folder} has {listed}: choose another --out")
+            self._check_same(read_sealed(path), options)
         else:
             write_whole(path, sealed(options))
         self.answers = Records(self.folder / ANSWERS, "model", "row")
         self.judged = Records(self.folder / JUDGED, "model", "row")
+
+    def _check_same(self, begun: dict, options: dict) -> None:
+        changed = [name for name in options if begun.get(name) != options[name]]
+        if changed:
+            listed = ", ".join(f"{name} {begun.get(name)!r}, not {options[name]!r}" for name in changed)
+            raise Error(f"the judgement in {self.folder} has {listed}: choose another --out")
+
+    def check_model(self, model: str, sha256: str) -> None:
+        """Keep the SHA-256 of a model when it is loaded first; later, raise ``Error`` if it is another."""
+        path, entry = self.folder / CONFIG, {f"SHA-256 of {model}": sha256}
+        begun = read_sealed(path)
+        del begun["sha256"]  # of the file
+        if entry.keys() <= begun.keys():
+            self._check_same(begun, entry)
+        else:
+            write_whole(path, sealed(begun | entry))
 
     def close(self) -> None:
         self._lock.release()
@@ -124,13 +138,15 @@ def answer_items(
     folder: JudgedFolder,
     model: str,
     items: list[Item],
-    answer: Callable[[int], str],
+    answer: Callable[[int], dict],
     progress: bool = True,
 ) -> list[str]:
-    """The answers of a model to all items; ``answer(row)`` is called for those that are not kept yet."""
+    """The answers of a model to all items; ``answer(row)`` is called for those that are not kept yet.
+
+    It returns a record with the key "answer".
+    """
     for row in _missing(folder.answers, model, len(items), f"answers of {model}", progress):
-        record = {"model": model, "row": row, **items[row]._asdict(), "answer": answer(row)}
-        folder.answers.add(record)
+        folder.answers.add({"model": model, "row": row, **items[row]._asdict(), **answer(row)})
     return [folder.answers[model, row]["answer"] for row in range(len(items))]
 
 
