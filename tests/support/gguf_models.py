@@ -32,6 +32,10 @@ MODELS = {
     "gpt2": ("GPT2", dict(vocab_size=ROWS, n_embd=64, n_layer=3, n_head=4, n_positions=128)),
     "llama": ("Llama", SIZES | ROPE | dict(attention_bias=True, mlp_bias=True)),
     "llama3": ("Llama", SIZES | dict(rope_parameters=LLAMA3_ROPE, tie_word_embeddings=True)),
+    "llama3_128": (
+        "Llama",
+        SIZES | dict(rope_parameters=LLAMA3_ROPE | dict(original_max_position_embeddings=128)),
+    ),
     "mistral": ("Mistral", SIZES | ROPE | dict(sliding_window=None)),
     "mixtral": (
         "Mixtral",

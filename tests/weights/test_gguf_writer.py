@@ -74,8 +74,19 @@ def table_key(name, key):
     """The field of a config behind a key of a file."""
     from tinyllm.weights.gguf_tables import BY_MODEL_TYPE
 
-    model_type = {"llama3": "llama", "yarn": "qwen2", "gemma3": "gemma3_text"}.get(name, name)
+    model_type = {"llama3": "llama", "llama3_128": "llama", "yarn": "qwen2", "gemma3": "gemma3_text"}.get(
+        name, name
+    )
     return BY_MODEL_TYPE[model_type].keys.get(key)
+
+
+@pytest.mark.parametrize("name", ["low_freq_factor", "high_freq_factor"])
+def test_a_scaling_of_llama3_that_cannot_be_read_back_is_refused(saved, tmp_path, name):
+    config, tensors = saved("llama3_128")
+    said = message_of(
+        tmp_path / "m.gguf", config | {"rope_parameters": config["rope_parameters"] | {name: 2.0}}, tensors
+    )
+    assert f"'{name}': 2.0" in said and list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("name", ["mistral", "qwen2"])

@@ -151,7 +151,13 @@ def _rope_parameters(metadata: Metadata, head_dim: int, factors: np.ndarray | No
             f"{metadata.path} has two RoPE scalings, {kind} and {ROPE_FACTORS}: convert the model again"
         )
     if factors is not None:
-        return _llama3_parameters(metadata.path, factors, theta, head_dim)
+        trained = metadata.whole(
+            "rope.scaling.original_context_length", LLAMA3["original_max_position_embeddings"]
+        )
+        found = llama3_parameters(factors, theta, head_dim, trained)
+        if found is None:
+            raise Error(f"{metadata.path} has a {ROPE_FACTORS} other than Llama 3.1's: {INSTEAD}")
+        return found
     if not scaled:
         return {"rope_type": "default", "rope_theta": theta}
     rope = {"rope_type": kind, "rope_theta": theta, "factor": factor}
@@ -161,19 +167,20 @@ def _rope_parameters(metadata: Metadata, head_dim: int, factors: np.ndarray | No
     return rope
 
 
-def _llama3_parameters(path: Path, factors: np.ndarray, theta: float, head_dim: int) -> dict:
+def llama3_parameters(factors: np.ndarray, theta: float, head_dim: int, trained: int) -> dict | None:
     """The parameters of Llama 3.1's RoPE scaling, recovered from its D/2 factors, which the file stores.
 
     The largest factor, that of the lowest frequency, is ``factor`` itself. The other three parameters are
-    the same in every published model (arXiv 2407.21783 and their configs).
+    the same in every published model (arXiv 2407.21783 and their configs); a file of ours may have another
+    original context, ``trained``. None if these are not the factors.
     """
     parameters = LLAMA3 | {"rope_theta": theta, "factor": float(factors.max())}
+    parameters["original_max_position_embeddings"] = trained
     with np.errstate(all="ignore"):  # a damaged file's factors may be 0, infinite or NaN
         expected = llama3_factors(parameters, head_dim)
     # The factors were computed in float32, and near `factor` a division magnifies the rounding error.
-    if factors.shape != expected.shape or not np.allclose(factors, expected, rtol=1e-4, atol=0):
-        raise Error(f"{path} has a {ROPE_FACTORS} other than Llama 3.1's: {INSTEAD}")
-    return parameters
+    same_shape = factors.shape == expected.shape
+    return parameters if same_shape and np.allclose(factors, expected, rtol=1e-4, atol=0) else None
 
 
 LLAMA3 = {

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from tinyllm.errors import Error
-from tinyllm.weights.gguf_config import layer_types, llama3_factors, query_scalar
+from tinyllm.weights.gguf_config import LLAMA3, layer_types, llama3_factors, llama3_parameters, query_scalar
 from tinyllm.weights.gguf_tables import BY_MODEL_TYPE, Table
 
 # Fields of a config that do not change the logits, or are seen in the tensors or written by ``rope_keys``
@@ -59,12 +59,18 @@ def model_keys(table: Table, config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def rope_factors(table: Table, config: Mapping[str, Any]) -> np.ndarray | None:
-    """The divisors (D/2,) of RoPE's frequencies that llama.cpp reads from a tensor, if it needs them."""
+    """The divisors (D/2,) of RoPE's frequencies that llama.cpp reads from a tensor, if it needs them.
+
+    Raises ``Error`` if ``load_model`` could not recover the config from them.
+    """
     rope = config.get("rope_parameters") or {}
     if rope.get("rope_type") != "llama3":
         return None
     head_dim = model_keys(table, config)[f"{table.architecture}.attention.key_length"]
-    return llama3_factors(rope, head_dim).astype(np.float32)
+    factors = llama3_factors(rope, head_dim).astype(np.float32)
+    if llama3_parameters(factors, rope["rope_theta"], head_dim, rope[TRAINED]) is None:
+        raise Error(f"a GGUF file has no place for all of rope_parameters={dict(rope)}: {INSTEAD}")
+    return factors
 
 
 def _check_values(table: Table, config: Mapping[str, Any]) -> None:
@@ -108,8 +114,11 @@ def _rope_keys(table: Table, config: Mapping[str, Any]) -> dict[str, Any]:
             )
     keys = {"rope.freq_base": float(rope["rope_theta"])}
     kind = rope["rope_type"]
-    if kind == "default" or (kind == "llama3" and table.permuted):
-        return keys  # llama3's factors are a tensor, which llama.cpp reads in a Llama only
+    if kind == "llama3" and table.permuted:  # its factors are a tensor, which llama.cpp reads in a Llama only
+        published = rope[TRAINED] == LLAMA3[TRAINED]
+        return keys if published else keys | {"rope.scaling.original_context_length": rope[TRAINED]}
+    if kind == "default":
+        return keys
     parameters = {"linear": {"factor"}, "yarn": {"factor", TRAINED}}.get(kind)
     if parameters == {name for name in rope if name not in ("rope_type", "rope_theta")}:
         keys |= {"rope.scaling.type": kind, "rope.scaling.factor": float(rope["factor"])}
