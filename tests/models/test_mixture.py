@@ -306,6 +306,22 @@ def load_keys(folder):
     return set(load_file(folder / "model.safetensors"))
 
 
+@pytest.mark.parametrize("removed", [[0], [1], [3], [0, 2], [1, 3]])
+def test_layers_keep_their_networks_when_others_are_removed(removed, tmp_path):
+    """Of four layers only the second has a mixture."""
+    model = random_llama(MIXED).eval()
+    for i in removed[::-1]:
+        del model.layers[i]
+    model.save_pretrained(tmp_path)
+    again = load_model(tmp_path, np.float64)
+    ids = batch(MIXED, (2, 8))[0]
+    np.testing.assert_array_equal(again(ids).data, model(ids).data)
+    with torch.no_grad():
+        theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, **EAGER).double()
+        found = theirs(torch.from_numpy(ids), output_router_logits=False).logits.numpy()
+    assert np.abs(found - model(ids).data).max() <= 1e-5 * np.abs(found).max()
+
+
 def test_a_parameter_that_is_fused_and_separate_is_an_error(tmp_path):
     bridge.to_transformers(random_llama(QWEN3_MOE, dtype=np.float32)).save_pretrained(
         tmp_path, save_original_format=False

@@ -90,3 +90,12 @@ class Qwen3Moe(Balanced, Qwen3):
 
     config_class, block_class = Qwen3MoeConfig, Qwen3MoeBlock
     fused_names = "mlp", ("gate_proj", "up_proj", "down_proj")
+
+    def current_config(self, **changes):
+        mixed = [layer.mlp_class is mixture for layer in self.layers if isinstance(layer, Qwen3MoeBlock)]
+        if len(mixed) == len(self.layers) and mixed != [*map(self.config.has_experts, range(len(mixed)))]:
+            changes |= {
+                "decoder_sparse_step": 1,
+                "mlp_only_layers": [i for i, x in enumerate(mixed) if not x],
+            }
+        return super().current_config(**changes)
