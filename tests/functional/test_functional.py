@@ -532,6 +532,10 @@ ERRORS = {  # mistake -> (call, words in its message: the value and the remedy)
         lambda: attend(q=(1, 4, 2, 4), k=(1, 2, 3, 4), v=(1, 2, 3, 4)),
         ["(1, 4, 2, 4)", "(1, 2, 3, 4)", "enable_gqa=True"],
     ),
+    "attention with batch sizes that differ": (
+        lambda: attend(q=(2, 1, 2, 4)),
+        ["(2, 1, 2, 4)", "(1, 1, 3, 4)"],
+    ),
     "heads that cannot be shared": (
         lambda: attend(q=(1, 3, 2, 4), k=(1, 2, 3, 4), v=(1, 2, 3, 4), enable_gqa=True),
         ["(1, 3, 2, 4)", "(1, 2, 3, 4)"],
@@ -663,6 +667,15 @@ def test_error_names_the_value_and_the_remedy(name):
         call()
     for word in words:
         assert word in str(caught.value)
+
+
+@pytest.mark.parametrize("heads", [(1, 1), (4, 2)])
+def test_enable_gqa_is_advised_only_where_it_helps(heads):
+    H, G = heads
+    for k in ((2, G, 3, 4), (1, G, 3, 5)):  # another batch, another size of a head
+        with pytest.raises(Error) as caught:
+            attend(q=(1, H, 2, 4), k=k, v=k)
+        assert str(k) in str(caught.value) and "enable_gqa" not in str(caught.value)
 
 
 def test_every_error_of_the_ops_is_tested():

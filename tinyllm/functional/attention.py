@@ -311,8 +311,13 @@ def check_attention(q, k, v, mask, dropout_p, enable_gqa):
         )
     H, G = q.shape[1], k.shape[1]
     heads_fit = H == G or (enable_gqa and G > 0 and H % G == 0)
-    if not heads_fit or k.shape[0] != q.shape[0] or k.shape[3] != q.shape[3] or v.shape[:3] != k.shape[:3]:
-        shared = "; pass enable_gqa=True to share heads" if not enable_gqa and G and H % G == 0 else ""
+    others_fit = (k.shape[0], k.shape[3]) == (q.shape[0], q.shape[3]) and v.shape[:3] == k.shape[:3]
+    if not (heads_fit and others_fit):
+        shared = (
+            "; pass enable_gqa=True to share heads"
+            if others_fit and not enable_gqa and G and H % G == 0
+            else ""
+        )
         raise Error(
             f"attention: query {q.shape}, key {k.shape} and value {v.shape} do not fit together{shared}"
         )
