@@ -1,5 +1,7 @@
 """``nn.replace``: matching, order, and errors."""
 
+import re
+
 import numpy as np
 import pytest
 from support.models import SMALL, Wrapped, random_gpt2
@@ -82,6 +84,14 @@ def test_replace_needs_a_function(make):
     model = random_gpt2(MODEL)
     with pytest.raises(Error, match=f"make is a {type(make).__name__}"):
         nn.replace(model, "lm_head", make)
+
+
+@pytest.mark.parametrize(
+    "pattern", [re.compile("x"), [re.compile("x")], ["lm_head", 3], 3, None, iter(["lm_head"])]
+)
+def test_a_pattern_is_a_str_or_several(pattern):
+    with pytest.raises(Error, match=re.escape(f"pattern is {pattern!r}")):
+        nn.replace(random_gpt2(MODEL), pattern, lambda name, layer: layer)
 
 
 def test_parameters_in_lists_and_dicts_are_named():

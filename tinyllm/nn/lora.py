@@ -33,7 +33,7 @@ from tinyllm.errors import Error
 from tinyllm.nn.init import loaded
 from tinyllm.nn.layers import Dropout, Linear
 from tinyllm.nn.module import Module
-from tinyllm.nn.surgery import first_match, matches, replace
+from tinyllm.nn.surgery import check_names, first_match, matches, replace
 from tinyllm.tensor import Tensor
 
 DEFAULT_TARGETS = ("c_attn", "q_proj", "v_proj")  # of GPT-2, and of Llama and its relatives
@@ -102,7 +102,7 @@ def add_lora(
     if lora_layers(model):
         raise Error("the model has LoRA layers already: merge them into its weights first (nn.merge_lora)")
     layers = ", ".join(name for name in modules if name)
-    whole = [name for name in modules if matches(list(modules_to_save), name)]
+    whole = [name for name in modules if matches([*check_names(modules_to_save, "modules_to_save")], name)]
     for wanted in modules_to_save:
         if not any(matches([wanted], name) for name in whole):
             raise Error(f"modules_to_save: the model has no layer {wanted!r}; its layers are {layers}")
@@ -111,7 +111,7 @@ def add_lora(
         excluded |= {id(child) for _, child in model.children()}  # the head
         names = [name for name, layer in modules.items() if isinstance(layer, Linear)]
     else:
-        for wanted in () if targets is None or isinstance(targets, str) else targets:
+        for wanted in () if targets is None or isinstance(targets, str) else check_names(targets, "targets"):
             if not any(matches([wanted], name) for name in modules):
                 raise Error(f"the target {wanted!r} matches no layer of the model; the layers are {layers}")
         names = [name for name in modules if matches(DEFAULT_TARGETS if targets is None else targets, name)]

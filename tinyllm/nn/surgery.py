@@ -29,7 +29,7 @@ def replace(
         )
     modules = dict(model.named_modules())
     chosen = set()
-    for glob in [pattern] if isinstance(pattern, str) else pattern:
+    for glob in [pattern] if isinstance(pattern, str) else check_names(pattern, "pattern"):
         found = {name for name in modules if fnmatchcase(name, glob)}
         if "" in found:
             raise Error(
@@ -49,6 +49,14 @@ def replace(
             new.train(layer.training)
     for name in reversed(names):  # inner layers first, while their owners are still in place
         _put(model, name, made[id(modules[name])])
+    return names
+
+
+def check_names(names: Collection[str], what: str) -> Collection[str]:
+    """The names. Raises ``Error``, naming ``what`` they are, unless they are a collection of str."""
+    several = isinstance(names, Collection) and not isinstance(names, str)
+    if not several or not all(isinstance(name, str) for name in names):
+        raise Error(f"{what} is {names!r}: give a list of str, such as ['lm_head']")
     return names
 
 
