@@ -4,7 +4,7 @@ import re
 
 import pytest
 
-from tinyllm.serve.api import Limits, check_model, parse_chat, parse_completion
+from tinyllm.serve.api import LONGEST_TOKEN, Limits, check_model, parse_chat, parse_completion
 from tinyllm.serve.errors import APIError
 
 LIMITS = Limits(context=100, max_tokens=50, vocab_size=20, choices=6)
@@ -188,6 +188,23 @@ def test_wrong_prompts_are_refused(prompt):
     with pytest.raises(APIError, match="prompt") as refused:
         completion(prompt=prompt)
     assert refused.value.param == "prompt" and len(refused.value.message) < 400
+
+
+def test_the_length_of_a_prompt_is_bounded():
+    """A text by the context times the longest token, ids by the context."""
+    most = 100 * LONGEST_TOKEN
+    assert completion(prompt=["a" * most, [1] * 100]) and chat(
+        messages=[*USER, USER[0] | {"content": "a" * (most - 2)}]
+    )
+    for call, given in (
+        (completion, {"prompt": "a" * (most + 1)}),
+        (completion, {"prompt": ["a", "a" * (most + 1)]}),
+        (completion, {"prompt": [1] * 101}),
+        (chat, {"messages": [*USER, USER[0] | {"content": "a" * (most - 1)}]}),
+    ):
+        with pytest.raises(APIError, match=r"at most (25,600|100) fit") as refused:
+            call(**given)
+        assert (refused.value.status, refused.value.code) == (400, "context_length_exceeded")
 
 
 def test_the_number_of_texts_is_bounded():

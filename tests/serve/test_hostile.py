@@ -14,7 +14,7 @@ from urllib.parse import urlsplit
 import pytest
 from support.serving import Scripted, ask, busy, post, serving, tiny_chat_model, wait_until
 
-from tinyllm.serve import app, streams
+from tinyllm.serve import app, look, streams
 from tinyllm.serve import connection as module
 
 CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
@@ -27,7 +27,7 @@ def scripted(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def server(scripted):
-    with serving(*scripted) as (url, engine):
+    with serving(*scripted, look=True) as (url, engine):
         yield url, engine
         assert_lives(url)
 
@@ -141,6 +141,24 @@ def test_a_long_prompt_is_refused(server):
     assert_error(post(server[0], CHAT, ask("x" * 2_000_000)), 400)
     assert_error(post(server[0], TEXT, {"prompt": "x" * 100_000}), 400)
     assert_error(post(server[0], TEXT, {"prompt": ["x"] * 1000}), 400)
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        (CHAT, ask("x" * 80_000)),
+        (TEXT, {"prompt": "x" * 80_000}),
+        (TEXT, {"prompt": ["a", [5] * 257]}),
+        ("/tinyllm/inspect", {"prompt": "x" * 80_000}),
+        ("/tinyllm/inspect", {"messages": ask("x" * 80_000)["messages"]}),
+    ],
+)
+def test_what_cannot_fit_the_context_is_neither_rendered_nor_encoded(server, monkeypatch, path, body):
+    monkeypatch.setattr(app, "in_thread", None)
+    monkeypatch.setattr(look, "in_thread", None)
+    reply = post(server[0], path, body)
+    assert_error(reply, 400)
+    assert reply[2]["error"]["code"] == "context_length_exceeded"
 
 
 # ------------------------------------------------------------------------------------- clients

@@ -17,6 +17,7 @@ from tinyllm.serve.engine import Engine
 pytest.importorskip("uvicorn")
 
 from tinyllm.serve.app import create_app
+from tinyllm.serve.look import look_routes
 from tinyllm.serve.server import Server, bound
 
 PROMPT = [BYTE_ID[byte] for byte in ANSWER.removeprefix("<|im_start|>").encode()]
@@ -46,10 +47,10 @@ def tiny_chat_model(folder, kind=None):
 
 
 @contextlib.contextmanager
-def serving(model, tokenizer, slots=3, queue=4, capacity=None, **options):
-    """Serve a model in another thread; gives (URL of the server, its engine)."""
+def serving(model, tokenizer, slots=3, queue=4, capacity=None, look=False, **options):
+    """Serve a model in another thread, with ``look`` also ``/tinyllm/inspect``; gives (URL, engine)."""
     engine = Engine(model, tokenizer, "tiny", slots, capacity, queue)
-    server = Server(create_app(engine, **options))
+    server = Server(create_app(engine, routes=look_routes(engine) if look else (), **options))
     listening, loops = bound("127.0.0.1", 0), []
 
     async def run():

@@ -80,7 +80,7 @@ def test_failure_of_the_library_while_encoding_is_an_error(tmp_path):
     tokenizer = load_tokenizer(write_json(tmp_path, a_tokenizer()))
 
     class Failing:
-        def encode(self, *_, **__):
+        def encode_batch_fast(self, *_, **__):
             raise Exception("Unk token `x` not found")
 
     tokenizer.tokenizer = Failing()

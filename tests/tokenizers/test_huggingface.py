@@ -1,6 +1,8 @@
 """tokenizer.json, vocab.json with merges.txt: comparison with the library, bad files, config files."""
 
 import json
+import threading
+from functools import partial
 
 import numpy as np
 import pytest
@@ -83,6 +85,39 @@ def test_a_text_that_continues_another_gets_no_space(tmp_path, scheme):
     assert compared > 20
     before = ours.encode("A: ")
     assert ours.decode([*before, *ours.encode_around("Hi", [], before)]) == "A: Hi"
+
+
+class Watched:
+    """The library's tokenizer; ``during`` counts what others appended to ``passes`` during its encode()."""
+
+    def __init__(self, tokenizer, passes):
+        self.tokenizer, self.passes, self.during = tokenizer, passes, 0
+
+    def __getattr__(self, name):
+        found = getattr(self.tokenizer, name)
+        return partial(self.count, found) if name.startswith("encode") else found
+
+    def count(self, encode, *args, **options):
+        before = len(self.passes)
+        result = encode(*args, **options)
+        self.during += len(self.passes) - before
+        return result
+
+
+def test_other_threads_run_while_a_long_text_is_encoded(byte_level):
+    ours, passes, ended = load_tokenizer(byte_level), [], threading.Event()
+    ours.tokenizer = watched = Watched(ours.tokenizer, passes)
+
+    def other():
+        while not ended.wait(0.001):
+            passes.append(1)
+
+    thread = threading.Thread(target=other)
+    thread.start()
+    ours.encode("a" * 1_000_000)
+    ended.set()
+    thread.join()
+    assert watched.during > 5  # of hundreds; at most one or two if the encoder holds Python's lock
 
 
 def test_tokenizer_json_is_never_truncated_or_padded(byte_level):

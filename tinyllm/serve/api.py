@@ -41,6 +41,7 @@ NEUTRAL = {
 
 ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
 MAX_STOPS, MAX_STOP_LENGTH, MAX_TOP, MAX_CHOICES = 16, 1000, 20, 128
+LONGEST_TOKEN = 256  # characters; the longest token of GPT-2, and of Llama 3, has 128
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,6 +52,11 @@ class Limits:
     max_tokens: int  # of an answer
     vocab_size: int
     choices: int = MAX_CHOICES  # prompts · n: more would not fit the queue
+
+    def check_characters(self, count: int) -> None:
+        """Raise ``APIError`` for a text that cannot fit the context, before it is rendered and encoded."""
+        if count > self.context * LONGEST_TOKEN:
+            raise too_long(count, "characters", self.context * LONGEST_TOKEN)
 
 
 @dataclass(kw_only=True)
@@ -147,6 +153,7 @@ def parse_chat(body, limits: Limits) -> ChatRequest:
     options = _options(parameters, limits, ("max_completion_tokens", "max_tokens"), limits.max_tokens)
     parameters.finish()
     messages = [_message(message, f"messages[{i}]") for i, message in enumerate(messages)]
+    limits.check_characters(sum(len(message["content"]) for message in messages))
     if goes_on and messages[-1]["role"] != "assistant":
         message = "continue_final_message needs an assistant's message at the end: add it"
         raise APIError(400, message, "continue_final_message")
@@ -171,6 +178,11 @@ def parse_completion(body, limits: Limits) -> CompletionRequest:
     request = CompletionRequest(**options, prompts=prompts, top=top)
     _check_choices(len(prompts) * request.n, limits)
     return request
+
+
+def too_long(length: int, unit: str, most: int) -> APIError:
+    message = f"the prompt has {length:,} {unit}, but at most {most:,} fit: shorten it"
+    return APIError(400, message, code="context_length_exceeded")
 
 
 def check_model(body, names: set[str]) -> None:
@@ -258,7 +270,10 @@ def _message(message, where: str) -> dict[str, str]:
 
 def _check_prompt(prompt, limits: Limits) -> None:
     if isinstance(prompt, str):
+        limits.check_characters(len(prompt))
         return
+    if isinstance(prompt, list) and len(prompt) > limits.context:
+        raise too_long(len(prompt), "tokens", limits.context)
     if not isinstance(prompt, list) or not prompt or not all(map(is_integer, prompt)):
         raise APIError(400, "prompt must be a text, token ids, or a list of either, and not empty", "prompt")
     wrong = next((x for x in prompt if not 0 <= x < limits.vocab_size), None)

@@ -18,7 +18,7 @@ from starlette.routing import BaseRoute, Route
 
 from tinyllm.errors import Error
 from tinyllm.files import parse_json
-from tinyllm.serve.api import Limits, Options, check_model, parse_chat, parse_completion
+from tinyllm.serve.api import Limits, Options, check_model, parse_chat, parse_completion, too_long
 from tinyllm.serve.engine import Answers, Cancelled, Engine, Stopped
 from tinyllm.serve.errors import APIError
 from tinyllm.serve.guard import Guard
@@ -254,10 +254,7 @@ def check_length(ids: list[int], capacity: int) -> None:
     if not ids:
         raise APIError(400, "the prompt is empty: give at least one token", "prompt")
     if len(ids) > capacity:
-        raise APIError(
-            400, f"the prompt has {len(ids):,} tokens, but at most {capacity:,} fit: shorten it",
-            code="context_length_exceeded",
-        )  # fmt: skip
+        raise too_long(len(ids), "tokens", capacity)
 
 
 def too_large() -> APIError:

@@ -183,7 +183,9 @@ class TokenizersTokenizer(Tokenizer):
 
     def _encode(self, tokenizer: tokenizers.Tokenizer, text: str) -> np.ndarray:
         with library_errors(f"{self.name} cannot encode this text"):
-            ids = tokenizer.encode(text, add_special_tokens=False).ids
+            # A batch of one: unlike encode(), it lets other threads run, and it computes no offsets.
+            (encoding,) = tokenizer.encode_batch_fast([text], add_special_tokens=False)
+        ids = encoding.ids
         data = text.encode("utf-8")
         if not self._missing.isdisjoint(data) and self.decode_bytes(ids) != data:
             lost = next(c for c in text if not self._missing.isdisjoint(c.encode("utf-8")))
