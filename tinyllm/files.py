@@ -32,6 +32,11 @@ SAVING = ".saving-"  # prefix of the names of incomplete files
 MAX_BYTES = 2**29  # of a file that is read into memory at once: a large tokenizer.json has 2**25
 
 
+def printable(path: str | Path) -> str:
+    r"""A path, or a text with paths in it, in which bytes that are not UTF-8 are escaped, as \xff."""
+    return os.fsencode(path).decode("utf-8", errors="backslashreplace")
+
+
 def sync(file: BinaryIO) -> None:
     """Flush an open file to disk."""
     file.flush()

@@ -133,6 +133,13 @@ def test_a_run_can_be_served_and_hosts_are_checked(tmp_path):
         assert request(port, "GET", "/health", Host="evil.example").status == 403
 
 
+@pytest.mark.skipif(os.name == "nt" or sys.platform == "darwin", reason="file systems of Unicode names")
+def test_a_folder_whose_name_is_not_utf8_has_an_escaped_name(tmp_path):
+    folder = tmp_path / os.fsdecode(b"ch\xff")
+    folder.mkdir()
+    assert ascii(ServeConfig(model=str(folder)).name) == ascii(r"ch\xff")  # in UTF-8 if it fails
+
+
 # ----------------------------------------------------------------------------- wrong arguments
 
 

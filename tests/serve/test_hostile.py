@@ -27,7 +27,7 @@ def scripted(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def server(scripted):
-    with serving(*scripted, look=True) as (url, engine):
+    with serving(*scripted, page=True) as (url, engine):
         yield url, engine
         assert_lives(url)
 
@@ -367,6 +367,16 @@ def test_pages_of_other_origins_are_refused(scripted, headers, status):
         assert allowed == ("http://allowed.example" if "allowed" in headers.get("Origin", "") else None)
         preflight = {"Access-Control-Request-Method": "POST", "Origin": "http://evil.example"}
         assert post(url, CHAT, None, preflight, "OPTIONS")[0] == 400
+
+
+def test_headers_that_are_not_addresses(server):
+    """An origin that cannot be parsed is another one; a host that cannot be changes nothing."""
+    for origin in ("http://[x", "http://[::1", "//[v1.a]b"):
+        reply = post(server[0], "/health", None, {"Origin": origin}, "GET")
+        assert_error(reply, 403)
+        assert reply[2]["error"]["code"] == "wrong_origin"
+    assert_error(post(server[0], "/nothing", None, {"Host": "[x"}, "GET"), 404)
+    assert post(server[0], "/", None, {"Host": "[x"}, "GET")[0] == 200
 
 
 def test_no_page_of_another_origin_may_use_a_server_without_cors(server):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import sys
 import time
 
 import pytest
@@ -9,6 +10,7 @@ from support.page_server import PageServer
 from support.runs import no_pictures, rhyme, small
 
 from tinyllm import Error
+from tinyllm.files import printable
 from tinyllm.serve.watch import MOST_POINTS, WatchedRun, watched
 from tinyllm.training.tasks.pretrain import train
 
@@ -176,6 +178,21 @@ def test_names_and_folders_that_are_not_runs(folder, tmp_path):
         (each / "metrics.jsonl").touch()
     with pytest.raises(Error, match="9 runs"):
         watched(many)
+
+
+@pytest.mark.skipif(os.name == "nt" or sys.platform == "darwin", reason="file systems of Unicode names")
+def test_names_that_are_not_utf8_are_escaped(folder):
+    """The report is JSON in UTF-8, also of a folder that is gone, or of two with the same name."""
+    moved = [folder.rename(folder.parent / os.fsdecode(b"r\xff"))]
+    moved.append(moved[0] / moved[0].name)
+    moved[1].mkdir()
+    (moved[1] / "config.json").write_text("{}")
+    (run,) = watched(moved[:1])
+    assert ascii(run.name) == ascii(r"r\xff")  # a report of a failure must be UTF-8, too
+    assert ascii([each.name for each in watched(moved)]) == ascii([printable(path) for path in moved])
+    moved[0].rename(folder)
+    (note,) = run.report()["notes"]
+    assert ascii(printable(moved[0])) == ascii(note.removesuffix(" is gone"))
 
 
 def test_a_real_run_is_reported_without_a_model(tmp_path, monkeypatch):

@@ -18,6 +18,7 @@ pytest.importorskip("uvicorn")
 
 from tinyllm.serve.app import create_app
 from tinyllm.serve.look import look_routes
+from tinyllm.serve.page import page_routes
 from tinyllm.serve.server import Server, bound
 
 PROMPT = [BYTE_ID[byte] for byte in ANSWER.removeprefix("<|im_start|>").encode()]
@@ -47,10 +48,12 @@ def tiny_chat_model(folder, kind=None):
 
 
 @contextlib.contextmanager
-def serving(model, tokenizer, slots=3, queue=4, capacity=None, look=False, **options):
-    """Serve a model in another thread, with ``look`` also ``/tinyllm/inspect``; gives (URL, engine)."""
+def serving(model, tokenizer, slots=3, queue=4, capacity=None, page=False, **options):
+    """Serve a model in another thread, with ``page`` also the page and its endpoint; gives (URL, engine)."""
     engine = Engine(model, tokenizer, "tiny", slots, capacity, queue)
-    server = Server(create_app(engine, routes=look_routes(engine) if look else (), **options))
+    server = Server(
+        create_app(engine, routes=[*page_routes(), *look_routes(engine)] if page else (), **options)
+    )
     listening, loops = bound("127.0.0.1", 0), []
 
     async def run():

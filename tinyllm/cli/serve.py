@@ -15,6 +15,7 @@ from tinyllm.backend.dtypes import autocast
 from tinyllm.checks import check_at_least, pip_install
 from tinyllm.cli.options import DeviceOptions, TextModelOptions, move, option
 from tinyllm.errors import Error
+from tinyllm.files import printable
 from tinyllm.serve.engine import Engine
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
@@ -67,7 +68,7 @@ class ServeConfig(DeviceOptions, TextModelOptions):
     def name(self) -> str:
         """The model's name in the API."""
         name = self.model if self.run is None else str(self.run)
-        return Path(name).name if Path(name).expanduser().exists() else name
+        return printable(Path(name).name if Path(name).expanduser().exists() else name)
 
 
 def run(config: ServeConfig) -> None:

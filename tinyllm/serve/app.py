@@ -288,7 +288,7 @@ async def on_api_error(request: Request, error: APIError) -> Response:
 
 
 async def on_http_error(request: Request, error: HTTPException) -> Response:
-    path = request.url.path[:100]
+    path = request.scope["path"][:100]  # request.url fails for some Host headers
     message = {404: f"there is no {path!r} here", 405: f"{request.method[:20]} is not allowed for {path!r}"}
     headers = dict(error.headers or {})
     found = APIError(error.status_code, message.get(error.status_code, str(error.detail)), headers=headers)

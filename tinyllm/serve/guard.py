@@ -69,9 +69,9 @@ class Guard:
     def _refusal(self, scope) -> APIError | None:
         headers = Headers(scope=scope)
         host, origin = headers.get("host", "").lower(), headers.get("origin")
-        if self.hosts and _name(host) not in self.hosts:
+        if self.hosts and _part(f"//{host}", "hostname") not in self.hosts:
             return APIError(403, "this server has another host name", code="wrong_host")
-        own = origin is not None and urlsplit(origin).netloc.lower() == host
+        own = origin is not None and host != "" and _part(origin.lower(), "netloc") == host
         if origin is not None and not own and not {origin, "*"} & set(self.origins):
             return APIError(403, "pages of another origin may not use this server", code="wrong_origin")
         if self.api_key is not None and scope["path"] not in self.open_paths:
@@ -86,9 +86,9 @@ class Guard:
         return None
 
 
-def _name(host: str) -> str:
-    """The host name of a Host header, without the port."""
+def _part(url: str, name: str) -> str:
+    """A part of a URL that a header contains; "" if it has none, or is not a URL."""
     try:
-        return urlsplit(f"//{host}").hostname or ""
+        return getattr(urlsplit(url), name) or ""
     except ValueError:
         return ""

@@ -65,7 +65,7 @@ def page_routes(watching: bool = False) -> list[Route]:
     }
 
     async def file(request: Request) -> Response:
-        path = request.url.path
+        path = request.scope["path"]
         return Response(contents[path], media_type=FILES[path][1], headers=headers)
 
     async def about(request: Request) -> JSONResponse:

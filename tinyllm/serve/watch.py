@@ -20,7 +20,7 @@ from starlette.responses import JSONResponse
 from starlette.routing import Route
 
 from tinyllm.errors import Error
-from tinyllm.files import open_regular
+from tinyllm.files import open_regular, printable
 from tinyllm.training.loggers import COLORS, best_record
 from tinyllm.training.metrics import CONFIG, METRICS, RecordedRun, parse_records
 from tinyllm.training.run_folder import SAMPLES
@@ -83,7 +83,7 @@ class WatchedRun:
         ``curves`` maps names to points [step, tokens, seconds of training, value]; of a long one, the means
         of groups of neighbours. ``age`` is in seconds since the last record.
         """
-        notes = self.update()
+        notes = [printable(note) for note in self.update()]
         run = RecordedRun(self.name, {}, {}, self.records, notes)
         seconds = run.along("time")
         try:
@@ -163,13 +163,13 @@ def watched(folders: Sequence[str | Path]) -> list[WatchedRun]:
             raise Error(f"there is no run {place}: check the path")
         if not any((place / file).exists() for file in (METRICS, CONFIG)):
             raise Error(f"{place} is not a run folder (it has no {METRICS}): give the folder of a run")
-    names = [place.resolve().name for place in places]
+    names = [printable(place.resolve().name) for place in places]
     if len({place.resolve() for place in places}) < len(places):
         raise Error(f"a run is given more than once in {', '.join(map(str, places))}: give each run once")
     if len(places) > len(COLORS):
         raise Error(f"there are {len(places)} runs to watch, and colours for {len(COLORS)}: give fewer")
     return [
-        WatchedRun(place, name if names.count(name) == 1 else str(place))
+        WatchedRun(place, name if names.count(name) == 1 else printable(place))
         for place, name in zip(places, names)
     ]
 
