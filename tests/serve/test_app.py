@@ -229,6 +229,18 @@ def test_the_second_turn_processes_only_what_is_new(parrot):
     assert second.choices[0].message.content == "Hello."
 
 
+def test_cached_tokens_are_those_of_earlier_requests(scripted):
+    """For several choices and prompts as for one: the first request of a server finds nothing."""
+    with serving(*scripted, slots=6, queue=6) as (url, _):
+        for path, body, cached in (
+            ("/v1/chat/completions", ask(n=3), len(prompt_ids("Hi")) - 1),
+            ("/v1/completions", {"prompt": ["abc", "abd", "xy"], "n": 2, "max_tokens": 1}, 2 + 2 + 1),
+        ):
+            for expected in (0, cached):
+                usage = post(url, path, body)[2]["usage"]
+                assert usage["prompt_tokens_details"] == {"cached_tokens": expected}
+
+
 def test_an_unfinished_answer_is_continued(tiny, client):
     messages = [*HI, {"role": "assistant", "content": "Well, "}]
     options = dict(model="tiny", temperature=0, max_tokens=8, extra_body={"continue_final_message": True})

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from support.models import GEMMA2, GEMMA3, RELATIVES, ROPES, SMALL_LLAMA, random_gpt2, random_llama
 
 from tinyllm import Error, GPT2Config, LlamaConfig, generate, nn, no_grad
+from tinyllm.inference.generate import logits_of
 from tinyllm.serve import scheduler as module
 from tinyllm.serve.scheduler import Busy, Request, Scheduler
 
@@ -242,14 +243,35 @@ def test_shared_instructions_are_copied_and_do_not_cost_a_conversation():
     assert_as_alone(MODELS["llama"], other)
 
 
-def test_several_answers_to_one_prompt_process_it_once():
+def test_several_answers_to_one_prompt_process_it_once(monkeypatch):
+    processed = []
+
+    def counted(run, ids, *args):
+        processed.append(ids.size)
+        return logits_of(run, ids, *args)
+
+    monkeypatch.setattr(module, "logits_of", counted)
     scheduler, ids = Scheduler(MODELS["llama"], 3), [1, 2, 3, 4, 5, 6, 7]
     listeners = [Listener(ids, seed=i, temperature=1.0, top=VOCABULARY) for i in range(3)]
     scheduler.submit(*(listener.request for listener in listeners))
     run(scheduler)
-    assert [listener.request.cached_tokens for listener in listeners] == [0, 6, 6]
+    assert sum(processed) == 7 + 1 + 1 + 3 * 5  # the last token again, for its logits
+    assert [listener.request.cached_tokens for listener in listeners] == [0, 0, 0]
     for listener in listeners:
         assert_as_alone(MODELS["llama"], listener)
+
+
+def test_cached_tokens_are_those_of_earlier_requests():
+    """Not what others that are submitted together share, whichever row holds it."""
+    scheduler = Scheduler(MODELS["llama"], 6)
+    submitted(scheduler, [1, 2, 3, 4], max_new_tokens=1)
+    run(scheduler)
+    prompts = [1, 2, 3, 9, 9, 9], [5, 6], [1, 2, 3, 9, 9, 8], [1, 2, 3, 9, 9, 9], [5, 6, 7]
+    for cached in ([3, 0, 3, 3, 0], [5, 1, 5, 5, 2]):
+        listeners = [Listener(ids, max_new_tokens=2) for ids in prompts]
+        scheduler.submit(*(listener.request for listener in listeners))
+        run(scheduler)
+        assert [listener.request.cached_tokens for listener in listeners] == cached
 
 
 # ------------------------------------------------------------------------------------- fairness

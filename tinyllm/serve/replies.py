@@ -111,14 +111,17 @@ class Envelope:
 
 
 def usage_of(prompts: list[list[int]], answers) -> dict:
-    """Tokens processed and generated; a prompt with several choices counts once."""
+    """Tokens processed and generated, and those kept from before; of a prompt's choices the first one counts.
+
+    ``answers`` has equally many choices of each prompt, one prompt after the other.
+    """
     prompt, generated = sum(map(len, prompts)), sum(answer.tokens for answer in answers)
-    cached = sum(answer.request.cached_tokens for answer in answers)
+    cached = sum(answer.request.cached_tokens for answer in answers[:: len(answers) // len(prompts)])
     return {
         "prompt_tokens": prompt,
         "completion_tokens": generated,
         "total_tokens": prompt + generated,
-        "prompt_tokens_details": {"cached_tokens": min(cached, prompt)},
+        "prompt_tokens_details": {"cached_tokens": cached},
     }
 
 

@@ -77,7 +77,8 @@ class Request:
     stop_ids: Sequence[int] = ()
     top: int | None = None
     cancelled: bool = False
-    cached_tokens: int = 0  # of the prompt, from an earlier turn; known with the first token
+    cached_tokens: int = 0  # of the prompt, from before its batch was submitted; known with the first token
+    batch: object = None  # what was submitted together
 
 
 class _Row:
@@ -106,6 +107,9 @@ class Scheduler:
         self.waiting: collections.deque[Request] = collections.deque()
         self.rows: list[_Row | None] = [None] * slots  # by row of the cache
         self.used = [0] * slots  # when each row was last in use: a time that counts requests
+        self.filled = [
+            (None, 0)
+        ] * slots  # by which batch each row was, after how many tokens of earlier ones
         self._lock, self._clock, self._held = threading.Lock(), itertools.count(1), 0
         self._views: dict[tuple[int, int], Cache] = {}
         self._run = DecodingSteps(model, self.capacity, RECORDINGS, STEADY)
@@ -122,6 +126,9 @@ class Scheduler:
                 raise Error(f"the prompt has {held} tokens, but a row holds {most}: shorten it")
             check_at_least(request.max_new_tokens, 1, "max_new_tokens")
             check_sampling(request.temperature, request.top_k, request.top_p)
+        batch = object()
+        for request in requests:
+            request.batch = batch
         with self._lock:
             self._check_free(len(requests))
             self.waiting.extend(requests)
@@ -230,10 +237,15 @@ class Scheduler:
         place, texts = self.rows.index(row), self.cache.texts
         common = [common_prefix(text, row.text) for text in texts]
         best = max(range(len(texts)), key=common.__getitem__)
+        earlier = max(
+            min(count, before) if batch is row.request.batch else count
+            for count, (batch, before) in zip(common, self.filled)
+        )
         if common[best] > common[place]:
             self.cache.copy_row(best, place, common[best])
         self._view(place, place + 1).keep_prefix([row.text])
-        row.request.cached_tokens, row.begun = len(texts[place]), True
+        row.request.cached_tokens, row.begun = min(earlier, len(texts[place])), True
+        self.filled[place] = row.request.batch, row.request.cached_tokens
 
     def _prefill(self, row: _Row, chunk: int) -> None:
         if not row.begun:
@@ -298,7 +310,7 @@ class Scheduler:
         best = min(range(len(self.rows) - len(rows) + 1), key=cost)
         for a, b in moves(best):
             self.cache.swap_rows(a, b)
-            for items in (self.rows, self.used):
+            for items in (self.rows, self.used, self.filled):
                 items[a], items[b] = items[b], items[a]
         return best
 
