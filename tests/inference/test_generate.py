@@ -489,6 +489,8 @@ def test_error_in_the_model_restores_modes():
         ([[1]], dict(top_p=math.nan), "top_p is nan: .* above 0"),
         ([[1]], dict(temperature="a"), "temperature is 'a'"),
         ([[1]], dict(stop_ids=3), "stop_ids is 3"),
+        ([[1]], dict(stop_ids=np.array(3)), r"stop_ids is array\(3\)"),
+        ([[1]], dict(suppress_ids=[[1, 2]]), r"suppress_ids is \[\[1, 2\]\]"),
         ([[1]], dict(rng=-1), "rng is -1"),
         ([[1]], dict(rng=np.random), "rng is a module"),
     ],
@@ -497,6 +499,13 @@ def test_arguments_are_checked_at_the_call(model, ids, options, said):
     with pytest.raises(Error, match=said) as raised:
         generate(model, ids, **options)  # no step is executed
     assert "\n" not in str(raised.value)
+
+
+def test_all_ids_suppressed_is_not_called_damage(model):
+    every = [*range(model.config.vocab_size), 0]
+    with pytest.raises(Error, match="suppress_ids has all 13 ids"):
+        generated(generate(model, [[1]], 1, suppress_ids=every))
+    assert generated(generate(model, [[1]], 3, suppress_ids=every[1:-1])).tolist() == [[0, 0, 0]]
 
 
 def test_damaged_weights_are_reported(model):

@@ -102,9 +102,11 @@ def generate(
 
 
 def _check_list(ids, model, name: str) -> np.ndarray:
-    if not isinstance(ids, Sequence | np.ndarray):
-        raise Error(f"{name} is {ids!r}: give a list of token ids")
-    return check_ids(ids, model.config.vocab_size, name=name) if len(ids) else np.zeros(0, np.int64)
+    if isinstance(ids, Sequence) or (isinstance(ids, np.ndarray) and ids.ndim):
+        checked = check_ids(ids, model.config.vocab_size, name=name) if len(ids) else np.zeros(0, np.int64)
+        if checked.ndim == 1:
+            return checked
+    raise Error(f"{name} is {ids!r}: give a list of token ids")
 
 
 def _check_prompts(ids, model) -> list[list[int]]:

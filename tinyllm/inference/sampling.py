@@ -25,11 +25,16 @@ def check_sampling(temperature: float, top_k: int | None, top_p: float | None) -
 
 
 def suppress(logits: np.ndarray, ids: Sequence[int]) -> np.ndarray:
-    """The logits (B, V) with -inf, so that these ids have probability 0; ids from V on are ignored."""
-    ids = np.asarray(ids, dtype=np.int64)
+    """The logits (B, V) with -inf, so that these ids have probability 0; ids from V on are ignored.
+
+    Raises ``Error`` if no id is left.
+    """
+    ids, vocab_size = np.asarray(ids, dtype=np.int64), logits.shape[1]
+    if len(ids) >= vocab_size and len(np.unique(ids[ids < vocab_size])) == vocab_size:
+        raise Error(f"suppress_ids has all {vocab_size:,} ids: leave one that can be sampled")
     if len(ids):
         logits = logits.copy()
-        logits[:, ids[ids < logits.shape[1]]] = -np.inf
+        logits[:, ids[ids < vocab_size]] = -np.inf
     return logits
 
 
