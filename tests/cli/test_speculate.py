@@ -62,9 +62,15 @@ def test_wrong_request(options, said, folder, capsys):
     assert said in capsys.readouterr().err
 
 
-def test_draft_with_another_vocabulary(folder, tmp_path, capsys):
+@pytest.mark.parametrize("command", ["generate", "chat"])
+def test_draft_with_another_vocabulary(folder, tmp_path, capsys, monkeypatch, command):
+    """One line and exit code 2, also of a chat: before its first line is read."""
     sizes = dict(vocab_size=20, n_positions=8, n_embd=4, n_layer=1, n_head=1)
     GPT2(GPT2Config(**sizes), rng=np.random.default_rng(0)).save_pretrained(tmp_path / "draft")
-    options = ["--model", str(folder), "--prompt", "a", "--speculate", str(tmp_path / "draft")]
-    assert main(["generate", *options]) == 2
-    assert "vocabulary of 20 tokens and the model of 258" in capsys.readouterr().err
+    options = ["--model", str(folder), "--speculate", str(tmp_path / "draft")]
+    lines = io.StringIO("Hi\nthere\n")
+    monkeypatch.setattr(sys, "stdin", lines)
+    assert main([command, *options, *(["--prompt", "a" * 250] if command == "generate" else [])]) == 2
+    out, err = capsys.readouterr()
+    assert "vocabulary of 20 tokens and the model of 258" in err and err.count("\n") == 1
+    assert out == "" and lines.tell() == 0

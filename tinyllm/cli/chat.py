@@ -87,7 +87,7 @@ def run(config: ChatConfig) -> None:
     if tokenizer.chat_template is None:
         raise _no_template(config)
     move(model, device)
-    draft = config.load_draft(config.weights_dtype, device)
+    draft = config.load_draft(model, config.weights_dtype, device)
     options = config.max_new_tokens, *config.sampling, config.seed, draft
     conversation = Conversation(model, tokenizer, config.system, *options)
     if config.no_think:

@@ -72,7 +72,7 @@ def run(config: GenerateConfig) -> None:
     if config.chat:
         tokenizer.eos_ids = (*tokenizer.eos_ids, *end_of_answer(tokenizer))
     move(model, device)
-    draft = config.load_draft(config.weights_dtype, device)
+    draft = config.load_draft(model, config.weights_dtype, device)
     with autocast(config.dtype):
         (_print_grid if config.grid else _print_text)(config, model, tokenizer, ids, draft)
 

@@ -23,6 +23,7 @@ from tinyllm.backend.memory import keep_memory
 from tinyllm.errors import Error
 from tinyllm.inference.chat import load_model_and_tokenizer, own_tokenizer
 from tinyllm.inference.sampling import check_sampling
+from tinyllm.inference.speculative import check_draft
 from tinyllm.models import load_model
 from tinyllm.nn import Module, lora_layers
 from tinyllm.tokenizers import load_tokenizer
@@ -225,11 +226,15 @@ class SpeculationOptions:
         if self.speculate not in (None, "prompt") and find_checkpoint(None, self.speculate) is None:
             check_model_name(self.speculate, ("prompt", *KNOWN_MODELS))
 
-    def load_draft(self, dtype, device: str) -> Module | str | None:
-        """The argument ``speculate`` of ``generate``: a model on its device, "prompt" or None."""
+    def load_draft(self, model: Module, dtype, device: str) -> Module | str | None:
+        """The argument ``speculate`` of ``generate``: a draft on its device, "prompt" or None.
+
+        Raises Error if the draft has not the model's vocabulary.
+        """
         if self.speculate in (None, "prompt"):
             return self.speculate
         draft = load_model(find_checkpoint(None, self.speculate) or self.speculate, dtype)
+        check_draft(draft, model)
         move(draft, device)
         return draft
 

@@ -222,12 +222,17 @@ def speculation(speculate, model: Module, prompts: Sequence[Sequence[int]], capa
         raise Error(f"speculate needs one prompt at a time, not {len(prompts)}: omit it, or give one prompt")
     if isinstance(speculate, str) and speculate == "prompt":
         return Speculation(PromptLookup(prompts[0]))
-    if not isinstance(speculate, Module) or not hasattr(speculate, "new_cache"):
-        raise Error(f'speculate is {speculate!r}: give "prompt" or a smaller language model')
-    sizes = speculate.config.vocab_size, model.config.vocab_size
+    check_draft(speculate, model)
+    return Speculation(DraftModel(speculate, model, capacity))
+
+
+def check_draft(draft, model: Module) -> None:
+    """Raise ``Error`` unless ``draft`` is a language model with as many ids as the model."""
+    if not isinstance(draft, Module) or not hasattr(draft, "new_cache"):
+        raise Error(f'speculate is {draft!r}: give "prompt" or a smaller language model')
+    sizes = draft.config.vocab_size, model.config.vocab_size
     if sizes[0] != sizes[1]:
         raise Error(
             f"the draft model has a vocabulary of {sizes[0]:,} tokens and the model of {sizes[1]:,}: "
             "speculate with a smaller model that has the same tokenizer"
         )
-    return Speculation(DraftModel(speculate, model, capacity))
