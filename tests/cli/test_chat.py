@@ -112,6 +112,13 @@ def test_an_unknown_command_prints_help_and_changes_nothing(chat, answers, line)
     assert answers.prompts[1].count(START) == 4  # the first message is still in the prompt
 
 
+def test_reset_with_a_text_is_refused_and_the_conversation_goes_on(chat, answers):
+    answers += ["ok"] * 2
+    code, _, err = chat("hello\n/reset all of it\nhello\n")
+    assert code == 0 and "/reset takes no text" in err.splitlines()[1]
+    assert answers.prompts[1].count(START) == 4  # the first message is still in the prompt
+
+
 def test_ctrl_c_in_a_terminal_keeps_the_conversation(chat, answers):
     answers += [[*b"a", KeyboardInterrupt()], [KeyboardInterrupt()], "third"]
     keys = Terminal("one\n", KeyboardInterrupt(), "two\n", "three\n", "/quit\n")

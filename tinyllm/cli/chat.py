@@ -189,6 +189,8 @@ def _command(conversation: Conversation, line: str) -> str:
     name, _, rest = line.partition(" ")
     rest = rest.strip()
     if name == "/reset":
+        if rest:
+            raise Error("/reset takes no text: enter it alone to start a new conversation")
         conversation.reset()
         return "new conversation"
     if name == "/system":
