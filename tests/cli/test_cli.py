@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from support.chat_model import write_model
 
 import parity.__main__ as parity
 from tinyllm import GPT2, GPT2Config, load_tokenizer
@@ -91,6 +92,28 @@ def test_grid_contains_the_single_texts(run, capsys):
     assert f"top-k   3  temperature 1.5  {' '.join(alone.split())}" in lines
 
 
+@pytest.mark.parametrize(
+    ("count", "slide", "note"),
+    [
+        (7, [], ""),  # the last of 257 tokens is sampled from a full context
+        (8, [], "(stops when the context of 256 tokens is full; --slide continues)\n"),
+        (20, ["--slide"], "(past the context of 256 tokens, the oldest tokens are dropped)\n"),
+    ],
+)
+def test_a_llama_past_its_context(tmp_path, capsys, count, slide, note):
+    """What is said of it, and that a grid slides as a single text does."""
+    ask = ["generate", "--model", str(write_model(tmp_path)), "--prompt", "a" * 250, *slide]
+    ask += ["--max-new-tokens", str(count)]
+    assert main([*ask, "--top-k", "1", "--temperature", "0"]) == 0
+    alone, said = capsys.readouterr()
+    assert said == note
+    assert main([*ask, "--grid"]) == 0
+    lines, said = capsys.readouterr()
+    assert said == note
+    alone = " ".join(alone.removeprefix("a" * 250).split())
+    assert f"top-k   1  temperature 0.0  {alone}\n" in lines
+
+
 def test_generate_depends_on_seed_and_sampling_options(run, capsys):
     assert (last_checkpoint(run) / "model.safetensors").is_file()
 
@@ -124,8 +147,11 @@ def test_another_process_generates_the_same_text(run, capsys):
 
 
 def test_generating_past_the_context_is_reported(run, capsys):
-    assert main(["generate", "--run", run, "--prompt", "the ", "--max-new-tokens", "13"]) == 0
-    assert "past the context of 16 tokens" in capsys.readouterr().err
+    """The last token is sampled, not processed: it may be the 17th of a context of 16."""
+    for count, said in ((13, ""), (14, "(past the context of 16 tokens, the oldest tokens are dropped)\n")):
+        assert main(["generate", "--run", run, "--prompt", "the ", "--max-new-tokens", str(count)]) == 0
+        out, err = capsys.readouterr()
+        assert (len(out), err) == (4 + count + 1, said)
 
 
 def test_show_probabilities_marks_every_sampled_token(run, capsys):
@@ -652,6 +678,19 @@ def test_a_tokenizer_of_another_size_is_refused(refused, run, tmp_path):
     CharTokenizer("abc").save(run_of_its_own)
     said = refused("generate", "--run", run_of_its_own, "--prompt", "a")
     matches(said, "char has 3 ids, but the model has 11")
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ("--grid --temperature 0.3", "omit --temperature"),
+        ("--grid --top-k 7", "omit --temperature and --top-k"),
+        ("--chat --special allow", "omit --special, or --chat"),
+        ("--chat --special text", "omit --special, or --chat"),
+    ],
+)
+def test_options_without_an_effect_are_refused(refused, run, options, said):
+    assert said in refused("generate", "--run", run, "--prompt", "the", *options.split())
 
 
 def test_grid_and_show_probabilities_exclude_each_other(refused, run):

@@ -120,6 +120,7 @@ def test_a_run_and_an_adapter(folder, tmp_path, capsys, monkeypatch):
         ("--prompt a --lens {}/a.txt", "must end in .png"),
         ("--prompt a --lens {}/none/a.png", "there is no folder {}/none"),
         ("--prompt a --lens {0}/a.png --norms {0}/a.png", "is to be written twice"),
+        ("--prompt a --chat --special allow", "omit --special, or --chat"),
         ("--prompt <|im_end|>", "--prompt: the text contains the special token"),
         ("--file {}/long.txt", "has 300 tokens, but the model's context is 256"),
         ("--file {}/special.txt", "special.txt: the text contains the special token"),

@@ -59,11 +59,16 @@ class GenerateConfig(
 def run(config: GenerateConfig) -> None:
     if config.grid and config.show_probabilities:
         raise Error("--grid and --show-probabilities print different things: choose one")
+    if config.grid and config.sampling[:2] != (GenerateConfig.temperature, GenerateConfig.top_k):
+        raise Error(
+            "--grid has temperatures and numbers of tokens of its own: omit --temperature and --top-k"
+        )
     if config.speculate and config.show_probabilities:
         raise Error("--show-probabilities shows plain steps: omit it, or --speculate")
     if not config.prompt:
         raise Error("--prompt is empty: give at least one character to continue")
     config.check_sampling()
+    check_chat(config)
     config.find()
     config.find_draft()
     device = config.open_device()
@@ -75,6 +80,12 @@ def run(config: GenerateConfig) -> None:
     draft = config.load_draft(model, config.weights_dtype, device)
     with autocast(config.dtype):
         (_print_grid if config.grid else _print_text)(config, model, tokenizer, ids, draft)
+
+
+def check_chat(config) -> None:
+    """Raise Error for --special with --chat, which decides how special tokens are encoded."""
+    if config.chat and config.special != SpecialOptions.special:
+        raise Error("--chat encodes special tokens in a message as text: omit --special, or --chat")
 
 
 def encode_prompt(config, tokenizer: Tokenizer, prompt: str, source: str) -> list[int]:
@@ -94,8 +105,7 @@ def _print_text(config: GenerateConfig, model: Module, tokenizer: Tokenizer, ids
     unused = tokenizer.unused_ids(model.config.vocab_size)
     options = config.max_new_tokens, *config.sampling, config.seed, tokenizer.eos_ids
     steps = generate(model, [ids], *options, slide=config.slide, suppress_ids=unused, speculate=draft)
-    if len(ids) + config.max_new_tokens > model.context:
-        print(_context_note(model, config.slide), file=sys.stderr)
+    _note_context(config, model, ids)
     if config.show_probabilities:
         blocks = shows_blocks(sys.stdout)
         for step in watch_probabilities(
@@ -108,10 +118,15 @@ def _print_text(config: GenerateConfig, model: Module, tokenizer: Tokenizer, ids
     print_stream(tokenizer, steps)
 
 
-def _context_note(model: Module, slide: bool) -> str:
-    if slide or model.learned_positions:
-        return f"(past the context of {model.context:,} tokens, the oldest tokens are dropped)"
-    return f"(stops when the context of {model.context:,} tokens is full; --slide continues)"
+def _note_context(config: GenerateConfig, model: Module, ids: list[int]) -> None:
+    """Say what happens at the end of the context, if that can be reached: the last token is not processed."""
+    if len(ids) + config.max_new_tokens - 1 <= model.context:
+        return
+    if config.slide or model.learned_positions:
+        note = f"past the context of {model.context:,} tokens, the oldest tokens are dropped"
+    else:
+        note = f"stops when the context of {model.context:,} tokens is full; --slide continues"
+    print(f"({note})", file=sys.stderr)
 
 
 def print_stream(tokenizer: Tokenizer, steps: Iterable[Sequence[int]]) -> None:
@@ -126,7 +141,8 @@ def _print_grid(config: GenerateConfig, model: Module, tokenizer: Tokenizer, ids
     for top_k in GRID_TOP_K:
         for temperature in GRID_TEMPERATURE:
             options = temperature, top_k, config.top_p, config.seed, tokenizer.eos_ids
-            more = dict(suppress_ids=unused, speculate=draft)
+            more = dict(slide=config.slide, suppress_ids=unused, speculate=draft)
             steps = generate(model, [ids], config.max_new_tokens, *options, **more)
             text = "".join(text_stream(tokenizer, steps, tokenizer.eos_ids))
             print(f"top-k {top_k:3}  temperature {temperature:.1f}  {' '.join(text.split())}", flush=True)
+    _note_context(config, model, ids)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Annotated, ClassVar
 
 from tinyllm.backend.dtypes import autocast
-from tinyllm.cli.generate import encode_prompt
+from tinyllm.cli.generate import check_chat, encode_prompt
 from tinyllm.cli.options import DeviceOptions, Flag, SpecialOptions, TextModelOptions, move, option
 from tinyllm.errors import Error
 from tinyllm.files import check_is_writable, read_text
@@ -70,6 +70,7 @@ class InspectConfig(DeviceOptions, SpecialOptions, TextModelOptions, _Views, _Te
 def run(config: InspectConfig) -> None:
     pictures = {name: getattr(config, name) for name in PICTURES if getattr(config, name) is not None}
     _check(config, list(pictures.values()))
+    check_chat(config)
     config.find()
     text, source = _text(config)
     device = config.open_device()
