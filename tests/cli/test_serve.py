@@ -173,6 +173,44 @@ def test_wrong_options_are_refused_before_the_model_is_loaded(capsys, monkeypatc
     )
 
 
+@pytest.fixture
+def served(monkeypatch):
+    """The applications that would be served: the command ends at once, as after SIGTERM."""
+    served = []
+    monkeypatch.setattr("tinyllm.serve.server.serve", lambda app, *_: served.append(app) or signal.SIGTERM)
+    return served
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ("--context 100000", "100,000 tokens is more than this model's: choose at most 4,096"),
+        ("--max-tokens 5000", "--max-tokens is 5000: choose at most 4,096"),
+        ("--context 64 --max-tokens 65", "--max-tokens is 65: choose at most 64"),
+    ],
+)
+def test_more_tokens_than_the_model_has_are_refused(capsys, served, model, options, said):
+    assert said in message_of(capsys, "--model", model, "--port", 0, *options.split())
+
+
+def test_an_answer_has_2048_tokens_or_as_many_as_the_context(served, model):
+    for options in ([], ["--context", "64"], ["--max-tokens", "9"]):
+        assert main(["serve", "--model", str(model), "--port", "0", *options]) == 143
+    limits = [(app.state.limits.context, app.state.limits.max_tokens) for app in served]
+    assert limits == [(4096, 2048), (64, 64), (4096, 9)]
+
+
+@pytest.mark.parametrize(
+    "option", ["--adapter none", "--no-bos", "--slots 3", "--queue 2", "--context 9", "--max-tokens 9",
+               "--gpu-memory 2", "--device auto"],
+)  # fmt: skip
+def test_options_of_a_model_need_one(capsys, served, tmp_path, option):
+    (tmp_path / "metrics.jsonl").touch()
+    name, *value = option.split()
+    said = message_of(capsys, "--watch", tmp_path, *([f"{name}={value[0]}"] if value else [name]))
+    assert said.startswith(f"tinyllm: {name} is about a model")
+
+
 def test_a_port_in_use_is_one_sentence(capsys, model):
     with socket.create_server(("127.0.0.1", 0)) as other:
         port = other.getsockname()[1]

@@ -16,10 +16,14 @@ from tinyllm.checks import check_at_least, pip_install
 from tinyllm.cli.options import DeviceOptions, TextModelOptions, move, option
 from tinyllm.errors import Error
 from tinyllm.files import printable
+from tinyllm.models.rope import longest_cached
 from tinyllm.serve.engine import Engine
+from tinyllm.training.config import flag
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 LONGEST = 8192  # tokens of a conversation, unless --context says otherwise
+LONGEST_ANSWER = 2048  # unless --max-tokens does
+ABOUT_MODEL = "adapter no_bos device dtype gpu_memory slots queue context max_tokens".split()
 KEY = "TINYLLM_API_KEY"
 
 
@@ -53,7 +57,7 @@ class ServeConfig(DeviceOptions, TextModelOptions):
     context: Annotated[int | None, option("N", f"the model's, at most {LONGEST}")] = None
     """Maximum number of tokens of a conversation, its answer included. Memory grows with the longest one and
     with --slots."""
-    max_tokens: Annotated[int, option("N")] = 2048
+    max_tokens: Annotated[int | None, option("N", f"{LONGEST_ANSWER}, at most the context")] = None
     """Maximum number of tokens of an answer, and their number if a chat request does not say it."""
     api_key: Annotated[str | None, option("KEY", f"the environment variable {KEY}, if set")] = None
     """Key that clients must send. On the command line other users of the machine can see it."""
@@ -80,10 +84,12 @@ def run(config: ServeConfig) -> None:
     missing = [name for name in ("starlette", "uvicorn") if importlib.util.find_spec(name) is None]
     if missing:
         raise Error(f"serve needs {' and '.join(missing)}: {pip_install('serve')}")
-    for name in ("slots", "queue", "max_tokens"):
-        check_at_least(getattr(config, name), 1, name)
-    if config.context is not None:
-        check_at_least(config.context, 2, "context")
+    for name, least in (("slots", 1), ("queue", 1), ("max_tokens", 1), ("context", 2)):
+        if getattr(config, name) is not None:
+            check_at_least(getattr(config, name), least, name)
+    given = [flag(name) for name in ABOUT_MODEL if getattr(config, name) != getattr(ServeConfig, name)]
+    if given and not config.serves_model:
+        raise Error(f"{given[0]} is about a model, and only runs are watched: give --model or --run, too")
     if not 0 <= config.port <= 65535:
         raise Error(f"port is {config.port}: choose a number from 0 to 65535")
     api_key = config.api_key if config.api_key is not None else os.environ.get(KEY) or None
@@ -117,16 +123,17 @@ def _app(config: ServeConfig, device, runs: list, api_key: str | None):
     from tinyllm.serve.page import OPEN_PATHS, page_routes
     from tinyllm.serve.watch import watch_routes
 
-    engine, routes = None, [*page_routes(bool(runs)), *(watch_routes(runs) if runs else [])]
+    engine, max_tokens, routes = None, None, [*page_routes(bool(runs)), *(watch_routes(runs) if runs else [])]
     if config.serves_model:
         model, tokenizer = config.load(config.weights_dtype)
         move(model, device)
-        capacity = min(model.context, config.context or LONGEST)
+        capacity = config.context or min(longest_cached(model.config), LONGEST)
         engine = Engine(model, tokenizer, config.name, config.slots, capacity, config.queue)
+        max_tokens = config.max_tokens or min(capacity, LONGEST_ANSWER)
         routes += look_routes(engine)
     hosts = LOOPBACK if config.host in LOOPBACK and api_key is None else ()
     cors = () if config.cors is None else (config.cors,)
-    return create_app(engine, config.max_tokens, api_key, cors, hosts, routes, OPEN_PATHS)
+    return create_app(engine, max_tokens, api_key, cors, hosts, routes, OPEN_PATHS)
 
 
 def _address(host: str, port: int) -> str:

@@ -16,6 +16,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import BaseRoute, Route
 
+from tinyllm.checks import check_at_least
 from tinyllm.errors import Error
 from tinyllm.files import parse_json
 from tinyllm.serve.api import Limits, Options, check_model, parse_chat, parse_completion, too_long
@@ -45,10 +46,11 @@ def create_app(
 ) -> Starlette:
     """The application for an engine, which it starts and stops; for None, of ``/health`` and ``routes``.
 
-    An answer has at most ``max_tokens``. With an ``api_key`` every path except ``/health`` and ``open_paths``
-    needs it. Pages of the origins ``cors``, and of no others, may send requests. Unless ``hosts`` is empty, a
-    request must name one of them as its host (see ``Guard``). ``routes`` are additional endpoints, which find
-    the engine in ``request.app.state.engine``.
+    An answer has at most ``max_tokens``, by default as many as the engine's capacity; for more ``Error`` is
+    raised. With an ``api_key`` every path except ``/health`` and ``open_paths`` needs it. Pages of the
+    origins ``cors``, and of no others, may send requests. Unless ``hosts`` is empty, a request must name one
+    of them as its host (see ``Guard``). ``routes`` are additional endpoints, which find the engine in
+    ``request.app.state.engine``.
     """
     always = [Route("/health", health, methods=["GET"])]
     endpoints = [
@@ -74,7 +76,9 @@ def create_app(
     app.state.engine = engine
     if engine is None:
         return app
-    most = min(max_tokens or engine.capacity, engine.capacity)
+    most = engine.capacity if max_tokens is None else check_at_least(max_tokens, 1, "max_tokens")
+    if most > engine.capacity:
+        raise Error(f"max_tokens is {most}: choose at most {engine.capacity:,}, the context")
     rows = engine.scheduler.queue + len(engine.scheduler.rows)
     vocab_size = engine.model.config.vocab_size
     app.state.prompts_at_once = asyncio.Semaphore(AT_ONCE)

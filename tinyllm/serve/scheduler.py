@@ -101,7 +101,12 @@ class Scheduler:
     def __init__(self, model, slots: int = 4, capacity: int | None = None, queue: int = 32, suppress_ids=()):
         slots, queue = check_at_least(slots, 1, "slots"), check_at_least(queue, 1, "queue")
         most = longest_cached(model.config)  # a text is read in chunks, and goes on in later turns
-        self.model, self.capacity = model, min(capacity or most, most)
+        self.model = model
+        self.capacity = most if capacity is None else check_at_least(capacity, 1, "capacity")
+        if self.capacity > most:
+            raise Error(
+                f"a context of {capacity:,} tokens is more than this model's: choose at most {most:,}"
+            )
         self.cache = model.new_cache(slots, min(START, self.capacity))
         self.queue, self.suppress_ids = queue, suppress_ids
         self.waiting: collections.deque[Request] = collections.deque()
