@@ -54,7 +54,8 @@ def test_null_is_as_if_absent():
         ({"stop": "x"}, "stops", ["x"]),
         ({"stop": ["x", "yz"]}, "stops", ["x", "yz"]),
         ({"max_tokens": 9}, "max_tokens", 9),
-        ({"max_completion_tokens": 8, "max_tokens": 9}, "max_tokens", 8),
+        ({"max_completion_tokens": 8}, "max_tokens", 8),
+        ({"max_completion_tokens": 8, "max_tokens": 8}, "max_tokens", 8),
         ({"logprobs": True}, "top", 0),
         ({"logprobs": True, "top_logprobs": 20}, "top", 20),
         ({"logprobs": False}, "top", None),
@@ -165,6 +166,20 @@ def test_messages_in_the_forms_that_clients_send():
     assert [tuple(message.values()) for message in found.messages] == [
         ("system", "Be brief."), ("user", "Hello you"), ("assistant", "Yes?")
     ]  # fmt: skip
+
+
+def test_parameters_that_contradict_each_other_are_refused():
+    begun = [*USER, {"role": "assistant", "content": "Hel"}]
+    for given, name in (
+        ({"max_completion_tokens": 4, "max_tokens": 2}, "max_completion_tokens"),
+        (
+            dict(messages=begun, continue_final_message=True, add_generation_prompt=True),
+            "add_generation_prompt",
+        ),
+    ):
+        with pytest.raises(APIError, match=name) as refused:
+            chat(**given)
+        assert (refused.value.status, refused.value.param) == (400, name)
 
 
 def test_an_unfinished_answer_is_continued():

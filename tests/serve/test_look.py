@@ -92,6 +92,9 @@ def test_a_prompt_without_a_chat(server):
         ({"messages": ASKED, "ids": "Yes"}, "ids"),
         ({"messages": ASKED, "ids": [1] * 2000}, "tokens"),
         ({"messages": ASKED, "lens": True}, "lens"),
+        ({"messages": ASKED, "stream": True}, "stream"),
+        ({"prompt": "a", "temperature": 0.5}, "temperature"),
+        ({"prompt": "a", "messages": ASKED}, "messages"),
         ({"prompt": ["a", "b"]}, "prompt"),
         ({"prompt": ""}, "prompt"),
     ],
@@ -100,6 +103,13 @@ def test_wrong_requests_are_refused(server, body, named):
     status, found = server.post(PATH, body)
     assert status == 400 and named in found["error"]["message"]
     assert found["error"]["type"] == "invalid_request_error"
+
+
+def test_the_model_is_that_of_the_server(server):
+    assert server.post(PATH, {"messages": ASKED, "model": "tiny", "stream": False})[0] == 200
+    for body in ({"messages": ASKED}, {"prompt": "a"}):
+        status, found = server.post(PATH, body | {"model": "nonexistent"})
+        assert (status, found["error"]["code"]) == (404, "model_not_found")
 
 
 def test_the_last_text_is_kept_and_a_longer_one_than_allowed_is_refused(server):

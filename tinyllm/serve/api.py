@@ -37,6 +37,7 @@ NEUTRAL = {
     "reasoning_effort": ("none",),
     "verbosity": ("medium",),
     "add_generation_prompt": (True,),
+    "stream": (False,),  # where there is nothing to stream
 }
 
 ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
@@ -132,31 +133,19 @@ class Parameters:
                 continue
             known = ", ".join(map(json.dumps, NEUTRAL.get(name, ())))
             remedy = f"only {known} is supported, or omit it" if known else "omit it"
-            message = f"{_shown_name(name)} is not supported by this server: {remedy}"
+            message = f"{_shown_name(name)} is not supported here: {remedy}"
             raise APIError(400, message, _shown_name(name), "unsupported_parameter")
 
 
 def parse_chat(body, limits: Limits) -> ChatRequest:
     """The request of ``/v1/chat/completions``. Raises ``APIError``, 400 unless said otherwise."""
     parameters = Parameters(body)
-    messages = parameters.take(
-        "messages", lambda x: isinstance(x, list) and x, "a list of messages that is not empty"
-    )
-    if messages is None:
-        raise APIError(400, "messages is missing: give a list of messages", "messages")
-    goes_on = parameters.flag("continue_final_message")
-    if goes_on:
-        parameters.flag("add_generation_prompt")  # vLLM wants it to be false
+    messages, goes_on = take_messages(parameters, limits)
     logprobs, top = parameters.flag("logprobs"), parameters.integer("top_logprobs", 0, MAX_TOP)
     if top and not logprobs:
         raise APIError(400, "top_logprobs needs logprobs: set it to true", "top_logprobs")
     options = _options(parameters, limits, ("max_completion_tokens", "max_tokens"), limits.max_tokens)
     parameters.finish()
-    messages = [_message(message, f"messages[{i}]") for i, message in enumerate(messages)]
-    limits.check_characters(sum(len(message["content"]) for message in messages))
-    if goes_on and messages[-1]["role"] != "assistant":
-        message = "continue_final_message needs an assistant's message at the end: add it"
-        raise APIError(400, message, "continue_final_message")
     top = (top or 0) if logprobs else None
     request = ChatRequest(**options, messages=messages, goes_on=goes_on, top=top)
     _check_choices(request.n, limits)
@@ -166,18 +155,43 @@ def parse_chat(body, limits: Limits) -> ChatRequest:
 def parse_completion(body, limits: Limits) -> CompletionRequest:
     """The request of ``/v1/completions``: its prompt is a text or token ids, or a list of either."""
     parameters = Parameters(body)
-    given = parameters.left.pop("prompt", None)
-    if given is None:
-        raise APIError(400, "prompt is missing: give a text, token ids, or a list of either", "prompt")
-    prompts = given if isinstance(given, list) and given and not is_integer(given[0]) else [given]
-    for prompt in prompts:
-        _check_prompt(prompt, limits)
+    prompts = take_prompts(parameters, limits)
     top = parameters.integer("logprobs", 0, MAX_TOP)
     options = _options(parameters, limits, ("max_tokens",), min(16, limits.max_tokens))
     parameters.finish()
     request = CompletionRequest(**options, prompts=prompts, top=top)
     _check_choices(len(prompts) * request.n, limits)
     return request
+
+
+def take_messages(parameters: Parameters, limits: Limits) -> tuple[list[dict[str, str]], bool]:
+    """The messages of a chat, and whether the last one is the beginning of the answer."""
+    messages = parameters.take(
+        "messages", lambda x: isinstance(x, list) and x, "a list of messages that is not empty"
+    )
+    if messages is None:
+        raise APIError(400, "messages is missing: give a list of messages", "messages")
+    goes_on = parameters.flag("continue_final_message")
+    messages = [_message(message, f"messages[{i}]") for i, message in enumerate(messages)]
+    limits.check_characters(sum(len(message["content"]) for message in messages))
+    if goes_on and messages[-1]["role"] != "assistant":
+        message = "continue_final_message needs an assistant's message at the end: add it"
+        raise APIError(400, message, "continue_final_message")
+    if goes_on and parameters.flag("add_generation_prompt"):  # vLLM wants it to be false
+        message = "add_generation_prompt begins another message than continue_final_message: omit one of them"
+        raise APIError(400, message, "add_generation_prompt")
+    return messages, goes_on
+
+
+def take_prompts(parameters: Parameters, limits: Limits) -> list[str | list[int]]:
+    """The prompt of a completion, a text or token ids, or those in a list of either."""
+    given = parameters.left.pop("prompt", None)
+    if given is None:
+        raise APIError(400, "prompt is missing: give a text, token ids, or a list of either", "prompt")
+    prompts = given if isinstance(given, list) and given and not is_integer(given[0]) else [given]
+    for prompt in prompts:
+        _check_prompt(prompt, limits)
+    return prompts
 
 
 def too_long(length: int, unit: str, most: int) -> APIError:
@@ -199,11 +213,13 @@ def check_model(body, names: set[str]) -> None:
 def _options(parameters: Parameters, limits: Limits, lengths: tuple[str, ...], default: int) -> dict:
     """The arguments of ``Options`` but ``top``; ``lengths`` are names of the maximum number of tokens."""
     parameters.left.pop("model", None)
-    given = [parameters.integer(name, 1, limits.max_tokens) for name in lengths]
+    given = {parameters.integer(name, 1, limits.max_tokens) for name in lengths} - {None}
+    if len(given) > 1:
+        raise APIError(400, f"{' and '.join(lengths)} are not equal: give one of them", lengths[0])
     stream = parameters.flag("stream")
     top_k = parameters.integer("top_k", -1, 2**31, 0)  # 0 and -1 mean all tokens, as in other servers
     return dict(
-        max_tokens=next((value for value in given if value is not None), default),
+        max_tokens=next(iter(given), default),
         n=parameters.integer("n", 1, MAX_CHOICES, 1),
         temperature=parameters.number("temperature", lambda x: x >= 0, "a number of at least 0", 1.0),
         top_p=parameters.number("top_p", lambda x: 0 < x <= 1, "a number above 0 and at most 1"),

@@ -2,8 +2,9 @@
 
 ``POST /tinyllm/inspect`` takes the ``messages`` (or the ``prompt``, for a base model) and the ``ids`` of the
 answer so far, as a completion reports them; or, as for a completion, an answer's beginning as the last
-message with ``continue_final_message``. The model reads these tokens once more. What is returned belongs to
-the last of them, the place where the next token was chosen:
+message with ``continue_final_message``. Nothing is sampled or streamed: parameters of that are refused. The
+model reads these tokens once more. What is returned belongs to the last of them, the place where the next
+token was chosen:
 
     tokens      the text that was read: id, text, and whether it is a special token
     attention   of each head of ``layer`` (or of ``head`` alone), how much that place attends to every token
@@ -13,6 +14,7 @@ the last of them, the place where the next token was chosen:
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 from starlette.requests import Request
@@ -21,7 +23,7 @@ from starlette.routing import Route
 
 from tinyllm.checks import is_integer
 from tinyllm.errors import Error
-from tinyllm.serve.api import Limits, Parameters, parse_chat, parse_completion
+from tinyllm.serve.api import Parameters, check_model, take_messages, take_prompts
 from tinyllm.serve.app import check_length, in_thread, read_json, stopped
 from tinyllm.serve.engine import Engine, Stopped
 from tinyllm.serve.errors import APIError
@@ -103,21 +105,26 @@ def look_routes(engine: Engine) -> list[Route]:
 
 async def _request(request: Request, engine: Engine) -> tuple[list[int], int | None, int | None]:
     """The ids to look at, the layer and the head. Raises ``APIError`` 400 for a request that is wrong."""
-    limits: Limits = request.app.state.limits
-    parameters = Parameters(await read_json(request))
+    limits = replace(request.app.state.limits, context=engine.model.context)
+    body = await read_json(request)
+    check_model(body, {engine.name})
+    parameters = Parameters(body)
+    parameters.left.pop("model", None)
     answer = parameters.take("ids", _are_ids(limits.vocab_size), "the ids of tokens", [])
     layer, head = (parameters.integer(name, 0, 2**31) for name in ("layer", "head"))
-    tokenizer, rest = engine.tokenizer, parameters.left
-    if "prompt" in rest:
-        prompts = parse_completion(rest, limits).prompts
+    tokenizer = engine.tokenizer
+    if "prompt" in parameters.left:
+        prompts = take_prompts(parameters, limits)
+        parameters.finish()
         if len(prompts) > 1:
             raise APIError(400, "prompt has several texts: look into one at a time", "prompt")
         before = await in_thread(request, text_prompt, tokenizer, prompts[0])
     else:
-        wanted = parse_chat(rest, limits)
+        messages, goes_on = take_messages(parameters, limits)
+        parameters.finish()
         if tokenizer.chat_template is None:
             raise APIError(400, f"{engine.name} has no chat template: give a prompt", "messages")
-        before = await in_thread(request, chat_prompt, tokenizer, wanted.messages, wanted.goes_on)
+        before = await in_thread(request, chat_prompt, tokenizer, messages, goes_on)
     ids = [*before, *answer]
     check_length(ids, engine.model.context)
     return ids, layer, head
