@@ -16,9 +16,22 @@ def test_paragraphs_are_compared_by_their_words_and_kept_once():
     known = ["the first\nparagraph\n\nand another", "a third"]
     text = "A new one.\n \nand\n   another\n\nthe first paragraph, longer\n\n\n\na third\n\nA new\none.\n\n"
     text += "last\n"
-    assert without_paragraphs_of(text, known) == "A new one.\n\nthe first paragraph, longer\n\nlast\n"
-    assert without_paragraphs_of("a third\n", known) == ""
-    assert without_paragraphs_of("a third", []) == "a third"
+    kept = "A new one.\n\nthe first paragraph, longer\n\nlast\n"
+    assert [*without_paragraphs_of([text], known)] == [kept]
+    assert [*without_paragraphs_of(["a third"], [])] == ["a third"]
+
+
+def test_emptied_documents_are_omitted_and_repeated_ones_kept_once():
+    documents = ["known\n", "new", "", "another\n\nnew", "new\n"]
+    assert [*without_paragraphs_of(iter(documents), iter(["known"]))] == ["new", "another"]
+
+
+def test_the_known_paragraphs_are_collected_once(monkeypatch):
+    """Not once for each document, which would take time in proportion to the product of both texts."""
+    split, texts = paragraphs, []
+    monkeypatch.setattr("tinyllm.data.unseen.paragraphs", lambda text: texts.append(text) or split(text))
+    assert [*without_paragraphs_of(["a", "b", "c"], ["known", "too"])] == ["a", "b", "c"]
+    assert texts == ["known", "too", "a", "b", "c"]
 
 
 def test_the_documentation_and_both_halves_of_the_docstrings_share_no_paragraph():

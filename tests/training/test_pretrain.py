@@ -190,6 +190,40 @@ def test_a_second_text_is_evaluated_at_the_end_without_the_shared_paragraphs(tmp
     assert f"  {expected:.2f}\n" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("ending", ["jsonl", "txt"])
+def test_documents_with_nothing_new_do_not_count_in_a_second_text(tmp_path, ending):
+    """Each would add an <|endoftext|>, which stands for no byte."""
+    own, new = [RHYME * 20 + str(n) for n in range(9)], [f"a cat {n} sat on the mat" for n in range(3)]
+
+    def load(name, documents):
+        lines = "".join(json.dumps({"text": document}) + "\n" for document in documents)
+        content = {"jsonl": lines, "txt": END_OF_TEXT.join(documents)}[ending]
+        (tmp_path / f"{name}.{ending}").write_text(content)
+        options = dict(text_field="text" if ending == "jsonl" else None, tokenizer="bytes", special="allow")
+        second = str(tmp_path / f"{name}.{ending}")
+        return load_data(small(tmp_path / f"own.{ending}", None, second_text=second, **options))
+
+    with pytest.raises(Error, match=r"--second-text .*no paragraph"):
+        load("own", own)
+    plain, padded = (load("second", documents).second for documents in (new, own[:1] + new + own + new))
+    assert plain.text == padded.text == "".join(new).encode()
+    np.testing.assert_array_equal(padded.windows.tokens, plain.windows.tokens)
+    assert padded.bytes_per_token == plain.bytes_per_token
+
+
+@pytest.mark.parametrize("in_memory", [0, 100])
+def test_a_validation_text_of_special_tokens_is_refused(tmp_path, monkeypatch, in_memory):
+    monkeypatch.setattr("tinyllm.data.token_file.PIECE_CHARACTERS", 100)
+    monkeypatch.setattr("tinyllm.data.corpus.PIECE_CHARACTERS", 100)
+    text = ["the " * 20 + "b" * 50, *["<|x|>"] * 44]  # its last tenth begins with one of these
+    (tmp_path / "own.txt").write_text(END_OF_TEXT.join(text))
+    options = dict(
+        tokenizer="bytes", special_tokens=("<|x|>",), special="allow", in_memory=in_memory, context=8
+    )
+    with pytest.raises(Error, match="nothing but special tokens"):
+        load_data(small(tmp_path / "own.txt", None, **options))
+
+
 def test_a_run_whose_second_text_changed_is_refused(text, tmp_path):
     second = tmp_path / "second.txt"
     second.write_text("the cat the cat the cat the cat")
@@ -205,7 +239,7 @@ def test_a_run_whose_second_text_changed_is_refused(text, tmp_path):
     [
         (dict(second_text="nowhere"), "--second-text nowhere: no text 'nowhere'"),
         (dict(tokenizer="char"), "--second-text second.txt: character 'ü'"),
-        (dict(second_text="own.txt"), "--second-text own.txt: own.txt has only 0 tokens"),
+        (dict(second_text="own.txt"), "--second-text own.txt: no paragraph of it"),
         (dict(in_memory=0, tokenizer="bytes"), "--second-text second.txt: .* larger than 0 MB"),
     ],
 )

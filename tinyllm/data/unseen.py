@@ -33,14 +33,21 @@ def paragraphs(text: str) -> list[str]:
     return [part for part in BLANK_LINES.split(text) if part.strip()]
 
 
-def without_paragraphs_of(text: str, known: Iterable[str]) -> str:
-    """The paragraphs of a text, each once, that occur in none of the ``known``; line breaks do not count."""
-    seen, kept = {_words(part) for other in known for part in paragraphs(other)}, []
-    for part in paragraphs(text):
-        if (words := _words(part)) not in seen:
-            seen.add(words)
-            kept.append(part)
-    return "\n\n".join(kept)
+def without_paragraphs_of(documents: Iterable[str], known: Iterable[str]) -> Iterator[str]:
+    """The documents without the paragraphs of the ``known`` ones; line breaks do not count.
+
+    A paragraph that occurs several times in the documents is kept once. A document of which nothing is left
+    is omitted.
+    """
+    seen = {_words(part) for other in known for part in paragraphs(other)}
+    for document in documents:
+        kept = []
+        for part in paragraphs(document):
+            if (words := _words(part)) not in seen:
+                seen.add(words)
+                kept.append(part)
+        if kept:
+            yield "\n\n".join(kept)
 
 
 def _words(paragraph: str) -> str:
@@ -55,11 +62,11 @@ def python_docstrings(half: int) -> str:
     Raises ``Error`` if this Python has no source of its standard library.
     """
     found, size = [], 0
-    for docstrings in _docstrings(half):
-        found.append(without_paragraphs_of(docstrings, [python_docs(), *found]))
-        size += len(found[-1])
+    for docstrings in without_paragraphs_of(_docstrings(half), [python_docs()]):
+        found.append(docstrings)
+        size += len(docstrings)
         if size >= DOCSTRING_CHARACTERS:
-            return "\n\n".join(filter(None, found))[:DOCSTRING_CHARACTERS]
+            return "\n\n".join(found)[:DOCSTRING_CHARACTERS]
     raise Error("this Python has no source of its standard library to take docstrings from: use a file")
 
 

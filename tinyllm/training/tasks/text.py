@@ -101,6 +101,11 @@ def load_data(
         train, validation = (encode_documents(tokenizer, part, config.special) for part in parts)
         validation_bytes = count_bytes(tokenizer, parts[1], config.special)
     _check_length(config, corpus, parts, len(validation), "tokens")
+    if validation_bytes == 0:
+        raise Error(
+            f"the last tenth of the text {corpus.name}, for validation, has nothing but special tokens: "
+            "use a text with words at its end"
+        )
     bytes_per_token = validation_bytes / len(validation)
     train = Windows(train, config.context, config.stride or max(1, config.context // 4))
     validation = Windows(validation, config.context)
@@ -125,10 +130,13 @@ def _second_text(config: TrainConfig, tokenizer: Tokenizer, known: list[str]) ->
 
 def _without(known: list[str], config: TrainConfig, name: str, tokenizer: Tokenizer) -> SecondText:
     corpus = open_corpus(name, config.text_field if name.endswith((".jsonl", ".jsonl.gz")) else None)
-    documents = [without_paragraphs_of(document, known) for document in corpus.documents()]
+    split = splits(tokenizer, config.special)
+    documents = [*without_paragraphs_of(corpus.documents(split), known)]
     _check_special(config, corpus, tokenizer, documents)
-    windows = Windows(encode_documents(tokenizer, documents, config.special), config.context, name=name)
     num_bytes = count_bytes(tokenizer, documents, config.special)
+    if num_bytes == 0:
+        raise Error(f"no paragraph of it with words is not in {config.text} too: give another text")
+    windows = Windows(encode_documents(tokenizer, documents, config.special), config.context, name=name)
     return SecondText(name, "".join(documents).encode(), windows, num_bytes / len(windows.tokens))
 
 
