@@ -134,6 +134,10 @@ def contents(folder):
 # Runs that are stopped
 
 
+class Killed(BaseException):
+    """Ends a run without a checkpoint, so that the disk is as after a kill: no code of a run catches it."""
+
+
 @contextmanager
 def full_disk(size=0):
     """Files cannot grow beyond ``size`` bytes; as on a full disk, the bytes before are written."""

@@ -9,13 +9,14 @@ from dataclasses import replace
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from support.runs import RHYME, Alarm, left, records, stopped_after, tiny, val_losses
+from support.runs import RHYME, Alarm, Killed, left, records, stopped_after, tiny, val_losses
 
 import tinyllm.training.run_folder
 import tinyllm.training.step
 from tinyllm import GPT2, Llama, load_model
 from tinyllm.cli import main
 from tinyllm.data.batches import Batches
+from tinyllm.errors import Error
 from tinyllm.training.checkpoint import verify
 from tinyllm.training.run_folder import begun_config
 from tinyllm.training.tasks.pretrain import train
@@ -88,9 +89,9 @@ def test_a_run_killed_before_the_first_checkpoint_starts_again(text, tmp_path, w
 
     def killed(record):
         if record["step"] == 3:
-            raise ZeroDivisionError  # not caught, so the disk is as after a kill
+            raise Killed
 
-    with pytest.raises(ZeroDivisionError):
+    with pytest.raises(Killed):
         train(tiny(text, out), progress=False, callback=killed)
     assert checkpoints(out) == []
     assert len(records(out)) == 4
@@ -104,9 +105,9 @@ def test_a_run_killed_between_two_checkpoints_resumes(text, tmp_path, whole):
 
     def killed(record):
         if record["step"] == 5:
-            raise ZeroDivisionError
+            raise Killed
 
-    with pytest.raises(ZeroDivisionError):
+    with pytest.raises(Killed):
         train(tiny(text, out, checkpoint_every=4), progress=False, callback=killed)
     assert last_checkpoint(out).name == "step-000004"
     assert [record["step"] for record in records(out)] == list(range(6))
@@ -121,6 +122,37 @@ def test_a_run_killed_between_two_checkpoints_resumes(text, tmp_path, whole):
     train(begun_config(out), progress=False)
     assert left(out) == left(whole)
     assert not list(out.glob(".*"))
+
+
+@pytest.mark.parametrize("where", ["a step", "an evaluation", "the last evaluation", "a callback"])
+@pytest.mark.parametrize("error", [Error, ZeroDivisionError, SystemExit])
+def test_whatever_ends_the_steps_leaves_the_last_complete_one(
+    text, tmp_path, whole, monkeypatch, capsys, where, error
+):
+    out, loss, calls = tmp_path / "run", GPT2.loss, []
+    # An evaluation calls it four times and a step three times; the evaluations are at 0, 2, 4 and 6.
+    fails_at = {"a step": 4 + 3 + 2, "an evaluation": 4 + 6 + 2}.get(where)
+
+    def failing(model, *args, **kwargs):
+        calls.append(model.training)
+        last = where == "the last evaluation" and len(calls) > 20 and not model.training
+        if len(calls) == fails_at or (last and records(out)[-1]["step"] == 5):
+            raise error("broken")
+        return loss(model, *args, **kwargs)
+
+    def callback(record):
+        if where == "a callback" and record["step"] == 3:
+            raise error("broken")
+
+    monkeypatch.setattr(GPT2, "loss", failing)
+    with pytest.raises(error, match="broken"):
+        train(tiny(text, out), progress=False, callback=callback)
+    step = {"a step": 1, "an evaluation": 2, "the last evaluation": 6, "a callback": 3}[where]
+    assert last_checkpoint(out).name == f"step-{step:06}"
+    assert str(last_checkpoint(out)) in capsys.readouterr().out
+    monkeypatch.undo()
+    train(begun_config(out), progress=False)
+    assert left(out) == left(whole)
 
 
 def test_a_finished_run_proposes_to_start_from_it(text, tmp_path, whole, capsys):

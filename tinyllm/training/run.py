@@ -43,10 +43,10 @@ def run_task(task: Task, progress: bool = True, callback: Log | None = None) -> 
     written, and KeyboardInterrupt raised with the signal's number as its argument. A loss or gradient norm
     that is not finite never reaches the weights: more than ``config.skip_nonfinite`` in a row raise
     FloatingPointError, after a checkpoint of the last finite step. So do weights that an update made not
-    finite, which are never saved. A checkpoint or log that cannot be
-    written raises OSError; the checkpoint before it stays complete. MemoryError, of the CPU or of the GPU,
-    has options that need less memory. Both are raised after a checkpoint of the last complete step, if that
-    can be written.
+    finite, which are never saved. A checkpoint or log that cannot be written raises OSError; the checkpoint
+    before it stays complete. MemoryError, of the CPU or of the GPU, has options that need less memory. These
+    and all other exceptions, such as one of ``callback``, are raised after a checkpoint of the last complete
+    step, if that can be written.
 
     Output that cannot be written is dropped; the next record has its stdout_error or stderr_error.
 
@@ -146,11 +146,12 @@ def _train(run: RunFolder, logs: list[Log], check: Check, progress: bool) -> Non
     except FloatingPointError as error:
         where = run.save()
         raise FloatingPointError(f"{error}; the weights after step {run.step} are in {where}") from error
-    except (MemoryError, OSError) as error:
-        error.__traceback__ = None  # it references the step's arrays, and saving needs memory
-        if run.is_between_updates():
-            with suppress(OSError, FloatingPointError):
-                run.save()
+    except (Exception, KeyboardInterrupt, SystemExit) as error:
+        if isinstance(error, MemoryError):
+            error.__traceback__ = None  # it references the step's arrays, and saving needs memory
+        if all(distributed.current().gather(run.is_between_updates())):
+            with suppress(Exception):  # what stopped the steps is raised, whether or not they can be saved
+                say(f"the weights after step {run.step} are in {run.save()}")
         raise
 
 
