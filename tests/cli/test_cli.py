@@ -368,6 +368,25 @@ def test_warmup_follows_the_steps_if_only_they_are_given():
         assert _parse(["train", "--steps=30", "--preset", preset, "--warmup", "7"]).warmup_steps == 7
 
 
+@pytest.mark.parametrize(
+    ("options", "rates"),
+    [
+        ("--preset gpt2-small", (3e-3, 0.0, 1e-4)),
+        ("--preset gpt2-small --lr 1e-5", (1e-5, 0.0, 1e-6)),
+        ("--preset gpt2-small --lr 1e-5 --min-lr 2e-6", (1e-5, 0.0, 2e-6)),
+        ("--preset ten-minutes", (2.5e-3, 0.0, 1e-4)),
+        ("--preset modern --lr 1e-5", (1e-5, 0.0, 0.0)),
+        ("--preset gpt2-124m --lr 1e-3", (1e-3, 0.0, 6e-5)),
+        ("--preset gpt2-124m --lr=6e-6", (6e-6, 0.0, 6e-7)),
+        ("--preset gpt2-verdict --lr 5e-7", (5e-7, 3e-8, 1e-9)),
+        ("--preset gpt2-verdict --lr 5e-7 --initial-lr 5e-7", (5e-7, 5e-7, 1e-9)),
+    ],
+)
+def test_the_other_rates_are_never_above_a_smaller_lr(options, rates):
+    config = _parse(["train", *options.split()])
+    assert (config.lr, config.initial_lr, config.final_lr) == pytest.approx(rates, rel=1e-12)
+
+
 @pytest.mark.parametrize("content", ["emma olivia ava ", "3 14 15 926 ", "天地玄黃宇宙洪荒"])
 def test_any_text_is_trained_on_without_a_prompt(tmp_path, capsys, content):
     (tmp_path / "names.txt").write_text(content * 40, encoding="utf-8")
@@ -535,6 +554,8 @@ def matches(sentence, said):
         ("--lr nan", "--lr is nan"),
         ("--initial-lr -1", "--initial-lr is -1"),
         ("--min-lr inf", "--min-lr is inf"),
+        ("--lr 1e-3 --min-lr 2e-3", "--min-lr is 0.002: it must be at most the peak, --lr 0.001"),
+        ("--lr 1e-3 --initial-lr 1", "--initial-lr is 1.0: it must be at most the peak, --lr 0.001"),
         ("--weight-decay -0.1", "--weight-decay is -0.1"),
         ("--clip 0", "--clip is 0"),
         ("--dropout 1", "--dropout is 1.0"),

@@ -247,6 +247,24 @@ def test_options_that_contradict_the_model_are_refused_by_name(source, tmp_path,
     assert not out.exists()
 
 
+def test_the_rate_falls_from_a_smaller_lr_too(source, text, tmp_path):
+    """The source's learning rate ends at 1e-4."""
+    out = tmp_path / "run"
+    options = "--lr 1e-5 --steps 4 --warmup 1 --out".split()
+    assert main(["train", "--from", str(source), *options, str(out)]) == 0
+    rates = [record["lr"] for record in records(out)[1:]]
+    assert rates == sorted(rates[:1]) + sorted(rates[1:], reverse=True)
+    assert max(rates) == 1e-5
+    assert begun_config(out).min_lr == pytest.approx(1e-7)
+
+
+def test_a_model_starts_at_a_tenth_of_the_rate_of_a_new_one(tmp_path):
+    config = GPT2Config(n_positions=32, n_embd=8, n_head=2, n_layer=1)
+    GPT2(config, rng=np.random.default_rng(0)).save_pretrained(tmp_path)
+    rates = starting_from(str(tmp_path))
+    assert (rates.lr, rates.final_lr) == pytest.approx((3e-4, 3e-5))
+
+
 @pytest.mark.parametrize("name", ["nowhere", "", "empty"])
 def test_a_source_that_does_not_exist_is_refused(tmp_path, capsys, monkeypatch, name):
     monkeypatch.chdir(tmp_path)

@@ -13,7 +13,7 @@ from tinyllm.backend import distributed
 from tinyllm.cli.options import did_you_mean, option, parse_options, readable
 from tinyllm.errors import Error
 from tinyllm.tools.profile import Profile, profile
-from tinyllm.training.config import DEFAULT_PRESET, PRESETS, TrainConfig
+from tinyllm.training.config import DEFAULT_PRESET, PRESETS, TrainConfig, flag
 from tinyllm.training.run import what_to_try
 from tinyllm.training.run_folder import begun_config
 from tinyllm.training.start import starting_from
@@ -97,13 +97,21 @@ def parse(args: list[str]) -> TrainConfig:
     default, given = _values(SOURCES[source](value)), {word.partition("=")[0] for word in rest}
     if source == "--preset" and "--steps" in given and "--warmup" not in given:
         default["warmup"] = None  # that of the preset suits its own steps
+    rates = {}
+    if "--lr" in given:
+        others = (name for name in ("initial_lr", "min_lr") if flag(name) not in given)
+        rates = {name: default[name] for name in others if default[name]}
+    begun_lr, default = default["lr"], default | dict.fromkeys(rates, 0.0)
     options = parse_options(
         _Options,
         "tinyllm train",
         rest,
         default=_Options(**default, preset=value if source == "--preset" else DEFAULT_PRESET),
     )
-    return TrainConfig(**{name: value for name, value in _values(options).items() if name in default})
+    found = {name: value for name, value in _values(options).items() if name in default}
+    for name, rate in rates.items():  # those above a smaller --lr are scaled with it
+        found[name] = rate if rate <= found["lr"] else rate * found["lr"] / begun_lr
+    return TrainConfig(**found)
 
 
 def _values(options) -> dict:

@@ -47,8 +47,8 @@ class RunOptions:
     """Peak learning rate."""
     initial_lr: float = 0.0
     """Learning rate of the first step, from which the warm-up rises."""
-    min_lr: float = 1e-4
-    """Learning rate at the end of the decay."""
+    min_lr: float | None = None
+    """Learning rate at the end of the decay; by default 1e-4, and at most a tenth of --lr."""
     warmup: int | None = None
     """Steps in which the learning rate rises to its peak; by default a sixth of the steps."""
     weight_decay: float = 0.1
@@ -97,6 +97,9 @@ class RunOptions:
         self._require_at_least(0, "skip_nonfinite initial_lr min_lr weight_decay checkpoint_minutes")
         for name in ("lr", "clip"):
             self._require(name, 0 < getattr(self, name) < math.inf, "above 0")
+        for name in ("initial_lr", "min_lr"):
+            rate = getattr(self, name)
+            self._require(name, rate is None or rate <= self.lr, f"at most the peak, --lr {self.lr}")
         whole = self.micro_batch is None or self.batch % self.micro_batch == 0
         self._require("micro_batch", whole, f"a divisor of the batch, {self.batch}")
         self._require("seed", 0 <= self.seed < 2**64, "from 0 to 2**64 - 1")
@@ -157,6 +160,10 @@ class RunOptions:
     @property
     def warmup_steps(self) -> int:
         return self.steps // 6 if self.warmup is None else self.warmup
+
+    @property
+    def final_lr(self) -> float:
+        return min(1e-4, self.lr / 10) if self.min_lr is None else self.min_lr
 
     @property
     def at_once(self) -> int:

@@ -159,7 +159,7 @@ def _steps(run: RunFolder, logs: list[Log], check: Check, progress: bool) -> Non
     """Run steps, evaluations and checkpoints, and send a record of each step to the logs."""
     task, config, tokens_before, seconds = run.task, run.config, run.tokens, 0.0
     schedule = {"cosine": warmup_cosine, "linear": warmup_linear}[config.schedule]
-    lr_at = schedule(config.lr, config.initial_lr, config.min_lr, config.warmup_steps, config.steps)
+    lr_at = schedule(config.lr, config.initial_lr, config.final_lr, config.warmup_steps, config.steps)
     options = dict(micro_batch=config.at_once, clip=config.clip, seed=config.seed, check=check)
     options["replicas"] = run.replicas
 

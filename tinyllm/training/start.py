@@ -25,8 +25,7 @@ from tinyllm.training.run_folder import begun_config
 from tinyllm.weights.hub import find_model, open_weights
 from tinyllm.weights.runs import STEP, last_checkpoint
 
-# Published weights take a tenth of the learning rate that suits random ones.
-FINE_TUNING = dict(lr=3e-4, min_lr=3e-5)
+FINE_TUNING_LR = 3e-4  # published weights take a tenth of the learning rate that suits random ones
 
 VOCABULARY_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt")
 ADDED_TOKENS = ("added_tokens.json", "special_tokens_map.json")
@@ -53,7 +52,7 @@ def starting_from(source: str) -> TrainConfig:
         return replace(begun, out=None, resume=None, **options)
     context = min(config.context, TrainConfig.context)
     place = tokenizer_place(weights, config.vocab_size)
-    return TrainConfig(**options, **FINE_TUNING, context=context, tokenizer=str(place))
+    return TrainConfig(**options, lr=FINE_TUNING_LR, context=context, tokenizer=str(place))
 
 
 def starting_model(config: TrainConfig, checkpoint: Path | None) -> LanguageModel:
