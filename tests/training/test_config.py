@@ -41,6 +41,7 @@ CHANGES = dict(
     schedule="linear",
     token_splits=0.5,
     token_noise=0.5,
+    eval_windows=3,
     second_text="elsewhere",
     dropout=0.1,
     tie_head=False,

@@ -154,7 +154,7 @@ def test_a_finished_run_says_so_and_returns_its_model(whole, capsys):
     assert len(lora_layers(model)) == 14
 
 
-@pytest.mark.parametrize("what", ["data", "weights", "tokenizer", "template"])
+@pytest.mark.parametrize("what", ["data", "weights", "tokenizer", "template", "--eval-examples"])
 def test_a_run_does_not_resume_with_something_else(files, tmp_path, what):
     model, out = write_model((tmp_path / "model").mkdir() or tmp_path / "model"), tmp_path / "run"
     data = write_parts(tmp_path / "data")
@@ -168,11 +168,12 @@ def test_a_run_does_not_resume_with_something_else(files, tmp_path, what):
     elif what == "tokenizer":
         content = (out / "tokenizer.json").read_text(encoding="utf-8")
         (out / "tokenizer.json").write_text(content + "\n", encoding="utf-8")
-    else:
+    elif what == "template":
         (out / "chat_template.jinja").write_text(CHATML + " ", encoding="utf-8")
     named = {"weights": "the weights in .* are not those"}.get(what, what)
+    changes = {"eval_examples": 1} if what == "--eval-examples" else {}  # the lowest loss is kept
     with pytest.raises(Error, match=named):
-        tune(begun(out))
+        tune(replace(begun(out), **changes))
 
 
 # ------------------------------------------------------------------------------------- what is trained

@@ -16,6 +16,7 @@ from support.runs import (
     small,
     stopped_after,
     tiny,
+    val_losses,
     weights,
 )
 
@@ -316,9 +317,8 @@ def test_a_text_too_short_for_the_context_is_refused_before_a_tokenizer_is_learn
 
 
 @pytest.mark.parametrize("eval_windows", [2, 128])
-def test_an_evaluation_before_the_end_is_no_longer_than_the_training_since(
-    text, tmp_path, monkeypatch, capsys, eval_windows
-):
+def test_all_losses_of_a_run_are_of_the_same_windows(text, tmp_path, monkeypatch, capsys, eval_windows):
+    """No more than are trained on in between; only the table at the end has more."""
     calls = []
 
     def count(model, windows, most, *args):
@@ -327,13 +327,32 @@ def test_an_evaluation_before_the_end_is_no_longer_than_the_training_since(
 
     monkeypatch.setattr("tinyllm.training.tasks.pretrain.mean_loss", count)
     config = small(text, tmp_path / "run", eval_every=1, steps=3, warmup=0, eval_windows=eval_windows)
-    train(config, progress=False)
-    now = min(eval_windows, 4)  # the rows of one step
-    end = (min(eval_windows, 53), min(eval_windows, 5))
-    assert calls == [now, now] * 3 + [*end]
+    model = train(config, progress=False)
+    now, end = min(eval_windows, 4), min(eval_windows, 5)  # the rows of a step, of 5 for validation
+    assert calls == [now, now] * 4 + [end] * (end > now)
     said = " ".join(capsys.readouterr().out.split())
     assert f"every 1 steps: {now} training and {now} validation windows" in said
-    assert (f"at the end: {end[0]} training and {end[1]} validation" in said) == (end != (now, now))
+    assert (f"for the table, {end} validation windows" in said) == (end > now)
+    last, validation = records(config.out)[-1], load_data(config).validation
+    assert last["val_loss"] == mean_loss(model, validation, now, 4)
+    if end > now:
+        bits = mean_loss(model, validation, end, 4) / math.log(2)  # a token is a byte
+        assert last["val_final_bits_per_byte"] == pytest.approx(bits, rel=1e-12)
+        monkeypatch.setattr("tinyllm.training.baselines.describe", lambda train, measured: measured)
+        task = Pretraining(config)
+        task.load(tmp_path, {})
+        assert task.conclusion(last)["validation text"][0] == last["val_final_bits_per_byte"]
+    else:
+        assert "val_final_bits_per_byte" not in last
+
+
+def test_a_resumed_run_is_evaluated_on_the_same_windows(text, tmp_path):
+    config = small(text, tmp_path / "whole", eval_every=1, eval_windows=128)
+    train(config, progress=False)
+    stopped_after(replace(config, out=tmp_path / "run"), 3)
+    train(replace(begun_config(tmp_path / "run"), eval_every=3), progress=False)
+    found, expected = (val_losses(tmp_path / name) for name in ("run", "whole"))
+    assert found == {step: expected[step] for step in (0, 1, 2, 3, 6, 9, 12)}
 
 
 @pytest.mark.parametrize("training", [True, False])

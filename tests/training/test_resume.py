@@ -185,7 +185,7 @@ def test_some_options_change_no_results(text, tmp_path, whole):
     elsewhere = shutil.copy(text, tmp_path / "moved.txt")
     out = tmp_path / "run"
     stopped_after(tiny(text, out), 3)
-    changes = dict(text=str(elsewhere), eval_every=1, eval_windows=3, prompt="a", keep=3)
+    changes = dict(text=str(elsewhere), eval_every=1, prompt="a", keep=3)
     changes |= dict(checkpoint_every=1, checkpoint_minutes=0.0, skip_nonfinite=2, tokens=tmp_path)
     train(replace(begun_config(out), **changes), progress=False)
     assert [path.name for path in checkpoints(out)] == ["step-000004", "step-000005", "step-000006"]

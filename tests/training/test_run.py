@@ -130,8 +130,9 @@ def test_the_last_checkpoint_has_the_model_of_the_last_losses(run):
     assert same_arrays(loaded.state_dict(), model.state_dict())
     data = load_data(config)
     last = records(config.out)[-1]
-    assert mean_loss(loaded, data.validation, config.eval_windows, config.batch) == last["val_loss"]
-    assert mean_loss(loaded, data.train, config.eval_windows, config.batch) == last["train_eval_loss"]
+    most = config.eval_every * config.batch
+    assert mean_loss(loaded, data.validation, most, config.batch) == last["val_loss"]
+    assert mean_loss(loaded, data.train, most, config.batch) == last["train_eval_loss"]
 
 
 def test_checkpoints_every_few_steps_have_the_models_of_the_losses(text, tmp_path):

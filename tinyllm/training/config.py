@@ -250,7 +250,7 @@ class TextOptions:
     stride: int | None = None
     """Tokens from the start of a training window to the next; by default a quarter of the context."""
     eval_windows: int = 128
-    """Maximum number of windows to evaluate in each text, training and validation; fewer before the end."""
+    """Maximum number of windows to evaluate in each text; for losses, at most those of --eval-every steps."""
     prompt: str | None = None
     """Beginning of the sample at each evaluation; by default The, or the text's first word."""
     optimizer: str = "adamw"
@@ -271,7 +271,7 @@ class TrainConfig(RunOptions, ModelOptions, TextOptions):
 
     task = "pretrain"
 
-    free = RunOptions.free | {"text", "text_field", "pattern", "tokens", "eval_windows", "prompt"}
+    free = RunOptions.free | {"text", "text_field", "pattern", "tokens", "prompt"}
 
     def __post_init__(self):
         vars(self).update(arch=full_name(self.arch))

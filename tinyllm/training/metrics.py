@@ -21,7 +21,7 @@ TINY = 1e-9  # tokens per second or bytes per token; anything less is an error, 
 BOOKKEEPING = ("out", "resume", "checkpoint_every", "checkpoint_minutes", "keep", "skip_nonfinite", "log")
 
 NUMBERS = ("step", "tokens", "train_loss", "tokens_per_s", "train_eval_loss", "val_loss", "val_bits_per_byte")
-NUMBERS += ("val_second_bits_per_byte",)
+NUMBERS += ("val_final_bits_per_byte", "val_second_bits_per_byte")
 
 
 @dataclass(frozen=True)

@@ -87,12 +87,17 @@ class Task:
     @property
     def eval_every(self) -> int:
         """Steps between two evaluations."""
+        return self.interval(self.config.eval_every)
+
+    def interval(self, eval_every: int | None) -> int:
+        """Steps between two evaluations with this option."""
         steps = self.config.steps
-        return min(steps, self.config.eval_every or min(self.steps_per_epoch, math.ceil(steps / 10)))
+        return min(steps, eval_every or min(self.steps_per_epoch, math.ceil(steps / 10)))
 
     def evaluate(self, model: Module, check: Check, final: bool) -> dict[str, float]:
         """``val_loss``, of which lower is better, and other numbers named val_… or train_eval_….
 
+        The lowest ``val_loss`` decides which checkpoint is kept: measure the same data at every step.
         Unless ``final``, at the end of the run, it should take less time than ``eval_every`` steps. Call
         ``check()`` before every batch; it raises an exception to interrupt the evaluation.
         """

@@ -94,7 +94,7 @@ class FinetuneOptions(RunOptions):
     command = "tinyllm finetune"
     restart = "tinyllm finetune --model"
     length_option = "--max-length"
-    free = RunOptions.free | {"model", "data", "eval_examples"}  # the first two may move: they are hashed
+    free = RunOptions.free | {"model", "data"}  # which may move: they are hashed
 
     # LoRA's A and B start from random numbers and 0, a head from random numbers: they take larger steps than
     # pretrained weights. 2e-4 is QLoRA's (arXiv 2305.14314, table 9), 5e-5 that of transformers' Trainer.

@@ -86,6 +86,9 @@ class Pretraining(Task):
         self.batches = Batches(self.text.train, config.batch, config.seed)
         self.pairs = self.text.tokenizer.merged_pairs() if config.token_splits > 0 else None
         self.steps_per_epoch = self.batches.steps_per_epoch
+        # A resumed run may be evaluated more often, but on the same windows: only then losses compare.
+        every = self.interval(about["train"]["eval_every"] if about else config.eval_every)
+        self.most_windows = min(config.eval_windows, every * config.batch)
 
     def batch_at(self, step: int) -> tuple[np.ndarray, np.ndarray]:
         """The windows of a step, with what ``--token-splits`` and ``--token-noise`` change (``noise.py``)."""
@@ -119,28 +122,31 @@ class Pretraining(Task):
             self.start = found
         return model
 
-    def _windows_to_evaluate(self, final: bool) -> int:
-        """The most windows of each part: before the end, no more than are trained on in between.
-
-        A training step costs about three forward passes: two for both parts, and one for the sample.
-        """
-        most, trained = self.config.eval_windows, self.eval_every * self.config.batch
-        return most if final else min(most, trained)
-
-    def _evaluated(self, final: bool) -> str:
-        most = self._windows_to_evaluate(final)
-        train, validation = (min(most, len(part)) for part in (self.text.train, self.text.validation))
-        return f"{train:,} training and {validation:,} validation windows"
-
     def evaluate(self, model: Module, check: Check, final: bool) -> dict[str, float]:
-        """Both losses, each of a fixed set of windows, and in the end that of the second text."""
-        most, found = self._windows_to_evaluate(final), {}
-        for key, windows in (("train_eval_loss", self.text.train), ("val_loss", self.text.validation)):
-            found[key] = mean_loss(model, windows, most, self.config.at_once, check)
-        found["val_bits_per_byte"] = found["val_loss"] / math.log(2) / self.text.bytes_per_token
-        if final and (second := self.text.second):
-            loss = mean_loss(model, second.windows, most, self.config.at_once, check)
-            found["val_second_bits_per_byte"] = loss / math.log(2) / second.bytes_per_token
+        """Both losses, of the same windows at every step, and in the end the bits per byte of the table.
+
+        The windows are no more than those trained on in between: a training step costs about three forward
+        passes, two for both losses and one for the sample. The table is of ``config.eval_windows``.
+        """
+        found, validation = {}, self.text.validation
+
+        def loss(windows: Windows, most: int) -> float:
+            return mean_loss(model, windows, most, self.config.at_once, check)
+
+        def bits_per_byte(loss: float, bytes_per_token: float) -> float:
+            return loss / math.log(2) / bytes_per_token
+
+        for key, windows in (("train_eval_loss", self.text.train), ("val_loss", validation)):
+            found[key] = loss(windows, self.most_windows)
+        found["val_bits_per_byte"] = bits_per_byte(found["val_loss"], self.text.bytes_per_token)
+        if final:
+            most = self.config.eval_windows
+            if min(most, len(validation)) > self.most_windows:
+                at_end = loss(validation, most)
+                found["val_final_bits_per_byte"] = bits_per_byte(at_end, self.text.bytes_per_token)
+            if second := self.text.second:
+                of_second = loss(second.windows, most)
+                found["val_second_bits_per_byte"] = bits_per_byte(of_second, second.bytes_per_token)
         return found
 
     def sample(self, model: Module, step: int, check: Check, final: bool) -> str:
@@ -172,9 +178,13 @@ class Pretraining(Task):
     def introduction(self) -> list[str]:
         corpus, tokenizer = self.text.corpus, self.text.tokenizer
         train, validation = self.text.train, self.text.validation
-        evaluated = f"evaluated every {self.eval_every:,} steps: {self._evaluated(final=False)}"
-        if self._evaluated(final=True) != self._evaluated(final=False):
-            evaluated += f"; at the end: {self._evaluated(final=True)}"
+        most, at_end = (min(n, len(validation)) for n in (self.most_windows, self.config.eval_windows))
+        evaluated = (
+            f"evaluated every {self.eval_every:,} steps: {min(self.most_windows, len(train)):,} training and "
+            f"{most:,} validation windows"
+        )
+        if at_end > most:
+            evaluated += f"; at the end, for the table, {at_end:,} validation windows"
         lines = [
             f"{corpus.name}: {corpus.num_bytes:,} bytes; {tokenizer.name} tokenizer, "
             f"{tokenizer.vocab_size:,} ids; {len(train.tokens):,} + {len(validation.tokens):,} tokens",
@@ -206,7 +216,8 @@ class Pretraining(Task):
         texts, second = self.text.texts, self.text.second
         if texts is None:
             return None
-        measured = {"validation text": (record["val_bits_per_byte"], texts[1])}
+        bits = record.get("val_final_bits_per_byte", record["val_bits_per_byte"])
+        measured = {"validation text": (bits, texts[1])}
         if second is not None and "val_second_bits_per_byte" in record:
             measured[second.name] = record["val_second_bits_per_byte"], second.text
         return baselines.describe(texts[0], measured)
