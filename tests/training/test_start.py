@@ -213,6 +213,45 @@ def test_a_published_tokenizer_is_copied_into_the_folder_of_a_new_run(text, tmp_
     assert not (tmp_path / "other").exists()
 
 
+def test_a_tokenizer_that_fits_but_is_not_the_sources_is_refused(text, long_text, tmp_path, capsys):
+    """With fewer ids than the model, or with as many."""
+    source, other, out = (tmp_path / name for name in ("source", "other", "run"))
+    train(small(long_text, source, tokenizer="bpe:265", steps=1, warmup=0), progress=False)
+    (tmp_path / "text.txt").write_text("another text " * 60)
+    train(small(tmp_path / "text.txt", other, tokenizer="bpe:265", steps=1, warmup=0), progress=False)
+    for name in ("bytes", str(other)):
+        assert main(["train", "--from", str(source), "--tokenizer", name, "--out", str(out)]) == 2
+        assert f"--tokenizer {name} is not the tokenizer of --from {source}" in capsys.readouterr().err
+        assert not out.exists()
+    copy = shutil.copytree(source, tmp_path / "copy")
+    again = train(continuing(source, out, tokenizer=str(copy), steps=1), progress=False)
+    assert again.config.vocab_size == 265
+
+
+def test_a_model_without_a_tokenizer_takes_the_one_that_is_named(source, text, tmp_path):
+    folder = tmp_path / "model"
+    load_model(last_checkpoint(source)).save_pretrained(folder)
+    options = dict(text=str(text), tokenizer=str(source), steps=1, eval_windows=2)
+    train(continuing(folder, tmp_path / "run", **options), progress=False)
+    assert load_tokenizer(tmp_path / "run").to_json() == load_tokenizer(source).to_json()
+
+
+def test_a_published_tokenizer_is_compared_by_its_files(long_text, tmp_path):
+    pytest.importorskip("tokenizers")
+    model, other = tmp_path / "model", tmp_path / "other"
+    config = GPT2Config(vocab_size=256, n_positions=16, n_embd=8, n_head=2, n_layer=1)
+    GPT2(config, rng=np.random.default_rng(0)).save_pretrained(model)
+    write_json(model, a_tokenizer())
+    other.mkdir()
+    shutil.copy(model / "tokenizer.json", other)
+    options = dict(text=str(long_text), tokenizer=str(other), steps=1, eval_windows=2)
+    train(continuing(model, tmp_path / "run", **options), progress=False)
+    with open(other / "tokenizer.json", "a") as file:
+        file.write("\n")
+    with pytest.raises(Error, match="is not the tokenizer of --from"):
+        train(continuing(model, tmp_path / "new", **options), progress=False)
+
+
 def test_dropout_and_a_shorter_context_may_be_chosen(source, tmp_path):
     config = continuing(source, tmp_path / "run", steps=1, dropout=0.5, context=8, stride=8)
     model = train(config, progress=False)

@@ -14,7 +14,7 @@ from tinyllm.data.token_file import tokenizer_sha256
 from tinyllm.errors import Error
 from tinyllm.files import open_regular, read_file, write_whole
 from tinyllm.models import LanguageModel, ModelConfig, empty_model
-from tinyllm.tokenizers import Tokenizer
+from tinyllm.tokenizers import Tokenizer, load_tokenizer
 from tinyllm.tokenizers.base import FILE_NAME
 from tinyllm.tokenizers.configs import CHAT_TEMPLATE
 from tinyllm.tokenizers.huggingface import TokenizersTokenizer
@@ -93,6 +93,21 @@ def check_architecture(config: TrainConfig, weights: Path | None = None) -> Lang
             f"{model.context} tokens: choose no more"
         )
     return model
+
+
+def check_tokenizer(config: TrainConfig, tokenizer: Tokenizer) -> None:
+    """Raise ``Error`` unless the tokenizer is that of the source, if it has one: with another, ids mean other
+    tokens than those that the model learned.
+    """
+    weights, run = find_source(config.start_from)
+    own = run or weights
+    if config.tokenizer == str(own) or (run is None and not has_tokenizer(weights)):
+        return
+    if hash_tokenizer(tokenizer, config.tokenizer) != hash_tokenizer(load_tokenizer(own), own):
+        raise Error(
+            f"--tokenizer {config.tokenizer} is not the tokenizer of --from {config.start_from}, whose ids "
+            "mean other tokens: omit it"
+        )
 
 
 def with_dropout(model: LanguageModel, dropout: float) -> LanguageModel:

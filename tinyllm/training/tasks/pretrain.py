@@ -28,6 +28,7 @@ from tinyllm.training.shared_run import in_turn
 from tinyllm.training.start import (
     check_architecture,
     check_start,
+    check_tokenizer,
     describe_start,
     hash_tokenizer,
     save_tokenizer,
@@ -70,6 +71,7 @@ class Pretraining(Task):
         self.tokenizer = named_tokenizer(config)
         if model is not None:
             check_fits(self.tokenizer, model, padded=True)
+            check_tokenizer(config, self.tokenizer)
         if self.tokenizer is not None and config.prompt is not None:
             encode_prompt(config, self.tokenizer, config.prompt)
 
