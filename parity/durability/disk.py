@@ -28,8 +28,8 @@ from parity.durability.runs import (
 )
 from tinyllm.errors import Error
 from tinyllm.training import checkpoint
+from tinyllm.training.begun import begun_config
 from tinyllm.training.checkpoint import ABOUT, OPTIMIZER, verify
-from tinyllm.training.run_folder import begun_config
 from tinyllm.weights.runs import checkpoint_folder
 from tinyllm.weights.safetensors import CONFIG, SINGLE_FILE
 

@@ -20,7 +20,7 @@ from parity.durability.faults import KILL, KILLED, die, writing
 from parity.durability.runs import OPTIONS, Figures, damage, difference, left, progress_bar, quick, write_text
 from tinyllm import cli
 from tinyllm.files import SAVING
-from tinyllm.training.run_folder import RUN_CONFIG
+from tinyllm.training.begun import RUN_CONFIG
 
 READY = "ready"
 

@@ -28,7 +28,7 @@ from parity.durability.runs import OPTIONS, Figures, damage, difference, left, p
 from tinyllm import cli
 from tinyllm.backend.distributed import launched
 from tinyllm.errors import Error
-from tinyllm.training.run_folder import RUN_CONFIG
+from tinyllm.training.begun import RUN_CONFIG
 
 READY = re.compile(r"ready: rank (\d+), PID (\d+)\n")
 

@@ -17,8 +17,8 @@ from tinyllm.errors import Error
 from tinyllm.nn import lora_layers
 from tinyllm.optim import NoLossScale
 from tinyllm.tokenizers.chat_template import encode_chat
+from tinyllm.training.begun import begun_config, begun_task
 from tinyllm.training.run import run_task
-from tinyllm.training.run_folder import begun_config, begun_task
 from tinyllm.training.step import accumulate_gradients, evaluate
 from tinyllm.training.tasks import chat
 from tinyllm.training.tasks.instruct import InstructionTuning, InstructOptions

@@ -77,6 +77,15 @@ def test_resume_refuses_folders_that_are_not_runs(tmp_path, whole, capsys):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_resume_names_the_run_of_a_checkpoint(tmp_path, whole, capsys):
+    checkpoint = last_checkpoint(whole)
+    assert main(["train", "--resume", str(checkpoint)]) == 2
+    assert f"{checkpoint} is a checkpoint: give its run, {whole}\n" in capsys.readouterr().err
+    model = shutil.copytree(checkpoint, tmp_path / "model")
+    assert main(["train", "--resume", str(model)]) == 2
+    assert f"{model} is a model's folder" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("damage", [b"", b"{}", b'{"train": {}}', b"\xff", None])
 def test_a_damaged_config_is_refused(whole, tmp_path, damage):
     out = shutil.copytree(whole, tmp_path / "run")

@@ -8,8 +8,8 @@ from typing import Annotated
 
 from tinyllm.cli.options import did_you_mean, option, parse_options, readable
 from tinyllm.errors import Error
+from tinyllm.training.begun import begun_config, begun_task
 from tinyllm.training.run import run_task
-from tinyllm.training.run_folder import begun_config, begun_task
 from tinyllm.training.tasks.classify import Classification, ClassifyOptions
 from tinyllm.training.tasks.dpo import PreferenceOptions, PreferenceTuning
 from tinyllm.training.tasks.finetune import FinetuneOptions, Finetuning

@@ -13,9 +13,9 @@ from tinyllm.backend import distributed
 from tinyllm.cli.options import did_you_mean, option, parse_options, readable
 from tinyllm.errors import Error
 from tinyllm.tools.profile import Profile, profile
+from tinyllm.training.begun import begun_config
 from tinyllm.training.config import DEFAULT_PRESET, PRESETS, TrainConfig, flag
 from tinyllm.training.run import what_to_try
-from tinyllm.training.run_folder import begun_config
 from tinyllm.training.start import starting_from
 from tinyllm.training.tasks.pretrain import parts_of_a_step, train
 

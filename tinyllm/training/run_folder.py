@@ -24,7 +24,6 @@ import json
 import platform
 import time
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -35,6 +34,7 @@ from tinyllm.errors import Error
 from tinyllm.files import append_whole, lock, read_file, read_sealed, sealed, sync, write_whole
 from tinyllm.nn import Module
 from tinyllm.optim import AdamW, LossScale, NoLossScale
+from tinyllm.training.begun import RUN_CONFIG, begun_config, data_hashes, read_about
 from tinyllm.training.checkpoint import (
     check_space,
     load_checkpoint,
@@ -45,7 +45,7 @@ from tinyllm.training.checkpoint import (
     set_aside,
     verify,
 )
-from tinyllm.training.config import RunOptions, TrainConfig, check_continues, check_writable
+from tinyllm.training.config import RunOptions, check_continues, check_writable
 from tinyllm.training.loggers import PLOT, best_record, plot_losses, say
 from tinyllm.training.loop import CompletedStep
 from tinyllm.training.metrics import METRICS, parse_records
@@ -54,40 +54,7 @@ from tinyllm.training.tasks.base import Task, is_evaluation
 from tinyllm.version import __version__
 from tinyllm.weights.runs import checkpoint_folder, checkpoints, step_of
 
-RUN_CONFIG, SAMPLES, LOCK = "config.json", "samples.txt", "lock"
-
-
-def begun_config(folder: Path, options: type[RunOptions] = TrainConfig) -> RunOptions:
-    """The options to resume the run in a folder with: those it was started with, in one process.
-
-    Raises ``Error`` if the folder is not a run's, if its task is not that of ``options``, or if its
-    config.json is damaged.
-    """
-    begun = _read_about(folder, options.task)["train"] | {"distributed": None, "shard_optimizer": False}
-    return replace(options.from_json(begun), out=folder, resume=folder)
-
-
-def begun_task(folder: Path) -> str:
-    """The task of the run in a folder; raises ``Error`` as ``begun_config`` does."""
-    return _read_about(folder, None).get("task", TrainConfig.task)
-
-
-def _read_about(folder: Path, task: str | None) -> dict:
-    if not (folder / RUN_CONFIG).exists():
-        raise Error(
-            f"{folder} is not a run folder (it has no {RUN_CONFIG}): give a run's folder, as in runs/NAME-1"
-        )
-    match read_sealed(folder / RUN_CONFIG):
-        case {"train": dict(), "versions": dict()} as about:
-            if task is not None and about.get("task", task) != task:
-                raise Error(f"{folder} is a run of the task {about['task']}, not {task}: use its own command")
-            return about
-    raise Error(f"{folder / RUN_CONFIG} was not written by this version of tinyllm: start a new run")
-
-
-def data_hashes(about: dict) -> dict[str, str]:
-    """The SHA-256 of everything that a config.json describes, by name, such as text and tokenizer."""
-    return {name: x["sha256"] for name, x in about.items() if isinstance(x, dict) and "sha256" in x}
+SAMPLES, LOCK = "samples.txt", "lock"
 
 
 class RunFolder:
@@ -185,7 +152,7 @@ class RunFolder:
         """
         check_continues(begun_config(self.folder, type(self.config)), self.config)
         self._take_lock()
-        self.about = _read_about(self.folder, self.config.task)
+        self.about = read_about(self.folder, self.config.task)
         self._find_checkpoint()
         remove_left_overs(self.folder)
         metrics, last = self.folder / METRICS, self.step if self.state else -1

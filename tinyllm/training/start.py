@@ -18,10 +18,10 @@ from tinyllm.tokenizers import Tokenizer, load_tokenizer
 from tinyllm.tokenizers.base import FILE_NAME
 from tinyllm.tokenizers.configs import CHAT_TEMPLATE
 from tinyllm.tokenizers.huggingface import TokenizersTokenizer
+from tinyllm.training.begun import begun_config
 from tinyllm.training.checkpoint import hash_weights
 from tinyllm.training.config import CONFIG_NAMES, TrainConfig, flag
 from tinyllm.training.metrics import METRICS
-from tinyllm.training.run_folder import begun_config
 from tinyllm.weights.hub import find_model, open_weights
 from tinyllm.weights.runs import STEP, last_checkpoint
 
