@@ -207,6 +207,17 @@ def test_resuming_with_smaller_micro_batches_differs_only_by_rounding(text, tmp_
     assert val_losses(out) == pytest.approx(val_losses(tmp_path / "whole"), rel=1e-9)
 
 
+@pytest.mark.parametrize("arch", ["mixtral", "qwen3"])
+def test_resuming_with_another_balancing_loss_is_said(text, tmp_path, capsys, arch):
+    """It is one of each micro-batch: not a sum over rows."""
+    out = tmp_path / "run"
+    stopped_after(tiny(text, out, arch=arch), 3)
+    train(replace(begun_config(out), micro_batch=2), progress=False)
+    said = " ".join(capsys.readouterr().out.split())
+    assert ("each micro-batch has its own load-balancing loss" in said) == (arch == "mixtral")
+    assert ("differ by rounding" in said) == (arch == "qwen3")
+
+
 def test_resume_at_the_command_line(text, tmp_path, whole, capsys):
     out = tmp_path / "run"
     stopped_after(tiny(text, out), 2)

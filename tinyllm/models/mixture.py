@@ -92,10 +92,12 @@ class Balanced:
     fused_names: tuple  # of the mixture in a block, and of an expert's gate, up and down
 
     def _loss(self, ids, targets, num_targets, weights, cache):
-        """With a given ``num_targets``, the balancing loss counts by the share of targets that are here, so
-        that a batch may be divided. Tokens after a row's last target, its padding, are not counted.
+        """With a given ``num_targets``, the balancing loss counts by the share of targets that are here. That
+        of a batch computed in parts is the mean of the parts', not that of the whole: a product of two means
+        is not a sum over rows. ``transformers`` also has one for each forward pass. Tokens after a row's last
+        target, its padding, are not counted.
         """
-        if not (self.training and self.config.output_router_logits):
+        if not (self.training and is_balanced(self)):
             return super()._loss(ids, targets, num_targets, weights, cache)
         before = ROUTINGS.set([])
         try:
@@ -113,6 +115,11 @@ class Balanced:
 
     def load_state_dict(self, arrays: Mapping, source: str = "the state dict") -> None:
         super().load_state_dict(per_expert(arrays, *self.fused_names), source)
+
+
+def is_balanced(model) -> bool:
+    """Whether the model's loss in training mode has a load-balancing loss, one of each forward pass."""
+    return isinstance(model, Balanced) and model.config.output_router_logits
 
 
 def check_experts(config) -> None:

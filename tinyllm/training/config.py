@@ -25,7 +25,7 @@ CHOICES = {
 }
 
 # A resumed run may change these, because it may resume on another device or with less memory. Its numbers
-# then differ from there on by rounding.
+# then differ from there on by rounding, and with ``micro_batch`` the balancing loss of a mixture of experts.
 ELSEWHERE = {"device", "dtype", "micro_batch"}
 
 

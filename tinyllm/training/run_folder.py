@@ -32,6 +32,7 @@ from tinyllm.backend.device import describe_device, pick_device
 from tinyllm.checks import pip_install
 from tinyllm.errors import Error
 from tinyllm.files import append_whole, lock, read_file, read_sealed, sealed, sync, write_whole
+from tinyllm.models.mixture import is_balanced
 from tinyllm.nn import Module
 from tinyllm.optim import AdamW, LossScale, NoLossScale
 from tinyllm.training.begun import RUN_CONFIG, begun_config, data_hashes, read_about
@@ -231,7 +232,10 @@ class RunFolder:
         changed = [key for key in here if here[key] != there.get(key, here[key])]
         if changed:
             found = "; ".join(f"{key} was {there[key]} and is {here[key]}" for key in changed)
-            say(f"warning: {found}: results may differ by rounding from here on")
+            differ = "results may differ by rounding from here on"
+            if "micro-batch" in changed and is_balanced(self.model):
+                differ = "results differ from here on, as each micro-batch has its own load-balancing loss"
+            say(f"warning: {found}: {differ}")
 
     def _machine(self) -> dict:
         """The machine and the options in ``ELSEWHERE``, recorded in checkpoints."""

@@ -11,7 +11,8 @@ the next token at every position, except targets of -100, which are ignored. A s
 Only one micro-batch's activations are in memory at a time; gradients are accumulated over all of them. Each
 micro-batch divides its sum by N, not by its own number of targets. The accumulated gradient is therefore that
 of the whole batch, however targets are distributed, and ``micro_batch`` affects only memory. For the same
-reason several processes can share the micro-batches (``data_parallel.py``).
+reason several processes can share the micro-batches (``data_parallel.py``). The load-balancing loss of a
+mixture of experts is no such sum: each micro-batch has its own (``models/mixture.py``).
 """
 
 import itertools
