@@ -212,6 +212,55 @@ def test_documents_with_nothing_new_do_not_count_in_a_second_text(tmp_path, endi
     assert padded.bytes_per_token == plain.bytes_per_token
 
 
+@pytest.mark.parametrize(
+    ("own", "second", "options"),
+    [
+        ("own.txt", "second.jsonl", dict(text_field="text")),
+        ("own.txt", "SECOND.JSONL", dict(text_field="text")),
+        ("own.txt", "folder", dict(text_field="text")),
+        ("own.jsonl", "second.txt", dict(text_field="text")),
+        ("own.jsonl", "second.jsonl", dict(text_field="text")),
+        ("own.txt", "code", dict(pattern="*.py")),
+        ("code", "second.txt", dict(pattern="*.py")),
+        ("code", "second.jsonl", dict(pattern="*.py", text_field="text")),
+        ("own.txt", "folder", dict(pattern="*.jsonl", text_field="text")),
+    ],
+)
+def test_options_of_files_are_for_the_text_that_can_have_them(tmp_path, monkeypatch, own, second, options):
+    monkeypatch.chdir(tmp_path)
+    line = json.dumps({"text": "a cat sat on the mat, and the mat sat on the cat"})
+    for folder, name in (("folder", "a.jsonl"), ("code", "a.py")):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / name).write_text(line)
+    for name in ("second.jsonl", "SECOND.JSONL", "second.txt"):
+        (tmp_path / name).write_text(line)
+    (tmp_path / "own.txt").write_text(RHYME * 20)
+    (tmp_path / "own.jsonl").write_text(json.dumps({"text": RHYME * 20}))
+    if own == "code":
+        (tmp_path / "code" / "a.py").write_text(RHYME * 20)
+    data = load_data(small(own, None, second_text=second, tokenizer="bytes", **options))
+    assert data.second.text.decode() in (line, json.loads(line)["text"])
+    assert (data.second.text.decode() == line) == (second in ("second.txt", "code"))
+
+
+@pytest.mark.parametrize(
+    ("second", "options", "said"),
+    [
+        ("second.jsonl", {}, "--second-text second.jsonl: .*--text-field"),
+        ("code", {}, "--second-text code: .*--pattern"),
+        ("second.txt", dict(text_field="text"), "omit the field 'text' .*--text-field"),
+        ("second.txt", dict(pattern="*.py"), r"omit the pattern '\*.py' .*--pattern"),
+    ],
+)
+def test_options_of_files_that_lack_or_suit_no_text_are_named(tmp_path, monkeypatch, second, options, said):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "code").mkdir()
+    for name in ("own.txt", "second.txt", "second.jsonl", "code/a.py"):
+        (tmp_path / name).write_text(RHYME * 20)
+    with pytest.raises(Error, match=said):
+        load_data(small("own.txt", None, second_text=second, tokenizer="bytes", **options))
+
+
 @pytest.mark.parametrize("in_memory", [0, 100])
 def test_a_validation_text_of_special_tokens_is_refused(tmp_path, monkeypatch, in_memory):
     monkeypatch.setattr("tinyllm.data.token_file.PIECE_CHARACTERS", 100)

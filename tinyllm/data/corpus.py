@@ -232,7 +232,7 @@ def open_corpus(name_or_path: str | Path, field: str | None = None, pattern: str
         files = (the_verdict(),)
     elif name_or_path not in MADE:
         files, left_out = find_files(name_or_path, pattern)
-    if pattern is not None and (name_or_path in KNOWN_TEXTS or not Path(name_or_path).is_dir()):
+    if pattern is not None and not is_folder(name_or_path):
         raise Error(f"text {str(name_or_path)!r} is not a folder: omit the pattern {pattern!r}")
     jsonl = next((path for path in files if is_jsonl(path)), None)
     if jsonl is not None and field is None:
@@ -240,6 +240,19 @@ def open_corpus(name_or_path: str | Path, field: str | None = None, pattern: str
     if jsonl is None and field is not None:
         raise Error(f"text {str(name_or_path)!r} has no .jsonl file: omit the field {field!r}")
     return Corpus(str(name_or_path), files, left_out, field)
+
+
+def is_folder(name_or_path: str | Path) -> bool:
+    """Whether a text is a folder, from which a pattern may select files."""
+    return name_or_path not in KNOWN_TEXTS and Path(name_or_path).is_dir()
+
+
+def has_json_lines(name_or_path: str | Path, pattern: str | None = None) -> bool:
+    """Whether a text has .jsonl files, which need a field; raises ``Error`` as ``find_files`` does."""
+    if name_or_path in KNOWN_TEXTS:
+        return False
+    files, _ = find_files(name_or_path, pattern)
+    return any(map(is_jsonl, files))
 
 
 def load_text(name_or_path: str | Path, field: str | None = None, pattern: str | None = None) -> Text:

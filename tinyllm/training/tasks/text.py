@@ -9,6 +9,8 @@ from tinyllm.data.corpus import (
     Corpus,
     count_bytes,
     encode_documents,
+    has_json_lines,
+    is_folder,
     open_corpus,
     splits,
     train_validation_split,
@@ -63,7 +65,7 @@ def load_data(
     tokens, which is split between two of its chunks. For a resumed run, give its ``tokenizer`` and the hash
     of its text. Raises ``Error`` if the text has changed, is too short or cannot be encoded.
     """
-    corpus = _open_text(config)
+    corpus = _open_text(config, config.text, config.second_text)
     if text_sha256 not in (None, corpus.sha256):
         raise Error(
             f"the text {corpus.name} is not the one that the run was started with (its SHA-256 is "
@@ -129,7 +131,7 @@ def _second_text(config: TrainConfig, tokenizer: Tokenizer, known: list[str]) ->
 
 
 def _without(known: list[str], config: TrainConfig, name: str, tokenizer: Tokenizer) -> SecondText:
-    corpus = open_corpus(name, config.text_field if name.endswith((".jsonl", ".jsonl.gz")) else None)
+    corpus = _open_text(config, name, config.text)
     split = splits(tokenizer, config.special)
     documents = [*without_paragraphs_of(corpus.documents(split), known)]
     _check_special(config, corpus, tokenizer, documents)
@@ -140,9 +142,14 @@ def _without(known: list[str], config: TrainConfig, name: str, tokenizer: Tokeni
     return SecondText(name, "".join(documents).encode(), windows, num_bytes / len(windows.tokens))
 
 
-def _open_text(config: TrainConfig) -> Corpus:
+def _open_text(config: TrainConfig, name: str, other: str | None) -> Corpus:
+    """One of the run's two texts. An option that only the ``other`` can have is not for this one."""
+    patterns = {text: config.pattern if is_folder(text) else None for text in (name, other) if text}
+    field, pattern = config.text_field, patterns[name] if any(patterns.values()) else config.pattern
     try:
-        return open_corpus(config.text, config.text_field, config.pattern)
+        if field is not None and not has_json_lines(name, pattern):
+            field = None if other and has_json_lines(other, patterns[other]) else field
+        return open_corpus(name, field, pattern)
     except Error as error:
         for word, option in (("field", "--text-field"), ("pattern", "--pattern")):
             if re.search(rf"\b{word}\b", str(error)):
