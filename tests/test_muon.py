@@ -252,7 +252,14 @@ def test_a_step_needs_two_matrices_and_two_small_squares_at_a_time(monkeypatch):
 
 @pytest.mark.parametrize(
     "wrong",
-    [dict(momentum=1.0), dict(momentum="a"), dict(ns_steps=0), dict(ns_steps=5.0), dict(adjust_lr_fn="x")],
+    [
+        dict(momentum=1.0),
+        dict(momentum="a"),
+        dict(ns_steps=0),
+        dict(ns_steps=5.0),
+        dict(adjust_lr_fn="x"),
+        dict(adjust_lr_fn=[]),
+    ],
 )
 def test_invalid_options_are_refused(wrong):
     with pytest.raises(Error, match=f"Muon needs a momentum.*{next(iter(wrong))}="):
@@ -272,3 +279,17 @@ def test_a_frozen_matrix_is_not_hidden():
     model = nn.Linear(3, 2, rng=0)
     model.weight.requires_grad = False
     assert optim.Muon(model).hidden == set()
+
+
+def test_the_head_of_a_model_inside_a_module_is_not_hidden():
+    class Wrapper(nn.Module):
+        def __init__(self, lm):
+            self.lm = lm
+
+    config = GPT2Config(
+        vocab_size=11, n_positions=6, n_embd=8, n_head=2, n_layer=1, tie_word_embeddings=False, **NO_DROPOUT
+    )
+    model = GPT2(config, rng=np.random.default_rng(0))
+    hidden = optim.Muon(Wrapper(model)).hidden
+    assert hidden == {f"lm.{name}" for name in optim.Muon(model).hidden}
+    assert not any("lm_head" in name for name in hidden)

@@ -434,7 +434,7 @@ def test_warmup_linear_has_the_documented_rates():
         optim.warmup_linear(1.0, 0.0, 0.0, warmup=3, steps=3)
 
 
-@pytest.mark.parametrize(("warmup", "steps"), [(10, 10), (11, 10), (-1, 10), (1, 0)])
+@pytest.mark.parametrize(("warmup", "steps"), [(10, 10), (11, 10), (-1, 10), (1, 0), (0, 0)])
 def test_warmup_cosine_refuses_a_warmup_that_exceeds_the_run(warmup, steps):
     with pytest.raises(Error, match="must be shorter than the run"):
         optim.warmup_cosine(1.0, 0.0, 0.0, warmup, steps)
@@ -454,3 +454,25 @@ def test_parameters_of_several_groups_have_distinct_names(form):
     assert moved == pytest.approx(
         [1e-2, 1e-4], rel=1e-3
     )  # the size of AdamW's first step is the learning rate
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda state: state["t"].update(w=-1),
+        lambda state: state["t"].update(w="x"),
+        lambda state: state["m"].update(w=[0.0, 0.0]),
+        lambda state: state["v"].update(w=1),
+        lambda state: state.update(t=[1]),
+        lambda state: state.update(m=5),
+    ],
+)
+def test_an_optimizer_state_of_the_wrong_types_is_refused(change):
+    optimizer = AdamW([("w", Tensor(np.ones(2), requires_grad=True))], lr=0.1)
+    state = {"t": {"w": 1}, "m": {"w": np.zeros(2)}, "v": {"w": np.zeros(2)}}
+    optimizer.load_state_dict(state)
+    before = optimizer.state
+    change(state)
+    with pytest.raises(Error, match="optimizer state"):
+        optimizer.load_state_dict(state)
+    assert optimizer.state is before

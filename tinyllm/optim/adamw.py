@@ -9,6 +9,7 @@ import numpy as np
 
 from tinyllm.backend.cuda import launch
 from tinyllm.backend.device import to_device, to_device_of
+from tinyllm.checks import check_at_least
 from tinyllm.errors import Error
 from tinyllm.nn import loaded
 from tinyllm.nn.module import check_leaf, zero_grad
@@ -198,10 +199,11 @@ class AdamW:
         """Resume from the result of ``state_dict``. Arrays are not copied unless their device must change.
 
         Raises ``Error``, and changes nothing, if a name is unknown or missing from one of the three dicts, or
-        if the shape or dtype of an array differs from its parameter's.
+        if a t is not a number of steps, or if the shape or dtype of an array differs from its parameter's.
         """
         parameters = dict(self.parameters)
-        if not (isinstance(state, Mapping) and state.keys() >= {"t", "m", "v"}):
+        whole = isinstance(state, Mapping) and state.keys() >= {"t", "m", "v"}
+        if not (whole and all(isinstance(state[key], Mapping) for key in "tmv")):
             raise Error('the optimizer state must be a dict with "t", "m" and "v": pass that of state_dict()')
         kept = {key: {name for name in state["t"] if key in self._averages(name)} for key in "mv"}
         if not parameters.keys() >= state["t"].keys() or any(state[key].keys() != kept[key] for key in "mv"):
@@ -213,7 +215,10 @@ class AdamW:
         for name, t in state["t"].items():
             like = self._own(name, parameters[name].data)
             averages = [state[key][name] for key in self._averages(name)]
+            check_at_least(t, 0, f"the optimizer state's t of {name}")
             for array in averages:
+                if not hasattr(array, "dtype"):
+                    raise Error(f"the optimizer state of {name} is a {type(array).__name__}: give an array")
                 if array.shape != like.shape or array.dtype != like.dtype:
                     raise Error(
                         f"the optimizer state of {name} is {array.dtype} {array.shape}, but the parameter is "

@@ -72,7 +72,7 @@ class Muon(AdamW):
         ns_steps: int = 5,
     ):
         number = isinstance(momentum, int | float) and isinstance(ns_steps, int)
-        if not (number and 0 <= momentum < 1 and 0 < ns_steps < 100 and adjust_lr_fn in SCALES):
+        if not (number and 0 <= momentum < 1 and 0 < ns_steps < 100 and adjust_lr_fn in [*SCALES]):
             raise Error(
                 f"Muon needs a momentum in [0, 1), 1 to 99 ns_steps and adjust_lr_fn {' or '.join(SCALES)}; "
                 f"got momentum={momentum!r}, ns_steps={ns_steps!r}, adjust_lr_fn={adjust_lr_fn!r}"
@@ -88,8 +88,9 @@ class Muon(AdamW):
         before, given, other = len(self.parameters), group.get("params"), set()
         super()._add(group, prefix)
         if isinstance(given, Module):
+            heads = [getattr(module, "lm_head", None) for module in given.modules()]
             outside = [module for module in given.modules() if isinstance(module, Embedding)]
-            outside += [head] if isinstance(head := getattr(given, "lm_head", None), Module) else []
+            outside += [head for head in heads if isinstance(head, Module)]
             other = {id(parameter) for module in outside for parameter in module.parameters()}
         if group.get("muon", True):
             added = self.parameters[before:]

@@ -35,7 +35,7 @@ def warmup_linear(
 def _schedule(
     decay: Callable[[float], float], peak_lr: float, initial_lr: float, min_lr: float, warmup: int, steps: int
 ) -> Callable[[int], float]:
-    if not 0 <= warmup < max(steps, 1):
+    if not 0 <= warmup < steps:
         raise Error(f"warmup ({warmup} steps) must be shorter than the run ({steps} steps)")
 
     def lr_at(step: int) -> float:
