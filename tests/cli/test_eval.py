@@ -145,7 +145,7 @@ def test_files_left_out_of_a_folder_are_counted(run, tmp_path, capsys):
     (tmp_path / "a.txt").write_text("the cat", encoding="utf-8")
     (tmp_path / "b.md").write_text("the mat", encoding="utf-8")
     assert main(["eval", "--run", run, "--text", str(tmp_path)]) == 0
-    assert "left out 1 files" in capsys.readouterr().out
+    assert "1 other files" in capsys.readouterr().out
 
 
 def test_ctrl_c_exits_with_130(run, rhyme, capsys, monkeypatch):
@@ -209,3 +209,12 @@ def test_the_text_is_checked_before_the_model_is_loaded(run, capsys, monkeypatch
     ):
         assert main(["eval", "--run", run, *options]) == 2
         assert named in capsys.readouterr().err
+
+
+def test_files_of_a_folder_are_selected_by_a_pattern(run, tmp_path, capsys):
+    (tmp_path / "code").mkdir()
+    (tmp_path / "code" / "a.py").write_text(RHYME, encoding="utf-8")
+    assert main(["eval", "--run", run, "--text", str(tmp_path / "code")]) == 2
+    assert "give a pattern" in capsys.readouterr().err
+    assert main(["eval", "--run", run, "--text", str(tmp_path / "code"), "--pattern", "*.py"]) == 0
+    assert f"{len(RHYME.encode())} bytes" in capsys.readouterr().out

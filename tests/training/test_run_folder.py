@@ -5,6 +5,7 @@ import itertools
 import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -23,6 +24,7 @@ from tinyllm.cli import main
 from tinyllm.errors import Error
 from tinyllm.files import lock, read_sealed, sealed
 from tinyllm.training.checkpoint import verify
+from tinyllm.training.config import TrainConfig
 from tinyllm.training.loggers import plot_losses, wrap
 from tinyllm.training.run_folder import begun_config
 from tinyllm.training.tasks.pretrain import train
@@ -66,6 +68,32 @@ def test_without_out_each_run_has_a_new_folder(text, tmp_path, monkeypatch):
         assert last_checkpoint(folder).name == "step-000001"
         recorded = json.loads((folder / "config.json").read_text(encoding="utf-8"))["train"]["out"]
         assert (tmp_path / recorded).samefile(folder)
+
+
+def test_two_runs_that_start_at_once_without_out_have_two_folders(text, tmp_path, monkeypatch):
+    """The second is started when the first has chosen its folder and not made it."""
+    monkeypatch.chdir(tmp_path)
+    config = small(text, None, steps=1, warmup=0)
+    start = tinyllm.training.run_folder.RunFolder.start
+
+    def start_second(run, *args):
+        monkeypatch.undo()
+        monkeypatch.chdir(tmp_path)
+        train(config, progress=False)
+        start(run, *args)
+
+    monkeypatch.setattr(tinyllm.training.run_folder.RunFolder, "start", start_second)
+    train(config, progress=False)
+    assert sorted(path.name for path in (tmp_path / "runs").iterdir()) == ["rhyme-1", "rhyme-2"]
+    for folder in (tmp_path / "runs").iterdir():
+        assert begun_config(folder).out == folder.relative_to(tmp_path) or begun_config(folder).out == folder
+        assert last_checkpoint(folder).name == "step-000001"
+
+
+def test_the_command_that_resumes_quotes_its_folder():
+    config = TrainConfig()
+    words = shlex.split(config.resuming(Path("my runs/a-1")))
+    assert words == ["tinyllm", "train", "--resume", "my runs/a-1"]
 
 
 def test_resume_refuses_folders_that_are_not_runs(tmp_path, whole, capsys):

@@ -18,6 +18,8 @@ class _Text:
     """python-docs, python-docstrings, the-verdict, a file of text or .jsonl, gzipped or not, or a folder."""
     text_field: Annotated[str | None, option("NAME", "")] = None
     """Of .jsonl files: the field that contains a document's text."""
+    pattern: Annotated[str | None, option("GLOB", "")] = None
+    """Of a folder: read the files that match, such as '*.py'; by default .txt and .jsonl files."""
     context: Annotated[int | None, option("N", "the model's context")] = None
     """Tokens in a window."""
     stride: Annotated[int | None, option("N", "the context")] = None
@@ -49,11 +51,11 @@ def run(config: EvalConfig) -> None:
             raise Error(f"{name} is {value}: choose a whole number of at least 1")
     config.find()
     device = config.open_device()
-    corpus = open_corpus(config.text, config.text_field)
+    corpus = open_corpus(config.text, config.text_field, config.pattern)
     model, tokenizer = config.load(config.weights_dtype)
     context, stride, batch = check_windows(model, config.context, config.stride, config.batch)
     if corpus.left_out:
-        print(f"{corpus.name}: left out {len(corpus.left_out)} files that are neither .txt nor .jsonl")
+        print(f"{corpus.name}: {len(corpus.left_out):,} other files and links to folders were not read")
     move(model, device)
     with ids_on_disk(corpus, tokenizer, config.special) as ids, autocast(config.dtype):
         bos_id = tokenizer.bos_id if tokenizer.add_bos else None

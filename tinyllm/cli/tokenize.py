@@ -9,6 +9,7 @@ from typing import Annotated
 
 from tinyllm.cli.options import SpecialOptions, option
 from tinyllm.data.corpus import load_text
+from tinyllm.data.documents import is_jsonl
 from tinyllm.errors import Error
 from tinyllm.tokenizers import load_tokenizer
 from tinyllm.tools.console import wants_colour
@@ -36,6 +37,9 @@ class TokenizeConfig(SpecialOptions, _Text):
 def run(config: TokenizeConfig) -> None:
     if (config.text is None) == (config.file is None):
         raise Error("choose what to tokenize with either --text TEXT or --file FILE")
+    if config.file is not None and (config.file.is_dir() or is_jsonl(config.file)):
+        what = "is a folder" if config.file.is_dir() else "has JSON lines"
+        raise Error(f"--file {config.file} {what}: give a text file, or a text with --text")
     text = load_text(config.file).text if config.text is None else config.text
     tokenizer = load_tokenizer(config.tokenizer)
     print(show_tokens(tokenizer, tokenizer.encode(text, config.special), wants_colour(sys.stdout)))

@@ -3,6 +3,7 @@
 import math
 import os
 import re
+import shlex
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Self, get_type_hints
@@ -172,7 +173,7 @@ class RunOptions:
 
     def resuming(self, folder: Path) -> str:
         """The command that resumes the run in a folder, on as many processes."""
-        alone = f"{self.command} --resume {folder}"
+        alone = f"{self.command} --resume {shlex.quote(str(folder))}"
         if self.distributed is None:
             return alone
         return f"mpiexec -n {distributed.current().size} {alone} --distributed {self.distributed}"

@@ -24,6 +24,7 @@ import json
 import platform
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -92,7 +93,8 @@ class RunFolder:
     def check_new(self) -> None:
         """Raise ``Error`` unless a new run can be written to the folder; nothing is written."""
         check_writable(self.folder, "--out")
-        self._check_empty()
+        if self.config.out is not None:
+            self._check_empty()
 
     def start(self, model: Module, optimizer: AdamW) -> None:
         """Start the run with this model and optimizer, or load the newest checkpoint into them."""
@@ -107,6 +109,8 @@ class RunFolder:
     def _begin(self) -> None:
         """Make the folder. Raises ``Error`` if it is not empty, OSError if the disk is too full."""
         task, config, parameters = self.task, self.config, self.model.num_parameters()
+        if config.out is None:
+            self.folder = make_new_folder(task.name)  # perhaps another, if two runs started at once
         self.folder.mkdir(parents=True, exist_ok=True)
         self._take_lock()
         self._check_empty()  # again: another process may have started a run since ``check_new``
@@ -368,4 +372,16 @@ def _line(record: dict) -> bytes:
 
 def new_folder(name: str) -> Path:
     """runs/NAME-N with the first number N that is free."""
-    return next(path for n in itertools.count(1) if not (path := Path("runs") / f"{name}-{n}").exists())
+    return next(path for path in _numbered(name) if not path.exists())
+
+
+def make_new_folder(name: str) -> Path:
+    """Make ``new_folder``, or the next one if another process makes it first."""
+    for path in _numbered(name):
+        with suppress(FileExistsError):
+            path.mkdir(parents=True)
+            return path
+
+
+def _numbered(name: str) -> Iterator[Path]:
+    return (Path("runs") / f"{name}-{n}" for n in itertools.count(1))

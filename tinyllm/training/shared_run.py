@@ -94,6 +94,7 @@ class SharedRun(RunFolder):
     def _begin(self) -> None:
         if self.leads:
             super()._begin()
+        self._tell()  # its folder may have another number
 
     def _restore(self) -> None:
         if not self.leads and self.state:

@@ -1,6 +1,8 @@
 """The text of ``tinyllm train``: what a run reads, its tokenizer, and its training and validation windows."""
 
+import math
 import re
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -95,9 +97,7 @@ def load_data(
     prompt = _default_prompt(corpus, split) if config.prompt is None else config.prompt
     prompt_ids = encode_prompt(config, tokenizer, prompt)
     if large:
-        default = Path(f"{corpus.name.rstrip('/')}.{tokenizer.name.replace(':', '-')}.tokens")
-        tokens = tokenize_corpus(corpus, tokenizer, config.special, config.tokens or default)
-        train, validation, validation_bytes = tokens.split(VALIDATION_FRACTION)
+        train, validation, validation_bytes = _tokenized(config, corpus, tokenizer)
     else:
         _check_special(config, corpus, tokenizer, [*parts[0], *parts[1]])
         train, validation = (encode_documents(tokenizer, part, config.special) for part in parts)
@@ -113,6 +113,23 @@ def load_data(
     validation = Windows(validation, config.context)
     second = _second_text(config, tokenizer, documents)
     return Data(corpus, tokenizer, prompt, prompt_ids, train, validation, bytes_per_token, texts, second)
+
+
+def _tokenized(config: TrainConfig, corpus: Corpus, tokenizer: Tokenizer) -> tuple:
+    """The ids of a text in a token file, split; a new file that cannot be split is removed."""
+    default = Path(f"{corpus.name.rstrip('/')}.{tokenizer.name.replace(':', '-')}.tokens")
+    folder = config.tokens or default
+    existed = folder.exists()
+    tokens = tokenize_corpus(corpus, tokenizer, config.special, folder)
+    try:
+        return tokens.split(VALIDATION_FRACTION)
+    except Error:
+        if not existed:
+            shutil.rmtree(folder)
+        raise Error(
+            f"the text {corpus.name} is too short for a token file, of which no chunk is in the last tenth: "
+            f"choose --in-memory {math.ceil(corpus.num_bytes / 10**6)} or more"
+        ) from None
 
 
 def _second_text(config: TrainConfig, tokenizer: Tokenizer, known: list[str]) -> SecondText | None:
