@@ -342,7 +342,7 @@ def test_train_makes_a_model_of_the_options_sizes(kind):
     assert model.loss(ids, targets).item() == pytest.approx(np.log(50), abs=0.2)
     with pytest.raises(Error, match=r"hidden_size \(25\) .* num_attention_heads \(4\)"):
         ModelOptions(arch=kind, n_embd=25, n_head=4).model_config(50)
-    with pytest.raises(Error, match=f"head of a {kind} has no bias"):
+    with pytest.raises(Error, match=f"head_bias is True, but a {kind} has no"):
         ModelOptions(arch=kind, head_bias=True).model_config(50)
 
 

@@ -49,6 +49,12 @@ def points(step):
     return x, x @ [1, -2, 0.5]
 
 
+def test_an_optimizer_of_another_model_is_refused():
+    models = [gpt2() for _ in range(2)]
+    with pytest.raises(Error, match="the optimizer has no parameter of the model"):
+        fit(models[0], some_ids, 1, optimizer=AdamW(models[1], 1e-3))
+
+
 def test_fit_trains_a_language_model_on_arrays():
     model, seen = gpt2(), []
     records = fit(model, some_ids, steps=30, lr=1e-2, on_step=lambda *args: seen.append(args))

@@ -111,7 +111,12 @@ def parse(args: list[str]) -> TrainConfig:
     found = {name: value for name, value in _values(options).items() if name in default}
     for name, rate in rates.items():  # those above a smaller --lr are scaled with it
         found[name] = rate if rate <= found["lr"] else rate * found["lr"] / begun_lr
-    return TrainConfig(**found)
+    config = TrainConfig(**found)
+    if "--initial-lr" in given and config.warmup_steps == 0:
+        raise Error(
+            "--initial-lr is where the warm-up begins, and --warmup is 0: omit it, or choose a warm-up"
+        )
+    return config
 
 
 def _values(options) -> dict:

@@ -86,8 +86,9 @@ class LlamaConfig(ModelConfig):
     @classmethod
     def of_size(cls, vocab_size, *, context, n_layer, n_head, n_embd, n_kv_head=None, dropout=0.0,
                 tie_head=True, qkv_bias=True, head_bias=False) -> LlamaConfig:  # fmt: skip
-        if head_bias:
-            raise Error(f"head_bias is True, but the head of a {cls.model_type} has no bias: omit it")
+        for name, found, only in (("head_bias", head_bias, False), ("qkv_bias", qkv_bias, True)):
+            if found != only:
+                raise Error(f"{name} is {found}, but a {cls.model_type} has no such choice: omit it")
         # Three matrices of width 8/3 n_embd have the size of GPT-2's two of 4 n_embd (arXiv 2002.05202).
         inner = 64 * math.ceil(8 * n_embd / 3 / 64)
         return cls(vocab_size, n_embd, inner, n_layer, n_head, n_kv_head, head_dim=None,

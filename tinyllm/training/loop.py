@@ -120,6 +120,11 @@ def fit(
     if not isinstance(optimizer, AdamW):  # a Muon is one, too
         what = type(optimizer).__name__
         raise Error(f"optimizer is a {what}: give an optim.AdamW or optim.Muon, or omit it")
+    own = {id(parameter) for parameter in model.parameters()}
+    if not any(id(parameter) in own for _, parameter in optimizer.parameters):
+        raise Error(
+            "the optimizer has no parameter of the model, so nothing would be trained: make it of this model"
+        )
     if loss_fn is None and not hasattr(model, "loss"):
         raise Error(f"a {type(model).__name__} has no method loss(ids, targets, num_targets): give a loss_fn")
     records = []
