@@ -196,6 +196,26 @@ def test_info_of_a_size_a_preset_a_folder_and_a_run(run, capsys):
     assert "1 x 16 tokens" in pages["--run"]
 
 
+@pytest.mark.parametrize("optimizer", ["muon", "adamw"])
+def test_info_of_a_run_has_its_optimizer(text, tmp_path, capsys, optimizer):
+    out = str(tmp_path / "run")
+    assert (
+        main(["train", *TINY, "--optimizer", optimizer, "--text", text, "--prompt", "a", "--out", out]) == 0
+    )
+    for which in (["--run", out], ["--model", str(last_checkpoint(out))]):
+        capsys.readouterr()
+        assert main(["info", *which]) == 0
+        assert ("Muon" in capsys.readouterr().out) == (optimizer == "muon")
+
+
+def test_a_file_that_tokenize_does_not_read_has_a_remedy(tmp_path, capsys):
+    (tmp_path / "a.jsonl").write_text('{"text": "a"}')
+    for path, what in ((tmp_path, "is a folder"), (tmp_path / "a.jsonl", "has JSON lines")):
+        assert main(["tokenize", "--file", str(path), "--tokenizer", "bytes"]) == 2
+        said = capsys.readouterr().err
+        assert f"--file {path} {what}: give a text file" in said and said.count("\n") == 1
+
+
 def test_plot_writes_a_picture(run, tmp_path, capsys):
     pytest.importorskip("matplotlib")
     picture, other = tmp_path / "both.png", str(shutil.copytree(run, tmp_path / "other"))
@@ -414,7 +434,7 @@ def test_every_option_can_be_given():
         "--preset gpt2-small --out o --text t --special allow --tokenizer gpt2 --arch llama --init torch "
         "--n-layer 2 --n-head 3 --n-embd 6 --context 7 --stride 5 --batch 12 --steps 9 --lr 1e-2 "
         "--initial-lr 1e-5 --min-lr 1e-6 "
-        "--warmup 4 --weight-decay 0.2 --clip 0.5 --dropout 0.3 --no-tie-head --no-qkv-bias "
+        "--warmup 4 --weight-decay 0.2 --clip 0.5 --dropout 0.3 --no-tie-head "
         "--eval-every 2 --eval-windows 11 --checkpoint-every 3 --prompt p --seed 12 --text-field f "
         "--pattern *.py --in-memory 3 --tokens k --special-tokens <|a|> <|b|> --micro-batch 6 --n-kv-head 3 "
         "--profile --device cuda:1 --dtype bfloat16 --gpu-memory 3 --checkpoint-minutes 1.5 --keep 4 "
@@ -423,8 +443,9 @@ def test_every_option_can_be_given():
     )
     given = dataclasses.asdict(_parse(["train", *train.split()]))
     left = {name for name, value in dataclasses.asdict(TrainConfig()).items() if given[name] == value}
-    # A Llama has no head_bias; resume and start_from bring options of their own; only AdamW is divided.
-    assert left == {"head_bias", "resume", "start_from", "optimizer"}
+    # Of GPT-2 only: head_bias, qkv_bias; resume and start_from bring options of their own; only AdamW is
+    # divided.
+    assert left == {"head_bias", "qkv_bias", "resume", "start_from", "optimizer"}
     assert _parse(["train", "--optimizer", "muon"]).optimizer == "muon"
     generate = "--prompt p --run r --model m --max-new-tokens 7 --temperature 2 --top-k 3 --top-p 0.5"
     generate += " --seed 9 --grid --special text --show-probabilities --chat --slide --no-bos --speculate s"
@@ -554,6 +575,8 @@ def matches(sentence, said):
         ("--lr nan", "--lr is nan"),
         ("--initial-lr -1", "--initial-lr is -1"),
         ("--min-lr inf", "--min-lr is inf"),
+        ("--initial-lr 1e-5 --warmup 0", "--initial-lr is where the warm-up begins"),
+        ("--arch qwen2 --no-qkv-bias", "--qkv-bias is False, but a qwen2 has no such choice"),
         ("--lr 1e-3 --min-lr 2e-3", "--min-lr is 0.002: it must be at most the peak, --lr 0.001"),
         ("--lr 1e-3 --initial-lr 1", "--initial-lr is 1.0: it must be at most the peak, --lr 0.001"),
         ("--weight-decay -0.1", "--weight-decay is -0.1"),
@@ -737,6 +760,7 @@ def test_grid_and_show_probabilities_exclude_each_other(refused, run):
         ("info --model llama-3-8b", r"did you mean Llama-3-8B\?"),
         ("generate --model smolm2 --prompt a", r"did you mean smollm2\?"),
         ("info --model 124M --batch 0", "--batch is 0"),
+        ("info --model 124M --batch 9000000000000000", "--batch is 9,000,000,000,000,000: choose at most"),
         ("info --model 124M --context 2000", "--context is 2000: this model takes 1 to 1024"),
         ("info --model 124M --dtype int8", "int8"),
         ("plot", "at least one run folder"),

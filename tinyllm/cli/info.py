@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated, Literal
 
 from tinyllm.cli.options import ModelOptions, check_model_name, find_checkpoint, option
@@ -12,7 +13,9 @@ from tinyllm.models import ARCHITECTURES, LanguageModel, empty_model
 from tinyllm.optim import OPTIMIZERS, AdamW
 from tinyllm.tokenizers.bpe import parse_bpe
 from tinyllm.tools.info import describe
+from tinyllm.training.begun import read_about
 from tinyllm.training.config import PRESETS
+from tinyllm.training.metrics import METRICS
 from tinyllm.weights.pull import KNOWN_MODELS
 
 SIZES = [size for architecture in ARCHITECTURES.values() for size in architecture.config_class.sizes]
@@ -56,14 +59,21 @@ def run(config: InfoConfig) -> None:
         model, batch = asked.model(vocab_size, rng=None), asked.at_once
         optimizer = OPTIMIZERS[asked.optimizer]
     else:
-        model = _model(config)
+        checkpoint = find_checkpoint(config.run, config.model)
+        model, optimizer = _model(checkpoint, config.model), _optimizer(checkpoint)
     batch = batch if config.batch is None else config.batch
     context = model.context if config.context is None else config.context
     print(describe(model, batch, context, config.dtype, optimizer))
 
 
-def _model(config: InfoConfig) -> LanguageModel:
-    checkpoint = find_checkpoint(config.run, config.model)
+def _model(checkpoint: Path | None, name: str | None) -> LanguageModel:
     if checkpoint is None:
-        check_model_name(config.model, [*SIZES, *KNOWN_MODELS])
-    return empty_model(checkpoint or config.model)
+        check_model_name(name, [*SIZES, *KNOWN_MODELS])
+    return empty_model(checkpoint or name)
+
+
+def _optimizer(checkpoint: Path | None) -> type[AdamW]:
+    """That of the run which a checkpoint belongs to, else AdamW."""
+    if checkpoint is None or not (checkpoint.parent / METRICS).exists():
+        return AdamW
+    return OPTIMIZERS[read_about(checkpoint.parent, None)["train"].get("optimizer", "adamw")]

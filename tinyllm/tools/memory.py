@@ -33,6 +33,7 @@ def check_context(model: Module, context: int) -> None:
         raise Error(f"context is {context!r}: this model takes 1 to {model.context} tokens")
 
 
+MOST_TOKENS = 2**40  # more than any array of ids can have in memory
 LONG = 4096  # tokens; beyond, all sizes grow linearly and are extrapolated
 
 
@@ -64,13 +65,15 @@ def memory(
     scratch memory of one thread. Python, its libraries and BLAS are not included. A context above 4,096
     tokens is extrapolated linearly from two shorter ones, all but the cache, which does not grow beyond a
     layer's window.
-    ``dtype`` is float32 or float64. Raises Error for a context outside the model's, a batch below 1 or
-    another dtype.
+    ``dtype`` is float32 or float64. Raises Error for a context outside the model's, a batch below 1 or of
+    more than 2**40 tokens, or another dtype.
     """
     dtype = dtype_of(dtype)
     check_context(model, context)
     if not is_integer(batch) or batch < 1:
         raise Error(f"batch is {batch!r}: it must be a whole number of at least 1")
+    if batch * context > MOST_TOKENS:
+        raise Error(f"batch is {batch:,}: choose at most {MOST_TOKENS // context:,} sequences of {context}")
     weights = dtype.itemsize * model.num_parameters()
     gradients = dtype.itemsize * sum(p.size for p in model.parameters() if p.requires_grad)
     averages, scratch = (0, 0) if optimizer is None else _count_update(model, dtype, optimizer)
