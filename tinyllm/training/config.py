@@ -370,7 +370,7 @@ PRESETS = {
     # What paid at equal seconds (README.md of this folder)
     "modern": dict(
         arch="qwen3", context=256, batch=8, steps=510, lr=1e-2, min_lr=0.0, warmup=20, schedule="linear",
-        optimizer="muon", weight_decay=1.0, init="zero", dropout=0.0, token_noise=0.15,
+        optimizer="muon", weight_decay=1.0, dropout=0.0, token_splits=0.1, token_noise=0.05,
     ),
     "ten-minutes": dict(
         n_head=5, n_embd=320, context=64, batch=64, steps=600, lr=2.5e-3, warmup=50, dropout=0.2
