@@ -154,5 +154,5 @@ def whole_and_interrupted(place: Path) -> tuple[dict, Path]:
     return left(place / "whole"), place / "interrupted"
 
 
-class _Interrupted(Exception):
+class _Interrupted(BaseException):
     """Not caught by a run, so that the disk is left as by a kill."""

@@ -66,6 +66,13 @@ def attention_factor(config, rope=None) -> float:
     return scale(1)
 
 
+def depends_on_length(config) -> bool:
+    """Whether the angles of a text depend on how long it is."""
+    rope = getattr(config, "rope_parameters", {})
+    kinds = [rope] if "rope_type" in rope else rope.values()
+    return any(kind["rope_type"] in ("dynamic", "longrope") for kind in kinds)
+
+
 def rotation(config, length: int, like, rope=None) -> tuple[torch.Tensor, torch.Tensor]:
     """cos and sin (T, D/2) of the angles of ``length`` positions, in the dtype of ``like``."""
     positions = torch.arange(length, dtype=torch.float64)
