@@ -6,6 +6,7 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -163,6 +164,13 @@ def test_a_rope_of_somebody_else_always_runs():
     logits, run = decode(model)
     assert run.plan is None
     np.testing.assert_array_equal(logits, expected)
+
+
+def test_a_model_may_hold_objects_without_attributes():
+    model = build(LLAMA)
+    expected = plainly(model)
+    model.source = Path("a file")
+    np.testing.assert_array_equal(decode(model)[0], expected)
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma3"])

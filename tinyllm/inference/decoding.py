@@ -211,9 +211,7 @@ def _parts(model: Module) -> list:
         part = left.pop()
         if isinstance(part, list | tuple | dict):
             left += part.values() if isinstance(part, dict) else part
-        elif id(part) in found or isinstance(part, Tensor):
-            continue
-        elif type(part).__module__ not in PLAIN:
+        elif not (id(part) in found or isinstance(part, Tensor) or type(part).__module__ in PLAIN):
             found[id(part)] = part
             left += getattr(part, "__dict__", {}).values()
     return list(found.values())
@@ -231,7 +229,7 @@ def _unchanged(model: Module, cache: Cache, *inputs: np.ndarray) -> Callable[...
     It compares 2,000 references in a tenth of a millisecond, a fifth of the time of a walk over the modules.
     """
     parts, parameters = _parts(model), list(model.parameters())
-    tables = [vars(part) for part in parts]
+    tables = [vars(part) for part in parts if hasattr(part, "__dict__")]
     for table in tables:  # also those that are appended here
         tables += [value for value in table.values() if isinstance(value, dict)]
     holders = [table for table in tables for _ in table]

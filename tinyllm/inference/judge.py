@@ -57,9 +57,8 @@ Respond with the letter A or B only, or with the word tie if they are equally go
 THOUGHT = re.compile(r"<think>.*?(?:</think>|\Z)", re.DOTALL)
 NUMBER = re.compile(r"(?<![\w.,-])\d+(?:\.\d+)?(?!\w|[.,-]\d)")
 OF_HUNDRED = re.compile(r"\s*(?:/|out of)\s*100\b|\s*%", re.IGNORECASE)
-RATIO = re.compile(
-    r"\d[\s*_]*(?:[/:]|(?:out\s+)?of\b|from\b)[\s*_]*\d", re.IGNORECASE
-)  # another scale: 10/10
+# Another scale: 10/10
+RATIO = re.compile(r"\d[\s*_]*(?:[/:]|(?:out\s+)?of\b|from\b)[\s*_]*\d", re.IGNORECASE)
 BETTER = r"(?:the )?(?:better )?(?:response|answer)(?: is)?"
 VERDICT = re.compile(rf"\W*(?:{BETTER})?\W*(a|b|tie)\W*", re.IGNORECASE)
 

@@ -112,9 +112,8 @@ class Scheduler:
         self.waiting: collections.deque[Request] = collections.deque()
         self.rows: list[_Row | None] = [None] * slots  # by row of the cache
         self.used = [0] * slots  # when each row was last in use: a time that counts requests
-        self.filled = [
-            (None, 0)
-        ] * slots  # by which batch each row was, after how many tokens of earlier ones
+        # The batch that filled each row, and how many tokens of earlier ones it found there
+        self.filled = [(None, 0)] * slots
         self._lock, self._clock, self._held = threading.Lock(), itertools.count(1), 0
         self._views: dict[tuple[int, int], Cache] = {}
         self._run = DecodingSteps(model, self.capacity, RECORDINGS, STEADY)
