@@ -394,6 +394,7 @@ def test_warmup_follows_the_steps_if_only_they_are_given():
         ("--preset gpt2-small", (3e-3, 0.0, 1e-4)),
         ("--preset gpt2-small --lr 1e-5", (1e-5, 0.0, 1e-6)),
         ("--preset gpt2-small --lr 1e-5 --min-lr 2e-6", (1e-5, 0.0, 2e-6)),
+        ("--preset gpt2-verdict --lr 1e-3 --initial_lr=1e-5 --min_lr 1e-7", (1e-3, 1e-5, 1e-7)),
         ("--preset ten-minutes", (2.5e-3, 0.0, 1e-4)),
         ("--preset modern --lr 1e-5", (1e-5, 0.0, 0.0)),
         ("--preset gpt2-124m --lr 1e-3", (1e-3, 0.0, 6e-5)),

@@ -94,7 +94,8 @@ def parse(args: list[str]) -> TrainConfig:
     if len(taken) > 1:
         raise Error(f"{' and '.join(taken)} both set the defaults of the other options: give one of them")
     source, value = next(iter(taken.items()), ("--preset", DEFAULT_PRESET))
-    default, given = _values(SOURCES[source](value)), {word.partition("=")[0] for word in rest}
+    default = _values(SOURCES[source](value))
+    given = {word.partition("=")[0].replace("_", "-") for word in rest}
     if source == "--preset" and "--steps" in given and "--warmup" not in given:
         default["warmup"] = None  # that of the preset suits its own steps
     rates = {}
