@@ -1,6 +1,7 @@
 """Scores of a classifier against their definitions, naive Bayes against a calculation by hand."""
 
 import math
+import struct
 
 import numpy as np
 import pytest
@@ -8,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tinyllm.errors import Error
+from tinyllm.training import classification
 from tinyllm.training.classification import (
     NaiveBayes,
     Scores,
@@ -49,10 +51,14 @@ def test_scores_as_text_and_as_json():
     )
 
 
-def test_the_picture_is_a_png(tmp_path):
+@pytest.mark.parametrize("labels", [("bad", "good"), (r"$\bad$", "$"), tuple("abcdefghij")], ids=len)
+def test_the_picture_is_a_png(tmp_path, monkeypatch, labels):
     pytest.importorskip("matplotlib")
-    draw_confusion(Scores(np.array([[3, 1], [2, 14]]), ("bad", "good")), tmp_path / "confusion.png")
-    assert (tmp_path / "confusion.png").read_bytes().startswith(b"\x89PNG")
+    monkeypatch.setattr(classification, "NAMED", 3)
+    path = tmp_path / "confusion.png"
+    draw_confusion(Scores(np.eye(len(labels), dtype=int), labels), path)
+    data = path.read_bytes()
+    assert data.startswith(b"\x89PNG") and max(struct.unpack(">II", data[16:24])) < 1000
 
 
 def test_naive_bayes_by_hand():

@@ -21,6 +21,8 @@ from tinyllm.errors import Error
 
 WORD = re.compile(r"\w+(?:'\w+)*")
 
+NAMED = 30  # classes with labels and counts in a picture
+
 
 def confusion_matrix(targets: Sequence[int], predictions: Sequence[int], classes: int) -> np.ndarray:
     """(K, K): in row t and column p the number of examples of class t that were predicted as class p."""
@@ -158,24 +160,32 @@ def words(text: str) -> list[str]:
 
 
 def draw_confusion(scores: Scores, path: Path) -> None:
-    """Draw the confusion matrix as a PNG: counts, coloured by their share of the row. Needs matplotlib."""
+    """Draw the confusion matrix as a PNG: counts, coloured by their share of the row. Needs matplotlib.
+
+    Of more than ``NAMED`` classes, which no page has space for, only the colours are drawn.
+    """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     classes = len(scores.labels)
-    figure = Figure(figsize=(3 + 0.7 * classes, 2.4 + 0.7 * classes), layout="constrained")
+    named = range(classes if classes <= NAMED else 0)
+    side = 0.7 * min(classes, NAMED)
+    figure = Figure(figsize=(3 + side, 2.4 + side), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
     shares = scores.matrix / np.maximum(1, scores.matrix.sum(axis=1, keepdims=True))
     axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
-    for row in range(classes):
-        for column in range(classes):
+    for row in named:
+        for column in named:
             colour = "white" if shares[row, column] > 0.5 else "black"
             count = f"{scores.matrix[row, column]:,}"
             axes.text(column, row, count, ha="center", va="center", color=colour)
-    axes.set_xticks(range(classes), scores.labels, rotation=45, ha="right")
-    axes.set_yticks(range(classes), scores.labels)
-    axes.set(
-        xlabel="predicted", ylabel="true", title=f"accuracy {scores.accuracy:.1%} of {scores.number:,} texts"
-    )
+    if named:
+        axes.set_xticks(named, scores.labels, rotation=45, ha="right")
+        axes.set_yticks(named, scores.labels)
+        for text in (*axes.get_xticklabels(), *axes.get_yticklabels()):
+            text.set_parse_math(False)  # a $ in a label does not start a formula
+    number = "" if named else ", number of the class from 0"
+    title = f"accuracy {scores.accuracy:.1%} of {scores.number:,} texts"
+    axes.set(xlabel=f"predicted{number}", ylabel=f"true{number}", title=title)
     figure.savefig(path, dpi=150, format="png")
