@@ -106,6 +106,8 @@ def test_a_long_text_is_cut_aloud(run, capsys):
         (["--text", "a", "--batch", "0"], "--batch is 0"),
         (["--text", "a", "--max-length", "99"], "at most 16 tokens"),
         (["--text", "ä"], "ä"),
+        (["--text", "a", "--text-column", "words"], "--text-column"),
+        (["--file", "blank.txt", "--text-column", "words"], "--text-column"),
     ],
 )
 def test_wrong_requests_are_one_sentence(run, tmp_path, monkeypatch, capsys, arguments, named):

@@ -77,8 +77,10 @@ def options(model, data, out, **changes):
     """A short run in float64 without dropout."""
     given = dict(
         model=str(model), data=str(data), out=out, batch=4, micro_batch=2, steps=5, lr=1e-2, warmup=1,
-        eval_every=2, rank=2, alpha=4.0, dtype="float64", questions=("Hi",),
+        eval_every=2, dtype="float64", questions=("Hi",),
     )  # fmt: skip
+    if changes.get("train", "lora") == "lora":
+        given |= dict(rank=2, alpha=4.0)
     return InstructOptions(**given | changes)
 
 

@@ -384,6 +384,8 @@ def test_special_tokens_extend_tokenizer_and_embeddings_together(files, tmp_path
         (dict(template="alpaca.txt"), "alpaca.txt cannot be read"),
         (dict(special_tokens=("<|im_end|>",)), "is already a token"),
         (dict(epochs=-1.0, steps=None), "--epochs is -1.0"),
+        (dict(train="head", rank=4), "--rank is for --train lora, not head: omit it"),
+        (dict(train="all", targets=("c_fc",), lora_dropout=0.1), "--lora-dropout and --targets are for"),
     ],
 )
 def test_a_wrong_request_is_refused_before_anything_is_written(files, tmp_path, changes, said):
@@ -399,8 +401,9 @@ def test_a_template_whose_tokens_are_missing_is_refused(plain, tmp_path):
         tune(options(plain, data, tmp_path / "run", template="chatml", dtype="float32"))
     texts = tmp_path / "texts.jsonl"
     texts.write_text('{"text": "a"}\n{"text": "b"}\n', encoding="utf-8")
-    with pytest.raises(Error, match="--questions need a chat template"):
-        tune(options(plain, texts, tmp_path / "run"))
+    for name, changes in (("questions", {}), ("template", dict(questions=(), template="alpaca"))):
+        with pytest.raises(Error, match=f"--{name} is for conversations"):
+            tune(options(plain, texts, tmp_path / "run", **changes))
 
 
 def test_long_answers_are_cut_with_a_count(files, tmp_path):

@@ -87,6 +87,10 @@ def run(config: ClassifyConfig) -> None:
 def _texts(config: ClassifyConfig) -> list[str]:
     if (config.text is None) == (config.file is None):
         raise Error("choose what to classify with either --text TEXT or --file PATH")
+    if config.text_column is not None and (config.text is not None or config.file.suffix.lower() == ".txt"):
+        raise Error(
+            "--text-column names a column of a table or a key of JSON: omit it, or give such a --file"
+        )
     if config.text is not None:
         if not config.text.strip():
             raise Error("--text is empty: give a text of at least one word")

@@ -40,9 +40,14 @@ from tinyllm.nn import Module
 from tinyllm.tokenizers import Tokenizer
 from tinyllm.tokenizers.chat_template import RenderError, end_of_answer, render_chats
 from tinyllm.training.checkpoint import hash_weights
+from tinyllm.training.config import flag
 
 # How answers are judged -> the numbers of a row
 NUMBERS = {"score": ("score",), "pair": ("win",), "match": ("exact_match", "f1"), "choice": ("correct",)}
+
+# Options -> how answers are judged where they have an effect
+ONLY_BY = dict.fromkeys(("judge", "server", "timeout", "retries"), ("score", "pair"))
+ONLY_BY["choices"] = ("choice",)
 
 RENDERED_AT_ONCE = 1000  # prompts, in one process
 
@@ -186,6 +191,12 @@ def _check(config: JudgeConfig) -> None:
         raise Error("--by pair compares two models: give the second with --against")
     if config.by in ("score", "pair") and config.judge is None:
         raise Error(f"--by {config.by} asks a model on a server: name it with --judge, or use --by match")
+    if config.against_adapter is not None and config.against is None:
+        raise Error("--against-adapter is put on a second model: give --against, too, or use --adapter")
+    for name, known in ONLY_BY.items():
+        if config.by not in known and getattr(config, name) != getattr(JudgeConfig, name):
+            by = " or ".join(f"--by {each}" for each in known)
+            raise Error(f"{flag(name)} has no effect with --by {config.by}: omit it, or choose {by}")
     if config.per_byte and (config.by, config.choices) != ("choice", "text"):
         raise Error("--per-byte is for --by choice --choices text: omit it")
 

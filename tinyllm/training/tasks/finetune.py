@@ -176,6 +176,11 @@ class Finetuning(Task):
 
     def check(self) -> None:
         config = self.config
+        if config.train != "lora" and (given := self._given(("rank", "alpha", "lora_dropout", "targets"))):
+            are = "is" if len(given) == 1 else "are"
+            raise Error(
+                f"{' and '.join(map(flag, given))} {are} for --train lora, not {config.train}: omit it"
+            )
         try:
             base, adapter = self._find_start()
             model = empty_model(base)
@@ -197,13 +202,16 @@ class Finetuning(Task):
         elif config.train == "lora":
             self._check_adapter(model, adapter)
 
+    def _given(self, names: Iterable[str]) -> list[str]:
+        """Those of the options that are not the default."""
+        default = {field.name: field.default for field in fields(self.config)}
+        return [name for name in names if getattr(self.config, name) != default[name]]
+
     def _check_adapter(self, model: LanguageModel, adapter: Path) -> None:
         """Raise ``Error`` for what the adapter of the start model cannot have if it is trained further."""
         config, about = self.config, read_adapter_config(adapter)
         own = {"rank": about["r"], "alpha": about["lora_alpha"], "targets": (*about["target_modules"],)}
-        default = {field.name: field.default for field in fields(config)}
-        given = [name for name in own if getattr(config, name) not in (default[name], own[name])]
-        if given:
+        if given := [name for name in self._given(own) if getattr(config, name) != own[name]]:
             raise Error(
                 f"{config.model} has an adapter, which keeps its own rank, alpha and targets: omit "
                 f"{' and '.join(map(flag, given))}, or merge it first"

@@ -47,8 +47,8 @@ class InstructionTuning(ChatTuning):
         self.format = recognise([*train, *valid])
         if self.format.messages:
             self.set_template()
-        elif self.config.questions:
-            raise Error("--questions need a chat template, which texts do not have: omit them")
+        elif given := [name for name in ("questions", "template") if getattr(self.config, name)]:
+            raise Error(f"--{given[0]} is for conversations, and the rows are texts without roles: omit it")
         every = self._encoded([*train, *valid])
         parts = [
             shorten(found, self.max_length + 1, rows)
