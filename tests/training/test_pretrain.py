@@ -113,8 +113,9 @@ def test_a_marked_text_gives_the_windows_and_bytes_of_a_jsonl_file(
     assert lines.tokenizer.special_tokens[END_OF_TEXT] in lines.validation.tokens
 
 
-def test_a_text_too_short_for_a_token_file_has_a_remedy_and_leaves_none(text, tmp_path):
-    config = small(text, None, tokenizer="bytes", in_memory=0, tokens=tmp_path / "tokens")
+@pytest.mark.parametrize("tokenizer", ["bytes", "bpe:265"])
+def test_a_text_too_short_for_a_token_file_has_a_remedy_and_leaves_none(text, tmp_path, tokenizer):
+    config = small(text, None, tokenizer=tokenizer, in_memory=0, tokens=tmp_path / "tokens")
     with pytest.raises(Error, match="choose --in-memory 1 or more"):
         load_data(config)
     assert not (tmp_path / "tokens").exists()

@@ -126,10 +126,14 @@ def _tokenized(config: TrainConfig, corpus: Corpus, tokenizer: Tokenizer) -> tup
     except Error:
         if not existed:
             shutil.rmtree(folder)
-        raise Error(
-            f"the text {corpus.name} is too short for a token file, of which no chunk is in the last tenth: "
-            f"choose --in-memory {math.ceil(corpus.num_bytes / 10**6)} or more"
-        ) from None
+        raise _too_short_for_a_file(corpus) from None
+
+
+def _too_short_for_a_file(corpus: Corpus) -> Error:
+    return Error(
+        f"the text {corpus.name} is too short for a token file, of which no chunk is in the last tenth: "
+        f"choose --in-memory {math.ceil(corpus.num_bytes / 10**6)} or more"
+    )
 
 
 def _second_text(config: TrainConfig, tokenizer: Tokenizer, known: list[str]) -> SecondText | None:
@@ -231,7 +235,10 @@ def _learn_tokenizer(config: TrainConfig, corpus: Corpus, train=(), validation=(
         if max(corpus.num_documents, len(train), len(validation)) > 1:
             tokenizer = tokenizer.with_special_tokens([END_OF_TEXT])  # to separate them
     else:
-        sample = train or corpus.sample(BPE_CHARACTERS, VALIDATION_FRACTION, config.special == "allow")
+        try:
+            sample = train or corpus.sample(BPE_CHARACTERS, VALIDATION_FRACTION, config.special == "allow")
+        except Error as error:
+            raise _too_short_for_a_file(corpus) if "too few to sample" in str(error) else error from None
         try:
             tokenizer = BPETokenizer(train_bpe(sample, parse_bpe(config.tokenizer)))
         except Error as error:
