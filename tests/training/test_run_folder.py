@@ -26,6 +26,7 @@ from tinyllm.files import lock, read_sealed, sealed
 from tinyllm.training.checkpoint import verify
 from tinyllm.training.config import TrainConfig
 from tinyllm.training.loggers import plot_losses, wrap
+from tinyllm.training.metrics import read_run
 from tinyllm.training.run_folder import begun_config
 from tinyllm.training.tasks.pretrain import train
 from tinyllm.weights.runs import checkpoints, last_checkpoint
@@ -307,11 +308,17 @@ def test_damaged_metrics_cause_a_warning_and_the_run_continues(text, tmp_path, c
     out = tmp_path / "run"
     stopped_after(tiny(text, out), 4)
     lines = (out / "metrics.jsonl").read_bytes().splitlines(keepends=True)
-    (out / "metrics.jsonl").write_bytes(b"".join([*lines[:2], b"\0" * 10 + b"\n", *lines[3:]]))
+    damaged = b"".join([*lines[:2], b"\0" * 10 + b"\n", *lines[3:]])
+    (out / "metrics.jsonl").write_bytes(damaged)
     train(begun_config(out), progress=False)
     said = capsys.readouterr().out
     assert "metrics.jsonl is damaged: records up to step 4 are missing" in said
+    assert (out / "damaged-metrics.jsonl").read_bytes() == damaged
     assert [record["step"] for record in records(out)] == [0, 1, 4, 5, 6]  # 4 was evaluated again
+    _, first, fourth, fifth, _ = read_run(out).along("time")
+    assert fourth == first < fifth  # the speed of step 4 is lost, and that of step 5 taken for it
+    train(begun_config(out), progress=False)
+    assert "is finished" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("keep", [1, 2])

@@ -50,9 +50,9 @@ class RecordedRun:
             return [record[x] for record in self.records]
         seconds, tokens, times = 0.0, 0, []
         for record in self.records:
-            if record["tokens"] > tokens:
+            if record["tokens"] > tokens and "tokens_per_s" in record:
                 seconds += (record["tokens"] - tokens) / record["tokens_per_s"]
-            tokens = record["tokens"]
+                tokens = record["tokens"]
             times.append(seconds)
         return times
 
@@ -152,7 +152,9 @@ def _what_is_wrong(record: dict | None, before: dict | None) -> str | None:
         return f"step {record['step']} follows step {before['step']}"
     if record["tokens"] < tokens:
         return f"{record['tokens']} tokens follow {tokens}"
-    if record["tokens"] > tokens and not record.get("tokens_per_s", 0) > TINY:
+    # A step whose record was lost is evaluated again when the run is resumed, without a speed.
+    speed = record.get("tokens_per_s", math.inf if "val_loss" in record and "train_loss" not in record else 0)
+    if record["tokens"] > tokens and not speed > TINY:
         return "its tokens_per_s is missing or not above 0"
     return None
 

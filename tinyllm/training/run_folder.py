@@ -38,6 +38,7 @@ from tinyllm.nn import Module
 from tinyllm.optim import AdamW, LossScale, NoLossScale
 from tinyllm.training.begun import RUN_CONFIG, begun_config, data_hashes, read_about
 from tinyllm.training.checkpoint import (
+    DAMAGED,
     check_space,
     load_checkpoint,
     machine,
@@ -196,9 +197,13 @@ class RunFolder:
 
     def _repair_logs(self) -> None:
         """Restore the logs to their state when the checkpoint was written: later steps are run again."""
-        step, samples = self.step, self.folder / SAMPLES
+        step, samples, metrics = self.step, self.folder / SAMPLES, self.folder / METRICS
         if self.state and (not self.history or self.history[-1]["step"] != step):
-            say(f"warning: {self.folder / METRICS} is damaged: records up to step {step} are missing")
+            kept = ""
+            if metrics.exists():
+                write_whole(self.folder / f"{DAMAGED}{METRICS}", read_file(metrics))
+                kept = f"; it was copied to {DAMAGED}{METRICS}"
+            say(f"warning: {metrics} is damaged: records up to step {step} are missing{kept}")
         if self.state and self.state["val_loss"] is None and self.was_evaluated(step):
             last = self.history.pop()  # the evaluation is later than the checkpoint: it is repeated
             self.history.append({key: last[key] for key in last if not is_evaluation(key)})
