@@ -29,9 +29,10 @@ def metrics(val_losses=(5.0, 3.0, 2.0, 2.5), every=10, tokens_per_s=100.0):
     return records
 
 
-def write_run(folder, records=None, end="", tokenizer="abc", sha256="1234567890", **options):
+def write_run(folder, records=None, end="", tokenizer="abc", sha256="1234567890", task="pretrain", **options):
     folder.mkdir(parents=True)
     about = {
+        "task": task,
         "train": OPTIONS | {"out": str(folder)} | options,
         "text": {"name": "rhyme.txt", "sha256": sha256, "bytes": 9},
         "tokenizer": {"name": "char", "sha256": "0"},

@@ -106,6 +106,19 @@ def test_different_tokenizers_compare_only_in_bits_per_byte(tmp_path, figures):
     assert "the tokenizers differ" not in summary(runs[:1])
 
 
+def test_losses_per_pair_are_not_compared_with_those_per_token(tmp_path, figures):
+    dpo, instruct = (write_run(tmp_path / task, task=task) for task in ("dpo", "instruct"))
+    with pytest.raises(Error, match="losses are per pair and per token"):
+        plot_runs([dpo, instruct], tmp_path / "runs.png")
+    for run, unit in (
+        (dpo, "pair"),
+        (instruct, "token"),
+        (write_run(tmp_path / "c", task="classify"), "text"),
+    ):
+        plot_runs([run], tmp_path / "runs.png")
+        assert figures[-1].axes[0].get_ylabel() == f"loss (nats per {unit})"
+
+
 def test_an_older_run_without_bits_per_byte(tmp_path):
     pytest.importorskip("matplotlib")
     records = [

@@ -27,7 +27,7 @@ class PlotConfig:
     x: Literal["step", "tokens", "time"] = "step"
     """Horizontal axis: steps, tokens trained on, or training time."""
     y: Literal["loss", "bits-per-byte"] = "loss"
-    """Vertical axis: nats per token, or bits per byte, which compare between tokenizers."""
+    """Vertical axis: nats per token (text, pair), or bits per byte, which compare between tokenizers."""
 
 
 def run(config: PlotConfig) -> None:

@@ -87,10 +87,10 @@ def plot_runs(runs: Sequence[str | Path], path: str | Path, x: str = "step", y: 
 
     The validation loss is solid, with a ring around its minimum, and the training loss dashed. Both were
     evaluated without dropout. The legend names the options in which the runs differ. ``x`` is "step",
-    "tokens" or "time" (training time without evaluations), ``y`` "loss" (nats per token) or
+    "tokens" or "time" (training time without evaluations), ``y`` "loss" (nats per token, text or pair) or
     "bits-per-byte"; the training loss is converted with the validation text's bytes per token.
 
-    Raises ``Error`` as ``read_run`` does, for losses of different tokenizers, for more runs than there are
+    Raises ``Error`` as ``read_run`` does, for losses that do not compare, for more runs than there are
     distinct colours, without matplotlib, and if the picture cannot be written.
     """
     path = Path(path)
@@ -103,6 +103,10 @@ def plot_runs(runs: Sequence[str | Path], path: str | Path, x: str = "step", y: 
             "the runs' tokenizers differ, so their losses per token do not compare: "
             "plot bits per byte (--y bits-per-byte)"
         )
+    units = dict.fromkeys(run.unit for run in runs)
+    if len(units) > 1:
+        found = " and ".join(f"per {each}" for each in units)
+        raise Error(f"the runs' losses are {found}, which do not compare: give runs of one task")
     unit, x_label = 1, x
     if x == "time":
         unit, x_label = _time_unit(max(run.along("time")[-1] for run in runs))
@@ -116,7 +120,7 @@ def plot_runs(runs: Sequence[str | Path], path: str | Path, x: str = "step", y: 
         axes.plot([v / unit for v in at], losses, color=color, marker="o", markersize=3, label=label)
         best = losses.index(min(losses))
         ring(axes, at[best] / unit, losses[best], color)
-    axes.set(xlabel=x_label, ylabel=Y_AXES[y])
+    axes.set(xlabel=x_label, ylabel=Y_AXES[y].replace("token", runs[0].unit))
     _x_ticks(axes, x)
     title(axes, "— validation data (○ best)   - - training data")
     box = figure.legend(loc="outside lower left", frameon=False, fontsize="small")
@@ -214,8 +218,8 @@ def _legend_line(run: RecordedRun, options: list[str]) -> str:
 def summary(runs: Sequence[str | Path]) -> str:
     """A table of run folders: length, last and best losses, and the options that differ.
 
-    ``train`` and ``val`` are losses in nats per token, evaluated without dropout; ``time`` is training
-    time without evaluations. Raises ``Error`` as ``read_run`` does.
+    ``train`` and ``val`` are losses in nats per token, text or pair, evaluated without dropout; ``time`` is
+    training time without evaluations. Raises ``Error`` as ``read_run`` does.
     """
     runs = _read_runs(runs)
     header = ("run", "step", "tokens", "time", "train", "val", "best val", "at", "bits/byte", "best")

@@ -33,6 +33,7 @@ class RecordedRun:
     tokenizer: dict
     records: list[dict]
     notes: list[str]
+    unit: str = "token"  # of which a loss is the mean
 
     def bytes_per_token(self) -> float:
         """Of the validation text: the ratio of its loss to its bits per byte."""
@@ -83,7 +84,8 @@ def read_run(folder: str | Path) -> RecordedRun:
     records, notes = _read_metrics(folder / METRICS)
     if not any("val_loss" in record for record in records):
         raise Error(f"{folder} has no evaluation in {METRICS} yet: wait for the first one")
-    return RecordedRun(name, options, tokenizer, records, notes)
+    unit = {"classify": "text", "dpo": "pair"}.get(about.get("task"), "token")
+    return RecordedRun(name, options, tokenizer, records, notes, unit)
 
 
 def _not_a_run(folder: Path, why: str) -> Error:
