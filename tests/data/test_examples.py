@@ -79,6 +79,9 @@ def test_every_row_is_in_one_part_and_in_order(count, seed, labels, test):
 
 
 def test_the_split_depends_on_the_seed_and_has_the_books_sizes(tmp_path):
+    for seed in (-1, 2**128):
+        with pytest.raises(Error, match=f"split_seed is {seed}"):
+            divide([], seed)
     path = write(tmp_path / "data.json", numbered(1100))
     found = open_examples(path)
     assert [len(part) for part in (found.train, found.valid, found.test)] == [935, 55, 110]

@@ -99,6 +99,8 @@ def divide(
     both rounded down, the validation part the rest; with ``label`` this holds for the rows of each label. The
     rows of a part keep their order.
     """
+    if not 0 <= seed < 2**128:
+        raise Error(f"split_seed is {seed}: choose one from 0 to 2**128 - 1")
     order = np.random.Generator(np.random.Philox(key=seed)).permutation(len(rows)).tolist()
     labels = [label(row) if label else None for row in rows]
     groups: dict[object, list[int]] = {}
