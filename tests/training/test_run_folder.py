@@ -20,7 +20,7 @@ from support.runs import contents, full_disk, left, records, small, stopped_afte
 import tinyllm.training.run_folder
 import tinyllm.training.tasks.pretrain
 import tinyllm.training.tasks.text
-from tinyllm.cli import main
+from tinyllm.cli import _parse, main
 from tinyllm.errors import Error
 from tinyllm.files import lock, read_sealed, sealed
 from tinyllm.training.checkpoint import verify
@@ -95,6 +95,18 @@ def test_the_command_that_resumes_quotes_its_folder():
     config = TrainConfig()
     words = shlex.split(config.resuming(Path("my runs/a-1")))
     assert words == ["tinyllm", "train", "--resume", "my runs/a-1"]
+
+
+def test_the_command_that_resumes_has_the_options_that_changed(text, tmp_path):
+    out, moved = tmp_path / "run", tmp_path / "a text.txt"
+    stopped_after(tiny(text, out, eval_every=3), 2)
+    shutil.copy(text, moved)
+    changes = dict(text=str(moved), micro_batch=1, checkpoint_minutes=0.0, eval_every=None)
+    resumed = replace(begun_config(out), **changes)
+    _, said = stopped_after(resumed, 4)
+    command = re.match(r"stopped after step 4; tinyllm (.*) continues from", said)[1]
+    assert _parse(shlex.split(command)) == resumed
+    assert "--eval-every None" in command and "--lr" not in command
 
 
 def test_resume_refuses_folders_that_are_not_runs(tmp_path, whole, capsys):

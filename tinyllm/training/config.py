@@ -171,12 +171,20 @@ class RunOptions:
         """Rows in one forward and backward pass of a process."""
         return self.micro_batch or max(1, self.batch // distributed.current().size)
 
-    def resuming(self, folder: Path) -> str:
-        """The command that resumes the run in a folder, on as many processes."""
-        alone = f"{self.command} --resume {shlex.quote(str(folder))}"
-        if self.distributed is None:
-            return alone
-        return f"mpiexec -n {distributed.current().size} {alone} --distributed {self.distributed}"
+    def resuming(self, folder: Path, begun: Self | None = None) -> str:
+        """The command that resumes the run in a folder, on as many processes as this one.
+
+        A resumed run has the options of ``begun``, those it was started with: others are given again.
+        """
+        options = [f"--resume {shlex.quote(str(folder))}"]
+        processes = dict(distributed=None, shard_optimizer=False)  # of a resumed run
+        for name in sorted((self.free | ELSEWHERE) - {"resume"}):
+            value = getattr(self, name)
+            if value != processes.get(name, getattr(begun or self, name)):
+                given = value if isinstance(value, tuple) else [] if value is True else [value]
+                options.append(" ".join([flag(name), *(shlex.quote(str(each)) for each in given)]))
+        launcher = "" if self.distributed is None else f"mpiexec -n {distributed.current().size} "
+        return f"{launcher}{self.command} {' '.join(options)}"
 
     @property
     def smaller_micro_batch(self) -> list[str]:

@@ -125,7 +125,7 @@ def _run(run: RunFolder, progress: bool, callback: Log | None) -> Module:
             logs = [each for each in (run, log, callback) if each is not None]
             _train(run, logs, check, progress)
     except OSError as error:
-        remedy = f"free some space, then continue with {config.resuming(run.folder)}"
+        remedy = f"free some space, then continue with {run.resuming()}"
         raise OSError(f"{error}: {remedy}") from error
     if run.leads:
         for lines in (task.conclusion(run.history[-1]), run.summary()):
@@ -141,7 +141,7 @@ def _train(run: RunFolder, logs: list[Log], check: Check, progress: bool) -> Non
             _steps(run, logs, check, progress)
     except _Stopped as stop:
         where = run.save()
-        said = f"stopped after step {run.step}; {run.config.resuming(run.folder)} continues from {where}"
+        said = f"stopped after step {run.step}; {run.resuming()} continues from {where}"
         raise KeyboardInterrupt(stop.args[0], said) from stop
     except FloatingPointError as error:
         where = run.save()
@@ -233,7 +233,7 @@ def _out_of_memory(run: RunFolder, error: MemoryError) -> str:
     said = what_to_try(run.config, error)
     if not run.about:  # there is no run yet
         return said
-    command = " ".join([run.config.resuming(run.folder), *run.config.smaller_micro_batch])
+    command = " ".join([run.resuming(), *run.config.smaller_micro_batch])
     saved = checkpoints(run.folder)
     if not saved:
         return f"{said}; {command} starts again"

@@ -299,6 +299,11 @@ class RunFolder:
         commands = "".join(f"\n  {command}" for command in self.task.next_commands(self.folder))
         return f"run: {self.folder}\nloss curves: {picture}" + (commands and f"\nnext:{commands}")
 
+    def resuming(self) -> str:
+        """The command that resumes the run."""
+        begun = type(self.config).from_json(self.about["train"]) if self.about else None
+        return self.config.resuming(self.folder, begun)
+
     def is_between_updates(self) -> bool:
         """Whether the weights are those of the last record, that is, no later update was interrupted."""
         return bool(self.history) and self.optimizer.state_dict()["t"] == self._updates
