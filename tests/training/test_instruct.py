@@ -154,13 +154,17 @@ def test_a_finished_run_says_so_and_returns_its_model(whole, capsys):
     assert len(lora_layers(model)) == 14
 
 
-@pytest.mark.parametrize("what", ["data", "weights", "tokenizer", "template", "--eval-examples"])
+@pytest.mark.parametrize(
+    "what", ["data", "form of the data", "weights", "tokenizer", "template", "--eval-examples", "--epochs"]
+)
 def test_a_run_does_not_resume_with_something_else(files, tmp_path, what):
     model, out = write_model((tmp_path / "model").mkdir() or tmp_path / "model"), tmp_path / "run"
     data = write_parts(tmp_path / "data")
     stopped_after(options(model, data, out), 2, train=tune)
     if what == "data":
         write_chats(data / "train.jsonl", CHATS[1:-3])
+    elif what == "form of the data":
+        (data / "train.jsonl").write_text('{"text": "a"}\n{"text": "b"}\n', encoding="utf-8")
     elif what == "weights":
         other = load_model(model)
         other.norm.weight.data[0] += 1
@@ -170,8 +174,13 @@ def test_a_run_does_not_resume_with_something_else(files, tmp_path, what):
         (out / "tokenizer.json").write_text(content + "\n", encoding="utf-8")
     elif what == "template":
         (out / "chat_template.jinja").write_text(CHATML + " ", encoding="utf-8")
-    named = {"weights": "the weights in .* are not those"}.get(what, what)
-    changes = {"eval_examples": 1} if what == "--eval-examples" else {}  # the lowest loss is kept
+    named = {
+        "weights": "the weights in .* are not those",
+        "form of the data": "the data .* is not that of the run",
+        "--epochs": "was started with .*, not --epochs 2",
+    }.get(what, what)
+    # The lowest loss is kept, so the examples that it is measured on stay the same.
+    changes = {"--eval-examples": {"eval_examples": 1}, "--epochs": {"epochs": 2.0}}.get(what, {})
     with pytest.raises(Error, match=named):
         tune(replace(begun(out), **changes))
 

@@ -114,7 +114,7 @@ class FinetuneOptions(RunOptions):
             self._require(name, value is None or 0 < value < math.inf, "above 0")
         for name in ("dropout", "lora_dropout"):
             self._require(name, 0 <= getattr(self, name) < 1, "at least 0 and below 1")
-        if self.epochs is not None and self.steps is not None:
+        if self.epochs is not None and self.steps is not None and self.resume is None:
             raise Error("--epochs and --steps both set the length of the run: give one of them")
 
     def with_steps(self, steps_per_epoch: int) -> FinetuneOptions:
@@ -241,6 +241,8 @@ class Finetuning(Task):
             check_fits(self.tokenizer, architecture, padded=True)
         self.max_length = config.max_length or min(architecture.context, LONGEST)
         self.examples = self.open_examples()
+        if about and self.examples.sha256 != about["data"]["sha256"]:
+            raise Error(f"the data {self.examples.name} is not that of the run in {folder}: restore it")
         self.train_rows, self.valid_rows = self.encode()
         batches = Batches(self.train_rows, config.batch, config.seed, self.train_rows.lengths)
         self.steps_per_epoch, self.batch_at = batches.steps_per_epoch, batches.at
