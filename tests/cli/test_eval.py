@@ -165,7 +165,7 @@ def test_ctrl_c_exits_with_130(run, rhyme, capsys, monkeypatch):
         (["--special", "maybe"], "--special"),
         (["--dtype", "float16"], "--dtype"),
         (["--device", "tpu"], "tpu"),
-        (["--text-field", "t"], "field 't'"),
+        (["--text-field", "t"], "omit the field 't' (option --text-field)"),
         (["--text", "nowhere.txt"], "no text 'nowhere.txt'"),
         (["--model", "x"], "either --run DIR or --model NAME"),
     ],

@@ -10,6 +10,7 @@ from tinyllm.cli.options import DeviceOptions, SpecialOptions, TextModelOptions,
 from tinyllm.data.corpus import count_bytes, open_corpus
 from tinyllm.errors import Error
 from tinyllm.inference.perplexity import check_windows, evaluate_text, ids_on_disk
+from tinyllm.training.tasks.text import naming_options
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,7 +52,8 @@ def run(config: EvalConfig) -> None:
             raise Error(f"{name} is {value}: choose a whole number of at least 1")
     config.find()
     device = config.open_device()
-    corpus = open_corpus(config.text, config.text_field, config.pattern)
+    with naming_options():
+        corpus = open_corpus(config.text, config.text_field, config.pattern)
     model, tokenizer = config.load(config.weights_dtype)
     context, stride, batch = check_windows(model, config.context, config.stride, config.batch)
     if corpus.left_out:

@@ -3,6 +3,8 @@
 import math
 import re
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -167,10 +169,17 @@ def _open_text(config: TrainConfig, name: str, other: str | None) -> Corpus:
     """One of the run's two texts. An option that only the ``other`` can have is not for this one."""
     patterns = {text: config.pattern if is_folder(text) else None for text in (name, other) if text}
     field, pattern = config.text_field, patterns[name] if any(patterns.values()) else config.pattern
-    try:
+    with naming_options():
         if field is not None and not has_json_lines(name, pattern):
             field = None if other and has_json_lines(other, patterns[other]) else field
         return open_corpus(name, field, pattern)
+
+
+@contextmanager
+def naming_options() -> Iterator[None]:
+    """Within this context, what ``open_corpus`` raises names the options."""
+    try:
+        yield
     except Error as error:
         for word, option in (("field", "--text-field"), ("pattern", "--pattern")):
             if re.search(rf"\b{word}\b", str(error)):
