@@ -265,6 +265,15 @@ def test_a_folder_that_cannot_be_made_is_refused_before_anything_is_learned(
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize("option", ["out", "text", "special_tokens"])
+def test_a_name_that_the_files_of_the_run_cannot_hold_is_refused(text, tmp_path, option):
+    name = str(tmp_path / os.fsdecode(b"a\xff"))
+    changes = {"out": tmp_path / "run", option: (name,) if option == "special_tokens" else Path(name)}
+    with pytest.raises(Error, match=rf"--{option.replace('_', '-')} .*a\\udcff is not UTF-8"):
+        train(replace(small(text, None), **changes), progress=False)
+    assert not [path for path in tmp_path.iterdir() if path.is_dir()]
+
+
 def test_a_folder_without_permission_is_refused(text, tmp_path, monkeypatch):
     monkeypatch.setattr(os, "access", lambda path, mode: path != tmp_path)  # root may write anywhere
     with pytest.raises(Error, match="cannot be written to: choose another --out"):

@@ -18,7 +18,7 @@ from tinyllm.backend.memory import keep_memory, out_of_memory, peak_memory
 from tinyllm.errors import Error
 from tinyllm.nn import Module
 from tinyllm.optim import OPTIMIZERS, AdamW, warmup_cosine, warmup_linear
-from tinyllm.training.config import RunOptions
+from tinyllm.training.config import RunOptions, flag
 from tinyllm.training.data_parallel import ShardedAdamW
 from tinyllm.training.loggers import Log, check_logs, open_logs, output_errors, robust_output, say
 from tinyllm.training.loop import CompletedStep, training_steps
@@ -88,6 +88,14 @@ def open_run_device(config: RunOptions) -> str:
     return open_device(config.device, config.dtype, config.gpu_memory)
 
 
+def check_names(config: RunOptions) -> None:
+    """Raise ``Error`` for a path or text that is not UTF-8: the run's JSON files could not be read again."""
+    for name, value in config.to_json().items():
+        for each in map(str, value if isinstance(value, tuple) else [value]):
+            if (shown := each.encode("utf-8", "backslashreplace").decode()) != each:
+                raise Error(f"{flag(name)} {shown} is not UTF-8, as the files of a run are: choose another")
+
+
 def make_optimizer(model: Module, config: RunOptions) -> AdamW:
     """The options' optimizer with their weight decay; of AdamW, perhaps this process's share."""
     processes = distributed.current()
@@ -108,6 +116,7 @@ def _run(run: RunFolder, progress: bool, callback: Log | None) -> Module:
             )
             return task.trained(last_checkpoint(run.folder))
     else:
+        check_names(config)
         run.check_new()
         task.check()
     device = open_run_device(config)
