@@ -468,7 +468,10 @@ def test_a_disk_too_full_for_a_checkpoint_stops_the_run_which_can_resume(
         if record["step"] == 4:
             free[0] = 10**6
 
-    with pytest.raises(OSError, match=r"free some space, then continue with tinyllm train --resume"):
+    with pytest.raises(
+        OSError,
+        match=r"free some space or make the folder writable, then continue with tinyllm train --resume",
+    ):
         train(tiny(text, out, checkpoint_every=2), progress=False, callback=fill)
     assert [path.name for path in checkpoints(out)] == ["step-000002"]
     capsys.readouterr()

@@ -134,7 +134,7 @@ def _run(run: RunFolder, progress: bool, callback: Log | None) -> Module:
             logs = [each for each in (run, log, callback) if each is not None]
             _train(run, logs, check, progress)
     except OSError as error:
-        remedy = f"free some space, then continue with {run.resuming()}"
+        remedy = f"free some space or make the folder writable, then continue with {run.resuming()}"
         raise OSError(f"{error}: {remedy}") from error
     if run.leads:
         for lines in (task.conclusion(run.history[-1]), run.summary()):
