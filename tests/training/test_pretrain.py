@@ -161,12 +161,14 @@ def test_splits_change_the_tokens_of_a_window_and_not_its_text(text, tmp_path):
 @pytest.mark.parametrize(("tokenizer", "told"), [("char", True), ("bytes", True), ("bpe:266", False)])
 def test_tokens_that_were_not_merged_are_not_divided_and_a_line_says_so(text, tmp_path, tokenizer, told):
     plain, task = (
-        Pretraining(small(text, tmp_path, token_splits=p, tokenizer=tokenizer)) for p in (0.0, 0.1)
+        Pretraining(small(text, tmp_path, token_splits=p, tokenizer=tokenizer, tokens=tmp_path / "x"))
+        for p in (0.0, 0.1)
     )
     for each in (plain, task):
         each.load(tmp_path, {})
         each.steps_per_epoch = 1
     assert any("--token-splits" in line for line in task.introduction()) == told
+    assert any("--tokens is not used" in line for line in task.introduction())  # the text is in memory
     same = [np.array_equal(*pair) for pair in zip(plain.batch_at(0), task.batch_at(0))]
     assert same == [told, told]
 

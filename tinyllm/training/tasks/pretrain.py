@@ -197,6 +197,8 @@ class Pretraining(Task):
         ]
         if self.pairs is not None and (self.pairs < 0).all():
             lines.append(f"--token-splits divides no token of {tokenizer.name}: none is known to be merged")
+        if self.config.tokens is not None and self.text.texts is not None:
+            lines.append(f"--tokens is not used: {corpus.name} is not larger than --in-memory")
         return lines if self.start is None else [f"starts from {self.start['weights']}", *lines]
 
     def describe_evaluation(self, record: dict) -> str:
