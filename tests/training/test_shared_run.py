@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -247,6 +248,7 @@ class Fake(distributed.OneProcess):
     [
         (5, dict(batch=24), "--batch 20 or 25, or a number of processes among 1, 2, 3, 4, 6, 8, 12, 24"),
         (32, dict(batch=24), "--batch 32, or"),
+        (5, dict(batch=24, resume=Path("run")), "processes: choose a number of processes among 1, 2,"),
         (2, dict(batch=24, micro_batch=8), "--micro-batch is 8: it must be one of 1, 2, 3, 4, 6, 12"),
     ],
 )

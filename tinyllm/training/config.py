@@ -118,9 +118,10 @@ class RunOptions:
         if batch % processes != 0:
             near = [n for n in (batch // processes * processes, -(-batch // processes) * processes) if n > 0]
             counts = ", ".join(str(n) for n in range(1, batch + 1) if batch % n == 0)
+            other = "" if self.resume else f"--batch {' or '.join(map(str, near))}, or "
             raise Error(
-                f"--batch {batch} cannot be divided among {processes} processes: choose --batch "
-                f"{' or '.join(map(str, near))}, or a number of processes among {counts}"
+                f"--batch {batch} cannot be divided among {processes} processes: choose {other}a number of "
+                f"processes among {counts}"
             )
         rows = batch // processes
         sizes = ", ".join(str(n) for n in range(1, rows + 1) if rows % n == 0)
