@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 from support import mistakes
 
@@ -57,6 +58,20 @@ def test_a_planted_mistake_gets_its_own_hint(key):
     hint = next(each.hint for each in part.mistakes if each.name == mistake)
     for variant in mistakes.planted()[key]:
         assert hint_of(part, variant) == hint, variant.__code__.co_filename
+
+
+@pytest.mark.parametrize(
+    "key, most",
+    [
+        (("lora", "lora_gradient", "no scale"), 10),
+        (("causal_attention", "causal_attention_gradient", "the softmax's sum missing"), 10),
+        (("cross_entropy", "cross_entropy", "ignored targets counted"), 6),
+    ],
+    ids=str,
+)
+def test_the_input_that_is_shown_is_small(key, most):
+    failure = grade_function(part_of(*key[:2]), mistakes.planted()[key][0]).failure
+    assert sum(map(np.size, failure.inputs.values())) <= most
 
 
 def part_of(name, function):
