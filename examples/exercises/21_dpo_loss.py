@@ -7,7 +7,7 @@ model minus that under the reference, the model before training. The loss of a p
     -log σ(r_chosen - r_rejected),   σ(x) = 1 / (1 + exp(-x)),
 
 and the loss is the mean over the pairs. At the start the model is the reference: both rewards are 0, and the
-loss is log 2. For large differences -log σ(x) must not overflow: it is log(1 + exp(-x)).
+loss is log 2. For a large negative x exp(-x) overflows, but -log σ(x) = max(-x, 0) + log(1 + exp(-|x|)).
 
 Rafailov et al., "Direct Preference Optimization" (arXiv 2305.18290), section 4.
 

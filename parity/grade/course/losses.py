@@ -9,7 +9,7 @@ from parity.grade.exercise import Mistake, Part, arrays, exercise, gradients, si
 
 # ------------------------------------------------------------------------------------- softmax
 
-# Beyond exp's range (709), as scores of a badly initialised model may be
+# Beyond exp's range (709), as a bad start makes scores, and long answers log-probabilities
 LARGE = st.sampled_from([1.0, 1000.0])
 
 
@@ -41,6 +41,11 @@ exercise(
                 "the maximum is not subtracted",
                 "exp overflows for large scores: subtract the maximum of each row first, which cancels in p.",
                 lambda x: softmax(x, shift=False),
+            ),
+            Mistake(
+                "the maximum of the whole array",
+                "Subtract the maximum of each row: far below that of the whole array a row has only zeros.",
+                lambda x: softmax(x - x.max(), shift=False),
             ),
             Mistake(
                 "the wrong axis",
@@ -215,14 +220,15 @@ exercise(
 def preference_pairs(draw):
     pairs = draw(sizes())
     names = "chosen", "rejected", "reference_chosen", "reference_rejected"
-    return {name: draw(arrays(pairs)) - 3 for name in names} | {
+    scale = draw(LARGE)
+    return {name: (draw(arrays(pairs)) - 3) * scale for name in names} | {
         "beta": draw(st.sampled_from([0.5, 0.1, 2.0]))
     }
 
 
-def dpo(chosen, rejected, reference_chosen, reference_rejected, beta, mean=True):
+def dpo(chosen, rejected, reference_chosen, reference_rejected, beta, mean=True, stable=True):
     margin = beta * ((chosen - reference_chosen) - (rejected - reference_rejected))
-    loss = np.logaddexp(0.0, -margin)
+    loss = np.logaddexp(0.0, -margin) if stable else np.log(1 + np.exp(-margin))
     return loss.mean() if mean else loss.sum()
 
 
@@ -275,6 +281,12 @@ exercise(
                 "beta outside the logarithm",
                 "beta multiplies the margin, inside the sigmoid; you multiply the loss by it.",
                 lambda **given: given["beta"] * dpo(**given | {"beta": 1.0}),
+            ),
+            Mistake(
+                "overflow",
+                "exp(-x) overflows for a large negative x: compute max(-x, 0) + log(1 + exp(-|x|)), "
+                "or np.logaddexp(0, -x).",
+                lambda **given: dpo(**given, stable=False),
             ),
         ),
     ),

@@ -183,6 +183,11 @@ exercise(
                 lambda **given: rms_normalized(**given, inside=False),
             ),
             Mistake(
+                "no eps",
+                "eps does not affect your result: divide by sqrt(mean square + eps).",
+                lambda x, weight, eps: rms_normalized(x, weight, 0.0),
+            ),
+            Mistake(
                 "the sum of squares",
                 "The mean of the squares, not their sum: divide by the number of channels.",
                 lambda **given: rms_normalized(**given, mean=False),

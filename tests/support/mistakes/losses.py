@@ -34,6 +34,11 @@ def softmax(x):
             ("math.exp(value - top)", "math.exp(value)"),
             ("m = np.amax(x, 1)[:, None]", "m = 0"),
         ),
+        "the maximum of the whole array": (
+            ("x.max(axis=-1, keepdims=True)", "x.max()"),
+            ("max(row)", "x.max()"),
+            ("np.amax(x, 1)[:, None]", "np.amax(x)"),
+        ),
         "the wrong axis": (
             ("axis=-1", "axis=0"),
             ("for row in x:", "for row in x.T:", "return np.array(out)", "return np.array(out).T"),
@@ -263,7 +268,7 @@ def dpo_loss(chosen, rejected, reference_chosen, reference_rejected, beta):
     policy = chosen - rejected
     reference = reference_chosen - reference_rejected
     x = beta * (policy - reference)
-    loss = np.log(1 / (1 + np.exp(-x)))
+    loss = np.where(x < 0, x - np.log1p(np.exp(x)), -np.log1p(np.exp(-x)))
     return -np.mean(loss)
 """,
     ),
@@ -283,7 +288,7 @@ def dpo_loss(chosen, rejected, reference_chosen, reference_rejected, beta):
             ("(reward_chosen - reward_rejected)", "(reward_rejected - reward_chosen)"),
             ("zip(chosen, rejected, reference_chosen, reference_rejected)",
              "zip(rejected, chosen, reference_rejected, reference_chosen)"),
-            ("np.exp(-x)", "np.exp(x)"),
+            ("policy - reference)", "reference - policy)"),
         ),
         "no beta": (
             ("beta * ", ""),
@@ -299,6 +304,13 @@ def dpo_loss(chosen, rejected, reference_chosen, reference_rejected, beta):
             ("beta * (", "(", "return np", "return beta * np"),
             ("x = beta * (", "x = (", "return sum", "return beta * sum"),
             ("x = beta * (", "x = (", "loss = np", "loss = beta * np"),
+        ),
+        "overflow": (
+            ("np.logaddexp(0, -(reward_chosen - reward_rejected))",
+             "np.log(1 + np.exp(-(reward_chosen - reward_rejected)))"),
+            ("math.log1p(math.exp(-abs(x))) + max(-x, 0.0)", "math.log(1 + math.exp(-x))"),
+            ("np.where(x < 0, x - np.log1p(np.exp(x)), -np.log1p(np.exp(-x)))",
+             "np.log(1 / (1 + np.exp(-x)))"),
         ),
     },
 )  # fmt: skip

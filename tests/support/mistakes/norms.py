@@ -194,6 +194,11 @@ def rms_norm(x, weight, eps):
             ("math.sqrt(square + eps)", "(math.sqrt(square) + eps)"),
             ("(square + eps) ** -0.5", "1 / (square**0.5 + eps)"),
         ),
+        "no eps": (
+            ("keepdims=True) + eps)", "keepdims=True))"),
+            ("square + eps", "square"),
+            ("square + eps", "square"),
+        ),
         "the sum of squares": (
             ("np.mean(x**2", "np.sum(x**2"),
             (" / len(row)", ""),
