@@ -10,7 +10,7 @@ Row t of x has the position start + t.
 
 Su et al., "RoFormer" (arXiv 2104.09864), section 3.4.2.
 
-When you are done, compare with ``tinyllm/models/rope.py and tinyllm/functional/attention.py``.
+When you are done, compare with ``tinyllm/models/rope.py`` and ``tinyllm/functional/rope.py``.
 Grade it: python -m parity grade examples/exercises/12_rope.py
 """
 
