@@ -38,3 +38,9 @@ def test_one_query_matches_the_general_code_path(data):
     assert without_gradient.node is None and with_gradient.node is not None
     assert without_gradient.shape == (B, G * R, 1, E)
     np.testing.assert_allclose(without_gradient.data, with_gradient.data, rtol=1e-13, atol=1e-14)
+
+
+def test_a_scale_of_numpy_does_not_widen_float32():
+    q, k, v = (Tensor(np.ones((1, 2, length, 4), np.float32)) for length in (1, 3, 3))
+    out = F.scaled_dot_product_attention(q, k, v, scale=1 / np.sqrt(4))
+    assert out.dtype == np.float32

@@ -86,7 +86,7 @@ def scaled_dot_product_attention(
     check_window(window, is_causal, softcap)
     (B, H, T, D), (G, S) = q.shape, k.shape[1:3]
     R = H // G if G else 1  # query heads per key-value head
-    scale = 1 / math.sqrt(max(D, 1)) if scale is None else scale
+    scale = 1 / math.sqrt(max(D, 1)) if scale is None else float(scale)  # 1 / np.sqrt(D) would widen float32
     mask = None if attn_mask is None else np.broadcast_to(attn_mask, (B, H, T, S))
     needs_grad = any(x is not None and x.needs_grad for x in (query, key, value, bias))
     if T == 1 and S and G and not (dropout_p or needs_grad):
