@@ -554,6 +554,7 @@ ERRORS = {  # mistake -> (call, words in its message: the value and the remedy)
     "geglu of two shapes": (lambda: F.geglu(leaf(2, 3), leaf(3)), ["geglu", "(2, 3)", "(3,)", "same shape"]),
     "a cap of 0": (lambda: F.softcap(leaf(2, 3), 0), ["softcap", "0", "positive"]),
     "a cap that is not a number": (lambda: F.softcap(leaf(2, 3), "30"), ["softcap", "'30'", "positive"]),
+    "no cap": (lambda: F.softcap(leaf(2, 3), None), ["softcap is None: choose a positive finite number"]),
     "a negative cap in the loss": (
         lambda: F.linear_cross_entropy(leaf(2, 3), leaf(5, 3), [0, 1], softcap=-1.0),
         ["softcap", "-1.0", "positive"],

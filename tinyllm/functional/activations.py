@@ -264,8 +264,9 @@ def softcap(input: Tensor, cap: float) -> Tensor:
 
 
 def check_softcap(cap: float) -> float:
-    if isinstance(cap, bool) or not isinstance(cap, int | float | np.number) or not 0 < cap < math.inf:
-        raise Error(f"softcap is {cap!r}: choose a positive number, or None for no cap")
+    is_number = isinstance(cap, int | float | np.integer | np.floating) and not isinstance(cap, bool)
+    if not (is_number and 0 < cap < math.inf):
+        raise Error(f"softcap is {cap!r}: choose a positive finite number")
     return float(cap)  # a NumPy float64 would turn float32 scores into float64
 
 

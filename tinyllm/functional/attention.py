@@ -16,7 +16,7 @@ from tinyllm.backend.random import dropout_mask, next_address
 from tinyllm.backend.threads import one_blas_thread, run_tasks, sum_last_axis
 from tinyllm.checks import is_integer
 from tinyllm.errors import Error
-from tinyllm.functional.activations import check_probability
+from tinyllm.functional.activations import check_probability, check_softcap
 from tinyllm.tensor import Tensor
 from tinyllm.tensor_ops import array_of
 
@@ -331,9 +331,8 @@ def check_window(window, is_causal, softcap):
         raise Error(f"attention: window is {window!r}: choose a whole number of at least 1, or None")
     if window is not None and not is_causal:
         raise Error(f"attention: a window ({window}) ends at the query's own key: pass is_causal=True too")
-    is_number = isinstance(softcap, (int, float, np.integer, np.floating)) and not isinstance(softcap, bool)
-    if softcap is not None and not (is_number and 0 < softcap < math.inf):
-        raise Error(f"attention: softcap is {softcap!r}: choose a positive finite number, or None")
+    if softcap is not None:
+        check_softcap(softcap)
 
 
 def _check_mask(mask, scores_shape, like):
