@@ -12,8 +12,10 @@ three terms:
 
 weight and bias are shared by all rows: their gradients are sums over rows.
 
-Ba et al., "Layer Normalization" (arXiv 1607.06450). When you are done, compare with
-``tinyllm/functional/norms.py``. Grade it: python -m parity grade examples/exercises/05_layer_norm.py
+Ba et al., "Layer Normalization" (arXiv 1607.06450).
+
+When you are done, compare with ``tinyllm/functional/norms.py``.
+Grade it: python -m parity grade examples/exercises/05_layer_norm.py
 """
 
 

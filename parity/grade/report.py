@@ -50,7 +50,9 @@ def describe(verdict: Verdict) -> list[str]:
         if verdict.failure.inputs is not None:
             which = "an" if verdict.failure.slow else "smallest"
             lines += [f"    {which} input that fails: {call(verdict.function, verdict.failure.inputs)}"]
-        lines += [f"    it printed: {line}" for line in verdict.failure.printed.splitlines()[:PRINTED]]
+        printed = verdict.failure.printed.splitlines()
+        lines += [f"    it printed: {line}" for line in printed[:PRINTED]]
+        lines += [f"    … and {len(printed) - PRINTED} lines more"] if len(printed) > PRINTED else []
     if verdict.hint is not None:
         lines += [f"    hint: {verdict.hint}"]
     return lines
@@ -63,6 +65,10 @@ def call(function: str, inputs: Inputs) -> str:
 
 
 def _literal(argument) -> str:
+    if isinstance(argument, list):
+        return f"[{', '.join(map(_literal, argument))}]"
+    if isinstance(argument, np.ndarray) and not argument.size:
+        return f"np.zeros({argument.shape})"
     if isinstance(argument, np.ndarray):
         digits = np.array2string(argument, separator=", ", threshold=10**6, max_line_width=10**6)
         return f"np.array({' '.join(digits.split())})"

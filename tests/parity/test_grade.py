@@ -1,5 +1,6 @@
 """Grading of exercises: solutions pass, every usual mistake gets its own hint, and a report is readable."""
 
+import re
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +26,14 @@ KNOWN = [
 def test_every_exercise_has_a_file_and_a_solution():
     assert [path.name for path in EXERCISES] == [path.name for path in SOLUTIONS]
     assert {exercise_of(path).name for path in EXERCISES} == {*COURSE}
+
+
+@pytest.mark.parametrize("path", EXERCISES, ids=lambda path: path.stem)
+def test_what_an_exercise_names_is_there(path):
+    text = path.read_text(encoding="utf-8")
+    named = re.findall(r"``(.*?\.py.*?)``", text)
+    assert named and [name for name in named if not (ROOT / name).is_file()] == []
+    assert f"Grade it: python -m parity grade examples/exercises/{path.name}\n" in text
 
 
 @pytest.mark.parametrize("path", SOLUTIONS, ids=lambda path: path.stem)

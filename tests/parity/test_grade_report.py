@@ -2,6 +2,7 @@
 
 import re
 
+import numpy as np
 import pytest
 
 from parity.grade import report
@@ -70,6 +71,19 @@ def test_a_mistake_is_shown_with_the_smallest_input_and_its_hint(answer):
 def test_what_a_function_prints_is_shown_once(answer):
     _, printed = answer(SOFTMAX.replace("return e", "print(x.shape)\n    e = e"))
     assert printed.count("it printed: (1, 2)") == 1
+
+
+def test_lines_that_are_not_shown_are_counted(answer):
+    _, printed = answer(SOFTMAX.replace("return e", r"print('a\n' * 12)"))
+    assert printed.count("it printed: ") == 10 and "    … and 3 lines more\n" in printed
+
+
+@pytest.mark.parametrize("array", [np.zeros((0, 2)), np.array([[0.5, -1.0]]), np.array([3, 0])], ids=str)
+def test_a_call_that_is_shown_can_be_run(array):
+    shown = report.call("f", {"x": array, "each": [array, array]})
+    given = eval(shown, {"np": np, "f": dict})
+    for copy in (given["x"], *given["each"]):
+        assert copy.dtype == array.dtype and np.array_equal(copy, array)
 
 
 def test_an_endless_loop_is_stopped(answer, monkeypatch):
