@@ -113,6 +113,13 @@ def test_a_wrong_name_in_a_link_is_found():
     assert found.endswith("tensor.py: Tensor.forward")
 
 
+@pytest.mark.parametrize("page", [p for p in PAGES if p.parts[0] == "tinyllm"], ids=str)
+def test_the_page_of_a_folder_names_all_its_modules(page):
+    folder, text = ROOT / page.parent, (ROOT / page).read_text(encoding="utf-8")
+    modules = [path.name for path in folder.glob("*.py") if path.name != "__init__.py"]
+    assert [name for name in modules if f"`{name}`" not in text] == []
+
+
 def test_the_path_and_the_glossary_are_complete():
     text = (ROOT / "examples" / "README.md").read_text(encoding="utf-8")
     path, _, glossary = text.partition("## Glossary\n")
