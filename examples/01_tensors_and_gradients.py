@@ -112,7 +112,8 @@ for step in range(301):
 
 # %% [markdown]
 # ## In a picture
-# What the network computes before the first step, and after a hundred. The last curve lies on the sine.
+# What the network computes before training, and after one, two and three hundred steps: it comes ever closer
+# to the sine.
 
 # %%
 figure, [[axes]] = new_figure(6, 3)
@@ -120,6 +121,7 @@ for step, curve in curves.items():
     axes.plot(angle, curve, label=f"step {step}", linewidth=1)
 axes.plot(angle, np.sin(angle), "k:", label="sin x")
 axes.set_xlabel("x")
+axes.set_ylabel("output")
 axes.legend(frameon=False, fontsize="small")
 show("runs/01_sine.png", figure)
 # > picture: runs/01_sine.png

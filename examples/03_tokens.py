@@ -68,8 +68,9 @@ for i, pair in enumerate(merges[:6]):
 # > 'o' + 'u' -> 'ou', id 261
 
 # %% [markdown]
-# The later a merge, the longer its token. A vocabulary learned from a text fits that text: " though", which
-# it repeats, is a single token.
+# A merge may join the tokens of earlier ones: " though", which the text repeats, is " th" and "ough", and
+# that is "ou" and "gh". So a vocabulary fits the text that it was learned from. Its last tokens, and a
+# sentence:
 
 # %%
 print([tokenizer.decode([id]) for id in range(256 + 50, 256 + 60)])

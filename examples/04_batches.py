@@ -90,14 +90,14 @@ print(f"second half of each window: {model.loss(x, half).item():.3f}, {int((half
 
 # %% [markdown]
 # ## In a picture
-# Rows are windows of a batch, columns are positions; a colour is a token. The targets are the inputs moved to
-# the left by one, with one new token at the end.
+# Rows are windows of a batch, columns are positions; a colour is a token (the text repeats a sentence, so two
+# windows are equal). The targets are the inputs moved to the left by one, with one new token at the end.
 
 # %%
 figure, [[left, right]] = new_figure(8, 2.4, columns=2)
 batch = Batches(Windows(np.array(ids * 6), context=10), batch_size=4, seed=0).at(0)
 for axes, rows, name in zip((left, right), batch, ("inputs", "targets")):
-    axes.imshow(rows % 20, cmap="tab20", aspect="auto")
+    axes.imshow(np.searchsorted(sorted(ids), rows), cmap="tab20", vmin=0, vmax=19, aspect="auto")
     axes.grid(False)
     axes.set_xlabel(f"{name}: position")
 left.set_ylabel("window")
@@ -110,9 +110,10 @@ show("runs/04_batches.png", figure)
 # <details><summary>1. With stride = context the first token of a window has no context. Is it
 # wasted?</summary>
 #
-# Every window begins anew, so its first positions predict from little. In training that is harmless, and over
-# the epochs nothing is lost. For measuring a model it matters: `tinyllm eval` lets windows overlap, so that
-# each target has at least three quarters of a context before it.
+# Every window begins anew, so its first positions predict from little. In training that is harmless, and
+# over the epochs nothing is lost. For measuring a model it matters: with a `--stride` of a quarter of the
+# context, `tinyllm eval` counts only the last quarter of each window after the first, so that each of these
+# targets has at least three quarters of a context before it.
 #
 # </details>
 #

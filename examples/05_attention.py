@@ -124,7 +124,7 @@ before = np.roll(place, 1, axis=1)  # the key of position s is that of the query
 previous = composed.attention_weights(
     Tensor(9 * place[None, None]), Tensor(9 * before[None, None]), is_causal=True
 )
-figure, panels = new_figure(7, 3.4, columns=2)
+figure, panels = new_figure(7, 3.7, columns=2)
 for axes, weights, name in zip(panels[0], (equal, previous), ("equal symbols", "the position before")):
     axes.imshow(weights.data[0, 0], cmap="Blues")
     axes.grid(False)

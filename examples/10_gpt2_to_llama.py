@@ -433,7 +433,7 @@ compare(plan, Gemma3(Gemma3Config(**same, **sizes), rng=rng))
 #
 # <details><summary>1. Why does Llama leave out the biases?</summary>
 #
-# They are a thousandth of the parameters and hardly change what a layer with a norm before it can compute.
+# They are 0.02% of Llama 2's parameters and hardly change what a layer with a norm before it can compute.
 # Without them there is one kind of parameter less to store, to train and to decay.
 #
 # </details>

