@@ -401,3 +401,18 @@ def test_config_keys_of_other_tools_and_null_keys_are_ignored():
     for key, value in (("quantization_config", {"bits": 4}), ("sliding_window", 4096)):
         with pytest.raises(Error, match=key):
             LlamaConfig.from_dict(ours | {key: value})
+
+
+def test_an_architecture_without_what_it_needs_is_not_registered():
+    @dataclass(frozen=True)
+    class HalfConfig(ModelConfig):
+        vocab_size: int = 5
+
+    class Half(LanguageModel):
+        config_class, blocks = HalfConfig, "h"
+
+    with pytest.raises(
+        Error, match=r"Half cannot be registered: set config_class\.model_type, token_embedding$"
+    ):
+        register(Half)
+    assert Half not in ARCHITECTURES.values()

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, fields, replace
+from operator import attrgetter
 from pathlib import Path
 
 import numpy as np
@@ -30,6 +31,9 @@ ARCHITECTURES: dict[str, type[LanguageModel]] = {}  # model_type in config.json 
 
 def register(model_class):
     """Class decorator that adds an architecture to ``load_model`` and ``tinyllm train``."""
+    name, needed = model_class.__name__, "config_class.model_type token_embedding blocks"
+    if unset := [attribute for attribute in needed.split() if not attrgetter(attribute)(model_class)]:
+        raise Error(f"{name} cannot be registered: set {', '.join(unset)}")
     ARCHITECTURES[model_class.config_class.model_type] = model_class
     return model_class
 
@@ -94,9 +98,9 @@ BOOKKEEPING = set(
 class ModelConfig:
     """Base class of every architecture's config, a frozen dataclass with Hugging Face's field names.
 
-    A subclass also defines ``context``, the maximum sequence length; ``hidden_size``, the channels of the
-    hidden states; ``kv_shape``, (key-value heads, head size); and ``of_size``, which maps the options of
-    ``tinyllm train`` to fields and raises ``Error`` for one that the architecture does not have.
+    A subclass has the fields ``vocab_size`` and ``tie_word_embeddings``, and defines ``model_type``,
+    ``context`` (the longest sequence), ``hidden_size``, ``kv_shape`` (key-value heads, head size), and
+    ``of_size``: it maps options of ``tinyllm train`` to fields, and raises ``Error`` for those it lacks.
     """
 
     model_type = ""

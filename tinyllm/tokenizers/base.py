@@ -28,6 +28,9 @@ IMAGE_TOKEN = "<image_soft_token>"
 class Tokenizer:
     """The interface of all tokenizers: text to ids and back, and special tokens.
 
+    A subclass sets ``name``, ``vocab_size`` and ``special_tokens``, and defines ``_encode_ordinary``,
+    ``decode_bytes`` and, for ``with_special_tokens``, ``_is_token``; see ``char.py``.
+
     ``vocab_size`` is the largest id + 1. ``special_tokens`` maps the names of special tokens to their ids;
     ``added_tokens`` names those added by ``with_special_tokens``.
     """
