@@ -577,6 +577,7 @@ ERRORS = {  # mistake -> (call, words in its message: the value and the remedy)
     "a softcap of 0": (lambda: attend(softcap=0.0), ["softcap is 0.0", "positive"]),
     "an infinite softcap": (lambda: attend(softcap=math.inf), ["softcap is inf", "finite"]),
     "a softcap of True": (lambda: attend(softcap=True), ["softcap is True", "positive"]),
+    "a dropout that is not a number": (lambda: F.dropout(leaf(2, 3), "0.1"), ["'0.1'", "between 0 and 1"]),
     "attention dropout of 1.5": (lambda: attend(dropout_p=1.5), ["1.5", "between 0 and 1"]),
     "linear of the wrong size": (lambda: F.linear(leaf(2, 3), leaf(5, 4)), ["(2, 3)", "(5, 4)", "(out, in)"]),
     "an attention mask of integers in a Tensor": (

@@ -315,5 +315,5 @@ def dropout(input: Tensor, p: float = 0.5, training: bool = True) -> Tensor:
 
 
 def check_probability(p: float) -> None:
-    if not 0 <= p <= 1:
-        raise Error(f"dropout probability must be between 0 and 1, not {p}")
+    if not (isinstance(p, int | float | np.number) and 0 <= p <= 1):
+        raise Error(f"dropout probability must be between 0 and 1, not {p!r}")

@@ -7,7 +7,7 @@ import math
 import numpy as np
 
 from tinyllm import functional as F
-from tinyllm.errors import Error
+from tinyllm.functional.activations import check_probability
 from tinyllm.nn.init import as_generator, loaded, normal
 from tinyllm.nn.module import Module
 from tinyllm.tensor import Tensor
@@ -93,8 +93,7 @@ class Dropout(Module):
     """``F.dropout`` in training mode; the identity in eval mode."""
 
     def __init__(self, p: float):
-        if not (isinstance(p, int | float | np.number) and 0 <= p <= 1):
-            raise Error(f"dropout probability must be between 0 and 1, not {p!r}")
+        check_probability(p)
         self.p = p
 
     def forward(self, x):
