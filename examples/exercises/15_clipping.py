@@ -9,7 +9,7 @@ The direction stays the same. If norm is 0, nothing changes.
 
 Pascanu et al., "On the difficulty of training Recurrent Neural Networks" (arXiv 1211.5063), section 3.2.
 
-When you are done, compare with ``tinyllm/optim/clipping.py``.
+When you are done, compare with ``tinyllm/optim/clipping.py``, which adds 1e-6 to the norm, as torch does.
 Grade it: python -m parity grade examples/exercises/15_clipping.py
 """
 

@@ -12,7 +12,8 @@ least two steps after the warm-up; warmup may be 0.
 
 Loshchilov and Hutter, "SGDR" (arXiv 1608.03983), section 3.
 
-When you are done, compare with ``tinyllm/optim/schedules.py``.
+When you are done, compare with ``tinyllm/optim/schedules.py``, whose line begins at ``initial_lr`` and whose
+cosine reaches ``min_lr`` at step ``steps``.
 Grade it: python -m parity grade examples/exercises/16_schedule.py
 """
 
