@@ -120,6 +120,27 @@ def test_the_page_of_a_folder_names_all_its_modules(page):
     assert [name for name in modules if f"`{name}`" not in text] == []
 
 
+@pytest.mark.parametrize("chapter", CHAPTERS, ids=lambda path: path.stem)
+def test_the_path_names_the_exercises_and_a_file_of_the_chapter(chapter):
+    page = (ROOT / "examples" / "README.md").read_text(encoding="utf-8")
+    (row,) = re.findall(rf"^\| \[\d\d [^]]*\]\({chapter.name}\).*$", page, re.M)
+    head = " ".join(chapter.read_text(encoding="utf-8").partition("\n# %%\n")[0].split("\n# "))
+    assert between(r"\[(\d\d)\]\(exercises/\S*\)( …)?", row) == between(r"(\d\d)_\w+\.py`( to)?", head)
+    (file,) = re.findall(r"`\]\(\.\./(.*?)\)", row)
+    assert f"`{file}`" in head or (file.startswith("tinyllm/models/") and f"`{Path(file).name}`" in head)
+
+
+def between(pattern: str, text: str) -> set[int]:
+    """The numbers that a pattern finds, and those up to the next one if it says so."""
+    found = [(int(number), more) for number, more in re.findall(pattern, text)]
+    ends = [*found[1:], (0, "")]
+    return {
+        n
+        for (first, more), (last, _) in zip(found, ends)
+        for n in range(first, (last if more else first) + 1)
+    }
+
+
 def test_the_path_and_the_glossary_are_complete():
     text = (ROOT / "examples" / "README.md").read_text(encoding="utf-8")
     path, _, glossary = text.partition("## Glossary\n")
