@@ -8,6 +8,7 @@ import functools
 import importlib.util
 import inspect
 import io
+import os
 import signal
 import traceback
 from collections.abc import Callable, Iterator
@@ -70,7 +71,8 @@ def load(path: Path):
     except OSError as error:
         raise Error(f"{path} cannot be read: {error.strerror}") from None
     except SyntaxError as error:
-        raise Error(f"{path}, line {error.lineno}: {error.msg}") from None
+        line = f", line {error.lineno}" if error.lineno else ""
+        raise Error(f"{path}{line}: {error.msg}") from None
     except (Exception, SystemExit) as error:
         raise Error(f"{path} cannot be run: {in_words(error, path)}") from None
     return module
@@ -329,9 +331,8 @@ def _arrays(outcome) -> list:
 
 def in_words(error: BaseException, path: Path | None) -> str:
     """An exception in words, with the line of the learner's file that raised it."""
-    lines = [
-        frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)
-    ]
+    frames = traceback.extract_tb(error.__traceback__) if path else ()
+    lines = [frame.lineno for frame in frames if os.path.abspath(frame.filename) == os.path.abspath(path)]
     where = f" in line {lines[-1]}" if lines else ""
     if isinstance(error, TimeoutError):
         return f"stopped{where} after {SECONDS} seconds: does a loop never end?"

@@ -1,6 +1,7 @@
 """What ``python -m parity grade`` answers to a learner: one clear passage, whatever is wrong."""
 
 import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -41,9 +42,11 @@ MISTAKES = {
 
 
 @pytest.fixture
-def answer(tmp_path, capsys):
+def answer(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
     def write_and_grade(text):
-        path = tmp_path / "03_softmax.py"
+        path = Path("03_softmax.py")  # relative, as it is typed
         path.write_text(text)
         code = report.grade_files([path])
         return code, capsys.readouterr().out
@@ -112,6 +115,7 @@ def test_a_function_that_fails_only_sometimes_is_wrong(answer):
     "text, message",
     [
         (SOFTMAX.replace("True))", "True)"), r"03_softmax.py, line 5: .*never closed"),
+        ("\0", r"03_softmax.py(?!.*None).*null bytes"),
         ("import numpi\n", "cannot be run: ModuleNotFoundError in line 1: No module named 'numpi'"),
         ("import sys\nsys.exit(3)\n", r"cannot be run: the program is ended in line 2"),
     ],
