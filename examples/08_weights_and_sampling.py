@@ -136,7 +136,7 @@ axes.set_xticks(
     np.arange(20) + 0.27, [ascii(tokenizer.decode([int(t)])) for t in top], rotation=60, ha="right"
 )
 axes.set_ylabel("probability")
-axes.legend(frameon=False)
+axes.legend(frameon=False, loc="lower right", bbox_to_anchor=(1, 1), ncols=3)  # above the bars
 show("runs/08_temperature.png", figure)
 # > picture: runs/08_temperature.png
 

@@ -188,7 +188,7 @@ of_class = [shares[np.array(test.targets) == i, labels.index("positive")] for i 
 axes.hist(of_class, bins=np.linspace(0, 1, 21), label=list(labels))
 axes.set_xlabel("probability of positive")
 axes.set_ylabel("texts")
-axes.legend(frameon=False)
+axes.legend(frameon=False, loc="upper center")  # between the peaks
 show("runs/12_classes.png", figure)
 # > picture: runs/12_classes.png
 
