@@ -188,8 +188,8 @@ exercise(
 def schedule_inputs(draw):
     warmup, more = draw(st.integers(0, 5)), draw(st.integers(2, 10))
     step = draw(st.integers(0, warmup + more - 1))
-    return {"step": step, "steps": warmup + more, "warmup": warmup, "lr": 1.0, "final_lr": draw(
-        st.sampled_from([0.0, 0.1]))}  # fmt: skip
+    lr, final_lr = draw(st.sampled_from([1.0, 0.5])), draw(st.sampled_from([0.0, 0.1]))
+    return {"step": step, "steps": warmup + more, "warmup": warmup, "lr": lr, "final_lr": final_lr}
 
 
 def schedule(step, steps, warmup, lr, final_lr, first=1, last=1, half=0.5, floor=True, linear=False):
@@ -231,6 +231,11 @@ exercise(
                 "final_lr not reached",
                 "The last step is steps - 1: there the cosine must have reached final_lr.",
                 lambda **given: schedule(**given, last=0),
+            ),
+            Mistake(
+                "no lr",
+                "lr does not affect your result: the warm-up rises to it, and the cosine falls from it.",
+                lambda **given: schedule(**given | {"lr": 1.0}),
             ),
             Mistake(
                 "no floor",

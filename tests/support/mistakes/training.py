@@ -206,6 +206,11 @@ def learning_rate(step, steps, warmup, lr, final_lr):
             ("np.linspace(0, 1, steps - warmup)", "np.linspace(0, 1, steps - warmup, endpoint=False)"),
             ("last, start = steps - 1,", "last, start = steps,"),
         ),
+        "no lr": (
+            ("lr, final_lr):", "lr, final_lr):\n    lr = 1.0"),
+            ("lr, final_lr):", "lr, final_lr):\n    lr = 1.0"),
+            ("lr, final_lr):", "lr, final_lr):\n    lr = 1.0"),
+        ),
         "no floor": (
             ("final_lr + 0.5 * (lr - final_lr)", "0.5 * lr"),
             (" + final_lr * (1 - cosine)", ""),
