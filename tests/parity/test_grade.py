@@ -8,7 +8,7 @@ import pytest
 from support import mistakes
 
 from parity.grade.course import COURSE
-from parity.grade.grading import DONE, OPEN, grade, grade_function, hint_of
+from parity.grade.grading import DONE, OPEN, _trials, grade, grade_function, hint_of
 from parity.grade.report import exercise_of
 
 ROOT = Path(__file__).parents[2]
@@ -67,6 +67,13 @@ def test_a_planted_mistake_gets_its_own_hint(key):
     hint = next(each.hint for each in part.mistakes if each.name == mistake)
     for variant in mistakes.planted()[key]:
         assert hint_of(part, variant) == hint, variant.__code__.co_filename
+
+
+@pytest.mark.parametrize("name", COURSE)
+def test_every_argument_varies(name):
+    for part in COURSE[name].parts:
+        inputs = [inputs for inputs, _ in _trials(part)]
+        assert [name for name in inputs[0] if len({repr(each[name]) for each in inputs}) == 1] == []
 
 
 @pytest.mark.parametrize(

@@ -244,7 +244,8 @@ exercise(
 @st.composite
 def rope_inputs(draw):
     T, pairs = draw(sizes()), draw(sizes(1, 3))
-    return {"x": draw(arrays(T, 2 * pairs)), "start": draw(st.integers(0, 3)), "theta": 100.0}
+    theta = draw(st.sampled_from([100.0, 10000.0]))
+    return {"x": draw(arrays(T, 2 * pairs)), "start": draw(st.integers(0, 3)), "theta": theta}
 
 
 def torch_rope(x, start, theta):

@@ -205,7 +205,8 @@ def most_frequent_pair(pieces, ties=min, joined=False, apart=False):
 @st.composite
 def merge_inputs(draw):
     piece = draw(st.lists(st.integers(0, 2), min_size=0, max_size=8))
-    return {"piece": piece, "pair": (draw(st.integers(0, 2)), draw(st.integers(0, 2))), "new_id": 7}
+    pair = draw(st.integers(0, 2)), draw(st.integers(0, 2))
+    return {"piece": piece, "pair": pair, "new_id": draw(st.integers(3, 9))}
 
 
 def merge(piece, pair, new_id, from_the_right=False, once=False):
