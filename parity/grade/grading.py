@@ -117,8 +117,7 @@ def _wrong_parameters(part: Part, function: Callable) -> str | None:
 
 
 def _first_failure(part: Part, function: Callable, path: Path | None) -> Failure | None:
-    trials = ((inputs, _try(part, function, inputs, truth, path)) for inputs, truth in _trials(part))
-    return next((failure for _, failure in trials if failure), None)
+    return next(filter(None, (_try(part, function, *trial, path) for trial in _trials(part))), None)
 
 
 class _SlowError(BaseException):
@@ -129,7 +128,7 @@ def _smallest_failure(part: Part, function: Callable, path: Path | None) -> Fail
     """The failure on the smallest of the inputs that fail. None if no input fails a second time."""
     last: list[Failure] = []
 
-    @_search(0, (Phase.generate, Phase.shrink))
+    @_search(Phase.generate, Phase.shrink)
     @given(part.inputs)
     def attempt(inputs):
         failure = _try(part, function, inputs, part.truth(**inputs), path)
@@ -145,7 +144,7 @@ def _smallest_failure(part: Part, function: Callable, path: Path | None) -> Fail
     return last[0] if last else None
 
 
-def _search(number: int, phases: tuple[Phase, ...]) -> Callable:
+def _search(*phases: Phase) -> Callable:
     """A decorator: the same inputs in every run, of all sizes, and no word from Hypothesis."""
     quiet = settings(
         max_examples=DRAWN,
@@ -155,7 +154,7 @@ def _search(number: int, phases: tuple[Phase, ...]) -> Callable:
         verbosity=Verbosity.quiet,
         suppress_health_check=list(HealthCheck),
     )
-    return lambda test: seed(number)(quiet(test))
+    return lambda test: seed(0)(quiet(test))
 
 
 @functools.cache
@@ -163,7 +162,7 @@ def _trials(part: Part) -> list[tuple[Inputs, object]]:
     """The inputs on which a function is tried, and the truth for each."""
     drawn: list[Inputs] = []
 
-    @_search(0, (Phase.generate,))
+    @_search(Phase.generate)
     @given(part.inputs)
     def collect(inputs):
         drawn.append(inputs)
