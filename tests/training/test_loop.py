@@ -55,6 +55,20 @@ def test_an_optimizer_of_another_model_is_refused():
         fit(models[0], some_ids, 1, optimizer=AdamW(models[1], 1e-3))
 
 
+def test_an_optimizer_of_your_own_is_a_subclass():
+    class Descent(AdamW):
+        def step(self):
+            for _, parameter in self.parameters:
+                parameter.data -= self.lr * parameter.grad
+
+    model = Net(np.random.default_rng(0))
+    arguments = dict(loss_fn=squared, count=lambda batch: len(batch[0]))
+    records = fit(model, points, 50, optimizer=Descent(model, 0.05), **arguments)
+    assert records[-1]["loss"] < records[0]["loss"] / 5
+    with pytest.raises(Error, match=r"optimizer is a Net: give .* or a subclass with its own step\(\)"):
+        fit(model, points, optimizer=model, **arguments)
+
+
 def test_fit_trains_a_language_model_on_arrays():
     model, seen = gpt2(), []
     records = fit(model, some_ids, steps=30, lr=1e-2, on_step=lambda *args: seen.append(args))

@@ -96,7 +96,8 @@ def fit(
     ``num_targets``; by default it is ``model.loss``. Gradients are accumulated over ``micro_batch`` rows.
 
     ``lr`` is a learning rate or a function of the step; by default the ``optimizer``'s, or 3e-4 with AdamW on
-    the parameters that require a gradient when ``fit`` is called. Gradients are clipped to the norm ``clip``.
+    the parameters that require a gradient when ``fit`` is called. An optimizer of your own is a subclass of
+    ``AdamW`` that defines ``step``. Gradients are clipped to the norm ``clip``.
     Dropout is on; its mask depends on ``seed``, the step and the row (axis 0 of the input of ``F.dropout``),
     so ``micro_batch`` does not change it. ``on_step(model, optimizer, record)`` is called after every step.
 
@@ -119,7 +120,9 @@ def fit(
     optimizer = AdamW(model, LEARNING_RATE) if optimizer is None else optimizer
     if not isinstance(optimizer, AdamW):  # a Muon is one, too
         what = type(optimizer).__name__
-        raise Error(f"optimizer is a {what}: give an optim.AdamW or optim.Muon, or omit it")
+        raise Error(
+            f"optimizer is a {what}: give an optim.AdamW, an optim.Muon, or a subclass with its own step()"
+        )
     own = {id(parameter) for parameter in model.parameters()}
     if not any(id(parameter) in own for _, parameter in optimizer.parameters):
         raise Error(
