@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from tinyllm import Error, Llama, LlamaConfig, generate, no_grad
 from tinyllm.inference.decoding import DecodingSteps
+from tinyllm.models import Gemma3Config, MixtralConfig
 from tinyllm.models.packed import Packed
 from tinyllm.models.rope import (
     OPTIONAL,
@@ -21,6 +22,7 @@ from tinyllm.models.rope import (
     rope_frequencies,
     rotation,
 )
+from tinyllm.models.windows import FULL
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
@@ -292,7 +294,7 @@ def test_the_length_in_training_is_the_context_if_omitted_as_in_transformers(kin
     assert LlamaConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
 
 
-YARN, LONG = ROPES["yarn"], ROPES["longrope"]
+YARN, LONG, NULL = ROPES["yarn"], ROPES["longrope"], {"rope_theta": None}
 BAD = {
     "unknown": (dict(rope_type="ntk"), "rope_type 'ntk' is not supported; .*yarn, longrope"),
     "no factor": (dict(rope_type="yarn", rope_theta=50.0), "'yarn' must be factor, .* and may be atten"),
@@ -315,6 +317,11 @@ def test_invalid_parameters_are_refused(parameters, message):
         LlamaConfig(**SMALL_LLAMA, rope_parameters=parameters)
     with pytest.raises(Error):
         checked_rope(parameters, 8, 2)
+
+
+@pytest.mark.parametrize(("config", "null"), [(MixtralConfig, NULL), (Gemma3Config, {FULL: NULL})])
+def test_theta_of_null_is_the_default(config, null):
+    assert config(rope_parameters=null) == config()
 
 
 def test_dynamic_needs_two_pairs_of_channels():

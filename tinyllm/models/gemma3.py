@@ -43,7 +43,7 @@ class Gemma3Config(Gemma2Config):
         vars(self).update(rope_parameters={})  # a Llama has parameters of one kind only
         super().__post_init__()
         sizes = self.max_position_embeddings, self.head_dim // 2
-        rope = {kind: checked_rope({"rope_theta": THETAS[kind]} | given[kind], *sizes) for kind in given}
+        rope = {kind: checked_rope(given[kind], *sizes, THETAS[kind]) for kind in given}
         vars(self).update(rope_parameters=rope)
 
     @classmethod

@@ -21,18 +21,18 @@ class MixtralConfig(MistralConfig):
     """Hugging Face's field names and defaults: the size of Mixtral 8x7B."""
 
     max_position_embeddings: int = 131072
+    rms_norm_eps: float = 1e-5
     sliding_window: int | None = None
     num_local_experts: int = 8
     num_experts_per_tok: int = 2
     output_router_logits: bool = False
     router_aux_loss_coef: float = 0.001
 
-    model_type, hub_class, sizes = "mixtral", "MixtralForCausalLM", MIXTRAL
+    model_type, hub_class, sizes, theta = "mixtral", "MixtralForCausalLM", MIXTRAL, 1000000.0
     num_experts = property(lambda self: self.num_local_experts)
     norm_topk_prob = True
 
     def __post_init__(self):
-        vars(self).update(rope_parameters={"rope_theta": 1e6} | self.rope_parameters)
         super().__post_init__()
         check_experts(self)
 
