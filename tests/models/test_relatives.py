@@ -483,9 +483,13 @@ BAD = {
     "odd head": ("qwen3", dict(head_dim=5), "head_dim must be even, not 5"),
     "no head": ("qwen3", dict(head_dim=None), r"hidden_size \(13\) must be divisible"),
     "bias": ("mistral", dict(attention_bias=True), "attention_bias"),
+    "no kinds": ("mistral", dict(layer_types=1), "layer_types 1 and sliding_window 4 are not supported"),
     "two kinds": ("mistral", dict(layer_types=[SLIDING, FULL, SLIDING]), "all layers of a Mistral"),
     "rotation": ("smollm3", dict(no_rope_layers=[1, 0]), r"for each of 3 layers, not \[1, 0\]"),
     "rotations": ("smollm3", dict(no_rope_layers=[1, 0, 2]), "no_rope_layers must have 0 or 1"),
+    "interval": ("smollm3", dict(no_rope_layer_interval=0), "interval must be .* at least 1, not 0"),
+    "no interval": ("smollm3", dict(no_rope_layer_interval="4"), "interval must be .* at least 1, not '4'"),
+    "no depth": ("smollm3", dict(num_hidden_layers="3"), "num_hidden_layers must be .* not '3'"),
     "multimodal": ("qwen2", dict(use_mrope=True), "use_mrope=False, but the config has True"),
 }  # fmt: skip
 

@@ -304,6 +304,7 @@ BAD = {
     "betas": (YARN | dict(beta_slow=8.0), r"beta_slow \(8.0\) .* must be below beta_fast \(8.0\)"),
     "beta": (YARN | dict(beta_fast=0.5), r"beta_slow \(1\) .* must be below beta_fast \(0.5\)"),
     "theta": (YARN | dict(rope_theta=1.0), "rope_theta .* must be above 1, not 1.0"),
+    "thetas": (dict(rope_theta=[50.0, 9.0]), r"rope_theta .* must be a positive number, not \[50.0, 9.0\]"),
     "too few": (LONG | dict(long_factor=[1.0]), r"long_factor .* list of 2 numbers, not \[1.0\]"),
     "no list": (LONG | dict(short_factor=2.0), "short_factor .* list of 2 numbers, not 2.0"),
     "zero": (LONG | dict(short_factor=[1.0, 0.0]), "short_factor .* a positive number, not 0.0"),

@@ -47,7 +47,8 @@ class MistralConfig(LlamaConfig):
             config.pop("layer_types", None) or [],
             config.get("sliding_window", cls.sliding_window),
         )
-        if any(kind != (FULL if window is None else SLIDING) for kind in kinds):
+        only = FULL if window is None else SLIDING
+        if not isinstance(kinds, list) or any(kind != only for kind in kinds):
             raise Error(
                 f"layer_types {kinds} and sliding_window {window} are not supported: all layers of a Mistral "
                 f"are {SLIDING}, or without a window {FULL}"

@@ -281,7 +281,7 @@ def checked_rope(
                 raise Error(f"{name} in rope_parameters must be a list of {count}numbers, not {value!r}")
         elif name == "truncate" and not isinstance(value, bool):
             raise Error(f"truncate in rope_parameters must be true or false, not {value!r}")
-        for number in value if isinstance(value, list) else [value]:
+        for number in value if name in ("short_factor", "long_factor") else [value]:
             if name not in ("rope_type", "truncate") and not _is_positive(number):
                 raise Error(f"{name} in rope_parameters must be a positive number, not {number!r}")
     if kind == "dynamic" and pairs == 1:

@@ -15,7 +15,7 @@ import numpy as np
 
 from tinyllm.errors import Error
 from tinyllm.models.base import register
-from tinyllm.models.llama import GroupedQueryAttention, LlamaBlock
+from tinyllm.models.llama import GroupedQueryAttention, LlamaBlock, LlamaConfig
 from tinyllm.models.qwen import Qwen2, Qwen2Config
 from tinyllm.models.sizes import SMOLLM_3
 from tinyllm.models.windows import FULL, SLIDING
@@ -46,6 +46,7 @@ class SmolLM3Config(Qwen2Config):
     model_type, hub_class, sizes, theta = "smollm3", "SmolLM3ForCausalLM", SMOLLM_3, 2000000.0
 
     def __post_init__(self):
+        LlamaConfig.__post_init__(self)  # checks the fields that are read here
         n, rotate = self.num_hidden_layers, self.no_rope_layers
         if rotate is None:
             rotate = [int((i + 1) % self.no_rope_layer_interval != 0) for i in range(n)]
