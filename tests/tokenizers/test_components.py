@@ -164,18 +164,12 @@ def test_patterns_that_may_backtrack_or_match_nothing_are_refused(pattern):
 def test_components_of_published_tokenizers_are_accepted(tmp_path):
     space = [{"type": "Prepend", "prepend": "▁"}, replace({"String": " "}, "▁")]
     byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
+    metaspace = {"type": "Metaspace", "replacement": "▁", "prepend_scheme": "first", "split": False}
     for changes in (
         {"normalizer": sequence("normalizers", *space)},
         {"normalizer": space[1]},
         {"normalizer": sequence("normalizers", {"type": "NFC"}, replace({"Regex": r"\s+"}, " "))},
-        {
-            "pre_tokenizer": {
-                "type": "Metaspace",
-                "replacement": "▁",
-                "prepend_scheme": "first",
-                "split": False,
-            }
-        },
+        {"pre_tokenizer": sequence("pretokenizers", metaspace, byte_level)},
         {"pre_tokenizer": sequence("pretokenizers", split(PUBLISHED["Qwen 2"]), byte_level)},
         {
             "pre_tokenizer": sequence(

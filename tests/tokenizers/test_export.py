@@ -159,12 +159,13 @@ def test_a_pattern_without_a_name_is_refused_by_name():
 
 VOCABULARY = {symbol: i for i, symbol in enumerate([*SYMBOLS, "ab"])}
 SPLIT = {"type": "Split", "pattern": {"String": "-"}, "behavior": "Isolated", "invert": False}
+BYTES = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
 
 
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"pre_tokenizer": SPLIT}, "Split"),
+        ({"pre_tokenizer": {"type": "Sequence", "pretokenizers": [SPLIT, BYTES]}}, "Split"),
         ({"normalizer": {"type": "Lowercase"}}, "has no name"),
         ({"model": {"ignore_merges": True}}, "has no name"),
         ({"added_tokens": [special(257, "<mask>", lstrip=True)]}, "'<mask>' with lstrip"),

@@ -195,7 +195,11 @@ def test_unsupported_tokenizers_are_rejected(tmp_path):
         {"type": "ByteFallback"},
         {"type": "Fuse"},
     ]
-    assert "unknown token" in error_of(decoder={"type": "Sequence", "decoders": steps})
+    pieces = {"decoder": {"type": "Sequence", "decoders": steps}}
+    assert "unknown token" in error_of(**pieces)
+    # Without a piece for every byte, or a symbol of every byte in the text, the library drops characters.
+    assert "all 256 bytes" in error_of(**pieces, model={"byte_fallback": True})
+    assert "no pre-tokenizer ByteLevel" in error_of(pre_tokenizer=None)
 
 
 @pytest.mark.parametrize("i", [2**31, 2**63, -1, 1.0, True, "1", None])

@@ -111,11 +111,17 @@ class TokenizersTokenizer(Tokenizer):
         decoder = self.tokenizer.decoder
         definition = None if decoder is None else json.loads(decoder.__getstate__())
         if definition is not None and definition["type"] == "ByteLevel":
+            if not any(part["type"] == "ByteLevel" for part in self._parts):
+                raise Error(f"{self.name} decodes bytes, but has no pre-tokenizer ByteLevel: add it")
             return True
         if definition in SENTENCEPIECE_DECODERS:
             model = self.tokenizer.model
-            if not model.byte_fallback and model.unk_token is None:
-                raise Error(f"{self.name} has neither byte fallback nor an unknown token: add one of them")
+            pieces = (model.token_to_id(f"<0x{byte:02X}>") for byte in range(256))
+            if model.unk_token is None and not (model.byte_fallback and None not in pieces):
+                raise Error(
+                    f"{self.name} has neither an unknown token nor byte fallback with all 256 bytes: add one "
+                    "of them"
+                )
             return False
         raise Error(
             f"{self.name} has an unsupported decoder ({definition}): choose a model with a byte-level or "
@@ -145,12 +151,17 @@ class TokenizersTokenizer(Tokenizer):
         copy.encode_special_tokens = True
         return copy
 
+    @property
+    def _parts(self) -> list[dict]:
+        """The normalizers and pre-tokenizers, in order."""
+        places = (self.tokenizer.normalizer, "normalizers"), (self.tokenizer.pre_tokenizer, "pretokenizers")
+        states = [(json.loads(part.__getstate__()), key) for part, key in places if part is not None]
+        return [part for state, key in states for part in flatten(state, key)]
+
     @cached_property
     def _prefix(self) -> str:
         """Where a space is added: "first" in a text, "always", also after an added token, or "never"."""
-        places = (self.tokenizer.normalizer, "normalizers"), (self.tokenizer.pre_tokenizer, "pretokenizers")
-        states = [(json.loads(part.__getstate__()), key) for part, key in places if part is not None]
-        parts = [part for state, key in states for part in flatten(state, key)]
+        parts = self._parts
         if any(part["type"] == "Prepend" or part.get("add_prefix_space") for part in parts):
             return "always"
         return next((part["prepend_scheme"] for part in parts if "prepend_scheme" in part), "never")
