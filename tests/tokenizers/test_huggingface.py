@@ -173,6 +173,24 @@ def test_special_tokens_absorb_adjacent_spaces_as_configured(tmp_path):
     assert len(ours.encode("a<e>  b", "allow")) < len(ours.encode("a<e>", "allow")) + 3
 
 
+def test_letters_of_an_added_token_are_not_taken_for_byte_symbols(tmp_path):
+    """The library decodes the é in it, the symbol of the byte E9, as that byte."""
+    added = [special(256, "née", special=False), special(257, "<é>")]
+    tokenizer = load_tokenizer(write_json(tmp_path, a_tokenizer(added_tokens=added)))
+    ids = tokenizer.encode("née <é>", "allow")
+    assert {256, 257} < {*ids} and tokenizer.decode(ids) == tokenizer.decode_bytes(ids).decode() == "née <é>"
+
+
+def test_an_added_token_may_be_the_symbol_of_a_byte(tmp_path):
+    """Its id is the byte's, E9, which is in 險. The byte F5, whose symbol is õ, is in no text."""
+    symbols = [symbol for symbol in SYMBOLS if symbol != "õ"]
+    added = [special(i, name, special=False) for i, name in ((symbols.index("é"), "é"), (255, "õ"))]
+    model = {"vocab": {symbol: i for i, symbol in enumerate(symbols)}}
+    tokenizer = load_tokenizer(write_json(tmp_path, a_tokenizer(added_tokens=added, model=model)))
+    ids = tokenizer.encode("õ險")
+    assert ids[0] == 255 and tokenizer.decode(ids) == tokenizer.decode_bytes(ids).decode() == "õ險"
+
+
 def test_ordinary_text_is_never_encoded_as_a_special_token(tmp_path):
     """Not even if merges would produce it."""
     definition = a_tokenizer(added_tokens=[special(256, "eos")], model={"merges": [["e", "o"], ["eo", "s"]]})

@@ -246,17 +246,21 @@ class TokenizersTokenizer(Tokenizer):
             raise Error(f"{self.name} has no token with id {i}: decode ids of this tokenizer only")
         if not self._byte_level:
             return piece_bytes(token)
-        if i in self._added or not BYTE_OF.keys() >= set(token):  # plain text, not byte symbols
+        if not BYTE_OF.keys() >= set(token):  # plain text, not byte symbols
             return token.encode("utf-8")
-        return bytes(BYTE_OF[symbol] for symbol in token)
+        data = bytes(BYTE_OF[symbol] for symbol in token)
+        # A single symbol is a byte's, unless the vocabulary lacks that byte.
+        is_text = i in self._added and (len(data) > 1 or data[0] in self._missing)
+        return token.encode("utf-8") if is_text else data
 
     def decode(self, ids) -> str:
-        """The text of the ids as decoded by the library.
+        """The text of the ids: the result of ``decode_bytes`` as UTF-8, with one difference.
 
-        It is the result of ``decode_bytes`` as UTF-8, with one difference: SentencePiece adds a space at the
-        beginning of a text, and ``decode`` removes it. ``decode_bytes`` keeps it, so use that for ids that
-        continue a text: `` is`` after ``It``.
+        SentencePiece adds a space at the beginning of a text, and ``decode`` removes it, as the library does.
+        ``decode_bytes`` keeps it, so use that for ids that continue a text: `` is`` after ``It``.
         """
+        if self._byte_level:  # the library takes the letters of an added token, such as é, for byte symbols
+            return super().decode(ids)
         checked = check_sequence(ids, self.vocab_size)
         self.decode_bytes(checked)  # raises an error for an id without a token, which the library skips
         return self.tokenizer.decode(checked, skip_special_tokens=False)
