@@ -235,7 +235,7 @@ def parse_json(data: bytes):
     try:
         value = json.loads(
             data.decode("utf-8"),
-            object_pairs_hook=_object,
+            object_pairs_hook=unique_keys,
             parse_constant=_refuse_constant,
             parse_float=_finite,
         )
@@ -246,7 +246,8 @@ def parse_json(data: bytes):
     return value
 
 
-def _object(pairs: list[tuple[str, object]]) -> dict:
+def unique_keys(pairs: list[tuple[str, object]]) -> dict:
+    """The object with these keys and values. Raises ValueError for a key that occurs twice."""
     found = dict(pairs)
     if len(found) < len(pairs):
         seen = set()

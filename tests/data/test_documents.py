@@ -235,6 +235,7 @@ def test_documents_of_a_jsonl_file(tmp_path):
     [
         (b"not json", "line 2 of .*some.jsonl' is not JSON"),
         (b'{"text": "cut', "line 2 .* is not JSON"),
+        (b'{"text": "one", "text": "two"}', "line 2 .* is not JSON .*the key 'text' occurs twice"),
         (b"[" * 100_000, "line 2 .* is not JSON"),
         (b"9" * 5000, "line 2 .* is not JSON"),
         (b'["text"]', "line 2 .* is a JSON list"),

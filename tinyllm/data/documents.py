@@ -23,7 +23,7 @@ from typing import BinaryIO
 
 from tinyllm.data.named import BOOK, PublishedFile
 from tinyllm.errors import Error
-from tinyllm.files import open_regular
+from tinyllm.files import open_regular, unique_keys
 from tinyllm.tokenizers.base import check_text
 
 KNOWN_TEXTS = ("python-docs", "python-docstrings", "python-docstrings-test", "the-verdict")
@@ -180,7 +180,7 @@ def _read_jsonl(path: Path, field: str) -> Iterator[Piece]:
 
 def _document(line: bytes, field: str, where: str) -> str:
     try:
-        record = json.loads(line.decode("utf-8"))
+        record = json.loads(line.decode("utf-8"), object_pairs_hook=unique_keys)
     except UnicodeDecodeError as error:
         raise Error(
             f"{where} is not UTF-8 at byte offset {error.start} of the line ({line[error.start]:#04x}): "
