@@ -34,10 +34,10 @@ class PerExpert(StoredTensors):
         self.shapes, (gate, up, down) = {}, parts
         for key, shape in shapes.items():
             found = FUSED.fullmatch(key)
-            if found is None or len(shape) != 3:
+            names = (gate, up) if found and found[2] == "gate_up_proj" else (down,)
+            if found is None or len(shape) != 3 or shape[1] % len(names):
                 self._add(re.sub(r"\bmlp\.gate\.", f"{block}.gate.", key), shape, key, ...)
                 continue
-            names = (gate, up) if found[2] == "gate_up_proj" else (down,)
             E, rows, C = shape[0], shape[1] // len(names), shape[2]
             for e in range(E):
                 for i, name in enumerate(names):
