@@ -264,6 +264,7 @@ def test_a_classifier_and_a_language_model_are_not_confused(tmp_path):
         ({"id2label": {"0": "a", "1": "a"}}, "labels"),
         ({"id2label": {"0": "a", "1": 1}}, "labels"),
         ({"id2label": None, "num_labels": "2"}, "num_labels"),
+        ({"id2label": None, "num_labels": 2**21}, "num_labels must be at most"),
         ({"pooling": "max"}, "pooling"),
         ({"model_type": "bert"}, "bert"),
     ],

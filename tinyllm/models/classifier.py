@@ -182,8 +182,10 @@ def _labels_of(config: Mapping) -> tuple[str, ...]:
         raise Error(f"problem_type is {config['problem_type']!r}, and only {SINGLE_LABEL!r} is supported")
     names = config.get("id2label")
     if names is None:
-        count = config.get("num_labels", 2)
-        names = {number: f"LABEL_{number}" for number in range(checks.check_at_least(count, 1, "num_labels"))}
+        count = checks.check_at_least(config.get("num_labels", 2), 1, "num_labels")
+        if count > checks.MAX_WIDTH:
+            raise Error(f"num_labels must be at most {checks.MAX_WIDTH:,}, not {count:,}")
+        names = {number: f"LABEL_{number}" for number in range(count)}
     if not isinstance(names, Mapping) or {str(key) for key in names} != {str(n) for n in range(len(names))}:
         raise Error(f"id2label is {names!r}: it must map the numbers from 0 on to names")
     return check_labels([names[key] for key in sorted(names, key=int)])
