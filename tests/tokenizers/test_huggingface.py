@@ -313,6 +313,20 @@ def test_ids_and_template_from_the_config_files(byte_level, tmp_path):
         assert (tokenizer.bos_id, tokenizer.eos_ids) == (None, (1,) if named == "5000" else ())
 
 
+@pytest.mark.parametrize("name", ["tokenizer_config.json", "special_tokens_map.json"])
+def test_an_added_token_that_a_config_names_is_special(tmp_path, name):
+    """Whatever tokenizer.json says, as in transformers: a message must not end a turn."""
+    write_json(tmp_path, a_tokenizer(added_tokens=[special(256, "<e>", special=False, rstrip=True)]))
+    (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast"}')
+    keys = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<e>"}
+    (tmp_path / name).write_text(json.dumps(keys))
+    ours, theirs = load_tokenizer(tmp_path), transformers.AutoTokenizer.from_pretrained(tmp_path)
+    assert ours.special_tokens == {"<e>": 256} and theirs.all_special_ids == [256]
+    assert ours.encode("a<e> b", "allow") == theirs("a<e> b").input_ids
+    assert 256 not in ours.encode("a<e> b", "text")
+    assert name == "special_tokens_map.json" or ours.eos_ids == (256,)
+
+
 def test_config_files_take_precedence_over_the_vocabulary(llama2, tmp_path):
     (tmp_path / "tokenizer.model").write_bytes((llama2 / "tokenizer.model").read_bytes())
     tokenizer = load_tokenizer(tmp_path)

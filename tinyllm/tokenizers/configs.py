@@ -32,12 +32,8 @@ def read_added_tokens(folder: Path) -> dict[int, dict]:
     They are in ``added_tokens_decoder`` of ``tokenizer_config.json``, or else in ``added_tokens.json``, names
     and ids without properties. There, those that a config names, such as ``eos_token``, are special.
     """
-    configs = {
-        name: read_json(folder / name) if (folder / name).exists() else {}
-        for name in ("tokenizer_config.json", ADDED_TOKENS, "special_tokens_map.json")
-    }
-    own, added, special = configs.values()
-    named = {_name_of(token) for config in (own, special) for token in _named_tokens(config)}
+    named = named_tokens(folder)
+    own, added = (_read(folder, name) for name in ("tokenizer_config.json", ADDED_TOKENS))
     if "added_tokens_decoder" in own:
         found, source = own["added_tokens_decoder"], folder / "tokenizer_config.json"
         entries = list(found.items()) if isinstance(found, dict) else [(None, found)]
@@ -59,11 +55,18 @@ def read_added_tokens(folder: Path) -> dict[int, dict]:
     return tokens
 
 
-def _named_tokens(config: dict) -> list:
-    """The tokens with a name in a config, such as ``eos_token``."""
-    single = [token for key, token in config.items() if key.endswith("_token")]
-    more = [config.get(f"{kind}_special_tokens") for kind in ("additional", "extra")]
-    return single + [token for tokens in more if isinstance(tokens, list) for token in tokens]
+def named_tokens(folder: Path) -> set[str | None]:
+    """The tokens that a config in a model's folder names, such as ``eos_token``: they are special."""
+    found = []
+    for config in (_read(folder, name) for name in ("tokenizer_config.json", "special_tokens_map.json")):
+        found += [token for key, token in config.items() if key.endswith("_token")]
+        more = [config.get(f"{kind}_special_tokens") for kind in ("additional", "extra")]
+        found += [token for tokens in more if isinstance(tokens, list) for token in tokens]
+    return {_name_of(token) for token in found}
+
+
+def _read(folder: Path, name: str) -> dict:
+    return read_json(folder / name) if (folder / name).exists() else {}
 
 
 def _name_of(token) -> str | None:
@@ -76,12 +79,10 @@ def read_configs(tokenizer: Tokenizer, folder: Path) -> None:
 
     Where the configs have no value, the ids from the vocabulary itself are kept.
     """
-    configs = {
-        name: read_json(folder / name) if (folder / name).exists() else {}
-        for name in ("tokenizer_config.json", GENERATION_CONFIG, "config.json")
-    }
-    own = configs["tokenizer_config.json"]
-    model = configs[GENERATION_CONFIG] or configs["config.json"]
+    own, generation, config = (
+        _read(folder, name) for name in ("tokenizer_config.json", GENERATION_CONFIG, "config.json")
+    )
+    model = generation or config
     bos = _ids_of(tokenizer, [own.get("bos_token", model.get("bos_token_id"))], folder)
     eos = _ids_of(tokenizer, [own.get("eos_token"), *_as_list(model.get("eos_token_id"))], folder)
     if bos or "bos_token" in own:
@@ -128,7 +129,7 @@ def _ids_of(tokenizer: Tokenizer, found: list, folder: Path) -> tuple[int, ...]:
             continue
         if token is not None and not (is_integer(i) and 0 <= i < tokenizer.vocab_size):
             raise Error(
-                f"a config in {folder} has the special token {token!r}, which is not in {tokenizer.name}: "
+                f"a config in {folder} has the special token {token!r}, which is none of {tokenizer.name}: "
                 "correct or remove it"
             )
         ids.append(i)

@@ -30,6 +30,7 @@ from tinyllm.tokenizers.base import (
     require,
 )
 from tinyllm.tokenizers.components import check_components, flatten
+from tinyllm.tokenizers.configs import named_tokens
 from tinyllm.tokenizers.sentencepiece import piece_bytes
 from tinyllm.tokenizers.tiktoken import BYTE_OF, LLAMA3_PATTERN
 
@@ -282,13 +283,22 @@ def _without_prefix(component: dict | None) -> dict | None:
 
 
 def read_tokenizer_json(file: Path) -> TokenizersTokenizer:
-    """The tokenizer in a ``tokenizer.json``. Raises ``Error`` if it is damaged or unsupported."""
+    """The tokenizer in a ``tokenizer.json``. Raises ``Error`` if it is damaged or unsupported.
+
+    Added tokens that a config next to it names, such as ``eos_token``, are special whatever the file says.
+    """
     library = require("tokenizers")
     definition = read_json(file)
     match definition:
         case {"model": {"vocab": dict(vocabulary)}}:
             _check_vocabulary(file, vocabulary)
     check_components(file, definition)
+    if isinstance(definition.get("added_tokens"), list):
+        named = named_tokens(file.parent)
+        for token in definition["added_tokens"]:
+            match token:
+                case {"content": str(name)} if name in named:  # as in transformers
+                    token["special"] = True
     definition |= {"truncation": None, "padding": None}
     with library_errors(f"{file} is not a complete tokenizer"):
         tokenizer = library.Tokenizer.from_str(json.dumps(definition))
