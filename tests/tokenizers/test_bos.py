@@ -104,6 +104,9 @@ def test_tokenizer_config_of_a_llama_adds_eos(llama2, tmp_path, add_eos, closing
     config |= {"eos_token": "</s>"} | ({} if add_eos is None else {"add_eos_token": add_eos})
     folder = write_folder(tmp_path, llama2 / "tokenizer.model", tokenizer_config=config)
     assert check_equals_transformers(folder).closing_ids == closing
+    del config["eos_token"]  # then it is that of the vocabulary
+    write_folder(tmp_path, llama2 / "tokenizer.model", tokenizer_config=config)
+    assert check_equals_transformers(folder).closing_ids == closing
     config["add_eos_token"] = 1
     write_folder(tmp_path, llama2 / "tokenizer.model", tokenizer_config=config)
     assert "add_eos_token" in message_of(load_tokenizer, tmp_path)

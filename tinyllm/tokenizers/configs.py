@@ -85,6 +85,7 @@ def read_configs(tokenizer: Tokenizer, folder: Path) -> None:
     model = generation or config
     bos = _ids_of(tokenizer, [own.get("bos_token", model.get("bos_token_id"))], folder)
     eos = _ids_of(tokenizer, [own.get("eos_token"), *_as_list(model.get("eos_token_id"))], folder)
+    eos = eos or tokenizer.eos_ids
     if bos or "bos_token" in own:
         tokenizer.bos_id = bos[0] if bos else None
     for key in ("add_bos_token", "add_eos_token"):
