@@ -313,6 +313,21 @@ def test_ids_and_template_from_the_config_files(byte_level, tmp_path):
         assert (tokenizer.bos_id, tokenizer.eos_ids) == (None, (1,) if named == "5000" else ())
 
 
+def test_a_config_that_contradicts_the_vocabulary_about_the_first_space_is_refused(llama2, tmp_path):
+    """The classes of transformers then add or omit a space; tokenizer.json is complete."""
+    (tmp_path / "tokenizer.model").write_bytes((llama2 / "tokenizer.model").read_bytes())
+    (tmp_path / "merges.txt").write_text("#version: 0.2\n", encoding="utf-8")
+    vocabulary = {symbol: i for i, symbol in enumerate(SYMBOLS)}
+    (tmp_path / "vocab.json").write_text(json.dumps(vocabulary), encoding="utf-8")
+    for file, adds in (("tokenizer.model", True), ("vocab.json", False)):
+        for said in (None, True, False):
+            (tmp_path / "tokenizer_config.json").write_text(json.dumps({"add_prefix_space": said}))
+            if said in (None, adds):
+                assert load_tokenizer(tmp_path / file).encode("a")
+            else:
+                assert f"add_prefix_space {said}" in message_of(load_tokenizer, tmp_path / file)
+
+
 @pytest.mark.parametrize("name", ["tokenizer_config.json", "special_tokens_map.json"])
 def test_an_added_token_that_a_config_names_is_special(tmp_path, name):
     """Whatever tokenizer.json says, as in transformers: a message must not end a turn."""

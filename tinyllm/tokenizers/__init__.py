@@ -26,7 +26,7 @@ from tinyllm.files import read_file, read_json, read_text
 from tinyllm.tokenizers.base import END_OF_TEXT, FILE_NAME, Tokenizer, extend_vocabulary
 from tinyllm.tokenizers.bpe import BPETokenizer, train_bpe
 from tinyllm.tokenizers.char import CharTokenizer
-from tinyllm.tokenizers.configs import CHAT_TEMPLATE, read_added_tokens, read_configs
+from tinyllm.tokenizers.configs import CHAT_TEMPLATE, check_prefix_space, read_added_tokens, read_configs
 from tinyllm.tokenizers.gguf import read_gguf
 from tinyllm.tokenizers.huggingface import (
     MERGES,
@@ -96,6 +96,8 @@ def load_tokenizer(spec: str | Path) -> Tokenizer:
     tokenizer = read(file)
     if read not in (_read_ours, read_gguf, read_tokenizer_json):
         tokenizer = tokenizer.with_file_tokens(read_added_tokens(file.parent))
+    if read in (read_vocab_and_merges, read_sentencepiece):
+        check_prefix_space(tokenizer, file.parent)
     if read not in (_read_ours, read_gguf):
         read_configs(tokenizer, file.parent)
     elif (file.parent / CHAT_TEMPLATE).exists():  # of a run that chose one

@@ -97,7 +97,17 @@ def read_configs(tokenizer: Tokenizer, folder: Path) -> None:
         tokenizer.closing_ids = (tokenizer.closing_ids or eos[:1]) if own["add_eos_token"] else ()
     tokenizer.chat_template = _chat_template(folder, own)
     ends = [name for name in END_OF_TURN if name in (tokenizer.chat_template or "")]
-    tokenizer.eos_ids = distinct([*(eos or tokenizer.eos_ids), *end_ids(tokenizer, ends)])
+    tokenizer.eos_ids = distinct([*eos, *end_ids(tokenizer, ends)])
+
+
+def check_prefix_space(tokenizer: Tokenizer, folder: Path) -> None:
+    """Raise ``Error`` if the config says otherwise than the vocabulary whether a text begins with a space."""
+    said = _read(folder, "tokenizer_config.json").get("add_prefix_space")
+    if said is not None and said != tokenizer.decode_bytes(tokenizer.encode("a")).startswith(b" "):
+        raise Error(
+            f"{folder / 'tokenizer_config.json'} has add_prefix_space {said}, unlike the vocabulary: save "
+            "the tokenizer as tokenizer.json with transformers"
+        )
 
 
 def end_ids(tokenizer: Tokenizer, names: Sequence[str] = (*END_OF_TURN, *ENDS_OF_TEXT)) -> list[int]:
