@@ -469,6 +469,8 @@ del HUB_GEMMA_3_270M["sliding_window_pattern"]
 
 def test_published_configs_can_be_read():
     assert Gemma2Config.from_dict(HUB_GEMMA_2_2B) == Gemma2Config.preset("Gemma-2-2B")
+    twice = HUB_GEMMA_2_2B | {"sliding_window_size": 4096}  # as the first files of the 9B have it
+    assert Gemma2Config.from_dict(twice) == Gemma2Config.preset("Gemma-2-2B")
     assert Gemma3Config.from_dict(HUB_GEMMA_3_1B) == Gemma3Config.preset("Gemma-3-1B")
     assert Gemma3Config.from_dict(HUB_GEMMA_3_270M) == Gemma3Config.preset("Gemma-3-270M")
     config = Gemma3Config.from_dict(HUB_GEMMA_3_1B | {"sliding_window_pattern": 4})
@@ -528,6 +530,7 @@ BAD_CONFIGS = {
     "two activations": (
         dict(hidden_act="gelu", hidden_activation="gelu_pytorch_tanh"), "hidden_act is 'gelu'"
     ),
+    "two windows": (dict(sliding_window_size=4), "sliding_window_size is 4, and sliding_window 3"),
     "both directions": (dict(use_bidirectional_attention=True), "use_bidirectional_attention=False"),
     "a bias of a Llama": (dict(mlp_bias=True), "mlp_bias"),
 }  # fmt: skip

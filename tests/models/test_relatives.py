@@ -502,6 +502,11 @@ def test_invalid_config_is_refused(kind, changes, message):
         RELATIVES[kind].from_dict(given | {"model_type": kind} | changes)
 
 
+def test_smollm3_may_have_qwens_key_that_has_no_effect_on_it():
+    config = config_of("smollm3")
+    assert RELATIVES["smollm3"].from_dict(config.to_dict() | {"max_window_layers": 28}) == config
+
+
 def test_mistral_may_say_twice_which_layers_slide():
     for window, kind in ((4, SLIDING), (None, FULL)):
         given = config_of("mistral", sliding_window=window).to_dict() | {"layer_types": [kind] * 3}

@@ -74,10 +74,12 @@ class Gemma2Config(LlamaConfig):
 
     @classmethod
     def from_dict(cls, config: Mapping) -> Gemma2Config:
-        act = config.get("hidden_act")  # published files name the activation twice
-        if act not in (None, config.get("hidden_activation")):
-            raise Error(f"hidden_act is {act!r}, and hidden_activation {config.get('hidden_activation')!r}")
-        return super().from_dict({key: value for key, value in config.items() if key != "hidden_act"})
+        config = dict(config)  # published files name the activation twice, and the window
+        for key, other in (("hidden_act", "hidden_activation"), ("sliding_window_size", "sliding_window")):
+            value = config.pop(key, None)
+            if value not in (None, config.get(other)):
+                raise Error(f"{key} is {value!r}, and {other} {config.get(other)!r}")
+        return super().from_dict(config)
 
     @classmethod
     def of_size(cls, vocab_size, **sizes) -> Gemma2Config:
