@@ -71,6 +71,11 @@ def test_template_of_tokenizer_json_decides(byte_level, tmp_path, first, named):
     assert (ours.bos_id, ours.add_bos) == (0, True)
 
 
+def test_template_of_two_tokens_before_the_text_is_refused(byte_level, tmp_path):
+    folder = with_template(byte_level, tmp_path, "<|im_start|> <|im_end|> $A")
+    assert "puts 2 tokens before a text" in message_of(load_tokenizer, folder)
+
+
 def test_template_that_begins_with_the_text_adds_no_bos(byte_level, tmp_path):
     ours = load_tokenizer(with_template(byte_level, tmp_path, "$A <|im_end|>"))
     assert (ours.bos_id, ours.add_bos) == (None, False)

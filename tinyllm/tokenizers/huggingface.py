@@ -81,6 +81,8 @@ class TokenizersTokenizer(Tokenizer):
         symbols = BYTE_OF.keys() - tokenizer.get_vocab(with_added_tokens=False) if self._byte_level else ()
         self._missing = {BYTE_OF[symbol] for symbol in symbols}
         opening, self.closing_ids = self._around_a_text()
+        if len(opening) > 1:
+            raise Error(f"{name} puts {len(opening)} tokens before a text: choose a tokenizer that puts one")
         self.bos_id = opening[0] if opening else None
         self.add_bos = self.bos_id is not None
 
