@@ -71,6 +71,12 @@ def test_template_of_tokenizer_json_decides(byte_level, tmp_path, first, named):
     assert (ours.bos_id, ours.add_bos) == (0, True)
 
 
+def test_another_id_in_the_models_config_does_not_change_what_the_template_says(byte_level, tmp_path):
+    folder = with_template(byte_level, tmp_path, "<|im_start|> $A")
+    (folder / "config.json").write_text(json.dumps({"model_type": "llama", "bos_token_id": 1}))
+    assert check_equals_transformers(folder).bos_id == 0
+
+
 def test_template_of_two_tokens_before_the_text_is_refused(byte_level, tmp_path):
     folder = with_template(byte_level, tmp_path, "<|im_start|> <|im_end|> $A")
     assert "puts 2 tokens before a text" in message_of(load_tokenizer, folder)

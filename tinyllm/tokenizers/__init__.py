@@ -68,10 +68,10 @@ def load_tokenizer(spec: str | Path) -> Tokenizer:
     ``bos_id`` (the id that begins a text, or None), ``add_bos`` (whether the model expects it before a text),
     ``eos_ids`` (a tuple of the ids that end one, possibly empty), ``closing_ids`` (those after a text that is
     classified; usually none) and ``chat_template`` (or None; see ``chat_template.py``). The bos token in
-    ``tokenizer_config.json``, even if null, takes precedence over the other files; ``eos_ids`` combines the
-    ids of all files. ``add_bos`` is ``add_bos_token`` in ``tokenizer_config.json`` or the GGUF file;
-    otherwise it is true if the template in ``tokenizer.json`` begins with a token, and for
-    ``tokenizer.model`` and llama.cpp's Llama vocabularies. ``closing_ids`` are
+    ``tokenizer_config.json``, even if null, takes precedence over the vocabulary's, and that over the
+    model's configs; ``eos_ids`` combines the ids of all files. ``add_bos`` is ``add_bos_token`` in
+    ``tokenizer_config.json`` or the GGUF file; otherwise it is true if the template in ``tokenizer.json``
+    begins with a token, and for ``tokenizer.model`` and llama.cpp's Llama vocabularies. ``closing_ids`` are
     those after the text in that template; ``add_eos_token`` adds the first of ``eos_ids``, or removes them.
 
     Raises ``Error`` if there is no tokenizer, if it is damaged or of an unsupported kind, or if a package is

@@ -83,7 +83,8 @@ def read_configs(tokenizer: Tokenizer, folder: Path) -> None:
         _read(folder, name) for name in ("tokenizer_config.json", GENERATION_CONFIG, "config.json")
     )
     model = generation or config
-    bos = _ids_of(tokenizer, [own.get("bos_token", model.get("bos_token_id"))], folder)
+    usual = model.get("bos_token_id") if tokenizer.bos_id is None else tokenizer.bos_id
+    bos = _ids_of(tokenizer, [own.get("bos_token", usual)], folder)
     eos = _ids_of(tokenizer, [own.get("eos_token"), *_as_list(model.get("eos_token_id"))], folder)
     eos = eos or tokenizer.eos_ids
     if bos or "bos_token" in own:
