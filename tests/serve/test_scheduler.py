@@ -367,6 +367,17 @@ def test_the_end_of_a_text():
     assert (told.tokens, told.ends) == (free[:2], ["stop"])
 
 
+@pytest.mark.parametrize("top", [0, 1, 3, 300])
+def test_alternatives_of_equal_logits_are_in_order_of_id(top):
+    model = random_llama(replace(LLAMA, vocab_size=300))
+    model.norm.weight.data[...] = 0  # all logits are 0
+    scheduler = Scheduler(model, 1)
+    listener = submitted(scheduler, [1, 2], top=top, max_new_tokens=1)
+    run(scheduler)
+    (sampled,) = listener.sampled
+    assert (sampled.id, [i for i, _ in sampled.top]) == (0, list(range(top)))
+
+
 # -------------------------------------------------------------------------------------- errors
 
 

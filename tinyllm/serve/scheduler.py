@@ -31,7 +31,7 @@ from tinyllm.checks import check_at_least, check_ids
 from tinyllm.errors import Error
 from tinyllm.inference.decoding import DecodingSteps
 from tinyllm.inference.generate import logits_of
-from tinyllm.inference.sampling import check_sampling, choose_tokens, suppress
+from tinyllm.inference.sampling import check_sampling, choose_tokens, most_likely, suppress
 from tinyllm.models.cache import Cache, common_prefix
 from tinyllm.models.rope import longest_cached
 
@@ -52,7 +52,7 @@ class Sampled(NamedTuple):
 
     id: int
     logprob: float | None = None
-    top: tuple[tuple[int, float], ...] = ()  # the most likely tokens, in decreasing order
+    top: tuple[tuple[int, float], ...] = ()  # the most likely tokens, in decreasing order, ties by id
 
 
 @dataclass(eq=False, kw_only=True)
@@ -350,6 +350,5 @@ def _described(token: int, logits: np.ndarray, top: int | None) -> Sampled:
     z = logits.astype(np.float64)
     z -= z.max()
     z -= np.log(np.exp(z).sum())
-    most = np.argpartition(-z, min(top, len(z) - 1))[:top]
-    best = sorted(most.tolist(), key=lambda i: (-z[i], i))
+    best = most_likely(z[None], top)[0].tolist() if top else []
     return Sampled(token, float(z[token]), tuple((i, float(z[i])) for i in best))
