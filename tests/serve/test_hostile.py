@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import json
+import logging
 import re
 import resource
 import socket
@@ -14,6 +15,7 @@ from urllib.parse import urlsplit
 import pytest
 from support.serving import Scripted, ask, busy, post, serving, tiny_chat_model, wait_until
 
+from tinyllm import Error
 from tinyllm.serve import app, look, streams
 from tinyllm.serve import connection as module
 
@@ -320,22 +322,35 @@ def test_a_client_that_reads_slowly_does_not_keep_others_waiting(scripted, monke
         wait_until(lambda: post(url, CHAT, ask(max_tokens=3))[0] == 200)
 
 
-def test_an_internal_error_is_500_without_details(server, monkeypatch):
-    url, engine = server
+@pytest.mark.parametrize(
+    ("error", "told", "logged"),
+    [
+        (RuntimeError("secret of file"), "an internal error: the server's log has the details", True),
+        (Error("the weights are damaged"), "the weights are damaged", False),
+    ],
+)
+def test_an_error_of_the_model_is_500_without_details(scripted, monkeypatch, caplog, error, told, logged):
+    """Also for a page of an allowed origin, which needs the headers of CORS, and in the access log."""
 
-    def fail(*_):
-        raise RuntimeError("secret of file.py")
+    def fail(*_, **options):
+        raise error
 
-    with monkeypatch.context() as patch:
-        patch.setattr(Scripted, "forward", fail)
-        reply = post(url, CHAT, ask())
-        assert_error(reply, 500)
-        assert "secret" not in str(reply)
-        _, _, data = post(url, CHAT, ask(stream=True))
-        (event,) = [json.loads(line[6:]) for line in data.decode().splitlines() if "error" in line]
-        assert event["error"]["code"] == "internal_error" and b"[DONE]" not in data and b"secret" not in data
-    assert busy(engine) == 0
-    assert_lives(url)
+    origin = {"Origin": "http://allowed.example"}
+    monkeypatch.setattr(logging.getLogger("tinyllm.serve"), "propagate", True)
+    caplog.set_level(logging.INFO, "tinyllm.serve")
+    with serving(*scripted, cors=tuple(origin.values())) as (url, engine):
+        with monkeypatch.context() as patch:
+            patch.setattr(Scripted, "forward", fail)
+            reply = post(url, CHAT, ask(), origin)
+            assert_error(reply, 500)
+            assert (reply[2]["error"]["message"], "secret" in str(reply)) == (told, False)
+            assert reply[1]["access-control-allow-origin"] == "http://allowed.example"
+            _, _, data = post(url, CHAT, ask(stream=True))
+            (event,) = [json.loads(line[6:]) for line in data.decode().splitlines() if "error" in line]
+            assert event["error"]["message"] == told and b"[DONE]" not in data and b"secret" not in data
+        assert busy(engine) == 0
+        assert_lives(url)
+    assert f"POST {CHAT} 500 " in caplog.text and ("RuntimeError: secret" in caplog.text) == logged
 
 
 # ------------------------------------------------------------------------------------ browsers

@@ -21,7 +21,7 @@ from tinyllm.errors import Error
 from tinyllm.files import parse_json
 from tinyllm.serve.api import Limits, Options, check_model, parse_chat, parse_completion, too_long
 from tinyllm.serve.engine import Answers, Cancelled, Engine, Stopped
-from tinyllm.serve.errors import APIError
+from tinyllm.serve.errors import APIError, internal
 from tinyllm.serve.guard import Guard
 from tinyllm.serve.prompts import chat_prompt, text_prompt
 from tinyllm.serve.replies import Chat, Completion, Envelope, model_object, usage_of
@@ -68,7 +68,7 @@ def create_app(
             APIError: on_api_error,
             HTTPException: on_http_error,
             ClientDisconnect: on_disconnect,
-            Exception: on_defect,
+            Error: on_error,
         },
         lifespan=_lifespan,
     )
@@ -274,10 +274,6 @@ def stopped() -> APIError:
     return APIError(503, "the server is shutting down", code="shutting_down", retry_after=10)
 
 
-def internal() -> APIError:
-    return APIError(500, "an internal error: the server's log has the details", code="internal_error")
-
-
 def _note(request: Request, usage: dict) -> None:
     """For the access log: numbers of tokens."""
     cached = usage["prompt_tokens_details"]["cached_tokens"]
@@ -304,7 +300,6 @@ async def on_disconnect(request: Request, error: ClientDisconnect) -> Response:
     return Response(status_code=499)
 
 
-async def on_defect(request: Request, error: Exception) -> Response:
-    """A row's ``Error`` has a message for the client; anything else is a defect, for the log only."""
-    found = APIError(500, str(error)) if isinstance(error, Error) else internal()
-    return JSONResponse(found.body, 500)
+async def on_error(request: Request, error: Error) -> Response:
+    """What ended a row has a message for the client. ``Guard`` answers for a defect."""
+    return await on_api_error(request, APIError(500, str(error)))

@@ -33,3 +33,7 @@ class APIError(Exception):
         if self.status == 401:
             return "authentication_error"
         return "server_error" if self.status >= 500 else "invalid_request_error"
+
+
+def internal() -> APIError:
+    return APIError(500, "an internal error: the server's log has the details", code="internal_error")

@@ -11,7 +11,7 @@ from urllib.parse import urlsplit
 from starlette.datastructures import Headers
 from starlette.responses import JSONResponse
 
-from tinyllm.serve.errors import APIError
+from tinyllm.serve.errors import APIError, internal
 
 log = logging.getLogger("tinyllm.serve")
 
@@ -19,7 +19,7 @@ POLLED = "/tinyllm/runs"  # an open page asks for it again and again: not logged
 
 
 class Guard:
-    """Middleware that refuses requests, and logs each without its content.
+    """Middleware that refuses requests, answers for defects, and logs each request without its content.
 
     - With an ``api_key``, a request for anything but ``open_paths`` needs it: ``Authorization: Bearer KEY``.
     - A browser sends the requests of any page that its user visits, also to a server on the user's own
@@ -51,10 +51,16 @@ class Guard:
             await send(message)
 
         try:
-            error = self._refusal(scope)
-            if error is None:
-                await self.app(scope, receive, noted)
-            else:
+            try:
+                error = self._refusal(scope)
+                if error is None:
+                    await self.app(scope, receive, noted)
+            except Exception:  # Starlette would answer without the headers of CORS
+                if status is not None:
+                    raise
+                log.exception("a request failed")
+                error = internal()
+            if error is not None:
                 await JSONResponse(error.body, error.status, error.headers)(scope, receive, noted)
         finally:
             note = scope.get("state", {}).get("note", "")
