@@ -19,7 +19,7 @@ from tinyllm import Error
 from tinyllm.serve import app, look, streams
 from tinyllm.serve import connection as module
 
-CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
+CHAT, TEXT, LOOK = "/v1/chat/completions", "/v1/completions", "/tinyllm/inspect"
 
 
 @pytest.fixture(scope="module")
@@ -286,6 +286,49 @@ def test_a_client_that_leaves_frees_its_slot_within_a_step(scripted, monkeypatch
         assert row.request.cancelled and len(row.text) <= tokens + 3
         monkeypatch.setattr(Scripted, "script", b"Hello.")
         assert_lives(url)
+
+
+def test_looks_inside_do_not_keep_answers_waiting(scripted, monkeypatch):
+    """One runs between two steps, none whose client has left, and no more wait than the queue has places."""
+    order, go, forward = [], threading.Event(), Scripted.forward
+    request = {"prompt": "Hi"}
+
+    def slow(*_):
+        order.append("look")
+        return {} if go.wait(10) else None
+
+    def step(*args, **options):
+        order.append("step")
+        return forward(*args, **options)
+
+    monkeypatch.setattr(look.Looker, "look", slow)
+    monkeypatch.setattr(Scripted, "forward", step)
+    with serving(*scripted, page=True, queue=2) as (url, engine), contextlib.ExitStack() as clients:
+
+        def send(path, body):
+            connection = clients.enter_context(connect(url))
+            connection.sendall(request_of(json.dumps(body).encode(), path=path))
+            return connection
+
+        def wait_for(count):
+            wait_until(lambda: sum(not future.cancelled() for _, future in engine._functions) == count)
+
+        clients.callback(go.set)
+        send(LOOK, request)
+        wait_until(lambda: order == ["look"])
+        gone = send(LOOK, request)
+        wait_for(1)
+        gone.close()
+        wait_for(0)
+        for _ in range(2):
+            send(LOOK, request)
+        wait_for(2)
+        assert_error(post(url, LOOK, request), 503)
+        answer = send(TEXT, request)
+        wait_until(lambda: engine.scheduler.waiting)
+        go.set()
+        assert b" 200 OK" in answer.recv(65536)
+    assert order[:6] == ["look", "step"] * 3 and order.count("look") == 3
 
 
 def test_a_client_that_does_not_read_is_given_up(monkeypatch):

@@ -18,7 +18,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
-from tinyllm.serve.scheduler import Request, Sampled, Scheduler
+from tinyllm.serve.scheduler import Busy, Request, Sampled, Scheduler
 from tinyllm.serve.text import AnswerText
 from tinyllm.tokenizers.base import Tokenizer
 from tinyllm.tokenizers.chat_template import end_of_answer
@@ -157,11 +157,18 @@ class Engine:
         return answers
 
     async def run(self, function: Callable):
-        """``function(model)`` in the model's thread, between two steps; returns its result."""
+        """``function(model)`` in the model's thread, between two steps; returns its result.
+
+        One function at a time runs between two steps. It never runs if this is cancelled before. Raises
+        ``Busy`` if as many functions wait as there are places in the queue, and ``Stopped``.
+        """
         if self._draining:
             raise Stopped
         future = concurrent.futures.Future()
         with self._changed:
+            self._functions = [pair for pair in self._functions if not pair[1].cancelled()]
+            if len(self._functions) >= self.scheduler.queue:
+                raise Busy
             self._functions.append((function, future))
             self._changed.notify()
         return await asyncio.wrap_future(future)
@@ -195,8 +202,7 @@ class Engine:
 
     def _work(self) -> None:
         while self._wait():
-            for function, future in self._taken():
-                self._call(function, future)
+            self._call_next()
             try:
                 if self._draining:
                     self.scheduler.end_waiting(Stopped())
@@ -205,23 +211,26 @@ class Engine:
                 log.exception("a step failed")
                 self.scheduler.end_all(error)
         self.scheduler.end_all(Stopped())
-        for _, future in self._taken():
-            if future.set_running_or_notify_cancel():
-                future.set_exception(Stopped())
+        while future := self._next()[1]:
+            future.set_exception(Stopped())
 
-    def _call(self, function: Callable, future: concurrent.futures.Future) -> None:
-        if not future.set_running_or_notify_cancel():
+    def _call_next(self) -> None:
+        function, future = self._next()
+        if future is None:
             return
         try:
             future.set_result(function(self.model))
         except Exception as error:
             future.set_exception(error)
 
-    def _taken(self) -> list:
-        """The functions that wait, which are no longer in the list."""
+    def _next(self) -> tuple[Callable | None, concurrent.futures.Future | None]:
+        """The first function that waits and is not cancelled, which is no longer in the list."""
         with self._changed:
-            taken, self._functions = self._functions, []
-        return taken
+            while self._functions:
+                function, future = self._functions.pop(0)
+                if future.set_running_or_notify_cancel():
+                    return function, future
+        return None, None
 
     def _wait(self) -> bool:
         """Wait for something to do; False when the thread is to stop."""

@@ -13,21 +13,24 @@ token was chosen:
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse
 from starlette.routing import Route
 
 from tinyllm.checks import is_integer
 from tinyllm.errors import Error
 from tinyllm.serve.api import Parameters, check_model, take_messages, take_prompts
-from tinyllm.serve.app import check_length, in_thread, read_json, stopped
+from tinyllm.serve.app import busy, check_length, in_thread, read_json, stopped
 from tinyllm.serve.engine import Engine, Stopped
 from tinyllm.serve.errors import APIError
 from tinyllm.serve.prompts import chat_prompt, text_prompt
+from tinyllm.serve.scheduler import Busy
+from tinyllm.serve.streams import watched
 from tinyllm.tokenizers.base import Tokenizer
 from tinyllm.tools.inspect import Inspection, inspect
 
@@ -93,8 +96,14 @@ def look_routes(engine: Engine) -> list[Route]:
 
     async def endpoint(request: Request) -> JSONResponse:
         ids, layer, head = await _request(request, engine)
+        looking = asyncio.ensure_future(engine.run(lambda model: looker.look(model, ids, layer, head)))
         try:
-            return JSONResponse(await engine.run(lambda model: looker.look(model, ids, layer, head)))
+            async with watched(request.receive, looking.cancel):
+                return JSONResponse(await looking)
+        except asyncio.CancelledError:
+            raise ClientDisconnect from None
+        except Busy:
+            raise busy(engine.retry_after) from None
         except Stopped:
             raise stopped() from None
         except Error as error:

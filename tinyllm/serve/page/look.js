@@ -91,7 +91,7 @@ export class Look {
   close() {
     if (this.panel.hidden) return;
     this.panel.hidden = true;
-    this.turn++;
+    this.turn++; this.controller?.abort();
     this.moved(null);
     if (this.from?.isConnected) this.from.focus();
   }
@@ -135,14 +135,14 @@ export class Look {
     }));
   }
 
-  /** Look into the model, unless it is known what is there, and show it; of several requests only the last. */
+  /** Look into the model, unless it is known what is there, and show it; of several requests only the last, the others are ended. */
   async load(layer, show) {
-    const turn = ++this.turn, body = { ...this.answer.request(this.index), ...(layer != null && { layer }) }, key = JSON.stringify(body);
+    this.controller?.abort(); const turn = ++this.turn, body = { ...this.answer.request(this.index), ...(layer != null && { layer }) }, key = JSON.stringify(body);
     try {
       if (!this.replies.has(key)) {
         await new Promise(done => setTimeout(done, 60)); // a slider, or a key that is held, passes over many
         if (turn !== this.turn) return;
-        const reply = await (await ask("/tinyllm/inspect", body)).json();
+        const reply = await (await ask("/tinyllm/inspect", body, { signal: (this.controller = new AbortController()).signal })).json();
         if (this.replies.size > 60) this.replies.delete(this.replies.keys().next().value);
         this.replies.set(key, reply);
       }
