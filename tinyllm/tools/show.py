@@ -13,7 +13,7 @@ from tinyllm.errors import Error
 from tinyllm.inference.sampling import probabilities as sampling_probabilities
 from tinyllm.inference.sampling import suppress
 from tinyllm.nn import observe
-from tinyllm.tokenizers.base import Tokenizer
+from tinyllm.tokenizers.base import IMAGE_TOKEN, Tokenizer
 from tinyllm.tools.console import EIGHTHS
 
 # Light blue, peach, green and pink of xterm's 256 colours, behind black text: no theme changes these.
@@ -173,6 +173,8 @@ def watch_probabilities(
         allowed = suppress(to_device(logits[0], "cpu"), suppress_ids)
         rows = sampling_probabilities(allowed, temperature, top_k, top_p)  # (B, V)
         rows = rows[:, : tokenizer.vocab_size] if len(suppress_ids) else rows
+        if tokenizer.special_tokens.get(IMAGE_TOKEN) == rows.shape[1]:  # a Gemma without images lacks it
+            rows = np.pad(rows, ((0, 0), (0, 1)))
         yield "".join(
             show_probabilities(tokenizer, p, token, top, blocks) + "\n" for p, token in zip(rows, tokens)
         )
