@@ -482,6 +482,7 @@ def test_error_in_the_model_restores_modes():
         ([[1]], dict(temperature=-1), "temperature is -1: .* at least 0"),
         ([[1]], dict(temperature=math.nan), "temperature is nan: .* at least 0"),
         ([[1]], dict(temperature=math.inf), "temperature is inf"),
+        ([[1]], dict(temperature=10**400), "temperature is 10{400}: choose a finite"),
         ([[1]], dict(top_k=0), "top_k is 0: .* at least 1"),
         ([[1]], dict(top_k=2.5), "top_k is 2.5: .* at least 1"),
         ([[1]], dict(top_p=0), "top_p is 0: .* above 0"),

@@ -226,6 +226,9 @@ def test_the_number_of_texts_is_bounded():
     assert len(completion(prompt=["a"] * 3, n=2).prompts) == 3
     with pytest.raises(APIError, match="at most 6"):
         completion(prompt=["a"] * 4, n=2)
+    for n in (0, 7, 129):
+        with pytest.raises(APIError, match=f"n is {n}: give a whole number from 1 to 6"):
+            chat(n=n)
 
 
 @pytest.mark.parametrize("body", [[], "x", 5, None, True])

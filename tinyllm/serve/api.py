@@ -220,7 +220,7 @@ def _options(parameters: Parameters, limits: Limits, lengths: tuple[str, ...], d
     top_k = parameters.integer("top_k", -1, 2**31, 0)  # 0 and -1 mean all tokens, as in other servers
     return dict(
         max_tokens=next(iter(given), default),
-        n=parameters.integer("n", 1, MAX_CHOICES, 1),
+        n=parameters.integer("n", 1, min(MAX_CHOICES, limits.choices), 1),
         temperature=parameters.number("temperature", lambda x: x >= 0, "a number of at least 0", 1.0),
         top_p=parameters.number("top_p", lambda x: 0 < x <= 1, "a number above 0 and at most 1"),
         top_k=top_k if top_k > 0 else None,
