@@ -218,6 +218,27 @@ def test_a_pass_cannot_make_a_cached_text_longer_than_in_training(kind, trained)
         model([[1]], cache=cache)
 
 
+@pytest.mark.parametrize(("kept", "length"), [(2, 4), (4, 5), (5, 6), (6, 7)])
+def test_a_cache_of_a_longer_text_is_none_of_a_short_one(kept, length):
+    """Its keys have the angles of a text of more than 5 tokens, which one of up to 5 must not have."""
+    model = llama("longrope", max_position_embeddings=12)
+    first, second = [1, 2, 3, 4, 5, 6, 7], [1, 2, 3, 4, 5, 6, 7][:kept] + [8] * (length - kept)
+    options = dict(max_new_tokens=8, temperature=0)
+    alone = [step.tolist() for step in generate(model, second, **options, use_cache=False)]
+    cache = model.new_cache(1, 9).with_capacity(12)
+    list(generate(model, first, 2, rng=0, cache=cache))
+    cache.keep_prefix([second])  # as a conversation does
+    assert [step.tolist() for step in generate(model, second, **options, cache=cache)] == alone
+    cache = model.new_cache(1)
+    with no_grad():
+        model([first], cache=cache)
+    cache.rollback(1)
+    with pytest.raises(Error, match="cannot roll back 2 tokens"):
+        cache.rollback(2)
+    cache.rollback(6)
+    assert cache.texts == [[]]
+
+
 def test_a_draft_model_proposes_no_more_tokens_than_it_was_trained_for():
     model, draft = llama("default", max_position_embeddings=40), llama("dynamic", max_position_embeddings=8)
     plain = [int(token[0]) for token in generate(model, [1, 2, 3], 30, rng=0)]

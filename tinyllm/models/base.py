@@ -22,6 +22,7 @@ from tinyllm.backend import compute_dtype
 from tinyllm.errors import Error
 from tinyllm.models.cache import Cache, LayerCache
 from tinyllm.models.packed import Packed
+from tinyllm.models.rope import changes_with_length
 from tinyllm.models.saving import OWN, is_plain, save_model
 from tinyllm.tensor import Tensor
 from tinyllm.weights import hub
@@ -249,7 +250,9 @@ class LanguageModel(nn.Module):
         capacity = self.context if capacity is None else checks.check_at_least(capacity, 1, "capacity")
         batch, capacity = checks.check_at_least(batch, 1, "batch"), min(capacity, self.context)
         like = next(self.parameters()).data
-        return Cache(windows, batch, heads, capacity, head_size, like, compute_dtype(like))
+        cache = Cache(windows, batch, heads, capacity, head_size, like, compute_dtype(like))
+        cache.changes = [length for length, _ in changes_with_length(self.config)]
+        return cache
 
     def windows(self) -> list[int | None]:
         """Of each block: how many positions a query attends to; see ``ModelConfig.window_of``.

@@ -164,6 +164,7 @@ class Cache:
     def __init__(self, windows: Sequence, batch: int, heads: int, capacity: int, size: int, like, dtype=None):
         dtype = dtype or like.dtype
         self.capacity = capacity  # in tokens, of the layers without a window
+        self.changes: Sequence[int] = ()  # the keys of a text of more tokens have other angles
         self.texts: list[list[int]] = [[] for _ in range(batch)]  # the cached ids, dropped ones included
         self.windows = tuple(windows)
         # By window: the number of oldest tokens of each row (B,) that its layers no longer hold. For None,
@@ -280,7 +281,7 @@ class Cache:
         new = Cache(self.windows, B, G, capacity, D, self.keys[0])
         if any(n > new._capacity(window) for window, n in zip(self.dropped, held)):
             raise Error(f"the cache holds {max(held)} tokens, more than a capacity of {capacity}")
-        new.texts = [list(text) for text in self.texts]
+        new.texts, new.changes = [list(text) for text in self.texts], self.changes
         new.dropped = {window: dropped.copy() for window, dropped in self.dropped.items()}
         for old_entries, entries in zip(self.keys + self.values, new.keys + new.values):
             columns = min(old_entries.shape[2], entries.shape[2])
@@ -293,7 +294,8 @@ class Cache:
         """Remove the newest ``count`` tokens, or as many of each row as ``count`` (B,) says.
 
         Raises ``Error``, and changes nothing, if a row has fewer, or if the tokens that would be seen next
-        are no longer held: a layer with a window can go back by at most ``SLACK`` tokens.
+        are no longer held: a layer with a window can go back by at most ``SLACK`` tokens. Nor can a text with
+        the angles of a long one ("longrope") become a short one.
         """
         lengths = self.lengths - count
         if not (lengths <= self.lengths).all() or not self._holds(lengths).all():
@@ -306,13 +308,15 @@ class Cache:
         held = lengths >= 0
         for window, dropped in self.dropped.items():
             held &= dropped <= (lengths if window is None else np.maximum(lengths + 1 - window, 0))
+        for most in self.changes:
+            held &= (self.lengths <= most) | (lengths > most) | (lengths == 0)
         return held
 
     def keep_prefix(self, texts: Sequence[Sequence[int]]) -> None:
         """Keep of each row what it has in common with its item of ``texts``, except the last token.
 
         The model then continues with the others: its logits are those of a new cache. So a row of which
-        tokens were dropped is cleared.
+        tokens were dropped, or whose keys would have other angles, is cleared.
         """
         lengths = np.array([common_prefix(old, new) for old, new in zip(self.texts, texts, strict=True)])
         complete = self._holds(lengths) & (self.dropped[None] == 0)
