@@ -236,6 +236,21 @@ def test_headers_that_do_not_arrive_are_given_up(server, monkeypatch):
     assert answer_to(server[0], b"") == b""
 
 
+@pytest.mark.parametrize("rest", [b"x", b"x" * 100], ids=["a part", "all"])
+@pytest.mark.parametrize(("path", "length", "status"), [("/nope", 100, 404), (CHAT, 10**9, 413)])
+def test_a_body_that_comes_after_the_answer_is_given_up(server, monkeypatch, path, length, status, rest):
+    monkeypatch.setattr(module, "HEAD_TIMEOUT", 0.2)
+    with connect(server[0]) as connection:
+        connection.sendall(request_of(b"", length, path))
+        found = b""
+        while not found.endswith(b"}"):
+            found += connection.recv(65536)
+        assert found.startswith(b"HTTP/1.1 %d " % status)
+        connection.sendall(rest)
+        connection.settimeout(4)  # less than the time after which idle connections are closed
+        assert connection.recv(65536) == b""
+
+
 def test_a_request_that_takes_longer_than_its_headers_may(scripted, monkeypatch):
     monkeypatch.setattr(module, "HEAD_TIMEOUT", 0.2)
     monkeypatch.setattr(Scripted, "seconds", 0.1)

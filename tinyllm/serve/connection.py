@@ -18,7 +18,8 @@ class Connection(H11Protocol):
     """uvicorn's connection with a limit on the time that a request's head takes, and with errors in JSON.
 
     The time begins with the connection, or with the first byte of a further request: until then the
-    connection is idle, and uvicorn closes it after 5 seconds.
+    connection is idle, and uvicorn closes it after 5 seconds. The rest of a body that nobody reads, because
+    its request was answered before it came, has as much time.
     """
 
     head_timer = None
@@ -31,9 +32,10 @@ class Connection(H11Protocol):
 
     def data_received(self, data: bytes) -> None:
         super().data_received(data)
-        if self.conn.their_state is not h11.IDLE:  # the head is complete, or wrong
+        answered = self.conn.our_state is h11.DONE  # before the whole body came
+        if self.conn.their_state is not h11.IDLE and not answered:  # the head is complete, or wrong
             self.stop_waiting()
-        elif self.head_timer is None and self.conn.trailing_data[0]:
+        elif self.head_timer is None and self.timeout_keep_alive_task is None:  # uvicorn has ended its own
             self.wait_for_head()
 
     def connection_lost(self, exc: Exception | None) -> None:
@@ -50,7 +52,7 @@ class Connection(H11Protocol):
 
     def give_up(self) -> None:
         """Close the connection, with an error if part of a request has arrived."""
-        if self.conn.trailing_data[0] and not self.transport.is_closing():
+        if self.conn.our_state is h11.IDLE and self.conn.trailing_data[0] and not self.transport.is_closing():
             self.fail(APIError(408, f"the headers did not arrive in {HEAD_TIMEOUT:g} seconds"))
         self.transport.close()
 
