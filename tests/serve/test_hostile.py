@@ -1,6 +1,5 @@
 """Requests and clients that nobody wants: the right status, no traceback in the reply, the server lives."""
 
-import asyncio
 import contextlib
 import json
 import logging
@@ -16,7 +15,7 @@ import pytest
 from support.serving import Scripted, ask, busy, post, serving, tiny_chat_model, wait_until
 
 from tinyllm import Error
-from tinyllm.serve import app, look, streams
+from tinyllm.serve import app, look
 from tinyllm.serve import connection as module
 
 CHAT, TEXT, LOOK = "/v1/chat/completions", "/v1/completions", "/tinyllm/inspect"
@@ -346,27 +345,35 @@ def test_looks_inside_do_not_keep_answers_waiting(scripted, monkeypatch):
     assert order[:6] == ["look", "step"] * 3 and order.count("look") == 3
 
 
-def test_a_client_that_does_not_read_is_given_up(monkeypatch):
+@pytest.mark.parametrize(
+    "requests",
+    [
+        [request_of(json.dumps(ask(stream=True, logprobs=True, top_logprobs=20, n=3)).encode())],
+        [b"GET /page.js HTTP/1.1\r\nHost: localhost\r\n\r\n"] * 200,
+        [b"GET /page.js HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n"],
+    ],
+    ids=["stream", "pipeline", "close"],
+)
+def test_a_client_that_does_not_read_is_given_up(scripted, monkeypatch, requests):
     """The buffers between them and the server are full: sending takes forever."""
-    monkeypatch.setattr(streams, "SEND_TIMEOUT", 0.1)
-    sent, cancelled = [], []
+    monkeypatch.setattr(module, "SEND_TIMEOUT", 0.2)
+    monkeypatch.setattr(Scripted, "script", b"x" * 200)
+    made, lost, ended = module.Connection.connection_made, module.Connection.connection_lost, []
 
-    async def events():
-        for number in range(10):
-            yield str(number)
+    def connection_made(self, transport):
+        transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+        made(self, transport)
 
-    async def receive():
-        await asyncio.sleep(60)
-
-    async def send(message):
-        sent.append(message)
-        if len(sent) == 4:
-            await asyncio.sleep(60)
-
-    stream = streams.EventStream(events(), lambda: cancelled.append(True))
-    asyncio.run(asyncio.wait_for(stream({}, receive, send), 10))
-    assert [message.get("body") for message in sent] == [None, b"data: 0\n\n", b"data: 1\n\n", b"data: 2\n\n"]
-    assert cancelled
+    monkeypatch.setattr(module.Connection, "connection_made", connection_made)
+    monkeypatch.setattr(module.Connection, "connection_lost", lambda *args: ended.append(lost(*args)))
+    with serving(*scripted, page=True) as (url, engine), socket.socket() as connection:
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
+        host, port = urlsplit(url).netloc.split(":")
+        connection.connect((host, int(port)))
+        for request in requests:
+            connection.sendall(request)
+        wait_until(lambda: ended, 4)
+        wait_until(lambda: busy(engine) == 0)
 
 
 def test_a_client_that_reads_slowly_does_not_keep_others_waiting(scripted, monkeypatch):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 
 import h11
 from starlette.responses import JSONResponse
@@ -12,6 +13,7 @@ from tinyllm.serve.errors import APIError
 
 CONNECTIONS = 512  # at once
 HEAD_TIMEOUT = 30.0  # seconds in which the first line and the headers of a request must arrive
+SEND_TIMEOUT = 60.0  # seconds without a byte read, after which a client is given up
 
 
 class Connection(H11Protocol):
@@ -20,12 +22,15 @@ class Connection(H11Protocol):
     The time begins with the connection, or with the first byte of a further request: until then the
     connection is idle, and uvicorn closes it after 5 seconds. The rest of a body that nobody reads, because
     its request was answered before it came, has as much time.
+
+    A client that does not read any of what is sent to it is given up, too, also while the connection closes.
     """
 
-    head_timer = None
+    head_timer = send_timer = None
 
     def connection_made(self, transport) -> None:
         super().connection_made(transport)
+        transport.set_write_buffer_limits(high=0)  # ``pause_writing`` whenever something waits
         if len(self.connections) > CONNECTIONS:
             self.app = refuse
         self.wait_for_head()
@@ -40,7 +45,25 @@ class Connection(H11Protocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         self.stop_waiting()
+        if self.send_timer is not None:
+            self.send_timer.cancel()
         super().connection_lost(exc)
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        self.wait_for_reader()
+
+    def resume_writing(self) -> None:
+        self.send_timer.cancel()
+        super().resume_writing()
+
+    def wait_for_reader(self, before: float = math.inf) -> None:
+        """Wait as long as what is left to send becomes less."""
+        left = self.transport.get_write_buffer_size()
+        if left < before:
+            self.send_timer = self.loop.call_later(SEND_TIMEOUT, self.wait_for_reader, left)
+        else:
+            self.transport.abort()
 
     def wait_for_head(self) -> None:
         self.head_timer = self.loop.call_later(HEAD_TIMEOUT, self.give_up)
