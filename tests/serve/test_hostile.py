@@ -250,6 +250,17 @@ def test_a_body_that_comes_after_the_answer_is_given_up(server, monkeypatch, pat
         assert connection.recv(65536) == b""
 
 
+def test_a_body_that_is_wrong_after_the_answer_ends_the_connection(server, caplog):
+    head = b"POST /nope HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\n"
+    with connect(server[0]) as connection:
+        connection.sendall(head)
+        assert connection.recv(65536).startswith(b"HTTP/1.1 404 ")
+        connection.sendall(b"no length\r\n")
+        while found := connection.recv(65536):
+            assert b"HTTP/1.1" not in found
+    assert "LocalProtocolError" not in caplog.text
+
+
 def test_a_request_that_takes_longer_than_its_headers_may(scripted, monkeypatch):
     monkeypatch.setattr(module, "HEAD_TIMEOUT", 0.2)
     monkeypatch.setattr(Scripted, "seconds", 0.1)

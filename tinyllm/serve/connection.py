@@ -75,7 +75,7 @@ class Connection(H11Protocol):
 
     def give_up(self) -> None:
         """Close the connection, with an error if part of a request has arrived."""
-        if self.conn.our_state is h11.IDLE and self.conn.trailing_data[0] and not self.transport.is_closing():
+        if self.conn.trailing_data[0] and not self.transport.is_closing():
             self.fail(APIError(408, f"the headers did not arrive in {HEAD_TIMEOUT:g} seconds"))
         self.transport.close()
 
@@ -83,7 +83,7 @@ class Connection(H11Protocol):
         self.fail(APIError(400, "this is not a request of HTTP/1.1 that the server can read"))
 
     def fail(self, error: APIError) -> None:
-        """Send an error of the connection itself, and close it."""
+        """Send an error of the connection itself, unless its request was answered, and close it."""
         body = json.dumps(error.body).encode()
         headers = [
             ("Content-Type", "application/json"),
@@ -91,8 +91,9 @@ class Connection(H11Protocol):
             ("Connection", "close"),
         ]
         head = h11.Response(status_code=error.status, headers=headers)
-        for event in (head, h11.Data(data=body), h11.EndOfMessage()):
-            self.transport.write(self.conn.send(event))
+        if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):
+            for event in (head, h11.Data(data=body), h11.EndOfMessage()):
+                self.transport.write(self.conn.send(event))
         self.transport.close()
 
 
