@@ -366,6 +366,13 @@ def test_half_characters_are_one_thing_to_click(page):
     assert page.text(".seen").endswith("a" + "\ufffd" * 6 + " ")
 
 
+def test_a_byte_order_mark_is_a_character_like_any_other(page):
+    page.ask("Hi", "\ufeffYes")
+    (chat,) = page.stored()
+    (answer,) = [node for node in chat["nodes"].values() if node["role"] == "assistant"]
+    assert [answer["text"], *(token["end"] for token in answer["tokens"])] == ["\ufeffYes", 0, 0, 1, 2, 3, 4]
+
+
 def test_alternatives_are_fetched_where_the_browser_has_none(page):
     page.ask("Hi", "Yes")
     (chat,) = page.stored()

@@ -250,7 +250,7 @@ async function answer(node) {
   const { temperature, top_p, top_k, max_tokens, seed } = settings;
   const body = { model: about.model, ...prompt(node, node.text), stream: true, temperature, top_p, max_tokens: Math.min(max_tokens, about.max_tokens), ...(top_k && { top_k }), ...(seed !== "" && { seed: +seed }) };
   Object.assign(body, about.chat ? { logprobs: true, top_logprobs: 20 } : { logprobs: 20 });
-  const decoder = new TextDecoder();
+  const decoder = new TextDecoder("utf-8", { ignoreBOM: true }); // whose characters are those of the text
   let end = node.text.length, done = false, drawn = false;
   const redraw = () => { if (!drawn) { drawn = true; requestAnimationFrame(() => { drawn = false; drawBody(node); }); } };
   try {
