@@ -353,6 +353,9 @@ def test_looks_inside_do_not_keep_answers_waiting(scripted, monkeypatch):
         wait_until(lambda: engine.scheduler.waiting)
         go.set()
         assert b" 200 OK" in answer.recv(65536)
+        wait_until(lambda: busy(engine) == 0)
+        with engine.scheduler.held(5):  # all slots and places, for prompts that are being prepared
+            assert_error(post(url, LOOK, request), 503)
     assert order[:6] == ["look", "step"] * 3 and order.count("look") == 3
 
 

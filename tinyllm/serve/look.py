@@ -95,9 +95,9 @@ def look_routes(engine: Engine) -> list[Route]:
     looker = Looker(engine.tokenizer, engine.tokenizer.unused_ids(engine.model.config.vocab_size))
 
     async def endpoint(request: Request) -> JSONResponse:
-        ids, layer, head = await _request(request, engine)
-        looking = asyncio.ensure_future(engine.run(lambda model: looker.look(model, ids, layer, head)))
         try:
+            ids, layer, head = await _request(request, engine)
+            looking = asyncio.ensure_future(engine.run(lambda model: looker.look(model, ids, layer, head)))
             async with watched(request.receive, looking.cancel):
                 return JSONResponse(await looking)
         except asyncio.CancelledError:
@@ -127,14 +127,15 @@ async def _request(request: Request, engine: Engine) -> tuple[list[int], int | N
         parameters.finish()
         if len(prompts) > 1:
             raise APIError(400, "prompt has several texts: look into one at a time", "prompt")
-        before = await in_thread(request, text_prompt, tokenizer, prompts[0])
+        call = (text_prompt, tokenizer, prompts[0])
     else:
         messages, goes_on = take_messages(parameters, limits)
         parameters.finish()
         if tokenizer.chat_template is None:
             raise APIError(400, f"{engine.name} has no chat template: give a prompt", "messages")
-        before = await in_thread(request, chat_prompt, tokenizer, messages, goes_on)
-    ids = [*before, *answer]
+        call = (chat_prompt, tokenizer, messages, goes_on)
+    with engine.scheduler.held(1):  # as for a completion
+        ids = [*await in_thread(request, *call), *answer]
     check_length(ids, engine.model.context)
     return ids, layer, head
 
