@@ -1,5 +1,6 @@
 """Requests and clients that nobody wants: the right status, no traceback in the reply, the server lives."""
 
+import asyncio
 import contextlib
 import json
 import logging
@@ -15,7 +16,7 @@ import pytest
 from support.serving import Scripted, ask, busy, post, serving, tiny_chat_model, wait_until
 
 from tinyllm import Error
-from tinyllm.serve import app, look
+from tinyllm.serve import app, look, streams
 from tinyllm.serve import connection as module
 
 CHAT, TEXT, LOOK = "/v1/chat/completions", "/v1/completions", "/tinyllm/inspect"
@@ -311,6 +312,26 @@ def test_a_client_that_leaves_frees_its_slot_within_a_step(scripted, monkeypatch
         assert row.request.cancelled and len(row.text) <= tokens + 3
         monkeypatch.setattr(Scripted, "script", b"Hello.")
         assert_lives(url)
+
+
+def test_nothing_is_sent_to_a_client_that_was_lost():
+    """asyncio tells so in its next round, however many events wait; from the fifth write on it complains."""
+    sent, gone = [], []
+
+    async def events():
+        for number in range(9):
+            yield str(number)
+
+    async def receive():
+        await asyncio.sleep(60)
+
+    async def send(message):
+        if not gone:
+            sent.append(message)
+            asyncio.get_running_loop().call_soon(gone.append, True)
+
+    asyncio.run(streams.EventStream(events(), lambda: None)({}, receive, send))
+    assert len(sent) == 2  # the head, and the first event
 
 
 def test_looks_inside_do_not_keep_answers_waiting(scripted, monkeypatch):

@@ -46,6 +46,7 @@ class EventStream(Response):
                 await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
                 async for event in self.events:
                     await send(_body(f"data: {event}\n\n".encode(), more=True))
+                    await asyncio.sleep(0)  # the event loop may know now that the client is gone
                 await send(_body(b"", more=False))
         finally:
             self.cancel()
