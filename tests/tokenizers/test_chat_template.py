@@ -317,6 +317,19 @@ def test_misbehaving_template_is_rejected(template, said):
     assert "\n" not in message
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="there are no process groups")
+def test_ctrl_c_in_a_terminal_does_not_reach_the_process(monkeypatch):
+    """It goes to the whole group of the program, which itself decides whether it goes on."""
+    run = subprocess.run
+
+    def print_group(command, **options):
+        program = "import json, os; print(json.dumps({'texts': [str(os.getpgrp())]}))"
+        return run([*command[:-1], program], **options)
+
+    monkeypatch.setattr(subprocess, "run", print_group)
+    assert int(render_chat("", [{"role": "user", "content": "Hi"}])) != os.getpgrp()
+
+
 @pytest.mark.parametrize(
     "template",
     [

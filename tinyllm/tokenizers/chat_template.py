@@ -257,6 +257,7 @@ def _render(template: str, conversations: list[dict], variables: dict) -> list[s
                 cwd=elsewhere,
                 env=environment | {"PYTHONPATH": os.pathsep.join(path)},
                 check=False,
+                start_new_session=True,  # Ctrl-C in a terminal goes to the whole group
             )
         answer = json.loads(child.stdout)
     except subprocess.TimeoutExpired:
