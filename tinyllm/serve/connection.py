@@ -17,11 +17,11 @@ SEND_TIMEOUT = 60.0  # seconds without a byte read, after which a client is give
 
 
 class Connection(H11Protocol):
-    """uvicorn's connection with a limit on the time that a request's head takes, and with errors in JSON.
+    """uvicorn's connection with limits on the time that a client takes, and with errors in JSON.
 
-    The time begins with the connection, or with the first byte of a further request: until then the
-    connection is idle, and uvicorn closes it after 5 seconds. The rest of a body that nobody reads, because
-    its request was answered before it came, has as much time.
+    The time of a request's head begins with the connection, or with the first byte of a further request:
+    until then the connection is idle, and uvicorn closes it after 5 seconds. The rest of a body that nobody
+    reads, because its request was answered before it came, has as much time.
 
     A client that does not read any of what is sent to it is given up, too, also while the connection closes.
     """
