@@ -256,20 +256,21 @@ def small_gpt2():
     return GPT2(GPT2Config(**sizes, embd_pdrop=0.5), rng=np.random.default_rng(0))
 
 
+@pytest.mark.parametrize("prompts", [[[0, 1], [2, 3]], [[2], [0, 1, 3]]])
 @pytest.mark.parametrize("options", [(1.0, None, None), (0.7, 3, 0.9), (0, None, None)])
-def test_every_step_shows_the_probabilities_it_was_sampled_from(options):
+def test_every_step_shows_the_probabilities_it_was_sampled_from(options, prompts):
     """Also past the context of 3 tokens, without dropout, and without changing the tokens."""
     model = small_gpt2()
-    prompts = [[0, 1], [2, 3]]
     generated = list(generate(model, prompts, 5, *options, rng=np.random.default_rng(1)))
-    ids = np.array(prompts)
+    texts = [list(prompt) for prompt in prompts]
     expected = []
     model.eval()
     for tokens in generated:
-        p = probabilities(model(ids[:, -3:]).data[:, -1], *options)
+        p = [probabilities(model([text[-3:]]).data[:, -1], *options)[0] for text in texts]
         rows = [show_probabilities(CHARS, *each, top=2, blocks=False) + "\n" for each in zip(p, tokens)]
         expected.append("".join(rows))
-        ids = np.column_stack([ids, tokens])
+        for text, token in zip(texts, tokens):
+            text.append(token)
     model.train()
     steps = generate(model, prompts, 5, *options, rng=np.random.default_rng(1))
     assert list(watch_probabilities(CHARS, steps, *options, top=2, blocks=False)) == expected

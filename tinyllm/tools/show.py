@@ -159,18 +159,19 @@ def watch_probabilities(
     ``steps`` is the result of ``generate``; the next three arguments and ``suppress_ids`` are those it was
     called with. The rows of a batch follow one another.
     """
-    logits = []
+    logits = []  # of rows that the model processed together, (≤ B, V)
 
     def keep(observation):
         if observation.name == "":  # the model itself
-            logits[:] = [observation.output.data[:, -1]]
+            logits.append(to_device(observation.output.data[:, -1], "cpu"))
 
     while True:
+        logits.clear()
         with observe(keep):  # not across the yield, where the caller may compute
             tokens = next(steps, None)
         if tokens is None:
             return
-        allowed = suppress(to_device(logits[0], "cpu"), suppress_ids)
+        allowed = suppress(np.concatenate(logits), suppress_ids)
         rows = sampling_probabilities(allowed, temperature, top_k, top_p)  # (B, V)
         rows = rows[:, : tokenizer.vocab_size] if len(suppress_ids) else rows
         if tokenizer.special_tokens.get(IMAGE_TOKEN) == rows.shape[1]:  # a Gemma without images lacks it
