@@ -1,6 +1,7 @@
 """Chat templates: comparison with transformers, special tokens from the template alone, the sandbox."""
 
 import datetime
+import inspect
 import json
 import os
 import subprocess
@@ -342,9 +343,16 @@ def test_endless_template_is_stopped(monkeypatch, template):
     assert "1 seconds" in message_of(render_chat, template, CAPITAL)
 
 
+def test_the_source_code_may_be_replaced_while_the_program_runs(monkeypatch):
+    first = render_chat(CHATML, CAPITAL)
+    monkeypatch.setattr(inspect, "getsource", lambda _: "another version")
+    assert render_chat(CHATML, CAPITAL) == first
+
+
 def test_child_process_crashes_or_fails_to_start(monkeypatch):
-    monkeypatch.setattr(chat, "_child", test_child_process_crashes_or_fails_to_start)
-    assert "crashed its process" in message_of(render_chat, CHATML, CAPITAL)
+    with monkeypatch.context() as patch:
+        patch.setattr(chat, "_program", lambda: "raise SystemExit(1)")
+        assert "crashed its process" in message_of(render_chat, CHATML, CAPITAL)
     monkeypatch.setattr(sys, "executable", "/nowhere/python")
     assert "cannot start a process" in message_of(render_chat, CHATML, CAPITAL)
 
