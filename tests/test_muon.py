@@ -11,7 +11,7 @@ from tinyllm import GPT2, Error, GPT2Config, Llama, LlamaConfig, Tensor, nn, opt
 from tinyllm.backend import threads
 from tinyllm.optim.muon import orthogonalize
 
-SHAPES = {"wide": (7, 30), "tall": (30, 7), "square": (12, 12), "row": (1, 9), "large": (400, 370)}
+SHAPES = {"wide": (7, 30), "tall": (30, 7), "square": (12, 12), "row": (1, 9), "large": (260, 190)}
 
 
 def on_both_sides(dtype=np.float64):

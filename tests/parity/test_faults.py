@@ -324,10 +324,16 @@ def located(config) -> tuple[str, str] | None:
 
 
 def test_correct_replacements_are_not_reported_as_faults(monkeypatch):
-    """The faults' replacements with correct options: every check passes, and every row agrees."""
+    """With correct options every check of their faults passes, and every row agrees."""
     faults.adamw()(monkeypatch)
     faults.attention(lambda q, k, given: {})(monkeypatch)
-    assert failing(sorted({check for fault in FAULTS.values() for check in fault.caught_by})) == {}
+    checks = {
+        c
+        for name, fault in FAULTS.items()
+        if name.startswith(("attention:", "AdamW:"))
+        for c in fault.caught_by
+    }
+    assert failing(sorted(checks)) == {}
     every = CONFIG, EVERYTHING, GEMMA2, GEMMA3, QWEN2, QWEN3, MISTRAL, MIXTRAL
     assert [located(config) for config in every] == [None] * 8
 
