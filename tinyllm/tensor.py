@@ -376,7 +376,7 @@ def _sum(node: Node, held, owned: bool, grad, fresh: bool):
     if isinstance(grad, At):
         if held is None:
             held = np.zeros(node.shape, node.dtype, like=grad.array)
-        elif not owned:
+        elif not (owned and held.flags.c_contiguous):  # as scatter_add needs it
             held = held.copy()
         grad.add_into(held)
         return held, True

@@ -481,6 +481,15 @@ def test_gradients_at_indices_sum_to_the_dense_gradient():
         assert np.allclose(x.grad, dense, rtol=1e-14, atol=1e-14)
 
 
+def test_rows_of_a_transposed_tensor_get_their_gradient():
+    """That of y * y is there first, in the layout of y: the rows' is added into it."""
+    x = leaf(3, 4)
+    y = x.transpose()
+    rows = y[[0, 1, 1]]
+    ((y * y).sum() + rows.sum()).backward()
+    assert np.array_equal(x.grad, 2 * x.data + [1, 2, 0, 0])
+
+
 @pytest.mark.parametrize("order", ["dense newest", "slice newest"])
 def test_slice_gradient_is_not_added_into_a_shared_buffer(order):
     """The sum returns one array for two parents; the slice's gradient must reach only one of them."""
