@@ -174,6 +174,9 @@ CASES = {
     ),
     "F.scaled_dot_product_attention mask": lambda t: F.scaled_dot_product_attention(t.q, t.k, t.v, t.mask),
     "F.scaled_dot_product_attention bias": lambda t: F.scaled_dot_product_attention(t.q, t.k, t.v, t.bias),
+    "F.scaled_dot_product_attention -1e9": lambda t: F.scaled_dot_product_attention(
+        t.q, t.k, t.v, t.bias * 0 - 1e9
+    ),
     "F.scaled_dot_product_attention dropout": lambda t: F.scaled_dot_product_attention(
         t.q, t.k, t.v, dropout_p=0.4, is_causal=True
     ),

@@ -8,6 +8,7 @@ import importlib
 import inspect
 import math
 import pkgutil
+from functools import partial
 
 import numpy as np
 import pytest
@@ -459,6 +460,23 @@ def test_mask_of_finfo_min_masks_like_boolean_mask(dtype):
     np.testing.assert_array_equal(
         by_number.data, F.scaled_dot_product_attention(q, k, v, attn_mask=visible).data
     )
+
+
+@pytest.mark.parametrize("kept", [True, False])
+@pytest.mark.parametrize("hidden", [-1e9, np.finfo(np.float64).min])
+def test_query_whose_keys_are_all_hidden_by_a_number_has_gradients(hidden, kept, monkeypatch):
+    """As of padding. All exp(-1e9) have a sum whose logarithm is -1e9, rounded; torch's fused op keeps it."""
+    monkeypatch.setattr(attention, "is_kept", lambda shape, like: kept)
+    mask = np.where(np.tri(5, 5, -2, dtype=bool), 0, hidden)  # every key of the first two queries
+    inputs = [normal(1, 2, 5, 3, seed=i).round() for i in range(3)]  # integers, which -1e9 does not round
+    ours = partial(F.scaled_dot_product_attention, attn_mask=mask, scale=1.0)
+    case = Case(
+        "hidden keys",
+        inputs,
+        ours,
+        lambda q, k, v: (q @ k.mT + torch.tensor(mask)).softmax(-1) @ v,
+    )
+    check_torch(case)
 
 
 def test_layer_norm_of_rows_far_from_zero():

@@ -67,12 +67,11 @@ def scaled_dot_product_attention(
     where dZ = dS (1 - tanh²(Z / c)), since d tanh x = (1 - tanh² x) dx; the mask's gradient is still dS.
     If dropout multiplies P by a mask M, dV = (P M)ᵀ g and dP = M (g Vᵀ), and δ_t is still Σ_e g_te O_te.
 
-    The forward pass keeps one number per query, ℓ_t = log Σ_k exp(S_tk), instead of the row P_t. The backward
-    pass computes S again, and P_ts = exp(S_ts) / exp(ℓ_t) = exp(S_ts - ℓ_t): the same quotient, so the
-    recomputation is exact, one block at a time, because ℓ_t already contains the sum over all keys. Where
-    memory allows it (see ``is_kept``) the blocks of E_ts = exp(S_ts - max_k S_tk) are kept instead. With
-    their sums Σ_t, P_ts = E_ts / Σ_t, and since every gradient above is linear in P and g, it is cheaper to
-    divide the rows of g by Σ_t than those of E.
+    The forward pass keeps two numbers per query instead of the row P_t: the peak m_t = max_k S_tk and the sum
+    Σ_t of all E_ts = exp(S_ts - m_t), so that P_ts = E_ts / Σ_t. (The paper keeps m_t + log Σ_t, which loses
+    Σ_t if a mask adds -1e9 to all scores of a query.) The backward pass computes S and E again, one block at
+    a time; where memory allows it (see ``is_kept``) the blocks of E are kept. Since every gradient above is
+    linear in P and g, it is cheaper to divide the rows of g by Σ_t than those of E.
 
     Vaswani et al., "Attention Is All You Need", arXiv 1706.03762, section 3.2.1.
     """
@@ -155,7 +154,7 @@ def scaled_dot_product_attention(
         return np.stack(masks).reshape(shape)
 
     out = new_grouped(v.shape[3])
-    sums = np.ones_like(q, shape=(B, G, R, T, 1))  # ℓ of every query, or Σ where E is kept
+    peaks, sums = (np.ones_like(q, shape=(B, G, R, T, 1)) for _ in range(2))  # m and Σ of every query
     lowest = float(np.finfo(q.dtype).min)
     keeps = needs_grad and softcap is None and weights_are_kept(B, H, T, widest, q)
 
@@ -178,7 +177,7 @@ def scaled_dot_product_attention(
         p = np.exp(p, out=kept[place(bg, number)] if keeps else p)
         # The largest weight is exp(0) = 1, so a sum below 1 is 0: the query has no visible key.
         total = np.maximum(sum_last_axis(p), 1)
-        sums[bg][..., rows, :] = total if keeps else peak + np.log(total)
+        peaks[bg][..., rows, :], sums[bg][..., rows, :] = peak, total
         if dropout_p:
             p = p * dropped(bg, number, p.shape)
         out[bg][..., rows, :] = unstacked(stacked(p) @ v[bg][:, :, keys]) / total
@@ -188,26 +187,26 @@ def scaled_dot_product_attention(
         run_tasks(forward, [(bg, block) for bg in tasks for block in reversed([*blocks(bg)])], num_scores)
 
     def weights_of(bg, rows, keys, block_mask, number):
-        """P of one block (E if it was kept), Q · scale, and the slope of the cap."""
+        """E of one block, Q · scale, and the slope of the cap."""
         if keeps:
             return kept.pop(place(bg, number)), stacked(q[bg][..., rows, :] * scale), None
         q_scaled, scores = scores_of(bg, rows, keys)
         slope = None if softcap is None else 1 - (scores / softcap) ** 2  # 1 - tanh²
         p = masked(scores, rows, keys, block_mask)
-        p -= sums[bg][..., rows, :]
+        p -= peaks[bg][..., rows, :]
         return np.exp(p, out=p), q_scaled, slope
 
     def vjp(grad):
         dq, grad = new_grouped(D), grouped(grad)
-        grad = grad / sums if keeps else grad
         dk, dv = (np.zeros((B, S, G, a.shape[3]), a.dtype, like=a).swapaxes(1, 2) for a in (k, v))
         dbias = np.zeros((B, G, R, T, S), q.dtype, like=q) if needs_bias else None
 
         def backward(bg):
-            delta = np.einsum("...e,...e->...", grad[bg], out[bg])[..., None]  # (b, g, R, T, 1)
             for rows, keys, block_mask, number in blocks(bg):
                 p, q_scaled, slope = weights_of(bg, rows, keys, block_mask, number)
-                g = stacked(grad[bg][..., rows, :])
+                g = grad[bg][..., rows, :] / sums[bg][..., rows, :]
+                delta = np.einsum("...e,...e->...", g, out[bg][..., rows, :])[..., None]  # (b, g, R, rows, 1)
+                g = stacked(g)
                 ds = unstacked(g @ v[bg][:, :, keys].swapaxes(-1, -2))
                 if dropout_p:
                     mask = dropped(bg, number, p.shape)
@@ -215,7 +214,7 @@ def scaled_dot_product_attention(
                     ds *= mask
                 else:
                     dv[bg][:, :, keys] += stacked(p).swapaxes(-1, -2) @ g
-                ds -= delta[..., rows, :]
+                ds -= delta
                 ds *= p
                 if dbias is not None:
                     dbias[bg][..., rows, keys] = ds

@@ -251,7 +251,7 @@ def scaled_dot_product_attention(
     mask = _Mask(attn_mask, (B, H, T, S), sums_in)
     new = np.zeros if is_causal and S < T else np.empty  # the first T - S queries have no visible key
     out = new((B, G, R, T, E), q.dtype, like=q)
-    log_sum = new((B, H, T), sums_in, like=q)
+    sums = new((B, H, T, 2), sums_in, like=q)  # the peak and the sum of every query
 
     def stacked(x, rows):  # (B, G, R, T, D) -> (B G, R rows, D)
         return np.ascontiguousarray(x[..., rows, :], like=x).reshape(B * G, -1, x.shape[-1])
@@ -280,12 +280,12 @@ def scaled_dot_product_attention(
         _, scores, rest = scores_of(number, rows, keys)
         p = np.empty(scores.shape, q.dtype, like=q)
         count = B * H * (rows.stop - rows.start)
-        launch(q, "attention", (q.dtype,), count, threads_for(scores.shape[2]), scores, p, log_sum, *rest)
+        launch(q, "attention", (q.dtype,), count, threads_for(scores.shape[2]), scores, p, sums, *rest)
         out[..., rows, :] = gemm(p, v[:, keys], tf32=tf32).reshape(B, G, R, -1, E)
 
     def vjp(grad):
         grad = contiguous(grad).reshape(out.shape)
-        delta = np.empty(log_sum.shape, sums_in, like=q)
+        delta = np.empty((B, H, T), sums_in, like=q)
         launch(q, "row_dot", (q.dtype,), delta.size, threads_for(E), grad, out, delta, E)
         dq = new(q.shape, q.dtype, like=q)
         dk, dv = (np.zeros(x.shape, sums_in, like=q) for x in (k, v))
@@ -296,7 +296,7 @@ def scaled_dot_product_attention(
             dp = gemm(g, v[:, keys].swapaxes(1, 2), dtype=sums_in, tf32=tf32)
             p, dz = (np.empty(scores.shape, q.dtype, like=q) for _ in range(2))
             ds = np.empty_like(dz) if needs_bias else None
-            arrays = scores, dp, p, ds, dz, log_sum, delta
+            arrays = scores, dp, p, ds, dz, sums, delta
             count = B * H * (rows.stop - rows.start)
             launch(q, "attention_back", (q.dtype,), count, threads_for(scores.shape[2]), *arrays, *rest)
             if dbias is not None:

@@ -246,9 +246,10 @@ __device__ A masked(A score, const Scores<A>& of, const Mask<A>& mask, Int row, 
 }
 
 // p = softmax(scores) of every row, times the dropout mask. A row whose keys are all masked is zero. Stores
-// log(sum exp(scores)) of each row in log_sum (B, H, times).
+// the largest score of each row and sum exp(scores - largest) in sums (B, H, times, 2): the logarithm of the sum of
+// exp(scores) would lose that sum beside a large score.
 template <class T, class A = typename Computed<T>::In>
-__global__ void attention(const A* scores, T* p, A* log_sum, const unsigned char* kept, double keep_scale,
+__global__ void attention(const A* scores, T* p, A* sums, const unsigned char* kept, double keep_scale,
                           const unsigned char* allowed, const A* added, Int mb, Int mh, Int mt, Int ms, Int H,
                           Int times, Int S, Int first, Int rows, Int start, Int seen, Int causal, Int window,
                           double softcap) {
@@ -269,14 +270,15 @@ __global__ void attention(const A* scores, T* p, A* log_sum, const unsigned char
         A weight = exp(masked(scores[s], of, mask, row, s) - peak) / total;
         p[s] = T(kept ? weight * kept[row * seen + s] * A(keep_scale) : weight);
     }
-    if (threadIdx.x == 0) log_sum[row / rows * times + first + row % rows] = peak + log(total);
+    sums += 2 * (row / rows * times + first + row % rows);
+    if (threadIdx.x == 0) sums[0] = peak, sums[1] = total;
 }
 
 // ds = p (kept keep_scale dp - delta), where dp is the gradient of the weights that multiply V, kept keep_scale p.
 // Those weights are written too, for dV. ds, which may be null, is the gradient of a bias added to the scores, and
 // dz = ds (1 - tanh^2) that of the scores before they were capped.
 template <class T, class A = typename Computed<T>::In>
-__global__ void attention_back(const A* scores, const A* dp, T* p, T* ds, T* dz, const A* log_sum, const A* delta,
+__global__ void attention_back(const A* scores, const A* dp, T* p, T* ds, T* dz, const A* sums, const A* delta,
                                const unsigned char* kept, double keep_scale, const unsigned char* allowed,
                                const A* added, Int mb, Int mh, Int mt, Int ms, Int H, Int times, Int S, Int first,
                                Int rows, Int start, Int seen, Int causal, Int window, double softcap) {
@@ -285,7 +287,7 @@ __global__ void attention_back(const A* scores, const A* dp, T* p, T* ds, T* dz,
     Int row = blockIdx.x, query = row / rows * times + first + row % rows;
     for (Int s = threadIdx.x; s < seen; s += blockDim.x) {
         Int i = row * seen + s;
-        A weight = exp(masked(scores[i], of, mask, row, s) - log_sum[query]);
+        A weight = exp(masked(scores[i], of, mask, row, s) - sums[2 * query]) / sums[2 * query + 1];
         A kept_scale = kept ? kept[i] * A(keep_scale) : A(1);
         A ratio = of.softcap > 0 ? tanh(scores[i] / of.softcap) : A(0);
         A d = weight * (dp[i] * kept_scale - delta[query]);
