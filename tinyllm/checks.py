@@ -56,6 +56,14 @@ def check_at_least(value: int, minimum: int, name: str) -> int:
     return int(value)
 
 
+def check_gradient(grad, shape: tuple, dtype: np.dtype) -> None:
+    """Raise ``Error`` unless a gradient is None or an array, not a Tensor, of this shape and dtype."""
+    is_array = hasattr(grad, "dtype") and not hasattr(grad, "requires_grad")
+    if grad is not None and (not is_array or grad.shape != shape or grad.dtype != dtype):
+        got = f"{grad.dtype} {grad.shape}" if is_array else f"a {type(grad).__name__}"
+        raise Error(f"grad must be an array of shape {shape} and dtype {dtype}, not {got}")
+
+
 def pip_install(extra: str) -> str:
     """The command that installs an extra. (On PyPI, ``tinyllm`` is another project.)"""
     return f"pip install 'tinyllm-numpy[{extra}]'"

@@ -23,6 +23,7 @@ import numpy as np
 from tinyllm.backend.cuda.launch import check_one_device
 from tinyllm.backend.dtypes import accumulation_dtype, is_floating, mixed_dtypes
 from tinyllm.backend.memory import is_kept
+from tinyllm.checks import check_gradient
 from tinyllm.errors import Error, names_shapes
 from tinyllm.tensor_ops import ArrayAlgebra, At, as_array, as_rows, vector_matmul
 
@@ -159,9 +160,7 @@ class Tensor(ArrayAlgebra):
             if self.size != 1:
                 raise Error(f"backward() of shape {self.shape} needs grad=, an array of that shape")
             grad = np.ones_like(self.data)
-        if getattr(grad, "shape", None) != self.shape or grad.dtype != self.dtype:
-            got = f"{grad.dtype} {grad.shape}" if hasattr(grad, "dtype") else type(grad).__name__
-            raise Error(f"grad must be an array of shape {self.shape} and dtype {self.dtype}, not {got}")
+        check_gradient(grad, self.shape, self.dtype)
         nodes = _oldest_first(self.node)
         kept = [node for node in nodes if node.vjp is None or node.retain]
         try:
@@ -206,6 +205,7 @@ class Tensor(ArrayAlgebra):
             return  # a frozen parameter has no gradient to clear
         if self.node is None or self.node.vjp is not None:
             raise Error("only a leaf with requires_grad=True has a .grad that can be set")
+        check_gradient(value, self.shape, self.dtype)
         self.node.grad = value
 
     def retain_grad(self) -> None:

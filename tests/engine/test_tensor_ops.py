@@ -750,6 +750,14 @@ ERRORS = {  # mistake -> (call, words in its message: the value and the remedy)
         ["(2,)", "float64", "float32"],
     ),
     "grad that is a list": (lambda: (leaf(2) * 2).backward([1.0, 1.0]), ["(2,)", "float64", "list"]),
+    "grad that is a Tensor": (lambda: (leaf(2) * 2).backward(leaf(2)), ["(2,)", "float64", "Tensor"]),
+    "a leaf's grad of another shape": (lambda: setattr(leaf(2), "grad", np.ones((1, 2))), ["(2,)", "(1, 2)"]),
+    "a leaf's grad of another dtype": (
+        lambda: setattr(leaf(2), "grad", np.ones(2, np.float32)),
+        ["float64", "float32"],
+    ),
+    "a leaf's grad that is a number": (lambda: setattr(leaf(2), "grad", 1.0), ["(2,)", "float"]),
+    "a leaf's grad that is a Tensor": (lambda: setattr(leaf(2), "grad", leaf(2)), ["(2,)", "Tensor"]),
     "grad of a computed tensor": (set_grad_of_computed_tensor, ["leaf", "requires_grad=True"]),
     "requires_grad of a computed tensor": (
         lambda: setattr(leaf(2) * 2, "requires_grad", False),
