@@ -15,7 +15,7 @@ import numpy as np
 from numpy.lib.array_utils import normalize_axis_tuple
 
 from tinyllm.backend.device import scatter_add, to_device, to_device_of
-from tinyllm.backend.dtypes import is_half
+from tinyllm.backend.dtypes import dtype_of, is_floating, is_half
 from tinyllm.checks import check_at_least
 from tinyllm.errors import Error, names_shapes
 from tinyllm.tensor_einsum import diagonal, explicit_subscripts
@@ -187,10 +187,12 @@ class ArrayAlgebra:
     # -------------------------------------------------------------------- dtype, device, Python
 
     def astype(self, dtype):
-        """Convert to another dtype; the same Tensor if it already has that dtype."""
-        before = self.dtype
+        """Convert to another dtype; the same Tensor if it has that dtype. Integers have no gradient."""
+        before, dtype = self.dtype, dtype_of(dtype)
         if before == dtype:
             return self
+        if not is_floating(dtype):  # rounding is constant between its steps, as in torch
+            return type(self)(self.data.astype(dtype))
         return self.from_op(self.data.astype(dtype), (self,), lambda grad: (grad.astype(before),))
 
     def to(self, device: str):

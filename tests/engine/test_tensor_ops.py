@@ -690,6 +690,15 @@ def test_astype_rounds_and_casts_its_gradient_back(left, right):
     np.testing.assert_array_equal(x.grad, np.array([0.1, 0.2, 0.3], right).astype(left))
 
 
+@pytest.mark.parametrize("dtype", [bool, np.int64])
+def test_conversion_to_integers_ends_the_gradient_as_in_torch(dtype):
+    x = Tensor(np.array([0.5, 1.5]), requires_grad=True)
+    y = x.astype(dtype)
+    assert y.dtype == dtype and not y.requires_grad
+    (x * y.astype(np.float64)).sum().backward()
+    np.testing.assert_array_equal(x.grad, x.data.astype(dtype))
+
+
 def test_where_accepts_minus_infinity():
     x = Tensor(np.ones((2, 2), np.float32), requires_grad=True)
     y = where(np.array([[True, False], [True, True]]), x, -math.inf)
