@@ -1,10 +1,11 @@
 """Attention of a single query without a gradient, a decoding step, has a code path of its own."""
 
 import numpy as np
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tinyllm import Tensor
+from tinyllm import Error, Tensor
 from tinyllm import functional as F
 
 
@@ -44,3 +45,10 @@ def test_a_scale_of_numpy_does_not_widen_float32():
     q, k, v = (Tensor(np.ones((1, 2, length, 4), np.float32)) for length in (1, 3, 3))
     out = F.scaled_dot_product_attention(q, k, v, scale=1 / np.sqrt(4))
     assert out.dtype == np.float32
+
+
+@pytest.mark.parametrize("mixed", [0, 1, 2])
+def test_one_query_of_two_dtypes_is_refused(mixed):
+    inputs = [Tensor(np.ones((1, 1, 1, 2), np.float32 if i == mixed else np.float64)) for i in range(3)]
+    with pytest.raises(Error, match="scaled_dot_product_attention cannot mix float"):
+        F.scaled_dot_product_attention(*inputs)

@@ -91,7 +91,8 @@ def scaled_dot_product_attention(
     if T == 1 and S and G and not (dropout_p or needs_grad):
         seen = keys_of(slice(0, 1), 1, S, is_causal, window)
         mask = None if mask is None else mask[..., seen]
-        return Tensor(_of_one_query(q, k[:, :, seen], v[:, :, seen], mask, scale, softcap))
+        one = _of_one_query(q, k[:, :, seen], v[:, :, seen], mask, scale, softcap)
+        return Tensor.from_op(one, (query, key, value), None)  # without a graph, but of one dtype
     address = next_address() if dropout_p else None
     step = max(1, QUERY_BLOCK // R)  # a block stacks the rows of R heads
     widest = S if window is None else min(S, window + step - 1)
