@@ -319,6 +319,21 @@ def test_adamw_names_a_parameter_without_weights():
     assert (layer.weight.data < before).all()
 
 
+@pytest.mark.parametrize("optimizer", [optim.AdamW, optim.Muon])
+@pytest.mark.parametrize("new", [np.ones((1, 2)), np.ones((5, 2)), np.ones((3, 2), np.float32)])
+def test_parameter_that_was_replaced_by_another_shape_or_dtype_is_named(optimizer, new):
+    """Averages of three rows would broadcast with a parameter of one."""
+    w = Tensor(np.ones((3, 2)), requires_grad=True)
+    updates = optimizer([("w", w)])
+    w.grad = np.ones((3, 2))
+    updates.step()
+    w.replace(new.copy())
+    w.grad = np.ones_like(new)
+    with pytest.raises(Error, match=f"parameter w was replaced by {new.dtype} .{new.shape[0]}, 2"):
+        updates.step()
+    assert (w.data == 1).all()
+
+
 def test_adamw_updates_in_place_and_drops_gradients():
     model = small_gpt2()
     arrays = [p.data for p in model.parameters()]

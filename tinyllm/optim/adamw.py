@@ -105,10 +105,15 @@ class AdamW:
             self._state_of(name, parameter)
 
     def _state_of(self, name: str, parameter: Tensor) -> list:
+        like = self._own(name, parameter.data)
         if name not in self.state:
             loaded(parameter, f"parameter {name}")
-            like = self._own(name, parameter.data)
             self.state[name] = [0, *(np.zeros_like(like) for _ in self._averages(name))]
+        if (m := self.state[name][1]).shape != like.shape or m.dtype != like.dtype:
+            raise Error(
+                f"parameter {name} was replaced by {like.dtype} {like.shape}, but its averages are {m.dtype} "
+                f"{m.shape}: create the optimizer anew"
+            )
         return self.state[name]
 
     def _averages(self, name: str) -> str:
