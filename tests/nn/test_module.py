@@ -265,8 +265,11 @@ def test_astype_refuses_dtypes_without_gradients(dtype):
         (None, "not a NoneType"),
         ({"weight": Tensor(np.ones((2, 2))), "bias": Tensor(np.ones(2))}, "weight is a Tensor"),
         (torch.nn.Linear(2, 2).state_dict(), "weight is a Tensor"),
+        ({"weight": np.ones((2, 2)), "bias": np.ones(2) * 1j}, "bias is an array of complex128"),
+        ({"weight": np.full((2, 2), None), "bias": np.ones(2)}, "weight is an array of object"),
+        ({"weight": np.ones((2, 2)), "bias": np.array(["1", "2"])}, "bias is an array of <U1"),
     ],
-    ids=["a path", "a list", "nothing", "Tensors", "PyTorch's"],
+    ids=["a path", "a list", "nothing", "Tensors", "PyTorch's", "complex", "objects", "texts"],
 )
 def test_load_state_dict_refuses_anything_but_arrays_by_name(arrays, message):
     layer = nn.Linear(2, 2, rng=0)

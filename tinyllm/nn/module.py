@@ -245,9 +245,11 @@ def _tree(module: Module) -> str:
 
 
 def _shape(key: str, array) -> tuple[int, ...]:
-    """The shape of an array. Raises ``Error`` for a Tensor, here or of PyTorch."""
+    """The shape of an array of real numbers. Raises ``Error`` for others and for Tensors, also PyTorch's."""
     if not hasattr(array, "astype") or isinstance(array, Tensor):
         raise Error(f"weights must be NumPy arrays, and {key} is a {type(array).__name__}: pass state_dict()")
+    if not np.can_cast(array.dtype, np.float64, "same_kind"):  # complex, str, object
+        raise Error(f"weights must be real numbers, and {key} is an array of {array.dtype}: convert it first")
     return array.shape
 
 
