@@ -6,7 +6,8 @@ from tinyllm.errors import Error
 from tinyllm.inference.generate import generate
 from tinyllm.models import GPT2, GPT2Config, Llama, LlamaConfig, load_model
 from tinyllm.tensor import Tensor, no_grad
-from tinyllm.tensor_ops import chunk, concatenate, einsum, split, stack, where
+from tinyllm.tensor_einsum import einsum
+from tinyllm.tensor_ops import chunk, concatenate, split, stack, where
 from tinyllm.tokenizers import load_tokenizer
 from tinyllm.version import __version__
 

@@ -1,10 +1,46 @@
-"""The notation of einsum: one letter per axis."""
+"""einsum, and its notation: one letter per axis."""
 
 import string
 
 import numpy as np
 
-from tinyllm.errors import Error
+from tinyllm.errors import Error, names_shapes
+from tinyllm.tensor_ops import check_tensors
+
+
+@names_shapes
+def einsum(subscripts: str, *tensors):
+    """Products summed over every letter that the output lacks; as in ``torch.einsum``, "..." and a missing
+    output are completed, and a letter that an operand repeats takes its diagonal.
+
+    The gradient of an operand is an einsum of the result's gradient and the other operands, whose output has
+    the operand's letters: for "ij,jk->ik", dA = einsum("ik,jk->ij", dC, B). As in NumPy, axes of length 1
+    broadcast; the engine sums the gradient over them.
+    """
+    check_tensors(tensors)
+    terms, output = explicit_subscripts(subscripts, [t.shape for t in tensors])
+    tensors = [diagonal(tensor, term) for tensor, term in zip(tensors, terms)]
+    terms = ["".join(dict.fromkeys(term)) for term in terms]
+    arrays, needed = [t.data for t in tensors], [t.requires_grad for t in tensors]
+
+    def gradient_of(k, grad):
+        other_terms = terms[:k] + terms[k + 1 :]
+        reachable = "".join(c for c in terms[k] if any(c in term for term in [output, *other_terms]))
+        result = np.einsum(
+            ",".join([output, *other_terms]) + "->" + reachable,
+            *[grad, *arrays[:k], *arrays[k + 1 :]],
+            optimize=True,
+        )
+        # A letter of this operand alone was summed over: the gradient is constant along its axis.
+        sizes = dict(zip(reachable, result.shape))
+        result = result.reshape([sizes.get(c, 1) for c in terms[k]])
+        return np.broadcast_to(result, np.broadcast_shapes(result.shape, arrays[k].shape))
+
+    return tensors[0].from_op(
+        np.einsum(f"{','.join(terms)}->{output}", *arrays, optimize=True),
+        tuple(tensors),
+        lambda grad: [gradient_of(k, grad) if needed[k] else None for k in range(len(arrays))],
+    )
 
 
 def explicit_subscripts(subscripts: str, shapes):

@@ -1,4 +1,4 @@
-"""Array algebra: layout, indexing, einsum, and functions of several tensors.
+"""Array algebra: layout, indexing, and functions of several tensors.
 
 ``ArrayAlgebra`` is a base class of Tensor; the functions of several tensors are public in ``tinyllm``.
 """
@@ -15,10 +15,9 @@ import numpy as np
 from numpy.lib.array_utils import normalize_axis_tuple
 
 from tinyllm.backend.device import scatter_add, to_device, to_device_of
-from tinyllm.backend.dtypes import dtype_of, is_floating, is_half
+from tinyllm.backend.dtypes import dtype_of, is_floating, is_half, mixed_dtypes
 from tinyllm.checks import check_at_least
 from tinyllm.errors import Error, names_shapes
-from tinyllm.tensor_einsum import diagonal, explicit_subscripts
 
 
 class At:
@@ -263,6 +262,7 @@ def vector_matmul(a, b):
 @names_shapes
 def concatenate(tensors, axis=0):
     """As ``np.concatenate``; the vjp splits the gradient."""
+    check_tensors(tensors)
     arrays = [t.data for t in tensors]
     out = np.concatenate(arrays, axis=axis)
     ends = list(itertools.accumulate(a.shape[axis] for a in arrays))
@@ -272,6 +272,7 @@ def concatenate(tensors, axis=0):
 @names_shapes
 def stack(tensors, axis=0):
     """As ``np.stack``."""
+    check_tensors(tensors)
     out = np.stack([t.data for t in tensors], axis=axis)
     return tensors[0].from_op(
         out, tuple(tensors), lambda grad: tuple(np.take(grad, i, axis=axis) for i in range(len(tensors)))
@@ -320,41 +321,16 @@ def where(condition, a, b):
     )
 
 
-@names_shapes
-def einsum(subscripts: str, *tensors):
-    """Products summed over every letter that the output lacks; as in ``torch.einsum``, "..." and a missing
-    output are completed, and a letter that an operand repeats takes its diagonal.
-
-    The gradient of an operand is an einsum of the result's gradient and the other operands, whose output has
-    the operand's letters: for "ij,jk->ik", dA = einsum("ik,jk->ij", dC, B). As in NumPy, axes of length 1
-    broadcast; the engine sums the gradient over them.
-    """
-    terms, output = explicit_subscripts(subscripts, [t.shape for t in tensors])
-    tensors = [diagonal(tensor, term) for tensor, term in zip(tensors, terms)]
-    terms = ["".join(dict.fromkeys(term)) for term in terms]
-    arrays, needed = [t.data for t in tensors], [t.requires_grad for t in tensors]
-
-    def gradient_of(k, grad):
-        other_terms = terms[:k] + terms[k + 1 :]
-        reachable = "".join(c for c in terms[k] if any(c in term for term in [output, *other_terms]))
-        result = np.einsum(
-            ",".join([output, *other_terms]) + "->" + reachable,
-            *[grad, *arrays[:k], *arrays[k + 1 :]],
-            optimize=True,
-        )
-        # A letter of this operand alone was summed over: the gradient is constant along its axis.
-        sizes = dict(zip(reachable, result.shape))
-        result = result.reshape([sizes.get(c, 1) for c in terms[k]])
-        return np.broadcast_to(result, np.broadcast_shapes(result.shape, arrays[k].shape))
-
-    return tensors[0].from_op(
-        np.einsum(f"{','.join(terms)}->{output}", *arrays, optimize=True),
-        tuple(tensors),
-        lambda grad: [gradient_of(k, grad) if needed[k] else None for k in range(len(arrays))],
-    )
-
-
 # ------------------------------------------------------------------------- helpers for arrays
+
+
+def check_tensors(tensors) -> None:
+    """Raise Error unless all are Tensors of one dtype, to which their gradients belong."""
+    wrong = [type(x).__name__ for x in tensors if not isinstance(x, ArrayAlgebra)]
+    if wrong:
+        raise Error(f"the tensors include a value of type {wrong[0]}: wrap an array with Tensor(array)")
+    if len({x.dtype for x in tensors}) > 1:
+        raise Error(mixed_dtypes(*(x.dtype for x in tensors)))
 
 
 def array_of(x):

@@ -477,7 +477,7 @@ def test_every_public_op_has_cases():
         name
         for name in tinyllm.__all__
         if inspect.isfunction(getattr(tinyllm, name))
-        and getattr(tinyllm, name).__module__ == "tinyllm.tensor_ops"
+        and getattr(tinyllm, name).__module__.startswith("tinyllm.tensor_")
     }
     assert (methods | functions) - NOT_OPS == set(CASES)
 
@@ -779,6 +779,21 @@ ERRORS = {  # mistake -> (call, words in its message: the value and the remedy)
     "where of two dtypes": (
         lambda: where(np.ones(2, bool), leaf(2), leaf(2, dtype=np.float32)),
         ["astype()"],
+    ),
+    "concatenate with an array": (lambda: concatenate([leaf(2), np.ones(2)]), ["ndarray", "Tensor(array)"]),
+    "stack of arrays": (lambda: stack([np.ones(2)]), ["ndarray", "Tensor(array)"]),
+    "einsum of an array": (lambda: einsum("i,i->i", leaf(2), np.ones(2)), ["ndarray", "Tensor(array)"]),
+    "concatenate half precision and float32": (
+        lambda: concatenate([leaf(2, dtype=np.float16), leaf(2, dtype=np.float32)]),
+        ["concatenate cannot mix float16 and float32"],
+    ),
+    "stack half precision and float32": (
+        lambda: stack([leaf(2, dtype=np.float16), leaf(2, dtype=np.float32)]),
+        ["stack cannot mix float16 and float32"],
+    ),
+    "einsum of half precision and float32": (
+        lambda: einsum("i,i->i", leaf(2, dtype=np.float16), leaf(2, dtype=np.float32)),
+        ["einsum cannot mix float16 and float32"],
     ),
     "where of two numbers": (lambda: where(np.ones(2, bool), 1.0, 2.0), ["1.0", "2.0", "np.where"]),
     "an op of two dtypes": (

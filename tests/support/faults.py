@@ -16,7 +16,8 @@ from tinyllm.inference import sampling
 from tinyllm.models import SequenceClassifier, gemma2, gemma3, gpt2, mixture, qwen, rope
 from tinyllm.models.windows import SLIDING
 from tinyllm.optim import muon
-from tinyllm.tensor_ops import einsum, where
+from tinyllm.tensor_einsum import einsum
+from tinyllm.tensor_ops import where
 from tinyllm.training import preference
 
 FACTOR = 1 + 1e-8  # a gradient wrong in the ninth digit

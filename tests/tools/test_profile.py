@@ -12,7 +12,8 @@ from tinyllm import GPT2, Error, GPT2Config, Llama, LlamaConfig, Tensor, manual_
 from tinyllm import functional as F
 from tinyllm import tensor as engine
 from tinyllm.optim import AdamW, clip_grad_norm
-from tinyllm.tensor_ops import At, einsum
+from tinyllm.tensor_einsum import einsum
+from tinyllm.tensor_ops import At
 from tinyllm.tools import info
 from tinyllm.tools import profile as module
 from tinyllm.tools.profile import Profile, Row, profile

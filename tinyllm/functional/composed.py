@@ -12,7 +12,8 @@ import numpy as np
 from tinyllm.backend.random import dropout_mask, next_address
 from tinyllm.errors import Error
 from tinyllm.tensor import Tensor
-from tinyllm.tensor_ops import concatenate, einsum, where
+from tinyllm.tensor_einsum import einsum
+from tinyllm.tensor_ops import concatenate, where
 
 
 def linear(input, weight, bias=None):
