@@ -160,8 +160,9 @@ class ArrayAlgebra:
         x, out = self.data, self.data.max(axis=axis, keepdims=True)
 
         def vjp(grad):
-            ties = (x == out).astype(x.dtype)
-            return (spread(grad, x.shape, axis, keepdims) * (ties / ties.sum(axis=axis, keepdims=True)),)
+            ties = x == out
+            shares = ties / ties.sum(axis=axis, keepdims=True)
+            return (spread(grad, x.shape, axis, keepdims) * shares.astype(x.dtype),)
 
         return self.from_op(x.max(axis=axis, keepdims=keepdims), (self,), vjp)
 
