@@ -25,7 +25,7 @@ from tinyllm.backend.dtypes import accumulation_dtype, is_floating, mixed_dtypes
 from tinyllm.backend.memory import is_kept
 from tinyllm.checks import check_gradient
 from tinyllm.errors import Error, names_shapes
-from tinyllm.tensor_ops import ArrayAlgebra, At, as_array, as_rows, vector_matmul
+from tinyllm.tensor_ops import ArrayAlgebra, At, as_array, as_rows, constant, vector_matmul
 
 # --------------------------------------------------------------------------- the chain rule
 
@@ -284,7 +284,7 @@ class Tensor(ArrayAlgebra):
         return Tensor.from_op(y, parents, vjp)
 
     def __rpow__(self, base):
-        return Tensor(np.asarray(base, self.dtype, like=self.data)) ** self
+        return constant(self._operand(base), self) ** self
 
     __radd__, __rmul__ = __add__, __mul__
 

@@ -308,15 +308,15 @@ def chunk(tensor, chunks: int, axis=0) -> list:
 
 @names_shapes
 def where(condition, a, b):
-    """``a`` where ``condition``, a boolean array, is true, else ``b``; one of them may be a number."""
+    """``a`` where ``condition``, a boolean array, is true, else ``b``. One may be a number or an array."""
     condition = array_of(condition)
     like = a if isinstance(a, ArrayAlgebra) else b
     if not isinstance(like, ArrayAlgebra):
         raise Error(f"where({a!r}, {b!r}) needs at least one Tensor: use np.where for numbers")
-    tensor = type(like)
-    a, b = (x if isinstance(x, tensor) else tensor(np.asarray(x, like.dtype, like=like.data)) for x in (a, b))
+    a, b = like._operand(a), like._operand(b)
+    a, b = constant(a, like), constant(b, like)
     return like.from_op(
-        np.where(condition, a.data, like._operand(b).data),
+        np.where(condition, a.data, b.data),
         (a, b),
         lambda grad: (np.where(condition, grad, 0), np.where(condition, 0, grad)),
     )
@@ -332,6 +332,15 @@ def check_tensors(tensors) -> None:
         raise Error(f"the tensors include a value of type {wrong[0]}: wrap an array with Tensor(array)")
     if len({x.dtype for x in tensors}) > 1:
         raise Error(mixed_dtypes(*(x.dtype for x in tensors)))
+
+
+def constant(x, like):
+    """A number as a Tensor of the dtype of ``like``, which must not truncate it; a Tensor as it is."""
+    if isinstance(x, ArrayAlgebra):
+        return x
+    if isinstance(x, float) and not is_floating(like.dtype):
+        raise Error(f"{x} is not a number of {like.dtype}: convert the Tensor with astype() first")
+    return type(like)(np.asarray(x, like.dtype, like=like.data))
 
 
 def array_of(x):

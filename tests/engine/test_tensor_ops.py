@@ -784,6 +784,18 @@ ERRORS = {  # mistake -> (call, words in its message: the value and the remedy)
         lambda: where(np.ones(2, bool), leaf(2), leaf(2, dtype=np.float32)),
         ["astype()"],
     ),
+    "where of an array of another dtype": (
+        lambda: where(np.ones(2, bool), leaf(2), np.ones(2, np.float32)),
+        ["where cannot mix float64 and float32"],
+    ),
+    "where of integers and a fraction": (
+        lambda: where(np.ones(2, bool), Tensor(np.arange(2)), 0.5),
+        ["0.5", "int64", "astype()"],
+    ),
+    "a fraction to the power of integers": (
+        lambda: 2.5 ** Tensor(np.arange(2)),
+        ["2.5", "int64", "astype()"],
+    ),
     "concatenate with an array": (lambda: concatenate([leaf(2), np.ones(2)]), ["ndarray", "Tensor(array)"]),
     "stack of arrays": (lambda: stack([np.ones(2)]), ["ndarray", "Tensor(array)"]),
     "einsum of an array": (lambda: einsum("i,i->i", leaf(2), np.ones(2)), ["ndarray", "Tensor(array)"]),
