@@ -6,8 +6,8 @@ rule is dL/dx = dL/dz · g'(y) · f'(x). Evaluated from the left, every intermed
 array of the size of z, y or x; evaluated from the right, it would be a whole Jacobian. So ``_backward`` walks
 the graph from the newest node to the oldest. If x is an input of several ops, their gradients add up.
 
-First the chain rule, then Tensor and its arithmetic, then the ownership of gradient buffers. Reductions,
-layout and einsum are in ``tensor_ops.py``, the ops of a language model in ``functional/``.
+First the chain rule, then Tensor and its arithmetic, then the ownership of gradient buffers. Reductions and
+layout are in ``tensor_ops.py``, the ops of a language model in ``functional/``.
 
 Source: Baydin et al., "Automatic Differentiation in Machine Learning: a Survey" (arXiv 1502.05767), 3.2.
 """
@@ -25,7 +25,7 @@ from tinyllm.backend.dtypes import accumulation_dtype, is_floating, mixed_dtypes
 from tinyllm.backend.memory import is_kept
 from tinyllm.checks import check_gradient
 from tinyllm.errors import Error, names_shapes
-from tinyllm.tensor_ops import ArrayAlgebra, At, as_array, as_rows, constant, vector_matmul
+from tinyllm.tensor_ops import ArrayAlgebra, At, as_array, as_rows, constant, number_for, vector_matmul
 
 # --------------------------------------------------------------------------- the chain rule
 
@@ -217,7 +217,7 @@ class Tensor(ArrayAlgebra):
     def _operand(self, other):
         """``other`` as a Python number or a Tensor of this dtype, so that the result has it too."""
         if _is_number(other):
-            return other.item() if isinstance(other, np.generic) else other
+            return number_for(self, other)
         if not isinstance(other, Tensor):
             other = Tensor(np.asarray(other, like=self.data) if isinstance(other, (list, tuple)) else other)
             if other.dtype.kind in "iub":

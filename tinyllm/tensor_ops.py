@@ -343,6 +343,14 @@ def constant(x, like):
     return type(like)(np.asarray(x, like.dtype, like=like.data))
 
 
+def number_for(tensor, x):
+    """A number as a Python number, or for bfloat16, which with a float would become float32, as a Tensor."""
+    x = x.item() if isinstance(x, np.generic) else x
+    if isinstance(x, float) and is_half(tensor.dtype) and tensor.dtype != np.float16:
+        return type(tensor)(np.asarray(x, tensor.dtype, like=tensor.data))
+    return x
+
+
 def array_of(x):
     """The array of a Tensor; anything else as it is."""
     return x.data if isinstance(x, ArrayAlgebra) else x

@@ -3,9 +3,11 @@
 import numpy as np
 import pytest
 from support.adapters import CONFIGS
+from support.cuda_on_cpu import GPUS
 from support.models import batch, on_host, random_model
 
 from tinyllm import manual_seed, nn
+from tinyllm.backend.dtypes import autocast
 from tinyllm.weights.adapters import load_adapter, save_adapter
 
 
@@ -30,6 +32,25 @@ def results(config, put, folder):
     found.append(again(ids).data)
     nn.merge_lora(model)
     return [on_host(array) for array in (*found, model(ids).data)]
+
+
+@pytest.mark.parametrize("put", GPUS, indirect=True)
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
+def test_lora_with_products_in_half_precision(config, put):
+    """s multiplies a bfloat16, which in NumPy and CuPy would become float32."""
+    found, (ids, targets) = [], batch(config, (2, 8))
+    for dtype in (None, "bfloat16"):
+        model = random_model(config).astype(np.float32)
+        for parameter in model.parameters():
+            parameter.replace(put(parameter.data))
+        nn.add_lora(model, 3, 6.3, "all-linear", rng=0)
+        with autocast(dtype):
+            loss = model.loss(ids, targets)
+        loss.backward()
+        grads = [parameter.grad for parameter in model.parameters() if parameter.requires_grad]
+        found.append(np.concatenate([on_host(grad).reshape(-1) for grad in grads]))
+    expected, ours = found
+    assert 0 < np.linalg.norm(ours - expected) < 6 * 2.0**-8 * np.linalg.norm(expected)
 
 
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)

@@ -11,6 +11,7 @@ import threading
 import tracemalloc
 import weakref
 
+import ml_dtypes
 import numpy as np
 import pytest
 import torch
@@ -878,7 +879,7 @@ def test_hash_is_identity_although_equality_is_elementwise():
         a < None  # noqa: B015
 
 
-@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("dtype", [np.float32, np.float64, np.float16, ml_dtypes.bfloat16])
 def test_numbers_do_not_change_the_dtype(dtype):
     x = Tensor(np.ones(3, dtype), requires_grad=True)
     for number in (2, 2.0, True, np.float64(2), np.float32(2), np.int64(2)):
