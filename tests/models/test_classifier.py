@@ -18,6 +18,7 @@ from support.models import (
     assert_close,
     configs,
     llama_configs,
+    on_host,
 )
 from support.suite import proven
 
@@ -104,6 +105,20 @@ def test_logits_loss_and_gradients_equal_torchs(subject, config, rows, classes, 
 @every_model
 def test_a_padded_batch_equals_torchs(subject, config, pooling):
     check_against_the_twin(random_classifier(config, pooling=pooling), *padded(config, 5, 8))
+
+
+@pytest.mark.parametrize("pooling", POOLINGS)
+def test_loss_and_gradients_on_the_device_equal_numpys(pooling, put):
+    model = random_classifier(CONFIGS["llama"], pooling=pooling)
+    arguments, found = padded(model.config, 3, 8), []
+    for place in (np.asarray, put):
+        for parameter in model.parameters():
+            parameter.replace(place(parameter.data))
+        loss = model.loss(*arguments)
+        loss.backward()
+        found.append((loss.item(), *(on_host(parameter.grad) for parameter in model.parameters())))
+    for ours, expected in zip(*found):
+        np.testing.assert_allclose(ours, expected, rtol=0, atol=1e-12 * np.abs(expected).max() + 1e-15)
 
 
 def test_ignored_targets_and_num_targets():

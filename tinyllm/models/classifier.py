@@ -96,7 +96,8 @@ class SequenceClassifier(nn.Module):
             share = (np.arange(T) < lengths[:, None]) / lengths[:, None]  # (B, T): rows sum to 1
             share = np.asarray(share.astype(h.dtype), like=h.data)
             return (h * share[:, :, None]).sum(axis=1)
-        return h[np.arange(B), lengths.astype(np.int64) - 1 if self.pooling == "last" else 0]
+        last = lengths.astype(np.int64) - 1 if self.pooling == "last" else np.zeros(B, np.int64)
+        return h[np.arange(B, like=h.data), np.asarray(last, like=h.data)]
 
     def loss(self, ids, lengths, targets, num_targets=None) -> Tensor:
         """Σ cross-entropy of the ``targets`` (B,), divided by ``num_targets`` (default: their number).
