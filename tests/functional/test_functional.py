@@ -568,6 +568,13 @@ ERRORS = {  # mistake -> (call, words in its message: the value and the remedy)
         lambda: rotate((1, 2, 3, 4), (3, 2), np.float32),
         ["float64", "not in float32"],
     ),
+    "gelu of integers": (lambda: F.gelu(Tensor(np.arange(3))), ["gelu of int64", "astype()"]),
+    "layer_norm of integers": (lambda: F.layer_norm(Tensor(np.arange(3)), 3), ["layer_norm of int64"]),
+    "cross_entropy of integers": (
+        lambda: F.cross_entropy(input=Tensor(np.ones((2, 3), int)), target=[0, 1]),
+        ["cross_entropy of int64"],
+    ),
+    "dropout of booleans": (lambda: F.dropout(Tensor(np.ones(3, bool)), 0.5), ["dropout of bool"]),
     "swiglu of two shapes": (lambda: F.swiglu(leaf(2, 3), leaf(3)), ["(2, 3)", "(3,)", "same shape"]),
     "geglu of two shapes": (lambda: F.geglu(leaf(2, 3), leaf(3)), ["geglu", "(2, 3)", "(3,)", "same shape"]),
     "a cap of 0": (lambda: F.softcap(leaf(2, 3), 0), ["softcap", "0", "positive"]),

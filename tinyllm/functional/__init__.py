@@ -12,7 +12,7 @@ from typing import TypeVar
 import tinyllm.functional.linear as projections
 import tinyllm.functional.rope as rotations
 from tinyllm.backend.cuda.launch import on_gpu
-from tinyllm.backend.dtypes import is_half
+from tinyllm.backend.dtypes import is_floating, is_half
 from tinyllm.errors import Error, names_shapes
 from tinyllm.functional import activations, attention, cuda, cuda_losses, losses, norms
 from tinyllm.tensor import Tensor, mode
@@ -22,7 +22,7 @@ Op = TypeVar("Op", bound=Callable[..., Tensor])
 
 
 def checked(op: Op) -> Op:
-    """``op``, with an ``Error`` for an array in the place of a Tensor, and for shapes that do not fit.
+    """``op``, with an ``Error`` for an array in the place of a Tensor, for integers, and for wrong shapes.
 
     Each call is reported to ``nn.observe``.
     """
@@ -36,7 +36,14 @@ def checked(op: Op) -> Op:
             if kinds.get(name) is Tensor and not isinstance(x, Tensor):
                 what = type(x).__name__
                 raise Error(f"{op.__name__} takes Tensors, not {what}: wrap the array with Tensor(array)")
-        out = op(*args, **kwargs)
+        try:
+            out = op(*args, **kwargs)
+        except TypeError:  # NumPy refuses to write fractions into integers
+            tensors = [x for x in (*args, *kwargs.values()) if isinstance(x, Tensor)]
+            dtypes = [x.dtype for x in tensors if not is_floating(x.dtype)]
+            if not dtypes:
+                raise
+            raise Error(f"{op.__name__} of {dtypes[0]}: convert it to floats with astype()") from None
         if mode.on_op is not None:
             mode.on_op(op.__name__, signature.bind(*args, **kwargs).arguments, out)
         return out
