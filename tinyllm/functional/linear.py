@@ -55,7 +55,7 @@ def embedding(input, weight: Tensor) -> Tensor:
     ∂y_nc/∂W_vc is 1 where v = input_n, else 0: dW_v is the sum of g_n over the n with input_n = v.
     Ids outside 0..V-1 raise Error (NumPy would wrap -1 around to the last row).
     """
-    ids = np.asarray(input) if isinstance(input, (list, tuple)) else array_of(input)
-    if isinstance(ids, np.ndarray):
+    ids = array_of(input)
+    if isinstance(ids, np.ndarray) or type(ids) is not type(weight.data):  # a list, a number …
         ids = to_memory_of(check_ids(ids, weight.shape[0]), weight.data)
     return Tensor.from_op(weight.data[ids], (weight,), lambda grad: (At(ids, grad),))

@@ -19,7 +19,7 @@ from tinyllm.errors import Error
 from tinyllm.functional.activations import check_softcap
 from tinyllm.functional.linear import check_linear
 from tinyllm.tensor import Tensor
-from tinyllm.tensor_ops import as_rows, to_memory_of
+from tinyllm.tensor_ops import as_array, as_rows, to_memory_of
 
 CHUNK = 256  # rows of logits at a time, or more; with fewer, reading the weight from memory dominates
 LOGITS = 2**20  # logits at a time, if that is more rows
@@ -228,6 +228,8 @@ class Targets:
             raise Error(f"reduction is {reduction!r}: choose 'mean', or without num_targets 'sum' or 'none'")
         if not 0 <= label_smoothing <= 1:
             raise Error(f"label_smoothing is {label_smoothing}: choose a number between 0 and 1")
+        if not hasattr(target, "astype"):
+            raise Error(f"targets are a {type(target).__name__}: give integers in a list or an array")
         if weight is not None and weight.shape != tuple(logits_shape[-1:]):
             raise Error(f"weight of shape {weight.shape} does not fit logits of shape {tuple(logits_shape)}")
         if tuple(target.shape) != tuple(logits_shape[:-1]):
@@ -236,7 +238,8 @@ class Targets:
                 f"they need shape {tuple(logits_shape[:-1])}"
             )
         if isinstance(target, np.ndarray) and target.size:
-            check_ids(np.where(target == ignore_index, 0, target), logits_shape[-1], name="targets")
+            zero = target.dtype.type(0)  # so that booleans stay booleans, which are refused
+            check_ids(np.where(target == ignore_index, zero, target), logits_shape[-1], name="targets")
         if weights is not None and tuple(weights.shape) != tuple(target.shape):
             raise Error(f"weights of shape {weights.shape} do not fit targets of shape {target.shape}")
         self.shape, self.reduction = target.shape, reduction
@@ -271,7 +274,7 @@ def _as_array(x):
     """Targets or weights as an array, from a Tensor, array, list or number."""
     if isinstance(x, Tensor):
         return x.data
-    return x if x is None or hasattr(x, "dtype") else np.asarray(x)
+    return as_array(x) if x is None or hasattr(x, "dtype") else np.asarray(x)
 
 
 def _num_targets(weight, ignore_index, num_targets) -> float:
