@@ -82,17 +82,16 @@ FIXED = {
 BOOKKEEPING = set(
     "_attn_implementation _attn_implementation_autoset _name_or_path _num_labels architectures "
     "bad_words_ids begin_suppress_tokens bos_token_id cache_implementation chunk_size_feed_forward "
-    "decoder_start_token_id diversity_penalty do_sample dtype early_stopping "
-    "encoder_no_repeat_ngram_size eos_token_id exponential_decay_length_penalty finetuning_task "
-    "forced_bos_token_id forced_eos_token_id gradient_checkpointing id2label is_decoder is_llama_config "
-    "label2id length_penalty max_length max_sequence_length max_window_layers min_length n_ctx n_special "
-    "no_repeat_ngram_size num_beam_groups num_beams num_return_sequences output_attentions "
-    "output_hidden_states output_past output_scores pad_token_id predict_special_tokens prefix "
-    "pretraining_tp problem_type remove_invalid_values repetition_penalty return_dict "
-    "return_dict_in_generate sep_token_id summary_activation summary_first_dropout "
-    "summary_proj_to_labels summary_type summary_use_proj suppress_tokens task_specific_params "
-    "temperature tf_legacy_loss tie_encoder_decoder tokenizer_class top_k top_p torch_dtype torchscript "
-    "transformers.js_config transformers_version typical_p use_cache".split()
+    "decoder_start_token_id diversity_penalty do_sample dtype early_stopping encoder_no_repeat_ngram_size "
+    "eos_token_id exponential_decay_length_penalty finetuning_task forced_bos_token_id forced_eos_token_id "
+    "gradient_checkpointing id2label is_decoder is_llama_config label2id length_penalty max_length "
+    "max_sequence_length max_window_layers min_length n_ctx n_special no_repeat_ngram_size num_beam_groups "
+    "num_beams num_return_sequences output_attentions output_hidden_states output_past output_scores "
+    "pad_token_id predict_special_tokens prefix pretraining_tp problem_type remove_invalid_values "
+    "repetition_penalty return_dict return_dict_in_generate sep_token_id summary_activation "
+    "summary_first_dropout summary_proj_to_labels summary_type summary_use_proj suppress_tokens "
+    "task_specific_params temperature tf_legacy_loss tie_encoder_decoder tokenizer_class top_k top_p "
+    "torch_dtype torchscript transformers.js_config transformers_version typical_p use_cache".split()
 )
 
 
@@ -245,12 +244,11 @@ class LanguageModel(nn.Module):
 
     def new_cache(self, batch: int, capacity: int | None = None) -> Cache:
         """An empty ``Cache`` for ``batch`` rows of at most ``capacity`` tokens (default: the context)."""
-        windows = self.windows()
         heads, head_size = self.config.kv_shape
         capacity = self.context if capacity is None else checks.check_at_least(capacity, 1, "capacity")
         batch, capacity = checks.check_at_least(batch, 1, "batch"), min(capacity, self.context)
         like = next(self.parameters()).data
-        cache = Cache(windows, batch, heads, capacity, head_size, like, compute_dtype(like))
+        cache = Cache(self.windows(), batch, heads, capacity, head_size, like, compute_dtype(like))
         cache.changes = [length for length, _ in changes_with_length(self.config)]
         return cache
 
