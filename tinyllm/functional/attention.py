@@ -119,13 +119,12 @@ def scaled_dot_product_attention(
 
     q, mask = grouped(q), None if mask is None else grouped(mask)
 
-    def blocks(bg):
-        """The blocks of some key-value heads: (rows of queries, the keys they see, mask, number)."""
-        for number, start in enumerate(range(0, T, step)):
-            rows = slice(start, min(start + step, T))
-            keys = keys_of(rows, T, S, is_causal, window)
-            if keys.stop:
-                yield rows, keys, None if mask is None else mask[bg][..., rows, keys], number
+    blocks = []  # (rows of queries, the keys they see, number)
+    for number, start in enumerate(range(0, T, step)):
+        rows = slice(start, min(start + step, T))
+        keys = keys_of(rows, T, S, is_causal, window)
+        if keys.stop:
+            blocks.append((rows, keys, number))
 
     def scores_of(bg, rows, keys):
         """(Q · scale) and Q Kᵀ · scale, capped, of one block."""
@@ -137,14 +136,16 @@ def scaled_dot_product_attention(
 
     future = np.triu(np.full_like(q, -np.inf, shape=(min(step, T),) * 2), 1) if is_causal else None
 
-    def masked(scores, rows, keys, block_mask):
+    def masked(scores, bg, rows, keys):
         """The scores of one block + mask, -inf where a key is masked."""
         if is_causal:
             _hide(scores, future, rows.start + S - T, keys, window)
-        if block_mask is not None and block_mask.dtype == bool:
-            scores = np.where(block_mask, scores, -np.inf)
-        elif block_mask is not None:
-            scores += block_mask
+        if mask is None:
+            return scores
+        block_mask = mask[bg][..., rows, keys]
+        if mask.dtype == bool:
+            return np.where(block_mask, scores, -np.inf)
+        scores += block_mask
         return scores
 
     def dropped(bg, number, shape):
@@ -166,12 +167,13 @@ def scaled_dot_product_attention(
         heads = [part.stop - part.start for part in (*bg, rows, keys)]
         return np.empty((*heads[:2], R, *heads[2:]), q.dtype, like=q)
 
-    every = [(bg, *block) for bg in tasks for block in blocks(bg)] if keeps else []
-    kept = {place(bg, i): new_block(bg, rows, keys) for bg, rows, keys, _, i in every}  # -> E of a block
+    every = [(bg, *block) for bg in tasks for block in reversed(blocks)]  # the longest first
+    # place -> E of its block
+    kept = {place(bg, i): new_block(bg, rows, keys) for bg, rows, keys, i in every if keeps}
 
     def forward(task):
-        bg, (rows, keys, block_mask, number) = task
-        p = masked(scores_of(bg, rows, keys)[1], rows, keys, block_mask)
+        bg, rows, keys, number = task
+        p = masked(scores_of(bg, rows, keys)[1], bg, rows, keys)
         # A finite maximum even where every score is -inf: all weights are exp(-inf) = 0 then.
         peak = np.maximum(p.max(axis=-1, keepdims=True), lowest)
         p -= peak
@@ -183,17 +185,16 @@ def scaled_dot_product_attention(
             p = p * dropped(bg, number, p.shape)
         out[bg][..., rows, :] = unstacked(stacked(p) @ v[bg][:, :, keys]) / total
 
-    # Blocks are independent here, so that one text is processed by all threads; the longest come first.
-    with one_blas_thread():
-        run_tasks(forward, [(bg, block) for bg in tasks for block in reversed([*blocks(bg)])], num_scores)
+    with one_blas_thread():  # blocks are independent here, so that one text is processed by all threads
+        run_tasks(forward, every, num_scores)
 
-    def weights_of(bg, rows, keys, block_mask, number):
+    def weights_of(bg, rows, keys, number):
         """E of one block, Q · scale, and the slope of the cap."""
         if keeps:
             return kept.pop(place(bg, number)), stacked(q[bg][..., rows, :] * scale), None
         q_scaled, scores = scores_of(bg, rows, keys)
         slope = None if softcap is None else 1 - (scores / softcap) ** 2  # 1 - tanh²
-        p = masked(scores, rows, keys, block_mask)
+        p = masked(scores, bg, rows, keys)
         p -= peaks[bg][..., rows, :]
         return np.exp(p, out=p), q_scaled, slope
 
@@ -203,8 +204,8 @@ def scaled_dot_product_attention(
         dbias = np.zeros((B, G, R, T, S), q.dtype, like=q) if needs_bias else None
 
         def backward(bg):
-            for rows, keys, block_mask, number in blocks(bg):
-                p, q_scaled, slope = weights_of(bg, rows, keys, block_mask, number)
+            for rows, keys, number in blocks:
+                p, q_scaled, slope = weights_of(bg, rows, keys, number)
                 g = grad[bg][..., rows, :] / sums[bg][..., rows, :]
                 delta = np.einsum("...e,...e->...", g, out[bg][..., rows, :])[..., None]  # (b, g, R, rows, 1)
                 g = stacked(g)
