@@ -23,7 +23,7 @@ from tinyllm.backend.memory import keep_memory
 from tinyllm.data.batches import Batches, Windows
 from tinyllm.data.corpus import load_text, train_validation_split
 from tinyllm.tools.plot import show
-from tinyllm.training.loggers import plot_losses
+from tinyllm.training.picture import plot_losses
 from tinyllm.training.tasks.pretrain import mean_loss
 
 SMALL = os.environ.get("TINYLLM_EXAMPLES") == "small"

@@ -16,7 +16,8 @@ import pytest
 
 from tinyllm import Error
 from tinyllm.training.config import TrainConfig
-from tinyllm.training.loggers import PLOT, check_logs, open_logs
+from tinyllm.training.loggers import check_logs, open_logs
+from tinyllm.training.picture import PLOT
 from tinyllm.training.run_folder import begun_config
 from tinyllm.training.tasks.pretrain import train
 

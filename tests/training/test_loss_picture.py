@@ -7,7 +7,7 @@ import sys
 import pytest
 from support.pictures import BYTES_PER_TOKEN, is_png, legend, metrics, points, saved_figures
 
-from tinyllm.training.loggers import plot_losses
+from tinyllm.training.picture import plot_losses
 
 
 @pytest.fixture
@@ -72,8 +72,8 @@ def test_a_picture_that_cannot_be_written_raises_oserror(tmp_path):
 
 def test_matplotlib_is_imported_only_to_plot_and_without_pyplot(tmp_path):
     code = (
-        "import sys, tinyllm.training.loggers; assert 'matplotlib' not in sys.modules;"
-        "tinyllm.training.loggers.plot_losses([{'step': 0, 'val_loss': 1.0}], sys.argv[1]);"
+        "import sys, tinyllm.training.picture; assert 'matplotlib' not in sys.modules;"
+        "tinyllm.training.picture.plot_losses([{'step': 0, 'val_loss': 1.0}], sys.argv[1]);"
         "assert 'matplotlib.pyplot' not in sys.modules"
     )
     pytest.importorskip("matplotlib")

@@ -25,8 +25,9 @@ from tinyllm.errors import Error
 from tinyllm.files import lock, read_sealed, sealed
 from tinyllm.training.checkpoint import verify
 from tinyllm.training.config import TrainConfig
-from tinyllm.training.loggers import plot_losses, wrap
 from tinyllm.training.metrics import read_run
+from tinyllm.training.output import wrap
+from tinyllm.training.picture import plot_losses
 from tinyllm.training.run_folder import begun_config
 from tinyllm.training.tasks.pretrain import train
 from tinyllm.weights.runs import checkpoints, last_checkpoint

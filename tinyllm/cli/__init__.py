@@ -32,7 +32,7 @@ from tinyllm.cli import (
 from tinyllm.cli.options import as_typed, did_you_mean, parse_options, wrap_help
 from tinyllm.errors import Error
 from tinyllm.training.config import TrainConfig
-from tinyllm.training.loggers import robust_output, silence
+from tinyllm.training.output import robust_output, silence
 from tinyllm.version import __version__
 
 __all__ = ["COMMANDS", "main", "parse_options"]

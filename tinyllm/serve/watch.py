@@ -21,8 +21,8 @@ from starlette.routing import Route
 
 from tinyllm.errors import Error
 from tinyllm.files import open_regular, printable
-from tinyllm.training.loggers import COLORS, best_record
-from tinyllm.training.metrics import CONFIG, METRICS, RecordedRun, parse_records
+from tinyllm.training.metrics import CONFIG, METRICS, RecordedRun, best_record, parse_records
+from tinyllm.training.picture import COLORS
 from tinyllm.training.run_folder import SAMPLES
 
 CURVES = ("train_loss", "train_eval_loss", "val_loss", "tokens_per_s", "lr", "grad_norm")

@@ -19,19 +19,9 @@ from tinyllm.checks import pip_install
 from tinyllm.errors import Error
 from tinyllm.files import replacing
 from tinyllm.training.config import flag
-from tinyllm.training.loggers import (
-    COLORS,
-    DPI,
-    FIGURE_SIZE,
-    GREY,
-    LIGHT,
-    LINE,
-    Y_AXES,
-    best_record,
-    quiet_axes,
-    ring,
-)
-from tinyllm.training.metrics import RecordedRun, read_run, same_tokenizer
+from tinyllm.training.metrics import RecordedRun, best_record, read_run, same_tokenizer
+from tinyllm.training.output import LINE
+from tinyllm.training.picture import COLORS, DPI, FIGURE_SIZE, GREY, LIGHT, Y_AXES, quiet_axes, ring
 
 __all__ = [
     "COLORS",

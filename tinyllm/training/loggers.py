@@ -1,10 +1,9 @@
-"""Logs of a run: lines on the terminal, a picture of its losses, TensorBoard, Weights & Biases.
+"""Logs of a run: TensorBoard, Weights & Biases.
 
 A log is a callback that receives the record of every step. ``open_logs`` opens the ones in ``--log``, and
-closes them at the end of the run, however it ends. Their packages, and matplotlib for the picture, are
-optional, and imported only when they are used.
+closes them at the end of the run, however it ends. Their packages are optional, and imported only when they
+are used.
 
-    loss.png      the losses so far (``plot_losses``), drawn at evaluations
     tensorboard   the folder tensorboard/ in the run's folder, for `tensorboard --logdir`
     wandb         the project tinyllm of the user who is logged in; WANDB_PROJECT selects another, and
                   WANDB_MODE=offline logs to the folder wandb/ in the run's folder
@@ -12,27 +11,20 @@ optional, and imported only when they are used.
 
 import html
 import importlib
-import io
 import itertools
 import json
-import math
 import os
-import re
 import secrets
 import struct
-import sys
 import time
-import unicodedata
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack, closing, contextmanager, redirect_stderr, redirect_stdout, suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
-from typing import TextIO
 
 from tinyllm.checks import pip_install
 from tinyllm.errors import Error
-from tinyllm.files import read_file, replacing, write_whole
-
-PLOT = "loss.png"
+from tinyllm.files import read_file, write_whole
+from tinyllm.training.picture import PLOT
 
 PACKAGES = {"tensorboard": "tensorboardX", "wandb": "wandb"}  # the package that each log needs
 
@@ -41,8 +33,6 @@ TENSORBOARD_FOLDER, WANDB_ID = "tensorboard", "wandb-id.txt"
 Log = Callable[[dict], None]
 
 Written = Callable[[int, dict[str, float], str | None, Path | None], None]  # step, numbers, sample, picture
-
-LINE = 88  # columns
 
 
 def check_logs(names: Sequence[str]) -> None:
@@ -184,175 +174,3 @@ def _wandb_id(folder: Path) -> str:
     if not (found.isascii() and found.isalnum()):
         raise Error(f"{file} has no W&B id: remove it to log to a new W&B run")
     return found
-
-
-# ------------------------------------------------------------------------------ the terminal
-
-
-def say(text: str, indent: int | None = None) -> None:
-    """Print a text above the progress bar; with an ``indent`` it is wrapped, which would break a command."""
-    from tqdm import tqdm
-
-    tqdm.write(text if indent is None else "\n".join(wrap(text, indent)))
-
-
-class Output:
-    """A text stream that drops what cannot be written, so that this never ends a run.
-
-    The reader of a pipe may be gone, a disk full, a terminal or the stream itself (None) closed.
-    """
-
-    def __init__(self, stream: TextIO | None):
-        self.stream, self.error = stream or io.StringIO(), None if stream else "it is closed"
-
-    def __getattr__(self, name: str):
-        return getattr(self.stream, name)
-
-    def write(self, text: str) -> int:
-        try:
-            self.stream.write(text)
-            self.stream.flush()
-        except ValueError as error:  # it is closed, or cannot encode the text
-            self.error = str(error)
-        except OSError as error:
-            self.error = str(error.strerror)
-            silence(self.stream)
-        return len(text)
-
-    def flush(self) -> None:
-        """Do nothing: ``write`` flushes."""
-
-
-def silence(stream: TextIO) -> None:
-    """Make the null device of a stream that cannot be written, or Python fails to flush it at exit."""
-    with suppress(OSError, AttributeError), open(os.devnull, "wb") as nothing:
-        os.dup2(nothing.fileno(), stream.fileno())
-
-
-@contextmanager
-def robust_output(*names: str) -> Iterator[None]:
-    """Within this context, what stdout and stderr, or one of them, cannot write is dropped."""
-    redirect = {"stdout": redirect_stdout, "stderr": redirect_stderr}
-    with ExitStack() as stack:
-        for name in names or redirect:
-            stream = getattr(sys, name)
-            stack.enter_context(redirect[name](stream if isinstance(stream, Output) else Output(stream)))
-        yield
-
-
-def output_errors() -> dict[str, str]:
-    """Why stdout or stderr could not be written since the last call, as entries of a step's record."""
-    found = {}
-    for name, stream in (("stdout", sys.stdout), ("stderr", sys.stderr)):
-        if reason := getattr(stream, "error", None):
-            found[f"{name}_error"], stream.error = reason, None
-    return found
-
-
-def number(value: float, decimals: int) -> str:
-    """The value with these decimals, or four digits if it is large, as in a run that diverges."""
-    return f"{value:.{decimals}f}" if value < 1e6 else f"{value:.4g}"
-
-
-def wrap(line: str, indent: int) -> list[str]:
-    """The line broken at spaces into lines of at most ``LINE`` columns, all but the first indented.
-
-    A word that is too long, a path say, is broken only if there is an indent.
-    """
-    lines, current = [], ""
-    for word in re.findall(" *[^ ]+", line):
-        if current.strip() and _columns(current + word) > LINE:
-            lines.append(current)
-            current, word = " " * indent, word.lstrip()
-        for character in word:
-            if indent and _columns(current + character) > LINE:
-                lines.append(current)
-                current = " " * indent
-            current += character
-    return [*lines, current]
-
-
-def _columns(text: str) -> int:
-    """The width of a text in a terminal, where a Chinese character, say, takes two columns."""
-    return sum(2 if unicodedata.east_asian_width(character) in "WF" else 1 for character in text)
-
-
-# ------------------------------------------------------------------------------ the picture
-
-# Dark enough to read on white; the first few can be told apart with colour blindness.
-COLORS = ("#2f6db0", "#d1622b", "#3d8f5f", "#8a5fb0", "#b8912a", "#2b9aa8", "#b0487a", "#6b6b6b")
-
-GREY, LIGHT = "#6b6b6b", "#e4e4e4"
-
-Y_AXES = {"loss": "loss (nats per token)", "bits-per-byte": "bits per byte"}
-
-FIGURE_SIZE, DPI = (8, 4.5), 150  # inches, and pixels in each
-
-
-def plot_losses(
-    history: list[dict], path: str | Path, vocab_size: int | None = None, bytes_per_token: float | None = None
-) -> None:
-    """Plot the losses of one run over its steps; without matplotlib, do nothing.
-
-    ``history`` has the records of ``metrics.jsonl``, a dict per step. The loss of each training batch, which
-    dropout increases, is a faint line; the losses of evaluations have dots, and the lowest validation loss a
-    ring. With ``vocab_size`` a dotted line marks ln V, the loss of guessing; with ``bytes_per_token`` (of the
-    validation text) a second axis has the loss in bits per byte.
-    """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        return
-    figure = Figure(figsize=FIGURE_SIZE, layout="constrained")
-    axes = figure.subplots()
-    train, validation = COLORS[:2]
-    faint, dots = dict(alpha=0.3, linewidth=0.8), dict(marker="o", markersize=3)
-    for key, label, style in (
-        ("train_loss", "training batch (with dropout and noise, if any)", dict(color=train, **faint)),
-        ("train_eval_loss", "training data", dict(color=train, **dots)),
-        ("val_loss", "validation data", dict(color=validation, **dots)),
-    ):
-        points = [(record["step"], record[key]) for record in history if key in record]
-        if points:
-            axes.plot(*zip(*points), label=label, **style)
-    nats_per_bit = None if bytes_per_token is None else math.log(2) * bytes_per_token
-    if best := best_record(history, "val_loss"):
-        bits = f" ({best['val_loss'] / nats_per_bit:.3f} bits per byte)" if nats_per_bit else ""
-        label = f"best: {best['val_loss']:.3f}{bits} at step {best['step']:,}"
-        ring(axes, best["step"], best["val_loss"], validation, label)
-    if vocab_size is not None:
-        guessing = math.log(vocab_size)
-        axes.axhline(guessing, color=GREY, linestyle=":", linewidth=1.2)
-        where = dict(xycoords=("axes fraction", "data"), xytext=(-4, 4), textcoords="offset points")
-        axes.annotate("ln V: guessing", (1, guessing), ha="right", color=GREY, fontsize="small", **where)
-    if nats_per_bit:
-        functions = (lambda nats: nats / nats_per_bit, lambda bits: bits * nats_per_bit)
-        right = axes.secondary_yaxis("right", functions=functions)
-        right.set_ylabel(Y_AXES["bits-per-byte"])
-        quiet_axes(right)
-    axes.set(xlabel="step", ylabel="loss" if vocab_size is None else Y_AXES["loss"])
-    axes.xaxis.set_major_formatter("{x:,.0f}")
-    axes.locator_params(axis="x", integer=True)
-    quiet_axes(axes)
-    figure.legend(loc="outside upper left", ncols=2, frameon=False, fontsize="small")
-    with replacing(Path(path)) as new:
-        figure.savefig(new, dpi=DPI)
-
-
-def best_record(records: Iterable[dict], key: str) -> dict | None:
-    """The first record in which ``key`` is lowest; None if no record has it."""
-    found = (record for record in records if key in record)
-    return min(found, key=lambda record: record[key], default=None)
-
-
-def ring(axes, x: float, y: float, color: str, label: str | None = None) -> None:
-    style = dict(marker="o", markersize=9, markerfacecolor="none", markeredgewidth=1.5, linestyle="none")
-    axes.plot([x], [y], color=color, zorder=5, label=label, **style)
-
-
-def quiet_axes(axes) -> None:
-    """A light grid and frame, so that the curves are the darkest part of the picture."""
-    axes.grid(color=LIGHT, linewidth=0.8)
-    axes.set_axisbelow(True)
-    axes.spines[:].set_color(LIGHT)
-    axes.tick_params(color=LIGHT, labelcolor=GREY)

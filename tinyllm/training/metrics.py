@@ -10,7 +10,6 @@ from pathlib import Path
 from tinyllm.errors import Error
 from tinyllm.files import parse_json, read_file
 from tinyllm.tokenizers.base import FILE_NAME as TOKENIZER
-from tinyllm.training.loggers import best_record
 from tinyllm.weights.runs import checkpoints, last_checkpoint, step_of
 
 CONFIG, METRICS = "config.json", "metrics.jsonl"  # of a run folder
@@ -62,6 +61,12 @@ class RecordedRun:
         unit = 1.0 if y == "loss" else math.log(2) * self.bytes_per_token()
         points = [(at, r[key] / unit) for at, r in zip(self.along(x), self.records) if key in r]
         return [at for at, _ in points], [value for _, value in points]
+
+
+def best_record(records: Iterable[dict], key: str) -> dict | None:
+    """The first record in which ``key`` is lowest; None if no record has it."""
+    found = (record for record in records if key in record)
+    return min(found, key=lambda record: record[key], default=None)
 
 
 def read_run(folder: str | Path) -> RecordedRun:

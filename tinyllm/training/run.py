@@ -20,8 +20,9 @@ from tinyllm.nn import Module
 from tinyllm.optim import OPTIMIZERS, AdamW, warmup_cosine, warmup_linear
 from tinyllm.training.config import RunOptions, flag
 from tinyllm.training.data_parallel import ShardedAdamW
-from tinyllm.training.loggers import Log, check_logs, open_logs, output_errors, robust_output, say
+from tinyllm.training.loggers import Log, check_logs, open_logs
 from tinyllm.training.loop import CompletedStep, training_steps
+from tinyllm.training.output import output_errors, robust_output, say
 from tinyllm.training.run_folder import RunFolder
 from tinyllm.training.shared_run import SharedRun, in_turn
 from tinyllm.training.step import Check

@@ -49,9 +49,10 @@ from tinyllm.training.checkpoint import (
     verify,
 )
 from tinyllm.training.config import RunOptions, check_continues, check_writable
-from tinyllm.training.loggers import PLOT, best_record, plot_losses, say
 from tinyllm.training.loop import CompletedStep
-from tinyllm.training.metrics import METRICS, parse_records
+from tinyllm.training.metrics import METRICS, best_record, parse_records
+from tinyllm.training.output import say
+from tinyllm.training.picture import PLOT, plot_losses
 from tinyllm.training.step import weights_are_finite
 from tinyllm.training.tasks.base import Task, is_evaluation
 from tinyllm.version import __version__

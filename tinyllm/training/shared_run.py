@@ -22,8 +22,8 @@ from tinyllm.optim import AdamW
 from tinyllm.training.begun import data_hashes
 from tinyllm.training.checkpoint import hash_weights, verify
 from tinyllm.training.data_parallel import Replicas, ShardedAdamW
-from tinyllm.training.loggers import say
 from tinyllm.training.loop import CompletedStep
+from tinyllm.training.output import say
 from tinyllm.training.run_folder import RunFolder
 from tinyllm.training.tasks.base import Task
 from tinyllm.version import __version__

@@ -27,7 +27,7 @@ from tinyllm.errors import Error
 from tinyllm.files import read_sealed, sealed, write_whole
 from tinyllm.nn import Module, evaluating
 from tinyllm.tensor import Tensor
-from tinyllm.training.loggers import number
+from tinyllm.training.output import number
 from tinyllm.training.preference import Preferences, answer_log_probs, dpo_loss, preferences
 from tinyllm.training.step import Check
 from tinyllm.training.tasks.chat import ChatOptions, ChatTuning

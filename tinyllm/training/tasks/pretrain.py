@@ -22,7 +22,8 @@ from tinyllm.tokenizers.base import check_fits
 from tinyllm.training import baselines
 from tinyllm.training.config import TrainConfig, check_writable
 from tinyllm.training.data_parallel import Replicas
-from tinyllm.training.loggers import Log, number
+from tinyllm.training.loggers import Log
+from tinyllm.training.output import number
 from tinyllm.training.run import make_optimizer, open_run_device, run_task
 from tinyllm.training.shared_run import in_turn
 from tinyllm.training.start import (

@@ -25,7 +25,7 @@ from tinyllm.errors import Error
 from tinyllm.tokenizers import END_OF_TEXT, BPETokenizer, CharTokenizer, Tokenizer, load_tokenizer, train_bpe
 from tinyllm.tokenizers.bpe import parse_bpe
 from tinyllm.training.config import TrainConfig
-from tinyllm.training.loggers import say
+from tinyllm.training.output import say
 from tinyllm.training.start import is_ours
 
 BPE_CHARACTERS = 10_000_000  # learn the vocabulary of a larger text from a sample of this size
