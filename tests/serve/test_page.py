@@ -515,6 +515,7 @@ def test_runs_are_drawn_as_they_go_on(driver, tmp_path):
     for name in ("a", "b"):
         log(name, record(1), record(2) | {"val_loss": 3.0, "train_eval_loss": 2.5})
     (tmp_path / "a" / "samples.txt").write_text("--- step 2\n<img src=x onerror=pwned=1>\n")
+    (tmp_path / "b" / "config.json").write_text('{"task": "dpo"}')
     resize(driver, WIDE)
     with PageServer(tmp_path, runs=[tmp_path / "a", tmp_path / "b"], model=False) as server:
         page = Page(driver, server)
@@ -528,6 +529,7 @@ def test_runs_are_drawn_as_they_go_on(driver, tmp_path):
             return page.script("return document.querySelector('.chart').getAttribute('aria-label')")
 
         assert "a validation: 3 at 2" in label() and "b training: 2.5 at 2" in label()
+        assert "Loss, nats per token or pair" in label()
         log("a", record(3), record(4) | {"val_loss": 2.25})
         with open(tmp_path / "b" / "metrics.jsonl", "a") as file:
             file.write("{broken\n")

@@ -158,6 +158,20 @@ def test_bits_per_byte_where_they_are_recorded(folder):
     assert WatchedRun(folder, "run").report()["bytes_per_token"] == pytest.approx(2.0)
 
 
+@pytest.mark.parametrize(
+    ("config", "unit"),
+    [
+        ('{"task": "dpo"}', "pair"),
+        ('{"task": "classify"}', "text"),
+        ('{"train": {}}', "token"),
+        ("[", "token"),
+    ],
+)
+def test_the_unit_of_a_loss_is_that_of_the_task(folder, config, unit):
+    (folder / "config.json").write_text(config)
+    assert WatchedRun(folder, "run").report()["unit"] == unit
+
+
 def test_names_and_folders_that_are_not_runs(folder, tmp_path):
     other = tmp_path / "other" / "run"
     other.mkdir(parents=True)

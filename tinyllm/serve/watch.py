@@ -20,8 +20,8 @@ from starlette.responses import JSONResponse
 from starlette.routing import Route
 
 from tinyllm.errors import Error
-from tinyllm.files import open_regular, printable
-from tinyllm.training.metrics import CONFIG, METRICS, RecordedRun, best_record, parse_records
+from tinyllm.files import open_regular, parse_json, printable, read_file
+from tinyllm.training.metrics import CONFIG, METRICS, UNITS, RecordedRun, best_record, parse_records
 from tinyllm.training.picture import COLORS
 from tinyllm.training.run_folder import SAMPLES
 
@@ -81,7 +81,7 @@ class WatchedRun:
         """Everything that the page shows of the run, as JSON values.
 
         ``curves`` maps names to points [step, tokens, seconds of training, value]; of a long one, the means
-        of groups of neighbours. ``age`` is in seconds since the last record.
+        of groups of neighbours. ``age`` is in seconds since the last record. A loss is the mean of ``unit``.
         """
         notes = [printable(note) for note in self.update()]
         run = RecordedRun(self.name, {}, {}, self.records, notes)
@@ -98,6 +98,7 @@ class WatchedRun:
             "last": last | {"seconds": seconds[-1]} if self.records else None,
             "best": _numbers(best_record(self.records, "val_loss"), ("step", "val_loss")),
             "bytes_per_token": bytes_per_token,
+            "unit": self._unit(),
             "curves": {key: self._curve(key, seconds) for key in CURVES},
             "samples": self.samples(),
         }
@@ -110,6 +111,12 @@ class WatchedRun:
         ]
         group = -(-len(points) // MOST_POINTS)
         return points if group <= 1 else [_mean(points[i : i + group]) for i in range(0, len(points), group)]
+
+    def _unit(self) -> str:
+        try:
+            return UNITS.get(str(parse_json(read_file(self.folder / CONFIG))["task"]), "token")
+        except (Error, ValueError, TypeError, KeyError):  # it is damaged, or none was written
+            return "token"
 
     def _age(self) -> float | None:
         try:

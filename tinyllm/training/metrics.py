@@ -22,6 +22,8 @@ BOOKKEEPING = ("out", "resume", "checkpoint_every", "checkpoint_minutes", "keep"
 NUMBERS = ("step", "tokens", "train_loss", "tokens_per_s", "train_eval_loss", "val_loss", "val_bits_per_byte")
 NUMBERS += ("val_final_bits_per_byte", "val_second_bits_per_byte")
 
+UNITS = {"classify": "text", "dpo": "pair"}  # task -> of what a loss is the mean; of other tasks tokens
+
 
 @dataclass(frozen=True)
 class RecordedRun:
@@ -89,8 +91,7 @@ def read_run(folder: str | Path) -> RecordedRun:
     records, notes = _read_metrics(folder / METRICS)
     if not any("val_loss" in record for record in records):
         raise Error(f"{folder} has no evaluation in {METRICS} yet: wait for the first one")
-    unit = {"classify": "text", "dpo": "pair"}.get(about.get("task"), "token")
-    return RecordedRun(name, options, tokenizer, records, notes, unit)
+    return RecordedRun(name, options, tokenizer, records, notes, UNITS.get(str(about.get("task")), "token"))
 
 
 def _not_a_run(folder: Path, why: str) -> Error:

@@ -337,7 +337,7 @@ export class Watch {
       h("div", { class: "tiles" }, ...runs.map((run, i) => this.tile(run, COLORS[i], unit(run), bits))),
       missing.length ? h("p", { class: "quiet" }, `No bits per byte were recorded for ${missing.join(", ")}.`) : null,
       h("div", { class: "charts" },
-        chart(bits ? "Loss, bits per byte" : "Loss, nats per token", loss, { width, height: narrow ? 240 : 330, format }),
+        chart(bits ? "Loss, bits per byte" : `Loss, nats per ${[...new Set(runs.map(run => run.unit))].join(" or ")}`, loss, { width, height: narrow ? 240 : 330, format }),
         small("Tokens per second", "tokens_per_s", true), small("Learning rate", "lr", true), small("Gradient norm", "grad_norm", true)),
       h("div", { class: "tiles" }, ...runs.filter(run => run.samples.length).map(run => {
         const [last, ...earlier] = [...run.samples].reverse(), line = each => h("li", {}, h("span", { class: "quiet" }, `step ${each.step.toLocaleString("en")}`), h("p", {}, each.text));
