@@ -111,6 +111,8 @@ def test_a_refusal_names_what_would_be_accepted():
         chat(response_format={"type": "json_object"})
     with pytest.raises(APIError, match="only false is supported"):
         completion(echo=True)
+    with pytest.raises(APIError, match=r"temperature is 1e\+31: give a number from 0 to 1e30"):
+        chat(temperature=1e31)
     with pytest.raises(APIError, match="the role is 'tool': use system, developer, user, assistant"):
         chat(messages=[{"role": "tool", "tool_call_id": "1", "content": "x"}])
 

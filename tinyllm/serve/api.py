@@ -122,7 +122,7 @@ class Parameters:
 
     def number(self, name: str, check, expected: str, default: float | None = None) -> float | None:
         def is_valid(x):
-            return isinstance(x, int | float) and not isinstance(x, bool) and abs(x) < 1e30 and check(x)
+            return isinstance(x, int | float) and not isinstance(x, bool) and check(x)
 
         return self.take(name, is_valid, expected, default)
 
@@ -221,7 +221,9 @@ def _options(parameters: Parameters, limits: Limits, lengths: tuple[str, ...], d
     return dict(
         max_tokens=next(iter(given), default),
         n=parameters.integer("n", 1, min(MAX_CHOICES, limits.choices), 1),
-        temperature=parameters.number("temperature", lambda x: x >= 0, "a number of at least 0", 1.0),
+        temperature=parameters.number(
+            "temperature", lambda x: 0 <= x <= 1e30, "a number from 0 to 1e30", 1.0
+        ),
         top_p=parameters.number("top_p", lambda x: 0 < x <= 1, "a number above 0 and at most 1"),
         top_k=top_k if top_k > 0 else None,
         seed=_seed(parameters),
