@@ -167,14 +167,15 @@ def plot(result: dict, labels: dict[str, str], path: Path) -> None:
             panel.xaxis.set_major_formatter("{x:g}x")
             panel.set_xlabel("size, relative to the smallest")
     guide = dict(color=GREY, linestyle=":", linewidth=1.2, zorder=1)
-    text = dict(color=GREY, fontsize="small", ha="right", textcoords="offset points")
+    text = dict(color=GREY, fontsize="small", textcoords="offset points")
     for growth, ratio in panels:
+        growth.margins(x=0.14)  # for the word at the end of a guide, where no curve is
         for power, word in (1, "linear"), (2, "quadratic"):
             end = most ** (1 / power), most  # where the guide leaves the panel
             growth.plot([1, end[0]], [1, most], **guide)
-            growth.annotate(word, end, (-28, 0) if power == 1 else (-8, -4), **text)
+            growth.annotate(word, end, (6, -4), **text)
         ratio.axhline(1, **guide)
         ratio.set_ylim(0, max(1.2, ratio.get_ylim()[1]))
-        ratio.annotate("PyTorch eager", (most, 1), (0, 5), **text)
+        ratio.annotate("PyTorch eager", (most, 1), (0, 5), ha="right", **text)
     figure.legend(loc="outside upper left", ncols=3, frameon=False, fontsize="small")
     save(figure, path)
