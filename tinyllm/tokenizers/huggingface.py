@@ -73,7 +73,7 @@ class TokenizersTokenizer(Tokenizer):
         tokenizer.no_padding()
         vocabulary = tokenizer.get_vocab(with_added_tokens=True)
         self.vocab_size = max(vocabulary.values(), default=-1) + 1
-        self._gaps = set(range(self.vocab_size)).difference(vocabulary.values())
+        self._ids = set(vocabulary.values())
         self._added = tokenizer.get_added_tokens_decoder()
         self.special_tokens = {token.content: i for i, token in self._added.items() if token.special}
         self._check_model()
@@ -235,7 +235,7 @@ class TokenizersTokenizer(Tokenizer):
         return TokenizersTokenizer(self.name, tokenizer)
 
     def token_ids(self) -> set[int]:
-        return set(range(self.vocab_size)) - self._gaps
+        return self._ids
 
     def _is_token(self, name: str) -> bool:
         return self.tokenizer.token_to_id(name) is not None
