@@ -84,7 +84,9 @@ def test_runs_of_several_processes_recover_from_kill_9_of_one():
 @pytest.mark.torture
 def test_forty_kills_of_one_of_several_processes():
     skip_without_mpi()
-    figures = passed(kill_processes(40, options=("--shard-optimizer",)))["kill -9 of one of 2 processes"]
+    figures = passed(kill_processes(40, options=("--shard-optimizer", "--optimizer=adamw")))[
+        "kill -9 of one of 2 processes"
+    ]
     assert figures.tries == 40
 
 
