@@ -104,8 +104,8 @@ validation = [rows["valid"][np.arange(i, min(i + 8, len(valid)))] for i in range
 
 # %% [markdown]
 # ## LoRA
-# The weights stay as they are; to each linear layer's is added a product of two narrow matrices. So gradients
-# and the optimizer's two averages are needed for 4% of the parameters only.
+# The weights stay as they are, and a product of two narrow matrices is added to those of each linear layer.
+# So gradients and the optimizer's two averages are needed for only 4% of the parameters.
 
 # %%
 nn.add_lora(model, rank=16, alpha=16, targets="all-linear", rng=0)

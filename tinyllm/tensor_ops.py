@@ -347,7 +347,7 @@ def number_for(tensor, x):
     """A number as a Python number, or for bfloat16, which with a float would become float32, as a Tensor."""
     x = x.item() if isinstance(x, np.generic) else x
     if isinstance(x, float) and is_half(tensor.dtype) and tensor.dtype != np.float16:
-        return type(tensor)(np.asarray(x, tensor.dtype, like=tensor.data))
+        return constant(x, tensor)
     return x
 
 

@@ -160,7 +160,7 @@ def prefill(model, side: Side) -> dict:
 
 
 def second_turn(model, side: Side) -> dict:
-    """The first token of a chat's second answer, if its cache holds the first turn and if there is none."""
+    """The first token of a chat's second answer, with the first turn in the cache and with an empty one."""
     from tinyllm import generate
 
     sizes, history = side.sizes, ids_of(side.sizes.history)

@@ -68,10 +68,10 @@ def scaled_dot_product_attention(
     If dropout multiplies P by a mask M, dV = (P M)ᵀ g and dP = M (g Vᵀ), and δ_t is still Σ_e g_te O_te.
 
     The forward pass keeps two numbers per query instead of the row P_t: the peak m_t = max_k S_tk and the sum
-    Σ_t of all E_ts = exp(S_ts - m_t), so that P_ts = E_ts / Σ_t. (The paper keeps m_t + log Σ_t, which loses
-    Σ_t if a mask adds -1e9 to all scores of a query.) The backward pass computes S and E again, one block at
-    a time; where memory allows it (see ``is_kept``) the blocks of E are kept. Since every gradient above is
-    linear in P and g, it is cheaper to divide the rows of g by Σ_t than those of E.
+    Σ_t of all E_ts = exp(S_ts - m_t), so that P_ts = E_ts / Σ_t. (FlashAttention-2, arXiv 2307.08691, keeps
+    m_t + log Σ_t, which loses Σ_t if a mask adds -1e9 to all scores of a query.) The backward pass computes S
+    and E again, one block at a time; where memory allows it (see ``is_kept``) the blocks of E are kept. Since
+    every gradient above is linear in P and g, it is cheaper to divide the rows of g by Σ_t than those of E.
 
     Vaswani et al., "Attention Is All You Need", arXiv 1706.03762, section 3.2.1.
     """

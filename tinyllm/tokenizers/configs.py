@@ -141,7 +141,7 @@ def _ids_of(tokenizer: Tokenizer, found: list, folder: Path) -> tuple[int, ...]:
             continue
         if token is not None and not (is_integer(i) and 0 <= i < tokenizer.vocab_size):
             raise Error(
-                f"a config in {folder} has the special token {token!r}, which is none of {tokenizer.name}: "
+                f"a config in {folder} has the special token {token!r}, not special in {tokenizer.name}: "
                 "correct or remove it"
             )
         ids.append(i)

@@ -1,4 +1,4 @@
-"""Logs of a run: TensorBoard, Weights & Biases.
+"""Logs of a run: TensorBoard and Weights & Biases.
 
 A log is a callback that receives the record of every step. ``open_logs`` opens the ones in ``--log``, and
 closes them at the end of the run, however it ends. Their packages are optional, and imported only when they

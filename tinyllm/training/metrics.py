@@ -22,7 +22,7 @@ BOOKKEEPING = ("out", "resume", "checkpoint_every", "checkpoint_minutes", "keep"
 NUMBERS = ("step", "tokens", "train_loss", "tokens_per_s", "train_eval_loss", "val_loss", "val_bits_per_byte")
 NUMBERS += ("val_final_bits_per_byte", "val_second_bits_per_byte")
 
-UNITS = {"classify": "text", "dpo": "pair"}  # task -> of what a loss is the mean; of other tasks tokens
+UNITS = {"classify": "text", "dpo": "pair"}  # task -> what its loss is a mean over; otherwise tokens
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class RecordedRun:
     tokenizer: dict
     records: list[dict]
     notes: list[str]
-    unit: str = "token"  # of which a loss is the mean
+    unit: str = "token"  # a loss is a mean over these
 
     def bytes_per_token(self) -> float:
         """Of the validation text: the ratio of its loss to its bits per byte."""

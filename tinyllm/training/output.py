@@ -1,4 +1,4 @@
-"""What a run prints: lines above the progress bar, wrapped, which never end the run."""
+"""What a run prints: lines above the progress bar, wrapped. What cannot be written never ends a run."""
 
 import io
 import os

@@ -25,7 +25,7 @@ def torch_attention(q, k, v):
 
 
 def weights(q, k, power=0.5, offset=0, axis=-1, mask="before"):
-    """The attention weights (T, S); ``offset`` -1 shows a position the next."""
+    """The attention weights (T, S); ``offset`` -1 shows each position the next one."""
     scores = q @ k.T / q.shape[-1] ** power
     visible = np.tri(*scores.shape, -offset, dtype=bool)
     if mask == "none":
