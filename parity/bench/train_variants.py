@@ -178,12 +178,12 @@ def attention_products(q, k, v, g) -> None:
     """The products of attention in each block: two forward, four backward, and the scores if recomputed."""
     import numpy as np
 
-    from tinyllm.backend.threads import one_blas_thread, run_tasks
+    from tinyllm.backend.threads import one_blas_thread, run_tasks, threads_for
     from tinyllm.functional.attention import QUERY_BLOCK, _head_groups, weights_are_kept
 
     B, H, T, _ = q.shape
     kept = np.zeros((B, H, min(T, QUERY_BLOCK), T), q.dtype) if weights_are_kept(B, H, T, T, q) else None
-    groups = _head_groups(B, H, min(T, QUERY_BLOCK) * T, like=q)
+    groups = _head_groups(B, H, min(T, QUERY_BLOCK) * T, threads_for(B * H * T * T))
 
     def blocks(bh):
         """(queries, visible keys, visible values, output's gradient) of every block of a group of heads."""

@@ -72,8 +72,7 @@ def run_tasks(function, tasks: list, elements: float = math.inf) -> None:
     """
     if getattr(_Workers.busy, "first_task_only", False):
         tasks = tasks[:1]
-    alone = len(tasks) < 2 or elements <= FEW_BLOCKS * BLOCK or in_task()
-    helpers = 0 if alone else min(num_threads(), len(tasks)) - 1
+    helpers = min(threads_for(elements), len(tasks)) - 1
     if helpers < 1:
         for task in tasks:
             function(task)
@@ -89,6 +88,11 @@ def run_tasks(function, tasks: list, elements: float = math.inf) -> None:
             _Workers.busy.flag = False
 
     run_parts(work, [None] * (helpers + 1))
+
+
+def threads_for(elements: float) -> int:
+    """How many threads ``run_tasks`` gives to work on so many elements."""
+    return 1 if elements <= FEW_BLOCKS * BLOCK or in_task() else num_threads()
 
 
 def _next(tasks: collections.deque):

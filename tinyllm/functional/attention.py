@@ -13,7 +13,7 @@ import numpy as np
 
 from tinyllm.backend.memory import is_kept
 from tinyllm.backend.random import dropout_mask, next_address
-from tinyllm.backend.threads import one_blas_thread, run_tasks, sum_last_axis
+from tinyllm.backend.threads import one_blas_thread, run_tasks, sum_last_axis, threads_for
 from tinyllm.checks import is_integer
 from tinyllm.errors import Error
 from tinyllm.functional.activations import check_probability, check_softcap
@@ -96,7 +96,8 @@ def scaled_dot_product_attention(
     address = next_address() if dropout_p else None
     step = max(1, QUERY_BLOCK // R)  # a block stacks the rows of R heads
     widest = S if window is None else min(S, window + step - 1)
-    tasks, num_scores = _head_groups(B, G, R * min(T, step) * widest, like=q), B * H * T * widest
+    num_scores = B * H * T * widest
+    groups = _head_groups(B, G, R * min(T, step) * widest, threads_for(num_scores))
 
     def grouped(x):
         """(B, H, T, D) -> (B, G, R, T, D), a view: head h is number h % R of group h // R."""
@@ -167,7 +168,7 @@ def scaled_dot_product_attention(
         heads = [part.stop - part.start for part in (*bg, rows, keys)]
         return np.empty((*heads[:2], R, *heads[2:]), q.dtype, like=q)
 
-    every = [(bg, *block) for bg in tasks for block in reversed(blocks)]  # the longest first
+    every = [(bg, *block) for bg in groups for block in reversed(blocks)]  # the longest first
     # place -> E of its block
     kept = {place(bg, i): new_block(bg, rows, keys) for bg, rows, keys, i in every if keeps}
 
@@ -227,7 +228,7 @@ def scaled_dot_product_attention(
                 dk[bg][:, :, keys] += ds.swapaxes(-1, -2) @ q_scaled
 
         with one_blas_thread():
-            run_tasks(backward, tasks, num_scores)
+            run_tasks(backward, groups, num_scores)
         return dq.reshape(B, H, T, D), dk, dv, None if dbias is None else dbias.reshape(B, H, T, S)
 
     return Tensor.from_op(out.reshape(B, H, T, v.shape[3]), (query, key, value, bias), vjp)
@@ -358,11 +359,12 @@ def part_number(address, num_heads: int, head: int, num_blocks: int, block: int)
     return (address[2] * num_heads + head) * num_blocks + block
 
 
-def _head_groups(B, G, scores, like):
-    """Slices (batch, key-value heads) whose blocks, with ``scores`` elements per head, fit the cache."""
-    if not isinstance(like, np.ndarray):  # one large call is faster than many
-        return [(slice(0, B), slice(0, G))]
-    most = max(1, SCORES // max(1, scores))
+def _head_groups(B, G, scores, threads):
+    """Slices (batch, key-value heads) whose blocks, of ``scores`` elements per head, fit the cache.
+
+    They are at least as many as the threads that share them.
+    """
+    most = max(1, min(SCORES // max(1, scores), B * G // threads))
     rows = max(1, most // max(1, G))  # of the batch, if all heads of one are fewer than fit
 
     def slices(length, size):
