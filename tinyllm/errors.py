@@ -28,7 +28,7 @@ def names_shapes(op):
     def call(*args, **kwargs):
         try:
             return op(*args, **kwargs)
-        except (ValueError, IndexError) as error:
+        except (ValueError, IndexError, OverflowError) as error:
             given = [*args, *kwargs.values()]
             given += [x for sequence in given if isinstance(sequence, list | tuple) for x in sequence]
             shapes = ", ".join(str(tuple(x.shape)) for x in given if hasattr(x, "shape"))

@@ -218,10 +218,7 @@ class Tensor(ArrayAlgebra):
         """``other`` as a Python number or a Tensor of this dtype, so that the result has it too."""
         if _is_number(other):
             return number_for(self, other)
-        if not isinstance(other, Tensor):
-            other = Tensor(np.asarray(other, like=self.data) if isinstance(other, (list, tuple)) else other)
-            if other.dtype.kind in "iub":
-                other.data = other.data.astype(self.dtype)
+        other = constant(other, self)
         if type(self.data) is not np.ndarray or type(other.data) is not np.ndarray:
             check_one_device(self, other)
         if other.dtype != self.dtype:
@@ -247,7 +244,7 @@ class Tensor(ArrayAlgebra):
     def __sub__(self, other):
         other = self._operand(other)
         if _is_number(other):
-            return self + -other
+            return Tensor.from_op(self.data - other, (self,), lambda grad: (grad,))
         return Tensor.from_op(self.data - other.data, (self, other), lambda grad: (grad, -grad))
 
     @names_shapes
@@ -283,6 +280,7 @@ class Tensor(ArrayAlgebra):
 
         return Tensor.from_op(y, parents, vjp)
 
+    @names_shapes
     def __rpow__(self, base):
         return constant(self._operand(base), self) ** self
 
@@ -316,9 +314,7 @@ class Tensor(ArrayAlgebra):
         )
 
     def __rmatmul__(self, other):
-        if _is_number(other):
-            return self @ other  # raises the same error
-        return self._operand(other) @ self
+        return constant(self._operand(other), self) @ self
 
 
 def _is_number(x) -> bool:

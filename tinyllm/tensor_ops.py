@@ -335,12 +335,17 @@ def check_tensors(tensors) -> None:
 
 
 def constant(x, like):
-    """A number as a Tensor of the dtype of ``like``, which must not truncate it; a Tensor as it is."""
+    """``x`` as a Tensor; numbers and integers get the dtype of ``like``, which must have such a number."""
     if isinstance(x, ArrayAlgebra):
         return x
-    if isinstance(x, float) and not is_floating(like.dtype):
-        raise Error(f"{x} is not a number of {like.dtype}: convert the Tensor with astype() first")
-    return type(like)(np.asarray(x, like.dtype, like=like.data))
+    data = x if hasattr(x, "dtype") else np.asarray(x, like=like.data)
+    if isinstance(x, int | float) or data.dtype.kind in "iub":
+        with np.errstate(invalid="ignore"):  # nan and inf as integers
+            exact, data = data, data.astype(like.dtype)
+        if not is_floating(data.dtype) and (data != exact).any():
+            wrong = exact[data != exact][0]
+            raise Error(f"{wrong} is not a number of {data.dtype}: convert the Tensor with astype() first")
+    return type(like)(data)
 
 
 def number_for(tensor, x):

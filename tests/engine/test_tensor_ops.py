@@ -796,6 +796,34 @@ ERRORS = {  # mistake -> (call, words in its message: the value and the remedy)
         lambda: 2.5 ** Tensor(np.arange(2)),
         ["2.5", "int64", "astype()"],
     ),
+    "integers and an array of larger ones": (
+        lambda: Tensor(np.arange(2, dtype=np.uint8)) - np.array([1, 300]),
+        ["300 is not a number of uint8", "astype()"],
+    ),
+    "integers and a list of negative ones": (
+        lambda: [-1, 2] * Tensor(np.arange(2, dtype=np.uint8)),
+        ["-1 is not a number of uint8", "astype()"],
+    ),
+    "where of integers and a larger array": (
+        lambda: where(np.ones(2, bool), Tensor(np.arange(2)), np.array([1, 2**63], np.uint64)),
+        ["9223372036854775808 is not a number of int64", "astype()"],
+    ),
+    "where of integers and a larger number": (
+        lambda: where(np.ones(2, bool), Tensor(np.arange(2, dtype=np.int8)), 128),
+        ["128 is not a number of int8", "astype()"],
+    ),
+    "where of integers and infinity": (
+        lambda: where(np.ones(2, bool), Tensor(np.arange(2)), -math.inf),
+        ["-inf is not a number of int64", "astype()"],
+    ),
+    "truth and numbers": (lambda: Tensor(np.ones(2, bool)) * [1, 2], ["2 is not a number of bool"]),
+    "integers and a larger number": (lambda: Tensor(np.arange(2, dtype=np.uint8)) - 300, ["300", "uint8"]),
+    "a larger number and integers": (lambda: 300 - Tensor(np.arange(2, dtype=np.uint8)), ["300", "uint8"]),
+    "a larger number to the power of integers": (
+        lambda: 300 ** Tensor(np.arange(2, dtype=np.uint8)),
+        ["300", "uint8"],
+    ),
+    "integers and a huge number": (lambda: Tensor(np.arange(2)) * 2**70, ["mul", "int too large"]),
     "concatenate with an array": (lambda: concatenate([leaf(2), np.ones(2)]), ["ndarray", "Tensor(array)"]),
     "stack of arrays": (lambda: stack([np.ones(2)]), ["ndarray", "Tensor(array)"]),
     "einsum of an array": (lambda: einsum("i,i->i", leaf(2), np.ones(2)), ["ndarray", "Tensor(array)"]),
@@ -885,6 +913,20 @@ WRONG_SHAPES = {  # each is an error in NumPy; the shapes that the message names
     "einsum of batches": (lambda: einsum("...i,...i", leaf(2, 3), leaf(4, 3)), ["(2, 3)", "(4, 3)"]),
     "einsum of nothing": (lambda: einsum("i->i"), ["'i->i'"]),
 }
+
+
+def test_integers_stay_integers():
+    x = Tensor(np.array([5, 200], np.uint8))
+    for y, expected in (
+        (x - 3, [2, 197]),
+        (x - [3, 200], [2, 0]),
+        (255 - x, [250, 55]),
+        ([255, 201] - x, [250, 1]),
+        (x + np.array([1, 55]), [6, 255]),
+        (x * True, [5, 200]),
+        (where(np.array([True, False]), x, [0, 255]), [5, 255]),
+    ):
+        assert y.dtype == np.uint8 and y.data.tolist() == expected
 
 
 @pytest.mark.parametrize("name", WRONG_SHAPES)
