@@ -21,7 +21,7 @@ import threading
 import numpy as np
 
 from tinyllm.backend.cuda.launch import check_one_device
-from tinyllm.backend.dtypes import accumulation_dtype, is_floating, mixed_dtypes
+from tinyllm.backend.dtypes import accumulation_dtype, is_floating, is_half, mixed_dtypes
 from tinyllm.backend.memory import is_kept
 from tinyllm.checks import check_gradient
 from tinyllm.errors import Error, names_shapes
@@ -298,6 +298,8 @@ class Tensor(ArrayAlgebra):
         other = self._operand(other)
         if _is_number(other) or not self.ndim or not other.ndim:
             raise Error("@ needs arrays of at least one dimension on both sides; use * for numbers")
+        if is_half(self.dtype):  # NumPy gives float32 for bfloat16, and takes long for float16
+            return (self.astype(np.float32) @ other.astype(np.float32)).astype(self.dtype)
         if self.ndim == 1 or other.ndim == 1:
             return vector_matmul(self, other)
         a, b = self.data, other.data

@@ -4,6 +4,7 @@ import string
 
 import numpy as np
 
+from tinyllm.backend.dtypes import is_half
 from tinyllm.errors import Error, names_shapes
 from tinyllm.tensor_ops import check_tensors
 
@@ -18,6 +19,9 @@ def einsum(subscripts: str, *tensors):
     broadcast; the engine sums the gradient over them.
     """
     check_tensors(tensors)
+    if tensors and is_half(tensors[0].dtype):  # see Tensor.__matmul__
+        in_float32 = einsum(subscripts, *(tensor.astype(np.float32) for tensor in tensors))
+        return in_float32.astype(tensors[0].dtype)
     terms, output = explicit_subscripts(subscripts, [t.shape for t in tensors])
     tensors = [diagonal(tensor, term) for tensor, term in zip(tensors, terms)]
     terms = ["".join(dict.fromkeys(term)) for term in terms]

@@ -929,6 +929,35 @@ def test_integers_stay_integers():
         assert y.dtype == np.uint8 and y.data.tolist() == expected
 
 
+PRODUCTS = {
+    "matrices": (((3, 4), (4, 2)), lambda a, b: a @ b),
+    "batches": (((2, 3, 4), (2, 4, 5)), lambda a, b: a @ b),
+    "vectors": (((4,), (4,)), lambda a, b: a @ b),
+    "a row and a matrix": (((4,), (4, 2)), lambda a, b: a @ b),
+    "a matrix and a column": (((3, 4), (4,)), lambda a, b: a @ b),
+    "einsum": (((3, 4), (2, 4)), lambda a, b: einsum("ij,kj->ik", a, b)),
+    "einsum of a sum": (((3, 4), (2, 4)), lambda a, b: einsum("ij,kj->k", a, b)),
+}
+
+
+@pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16])
+@pytest.mark.parametrize("name", PRODUCTS)
+def test_products_of_half_precision_are_summed_in_float32(name, dtype):
+    shapes, product = PRODUCTS[name]
+    rng = np.random.default_rng(0)
+    halves = [Tensor(rng.standard_normal(shape).astype(dtype), requires_grad=True) for shape in shapes]
+    singles = [Tensor(half.data.astype(np.float32), requires_grad=True) for half in halves]
+    out, exact = product(*halves), product(*singles)
+    grad = rng.standard_normal(out.shape).astype(dtype)
+    out.backward(grad)
+    exact.backward(grad.astype(np.float32))
+    assert out.dtype == dtype and np.array_equal(out.data, exact.data.astype(dtype))
+    for half, single in zip(halves, singles):
+        assert half.grad.dtype == dtype and np.array_equal(half.grad, single.grad.astype(dtype))
+    ones = Tensor(np.ones((1, 1000), dtype))
+    assert (ones @ ones.transpose()).item() == einsum("ij,kj->ik", ones, ones).item() == 1000
+
+
 @pytest.mark.parametrize("name", WRONG_SHAPES)
 def test_wrong_shape_or_axis_is_one_error_that_names_it(name):
     call, words = WRONG_SHAPES[name]
