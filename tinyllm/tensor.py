@@ -21,7 +21,7 @@ import threading
 import numpy as np
 
 from tinyllm.backend.cuda.launch import check_one_device
-from tinyllm.backend.dtypes import accumulation_dtype, is_floating, is_half, mixed_dtypes
+from tinyllm.backend.dtypes import is_floating, is_half, mixed_dtypes, mixed_precision
 from tinyllm.backend.memory import is_kept
 from tinyllm.checks import check_gradient
 from tinyllm.errors import Error, names_shapes
@@ -46,6 +46,12 @@ class Node:
         self.shape, self.dtype = shape, dtype
         self.age = next(Node._ages)  # a parent is always older than its children
         self.grad, self.retain = None, False  # retain: keep the gradient of a computed tensor, too
+
+    def __getstate__(self):
+        """For ``copy.deepcopy``, of leaves only, as in torch: a copied graph would lead to copied leaves."""
+        if self.parents != ():
+            raise Error("only a leaf can be copied, and this tensor was computed: use detach()")
+        return super().__getstate__()
 
 
 def _backward(root: Node, seed, oldest_first: list[Node]) -> None:
@@ -129,7 +135,7 @@ class Tensor(ArrayAlgebra):
         """
         out = Tensor(data)
         dtypes = [parent.data.dtype for parent in parents if parent is not None]
-        if dtypes.count(dtypes[0]) < len(dtypes) and not _mixed_precision(dtypes):
+        if dtypes.count(dtypes[0]) < len(dtypes) and not mixed_precision(dtypes):
             raise Error(mixed_dtypes(*dtypes))
         if mode.recording:
             nodes = tuple(None if parent is None else parent.node for parent in parents)
@@ -230,7 +236,7 @@ class Tensor(ArrayAlgebra):
     @names_shapes
     def __add__(self, other):
         """x + y; half precision + float32 is float32, so that a residual stream stays float32."""
-        if isinstance(other, Tensor) and _mixed_precision((self.dtype, other.dtype)):
+        if isinstance(other, Tensor) and mixed_precision((self.dtype, other.dtype)):
             return self.astype(np.float32) + other.astype(np.float32)
         other = self._operand(other)
         if _is_number(other):
@@ -321,11 +327,6 @@ class Tensor(ArrayAlgebra):
 
 def _is_number(x) -> bool:
     return isinstance(x, (int, float, np.number, np.bool_))
-
-
-def _mixed_precision(dtypes) -> bool:
-    """Whether these are float32 and one half-precision dtype: products on a GPU convert their weights."""
-    return len(set(dtypes)) == 2 and {accumulation_dtype(dtype) for dtype in dtypes} == {np.dtype(np.float32)}
 
 
 # --------------------------------------------------------- the ownership of gradient buffers

@@ -3,9 +3,11 @@
 ``CASES`` holds one strategy per op; the checks of ``parity.ops.cases`` run on all of them.
 """
 
+import copy
 import inspect
 import math
 import operator
+import pickle
 from functools import partial
 
 import einops
@@ -741,10 +743,10 @@ def leaf(*shape, dtype=np.float64):
     return Tensor(np.ones(shape, dtype), requires_grad=True)
 
 
-def twice():
+def after_backward():
     loss = leaf(2).sum()
     loss.backward()
-    loss.backward()
+    return loss
 
 
 def set_grad_of_computed_tensor():
@@ -752,7 +754,7 @@ def set_grad_of_computed_tensor():
 
 
 ERRORS = {  # mistake -> (call, words in its message: the value and the remedy)
-    "backward twice": (twice, ["already", "forward pass again"]),
+    "backward twice": (lambda: after_backward().backward(), ["already", "forward pass again"]),
     "Tensor of a Tensor": (lambda: Tensor(leaf(2)), ["detach()", "Tensor(tensor.data)"]),
     "gradient of integers": (lambda: Tensor(np.arange(2), requires_grad=True), ["int64", "floating-point"]),
     "backward on a constant": (lambda: Tensor(np.ones(1)).backward(), ["requires_grad=True"]),
@@ -772,6 +774,9 @@ ERRORS = {  # mistake -> (call, words in its message: the value and the remedy)
     "a leaf's grad that is a number": (lambda: setattr(leaf(2), "grad", 1.0), ["(2,)", "float"]),
     "a leaf's grad that is a Tensor": (lambda: setattr(leaf(2), "grad", leaf(2)), ["(2,)", "Tensor"]),
     "grad of a computed tensor": (set_grad_of_computed_tensor, ["leaf", "requires_grad=True"]),
+    "deepcopy of a computed tensor": (lambda: copy.deepcopy(leaf(2) * 2), ["leaf", "computed", "detach()"]),
+    "deepcopy of a loss after backward": (lambda: copy.deepcopy(after_backward()), ["leaf", "detach()"]),
+    "pickle of a computed tensor": (lambda: pickle.dumps(leaf(2) * 2), ["leaf", "computed", "detach()"]),
     "requires_grad of a computed tensor": (
         lambda: setattr(leaf(2) * 2, "requires_grad", False),
         ["computed", "detach()"],

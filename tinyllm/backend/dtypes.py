@@ -70,6 +70,11 @@ def mixed_dtypes(*dtypes) -> str:
     )
 
 
+def mixed_precision(dtypes) -> bool:
+    """Whether these are float32 and one half-precision dtype: products on a GPU convert their weights."""
+    return len(set(dtypes)) == 2 and {accumulation_dtype(dtype) for dtype in dtypes} == {np.dtype(np.float32)}
+
+
 _products: ContextVar[str] = ContextVar("dtype of products", default="float32")
 
 
