@@ -131,6 +131,17 @@ def check_fields(config, layers: tuple[str, ...], widths: tuple[str, ...]) -> No
         raise Error(f"{deepest:,} layers of width {widest:,} are too large: correct {names}")
 
 
+def check_range(name: str, array, dtype: np.dtype, instead: str = "another dtype") -> None:
+    """Raise ``Error``, naming what to choose ``instead``, if a finite number is too large for ``dtype``."""
+    if np.can_cast(array.dtype, dtype):
+        return
+    with np.errstate(over="ignore"):
+        lost = np.isfinite(array) & np.isinf(array.astype(dtype))
+    if lost.any():
+        largest = float(abs(array[lost]).max())
+        raise Error(f"{name} has a weight of {largest:.3g}, too large for {dtype}: choose {instead}")
+
+
 def check_names_and_shapes(expected: dict[str, tuple], found: dict[str, tuple], source: str) -> None:
     """Raise one ``Error`` that lists every missing, unexpected and misshaped tensor, if there are any.
 

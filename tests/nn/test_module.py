@@ -3,12 +3,14 @@
 import copy
 import math
 import pickle
+import re
 import threading
 import tracemalloc
 from collections import OrderedDict, deque
 from dataclasses import dataclass
 from types import MappingProxyType
 
+import ml_dtypes
 import numpy as np
 import pytest
 import torch
@@ -684,3 +686,28 @@ def test_blocks_of_evaluating_in_several_threads_keep_eval_mode_until_the_last_e
         thread.join()
         assert not model.training
     assert model.training
+
+
+@pytest.mark.parametrize(
+    "given, wanted, value",
+    [
+        (np.float32, np.float16, -65520.0),  # the least that is rounded to infinity
+        (ml_dtypes.bfloat16, np.float16, 1e5),
+        (np.float64, np.float32, 1e39),
+        (np.float32, ml_dtypes.bfloat16, 3.4e38),
+    ],
+)
+def test_a_weight_too_large_for_a_dtype_is_refused_by_name(given, wanted, value):
+    for other in (np.inf, np.nan):  # these are kept
+        model = tied().astype(given)
+        model.first.bias.data[:2] = 1, other
+        assert np.array_equal(model.astype(wanted).first.bias.data[:2], [1, other], equal_nan=True)
+    model = tied().astype(given)
+    model.first.bias.data[1] = value
+    shown = f"{float(abs(model.first.bias.data[1])):.3g}"
+    message = re.escape(f"first.bias has a weight of {shown}, too large for {np.dtype(wanted)}")
+    with pytest.raises(Error, match=message):
+        model.astype(wanted)
+    assert {p.dtype for p in model.parameters()} == {np.dtype(given)}
+    with pytest.raises(Error, match=message):
+        tied().astype(wanted).load_state_dict(model.state_dict())

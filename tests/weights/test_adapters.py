@@ -190,6 +190,14 @@ def test_dtypes_follow_the_model(tmp_path):
     assert {parameter.dtype for parameter in model.parameters()} == {np.dtype(np.float32)}
 
 
+def test_a_weight_too_large_for_the_models_dtype_is_refused(tmp_path):
+    large = with_lora(GPT)
+    next(iter(nn.lora_layers(large).values())).lora_B.weight.data[0, 0] = 1e5
+    save_adapter(large, tmp_path, None)
+    with pytest.raises(Error, match=r"lora_B.weight has a weight of 1e\+05, too large for float16"):
+        load_adapter(random_gpt2(GPT, dtype=np.float32).astype(np.float16), tmp_path)
+
+
 # ------------------------------------------------------------------------- training goes on
 
 

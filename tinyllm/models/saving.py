@@ -9,6 +9,7 @@ import numpy as np
 
 from tinyllm import nn
 from tinyllm.backend.dtypes import dtype_of
+from tinyllm.checks import check_range
 from tinyllm.errors import Error
 from tinyllm.weights import safetensors
 from tinyllm.weights.gguf_writer import EARLIER
@@ -36,12 +37,9 @@ def is_plain(model: nn.Module, original: nn.Module) -> bool:
 def check_weights(model: nn.Module, dtype: str, instead: str) -> None:
     """Raise ``Error``, naming a weight and what to choose ``instead``, unless all are finite in ``dtype``."""
     for name, array in model.state_dict().items():
-        largest = np.float64(np.abs(array).max())
-        if not np.isfinite(largest):
+        if not np.isfinite(array).all():
             raise Error(f"{name} has a weight that is not finite: {EARLIER}")
-        with np.errstate(over="ignore"):
-            if not np.isfinite(largest.astype(dtype_of(dtype))):
-                raise Error(f"{name} has a weight of {largest:.3g}, too large for {dtype}: choose {instead}")
+        check_range(name, array, dtype_of(dtype), instead)
 
 
 def save_model(folder: str | Path, model: nn.Module, config: dict, tensors: Mapping, overwrite: bool) -> None:

@@ -17,10 +17,10 @@ import numpy as np
 
 from tinyllm.backend.device import to_device, to_device_of
 from tinyllm.backend.dtypes import dtype_of, is_floating
-from tinyllm.checks import check_names_and_shapes
+from tinyllm.checks import check_names_and_shapes, check_range
 from tinyllm.errors import Error
 from tinyllm.nn.hooks import call
-from tinyllm.nn.init import converted
+from tinyllm.nn.init import converted, is_meta
 from tinyllm.tensor import Tensor
 
 
@@ -126,10 +126,16 @@ class Module:
         return self.train(False)
 
     def astype(self, dtype):
-        """Convert every floating-point parameter to ``dtype``, in place. Gradients are dropped."""
+        """Convert every floating-point parameter to ``dtype``, in place. Gradients are dropped.
+
+        Raises ``Error``, and changes nothing, if a weight is too large for it, as 65,520 is for float16.
+        """
         dtype = dtype_of(dtype)
         if not is_floating(dtype):
             raise Error(f"parameters cannot be {dtype}: choose float32, float64, bfloat16 or float16")
+        for name, parameter in self.named_parameters():
+            if is_floating(parameter.dtype) and not is_meta(parameter.data):
+                check_range(name, parameter.data, dtype)
         for parameter in self.parameters():
             if is_floating(parameter.dtype):
                 parameter.replace(converted(parameter.data, lambda data: data.astype(dtype, copy=False)))
@@ -161,7 +167,7 @@ class Module:
 
         Strict: if names are missing or unknown or shapes differ, ``Error`` lists them all and nothing is
         changed. Arrays are read one at a time, so a lazy mapping (``safetensors.Weights``) is never entirely
-        in memory.
+        in memory. Raises ``Error`` at a weight that is too large for the dtype of its parameter.
         """
         if not isinstance(arrays, Mapping):
             raise Error(f"weights must be a dict, such as a state_dict(), not a {type(arrays).__name__}")
@@ -175,6 +181,7 @@ class Module:
         check_names_and_shapes(expected, {name: shapes[key] for name, key in keys.items()}, source)
         for full, owner, name, parameter in entries:
             array = owner.layout(name, arrays[keys[full]])
+            check_range(full, array, parameter.dtype)
             parameter.replace(
                 to_device_of(array.astype(parameter.dtype, order="C", copy=True), parameter.data)
             )

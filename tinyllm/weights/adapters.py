@@ -19,6 +19,7 @@ from pathlib import Path
 import numpy as np
 
 from tinyllm.backend.device import to_device, to_device_of
+from tinyllm.checks import check_range
 from tinyllm.errors import Error
 from tinyllm.files import replacing, write_whole
 from tinyllm.nn import Linear, Module, adapter_modules, add_lora, loaded, lora_layers
@@ -176,6 +177,7 @@ def load_adapter(model: Module, folder: str | Path) -> None:
     for name, key in keys.items():
         owner, _, local = name.rpartition(".")
         parameter, array = getattr(modules[owner], local), modules[owner].layout(local, weights[key])
+        check_range(name, array, parameter.dtype)
         array = array.astype(parameter.dtype, order="C", copy=True)
         parameter.replace(to_device_of(array, parameter.data))
 
