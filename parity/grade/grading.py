@@ -53,6 +53,10 @@ class Verdict(NamedTuple):
     hint: str | None = None
 
 
+class TooSlow(BaseException):
+    """Ends a call after ``SECONDS``, and Hypothesis's search. It is no Exception: code may catch these."""
+
+
 def grade(exercise: Exercise, path: Path) -> list[Verdict]:
     """The verdict on each function of a learner's file. Raises ``Error`` if the file cannot be run."""
     module = load(path)
@@ -73,7 +77,7 @@ def load(path: Path):
     except SyntaxError as error:
         line = f", line {error.lineno}" if error.lineno else ""
         raise Error(f"{path}{line}: {error.msg}") from None
-    except (Exception, SystemExit) as error:
+    except (Exception, SystemExit, TooSlow) as error:
         raise Error(f"{path} cannot be run: {in_words(error, path)}") from None
     return module
 
@@ -120,10 +124,6 @@ def _first_failure(part: Part, function: Callable, path: Path | None) -> Failure
     return next(filter(None, (_try(part, function, *trial, path) for trial in _trials(part))), None)
 
 
-class _SlowError(BaseException):
-    """Ends Hypothesis's search: each further attempt would take as long."""
-
-
 def _smallest_failure(part: Part, function: Callable, path: Path | None) -> Failure | None:
     """The failure on the smallest of the inputs that fail. None if no input fails a second time."""
     last: list[Failure] = []
@@ -135,11 +135,11 @@ def _smallest_failure(part: Part, function: Callable, path: Path | None) -> Fail
         if failure is not None:
             last[:] = [failure]
             if failure.slow:
-                raise _SlowError
+                raise TooSlow
             raise AssertionError
 
     # Hypothesis ends with the smallest, or complains of a function that fails only sometimes
-    with contextlib.suppress(AssertionError, Flaky, _SlowError):
+    with contextlib.suppress(AssertionError, Flaky, TooSlow):
         attempt()
     return last[0] if last else None
 
@@ -179,8 +179,8 @@ def _try(part: Part, function: Callable, inputs: Inputs, truth, path: Path | Non
             found = function(**given_to_it)
     except NotImplementedError:
         raise
-    except (Exception, SystemExit) as error:
-        slow = isinstance(error, TimeoutError)
+    except (Exception, SystemExit, TooSlow) as error:
+        slow = isinstance(error, TooSlow)
         return Failure(in_words(error, path), inputs, printed.getvalue(), slow)
     changed = [name for name in inputs if not _equal(given_to_it[name], inputs[name])]
     if changed:
@@ -258,7 +258,7 @@ def hint_of(part: Part, function: Callable) -> str | None:
     try:
         with _time_limit():
             found = [_outcome(function, inputs) for inputs, _ in trials]
-    except TimeoutError:
+    except TooSlow:
         return None
     wrong = [not _same(mine, truth, part) for mine, (_, truth) in zip(found, trials)]
     for mistake in part.mistakes:
@@ -298,8 +298,6 @@ def _outcome(function: Callable, inputs: Inputs):
     try:
         with np.errstate(all="ignore"), contextlib.redirect_stdout(io.StringIO()):
             return function(**copy.deepcopy(dict(inputs)))
-    except TimeoutError:
-        raise
     except (Exception, SystemExit):
         return RAISED
 
@@ -333,7 +331,7 @@ def in_words(error: BaseException, path: Path | None) -> str:
     frames = traceback.extract_tb(error.__traceback__) if path else ()
     lines = [frame.lineno for frame in frames if os.path.abspath(frame.filename) == os.path.abspath(path)]
     where = f" in line {lines[-1]}" if lines else ""
-    if isinstance(error, TimeoutError):
+    if isinstance(error, TooSlow):
         return f"stopped{where} after {SECONDS} seconds: does a loop never end?"
     if isinstance(error, SystemExit):
         return f"the program is ended{where}: leave exit() out"
@@ -357,16 +355,16 @@ def _shown(x) -> str:
 
 @contextlib.contextmanager
 def _time_limit() -> Iterator[None]:
-    """Raise TimeoutError in a block that takes longer than ``SECONDS``; Windows cannot."""
+    """Raise TooSlow in a block that takes longer than ``SECONDS``; Windows cannot."""
     if not hasattr(signal, "setitimer"):
         yield
         return
 
     def stop(*_):
-        raise TimeoutError
+        raise TooSlow
 
     before = signal.signal(signal.SIGALRM, stop)
-    signal.setitimer(signal.ITIMER_REAL, SECONDS)
+    signal.setitimer(signal.ITIMER_REAL, SECONDS, 0.2)  # again and again, if it is caught
     try:
         yield
     finally:

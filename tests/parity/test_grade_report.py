@@ -96,6 +96,14 @@ def test_an_endless_loop_is_stopped(answer, monkeypatch):
     assert "after 0.2 seconds: does a loop never end?\n    an input that fails: softmax(" in printed
 
 
+@pytest.mark.parametrize("kind", ["Exception", "BaseException"])
+def test_an_endless_loop_that_catches_exceptions_is_stopped(answer, monkeypatch, kind):
+    monkeypatch.setattr("parity.grade.grading.SECONDS", 0.2)
+    loop = f"while True:\n        try:\n            np.sqrt(x)\n        except {kind}:\n            pass\n"
+    _, printed = answer(SOFTMAX.replace("return e", f"{loop}    return e"))
+    assert "after 0.2 seconds: does a loop never end?" in printed
+
+
 def test_an_endless_loop_for_small_inputs_is_stopped(answer, monkeypatch):
     """It is met while the smallest input is sought: that ends at once."""
     monkeypatch.setattr("parity.grade.grading.SECONDS", 0.2)
