@@ -140,6 +140,27 @@ def test_vocab_and_merges_with_added_tokens_equal_transformers(tmp_path, kind):
     assert "not 300" in message_of(load_tokenizer, folder)
 
 
+@pytest.mark.parametrize("kind", ["json", "decoder", "decoder, not special"])
+def test_tokenizer_json_with_added_tokens_equals_transformers(byte_level, tmp_path, kind):
+    definition = json.loads((byte_level / "tokenizer.json").read_text(encoding="utf-8"))
+    definition |= {"truncation": None, "padding": None}
+    *_, think = definition["added_tokens"]  # those before are the first two ids
+    definition["added_tokens"] = [think | {"id": think["id"] - 2}]
+    vocabulary, size = definition["model"]["vocab"], think["id"] - 1
+    definition["model"]["vocab"] = {token: i - 2 for token, i in vocabulary.items() if i >= 2}
+    config = {"tokenizer_class": "PreTrainedTokenizerFast"}
+    files = {"tokenizer": definition, "config": {"model_type": "gpt2"}, "tokenizer_config": config}
+    if kind == "json":
+        files["added_tokens"] = {"<|im_start|>": size, "<|im_end|>": size + 1}
+    else:
+        config["added_tokens_decoder"] = added(size, size + 1, special=kind == "decoder")
+    ours = check_equals_transformers(write(tmp_path, **files))
+    assert ours.vocab_size == size + 2 and ours.encode(CHATML, "allow").count(size + 1) == 1
+    assert ("<|im_end|>" in ours.special_tokens) is (kind == "decoder")
+    files["tokenizer_config"] = config | {"added_tokens_decoder": added(size + 5, size + 6)}
+    assert f"not {size + 5}" in message_of(load_tokenizer, write(tmp_path, **files))
+
+
 def test_llama_3_vocabulary_with_renamed_and_added_tokens(llama3, tmp_path):
     (tmp_path / "tokenizer.model").write_bytes((llama3 / "tokenizer.model").read_bytes())
     plain = load_tokenizer(llama3)

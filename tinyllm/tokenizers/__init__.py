@@ -61,10 +61,9 @@ def load_tokenizer(spec: str | Path) -> Tokenizer:
     folder of that name; write ``./gpt2`` for the folder. The name of a model
     that was pulled, such as ``smollm2``, gives that model's tokenizer.
 
-    For a published model, ``added_tokens.json`` or ``tokenizer_config.json`` may add tokens to a vocabulary
-    other than ``tokenizer.json``, which is complete. The files next to the vocabulary
-    (``tokenizer_config.json``, ``generation_config.json``, ``config.json``, ``chat_template.jinja``; in GGUF,
-    the file's keys) set
+    For a published model, ``added_tokens.json`` or ``tokenizer_config.json`` may add tokens to the
+    vocabulary. The files next to it (``tokenizer_config.json``, ``generation_config.json``, ``config.json``,
+    ``chat_template.jinja``; in GGUF, the file's keys) set
     ``bos_id`` (the id that begins a text, or None), ``add_bos`` (whether the model expects it before a text),
     ``eos_ids`` (a tuple of the ids that end one, possibly empty), ``closing_ids`` (those after a text that is
     classified; usually none) and ``chat_template`` (or None; see ``chat_template.py``). The bos token in
@@ -94,7 +93,7 @@ def load_tokenizer(spec: str | Path) -> Tokenizer:
     file = _find_file(path) if path.is_dir() else path
     read = _read_ours if file.name == FILE_NAME else _reader(file)
     tokenizer = read(file)
-    if read not in (_read_ours, read_gguf, read_tokenizer_json):
+    if read not in (_read_ours, read_gguf):
         tokenizer = tokenizer.with_file_tokens(read_added_tokens(file.parent))
     if read in (read_vocab_and_merges, read_sentencepiece):
         check_prefix_space(tokenizer, file.parent)
