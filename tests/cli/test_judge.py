@@ -4,10 +4,12 @@ import json
 import shutil
 
 import pytest
-from support.chat_model import write_model
+from support.chat_model import BYTE_ID, write_model
 from support.model_server import FakeServer
 
-from tinyllm import cli, load_model
+from tinyllm import cli, load_model, load_tokenizer
+from tinyllm.inference.choices import log_prob, parse_question
+from tinyllm.tokenizers.chat_template import encode_chat
 
 ROWS = [{"instruction": f"Say {i}.", "input": "", "output": str(i)} for i in range(20)]
 QUESTIONS = [{"question": f"{i}?", "choices": ["yes", "no", "perhaps"], "answer": i % 3} for i in range(4)]
@@ -131,6 +133,26 @@ def test_multiple_choice(judge, tmp_path, options):
         assert all(log_prob < 0 for log_prob in record["log_probs"])
     right = sum(record["correct"] for record in judged) / 4
     assert f"model: correct {right:.2f}" in out
+
+
+@pytest.mark.parametrize("choices", ["text", "letter"])
+def test_a_choice_is_encoded_as_the_continuation_of_the_prompt(judge, model, tmp_path, choices):
+    """The tokenizer puts a space before a text, and none before what follows the prompt's line break."""
+    folder = shutil.copytree(model, tmp_path / "spaced")
+    definition = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
+    definition["pre_tokenizer"]["add_prefix_space"] = True
+    (folder / "tokenizer.json").write_text(json.dumps(definition), encoding="utf-8")
+    (data := tmp_path / "questions.jsonl").write_text("\n".join(map(json.dumps, QUESTIONS)), encoding="utf-8")
+    common = "--by", "choice", "--choices", choices, "--model", folder, "--out", tmp_path / "judged"
+    assert judge(*common, data=data, rows=1, part="all")[0] == 0
+    (record,) = lines(tmp_path / "judged" / "judged.jsonl")
+    question, tokenizer = parse_question(QUESTIONS[0], ""), load_tokenizer(folder)
+    asked, texts = (question.question, question.choices) if choices == "text" else (question.listed, "ABC")
+    prompt = encode_chat(tokenizer, tokenizer.chat_template, [{"role": "user", "content": asked}])
+    assert tokenizer.encode("yes") == [BYTE_ID[byte] for byte in b" yes"]
+    for text, found in zip(texts, record["log_probs"], strict=True):
+        answer = [BYTE_ID[byte] for byte in text.encode()]
+        assert found == pytest.approx(log_prob(load_model(folder), prompt, answer), rel=1e-5)
 
 
 def test_pairs_of_answers_and_messages_are_prompts(judge, tmp_path):

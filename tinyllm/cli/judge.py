@@ -342,11 +342,11 @@ class _Choices:
         return judge_items(folder, name, len(self.questions), lambda row: self._choose(row, loaded))
 
     def _choose(self, row: int, loaded: Loaded) -> dict:
-        question = self.questions[row]
+        question, prompt = self.questions[row], loaded.prompts[row]
         texts = LETTERS[: len(question.choices)] if self.by_letter else question.choices
         try:
-            answers = [loaded.tokenizer.encode(text, special="text") for text in texts]
-            log_probs = [log_prob(loaded.model, loaded.prompts[row], answer) for answer in answers]
+            answers = [loaded.tokenizer.encode_around(text, [], prompt) for text in texts]
+            log_probs = [log_prob(loaded.model, prompt, answer) for answer in answers]
         except Error as error:
             raise Error(f"{self.prompts[row].where}: {error}") from None
         chosen = most_likely(log_probs, texts, self.config.per_byte)
