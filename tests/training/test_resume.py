@@ -19,7 +19,7 @@ from tinyllm.data.batches import Batches
 from tinyllm.errors import Error
 from tinyllm.training.checkpoint import verify
 from tinyllm.training.run_folder import begun_config
-from tinyllm.training.tasks.pretrain import train
+from tinyllm.training.tasks.pretrain import Pretraining, train
 from tinyllm.training.tasks.text import load_data
 from tinyllm.weights.runs import checkpoints, last_checkpoint
 
@@ -43,6 +43,21 @@ def test_a_run_stopped_after_every_step_resumes(text, tmp_path, arch, optimizer)
     assert left(out) == left(tmp_path / "whole")
     for name, array in model.state_dict().items():
         assert array.tobytes() == resumed.state_dict()[name].tobytes()
+
+
+def test_a_run_stopped_while_its_folder_is_made_resumes(text, tmp_path, monkeypatch):
+    out, save = tmp_path / "run", Pretraining.save
+
+    def ring_after(task, folder):
+        save(task, folder)
+        signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(Pretraining, "save", ring_after)
+    with pytest.raises(KeyboardInterrupt) as raised:
+        train(tiny(text, out), progress=False)
+    assert raised.value.args[1].startswith(f"stopped after step 0; tinyllm train --resume {out} continues")
+    train(begun_config(out), progress=False)
+    assert [record["step"] for record in records(out)] == list(range(7))
 
 
 OPTIONS = dict(

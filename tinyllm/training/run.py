@@ -126,17 +126,18 @@ def _run(run: RunFolder, progress: bool, callback: Log | None) -> Module:
     model = task.model().to(device)
     optimizer = make_optimizer(model, config)
     keep_memory()
-    run.start(model, optimizer)
-    optimizer.reserve()
-    try:
-        names = config.log if run.leads else ()
-        with open_logs(names, run.folder, run.about) as log, _signals() as check, autocast(config.dtype):
-            processes.gather()  # all have come so far: from here on an exception is followed by a checkpoint
-            logs = [each for each in (run, log, callback) if each is not None]
-            _train(run, logs, check, progress)
-    except OSError as error:
-        remedy = f"free some space or make the folder writable, then continue with {run.resuming()}"
-        raise OSError(f"{error}: {remedy}") from error
+    with _signals() as check:  # from here on, so that no folder is begun and left without its config.json
+        run.start(model, optimizer)
+        optimizer.reserve()
+        try:
+            names = config.log if run.leads else ()
+            with open_logs(names, run.folder, run.about) as log, autocast(config.dtype):
+                processes.gather()  # all have come so far: an exception is now followed by a checkpoint
+                logs = [each for each in (run, log, callback) if each is not None]
+                _train(run, logs, check, progress)
+        except OSError as error:
+            remedy = f"free some space or make the folder writable, then continue with {run.resuming()}"
+            raise OSError(f"{error}: {remedy}") from error
     if run.leads:
         for lines in (task.conclusion(run.history[-1]), run.summary()):
             if lines:
