@@ -272,6 +272,9 @@ def test_epochs_become_steps(files, tmp_path):
     assert loaded(files, tmp_path, steps=None, warmup=None)[0].config.steps == 2
     with pytest.raises(Error, match="--epochs and --steps"):
         options(*files, tmp_path, epochs=1)
+    for steps in (dict(warmup=0), dict(steps=5, warmup=None)):
+        with pytest.raises(Error, match=r"--initial-lr is 1e-05.* warm-up"):
+            options(*files, tmp_path, initial_lr=1e-5, **steps)
 
 
 # ------------------------------------------------------------- batches change no number

@@ -114,6 +114,8 @@ class FinetuneOptions(RunOptions):
             self._require(name, value is None or 0 < value < math.inf, "above 0")
         for name in ("dropout", "lora_dropout"):
             self._require(name, 0 <= getattr(self, name) < 1, "at least 0 and below 1")
+        if self.steps is not None:
+            self._require("initial_lr", self.initial_lr == 0 or self.warmup_steps > 0, "0 without a warm-up")
         if self.epochs is not None and self.steps is not None and self.resume is None:
             raise Error("--epochs and --steps both set the length of the run: give one of them")
 
