@@ -25,12 +25,12 @@ from tinyllm.errors import Error
 from tinyllm.files import lock, read_sealed, sealed
 from tinyllm.training.checkpoint import verify
 from tinyllm.training.config import TrainConfig
-from tinyllm.training.metrics import read_run
+from tinyllm.training.metrics import best_checkpoint, read_run
 from tinyllm.training.output import wrap
 from tinyllm.training.picture import plot_losses
 from tinyllm.training.run_folder import begun_config
 from tinyllm.training.tasks.pretrain import train
-from tinyllm.weights.runs import checkpoints, last_checkpoint
+from tinyllm.weights.runs import checkpoints, last_checkpoint, step_of
 
 pytestmark = pytest.mark.usefixtures("quick")
 
@@ -505,6 +505,23 @@ def test_a_disk_that_fills_cuts_no_record_and_the_run_can_resume(text, tmp_path,
         assert (whole / "samples.txt").read_bytes().startswith(generated)
         train(begun_config(out), progress=False)
         assert left(out) == left(whole)
+
+
+@pytest.mark.parametrize("kept", [0, 1])
+def test_the_best_checkpoint_is_kept_although_the_metrics_are_lost(text, tmp_path, kept):
+    """The evaluations after the first ``kept`` records are taken from the checkpoints."""
+    out = tmp_path / "run"
+    changes = dict(lr=10.0, warmup=5, checkpoint_every=1, eval_every=1, keep=9)  # it diverges
+    stopped_after(tiny(text, out, **changes), 4)
+    losses = {record["step"]: record["val_loss"] for record in records(out)[1:]}
+    assert min(losses, key=losses.get) == 1 and [*map(step_of, checkpoints(out))] == [*losses]
+    lines = (out / "metrics.jsonl").read_bytes().splitlines(keepends=True)
+    (out / "metrics.jsonl").write_bytes(b"".join(lines[:kept]))
+    train(replace(begun_config(out), keep=1), progress=False)
+    assert {r["step"]: r["val_loss"] for r in records(out)[kept:] if r["step"] in losses} == losses
+    assert [*map(step_of, checkpoints(out))] == [1, 6]
+    assert best_checkpoint(out) == checkpoints(out)[0]
+    read_run(out)  # the records are whole
 
 
 def test_a_run_whose_tokenizer_cannot_be_written_leaves_an_empty_folder(text, tmp_path, whole):

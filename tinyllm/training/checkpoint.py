@@ -30,6 +30,7 @@ import os
 import platform
 import shutil
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from pathlib import Path, PureWindowsPath
 
 import numpy as np
@@ -43,6 +44,7 @@ from tinyllm.nn import Module
 from tinyllm.optim import AdamW
 from tinyllm.tensor import Tensor
 from tinyllm.version import __version__
+from tinyllm.weights.runs import checkpoints, step_of
 from tinyllm.weights.safetensors import SINGLE_FILE, Weights, write_safetensors
 
 FORMAT = 1
@@ -129,6 +131,20 @@ def verify(folder: Path) -> dict:
         if found != expected:
             raise Error(f"{path} is damaged (its size or SHA-256 differs from {ABOUT}): copy it again")
     return about
+
+
+def lost_evaluations(run: Path, history: list[dict], before: int) -> list[dict]:
+    """Records of the checkpoints after ``history`` and before the step ``before`` that were evaluated.
+
+    A checkpoint has the step, the tokens and the val_loss of its record. A damaged one is skipped.
+    """
+    found, first = [], history[-1]["step"] + 1 if history else 0
+    for folder in checkpoints(run):
+        if first <= step_of(folder) < before:
+            with suppress(Error):
+                about = verify(folder)
+                found.append({key: about[key] for key in ("step", "tokens", "val_loss")})
+    return [record for record in found if record["val_loss"] is not None]
 
 
 def load_checkpoint(

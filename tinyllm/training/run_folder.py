@@ -41,6 +41,7 @@ from tinyllm.training.checkpoint import (
     DAMAGED,
     check_space,
     load_checkpoint,
+    lost_evaluations,
     machine,
     remove_checkpoint,
     remove_left_overs,
@@ -205,6 +206,7 @@ class RunFolder:
                 write_whole(self.folder / f"{DAMAGED}{METRICS}", read_file(metrics))
                 kept = f"; it was copied to {DAMAGED}{METRICS}"
             say(f"warning: {metrics} is damaged: records up to step {step} are missing{kept}")
+            self.history += lost_evaluations(self.folder, self.history, step)
         if self.state and self.state["val_loss"] is None and self.was_evaluated(step):
             last = self.history.pop()  # the evaluation is later than the checkpoint: it is repeated
             self.history.append({key: last[key] for key in last if not is_evaluation(key)})
