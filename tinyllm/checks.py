@@ -132,14 +132,17 @@ def check_fields(config, layers: tuple[str, ...], widths: tuple[str, ...]) -> No
 
 
 def check_range(name: str, array, dtype: np.dtype, instead: str = "another dtype") -> None:
-    """Raise ``Error``, naming what to choose ``instead``, if a finite number is too large for ``dtype``."""
-    if np.can_cast(array.dtype, dtype):
+    """Raise ``Error``, naming what to choose ``instead``, if the largest number is too large for ``dtype``.
+
+    An array with infinity or nan is not checked: it stays as wrong as it is.
+    """
+    if np.can_cast(array.dtype, dtype) or not array.size:
         return
-    with np.errstate(over="ignore"):
-        lost = np.isfinite(array) & np.isinf(array.astype(dtype))
-    if lost.any():
-        largest = float(abs(array[lost]).max())
-        raise Error(f"{name} has a weight of {largest:.3g}, too large for {dtype}: choose {instead}")
+    with np.errstate(over="ignore", invalid="ignore"):
+        largest = np.maximum(abs(array.max()), abs(array.min()))  # without a copy of the array
+        lost = np.isfinite(largest) and not np.isfinite(largest.astype(dtype))
+    if lost:
+        raise Error(f"{name} has a weight of {float(largest):.3g}, too large for {dtype}: choose {instead}")
 
 
 def check_names_and_shapes(expected: dict[str, tuple], found: dict[str, tuple], source: str) -> None:
