@@ -54,7 +54,7 @@ def initialize_as_torch(model, rng: np.random.Generator | int) -> None:
     own.
     """
     rng = as_generator(rng)
-    for _, module in model.named_modules():
+    for module in model.modules():
         if hasattr(module, "reset_parameters"):
             module.reset_parameters(rng)
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping, Set
+from collections.abc import Iterator, Mapping, Set
 from typing import Any
 
 import numpy as np
@@ -118,7 +118,7 @@ class Module:
 
     def train(self, mode: bool = True):
         """Enable dropout (or with ``mode=False`` disable it) in this module and its submodules."""
-        for _, module in self.named_modules():
+        for module in self.modules():
             module.training = mode
         return self
 
@@ -265,16 +265,13 @@ _evaluated_lock = threading.Lock()
 
 
 @contextlib.contextmanager
-def evaluating(model: Module, modules: Iterable[Module] | None = None):
+def evaluating(model: Module):
     """Context manager: every module is in eval mode within the block, and restored to its mode afterwards.
 
-    Of several blocks at once, in several threads, the last restores the mode. ``modules``, the model and all
-    its submodules, may be passed to avoid the search: 400 take a millisecond.
+    Of several blocks at once, in several threads, the last restores the mode.
     """
-    if modules is None:
-        modules = (module for _, module in model.named_modules())
     with _evaluated_lock:
-        training = [module for module in modules if module.training or id(module) in _evaluated]
+        training = [module for module in model.modules() if module.training or id(module) in _evaluated]
         for module in training:  # a loaded model has none
             _evaluated[id(module)] = _evaluated.get(id(module), 0) + 1
             module.training = False

@@ -136,7 +136,7 @@ def fit(
     first_lr = optimizer.lr
     lr_at = _schedule(first_lr if lr is None else lr)
     options = dict(micro_batch=micro_batch, clip=clip, seed=seed)
-    modes = [(module, module.training) for _, module in model.named_modules()]
+    modes = [(module, module.training) for module in model.modules()]
     model.train().zero_grad()
     try:
         for completed in training_steps(model, optimizer, *data, lr_at, range(steps), loss_scale, **options):
