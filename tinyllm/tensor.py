@@ -117,7 +117,7 @@ class Tensor(ArrayAlgebra):
     def __init__(self, data, requires_grad: bool = False):
         if isinstance(data, Tensor):
             raise Error("Tensor(tensor) is ambiguous; use tensor.detach(), or Tensor(tensor.data)")
-        self.data = as_array(data) if hasattr(data, "dtype") else np.asarray(data)
+        self.data = as_array(data)
         self.node = self.recompute = None
         if requires_grad:
             self.requires_grad = True

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import math
 import operator
@@ -313,8 +314,7 @@ def where(condition, a, b):
     like = a if isinstance(a, ArrayAlgebra) else b
     if not isinstance(like, ArrayAlgebra):
         raise Error(f"where({a!r}, {b!r}) needs at least one Tensor: use np.where for numbers")
-    a, b = like._operand(a), like._operand(b)
-    a, b = constant(a, like), constant(b, like)
+    a, b = constant(like._operand(a), like), constant(like._operand(b), like)
     return like.from_op(
         np.where(condition, a.data, b.data),
         (a, b),
@@ -338,7 +338,7 @@ def constant(x, like):
     """``x`` as a Tensor; numbers and integers get the dtype of ``like``, which must have such a number."""
     if isinstance(x, ArrayAlgebra):
         return x
-    data = x if hasattr(x, "dtype") else np.asarray(x, like=like.data)
+    data = x if hasattr(x, "dtype") else np.asarray(as_array(x), like=like.data)
     if isinstance(x, int | float) or data.dtype.kind in "iub":
         with np.errstate(invalid="ignore"):  # nan and inf as integers
             exact, data = data, data.astype(like.dtype)
@@ -375,8 +375,14 @@ def in_float32(op, x, *args, **kwargs):
 
 
 def as_array(x):
-    """``x``, or a NumPy scalar (the result of a full reduction) as an array without axes."""
-    return np.asarray(x) if isinstance(x, np.generic) else x
+    """An array as it is; a number or lists of numbers as one. Raises Error for what is not numbers."""
+    if hasattr(x, "dtype"):  # or a NumPy scalar, the result of a full reduction
+        return np.asarray(x) if isinstance(x, np.generic) else x
+    with contextlib.suppress(ValueError):  # of lists of different lengths
+        array = np.asarray(x)
+        if array.dtype.kind not in "OSU":
+            return array
+    raise Error(f"a {type(x).__name__} is not an array of numbers: give numbers, or lists of equal lengths")
 
 
 to_memory_of = to_device_of  # for the ops that a learner reads, which do not speak of devices

@@ -756,6 +756,7 @@ def set_grad_of_computed_tensor():
 ERRORS = {  # mistake -> (call, words in its message: the value and the remedy)
     "backward twice": (lambda: after_backward().backward(), ["already", "forward pass again"]),
     "Tensor of a Tensor": (lambda: Tensor(leaf(2)), ["detach()", "Tensor(tensor.data)"]),
+    "Tensor of None": (lambda: Tensor(None), ["NoneType", "give numbers"]),
     "gradient of integers": (lambda: Tensor(np.arange(2), requires_grad=True), ["int64", "floating-point"]),
     "backward on a constant": (lambda: Tensor(np.ones(1)).backward(), ["requires_grad=True"]),
     "backward on a vector": (lambda: (leaf(2) * 2).backward(), ["(2,)", "grad="]),

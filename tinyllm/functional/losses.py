@@ -19,7 +19,7 @@ from tinyllm.errors import Error
 from tinyllm.functional.activations import check_softcap
 from tinyllm.functional.linear import check_linear
 from tinyllm.tensor import Tensor
-from tinyllm.tensor_ops import as_array, as_rows, to_memory_of
+from tinyllm.tensor_ops import array_of, as_array, as_rows, to_memory_of
 
 CHUNK = 256  # rows of logits at a time, or more; with fewer, reading the weight from memory dominates
 LOGITS = 2**20  # logits at a time, if that is more rows
@@ -272,9 +272,7 @@ class Targets:
 
 def _as_array(x):
     """Targets or weights as an array, from a Tensor, array, list or number."""
-    if isinstance(x, Tensor):
-        return x.data
-    return as_array(x) if x is None or hasattr(x, "dtype") else np.asarray(x)
+    return None if x is None else as_array(array_of(x))
 
 
 def _num_targets(weight, ignore_index, num_targets) -> float:
