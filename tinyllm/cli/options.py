@@ -218,8 +218,7 @@ class SamplingOptions:
 @dataclass(frozen=True, kw_only=True)
 class SpeculationOptions:
     speculate: Annotated[str | None, option("NAME", "off")] = None
-    """Check several tokens at once, guessed from the text so far (prompt) or by a smaller model, named as for
-    --model or a run's folder: the same text, faster where guesses are right."""
+    """Guess tokens, from the text so far (prompt) or with a smaller model or run: the same text, faster."""
 
     def find_draft(self) -> None:
         """Raise Error if --speculate names neither prompt nor a model, before any is loaded."""
@@ -273,9 +272,10 @@ def move(model: Module, device: str) -> None:
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """`` (did you mean …?)`` with the known word that is most alike, or nothing."""
-    known = {name.lower(): name for name in known}
-    close = difflib.get_close_matches(word.lower(), known, n=1)
+    """`` (did you mean …?)`` with the known word that begins so, or else is most alike, or nothing."""
+    known, word = {name.lower(): name for name in known}, word.lower()
+    longer = [name for name in known if word and name.startswith(word)]
+    close = longer or difflib.get_close_matches(word, known, n=1)
     return f" (did you mean {known[close[0]]}?)" if close else ""
 
 
@@ -302,7 +302,7 @@ def parse_options(options: type, program: str, args: list[str], **more):
         r"invalid choice (.*) for argument '(.*)'\. Expected one of \((.*)\)", sentence
     ):
         value, name, known = choice.groups()
-        known = known.replace(", 'None'", "").replace("'", "")
+        known = ", ".join(each for each in known.replace("'", "").split(", ") if each != "None")
         sentence = f"{name} is {value}{did_you_mean(value.strip(chr(39)), known.split(', '))}: choose {known}"
     sentence = re.sub(r"^Missing value for argument '(\S+)'.*", r"\1 needs a value", sentence)
     if kind := re.match(r"Error parsing (\S+): .*?(int|float)\b.*: ('.*')", sentence):

@@ -55,8 +55,7 @@ class ServeConfig(DeviceOptions, TextModelOptions):
     queue: Annotated[int, option("N")] = 32
     """Number of requests that may wait for a slot; more get status 503."""
     context: Annotated[int | None, option("N", f"the model's, at most {LONGEST}")] = None
-    """Maximum number of tokens of a conversation, its answer included. Memory grows with the longest one and
-    with --slots."""
+    """Most tokens of a conversation, its answer included. Memory grows with the longest, and --slots."""
     max_tokens: Annotated[int | None, option("N", f"{LONGEST_ANSWER}, at most the context")] = None
     """Maximum number of tokens of an answer, and their number if a chat request does not say it."""
     api_key: Annotated[str | None, option("KEY", f"the environment variable {KEY}, if set")] = None

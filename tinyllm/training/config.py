@@ -222,8 +222,7 @@ class ModelOptions:
     head_bias: bool = False
     """GPT-2 only: a bias in the output layer."""
     init: str = "gpt2"
-    """Initial weights: gpt2 (standard deviation 0.02), zero (the same, but blocks begin as the identity), or
-    torch (PyTorch's defaults; embeddings N(0, 1))."""
+    """Initial weights: gpt2 (N(0, 0.02²)), zero (the same, but blocks add 0 at first), torch (PyTorch's)."""
 
     def model(self, vocab_size: int, rng: np.random.Generator | None) -> Module:
         """The untrained model; with ``rng=None``, of meta parameters, which use no memory."""

@@ -48,11 +48,8 @@ LAST_BLOCKS = re.compile(r"last-blocks:([1-9]\d*)")
 
 
 @dataclass(frozen=True, kw_only=True)
-class FinetuneOptions(RunOptions):
-    """Teach a pretrained model a task, such as to follow instructions.
-
-    These are the options of every task of ``tinyllm finetune``; a task's class adds its own.
-    """
+class StartOptions:
+    """The model that is fine-tuned, its examples, and what of it is trained."""
 
     model: str
     """The model to start from: smollm2, gemma3-270m, gpt2, a folder, a run, a .gguf file or a hub id."""
@@ -78,6 +75,15 @@ class FinetuneOptions(RunOptions):
     """Seed of the split into training, validation and test examples, where the data has none."""
     eval_examples: int = 256
     """Maximum number of validation examples to evaluate, the same each time."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class FinetuneOptions(RunOptions, StartOptions):
+    """Teach a pretrained model a task, such as to follow instructions.
+
+    These are the options of every task of ``tinyllm finetune``; a task's class adds its own.
+    """
+
     batch: int = 8
     """Examples per step."""
     steps: int | None = None
