@@ -63,7 +63,7 @@ def accelerated(op: Op) -> Op:
     return checked(call)
 
 
-def summed_in_float32(op: Op) -> Op:
+def computed_in_float32(op: Op) -> Op:
     """``op``, computed in float32 if the input is half precision: see ``tensor_ops.in_float32``."""
 
     @functools.wraps(op)
@@ -73,19 +73,19 @@ def summed_in_float32(op: Op) -> Op:
     return checked(call)
 
 
-# One line for each public op: ``accelerated`` if cuda.py has it, ``summed_in_float32`` if half
+# One line for each public op: ``accelerated`` if cuda.py has it, ``computed_in_float32`` if half
 # precision is computed in float32, else ``checked``.
 linear = accelerated(projections.linear)
 embedding = accelerated(projections.embedding)
 layer_norm = accelerated(norms.layer_norm)
 rms_norm = accelerated(norms.rms_norm)
 gelu = accelerated(activations.gelu)
-relu = summed_in_float32(activations.relu)
-silu = summed_in_float32(activations.silu)
+relu = computed_in_float32(activations.relu)
+silu = computed_in_float32(activations.silu)
 swiglu = accelerated(activations.swiglu)
 geglu = accelerated(activations.geglu)
-softcap = summed_in_float32(activations.softcap)
-softmax = summed_in_float32(activations.softmax)
+softcap = computed_in_float32(activations.softcap)
+softmax = computed_in_float32(activations.softmax)
 dropout = checked(activations.dropout)
 rope = accelerated(rotations.rope)
 scaled_dot_product_attention = accelerated(attention.scaled_dot_product_attention)

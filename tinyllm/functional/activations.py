@@ -13,7 +13,6 @@ from tinyllm.tensor_ops import as_rows
 
 # GPT-2's GELU: 2u = LINEAR x + CUBIC x³
 LINEAR = 2 * math.sqrt(2 / math.pi)
-
 CUBIC = 0.044715 * LINEAR
 
 
@@ -297,8 +296,8 @@ def dropout(input: Tensor, p: float = 0.5, training: bool = True) -> Tensor:
     The mask is a function of ``tinyllm.manual_seed(seed, step, first_row)``: the backward pass generates it
     again instead of keeping it, and an op that needs y there computes y again. Axis 0 of x is the row of the
     batch, and each row has random bits of its own, so that splitting a batch does not change which elements
-    are dropped. In both places p is rounded to a multiple of 2^-16, near 0 and 1 of 2^-32. Srivastava et
-    al., "Dropout", JMLR 15 (2014).
+    are dropped. The p that is used is rounded to a multiple of 2^-16, near 0 and 1 of 2^-32, where elements
+    are dropped and where they are scaled. Srivastava et al., "Dropout", JMLR 15 (2014).
     """
     check_probability(p)
     if not training or p == 0:

@@ -41,7 +41,7 @@ def layer_norm(
     x_hat, y, shape = np.empty_like(x), np.empty_like(x), input.shape
     inv_std = np.empty((len(x), 1), x.dtype, like=x)
 
-    def scaled(rows, y):
+    def scaled(y, rows):
         np.multiply(x_hat[rows], 1 if w is None else w, out=y[rows])
         if b is not None:
             y[rows] += b
@@ -50,13 +50,13 @@ def layer_norm(
         centred = np.subtract(x[rows], sum_last_axis(x[rows]) / x.shape[1], out=x_hat[rows])
         np.divide(1, np.sqrt(_row_dot(centred, centred) / x.shape[1] + eps), out=inv_std[rows])
         centred *= inv_std[rows]
-        scaled(rows, y)
+        scaled(y, rows)
 
     each_block(forward, *x.shape, like=x)
 
     def result():
         y = np.empty_like(x_hat)
-        each_block(lambda rows: scaled(rows, y), *y.shape, like=y)
+        each_block(lambda rows: scaled(y, rows), *y.shape, like=y)
         return y.reshape(shape)
 
     def vjp(grad):
