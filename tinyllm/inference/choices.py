@@ -17,11 +17,10 @@ from typing import NamedTuple
 
 import numpy as np
 
+from tinyllm.data.padded import IGNORED
 from tinyllm.errors import Error
 from tinyllm.nn import Module, evaluating
 from tinyllm.tensor import no_grad
-
-IGNORED = -100
 
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 

@@ -23,12 +23,11 @@ import numpy as np
 
 from tinyllm.checks import check_at_least, check_ids, is_integer
 from tinyllm.data.corpus import Corpus, end_of_text_id, splits
+from tinyllm.data.padded import IGNORED
 from tinyllm.errors import Error
 from tinyllm.nn import Module, evaluating
 from tinyllm.tensor import no_grad
 from tinyllm.tokenizers.base import Tokenizer
-
-IGNORED = -100  # a target that the loss ignores
 
 TOKENS_AT_ONCE = 4096  # the default size of a batch of windows, in tokens
 

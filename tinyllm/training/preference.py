@@ -31,11 +31,10 @@ from typing import NamedTuple
 
 import numpy as np
 
+from tinyllm.data.padded import IGNORED
 from tinyllm.models import LanguageModel
 from tinyllm.models.packed import padded
 from tinyllm.tensor import Tensor, no_grad
-
-IGNORED = -100  # a target that is not part of the answer
 
 
 class Preferences(NamedTuple):
