@@ -140,8 +140,8 @@ show("runs/05_attention.png", figure)
 # %% [markdown]
 # ## Never all scores at once
 # The plain form keeps the matrix of weights for the backward pass: T² numbers for each head. The fused op
-# (`tinyllm/functional/attention.py`) keeps two numbers per query, the largest score and the sum of softmax, and
-# computes blocks of scores again. Same result, other memory:
+# (`tinyllm/functional/attention.py`) keeps two numbers per query, its largest score and the sum of softmax,
+# and computes blocks of scores again. Same result, other memory:
 
 # %%
 T, D = 512, 16

@@ -181,8 +181,7 @@ for text, row in zip(own, probabilities(class_logits(model, EncodedTexts(tokeniz
 # a calibrated one is also unsure where it is wrong, in the middle.
 
 # %%
-shares = np.exp(logits - logits.max(axis=1, keepdims=True))
-shares /= shares.sum(axis=1, keepdims=True)
+shares = probabilities(logits)
 figure, [[axes]] = new_figure(6, 3)
 of_class = [shares[np.array(test.targets) == i, labels.index("positive")] for i in range(len(labels))]
 axes.hist(of_class, bins=np.linspace(0, 1, 21), label=list(labels))
