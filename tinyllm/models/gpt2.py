@@ -32,10 +32,10 @@ from tinyllm.tensor_ops import split
 
 # Hugging Face's names of activations. Names of one form of GELU differ in rounding only.
 ACTIVATIONS = {
-    "relu": lambda x: F.relu(x),
+    "relu": F.relu,
     "tanh": lambda x: x.tanh(),
-    **dict.fromkeys(["silu", "swish"], lambda x: F.silu(x)),
-    **dict.fromkeys(["gelu", "gelu_python"], lambda x: F.gelu(x)),
+    **dict.fromkeys(["silu", "swish"], F.silu),
+    **dict.fromkeys(["gelu", "gelu_python"], F.gelu),
     **dict.fromkeys(
         ["gelu_new", "gelu_fast", "gelu_accurate", "gelu_pytorch_tanh", "gelu_python_tanh"],
         lambda x: F.gelu(x, approximate="tanh"),
