@@ -11,7 +11,6 @@ import numpy as np
 
 from tinyllm.cli.options import AdapterOptions, option
 from tinyllm.errors import Error
-from tinyllm.inference.chat import find_tokenizer, own_tokenizer
 from tinyllm.models import load_model
 from tinyllm.nn import merge_lora
 from tinyllm.tokenizers import load_tokenizer
@@ -59,9 +58,7 @@ def run(config: ExportConfig) -> None:
     model = load_model(checkpoint or config.model, np.float32)
     config.put_adapter(model)
     merged = merge_lora(model)
-    place = config.adapter and own_tokenizer(config.adapter)
-    place = place or (find_tokenizer(config.model) if checkpoint is None else checkpoint.parent)
-    tokenizer = load_tokenizer(place)
+    tokenizer = load_tokenizer(config.tokenizer_place(checkpoint))
     if checkpoint is not None:  # trained on texts without BOS, unless it began with a published model
         tokenizer.add_bos = tokenizer.add_bos and "start" in read_config(checkpoint.parent)
     with_layers = f", with LoRA of {len(merged)} layers merged" if merged else ""

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
-from tinyllm.cli.options import did_you_mean, option, parse_options, readable
+from tinyllm.cli.options import did_you_mean, option, parse_options, readable, taken, values_of
 from tinyllm.errors import Error
 from tinyllm.training.begun import begun_config, begun_task
 from tinyllm.training.run import run_task
@@ -45,8 +45,8 @@ def run(config: FinetuneOptions) -> None:
 
 def parse(args: list[str]) -> FinetuneOptions:
     """The options of a command line. --task, or the run of --resume, decides which there are."""
-    task, args = _taken("--task", args)
-    folder, args = _taken("--resume", args)
+    task, args = taken("--task", args, "tinyllm finetune")
+    folder, args = taken("--resume", args, "tinyllm finetune")
     if task is None and folder is None:
         if {"-h", "--help"} & {*args}:
             parse_options(_shown(_Shared), "tinyllm finetune", ["--help"])
@@ -65,22 +65,8 @@ def parse(args: list[str]) -> FinetuneOptions:
     options, given = TASKS[task][0], {}
     shown = _shown(options)
     if folder is not None:
-        given["default"] = shown(**_values(begun_config(Path(folder), options)))
-    return options(**_values(parse_options(shown, f"tinyllm finetune --task {task}", args, **given)))
-
-
-def _taken(name: str, args: list[str]) -> tuple[str | None, list[str]]:
-    """The value of an option, and the other arguments."""
-    value, rest, words = None, [], iter(args)
-    for word in words:
-        found, equals, after = word.partition("=")
-        if found != name:
-            rest.append(word)
-            continue
-        value = after if equals else next(words, "")
-        if not value or value.startswith("--"):
-            raise Error(f"{name} needs a value; see tinyllm finetune --help")
-    return value, rest
+        given["default"] = shown(**values_of(begun_config(Path(folder), options)))
+    return options(**values_of(parse_options(shown, f"tinyllm finetune --task {task}", args, **given)))
 
 
 def _shown(options: type[FinetuneOptions]) -> type[FinetuneOptions]:
@@ -89,7 +75,3 @@ def _shown(options: type[FinetuneOptions]) -> type[FinetuneOptions]:
         type(options.__name__, (options,), {"__doc__": options.__doc__})
     )
     return readable(shown, gpu_memory="GB", train="WHAT", data="DATA", targets="[NAME ...]")
-
-
-def _values(options) -> dict:
-    return {field.name: getattr(options, field.name) for field in fields(options)}

@@ -10,7 +10,6 @@ import numpy as np
 
 from tinyllm.cli.options import AdapterOptions, option
 from tinyllm.errors import Error
-from tinyllm.inference.chat import find_tokenizer, own_tokenizer
 from tinyllm.models import load_model
 from tinyllm.models.saving import check_weights
 from tinyllm.nn import merge_lora
@@ -55,8 +54,7 @@ def run(config: MergeConfig) -> None:
     merged = merge_lora(model)
     if not merged:
         raise Error(f"{config.typed} has no adapter to merge: it is a whole model already")
-    place = config.adapter and own_tokenizer(config.adapter)
-    place = place or (find_tokenizer(config.model) if checkpoint is None else checkpoint.parent)
+    place = config.tokenizer_place(checkpoint)
     tokenizer = load_tokenizer(place)
     check_weights(model, config.dtype, "bfloat16" if config.dtype == "float16" else "float32")
     model.astype(config.dtype).save_pretrained(config.out)

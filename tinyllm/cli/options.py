@@ -21,7 +21,7 @@ from tinyllm.backend.device import open_device
 from tinyllm.backend.dtypes import Precision, weights_dtype
 from tinyllm.backend.memory import keep_memory
 from tinyllm.errors import Error
-from tinyllm.inference.chat import load_model_and_tokenizer, own_tokenizer
+from tinyllm.inference.chat import find_tokenizer, load_model_and_tokenizer, own_tokenizer
 from tinyllm.inference.sampling import check_sampling
 from tinyllm.inference.speculative import check_draft
 from tinyllm.models import load_model
@@ -122,6 +122,11 @@ class AdapterOptions(ModelOptions):
         check_causal_lm(folder)
         load_adapter(model, folder)
         model.eval()
+
+    def tokenizer_place(self, checkpoint: Path | None) -> str | Path:
+        """The argument of ``load_tokenizer``: the adapter's own, or else that of the model; see ``find``."""
+        own = self.adapter and own_tokenizer(self.adapter)
+        return own or (find_tokenizer(self.model) if checkpoint is None else checkpoint.parent)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -277,6 +282,25 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
     longer = [name for name in known if word and name.startswith(word)]
     close = longer or difflib.get_close_matches(word, known, n=1)
     return f" (did you mean {known[close[0]]}?)" if close else ""
+
+
+def taken(name: str, args: list[str], program: str) -> tuple[str | None, list[str]]:
+    """The value of an option that must be known first, or None, and the other arguments."""
+    value, rest, words = None, [], iter(args)
+    for word in words:
+        found, equals, after = word.partition("=")
+        if found != name:
+            rest.append(word)
+            continue
+        value = after if equals else next(words, "")
+        if not value or value.startswith("--"):
+            raise Error(f"{name} needs a value; see {program} --help")
+    return value, rest
+
+
+def values_of(options) -> dict:
+    """The values of a dataclass by name, not copied as by ``asdict``."""
+    return {field.name: getattr(options, field.name) for field in fields(options)}
 
 
 def parse_options(options: type, program: str, args: list[str], **more):

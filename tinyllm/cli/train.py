@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Annotated
@@ -10,7 +10,7 @@ from typing import Annotated
 import tyro
 
 from tinyllm.backend import distributed
-from tinyllm.cli.options import did_you_mean, option, parse_options, readable
+from tinyllm.cli.options import did_you_mean, option, parse_options, readable, taken, values_of
 from tinyllm.errors import Error
 from tinyllm.tools.profile import Profile, profile
 from tinyllm.training.begun import begun_config
@@ -82,19 +82,15 @@ SOURCES = {
 
 def parse(args: list[str]) -> TrainConfig:
     """The options of a command line. Those in ``SOURCES`` are read first, wherever they are written."""
-    taken, rest, words = {}, [], iter(args)
-    for word in words:
-        name, equals, value = word.partition("=")
-        if name not in SOURCES:
-            rest.append(word)
-            continue
-        taken[name] = value if equals else next(words, "")
-        if not taken[name] or taken[name].startswith("--"):
-            raise Error(f"{name} needs a value; see tinyllm train --help")
-    if len(taken) > 1:
-        raise Error(f"{' and '.join(taken)} both set the defaults of the other options: give one of them")
-    source, value = next(iter(taken.items()), ("--preset", DEFAULT_PRESET))
-    default = _values(SOURCES[source](value))
+    sources, rest = {}, args
+    for name in SOURCES:
+        value, rest = taken(name, rest, "tinyllm train")
+        if value is not None:
+            sources[name] = value
+    if len(sources) > 1:
+        raise Error(f"{' and '.join(sources)} both set the defaults of the other options: give one of them")
+    source, value = next(iter(sources.items()), ("--preset", DEFAULT_PRESET))
+    default = values_of(SOURCES[source](value))
     given = {word.partition("=")[0].replace("_", "-") for word in rest}
     if source == "--preset" and "--steps" in given and "--warmup" not in given:
         default["warmup"] = None  # that of the preset suits its own steps
@@ -109,7 +105,7 @@ def parse(args: list[str]) -> TrainConfig:
         rest,
         default=_Options(**default, preset=value if source == "--preset" else DEFAULT_PRESET),
     )
-    found = {name: value for name, value in _values(options).items() if name in default}
+    found = {name: value for name, value in values_of(options).items() if name in default}
     for name, rate in rates.items():  # those above a smaller --lr are scaled with it
         found[name] = rate if rate <= found["lr"] else rate * found["lr"] / begun_lr
     config = TrainConfig(**found)
@@ -118,7 +114,3 @@ def parse(args: list[str]) -> TrainConfig:
             "--initial-lr is where the warm-up begins, and --warmup is 0: omit it, or choose a warm-up"
         )
     return config
-
-
-def _values(options) -> dict:
-    return {field.name: getattr(options, field.name) for field in fields(options)}
