@@ -137,6 +137,7 @@ WRONG = {
     "a method not called, to clip": (lambda: clip_grad_norm(nn.Module().parameters, 1.0), "not a method"),
     "nothing": (lambda: AdamW(None), "not a NoneType"),
     "a tensor alone": (lambda: AdamW(Tensor(np.ones((2, 2)), requires_grad=True), 0.1), "list"),
+    "a state dict": (lambda: AdamW(nn.Linear(2, 2, rng=0).state_dict()), "is a str: pass the model"),
     "a parameter twice": (lambda: AdamW([ROW, ROW], 0.1), "twice"),
     "a computed tensor": (lambda: AdamW([("w", ROW * 2)], 0.1), "parameter w is the result"),
     "a list of lists": (lambda: AdamW([[ROW, ROW]], 0.1), "list"),
@@ -159,7 +160,7 @@ WRONG = {
     "a rate that is not a number": (lambda: AdamW([{"params": [ROW], "lr": float("nan")}], 0.1), "nan"),
     "a group's rate with an lr of 0": (lambda: AdamW([{"params": [ROW], "lr": 0.1}], 0.0), "above 0"),
     "names alone": (lambda: AdamW(["weight"], 0.1), "str"),
-    "arrays": (lambda: clip_grad_norm([np.ones(2)], 1.0), "ndarray"),
+    "arrays": (lambda: clip_grad_norm([np.ones(2)], 1.0), "ndarray: pass the model"),
     "a tensor alone to clip": (lambda: clip_grad_norm(ROW, 1.0), "list"),
 }
 

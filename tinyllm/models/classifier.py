@@ -124,7 +124,7 @@ class SequenceClassifier(nn.Module):
         """The classifier at a path returned by ``hub.find_model``, with meta parameters."""
         config = dict(hub.model_config(path))
         if not is_classifier(config):
-            raise Error(f"{path} contains no classifier ({SUFFIX} in its config): use tinyllm.load_model")
+            raise Error(f"{path} contains no classifier ({SUFFIX} in its config): fine-tune one first")
         architecture = architecture_of(path)
         try:
             labels, pooling = _labels_of(config), config.pop("pooling", "last")

@@ -37,7 +37,10 @@ def named(parameters: Parameters) -> list[tuple[str, Tensor]]:
         match entry:
             case (str(), Tensor()):
                 continue
-        raise Error(f"parameters must be Tensors or (name, Tensor) pairs; one is a {type(entry).__name__}")
+        raise Error(
+            f"parameters must be Tensors or (name, Tensor) pairs, and one is a {type(entry).__name__}: "
+            "pass the model, model.parameters() or [tensor]"
+        )
     return entries
 
 
