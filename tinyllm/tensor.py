@@ -108,7 +108,7 @@ class Tensor(ArrayAlgebra):
     ``Tensor(array, requires_grad=True)`` is a leaf: after ``loss.backward()`` its ``.grad`` is an array of
     its shape and dtype, to which further calls add. Lists are converted by ``np.asarray``. Change ``.data``
     only between ``backward()`` and the next forward pass. float32 and float64 never mix: an op between them
-    raises Error. Python numbers, integers and booleans are converted to the array's dtype.
+    raises Error, as does what is not numbers. Numbers, integers and booleans get the array's dtype.
     """
 
     __slots__ = ("data", "node", "recompute")
