@@ -349,7 +349,10 @@ def test_help_fits_in_80_columns_and_names_no_type(run, words, capsys, monkeypat
     assert not re.search(r"None\}|default: None|default: \)|\b(STR|INT|FLOAT)\b", out)
 
 
-@pytest.mark.parametrize("words", [*COMMANDS, *(f"finetune --task {task}" for task in TASKS)])
+HELP_PAGES = [*COMMANDS, *(f"finetune --task {task}" for task in TASKS)]
+
+
+@pytest.mark.parametrize("words", HELP_PAGES)
 def test_help_breaks_the_text_of_no_option(words, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "500")  # a text is on the line of its option, or on the next
     with pytest.raises(SystemExit):
@@ -379,12 +382,20 @@ def test_help_of_finetune_begins_with_what_it_needs(capsys):
     assert options[:4] == ["--task", "--model", "--data", "--train"]
 
 
-def test_help_of_train_has_an_example(capsys):
+@pytest.mark.parametrize("words", [name for name in HELP_PAGES if name != "finetune"])
+def test_help_has_an_example_that_can_be_typed(words, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    with pytest.raises(SystemExit):
+        main([*words.split(), "--help"])
+    example = re.search(r"Example: (?:echo .* \| )?tinyllm (.*)", capsys.readouterr().out)[1]
+    assert example.startswith(words)
+    _parse(shlex.split(example))
+
+
+def test_help_of_train_shows_the_defaults_of_the_preset(capsys):
     with pytest.raises(SystemExit):
         main(["train", "--help"])
     out = capsys.readouterr().out
-    example = re.search("Example: tinyllm (.*)", out)[1]
-    assert _parse(example.split()).steps == 500
     assert "--steps N" in out and "(default: 510)" in out
 
 

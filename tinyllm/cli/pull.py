@@ -24,6 +24,8 @@ class PullConfig:
     gemma3-270m: Gemma 3 270M, under Google's terms of use (238 to 253 MB).
 
     gpt2: OpenAI's GPT-2 124M, from the hub only (549 MB).
+
+    Example: tinyllm pull smollm2
     """
 
     name: Annotated[str, tyro.conf.Positional, option("[NAME]")] = "smollm2"
