@@ -1,5 +1,6 @@
-"""Validators of token ids, numbers, random generators, config fields, and tensor names and shapes."""
+"""Validators of token ids, arrays, numbers, random generators, config fields, and tensor names and shapes."""
 
+import contextlib
 from collections.abc import Mapping
 from dataclasses import fields
 
@@ -67,6 +68,17 @@ def check_gradient(grad, shape: tuple, dtype: np.dtype) -> None:
 def pip_install(extra: str) -> str:
     """The command that installs an extra. (On PyPI, ``tinyllm`` is another project.)"""
     return f"pip install 'tinyllm-numpy[{extra}]'"
+
+
+def as_array(x):
+    """An array as it is; a number or lists of numbers as one. Raises Error for what is not numbers."""
+    if hasattr(x, "dtype"):  # or a NumPy scalar, the result of a full reduction
+        return np.asarray(x) if isinstance(x, np.generic) else x
+    with contextlib.suppress(ValueError):  # of lists of different lengths
+        array = np.asarray(x)
+        if array.dtype.kind not in "OSU":
+            return array
+    raise Error(f"a {type(x).__name__} is not an array of numbers: give numbers, or lists of equal lengths")
 
 
 def as_generator(rng) -> np.random.Generator | None:

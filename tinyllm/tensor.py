@@ -23,9 +23,9 @@ import numpy as np
 from tinyllm.backend.cuda.launch import check_one_device
 from tinyllm.backend.dtypes import is_floating, is_half, mixed_dtypes, mixed_precision
 from tinyllm.backend.memory import is_kept
-from tinyllm.checks import check_gradient
+from tinyllm.checks import as_array, check_gradient
 from tinyllm.errors import Error, names_shapes
-from tinyllm.tensor_ops import ArrayAlgebra, At, as_array, as_rows, constant, number_for, vector_matmul
+from tinyllm.tensor_ops import ArrayAlgebra, At, as_rows, constant, number_for, vector_matmul
 
 # --------------------------------------------------------------------------- the chain rule
 

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import math
 import operator
@@ -17,7 +16,7 @@ from numpy.lib.array_utils import normalize_axis_tuple
 
 from tinyllm.backend.device import scatter_add, to_device, to_device_of
 from tinyllm.backend.dtypes import dtype_of, is_floating, is_half, mixed_dtypes
-from tinyllm.checks import check_at_least
+from tinyllm.checks import as_array, check_at_least
 from tinyllm.errors import Error, names_shapes
 
 
@@ -372,17 +371,6 @@ def axes_of(axis, ndim: int):
 def in_float32(op, x, *args, **kwargs):
     """``op(x, …)`` of half precision, computed in float32 and rounded once: see ``accumulation_dtype``."""
     return op(x.astype(np.float32), *args, **kwargs).astype(x.dtype)
-
-
-def as_array(x):
-    """An array as it is; a number or lists of numbers as one. Raises Error for what is not numbers."""
-    if hasattr(x, "dtype"):  # or a NumPy scalar, the result of a full reduction
-        return np.asarray(x) if isinstance(x, np.generic) else x
-    with contextlib.suppress(ValueError):  # of lists of different lengths
-        array = np.asarray(x)
-        if array.dtype.kind not in "OSU":
-            return array
-    raise Error(f"a {type(x).__name__} is not an array of numbers: give numbers, or lists of equal lengths")
 
 
 to_memory_of = to_device_of  # for the ops that a learner reads, which do not speak of devices

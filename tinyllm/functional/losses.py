@@ -14,12 +14,12 @@ from functools import partial
 import numpy as np
 
 from tinyllm.backend.threads import each_block, matmul, one_blas_thread, run_tasks, sum_last_axis
-from tinyllm.checks import check_ids
+from tinyllm.checks import as_array, check_ids
 from tinyllm.errors import Error
 from tinyllm.functional.activations import check_softcap
 from tinyllm.functional.linear import check_linear
 from tinyllm.tensor import Tensor
-from tinyllm.tensor_ops import array_of, as_array, as_rows, to_memory_of
+from tinyllm.tensor_ops import array_of, as_rows, to_memory_of
 
 CHUNK = 256  # rows of logits at a time, or more; with fewer, reading the weight from memory dominates
 LOGITS = 2**20  # logits at a time, if that is more rows
