@@ -143,6 +143,31 @@ def test_gpt2_vocab_and_merges_equal_gpt2(tmp_path):
             assert ours.encode(text, mode) == gpt2.encode(text, mode)
 
 
+@pytest.mark.parametrize("kind", ["GPT2Tokenizer", "Qwen2TokenizerFast"])
+def test_vocab_and_merges_are_split_as_by_the_class_that_the_config_names(tmp_path, kind):
+    """A piece of Qwen2's has one digit, and its text is composed: é is one character."""
+    vocabulary = {symbol: i for i, symbol in enumerate([*SYMBOLS, "12"])}
+    (tmp_path / "vocab.json").write_text(json.dumps(vocabulary), encoding="utf-8")
+    (tmp_path / "merges.txt").write_text("#version: 0.2\n1 2\n", encoding="utf-8")
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": kind}))
+    ours = load_tokenizer(tmp_path)
+    theirs = getattr(transformers, kind).from_pretrained(tmp_path)
+    for text in ["12 e\u0301", *nasty_strings(COUNT // 3)]:
+        assert ours.encode(text, "text") == theirs.encode(
+            text, add_special_tokens=False, split_special_tokens=True
+        )
+    assert (vocabulary["12"] in ours.encode("12")) == (kind == "GPT2Tokenizer")
+
+
+def test_vocab_and_merges_of_other_classes_are_refused(tmp_path):
+    (tmp_path / "vocab.json").write_text(json.dumps({symbol: i for i, symbol in enumerate(SYMBOLS)}))
+    (tmp_path / "merges.txt").write_text("#version: 0.2\n", encoding="utf-8")
+    (tmp_path / "config.json").write_text('{"model_type": "qwen3"}')
+    assert '"tokenizer_class": "Qwen2Tokenizer"' in message_of(load_tokenizer, tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "RobertaTokenizerFast"}')
+    assert "files of a RobertaTokenizer" in message_of(load_tokenizer, tmp_path)
+
+
 def test_llama2_json_equals_tokenizers(llama2_json):
     ours = load_tokenizer(llama2_json)
     reference = tokenizers.Tokenizer.from_file(str(llama2_json / "tokenizer.json"))

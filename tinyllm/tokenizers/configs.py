@@ -65,6 +65,17 @@ def named_tokens(folder: Path) -> set[str | None]:
     return {_name_of(token) for token in found}
 
 
+def tokenizer_class(folder: Path) -> str:
+    """The class of ``transformers`` that ``tokenizer_config.json`` names, without "Fast"; GPT-2's if none."""
+    named = _read(folder, "tokenizer_config.json").get("tokenizer_class")
+    if named is None and str(_read(folder, "config.json").get("model_type")).startswith("qwen"):
+        raise Error(
+            f"{folder} does not say how its tokenizer splits a text: add the class to tokenizer_config.json, "
+            'as "tokenizer_class": "Qwen2Tokenizer"'
+        )
+    return str(named or "GPT2Tokenizer").removesuffix("Fast")
+
+
 def _read(folder: Path, name: str) -> dict:
     return read_json(folder / name) if (folder / name).exists() else {}
 

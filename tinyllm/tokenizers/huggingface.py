@@ -30,7 +30,7 @@ from tinyllm.tokenizers.base import (
     require,
 )
 from tinyllm.tokenizers.components import check_components, flatten
-from tinyllm.tokenizers.configs import named_tokens
+from tinyllm.tokenizers.configs import named_tokens, tokenizer_class
 from tinyllm.tokenizers.sentencepiece import piece_bytes
 from tinyllm.tokenizers.tiktoken import BYTE_OF, LLAMA3_PATTERN
 
@@ -38,6 +38,8 @@ if TYPE_CHECKING:
     import tokenizers
 
 TOKENIZER_JSON, VOCAB, MERGES = "tokenizer.json", "vocab.json", "merges.txt"
+# By class of transformers: how the text of such a pair of files is split, see ``build_byte_level``
+SPLIT_AS = {"GPT2Tokenizer": "gpt-2", "Qwen2Tokenizer": "qwen2"}
 
 # How the library decodes SentencePiece's pieces. A vocabulary that adds no leading space omits the last step.
 _STEPS = [
@@ -310,13 +312,20 @@ def read_tokenizer_json(file: Path) -> TokenizersTokenizer:
 def read_vocab_and_merges(file: Path) -> TokenizersTokenizer:
     """The tokenizer in GPT-2's pair of files: the ids of tokens in byte symbols, and the merges in order.
 
-    Raises ``Error`` if one of them is missing or damaged.
+    Raises ``Error`` if one of them is missing or damaged, or if they are those of another class than GPT-2's
+    and Qwen2's, because the files do not say how a text is split before its pieces are merged.
     """
+    kind = tokenizer_class(file.parent)
+    if kind not in SPLIT_AS:
+        raise Error(
+            f"{file.parent} has the files of a {kind}, but {VOCAB} and {MERGES} are read as those of "
+            f"{' or '.join(SPLIT_AS)} only: save the tokenizer as {TOKENIZER_JSON} with transformers"
+        )
     vocabulary = read_json(file.with_name(VOCAB))
     lines = read_text(file.with_name(MERGES)).split("\n")
     merges = [line for line in lines[lines[0].startswith("#version") :] if line]
     _check_vocabulary(file.with_name(VOCAB), vocabulary)
-    tokenizer = build_byte_level(file.with_name(VOCAB), vocabulary, merges, "gpt-2")
+    tokenizer = build_byte_level(file.with_name(VOCAB), vocabulary, merges, SPLIT_AS[kind])
     tokenizer.add_special_tokens([END_OF_TEXT] if END_OF_TEXT in vocabulary else [])
     return TokenizersTokenizer(str(file.parent), tokenizer)
 
