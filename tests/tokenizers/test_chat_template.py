@@ -19,6 +19,7 @@ from tinyllm.tokenizers import chat_template as chat
 from tinyllm.tokenizers import load_tokenizer
 from tinyllm.tokenizers.char import CharTokenizer
 from tinyllm.tokenizers.chat_template import encode_chat, render_chat
+from tinyllm.tokenizers.export import save_for_transformers
 
 pytest.importorskip("jinja2")
 tokenizers = pytest.importorskip("tokenizers")
@@ -179,6 +180,21 @@ def test_prompt_equals_that_of_transformers_property(reference, messages, add_ge
     )
     with in_process():
         assert render_chat(template, messages, add_generation_prompt, "<s>", "</s>") == expected
+
+
+def test_a_template_can_name_every_token_of_the_config(library, tmp_path):
+    template = "{{ bos_token }}{{ messages[0].content }}{{ pad_token }}{{ unk_token }}{{ image_token }}!"
+    named = {"bos_token": "<s>", "pad_token": "</s>", "image_token": "<|im_end|>"}
+    library.save(str(tmp_path / "tokenizer.json"))
+    config = named | {"chat_template": template, "tokenizer_class": "PreTrainedTokenizerFast"}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config), encoding="utf-8")
+    ours, theirs = load_tokenizer(tmp_path), transformers.AutoTokenizer.from_pretrained(tmp_path)
+    text = "<s>What is the capital of France?</s><|im_end|>!"
+    assert theirs.apply_chat_template(CAPITAL, tokenize=False) == text
+    assert ours.decode(encode_chat(ours, template, CAPITAL)) == text
+    save_for_transformers(ours, tmp_path, 64)
+    again = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    assert again.apply_chat_template(CAPITAL, tokenize=False) == text
 
 
 def test_smollm2_default_system_text():

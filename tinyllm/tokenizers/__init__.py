@@ -66,7 +66,8 @@ def load_tokenizer(spec: str | Path) -> Tokenizer:
     ``chat_template.jinja``; in GGUF, the file's keys) set
     ``bos_id`` (the id that begins a text, or None), ``add_bos`` (whether the model expects it before a text),
     ``eos_ids`` (a tuple of the ids that end one, possibly empty), ``closing_ids`` (those after a text that is
-    classified; usually none) and ``chat_template`` (or None; see ``chat_template.py``). The bos token in
+    classified; usually none), ``chat_template`` (or None; see ``chat_template.py``) and ``other_tokens``, the
+    names of tokens that a template may use, such as ``pad_token``. The bos token in
     ``tokenizer_config.json``, even if null, takes precedence over the vocabulary's, and that over the
     model's configs; ``eos_ids`` combines the ids of all files. ``add_bos`` is ``add_bos_token`` in
     ``tokenizer_config.json`` or the GGUF file; otherwise it is true if the template in ``tokenizer.json``

@@ -13,6 +13,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
+from types import MappingProxyType
 
 import numpy as np
 
@@ -45,6 +46,7 @@ class Tokenizer:
     eos_ids: tuple[int, ...] = ()
     closing_ids: tuple[int, ...] = ()
     chat_template: str | None = None
+    other_tokens: Mapping[str, str] = MappingProxyType({})  # such as pad_token, for a chat template
 
     def __repr__(self):
         return f"<{type(self).__name__} {self.name}: {self.vocab_size:,} ids>"

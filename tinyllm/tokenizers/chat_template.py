@@ -45,13 +45,15 @@ def render_chat(
     bos_token: str | None = None,
     eos_token: str | None = None,
     enable_thinking: bool | None = None,
+    **tokens: str | None,
 ) -> str:
     """The prompt of a conversation, identical to transformers' ``apply_chat_template(tokenize=False)``.
 
     Each message has a ``role`` (``system``, ``user``, ``assistant`` or another that the template supports)
     and a ``content``, both str. With ``add_generation_prompt`` the text ends where the assistant's answer
-    begins. ``bos_token``, ``eos_token`` and ``enable_thinking`` (whether Qwen3 should think before it
-    answers) are variables for templates that use them; None leaves them undefined.
+    begins. ``bos_token``, ``eos_token``, other ``tokens`` such as ``pad_token``, and ``enable_thinking``
+    (whether Qwen3 should think before it answers) are variables for templates that use them; None leaves them
+    undefined.
 
     The template runs in another process, in Jinja's sandbox, and its only input are these arguments. It is
     killed after 20 seconds, limited to a million characters of output and, where the system supports it
@@ -60,7 +62,8 @@ def render_chat(
     """
     _check_template(template)
     conversation = _conversation(_check_messages(messages), add_generation_prompt)
-    return _render(template, [conversation], _variables(bos_token, eos_token, enable_thinking))[0]
+    tokens |= {"bos_token": bos_token, "eos_token": eos_token}
+    return _render(template, [conversation], _variables(tokens, enable_thinking))[0]
 
 
 def encode_chat(
@@ -135,7 +138,7 @@ def render_chats(
         for each in checked
     ]
     both = [each for pair in zip(checked, marked) for each in pair]
-    rendered = _render(template, both, _variables(*_bos_and_eos(tokenizer), enable_thinking))
+    rendered = _render(template, both, _variables(_named_tokens(tokenizer), enable_thinking))
     back = {ord(placeholder): character for character, placeholder in placeholders.items()}
     return [
         _own_special(tokenizer, rendered[2 * i], rendered[2 * i + 1], back, i) for i in range(len(checked))
@@ -167,7 +170,7 @@ def end_of_answer(tokenizer: Tokenizer) -> tuple[int, ...]:
     answer = "0a1b2c"
     messages = [{"role": "user", "content": "question"}, {"role": "assistant", "content": answer}]
     try:
-        text = render_chat(tokenizer.chat_template, messages, False, *_bos_and_eos(tokenizer))
+        text = render_chat(tokenizer.chat_template, messages, False, **_named_tokens(tokenizer))
     except Error:  # not a template for this conversation
         return ()
     return end_after(tokenizer, text, answer)
@@ -180,10 +183,11 @@ def end_after(tokenizer: Tokenizer, text: str, answer: str) -> tuple[int, ...]:
     return tuple(tokenizer.special_tokens[end[0]] for end in ends[:1] if not rest[: end.start()].strip())
 
 
-def _bos_and_eos(tokenizer: Tokenizer) -> tuple[str | None, str | None]:
-    """The names of the tokenizer's ``bos_id`` and of the first of its ``eos_ids``."""
+def _named_tokens(tokenizer: Tokenizer) -> dict[str, str | None]:
+    """The special tokens that a template can name; ``eos_token`` is the first of the ``eos_ids``."""
     names = {i: name for name, i in tokenizer.special_tokens.items()}
-    return names.get(tokenizer.bos_id), names.get(tokenizer.eos_ids[0]) if tokenizer.eos_ids else None
+    eos = names.get(tokenizer.eos_ids[0]) if tokenizer.eos_ids else None
+    return {**tokenizer.other_tokens, "bos_token": names.get(tokenizer.bos_id), "eos_token": eos}
 
 
 def _placeholders(tokenizer: Tokenizer, texts: list[str]) -> dict[int, str]:
@@ -199,11 +203,11 @@ def _conversation(messages: list[dict[str, str]], add_generation_prompt: bool) -
     return {"messages": messages, "add_generation_prompt": add_generation_prompt}
 
 
-def _variables(bos_token: str | None, eos_token: str | None, enable_thinking: bool | None) -> dict:
+def _variables(tokens: Mapping[str, str | None], enable_thinking: bool | None) -> dict:
     variables = {"tools": None, "documents": None}
     if enable_thinking is not None:
         variables["enable_thinking"] = enable_thinking
-    for name, token in (("bos_token", bos_token), ("eos_token", eos_token)):
+    for name, token in tokens.items():
         if token is not None:
             check_text(token)
             variables[name] = token

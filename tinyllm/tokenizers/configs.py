@@ -108,6 +108,8 @@ def read_configs(tokenizer: Tokenizer, folder: Path) -> None:
     if own.get("add_eos_token") is not None:
         tokenizer.closing_ids = (tokenizer.closing_ids or eos[:1]) if own["add_eos_token"] else ()
     tokenizer.chat_template = _chat_template(folder, own)
+    named = {key: _name_of(token) for key, token in own.items() if key.endswith("_token")}
+    tokenizer.other_tokens = {key: name for key, name in named.items() if name is not None}
     ends = [name for name in END_OF_TURN if name in (tokenizer.chat_template or "")]
     tokenizer.eos_ids = distinct([*eos, *end_ids(tokenizer, ends)])
 

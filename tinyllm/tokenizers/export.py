@@ -137,7 +137,7 @@ def save_for_transformers(tokenizer: Tokenizer, folder: Path, context: int) -> N
         "eos_token": found.id_to_token(ends[0]) if ends else None,
         "unk_token": found.model.unk_token,
     }
-    config = {name: value for name, value in config.items() if value is not None}
+    config = {**tokenizer.other_tokens} | {name: x for name, x in config.items() if x is not None}
     ids = {"bos_token_id": tokenizer.bos_id, "eos_token_id": list(ends)}
     files = {
         TOKENIZER_JSON: found.to_str(pretty=True),
