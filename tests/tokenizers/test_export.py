@@ -68,6 +68,18 @@ def test_tinyllm_loads_the_files_as_the_same_tokenizer(request, tmp_path, name):
     assert (again.eos_ids, again.chat_template) == (ends_of_text(tokenizer), tokenizer.chat_template)
 
 
+@pytest.mark.parametrize("name", ["<|my:bos|>", "<begin of text>", "$A"])
+def test_the_token_that_begins_a_text_may_have_any_name(tmp_path, name):
+    write_json(tmp_path, a_tokenizer(added_tokens=[special(256, name)]))
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": name, "add_bos_token": True}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    tokenizer = load_tokenizer(tmp_path)
+    save_for_transformers(tokenizer, tmp_path, context=64)
+    theirs, again = transformers.AutoTokenizer.from_pretrained(tmp_path), load_tokenizer(tmp_path)
+    expected = [256, *tokenizer.encode("a b")]
+    assert theirs.encode("a b") == expected == again.with_bos(again.encode("a b"))
+
+
 def test_a_chat_template_renders_alike(bpe, tmp_path):
     save_for_transformers(bpe, tmp_path, context=64)
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)

@@ -57,12 +57,21 @@ def library_tokenizer(tokenizer: Tokenizer) -> tokenizers.Tokenizer:
     found.no_padding()
     processors = require("tokenizers").processors
     if tokenizer.add_bos and tokenizer.bos_id is not None:
-        name = found.id_to_token(tokenizer.bos_id)
-        tokens = [(name, tokenizer.bos_id)]
-        found.post_processor = processors.TemplateProcessing(f"{name} $A", special_tokens=tokens)
+        template, name = processors.TemplateProcessing(), found.id_to_token(tokenizer.bos_id)
+        template.__setstate__(json.dumps(_bos_and_text(name, tokenizer.bos_id)).encode())
+        found.post_processor = template
     elif found.post_processor is not None:
         found.post_processor = processors.ByteLevel(trim_offsets=False)  # adds nothing
     return found
+
+
+def _bos_and_text(name: str, i: int) -> dict:
+    """The state of a post-processor: a template written as "<s> $A" takes no name with a space or a colon."""
+    texts = [{"Sequence": {"id": letter, "type_id": kind}} for kind, letter in enumerate("AB")]
+    bos = {"SpecialToken": {"id": name, "type_id": 0}}
+    tokens = {name: {"id": name, "ids": [i], "tokens": [name]}}
+    single = [bos, texts[0]]
+    return {"type": "TemplateProcessing", "single": single, "pair": texts, "special_tokens": tokens}
 
 
 def _of_tiktoken(tokenizer: TiktokenTokenizer) -> tokenizers.Tokenizer:
