@@ -210,9 +210,12 @@ def test_a_sentencepiece_model_of_another_kind_is_refused(corpus):
 
     from tinyllm.tokenizers.sentencepiece import SentencePieceTokenizer
 
+    plain = {"model_type": "bpe", "normalization_rule_name": "identity", "remove_extra_whitespaces": False}
     for options, said in (
         ({"model_type": "unigram", "normalization_rule_name": "identity"}, "not BPE"),
         ({"model_type": "bpe"}, "normalizes"),  # NFKC
+        # Of "<x>b" the library encodes b, and other programs ▁b
+        (plain | {"user_defined_symbols": ["<x>"]}, "<x>, after which it adds no space"),
     ):
         model = io.BytesIO()
         sentencepiece.SentencePieceTrainer.train(
@@ -220,7 +223,9 @@ def test_a_sentencepiece_model_of_another_kind_is_refused(corpus):
             minloglevel=2, hard_vocab_limit=False, **options,
         )  # fmt: skip
         processor = sentencepiece.SentencePieceProcessor(model_proto=model.getvalue())
-        assert said in message_of(tokenizer_keys, SentencePieceTokenizer("x", processor), 300)
+        tokenizer = SentencePieceTokenizer("x", processor)
+        assert said in message_of(tokenizer_keys, tokenizer, 300)
+        assert said in message_of(library_tokenizer, tokenizer)
 
 
 def test_a_sentencepiece_model_with_spaces_and_added_tokens_is_refused(llama2):

@@ -61,10 +61,11 @@ def pieces_of(tokenizer: SentencePieceTokenizer) -> Pieces:
         )
     if charsmap or squeeze:
         raise Error(f"{tokenizer.name} normalizes a text before it is encoded: it cannot be exported")
-    if pieces.add_space_prefix and (names := [*tokenizer.file_tokens()]):
+    own = [pieces.tokens[i] for i in pieces.ids_of(USER_DEFINED)]
+    if pieces.add_space_prefix and (names := [*own, *tokenizer.file_tokens()]):
         raise Error(
-            f"{tokenizer.name} has the tokens {', '.join(names)} of its files, after which it adds no space, "
-            "as it does after others: other programs cannot tell them apart"
+            f"{tokenizer.name} has the tokens {', '.join(names)}, after which it adds no space, as it does "
+            "after others: other programs cannot tell them apart"
         )
     for name, token in sorted(tokenizer.file_tokens().items(), key=lambda item: item[1]["id"]):
         i = token["id"]
