@@ -4,7 +4,16 @@ import json
 from pydoc_data import topics
 
 import pytest
-from support.tokenizers import COUNT, a_tokenizer, message_of, nasty_strings, special, write_gguf, write_json
+from support.tokenizers import (
+    COUNT,
+    a_tokenizer,
+    message_of,
+    nasty_strings,
+    special,
+    write_gguf,
+    write_json,
+    write_sentencepiece_like,
+)
 
 from tinyllm.tokenizers import BPETokenizer, CharTokenizer, load_tokenizer, train_bpe
 from tinyllm.tokenizers.export import ends_of_text, library_tokenizer, save_for_transformers
@@ -78,6 +87,24 @@ def test_the_token_that_begins_a_text_may_have_any_name(tmp_path, name):
     theirs, again = transformers.AutoTokenizer.from_pretrained(tmp_path), load_tokenizer(tmp_path)
     expected = [256, *tokenizer.encode("a b")]
     assert theirs.encode("a b") == expected == again.with_bos(again.encode("a b"))
+
+
+def test_special_tokens_are_named_as_they_are_whatever_the_normalizer_makes_of_them(tmp_path):
+    """In the first conversions of Llama they are normalized: the library calls them ▁<s> and ▁</s>."""
+    file = write_sentencepiece_like(tmp_path, "legacy") / "tokenizer.json"
+    definition = json.loads(file.read_text(encoding="utf-8"))
+    for token in definition["added_tokens"]:
+        token["normalized"] = True
+    file.write_text(json.dumps(definition), encoding="utf-8")
+    config = {"bos_token": "<s>", "eos_token": "</s>", "tokenizer_class": "PreTrainedTokenizerFast"}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config | {"add_bos_token": True}))
+    tokenizer = load_tokenizer(tmp_path)
+    assert tokenizer.tokenizer.id_to_token(tokenizer.bos_id) == "▁<s>"
+    save_for_transformers(tokenizer, tmp_path, context=64)
+    theirs, again = transformers.AutoTokenizer.from_pretrained(tmp_path), load_tokenizer(tmp_path)
+    assert (theirs.bos_token, theirs.eos_token) == ("<s>", "</s>") and len(theirs) == tokenizer.vocab_size
+    assert (again.bos_id, again.eos_ids) == (tokenizer.bos_id, tokenizer.eos_ids)
+    assert theirs.encode("Hi you") == again.with_bos(again.encode("Hi you"))
 
 
 def test_a_chat_template_renders_alike(bpe, tmp_path):

@@ -57,12 +57,18 @@ def library_tokenizer(tokenizer: Tokenizer) -> tokenizers.Tokenizer:
     found.no_padding()
     processors = require("tokenizers").processors
     if tokenizer.add_bos and tokenizer.bos_id is not None:
-        template, name = processors.TemplateProcessing(), found.id_to_token(tokenizer.bos_id)
+        template, name = processors.TemplateProcessing(), _name_of(tokenizer, found, tokenizer.bos_id)
         template.__setstate__(json.dumps(_bos_and_text(name, tokenizer.bos_id)).encode())
         found.post_processor = template
     elif found.post_processor is not None:
         found.post_processor = processors.ByteLevel(trim_offsets=False)  # adds nothing
     return found
+
+
+def _name_of(tokenizer: Tokenizer, found: tokenizers.Tokenizer, i: int) -> str:
+    """A token's name; the library gives that of a special token as its normalizer changes it, as ▁<s>."""
+    names = {i: name for name, i in tokenizer.special_tokens.items()}
+    return names.get(i) or found.id_to_token(i)
 
 
 def _bos_and_text(name: str, i: int) -> dict:
@@ -142,8 +148,8 @@ def save_for_transformers(tokenizer: Tokenizer, folder: Path, context: int) -> N
         "tokenizer_class": "PreTrainedTokenizerFast",  # the one that reads nothing but tokenizer.json
         "model_max_length": context,
         "clean_up_tokenization_spaces": False,
-        "bos_token": None if tokenizer.bos_id is None else found.id_to_token(tokenizer.bos_id),
-        "eos_token": found.id_to_token(ends[0]) if ends else None,
+        "bos_token": None if tokenizer.bos_id is None else _name_of(tokenizer, found, tokenizer.bos_id),
+        "eos_token": _name_of(tokenizer, found, ends[0]) if ends else None,
         "unk_token": found.model.unk_token,
     }
     config = {**tokenizer.other_tokens} | {name: x for name, x in config.items() if x is not None}
