@@ -6,7 +6,7 @@ byte (the same without merges) and one id per character (``char.py``). A run sav
 
 A published model stores its vocabulary in one of these formats, recognised by the content of the file:
 
-- ``tokenizer.json``, Hugging Face's format, or GPT-2's older ``vocab.json`` with ``merges.txt``;
+- ``tokenizer.json``, Hugging Face's format, or the older ``vocab.json`` with ``merges.txt`` (GPT-2, Qwen2);
 - ``tokenizer.model`` in Llama 3's format: one line per token, its bytes in base64 and its rank;
 - ``tokenizer.model`` in Llama 2's format: a SentencePiece model, with a score for every piece;
 - a GGUF file, which contains either kind of vocabulary among its keys.

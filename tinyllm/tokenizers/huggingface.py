@@ -1,10 +1,10 @@
 """Published byte-pair encodings in Hugging Face's formats, run by the library tokenizers.
 
-The formats are ``tokenizer.json``, which defines the whole tokenizer, and GPT-2's older ``vocab.json`` with
-``merges.txt``. They are used by two families that treat a space differently. Byte-level BPE (GPT-2, Llama 3,
-SmolLM2) merges the bytes of the UTF-8 text: a space is a byte like any other. SentencePiece (Llama 2) merges
-characters, writes a space as ``▁``, adds one at the beginning of every text, and falls back to the bytes
-``<0x00>`` … ``<0xFF>`` for a character without a piece.
+The formats are ``tokenizer.json``, which defines the whole tokenizer, and the older ``vocab.json`` with
+``merges.txt`` of GPT-2 and Qwen2. They are used by two families that treat a space differently. Byte-level
+BPE (GPT-2, Llama 3, SmolLM2) merges the bytes of the UTF-8 text: a space is a byte like any other.
+SentencePiece (Llama 2) merges characters, writes a space as ``▁``, adds one at the beginning of every text,
+and falls back to the bytes ``<0x00>`` … ``<0xFF>`` for a character without a piece.
 """
 
 from __future__ import annotations
