@@ -141,11 +141,8 @@ class ArrayAlgebra:
         if is_half(self.dtype):
             return in_float32(ArrayAlgebra.sum, self, axis, keepdims)
         shape, axis = self.shape, axes_of(axis, self.ndim)
-        return self.from_op(
-            self.data.sum(axis=axis, keepdims=keepdims),
-            (self,),
-            lambda grad: (spread(grad, shape, axis, keepdims),),
-        )
+        out = self.data.sum(axis=axis, keepdims=keepdims)
+        return self.from_op(out, (self,), lambda grad: (spread(grad, shape, axis, keepdims),))
 
     @names_shapes
     def mean(self, axis=None, keepdims=False):
@@ -238,6 +235,8 @@ class ArrayAlgebra:
 
     def __array__(self, *args, **kwargs):
         raise Error("a Tensor is not converted to an array implicitly: use .data")
+
+    __array_function__ = __array__  # of np.mean(tensor), which would call the method with NumPy's options
 
 
 # ------------------------------------------------------------- functions of several tensors
