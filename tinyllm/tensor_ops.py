@@ -141,8 +141,11 @@ class ArrayAlgebra:
         if is_half(self.dtype):
             return in_float32(ArrayAlgebra.sum, self, axis, keepdims)
         shape, axis = self.shape, axes_of(axis, self.ndim)
-        out = self.data.sum(axis=axis, keepdims=keepdims)
-        return self.from_op(out, (self,), lambda grad: (spread(grad, shape, axis, keepdims),))
+        return self.from_op(
+            self.data.sum(axis=axis, keepdims=keepdims),
+            (self,),
+            lambda grad: (spread(grad, shape, axis, keepdims),),
+        )
 
     @names_shapes
     def mean(self, axis=None, keepdims=False):
@@ -235,8 +238,6 @@ class ArrayAlgebra:
 
     def __array__(self, *args, **kwargs):
         raise Error("a Tensor is not converted to an array implicitly: use .data")
-
-    __array_function__ = __array__  # of np.mean(tensor), which would call the method with NumPy's options
 
 
 # ------------------------------------------------------------- functions of several tensors
