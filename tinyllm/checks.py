@@ -151,10 +151,10 @@ def check_range(name: str, array, dtype: np.dtype, instead: str = "another dtype
     if np.can_cast(array.dtype, dtype) or not array.size:
         return
     with np.errstate(over="ignore", invalid="ignore"):
-        largest = np.maximum(abs(array.max()), abs(array.min()))  # without a copy of the array
-        lost = np.isfinite(largest) and not np.isfinite(largest.astype(dtype))
+        largest = max(abs(array.max().item()), abs(array.min().item()))  # without a copy of the array
+        lost = np.isfinite(largest) and not np.isfinite(np.float64(largest).astype(dtype))
     if lost:
-        raise Error(f"{name} has a weight of {float(largest):.3g}, too large for {dtype}: choose {instead}")
+        raise Error(f"{name} has a weight of {largest:.3g}, too large for {dtype}: choose {instead}")
 
 
 def check_names_and_shapes(expected: dict[str, tuple], found: dict[str, tuple], source: str) -> None:
