@@ -362,7 +362,7 @@ def part_number(address, num_heads: int, head: int, num_blocks: int, block: int)
 def _head_groups(B, G, scores, threads):
     """Slices (batch, key-value heads) whose blocks, of ``scores`` elements per head, fit the cache.
 
-    They are at least as many as the threads that share them.
+    They are at least as many as the threads that share them, if there are so many heads.
     """
     most = max(1, min(SCORES // max(1, scores), B * G // threads))
     rows = max(1, most // max(1, G))  # of the batch, if all heads of one are fewer than fit
