@@ -7,6 +7,7 @@ import time
 import numpy as np
 import pytest
 
+from tinyllm import Tensor, functional
 from tinyllm.backend import threads
 
 
@@ -121,3 +122,19 @@ def test_matmul_adds_the_bias_to_every_row(rows, columns):
     assert threads.matmul(a, b, out=out, bias=bias) is out
     np.testing.assert_allclose(out, np.einsum("ik,kj->ij", a, b) + bias, rtol=1e-12, atol=1e-12)
     np.testing.assert_array_equal(threads.matmul(a, b, bias=bias), out)
+
+
+def test_threads_share_blocks_of_attention_forward_and_heads_backward(monkeypatch):
+    shares, run_tasks = [], threads.run_tasks
+
+    def recording(function, tasks, elements):
+        shares.append(len(tasks))
+        run_tasks(function, tasks, elements)
+
+    monkeypatch.setattr(functional.attention, "run_tasks", recording)
+    monkeypatch.setenv("OMP_NUM_THREADS", "2")
+    # A block of all 4 heads, 128 queries and 512 keys fits the cache.
+    x = Tensor(np.zeros((1, 4, 512, 1), np.float32), requires_grad=True)
+    out = functional.scaled_dot_product_attention(x, x, x, is_causal=True)
+    out.backward(np.ones_like(out.data))
+    assert shares == [4, 2]

@@ -97,7 +97,6 @@ def scaled_dot_product_attention(
     step = max(1, QUERY_BLOCK // R)  # a block stacks the rows of R heads
     widest = S if window is None else min(S, window + step - 1)
     num_scores = B * H * T * widest
-    groups = _head_groups(B, G, R * min(T, step) * widest, threads_for(num_scores))
 
     def grouped(x):
         """(B, H, T, D) -> (B, G, R, T, D), a view: head h is number h % R of group h // R."""
@@ -168,7 +167,12 @@ def scaled_dot_product_attention(
         heads = [part.stop - part.start for part in (*bg, rows, keys)]
         return np.empty((*heads[:2], R, *heads[2:]), q.dtype, like=q)
 
-    every = [(bg, *block) for bg in groups for block in reversed(blocks)]  # the longest first
+    # In the backward pass threads share groups of heads. In the forward pass they share the blocks of all
+    # groups, which are as large as the cache allows, unless weights are kept for the backward pass's groups.
+    scores = R * min(T, step) * widest
+    groups = _head_groups(B, G, scores, threads_for(num_scores))
+    forward_groups = groups if keeps else _head_groups(B, G, scores, 1)
+    every = [(bg, *block) for bg in forward_groups for block in reversed(blocks)]  # the longest first
     # place -> E of its block
     kept = {place(bg, i): new_block(bg, rows, keys) for bg, rows, keys, i in every if keeps}
 
