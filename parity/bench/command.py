@@ -98,11 +98,12 @@ class BenchScaling:
         """Check the arguments, measure, print the tables and write the plot; return the exit code."""
         check_names("axes", self.axes, scaling.AXES)
         _check_counts(self, rounds=1, warmup=0, steps=1)
-        check_isa(self.isa, machine())
+        check_isa(self.isa, facts := machine())
+        table = _table("scaling", self.isa, facts)
         if self.write and set(self.axes) != set(scaling.AXES):
             raise Error("--write needs every axis: omit --axes")
         if self.write:
-            tables.check_page(pages.page_of(machine()), "scaling")
+            tables.check_page(pages.page_of(facts), table)
         _check_variants(set(scaling.VARIANTS), self.warmup)
         check_installed("bench scaling", ("matplotlib",))
         try:
@@ -119,7 +120,7 @@ class BenchScaling:
         scaling.plot(result, labels, self.out / "scaling.png")
         print(f"\nThe plot is {self.out / 'scaling.png'}")
         if self.write:
-            tables.write(pages.page_of(result["machine"]), "scaling", scaling.markdown(result, labels))
+            tables.write(pages.page_of(result["machine"]), table, scaling.markdown(result, labels))
         return 0
 
 

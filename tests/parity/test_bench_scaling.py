@@ -61,9 +61,11 @@ def test_scaling_end_to_end(monkeypatch, tmp_path, capsys):
     assert f"| 1 to 2 | {grown[0]} | {grown[1]} |" in text and "torch" in text
 
 
-@pytest.mark.parametrize("maker", pages.MAKERS)
-def test_the_written_table_has_every_axis(maker):
-    (axes,) = tables.first_cells(tables.read(pages.page_of({"cpu": maker}), "scaling")) or [[]]
+@pytest.mark.parametrize(
+    "maker, instructions", [("Intel", "avx512"), ("AMD", "avx2"), ("AMD", "avx512")]
+)  # on an Intel with AVX2 it was not measured yet
+def test_the_written_table_has_every_axis(maker, instructions):
+    (axes,) = tables.first_cells(tables.read(pages.page_of({"cpu": maker}), f"scaling-{instructions}"))
     assert axes == [label for label, *_ in bench_scaling.AXES.values()], (
         "run: python -m parity bench scaling --write"
     )
