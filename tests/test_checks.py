@@ -1,6 +1,6 @@
 """Validators: their results, and the value and position in their errors."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import numpy as np
 import pytest
@@ -13,6 +13,7 @@ from tinyllm.checks import (
     check_ids,
     check_names_and_shapes,
     is_integer,
+    is_integer_field,
 )
 from tinyllm.errors import Error
 
@@ -156,6 +157,25 @@ def test_check_fields_names_the_field_and_its_value(changes, message):
     check_fields(Config(rope={}), layers=("n_layer",), widths=("width",))
     with pytest.raises(Error, match=message):
         check_fields(Config(**{"rope": {}} | changes), layers=("n_layer",), widths=("width",))
+
+
+@dataclass
+class OwnConfig:  # in a file that does not import annotations from __future__
+    n_layer: int = 2
+    width: int | None = None
+    eps: float = 1e-5
+    rates: float | int = 0.0
+    rope: dict | None = None
+    kinds: list[str] | None = None
+    fast: bool | None = True
+
+
+def test_check_fields_takes_types_that_are_not_strings_and_types_that_it_does_not_know():
+    check_fields(OwnConfig(rope={}, kinds=["a"]), layers=("n_layer",), widths=("width",))
+    assert [is_integer_field(field) for field in fields(OwnConfig)] == [True, True, *[False] * 5]
+    for changes in ({"n_layer": 2.0}, {"n_layer": True}, {"width": 2**20 + 1}, {"eps": False}, {"eps": "a"}):
+        with pytest.raises(Error, match=f"{next(iter(changes))} must be"):
+            check_fields(OwnConfig(**changes), layers=("n_layer",), widths=("width",))
 
 
 def test_sizes_of_the_largest_published_model_are_accepted():

@@ -1,8 +1,9 @@
 """Validators of token ids, arrays, numbers, random generators, config fields, and tensor names and shapes."""
 
 import contextlib
+import inspect
 from collections.abc import Mapping
-from dataclasses import fields
+from dataclasses import Field, fields
 
 import numpy as np
 
@@ -120,18 +121,28 @@ FIELD_TYPES = {
 }
 
 
+def declared_type(field: Field) -> str:
+    """A field's type as in its source, with ``from __future__ import annotations`` there or without."""
+    return field.type if isinstance(field.type, str) else inspect.formatannotation(field.type)
+
+
+def is_integer_field(field: Field) -> bool:
+    return declared_type(field) in ("int", "int | None")
+
+
 def check_fields(config, layers: tuple[str, ...], widths: tuple[str, ...]) -> None:
     """Raise ``Error`` unless every field of a config has its declared type and a finite, plausible value.
 
-    Unlike in Python, a bool is not a number. ``layers`` and ``widths`` name the sizes that cost time and
-    memory as soon as the model is built, before any weights are loaded.
+    Unlike in Python, a bool is not a number. Types that are not in ``FIELD_TYPES`` are not checked.
+    ``layers`` and ``widths`` name the sizes that cost time and memory as soon as the model is built, before
+    any weights are loaded.
     """
     limits = dict.fromkeys(layers, MAX_LAYERS) | dict.fromkeys(widths, MAX_WIDTH)
     for field in fields(config):
-        name, value = field.name, getattr(config, field.name)
-        truth = isinstance(value, bool)
-        if not isinstance(value, FIELD_TYPES[field.type]) or truth != (field.type == "bool"):
-            kind = "a whole number of at least 1" if field.type.startswith("int") else f"a {field.type}"
+        name, value, declared = field.name, getattr(config, field.name), declared_type(field)
+        truth = isinstance(value, bool) and declared.startswith(("int", "float"))
+        if not isinstance(value, FIELD_TYPES.get(declared, object)) or truth:
+            kind = "a whole number of at least 1" if is_integer_field(field) else f"a {declared}"
             raise Error(f"{name} must be {kind}, not {value!r}")
         if isinstance(value, int | float) and not abs(value) <= limits.get(name, MAX_SIZE):
             raise Error(f"{name} must be at most {limits.get(name, MAX_SIZE):,}, not {value!r}")

@@ -155,7 +155,7 @@ class ModelConfig:
         for field in fields(self):
             value = getattr(self, field.name)
             least = 0 if field.name in self.may_be_zero else 1
-            if field.type.startswith("int") and value is not None and value < least:
+            if checks.is_integer_field(field) and value is not None and value < least:
                 raise Error(f"{field.name} must be a whole number of at least {least}, not {value!r}")
         for name in probabilities:
             if not 0 <= getattr(self, name) < 1:
