@@ -175,6 +175,33 @@ def test_loss_uses_an_overridden_forward(config, where):
 
 
 @every_model
+@pytest.mark.parametrize("where", ["class", "object"])
+def test_loss_uses_overridden_head_logits(config, where):
+    model = random_model(config)
+    plain = type(model)
+
+    class Scaled(plain):  # the logits of Cohere's models
+        def head_logits(self, h):
+            return super().head_logits(h) * 0.25
+
+    if where == "class":
+        model.__class__ = Scaled
+    else:
+        model.head_logits = lambda h: plain.head_logits(model, h) * 0.25
+    ids, targets = batch(config, (2, 8))
+    loss = model.loss(ids, targets)
+    loss.backward()
+    found = {name: parameter.grad for name, parameter in model.named_parameters()}
+    model.zero_grad()
+    expected = composed.cross_entropy(model(ids), targets)
+    expected.backward()
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-12)
+    assert model.head_loss(model.hidden_states(ids), targets).item() == loss.item()
+    for name, parameter in model.named_parameters():
+        assert_close(found[name], parameter.grad, name, 1e-12)
+
+
+@every_model
 @pytest.mark.parametrize("head", [None, Wrapped])
 def test_weights_multiply_the_loss_of_each_target(config, head):
     """Weights of 0 and 1 select targets. In general: torch's reduction="none", weighted and summed."""

@@ -231,7 +231,8 @@ class LanguageModel(nn.Module):
     def head_loss(self, h, targets, num_targets=None, weights=None) -> Tensor:
         """``loss`` of hidden states (..., C), of which some may be omitted, and their targets (...)."""
         head, options = self.lm_head, {"num_targets": num_targets, "weights": weights}
-        if not (_is(head.forward, nn.Linear.forward) and _is(head.__call__, nn.Module.__call__)):
+        plain = _is(head.forward, nn.Linear.forward) and _is(head.__call__, nn.Module.__call__)
+        if not (plain and _is(self.head_logits, LanguageModel.head_logits)):
             return F.cross_entropy(self.head_logits(h), targets, **options)
         # Fused with the head: the full logits (..., V) are never in memory.
         options |= {"linear_bias": head.bias, "softcap": self.logit_softcap}
@@ -365,8 +366,7 @@ class LanguageModel(nn.Module):
         old, std = self.config.vocab_size, self.config.initializer_range
         if not checks.is_integer(vocab_size) or vocab_size < old:
             raise Error(
-                f"vocab_size {vocab_size!r} is too small for the model's {old} ids: choose an integer of at "
-                "least that"
+                f"vocab_size {vocab_size!r} is too small for the model's {old} ids: choose {old} or more"
             )
         rng = checks.as_generator(rng)
         if rng is None:
