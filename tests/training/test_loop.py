@@ -150,6 +150,22 @@ def test_dropout_depends_on_the_seed():
     assert losses(seed=1) != first
 
 
+def test_a_run_resumed_at_its_first_step_is_that_run():
+    """Its dropout masks and its schedule, too."""
+    rate, arguments = warmup_cosine(1e-2, 0.0, 1e-3, 2, 5), dict(loss_fn=squared, count=lambda batch: 6)
+    whole, begun = (Net(np.random.default_rng(0), dropout=0.5) for _ in range(2))
+    records = fit(whole, points, 5, rate, **arguments)
+    first = AdamW(begun, 1e-2)
+    fit(begun, points, 2, rate, optimizer=first, **arguments)
+    resumed = Net(np.random.default_rng(1), dropout=0.5)
+    resumed.load_state_dict(begun.state_dict())
+    second = AdamW(resumed, 1e-2)
+    second.load_state_dict(first.state_dict())
+    assert fit(resumed, points, 3, rate, optimizer=second, first_step=2, **arguments) == records[2:]
+    for name, array in whole.state_dict().items():
+        assert np.array_equal(resumed.state_dict()[name], array), name
+
+
 def test_a_loss_that_is_not_finite_raises_before_the_update():
     model, weights = Net(np.random.default_rng(0)), []
 
@@ -215,6 +231,8 @@ REFUSED = [
     (dict(batch_at=lambda step: np.array(3)), r"batch_at\(0\)"),
     (dict(batch_at=lambda step: [[1, 2], [3, 4]]), "list"),
     (dict(batch_at=lambda step: None), "NoneType"),
+    (dict(batch_at=lambda step: next(iter(()))), r"batch_at\(0\) has no more data"),
+    (dict(first_step=-1), "first_step is -1"),
     (dict(batch_at=lambda step: ()), r"batch_at\(0\)"),
     (dict(batch_at=lambda step: np.zeros((4, 2), int)), "1 arrays"),
     (dict(batch_at=ignored), "no targets"),

@@ -63,7 +63,7 @@ def training_steps(
     """
     for step in steps:
         started = time.perf_counter()
-        batch = _batch(batch_at(step), step)
+        batch = _batch(batch_at, step)
         num_targets = _number_of_targets(count(batch), step)
         optimizer.lr, scale = lr_at(step), loss_scale.scale
         # A run that diverges ends with one message, without NumPy's warnings.
@@ -87,6 +87,7 @@ def fit(
     *,
     clip: float = 1.0,
     seed: int = 0,
+    first_step: int = 0,
 ) -> list[dict]:
     """Train a model; returns a record of every step: ``step`` (from 1), ``loss``, ``lr`` and ``grad_norm``.
 
@@ -101,6 +102,9 @@ def fit(
     Dropout is on; its mask depends on ``seed``, the step and the row (axis 0 of the input of ``F.dropout``),
     so ``micro_batch`` does not change it. ``on_step(model, optimizer, record)`` is called after every step.
 
+    To resume after ``first_step`` steps, give the weights and the optimizer's state that they ended with: the
+    further ``steps`` are bitwise those of one run (in float16 only up to the loss scale, which begins anew).
+
     Raises ``Error`` for an invalid argument, batch or loss, and FloatingPointError, before the update, if the
     loss or the gradient norm is not finite, and at the end if the weights are not. The dtype of products is
     that of the enclosing ``backend.autocast``; in float16 the loss is scaled, and a step whose gradients
@@ -110,6 +114,7 @@ def fit(
         raise Error(f"batch_at is a {type(batch_at).__name__}: give a function of the step's number")
     check_at_least(steps, 1, "steps")
     check_at_least(seed, 0, "seed")
+    check_at_least(first_step, 0, "first_step")
     if seed >= 2**64 or not isinstance(clip, int | float) or not clip > 0:
         raise Error(f"seed is {seed} and clip {clip!r}: choose a seed below 2**64 and a clip above 0")
     if micro_batch is not None:
@@ -134,12 +139,12 @@ def fit(
     loss_scale = LossScale() if compute_dtype() == np.float16 else NoLossScale()
     data = batch_at, count or count_targets, _checked(loss_fn)
     first_lr = optimizer.lr
-    lr_at = _schedule(first_lr if lr is None else lr)
+    lr_at, numbers = _schedule(first_lr if lr is None else lr), range(first_step, first_step + steps)
     options = dict(micro_batch=micro_batch, clip=clip, seed=seed)
     modes = [(module, module.training) for module in model.modules()]
     model.train().zero_grad()
     try:
-        for completed in training_steps(model, optimizer, *data, lr_at, range(steps), loss_scale, **options):
+        for completed in training_steps(model, optimizer, *data, lr_at, numbers, loss_scale, **options):
             if not completed.updated and not completed.overflowed:
                 raise FloatingPointError(
                     f"step {completed.step}: {completed.what_is_not_finite()}: use a smaller lr"
@@ -149,7 +154,9 @@ def fit(
                 on_step(model, optimizer, records[-1])
                 model.train()  # on_step may have changed the mode
         if not weights_are_finite(model):
-            raise FloatingPointError(f"the weights after step {steps} are not finite: use a smaller lr")
+            raise FloatingPointError(
+                f"the weights after step {first_step + steps} are not finite: use a smaller lr"
+            )
     finally:
         optimizer.lr = first_lr
         for module, mode in modes:
@@ -157,7 +164,11 @@ def fit(
     return records
 
 
-def _batch(arrays, step: int) -> tuple:
+def _batch(batch_at, step: int) -> tuple:
+    try:
+        arrays = batch_at(step)
+    except StopIteration:  # of next(iterator)
+        raise Error(f"batch_at({step}) has no more data: train fewer steps, or begin again") from None
     batch = arrays if isinstance(arrays, tuple) else (arrays,)
     rows = {array.shape[0] if getattr(array, "shape", ()) else 0 for array in batch}
     if len(rows) != 1 or rows == {0}:
