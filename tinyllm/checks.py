@@ -73,8 +73,16 @@ def pip_install(extra: str) -> str:
 
 def as_array(x):
     """An array as it is; a number or lists of numbers as one. Raises Error for what is not numbers."""
-    if hasattr(x, "dtype"):  # or a NumPy scalar, the result of a full reduction
+    if type(x) is np.ndarray:
+        return x
+    dtype = getattr(x, "dtype", None)
+    if isinstance(dtype, np.dtype):  # a GPU's, or a NumPy scalar, the result of a full reduction
         return np.asarray(x) if isinstance(x, np.generic) else x
+    if dtype is not None:
+        library = type(x).__module__.partition(".")[0]
+        raise Error(
+            f"a {type(x).__name__} of {library} is not a NumPy array: convert it, such as with .numpy()"
+        )
     with contextlib.suppress(ValueError):  # of lists of different lengths
         array = np.asarray(x)
         if array.dtype.kind not in "OSU":

@@ -337,7 +337,7 @@ def constant(x, like):
     """``x`` as a Tensor; numbers and integers get the dtype of ``like``, which must have such a number."""
     if isinstance(x, ArrayAlgebra):
         return x
-    data = x if hasattr(x, "dtype") else np.asarray(as_array(x), like=like.data)
+    data = as_array(x) if hasattr(x, "dtype") else np.asarray(as_array(x), like=like.data)
     if isinstance(x, int | float) or data.dtype.kind in "iub":
         with np.errstate(invalid="ignore"):  # nan and inf as integers
             exact, data = data, data.astype(like.dtype)

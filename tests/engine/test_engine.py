@@ -826,6 +826,8 @@ REJECTED = {
     "np.array": (lambda: np.array(F64), "use .data"),
     "Tensor(tensor)": (lambda: Tensor(F64), "ambiguous"),
     "Tensor(None)": (lambda: Tensor(None), "a NoneType is not an array of numbers"),
+    "Tensor(torch's)": (lambda: Tensor(torch.ones(3)), "a Tensor of torch is not a NumPy array"),
+    "tensor + torch's": (lambda: F32 + torch.ones(3), "a Tensor of torch is not a NumPy array"),
     "a text": (lambda: Tensor("1.0"), "a str is not an array of numbers"),
     "lists of different lengths": (lambda: Tensor([[1.0, 2.0], [3.0]]), "a list is not.*equal lengths"),
     "tensor + None": (lambda: F32 + None, "a NoneType is not an array of numbers"),
