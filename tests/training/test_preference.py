@@ -24,7 +24,7 @@ from support.models import (
 
 from parity.ops import cases
 from parity.twins import bridge
-from tinyllm import GPT2Config, LlamaConfig, nn, optim, training
+from tinyllm import Error, GPT2Config, LlamaConfig, nn, optim, training
 from tinyllm.training.preference import answer_log_probs, dpo_loss, preferences
 from tinyllm.training.step import accumulate_gradients
 
@@ -78,6 +78,31 @@ def check(model, ids, targets, reference, beta, mean):
     largest = max(beta, *(np.abs(grad).max() for grad in expected.values()))
     for name, parameter in model.named_parameters():
         assert np.abs(parameter.grad - expected[name]).max() <= 1e-10 * largest, name
+
+
+def test_a_model_with_a_forward_of_its_own_is_refused():
+    model = random_model(CONFIG)
+    plain = type(model)
+
+    class Scaled(plain):
+        def forward(self, ids, **options):
+            return super().forward(ids, **options) * 2
+
+    model.__class__ = Scaled
+    ids, targets = pairs(CONFIG, 2, 6)
+    for call in (answer_log_probs, partial(dpo_loss, reference=np.zeros((2, 2)), num_targets=2)):
+        with pytest.raises(Error, match=r"Scaled\.forward is overridden.*head_logits"):
+            call(model, ids, targets)
+
+
+def test_head_logits_of_its_own_are_used():
+    model = random_model(CONFIG)
+    model.head_logits = lambda h: type(model).head_logits(model, h) * 0.5
+    ids, targets = pairs(CONFIG, 2, 6)
+    logits = torch.from_numpy(model(ids.reshape(4, 6)).data).log_softmax(-1)
+    kept = targets.reshape(4, 6) != IGNORED
+    rows = [logits[i][kept[i], targets.reshape(4, 6)[i][kept[i]]].sum().item() for i in range(4)]
+    assert_close(answer_log_probs(model, ids, targets), np.array(rows).reshape(2, 2), "log-probabilities")
 
 
 @settings(max_examples=25, deadline=None)

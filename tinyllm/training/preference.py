@@ -32,6 +32,7 @@ from typing import NamedTuple
 import numpy as np
 
 from tinyllm.data.padded import IGNORED
+from tinyllm.errors import Error
 from tinyllm.models import LanguageModel
 from tinyllm.models.packed import padded
 from tinyllm.tensor import Tensor, no_grad
@@ -72,7 +73,15 @@ class Answers:
         self.divisors = self.tokens if mean else np.ones_like(self.tokens)
 
     def hidden_states(self, model: LanguageModel, ids: np.ndarray) -> Tensor:
-        """The hidden states (M, C) that predict the answers' tokens, for ids (P, 2, T)."""
+        """The hidden states (M, C) that predict the answers' tokens, for ids (P, 2, T).
+
+        Raises ``Error`` for a model with a ``forward`` of its own, of which they are only a part.
+        """
+        if getattr(model.forward, "__func__", None) is not LanguageModel.forward:
+            raise Error(
+                f"{type(model).__name__}.forward is overridden, and DPO does not call it: override "
+                "hidden_states() and head_logits() instead"
+            )
         rows = ids.reshape(-1, ids.shape[-1])
         h = model.hidden_states(rows, padded(self.lengths, rows.shape[1], model))  # (2P, T, C)
         return h.reshape(-1, h.shape[-1])[np.asarray(self.positions, like=h.data)]
