@@ -43,7 +43,7 @@ class Line:
 
 def check(path: Path) -> int:
     """Compare the two sides of a file and print the result; return 0 if they agree, else 1."""
-    file = load(path)
+    file = load(path, limited=False)  # it may load a model
     if missing := [name for name in NEEDED if not hasattr(file, name)]:
         raise Error(f"{path} does not define {' and '.join(missing)}: see python -m parity check --help")
     sides = file.implementation, file.reference

@@ -94,6 +94,11 @@ def test_a_numpy_function_with_its_gradient_agrees(run):
     assert rows(printed)["output"] == rows(printed)["gradient of input 0"] == "agrees"
 
 
+def test_a_file_may_load_a_model_for_longer_than_an_exercise_runs(run, monkeypatch):
+    monkeypatch.setattr("parity.grade.grading.SECONDS", 0.1)
+    assert run("import time\ntime.sleep(0.3)\n" + RELU2, slope=2)[0] == 0
+
+
 def test_a_gradient_wrong_by_a_factor_of_two(run):
     code, printed = run(RELU2, slope=1)
     assert code == 1
