@@ -170,7 +170,7 @@ def random_models(arch: str, sizes: dict, dtype: str, seed: int):
     """
     rng = np.random.default_rng(seed)
     ours = ARCHITECTURES[arch]
-    model = ours(bridge.TWINS[ours].random_config(**sizes), rng=rng).astype(dtype).eval()
+    model = ours(bridge.twin_of(ours).random_config(**sizes), rng=rng).astype(dtype).eval()
     for parameter in model.parameters():
         noise = rng.standard_normal(parameter.shape)
         if parameter.ndim == 2:

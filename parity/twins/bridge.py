@@ -47,12 +47,15 @@ TWINS = {  # tinyllm's class -> its twin
 DTYPES = ("float32", "float64")  # both NumPy and torch compute in these
 
 
-def twin_of(model: Module) -> type[TorchLanguageModel]:
-    """The class of the twin of a tinyllm model."""
-    if type(model) not in TWINS:
-        supported = ", ".join(ours.__name__ for ours in TWINS)
-        raise Error(f"{type(model).__name__} does not have a PyTorch twin; supported: {supported}")
-    return TWINS[type(model)]
+def twin_of(model: Module | type[Module]) -> type[TorchLanguageModel]:
+    """The class of the twin of a tinyllm model, or of a class of models."""
+    ours = model if isinstance(model, type) else type(model)
+    if ours not in TWINS:
+        raise Error(
+            f"{ours.__name__} does not have a PyTorch twin: compare it with a model of your own "
+            f"(python -m parity check), or choose one of {', '.join(each.__name__ for each in TWINS)}"
+        )
+    return TWINS[ours]
 
 
 def to_torch(model: Module) -> torch.nn.Module:

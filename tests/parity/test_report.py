@@ -19,8 +19,9 @@ from parity.__main__ import main  # noqa: E402
 from parity.compare import report  # noqa: E402
 from parity.compare.layers import GRADIENTS, OUTPUTS, PARAMETERS  # noqa: E402
 from parity.twins import bridge  # noqa: E402
-from tinyllm import GPT2Config  # noqa: E402
+from tinyllm import GPT2, GPT2Config  # noqa: E402
 from tinyllm import functional as F  # noqa: E402
+from tinyllm.models import ARCHITECTURES  # noqa: E402
 
 CONFIG = GPT2Config(**SMALL)
 TINY = "--n-layer 2 --n-head 3 --n-embd 12 --vocab-size 13 --n-positions 8 --tokens 7".split()
@@ -178,6 +179,16 @@ def test_wrong_arguments_give_one_sentence_and_exit_code_2(
     assert (code, out) == (2, "")
     assert sentence in err and err.count("\n") == 1
     assert not list(tmp_path.iterdir())
+
+
+def test_an_architecture_without_a_twin_is_named(capsys, monkeypatch):
+    class Own(GPT2):
+        pass
+
+    monkeypatch.setitem(ARCHITECTURES, "own", Own)
+    assert main(["report", "--random", "--arch", "own"]) == 2
+    printed = capsys.readouterr().err
+    assert "Own does not have a PyTorch twin" in printed and "python -m parity check" in printed
 
 
 def test_unsupported_or_inconsistent_folders_give_exit_code_2(tmp_path, capsys, monkeypatch):
