@@ -349,7 +349,6 @@ class BagConfig(ModelConfig):
     vocab_size: int = 13
     width: int = 4
     tie_word_embeddings: bool = False
-    initializer_range: float = 0.5
 
     model_type, hub_class = "bag", "None"
     context = property(lambda self: 10)

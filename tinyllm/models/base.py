@@ -62,8 +62,7 @@ def architecture_of(path: Path) -> type[LanguageModel]:
     return ARCHITECTURES[kind]
 
 
-# Keys of a config.json that change the computation, with the only value that is implemented, unless the
-# architecture's config has a field of that name.
+# Keys of a config.json that change the computation, and the only value implemented without such a field
 FIXED = {
     "add_cross_attention": False,
     "is_encoder_decoder": False,
@@ -108,6 +107,7 @@ class ModelConfig:
     classifier_class = ""  # the class of a classifier there, if it is not named like ``hub_class``
     short_name = ""  # another name for ``model_type`` at the command line
     is_standard = True  # whether that class computes the same with this config
+    initializer_range = 0.02  # the standard deviation of new weights, unless it is a field
     sizes: Mapping[str, dict] = {}  # published sizes: name -> fields
     may_be_zero: tuple[str, ...] = ()  # integer fields; the others are at least 1
 
