@@ -356,6 +356,43 @@ def test_adamw_refuses_invalid_options(wrong):
         optim.AdamW(small_gpt2(), **wrong)
 
 
+class Momentum(AdamW):
+    """v = μ v + g + λ w, w = w - lr v, as ``torch.optim.SGD``."""
+
+    def step(self):
+        for name, p in self.parameters:
+            factor, decay = self.options[name]
+            state = self.state.setdefault(name, [0, np.zeros_like(p.data), np.zeros_like(p.data)])
+            state[0] += 1
+            state[1] *= self.betas[0]
+            state[1] += p.grad + decay * p.data
+            p.data -= self.lr * factor * state[1]
+
+
+def test_a_rule_of_ones_own_has_groups_and_can_be_resumed():
+    ours = [Tensor(np.ones((2, 3)), requires_grad=True) for _ in range(2)]
+    theirs = [torch.nn.Parameter(torch.ones(2, 3).double()) for _ in range(2)]
+    groups = [{"lr": 0.1}, {"lr": 0.02, "weight_decay": 0.3}]
+
+    def made():
+        given = [{"params": [p], **group} for p, group in zip(ours, groups)]
+        return Momentum(given, lr=0.1, betas=(0.9, 0.9), weight_decay=0.0)
+
+    other = torch.optim.SGD([{"params": [p], **g} for p, g in zip(theirs, groups)], momentum=0.9)
+    optimizer, rng = made(), np.random.default_rng(0)
+    for step in range(6):
+        if step == 3:
+            state, optimizer = optimizer.state_dict(), made()
+            optimizer.load_state_dict(state)
+        for mine, p in zip(ours, theirs):
+            mine.grad = rng.standard_normal((2, 3))
+            p.grad = torch.from_numpy(mine.grad.copy())
+        optimizer.step()
+        other.step()
+    for mine, p in zip(ours, theirs):
+        np.testing.assert_allclose(mine.data, p.detach().numpy(), rtol=1e-14)
+
+
 @pytest.mark.parametrize("state", [{}, None, {"t": {}, "m": {}}, "state"])
 def test_invalid_optimizer_state_is_refused(state):
     with pytest.raises(Error, match="state_dict"):

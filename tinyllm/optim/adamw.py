@@ -41,6 +41,10 @@ class AdamW:
     λ is ``weight_decay`` for parameters of two or more axes and 0 for biases and norms, unless the
     parameter's group has a weight_decay of its own. The paper decays every parameter; the exception is common
     practice since BERT's code: decay limits a matrix's gain, but a norm's neutral scale is 1 and not 0.
+
+    For another rule define ``step`` in a subclass. It updates ``parameters``, pairs of a name and a Tensor,
+    where there is a ``grad``, by ``options[name]``: the factor of ``lr``, and λ. Of what it keeps between
+    steps ``state_dict`` has only ``state[name]``, a list of t and the arrays m and v.
     """
 
     group_options = "lr", "weight_decay"
@@ -61,7 +65,7 @@ class AdamW:
             )
         self.lr, self.betas, self.eps, self.weight_decay = lr, betas, eps, weight_decay
         self.parameters: list[tuple[str, Tensor]] = []
-        self._options: dict[str, tuple[float, float]] = {}  # name -> (factor of lr, λ)
+        self.options: dict[str, tuple[float, float]] = {}  # name -> (factor of lr, λ)
         groups = groups_of(parameters)
         for number, group in enumerate(groups):
             self._add(group, prefix=f"{number}." if len(groups) > 1 else "")
@@ -89,11 +93,11 @@ class AdamW:
             if any(parameter is other for _, other in self.parameters):
                 raise Error(f"parameter {name} is given twice: list each once, a tied one in one group only")
             name = prefix + name
-            if name in self._options:
+            if name in self.options:
                 raise Error(f"two parameters are named {name}: give (name, Tensor) pairs with distinct names")
             self.parameters.append((name, parameter))
             own = (self.weight_decay if parameter.ndim >= 2 else 0.0) if decay is None else decay
-            self._options[name] = (1.0 if lr == self.lr else lr / self.lr, own)
+            self.options[name] = (1.0 if lr == self.lr else lr / self.lr, own)
 
     def reserve(self) -> None:
         """Allocate the averages now. The parameters' dtypes must not change afterwards.
@@ -184,7 +188,7 @@ class AdamW:
 
     def _advance(self, name: str, parameter: Tensor) -> tuple[int, list, float, float]:
         """Increment a parameter's t; returns it, [θ, g, averages …], the rate, and the factor 1 - lr λ."""
-        state, (factor, weight_decay) = self._state_of(name, parameter), self._options[name]
+        state, (factor, weight_decay) = self._state_of(name, parameter), self.options[name]
         state[0] += 1
         state[1:] = (to_device_of(average, parameter.data) for average in state[1:])
         own, lr = (self._own(name, parameter.data), self._own(name, parameter.grad)), self.lr * factor
