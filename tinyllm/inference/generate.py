@@ -47,7 +47,8 @@ def generate(
     of ``rng`` (a newly seeded generator if None), so a row's text does not depend on the other rows. A row
     that has sampled one of ``stop_ids`` repeats it; generation ends when all rows have, or after
     ``max_new_tokens``. ``use_cache=False`` processes the whole text again at every step: the same tokens,
-    more slowly.
+    more slowly. A model needs it if a module took the place of its attention and ignores the cache (see
+    ``look_back``): it would see only the newest token.
 
     A ``cache`` of an earlier call may be given again, with the rows in the same order: what its rows have in
     common with the prompts is not processed again, so the second turn of a conversation begins at once. It
