@@ -179,6 +179,15 @@ def test_wrong_requests_are_refused_and_change_nothing(options, said):
     assert repr(model) == before and trained(model) == {name for name, _ in model.named_parameters()}
 
 
+def test_a_model_with_other_names_is_told_the_targets_and_what_to_choose():
+    class Other(nn.Module):
+        def __init__(self):
+            self.block = [nn.Linear(2, 2, rng=0)]
+
+    with pytest.raises(Error, match=r"'c_attn', 'q_proj', 'v_proj'.*such as 'all-linear'.*block\.0"):
+        nn.add_lora(Other(), rng=0)
+
+
 def test_lora_is_not_added_twice():
     model = with_lora(CONFIGS["gpt2"])
     with pytest.raises(Error, match="merge"):

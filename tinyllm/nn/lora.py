@@ -114,10 +114,14 @@ def add_lora(
         for wanted in () if targets is None or isinstance(targets, str) else check_names(targets, "targets"):
             if not any(matches([wanted], name) for name in modules):
                 raise Error(f"the target {wanted!r} matches no layer of the model; the layers are {layers}")
-        names = [name for name in modules if matches(DEFAULT_TARGETS if targets is None else targets, name)]
+        targets = DEFAULT_TARGETS if targets is None else targets
+        names = [name for name in modules if matches(targets, name)]
     names = [name for name in names if id(modules[name]) not in excluded]
     if not names:
-        raise Error(f"no layer of the model matches the targets {targets!r}; the layers are {layers}")
+        raise Error(
+            f"no layer of the model matches the targets {targets!r}: give others, such as {ALL_LINEAR!r}; "
+            f"its layers are {layers}"
+        )
 
     def wrapped(name: str, layer: Module) -> LoRA:
         if not isinstance(layer, Linear):
