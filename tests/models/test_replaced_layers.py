@@ -22,6 +22,7 @@ from support.models import (
     random_model,
 )
 
+import tinyllm
 from tinyllm import Error, GPT2Config, LlamaConfig, Tensor, generate, load_model, nn, no_grad
 from tinyllm import functional as F
 from tinyllm.functional import composed
@@ -578,6 +579,27 @@ def test_score_bias_must_return_numbers(answer):
     model.h[0].attn.score_bias = answer  # a function would not be saved with the model
     with pytest.raises(Error, match="score_bias is a function"):
         model(np.array([[1, 2]]))
+
+
+class Shift(nn.Module):
+    """In the place of attention: the position before, without a cache."""
+
+    def forward(self, x, *_):
+        return tinyllm.concatenate([x[:, :1] * 0.0, x[:, :-1]], axis=1)
+
+
+@pytest.mark.parametrize(("config", "name"), [("gpt2", "h.*.attn"), ("llama", "layers.*.self_attn")])
+def test_a_model_whose_layers_ignore_the_cache_generates_the_same_text(config, name):
+    model = random_model(CONFIGS[config])
+    nn.replace(model, name, lambda *_: Shift())
+    for prompts in ([[1, 2, 3]], [[1, 2, 3], [4], [5, 6]]):
+        expected = text(model, prompts, use_cache=False)
+        cache = model.new_cache(len(prompts), 8)
+        assert text(model, prompts) == text(model, prompts, cache=cache) == expected
+        assert text(model, prompts, cache=cache) == expected
+    assert text(model, [[1, 2, 1, 2]], 4, speculate="prompt") == text(
+        model, [[1, 2, 1, 2]], 4, use_cache=False
+    )
 
 
 def test_keys_of_another_shape_are_refused_by_the_cache_only():

@@ -48,6 +48,11 @@ class Listener:
         return [sampled.id for sampled in self.sampled]
 
 
+class Nothing(nn.Module):
+    def forward(self, x, *_):
+        return x * 0.0
+
+
 def run(scheduler, most=1000):
     for _ in range(most):
         if not scheduler.has_work:
@@ -443,3 +448,13 @@ def test_end_all_tells_everyone_once_and_forgets_the_texts():
     scheduler.end_all(error)
     assert [listener.ends for listener in listeners] == [[error]] * 3
     assert scheduler.cache.texts == [[]] and not scheduler.has_work
+
+
+def test_a_model_that_ignores_the_cache_is_not_served():
+    model = random_gpt2(GPT)
+    nn.replace(model, "h.*.attn", lambda *_: Nothing())
+    scheduler = Scheduler(model, 2)
+    listener = submitted(scheduler, [1, 2, 3])
+    run(scheduler)
+    (error,) = listener.ends
+    assert isinstance(error, Error) and "does not use the cache" in str(error) and not listener.tokens

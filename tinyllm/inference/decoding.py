@@ -45,6 +45,7 @@ class DecodingSteps:
 
     def __init__(self, model, steps: int, kept: int = 1, patience: int = 0):
         self.model, self.enabled, self.kept, self.patience = model, steps >= FEW_STEPS, kept, patience
+        self.ignores_cache = False  # whether the model did, in a step or a prefill
         self.forget()
 
     def forget(self) -> None:
@@ -76,7 +77,9 @@ class DecodingSteps:
 
     def _run(self, ids, cache: Cache | None, last_only: bool = True) -> Tensor:
         with evaluating(self.model):
-            return self.model(ids, last_only=last_only, cache=cache)
+            logits = self.model(ids, last_only=last_only, cache=cache)
+        self.ignores_cache |= cache is not None and cache.is_ignored
+        return logits
 
     def _places(self, ids, cache: Cache | None) -> list[Place] | None:
         """Where the tokens go, in each kind of layer; None if the model itself must run."""

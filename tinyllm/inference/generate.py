@@ -47,8 +47,8 @@ def generate(
     of ``rng`` (a newly seeded generator if None), so a row's text does not depend on the other rows. A row
     that has sampled one of ``stop_ids`` repeats it; generation ends when all rows have, or after
     ``max_new_tokens``. ``use_cache=False`` processes the whole text again at every step: the same tokens,
-    more slowly. A model needs it if a module took the place of its attention and ignores the cache (see
-    ``look_back``): it would see only the newest token.
+    more slowly. So does a model none of whose layers uses the cache (see ``look_back``), such as one of
+    convolutions. If some do and others look back without it, ``use_cache=False`` is needed.
 
     A ``cache`` of an earlier call may be given again, with the rows in the same order: what its rows have in
     common with the prompts is not processed again, so the second turn of a conversation begins at once. It
@@ -165,6 +165,9 @@ def _steps(model, texts, max_new_tokens, sampling, rng, stop_ids, cache, suppres
         if cache is not None and not _make_room(model, texts, cache, changes):
             cache = None
         logits = _next_logits(model, run, texts, cache, speculate, _most_at_once(changes, texts, left) - 1)
+        if cache is not None and run.ignores_cache:  # a further pass would see the new tokens only
+            cache.clear()
+            cache = None
         sampled = choose_tokens(suppress(logits, suppress_ids), rng.random(len(texts)), *sampling)
         tokens = np.where(finished, tokens, sampled)  # (B,)
         finished |= np.isin(tokens, stop_ids)

@@ -75,6 +75,7 @@ class Place:
     capacity: int
     mask: Any = None  # (B or 1, 1, T, S), True where a query may attend; None if being causal is enough
     tails: list = field(default_factory=list)  # arrays, and their new contents when the pass is complete
+    used: bool = False  # whether a layer stored its entries
 
     def __post_init__(self):
         self.same = (self.held == self.held[0]).all()
@@ -107,6 +108,7 @@ class Place:
         A pass with more tokens than a window holds is attended to in an array of its own, of which
         ``Cache.advance`` keeps the end.
         """
+        self.used = True
         if self.stop > self.capacity:
             B, G, _, D = entries.shape
             longer = np.zeros((B, G, self.stop, D), entries.dtype, like=entries)
@@ -173,6 +175,7 @@ class Cache:
         shapes = [(batch, heads, self._capacity(window), size) for window in self.windows]
         self.keys = [np.zeros(shape, dtype, like=like) for shape in shapes]
         self.values = [np.zeros(shape, dtype, like=like) for shape in shapes]
+        self._places: Sequence[Place] = ()  # of the last forward pass
 
     def _capacity(self, window: int | None) -> int:
         return self.capacity if window is None else min(self.capacity, window + 2 * SLACK)
@@ -218,7 +221,7 @@ class Cache:
             place = Place(self.lengths - dropped, count, window, capacity)
             place.mask = None if place.mask is None else np.asarray(place.mask, like=self.keys[0])
             places[window] = place
-        self._places = places.values()
+        self._places = list(places.values())
         return places
 
     def _kept(self, window: int) -> int:
@@ -237,6 +240,11 @@ class Cache:
                 self.dropped[place.window] += ends - kept
         for text, new in zip(self.texts, ids.tolist()):
             text += new
+
+    @property
+    def is_ignored(self) -> bool:
+        """Whether no layer stored keys and values in the last pass, so that the next cannot continue it."""
+        return bool(self._places) and not any(place.used for place in self._places)
 
     # ------------------------------------------------------------------------------------- rows
 

@@ -259,6 +259,8 @@ class Scheduler:
             self._make_room(len(row.text))
             view, ids = self._view(place, place + 1), np.array([pending[:chunk]])
             logits = logits_of(self._run, ids, view)[0]
+            if self._run.ignores_cache:
+                raise Error("the model does not use the cache that served texts share: use generate()")
         except Exception as error:
             self._end(row, error)
             return
