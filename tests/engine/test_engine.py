@@ -416,6 +416,13 @@ def test_backward_on_a_leaf():
     assert np.array_equal(seed, np.arange(6.0).reshape(2, 3))
 
 
+def test_gradient_of_a_scalar_is_an_array():
+    """A NumPy scalar could not be clipped in place."""
+    x = Tensor(3.0, requires_grad=True)
+    (x * x).backward()
+    assert isinstance(x.grad, np.ndarray) and x.grad == 6
+
+
 def test_transposed_leaf_has_a_contiguous_gradient():
     x = Tensor(np.arange(6.0).reshape(2, 3).T, requires_grad=True)
     (x * x).backward(np.ones((3, 2)))
@@ -606,8 +613,10 @@ def test_gradient_that_is_not_retained_is_none():
     y = x * 2
     z = y * 3
     z.retain_grad()
-    z.backward(np.ones(3))
-    assert y.grad is None and np.array_equal(z.grad, np.ones(3)) and np.array_equal(x.grad, np.full(3, 6.0))
+    seed = np.ones(3)
+    z.backward(seed)
+    assert y.grad is None and np.array_equal(z.grad, seed) and z.grad is not seed
+    assert np.array_equal(x.grad, np.full(3, 6.0))
 
 
 def test_failure_in_backward_clears_a_retained_gradient():
@@ -930,6 +939,9 @@ def test_replace_drops_the_gradient_and_keeps_requires_grad():
     assert x.grad is None and x.requires_grad and x.shape == (2, 2) and x.dtype == np.float32
     x.sum().backward()
     assert np.array_equal(x.grad, np.ones((2, 2))) and x.grad.dtype == np.float32
+    constant = Tensor(np.ones(3))
+    constant.replace(np.zeros(3))
+    assert not constant.requires_grad
 
 
 # ---------------------------------------------------------------------------------- importing

@@ -573,6 +573,11 @@ def test_power_at_zero_and_of_negative_bases_matches_torch():
     check_torch(Case("**", [abs(base), exponent], operator.pow, operator.pow))
     powers = np.array([0.0, 1, 2.5])
     check_torch(Case("0 ** x", [powers], lambda x: 0.0**x, lambda x: 0.0**x))
+    check_torch(Case("x ** 0", [base], lambda x: x**0, lambda x: x**0))
+    negative = Tensor(np.array([-1.0]), requires_grad=True)
+    with np.errstate(divide="ignore"):
+        (Tensor(np.zeros(1)) ** negative).backward()
+    assert negative.grad == -np.inf
 
 
 @pytest.mark.parametrize(
@@ -587,6 +592,7 @@ def test_comparisons_give_the_boolean_arrays_of_torch(compare):
         np.testing.assert_array_equal(result, expected)
     np.testing.assert_array_equal(compare(Tensor(x), 2), compare(torch.tensor(x), 2).numpy())
     np.testing.assert_array_equal(compare(2, Tensor(x)), compare(2, torch.tensor(x)).numpy())
+    assert (Tensor(x) == None) is False  # noqa: E711
 
 
 def test_condition_of_where_may_be_a_comparison_or_a_boolean_tensor():
@@ -943,6 +949,9 @@ PRODUCTS = {
     "a matrix and a column": (((3, 4), (4,)), lambda a, b: a @ b),
     "einsum": (((3, 4), (2, 4)), lambda a, b: einsum("ij,kj->ik", a, b)),
     "einsum of a sum": (((3, 4), (2, 4)), lambda a, b: einsum("ij,kj->k", a, b)),
+    "a sum": (((3, 4),), lambda a: a.sum(axis=1, keepdims=True)),
+    "a mean": (((3, 4),), lambda a: a.mean(axis=1, keepdims=True)),
+    "a variance": (((3, 4),), lambda a: a.var(axis=1, ddof=1, keepdims=True)),
 }
 
 
