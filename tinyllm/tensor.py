@@ -322,7 +322,7 @@ class Tensor(ArrayAlgebra):
         )
 
     def __rmatmul__(self, other):
-        return constant(self._operand(other), self) @ self
+        return constant(other, self) @ self
 
 
 def _is_number(x) -> bool:
@@ -395,5 +395,5 @@ def _unbroadcast(grad, shape):
     if grad.shape == shape or np.broadcast_shapes(grad.shape, shape) != grad.shape:
         return grad
     extra = grad.ndim - len(shape)
-    repeated = [extra + i for i, n in enumerate(shape) if n == 1 and grad.shape[extra + i] != 1]
+    repeated = [extra + i for i, n in enumerate(shape) if n == 1]
     return grad.sum(axis=(*range(extra), *repeated), keepdims=True).reshape(shape)

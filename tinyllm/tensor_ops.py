@@ -88,7 +88,7 @@ class ArrayAlgebra:
             for n, group in zip(shape, re.findall(r"\(.*?\)|\S+", left)):
                 names = [name for name in group.strip("()").split() if not name.isdigit()]
                 rest = math.prod(known.get(name, 1) for name in names)
-                known |= {name: n // max(rest, 1) for name in names if name not in known}
+                known |= {name: n // rest for name in names if name not in known}
             return (einops.rearrange(grad, f"{right}->{left}", **known),)
 
         try:
