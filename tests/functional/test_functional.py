@@ -558,6 +558,8 @@ ERRORS = {  # mistake -> (call, words in its message: the value and the remedy)
         lambda: attend(q=(1, 3, 2, 4), k=(1, 2, 3, 4), v=(1, 2, 3, 4), enable_gqa=True),
         ["(1, 3, 2, 4)", "(1, 2, 3, 4)"],
     ),
+    "values of one head": (lambda: attend((1, 2, 2, 4), (1, 2, 3, 4), (1, 1, 3, 4)), ["do not fit"]),
+    "values of one row": (lambda: attend((2, 2, 2, 4), (2, 2, 3, 4), (1, 2, 3, 4)), ["do not fit"]),
     "rope of an odd head size": (lambda: rotate((1, 2, 3, 5), (3, 2)), ["(1, 2, 3, 5)", "even"]),
     "rope without an axis of heads": (lambda: rotate((2, 3, 4), (3, 2)), ["(2, 3, 4)", "(B, H, T, D)"]),
     "rope with angles of another length": (
@@ -567,6 +569,14 @@ ERRORS = {  # mistake -> (call, words in its message: the value and the remedy)
     "rope with angles in another dtype": (
         lambda: rotate((1, 2, 3, 4), (3, 2), np.float32),
         ["float64", "not in float32"],
+    ),
+    "rope with a cos in another dtype": (
+        lambda: F.rope(leaf(1, 2, 3, 4), np.ones((3, 2), np.float32), np.zeros((3, 2))),
+        ["not in float32 and float64"],
+    ),
+    "rope with a sin in another dtype": (
+        lambda: F.rope(leaf(1, 2, 3, 4), np.ones((3, 2)), np.zeros((3, 2), np.float32)),
+        ["not in float64 and float32"],
     ),
     "gelu of integers": (lambda: F.gelu(Tensor(np.arange(3))), ["gelu of int64", "astype()"]),
     "layer_norm of integers": (lambda: F.layer_norm(Tensor(np.arange(3)), 3), ["layer_norm of int64"]),
@@ -658,6 +668,8 @@ ERRORS = {  # mistake -> (call, words in its message: the value and the remedy)
     "layer_norm with one bias": (lambda: F.layer_norm(leaf(2, 4), 4, None, leaf(1)), ["(1,)", "(4,)"]),
     "rms_norm with one weight": (lambda: F.rms_norm(leaf(2, 4), 4, leaf(1)), ["(1,)", "(4,)"]),
     "linear with one bias": (lambda: F.linear(leaf(2, 4), leaf(3, 4), leaf(1)), ["(1,)", "(3, 4)"]),
+    "linear with a bias per row": (lambda: F.linear(leaf(2, 4), leaf(3, 4), leaf(2, 3)), ["bias", "(2, 3)"]),
+    "linear with a kernel": (lambda: F.linear(leaf(2, 4), leaf(3, 4, 1)), ["(3, 4, 1)", "(out, in)"]),
     "a head with a bias of another size": (
         lambda: F.linear_cross_entropy(leaf(1, 4), leaf(3, 4), [0], linear_bias=leaf(4)),
         ["(4,)", "(3, 4)"],

@@ -18,7 +18,7 @@ from support.ops import (
 
 from parity.ops.attention import at_address, kept_weights, torch_attention
 from parity.ops.cases import Case, assert_close, check_composed, check_torch
-from tinyllm import Tensor, no_grad
+from tinyllm import Tensor, manual_seed, no_grad
 from tinyllm import functional as F
 from tinyllm.functional import attention, composed
 
@@ -90,6 +90,18 @@ def test_heads_that_share_keys_have_distinct_dropout_masks():
     rows = kept.reshape(-1, T)
     assert abs(kept.mean() - (1 - p)) < 5 * math.sqrt(p * (1 - p) / kept.size)
     assert len(np.unique(rows, axis=0)) == len(rows)  # 480 rows of 40: two agree with probability 1e-4
+
+
+def test_dropout_of_shared_heads_does_not_depend_on_how_they_are_divided(monkeypatch):
+    q, k = Tensor(normal(2, 6, 5, 3)), Tensor(normal(2, 2, 5, 3))
+
+    def attended():
+        manual_seed(1)
+        return F.scaled_dot_product_attention(q, k, k, dropout_p=0.5, enable_gqa=True).data
+
+    together = attended()
+    monkeypatch.setattr(attention, "SCORES", 1)
+    np.testing.assert_allclose(attended(), together, rtol=1e-14)
 
 
 def peak_bytes(function):
