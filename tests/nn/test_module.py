@@ -294,6 +294,16 @@ def test_linear_and_embedding_weights_have_the_given_std():
     assert not nn.Linear(2, 3, rng=rng).bias.data.any()
 
 
+def test_parameters_are_sampled_anew_as_torch_does():
+    linear, embedding = nn.Linear(100, 400, rng=0), nn.Embedding(500, 400, rng=0)
+    nn.initialize_as_torch(linear, rng=1)
+    nn.initialize_as_torch(embedding, rng=1)
+    for ours, theirs in ((linear, torch.nn.Linear(100, 400)), (embedding, torch.nn.Embedding(500, 400))):
+        for name, parameter in theirs.named_parameters():
+            a, b = getattr(ours, name).data, parameter.detach().numpy()
+            assert [a.std(), abs(a).max()] == pytest.approx([b.std(), abs(b).max()], rel=0.2)
+
+
 def test_layer_norm_initially_has_no_scale_or_shift():
     norm = nn.LayerNorm(4, eps=0.0)
     assert np.array_equal(norm.weight.data, np.ones(4)) and np.array_equal(norm.bias.data, np.zeros(4))
