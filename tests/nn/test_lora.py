@@ -138,6 +138,8 @@ def test_a_layer_trained_whole_gets_no_lora():
     model = random_gpt2(CONFIGS["gpt2"])
     names = nn.add_lora(model, targets=["c_attn", "lm_head"], modules_to_save=["lm_head", "h.0"], rng=0)
     assert names == ["h.1.attn.c_attn"]
+    factors = {f"h.1.attn.c_attn.lora_{factor}" for factor in "AB"}
+    assert {*nn.adapter_modules(model)} == factors | {"h.0", "lm_head", "wte"}  # h.0 whole, not its layers
 
 
 def test_a_head_with_two_names_gets_no_lora_by_either():
@@ -234,6 +236,14 @@ def test_half_precision_is_merged_in_float32():
     assert (layer.weight.data == expected).mean() > 0.99
 
 
+@pytest.mark.parametrize(("base", "adapter"), [(None, 0), (0, None)])
+def test_lora_without_weights_is_not_merged(base, adapter):
+    holder = nn.Module()
+    holder.layer = nn.LoRA(nn.Linear(4, 3, rng=base), 2, rng=adapter)
+    with pytest.raises(Error, match="no weights yet"):
+        nn.merge_lora(holder)
+
+
 def test_merging_into_a_tied_head_unties_it_and_says_so(caplog):
     model = with_lora(CONFIGS["gpt2"], targets=["lm_head"])
     ids, before = batch(CONFIGS["gpt2"], (2, 8))[0], model.wte.weight.data.copy()
@@ -242,6 +252,7 @@ def test_merging_into_a_tied_head_unties_it_and_says_so(caplog):
         merged = nn.merge_lora(model)
     assert "lm_head" in caplog.text and "no longer tied" in caplog.text
     assert np.array_equal(model.wte.weight.data, before) and model.lm_head.weight is not model.wte.weight
+    assert not model.lm_head.weight.requires_grad
     np.testing.assert_allclose(model(ids).data, expected, rtol=0, atol=1e-12)
     nn.unmerge_lora(model, merged)
     assert model.lm_head.base_layer.weight is model.wte.weight

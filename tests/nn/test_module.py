@@ -478,6 +478,25 @@ def test_observe_names_are_relative_to_the_given_model():
     assert [o.name for o in seen] == FORWARD_ORDER
 
 
+class Twice(nn.Module):
+    def forward(self, x):
+        return x, x
+
+
+def test_observed_modules_have_names_relative_to_the_call_and_the_innermost_block():
+    model, linear, x, seen = small_gpt2(), nn.Linear(8, 2, rng=0).astype(float), Tensor(np.ones((1, 8))), []
+    with nn.observe(seen.append):
+        for module in (linear, model.ln_f, Twice()):
+            module(x)
+    with nn.observe(seen.append, model):
+        with nn.observe(seen.append):
+            model.ln_f(x)
+        model.ln_f(x)
+        linear(x)
+    assert [o.name for o in seen] == ["", "", "", "", "ln_f", "Linear"]
+    assert seen[2].output == (x, x)
+
+
 def test_observe_ends_with_its_block():
     model, seen = small_gpt2(), []
     with nn.observe(seen.append):
