@@ -64,13 +64,22 @@ def test_groups_with_their_own_lr_and_decay_equal_torch():
         np.testing.assert_allclose(parameter.data, theirs[name].detach().numpy(), rtol=1e-12, err_msg=name)
 
 
-def test_group_decay_applies_to_all_its_parameters():
+@pytest.mark.parametrize("decay", [0.5, 0.0])
+def test_group_decay_applies_to_all_its_parameters(decay):
     weight, bias = (Tensor(np.ones(shape), requires_grad=True) for shape in ((2, 2), (2,)))
-    optimizer = AdamW([{"params": [weight, bias], "weight_decay": 0.5}], lr=0.1)
+    optimizer = AdamW([{"params": [weight, bias], "weight_decay": decay}], lr=0.1)
     for parameter in (weight, bias):
         parameter.grad = np.zeros(parameter.shape)
     optimizer.step()
-    assert (weight.data == 0.95).all() and (bias.data == 0.95).all()
+    assert (weight.data == 1 - 0.1 * decay).all() and (bias.data == 1 - 0.1 * decay).all()
+
+
+def test_a_rate_of_0_can_be_raised_later():
+    weight = Tensor(np.ones(2), requires_grad=True)
+    optimizer = AdamW([weight], lr=0.0)
+    optimizer.lr, weight.grad = 0.1, np.ones(2)
+    optimizer.step()
+    assert weight.data == pytest.approx(0.9)
 
 
 @pytest.mark.parametrize("form", ["tensors", "pairs", "a generator", "named pairs", "a model", "groups"])
@@ -111,6 +120,7 @@ def test_frozen_parameters_are_not_updated_and_take_no_memory():
     optimizer = AdamW(ours.items(), lr=0.1)
     optimizer.reserve()
     assert [name for name, _ in optimizer.parameters] == ["bias", "head"] == list(optimizer.state)
+    assert not any(optimizer.state_dict().values())  # nothing was updated yet
     before = ours["matrix"].data.copy()
     set_gradients(ours, theirs, 0)
     optimizer.step()
@@ -518,6 +528,9 @@ def test_parameters_of_several_groups_have_distinct_names(form):
         lambda state: state["v"].update(w=1),
         lambda state: state.update(t=[1]),
         lambda state: state.update(m=5),
+        lambda state: state["m"].update(w=np.zeros(3)),
+        lambda state: state["v"].update(w=np.zeros(2, np.float32)),
+        lambda state: [state[key].update(other=state[key]["w"]) for key in "tmv"],
     ],
 )
 def test_an_optimizer_state_of_the_wrong_types_is_refused(change):

@@ -116,7 +116,8 @@ def test_targets_match_as_in_peft(targets, name, expected):
 
 
 @pytest.mark.parametrize(
-    "pattern", ["c_proj", r"h\.1\.attn\.c_proj", "proj", "1.attn.c_proj", ".*", "c_(fc|proj)"]
+    "pattern",
+    ["c_proj", r"h\.1\.attn\.c_proj", "proj", "1.attn.c_proj", ".*", "c_(fc|proj)", "c_fc|c_proj"],
 )
 @pytest.mark.parametrize("name", ["h.1.attn.c_proj", "h.11.attn.c_proj", "c_proj"])
 def test_patterns_match_as_in_peft(pattern, name):

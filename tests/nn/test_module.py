@@ -654,6 +654,7 @@ def test_attributes_without_parameters_may_be_anything():
     module = nn.Module()
     module.config, module.pair, module.rng = Held(3), (1, {"a": {2}}), np.random.default_rng(0)
     module.kind, module.sizes, module.f = nn.Linear, {3: 4, "a.b": 5}, lambda: 1
+    module.holder = Held(Tensor(np.ones(2)))  # without a gradient: a constant
     assert module.num_parameters() == 0 and list(module.modules()) == [module]
 
 
@@ -674,8 +675,9 @@ def test_zero_grad_can_keep_gradients_as_zeros():
         drop(set_to_none=False)
         grads = [p.grad for p in model.parameters()]
         assert all(grad is not None and not grad.any() for grad in grads)
-        drop(set_to_none=True)
-        assert all(p.grad is None for p in model.parameters())
+        for set_to_none in (True, False):  # no gradient stays none
+            drop(set_to_none=set_to_none)
+            assert all(p.grad is None for p in model.parameters())
 
 
 def test_repr_is_a_tree_of_layers_with_their_sizes():
@@ -715,6 +717,10 @@ def test_blocks_of_evaluating_in_several_threads_keep_eval_mode_until_the_last_e
         thread.join()
         assert not model.training
     assert model.training
+    model.eval()
+    with nn.evaluating(model):
+        pass
+    assert not model.training
 
 
 @pytest.mark.parametrize(
