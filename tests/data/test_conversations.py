@@ -96,6 +96,7 @@ def test_the_weight_of_an_answer_is_kept(shape):
     found = conversations(many, recognise(many))
     assert [[turn.get("weight") for turn in chat[1::2]] for chat in found] == [[0, 1], [None, 1]]
     assert prompt_of(found[0]) == turns("a") and unused_keys(many, recognise(many)) == []
+    assert prompt_of([ANSWER, *turns("a", "b")]) == [ANSWER, *turns("a")]  # a first one has no prompt
     for weight in (2, -1, 0.5, True, "0"):
         with pytest.raises(Error, match=r"row 1 of data\.json: a turn of .* has the weight"):
             conversations(rows(row(weight)), recognise(many))

@@ -40,7 +40,7 @@ def test_a_list_and_lines_are_the_same_rows(tmp_path):
     swapped.write_bytes(lines.read_bytes())
     marked = [tmp_path / "d.json", tmp_path / "e.jsonl"]  # with a byte order mark
     for path, plain in zip(marked, (whole, lines)):
-        path.write_bytes(codecs.BOM_UTF8 + plain.read_bytes())
+        path.write_bytes(codecs.BOM_UTF8 + b"\n" + plain.read_bytes())
     for path in (whole, lines, swapped, *marked):
         assert [row.values for row in read_rows(path)] == values
         assert read_rows(path)[2].where == f"row 3 of {path}"
@@ -97,13 +97,17 @@ def test_a_folder_has_its_own_parts(tmp_path):
     write(tmp_path / "train.json", numbered(40))
     found = open_examples(tmp_path)
     assert (len(found.train), len(found.valid), found.test) == (38, 2, [])
+    assert found.split == "split with seed 0"
     write(tmp_path / "dev.JSON", numbered(3))
     given = open_examples(tmp_path)
     assert (len(given.train), len(given.valid), given.split) == (40, 3, "as given")
     assert given.describe().endswith("(as given); 3 of the latter two are training examples too")
-    assert given.sha256 != found.sha256
+    write(tmp_path / "dev.JSON", numbered(4))
+    changed = open_examples(tmp_path)
     write(tmp_path / "test.jsonl", {"text": "1"})
-    assert len(open_examples(tmp_path).test) == 1
+    tested = open_examples(tmp_path)
+    assert len(tested.test) == 1
+    assert len({each.sha256 for each in (found, given, changed, tested)}) == 4
     write(tmp_path / "validation.json", numbered(3))
     with pytest.raises(Error, match=r"dev\.JSON and validation\.json: keep one"):
         open_examples(tmp_path)
@@ -144,6 +148,9 @@ def test_a_known_name_is_a_pinned_file_in_TINYLLM_DATA(tmp_path, monkeypatch):
     (tmp_path / "some" / "numbers.json").write_bytes(gzip.compress(content))
     with pytest.raises(Error, match="is not the expected file"):
         open_examples("numbers")
+    monkeypatch.chdir((tmp_path / "own").mkdir() or tmp_path / "own")
+    write((tmp_path / "own" / "numbers").mkdir() or tmp_path / "own" / "numbers" / "train.json", numbered(4))
+    assert len(open_examples("numbers").train) == 3  # a folder of that name comes first
 
 
 def test_a_download_is_pinned_and_its_failure_says_what_to_do(tmp_path, monkeypatch):

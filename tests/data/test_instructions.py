@@ -138,8 +138,12 @@ def test_a_template_that_changes_earlier_turns_is_refused(tokenizer, monkeypatch
     other.chat_template = CHATML.replace("message['content']", "(message['content'] if loop.last else '…')")
     with pytest.raises(Error, match=r"row 1 of data\.json: the chat template renders a turn differently"):
         encoded(other, [turns("a", "b", "c", "d")])
+    other.chat_template = CHATML.replace("<|im_end|>'", "' + ('<|im_end|>' if loop.index < 3 else '')")
+    with pytest.raises(Error, match=r"row 1 of data\.json: the chat template does not end an answer"):
+        encoded(other, [turns("a", "b", "c", "d")])
     other.chat_template = CHATML + "{% if messages|length > 2 %}{{ raise_exception('too long') }}{% endif %}"
     monkeypatch.setattr(chat_template, "_render", RENDER)  # it says which conversation failed
+    monkeypatch.setattr(instructions, "RENDERED_AT_ONCE", 2)
     with pytest.raises(Error, match=r"row 2 of data\.json: the chat template failed .*too long"):
         encoded(other, [turns("a", "b"), turns("a", "b", "c", "d")])
 
@@ -179,11 +183,22 @@ def test_a_template_needs_its_special_tokens_and_an_end(tokenizer):
         check_template(gpt2)
     with pytest.raises(Error, match=r"--special-tokens '<\|endoftext\|>'"):
         alpaca(CharTokenizer("abc"))
-    check_template(tokenizer)
+    other = load_tokenizer(tokenizer.name.removesuffix("/tokenizer.json"))
+    other.eos_ids = (5,)
+    assert check_template(other) == (END, 5)
     assert alpaca(tokenizer).count("<|im_end|>") == 1
 
 
 # ------------------------------------------------------------------------------------ text, lengths
+
+
+def test_a_bos_token_precedes_an_example_and_is_not_an_answers(tokenizer):
+    other = load_tokenizer(tokenizer.name.removesuffix("/tokenizer.json"))
+    other.bos_id, other.add_bos = 0, True
+    ids, learned = reference(CHATS[1])
+    (found,) = encoded(other, [CHATS[1]])
+    assert found.ids.tolist() == [0, *ids] and found.learned.tolist() == [False, *learned]
+    assert encode_text(other, *rows({"text": "ab"})).ids.tolist() == [0, *of_bytes("ab"), END]
 
 
 def test_a_text_is_learned_whole_and_ends_once(tokenizer):
@@ -204,7 +219,8 @@ def test_examples_are_cut_and_counted():
         learned[answer:] = True
         return Encoded(np.arange(length), learned)
 
-    found = shorten([example(4, 2), example(9, 3), example(9, 5)], 5, rows({}, {}, {}))
+    divided = example(9, 5)._replace(divided=True)  # and left out
+    found = shorten([example(4, 2), example(9, 3), divided], 5, rows({}, {}, {}))
     assert [ids.tolist() for ids, _ in found.examples] == [[0, 1, 2, 3], [0, 1, 2, 3, 4]]
     assert (found.cut, found.left_out, found.divided) == (2, 1, 0)
     (note,) = found.notes("training", "--max-length", 4)

@@ -65,17 +65,17 @@ def test_labels_are_integers_in_order_or_strings(tmp_path):
     many = [(f"text {i}", i % 11) for i in range(44)]
     assert open_labelled(write(tmp_path / "a.jsonl", many)).labels == tuple(map(str, range(11)))
     assert open_labelled(write(tmp_path / "a.csv", many)).labels == tuple(map(str, range(11)))
-    mixed = [(f"text {i}", "x" if i % 2 else 1) for i in range(44)]
+    mixed = [(f"text {i}", ("x", 1, " x")[i % 3]) for i in range(44)]
     assert open_labelled(write(tmp_path / "b.jsonl", mixed)).labels == ("1", "x")
 
 
 def test_columns_with_usual_names_are_found_and_others_named(tmp_path):
     path = tmp_path / "data.csv"
     lines = "".join(f"{i % 2},review {i},note {i}\n" for i in range(40))
-    path.write_text("Sentiment,Review,notes\n" + lines)
+    path.write_text("Sentiment, Review,notes\n" + lines)
     found = open_labelled(path)
-    assert (found.text_column, found.label_column) == ("Review", "Sentiment")
-    assert "text in 'Review', label in 'Sentiment'" in found.describe()[0]
+    assert (found.text_column, found.label_column) == (" Review", "Sentiment")
+    assert "text in ' Review', label in 'Sentiment'" in found.describe()[0]
     assert open_labelled(path, text_column="notes").train.texts[0].startswith("note ")
     path.write_text("stars,words\n" + "".join(f"{i % 2},text {i}\n" for i in range(40)))
     with pytest.raises(Error, match=r"row 1 .*stars, words.*--label-column"):

@@ -34,6 +34,9 @@ def test_rates_of_0_and_1():
     (spelled,) = split_tokens(whole, PAIRS, 1.0, np.random.default_rng(0))
     assert spelled.max() < 256
     assert text_of(spelled) == TEXT.encode()[: whole.size]
+    marks = BPETokenizer([(0, 0)])  # "!!", of the byte with the id 0
+    divided = split_tokens(np.array([[256, 256]]), marks.merged_pairs(), 1.0, np.random.default_rng(0))
+    assert divided.tolist() == [[0, 0]]
 
 
 def test_the_share_of_divided_tokens_and_of_their_parts():

@@ -77,6 +77,24 @@ def test_grouping_saves_padding_and_shuffles():
         assert np.array_equal(again.at(step)[0], grouped.at(step)[0])
 
 
+def test_the_order_of_batches_of_similar_length_is_the_documented_one():
+    lengths = np.random.default_rng(0).integers(1, 5, 700)  # many are equal
+    batches = Batches(np.arange(700), 3, 5, lengths)
+    rng = np.random.Generator(np.random.Philox(key=[5, 1]))
+    order, expected = rng.permutation(700).tolist(), []
+    for first in range(0, 700, 150):
+        group = sorted(order[first : first + 150], key=lengths.__getitem__)
+        expected += [group[i : i + 3] for i in range(0, len(group), 3)]
+    shuffled = [expected[i] for i in rng.permutation(len(expected))]
+    epoch = range(batches.steps_per_epoch, 2 * batches.steps_per_epoch)
+    assert [batches.at(step).tolist() for step in epoch] == shuffled
+
+
+def test_examples_of_equal_length_are_packed_in_their_order():
+    packed = PackedExamples(PaddedExamples(examples([4, 5] * 50)), 4)
+    assert packed.rows == [[i] for i in (*range(1, 100, 2), *range(0, 100, 2))]
+
+
 def test_a_batch_may_be_any_number_of_arrays():
     packed = PackedExamples(PaddedExamples(examples([5, 6, 7])), 12)
     assert [array.shape for array in Batches(packed, 2, 0, packed.lengths).at(0)] == [(2, 11)] * 3

@@ -54,7 +54,7 @@ class PackedExamples:
             size = int(examples.lengths[i])
             row = next((row for row, left in enumerate(free) if size <= left), len(free))
             if row == len(free):
-                free.append(max(length, size))
+                free.append(length)
                 self.rows.append([])
             free[row] -= size
             self.rows[row].append(i)
