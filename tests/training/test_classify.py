@@ -8,11 +8,13 @@ import numpy as np
 import pytest
 from support.runs import no_pictures, small, stopped_after
 
+from parity.durability.faults import raising
+from tinyllm import functional as F
 from tinyllm.data.labelled import open_labelled
 from tinyllm.errors import Error
 from tinyllm.inference.classify import EncodedTexts, class_logits, padding_id, probabilities
 from tinyllm.models import SequenceClassifier
-from tinyllm.tensor import no_grad
+from tinyllm.tensor import Tensor, no_grad
 from tinyllm.tokenizers import load_tokenizer
 from tinyllm.training.metrics import best_checkpoint, read_run
 from tinyllm.training.run import run_task
@@ -119,7 +121,7 @@ def test_only_the_chosen_parameters_are_trained(start, table, tmp_path, what, tr
 
 
 def test_lora_trains_the_adapter_and_the_score_and_saves_them_alone(start, table, tmp_path):
-    model = run(start, table, tmp_path / "run", train="lora", rank=2, steps=4, warmup=1)
+    model = run(start, table, tmp_path / "run", train="lora", rank=2, steps=4, warmup=1, pooling="mean")
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     assert "score.weight" in trained and all(".lora_" in name for name in trained - {"score.weight"})
     checkpoint = last_checkpoint(tmp_path / "run")
@@ -134,6 +136,8 @@ def test_lora_trains_the_adapter_and_the_score_and_saves_them_alone(start, table
     for name, array in frozen.items():
         assert np.array_equal(array, base[name.replace(".base_layer", "")]), name
     again = load_classifier(checkpoint)
+    assert model.pooling == again.pooling == "mean"
+    assert not any(module.training for module in again.modules())
     rows = EncodedTexts(load_tokenizer(start), ["fine x", "cold eye"], 16)
     assert np.array_equal(class_logits(again, rows, 2), class_logits(model, rows, 2))
 
@@ -195,6 +199,17 @@ def test_batches_have_texts_of_similar_length_and_every_text_once_an_epoch(task)
     padding = sum(ids.size - lengths.sum() for ids, lengths, _ in batches)
     assert padding < 0.2 * sum(ids.size for ids, _, _ in batches)
     assert task.tokens(batches[0]) == batches[0][1].sum() and task.count(batches[0]) == 8
+
+
+def test_an_evaluation_is_of_texts_that_are_evenly_spread(start, table):
+    task = Classification(options(start, table, None, eval_examples=2))
+    task.load(start, {})
+    model, rows = task.model(), task.valid_rows
+    ends = np.array([0, len(rows) - 1])
+    expected = F.cross_entropy(Tensor(class_logits(model, rows, 2, ends)), rows.targets[ends]).item()
+    assert task.evaluate(model, lambda: None, final=False)["val_loss"] == pytest.approx(expected, rel=1e-12)
+    with pytest.raises(KeyboardInterrupt):
+        task.evaluate(model, raising(KeyboardInterrupt()), final=False)
 
 
 def test_long_texts_are_cut_and_counted(start, table):

@@ -104,6 +104,10 @@ def test_muon_is_not_divided_among_processes():
         TrainConfig(optimizer="muon", distributed="mpi", shard_optimizer=True)
 
 
+def test_the_rate_falls_to_a_tenth_and_at_most_1e_4_by_default():
+    assert [TrainConfig(lr=lr).final_lr for lr in (1e-2, 5e-4)] == pytest.approx([1e-4, 5e-5])
+
+
 def test_warmup_is_a_sixth_of_the_steps_by_default():
     assert [TrainConfig(steps=steps).warmup_steps for steps in (1, 6, 30, 300)] == [0, 1, 5, 50]
     assert TrainConfig(steps=30, warmup=7).warmup_steps == 7

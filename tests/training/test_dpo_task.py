@@ -10,10 +10,13 @@ from support.chat_model import START, turn, write_model
 from support.instructions import render_in_process
 from support.runs import left, no_pictures, records, same_arrays, stopped_after, weights
 
+from parity.durability.faults import raising
 from tinyllm import load_model
+from tinyllm.data.examples import Row
 from tinyllm.data.instructions import Encoded
 from tinyllm.errors import Error
-from tinyllm.training.preference import answer_log_probs
+from tinyllm.files import read_sealed, sealed
+from tinyllm.training.preference import answer_log_probs, preferences
 from tinyllm.training.run import run_task
 from tinyllm.training.run_folder import begun_config
 from tinyllm.training.tasks.dpo import PreferenceOptions, PreferenceTuning, last_answer
@@ -124,9 +127,37 @@ def test_a_changed_reference_and_changed_options_are_refused(model, data, tmp_pa
     file.write_bytes(whole.replace(b"-", b"-1", 1))
     with pytest.raises(Error, match=r"reference\.json is damaged"):
         train(begun)
+    file.write_bytes(whole)
+    another = read_sealed(file)
+    del another["sha256"]
+    another["valid"][0][0] -= 1.0
+    file.write_bytes(sealed(another))
+    with pytest.raises(Error, match="the reference of the run"):
+        train(begun)
     file.unlink()
     with pytest.raises(Error, match=r"reference\.json cannot be read"):
         train(begun)
+
+
+def test_beta_and_logps_are_those_of_the_loss_and_of_the_evaluation(model, data, tmp_path):
+    task = PreferenceTuning(
+        options(model, data, tmp_path, beta=0.7, logps="mean", dropout=0.0, eval_examples=9)
+    )
+    task.load(tmp_path, {})
+    changed = task.model()
+    changed.norm.weight.data *= 1.5
+
+    def expected(ids, targets, reference):
+        return preferences(answer_log_probs(changed, ids, targets, mean=True), reference, beta=0.7)
+
+    batch, valid = task.batch_at(0), expected(*task.valid_rows[np.arange(len(task.valid_rows))])
+    loss = task.loss(changed, *batch, num_targets=1).item()
+    assert loss == pytest.approx(expected(*batch).losses.sum(), rel=1e-5)
+    found = task.evaluate(changed, lambda: None, final=False)
+    assert found["val_loss"] == pytest.approx(valid.losses.mean(), rel=1e-5)
+    assert found["val_rejected_reward"] == pytest.approx(valid.rewards[:, 1].mean(), rel=1e-4)
+    with pytest.raises(KeyboardInterrupt):
+        task.evaluate(changed, raising(KeyboardInterrupt()), final=False)
 
 
 def test_micro_batches_do_not_change_a_run(model, data, tmp_path):
@@ -163,6 +194,24 @@ def test_pairs_that_are_left_out_are_counted(model, tmp_path, capsys):
     assert "train: 1 of 30 pairs whose answers are equal are left out" in said
     assert "train: 1 of 30 pairs of more than 100 tokens are left out" in said
     assert "valid:" not in said
+
+
+def test_the_longest_pair_that_is_kept_has_max_length_tokens(model, data, tmp_path):
+    task = PreferenceTuning(options(model, data, tmp_path))
+    task.load(tmp_path, {})
+    longest = max(int(rows.lengths.max()) for rows in (task.train_rows, task.valid_rows))
+    for most, left_out in ((longest, 0), (longest - 1, 1)):
+        task = PreferenceTuning(options(model, data, tmp_path, max_length=most))
+        task.load(tmp_path, {})
+        assert any("of more than" in note for note in task.notes) == left_out
+
+
+def test_answers_after_different_prompts_are_refused(model, data, tmp_path):
+    task, learned = PreferenceTuning(options(model, data, tmp_path)), np.array([False, False, True])
+    task.load(tmp_path, {})
+    pair = [Encoded(np.array(ids), learned) for ids in ([1, 2, 3], [1, 9, 4])]
+    with pytest.raises(Error, match=r"row 3: .* another prompt"):
+        task._pairs("train", [(Row({}, "row 3"), *pair)])
 
 
 @pytest.mark.parametrize(

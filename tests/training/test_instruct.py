@@ -12,6 +12,7 @@ from support.instructions import CHATS, options, render_in_process, turns, write
 from support.models import NO_DROPOUT
 from support.runs import left, no_pictures, records, stopped_after
 
+from parity.durability.faults import raising
 from tinyllm import GPT2, GPT2Config, load_model, load_tokenizer
 from tinyllm.errors import Error
 from tinyllm.nn import lora_layers
@@ -20,7 +21,7 @@ from tinyllm.tokenizers.chat_template import encode_chat
 from tinyllm.training.begun import begun_config, begun_task
 from tinyllm.training.run import run_task
 from tinyllm.training.step import accumulate_gradients, evaluate
-from tinyllm.training.tasks import chat
+from tinyllm.training.tasks import chat, finetune
 from tinyllm.training.tasks.instruct import InstructionTuning, InstructOptions
 from tinyllm.weights.runs import last_checkpoint
 from tinyllm.weights.safetensors import Weights
@@ -139,11 +140,15 @@ def adapter_left(out):
 def test_a_whole_model_resumes_bit_for_bit(files, tmp_path):
     runs = [tmp_path / name for name in "ab"]
     for out in runs:
-        config = options(*files, out, train="all", special_tokens=("<|new|>",), pack=True, max_length=200)
+        template = tmp_path / "own.jinja"
+        template.write_text(CHATML, encoding="utf-8")
+        changes = dict(special_tokens=("<|new|>",), template=str(template), pack=True, max_length=200)
+        config = options(*files, out, train="all", **changes)
         if out == runs[0]:
             tune(config)
         else:
             stopped_after(config, 3, train=tune)
+            template.unlink()
             tune(begun(out))
     assert left(runs[0]) == left(runs[1])
 
@@ -221,6 +226,7 @@ def test_before_the_first_step_lora_is_the_base_model(files, tmp_path):
 def test_an_adapter_is_trained_further_or_merged(whole, files, tmp_path):
     task, model = loaded((whole, files[1]), tmp_path / "a")
     assert "of the adapter" in task.trains
+    assert {layer.dropout.p for layer in lora_layers(model).values()} == {0.0}  # it was trained with 0.2
     start = load_model(whole, np.float64)
     ids = np.arange(20)[None]
     assert np.array_equal(model.eval()(ids).data, start(ids).data)
@@ -266,8 +272,28 @@ def test_the_default_learning_rate_follows_what_is_trained():
     assert rate(train="all", lr=0.5) == 0.5
 
 
+def test_the_longest_example_is_the_models_context_and_at_most_1024_tokens(files, tmp_path, monkeypatch):
+    assert (loaded(files, tmp_path)[0].max_length, finetune.LONGEST) == (256, 1024)
+    monkeypatch.setattr(finetune, "LONGEST", 100)
+    assert loaded(files, tmp_path)[0].max_length == 100
+
+
+def test_dropout_is_that_asked_for(files, tmp_path):
+    _, model = loaded(files, tmp_path, dropout=0.1, lora_dropout=0.2)
+    assert model.config.attention_dropout == 0.1
+    assert {layer.dropout.p for layer in lora_layers(model).values()} == {0.2}
+
+
+def test_a_padded_vocabulary_stays(files, tmp_path):
+    folder = shutil.copytree(files[0], tmp_path / "model")
+    model = load_model(folder)
+    model.resize_token_embeddings(264, np.random.default_rng(0))
+    model.save_pretrained(folder, overwrite=True)
+    assert loaded((folder, files[1]), tmp_path / "run")[1].config.vocab_size == 264
+
+
 def test_epochs_become_steps(files, tmp_path):
-    task, _ = loaded(files, tmp_path, steps=None, epochs=2.5, warmup=None)
+    task, _ = loaded(files, tmp_path, steps=None, epochs=2.3, warmup=None)
     assert (task.config.steps, task.config.epochs, task.config.warmup_steps) == (5, None, 0)
     assert loaded(files, tmp_path, steps=None, warmup=None)[0].config.steps == 2
     with pytest.raises(Error, match="--epochs and --steps"):
@@ -324,6 +350,12 @@ def test_the_evaluation_is_that_of_all_examples_whatever_the_batch(files, tmp_pa
     task, model = loaded(files, tmp_path)
     rows = [task.valid_rows[np.array([i])] for i in range(len(task.valid_rows))]
     assert evaluate(model, rows, task.loss, task.count) == pytest.approx(found[0], rel=1e-12)
+    assert sorted(np.concatenate(task.spread(task.train_rows, 3))) == [0, 3, 6]  # evenly spread
+    interrupt = raising(KeyboardInterrupt())
+    with pytest.raises(KeyboardInterrupt):
+        task.evaluate(model, interrupt, final=True)
+    with pytest.raises(KeyboardInterrupt):
+        task.sample(model, 0, interrupt, final=True)
 
 
 def test_the_prompt_is_learned_on_request(files, tmp_path):

@@ -3,6 +3,7 @@
 import json
 import math
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -116,10 +117,18 @@ def test_a_marked_text_gives_the_windows_and_bytes_of_a_jsonl_file(
 @pytest.mark.parametrize("tokenizer", ["bytes", "bpe:265"])
 def test_a_text_too_short_for_a_token_file_has_a_remedy_and_leaves_none(text, tmp_path, tokenizer):
     config = small(text, None, tokenizer=tokenizer, in_memory=0, tokens=tmp_path / "tokens")
-    with pytest.raises(Error, match="choose --in-memory 1 or more"):
-        load_data(config)
-    assert not (tmp_path / "tokens").exists()
+    for existed in (False, True):
+        with pytest.raises(Error, match="choose --in-memory 1 or more"):
+            load_data(config)
+        assert (tmp_path / "tokens").exists() == existed
+        (tmp_path / "tokens").mkdir(exist_ok=True)
     load_data(replace(config, in_memory=1))
+
+
+def test_a_tokenizer_is_learned_from_the_training_part_only(tmp_path):
+    (tmp_path / "text.txt").write_text(RHYME * 40 + "q" * 100, encoding="utf-8")
+    tokenizer = load_data(small(tmp_path / "text.txt", None, tokenizer="bpe:264")).tokenizer
+    assert not any(b"qq" in tokenizer.decode_bytes([i]) for i in range(tokenizer.vocab_size))
 
 
 def test_a_large_text_with_a_character_tokenizer_is_refused(text, tmp_path):
@@ -141,6 +150,18 @@ def test_noise_replaces_a_share_of_the_inputs_and_no_target(text, tmp_path):
     kept_by_chance = 1 / noisy.text.tokenizer.vocab_size
     assert np.mean(changed) == pytest.approx(0.4 * (1 - kept_by_chance), abs=0.05)
     assert len(set(changed)) > 1
+
+
+@pytest.mark.parametrize("option", ["token_noise", "token_splits"])
+def test_noise_is_another_in_every_step_and_with_every_seed(text, tmp_path, option):
+    options, found = {"tokenizer": "bpe:266", option: 0.4}, set()
+    for seed in (0, 1):
+        task = Pretraining(small(text, tmp_path, seed=seed, **options))
+        task.load(tmp_path, {})
+        same = task.text.train[np.arange(4)]  # the same windows in every step
+        task.batches = SimpleNamespace(at=lambda step, same=same: same)
+        found |= {task.batch_at(step)[0].tobytes() for step in (0, 1)}
+    assert len(found) == 4
 
 
 def test_splits_change_the_tokens_of_a_window_and_not_its_text(text, tmp_path):
@@ -188,9 +209,11 @@ def test_a_second_text_is_evaluated_at_the_end_without_the_shared_paragraphs(tmp
     (tmp_path / "second.txt").write_text(
         f"3 the cat\nsat on the mat\n\n{second}\n\n59 the cat sat on the mat"
     )
-    config = small(tmp_path / "own.txt", tmp_path / "run", second_text=str(tmp_path / "second.txt"))
+    options = dict(second_text=str(tmp_path / "second.txt"), tokenizer="bpe:264", batch=1)
+    config = small(tmp_path / "own.txt", tmp_path / "run", **options)
     data = load_data(config)
     assert data.second.text.decode() == second
+    assert data.second.bytes_per_token != data.bytes_per_token
     stopped_after(config, 3)
     config = begun_config(config.out)
     model = train(config, progress=False)

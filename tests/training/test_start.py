@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from support.chat_model import CHATML, write_model
 from support.runs import CONTEXT, Killed, left, records, rhyme, same_arrays, small, stopped_after, weights
 from support.tokenizers import a_tokenizer, write_json
 
@@ -16,7 +17,7 @@ from tinyllm.tokenizers.tiktoken import SYMBOLS
 from tinyllm.training.config import TrainConfig
 from tinyllm.training.metrics import read_run
 from tinyllm.training.run_folder import begun_config
-from tinyllm.training.start import starting_from
+from tinyllm.training.start import save_tokenizer, starting_from
 from tinyllm.training.tasks.pretrain import mean_loss, train
 from tinyllm.training.tasks.text import load_data
 from tinyllm.weights.runs import last_checkpoint
@@ -76,6 +77,8 @@ def test_a_run_from_a_checkpoint_folder_of_a_run(source, tmp_path):
     checkpoint = last_checkpoint(source)
     train(continuing(checkpoint, tmp_path / "run", steps=1), progress=False)
     assert start_of(tmp_path / "run")["weights"] == str(checkpoint)
+    alone = shutil.copytree(checkpoint, tmp_path / checkpoint.name)  # a model, no longer a run's
+    assert starting_from(str(alone)).tokenizer == str(alone)
 
 
 @pytest.mark.parametrize("stop", [0, 2])
@@ -196,6 +199,17 @@ def test_a_run_from_a_gguf_file_has_a_copy_of_its_tokenizer(text, tmp_path):
     assert main(["generate", "--run", str(out), "--prompt", "The", "--max-new-tokens", "2"]) == 0
 
 
+def test_a_tokenizer_with_new_special_tokens_keeps_the_ids_around_a_text(tmp_path):
+    (tmp_path / "model").mkdir()
+    tokenizer = load_tokenizer(write_model(tmp_path / "model")).with_special_tokens(["<|new|>"])
+    around = dict(add_bos=True, bos_id=256, eos_ids=(257, 258), closing_ids=(257,))
+    vars(tokenizer).update(around)
+    save_tokenizer(tokenizer, tmp_path / "model", tmp_path)
+    again = load_tokenizer(tmp_path)
+    assert {name: getattr(again, name) for name in around} == around
+    assert again.special_tokens["<|new|>"] == 258 and again.chat_template == CHATML
+
+
 @pytest.mark.parametrize("name", ["", "tokenizer.json", "mine.json"])
 def test_a_published_tokenizer_is_copied_into_the_folder_of_a_new_run(text, tmp_path, name):
     pytest.importorskip("tokenizers")
@@ -246,15 +260,20 @@ def test_a_published_tokenizer_is_compared_by_its_files(long_text, tmp_path):
     shutil.copy(model / "tokenizer.json", other)
     options = dict(text=str(long_text), tokenizer=str(other), steps=1, eval_windows=2)
     train(continuing(model, tmp_path / "run", **options), progress=False)
-    with open(other / "tokenizer.json", "a") as file:
-        file.write("\n")
-    with pytest.raises(Error, match="is not the tokenizer of --from"):
-        train(continuing(model, tmp_path / "new", **options), progress=False)
+    added = other / "special_tokens_map.json"
+    added.write_text("{}")
+    for _ in range(2):
+        with pytest.raises(Error, match="is not the tokenizer of --from"):
+            train(continuing(model, tmp_path / "new", **options), progress=False)
+        added.unlink(missing_ok=True)
+        with open(other / "tokenizer.json", "a") as file:
+            file.write("\n")
 
 
 def test_dropout_and_a_shorter_context_may_be_chosen(source, tmp_path):
-    config = continuing(source, tmp_path / "run", steps=1, dropout=0.5, context=8, stride=8)
+    config = continuing(source, tmp_path / "run", steps=1, dropout=0.5, context=8, stride=8, dtype="float64")
     model = train(config, progress=False)
+    assert {parameter.dtype for parameter in model.parameters()} == {np.dtype("float64")}
     assert {model.config.embd_pdrop, model.config.attn_pdrop, model.config.resid_pdrop} == {0.5}
     assert model.config.n_positions == CONTEXT
 
