@@ -301,6 +301,7 @@ def test_damaged_gzip_is_rejected(tmp_path):
         b"",
         b"plain text",
         bytes(flipped),
+        whole[:10] + b"\xff" * 20,  # a block of no type
         whole + b"more",
     ):
         (tmp_path / "some.txt.gz").write_bytes(content)
@@ -409,6 +410,9 @@ def test_pattern_selects_the_files_of_the_current_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("a.py").write_text("a")
     assert load_text(".", pattern="**/*.py").documents == ("a",)
+    Path("Docs").mkdir()
+    Path("Docs", "a.md").write_text("b")
+    assert load_text("Docs", pattern="docs/*.MD").documents == ("b",)
 
 
 def test_pattern_that_matches_no_file(tmp_path):

@@ -1,5 +1,6 @@
 """Conversations: prompts, Ctrl-C, the end of an answer, and streaming text."""
 
+import copy
 import itertools
 
 import numpy as np
@@ -11,7 +12,7 @@ from support.chat_model import ANSWER, BYTE_ID, END, START, Script, turn, write_
 from tinyllm import GPT2, GPT2Config, Llama, LlamaConfig
 from tinyllm.errors import Error
 from tinyllm.inference import chat
-from tinyllm.inference.chat import Conversation, load_model_and_tokenizer, text_stream
+from tinyllm.inference.chat import Conversation, find_tokenizer, load_model_and_tokenizer, text_stream
 from tinyllm.tokenizers import CharTokenizer
 
 pytest.importorskip("jinja2")
@@ -238,6 +239,22 @@ def test_truncated_answer_is_reported(conversation, answers):
     assert conversation.answer("a", str).end == "length"  # the stop id would be the 21st
 
 
+def test_an_answer_ends_where_the_context_is_full(conversation, parts):
+    conversation.stop_ids, words, ends = (), "x" * 210, []
+    room = parts[0].context - len(conversation.prompt(words)) + 1
+    for most in (room + 1, room):
+        conversation.reset()
+        conversation.max_new_tokens = most
+        ends.append(conversation.answer(words, str)[3:6:2])
+    assert ends == [(room, "context"), (room, "length")]
+
+
+def test_the_token_after_an_answer_in_the_template_ends_one(parts):
+    tokenizer = copy.copy(parts[1])
+    tokenizer.eos_ids = ()
+    assert Conversation(parts[0], tokenizer).stop_ids == (END,)
+
+
 def test_max_new_tokens_must_be_positive(parts):
     with pytest.raises(Error, match=r"max_new_tokens is 0: .* at least 1"):
         Conversation(*parts, max_new_tokens=0)
@@ -292,6 +309,15 @@ def test_gpt2_without_a_tokenizer_uses_gpt2s(tmp_path):
     assert load_model_and_tokenizer(str(tmp_path))[1].name == "gpt2"
     (tmp_path / "tokenizer.json").write_text('{"model": ', encoding="utf-8")
     assert "tokenizer.json" in message_of(load_model_and_tokenizer, str(tmp_path))
+
+
+@pytest.mark.parametrize("file", ["tokenizer.model", "vocab.json", "any.gguf", "tinyllm_tokenizer.json"])
+def test_a_tokenizer_of_its_own_comes_before_gpt2s(tmp_path, file):
+    config = GPT2Config(n_layer=1, n_head=1, n_embd=2, n_positions=4)
+    GPT2(config, rng=np.random.default_rng(0)).save_pretrained(tmp_path)
+    assert find_tokenizer(tmp_path) == "gpt2"
+    (tmp_path / file).touch()
+    assert find_tokenizer(tmp_path) == tmp_path
 
 
 def test_llama_without_a_tokenizer_is_rejected(tmp_path):

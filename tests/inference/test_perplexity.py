@@ -275,6 +275,13 @@ def test_ids_on_disk_equal_encode_documents(corpus, special):
         assert (ids == 50256).sum() == len(DOCUMENTS) - 1
 
 
+def test_ids_on_disk_of_a_marked_text_are_those_of_its_documents(tmp_path):
+    (tmp_path / "a.txt").write_text("<|endoftext|>".join(DOCUMENTS), encoding="utf-8")
+    tokenizer = load_tokenizer("gpt2")
+    with ids_on_disk(open_corpus(tmp_path / "a.txt"), tokenizer, "allow") as ids:
+        assert np.array_equal(ids, encode_documents(tokenizer, DOCUMENTS))
+
+
 def test_documents_without_an_end_of_text_token_are_rejected(corpus):
     tokenizer = CharTokenizer.from_text("".join(DOCUMENTS))
     with (
