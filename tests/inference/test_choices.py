@@ -13,7 +13,7 @@ from tinyllm.inference.choices import log_prob, most_likely, parse_question
 ROW = {"question": "2 + 2?", "choices": ["three", "four", "B"], "answer": 1}
 
 
-@pytest.mark.parametrize("config", [GPT2Config(**SMALL, **NO_DROPOUT), EVERYTHING], ids=["gpt2", "llama"])
+@pytest.mark.parametrize("config", [GPT2Config(**SMALL), EVERYTHING], ids=["gpt2", "llama"])
 def test_log_prob_equals_torchs(config):
     model = random_model(config).train()
     twin = bridge.to_torch(model).eval()
@@ -39,7 +39,7 @@ def test_the_most_likely_choice():
     texts = ["a", "aaaa"]
     assert most_likely([-2.0, -4.0], texts) == 0
     assert most_likely([-2.0, -4.0], texts, normalize=True) == 1
-    assert most_likely([-2.0, -4.0], ["é", "aa"], normalize=True) == 0  # two bytes each
+    assert most_likely([-2.0, -2.1], ["é", "aa"], normalize=True) == 0  # two bytes each
     assert most_likely([-1.0, -1.0], texts) == 0
 
 

@@ -74,10 +74,16 @@ def test_two_models_have_their_own_rows(tmp_path):
 def test_other_options_are_refused_and_named(tmp_path):
     with closing(JudgedFolder(tmp_path / "judged", OPTIONS)):
         pass
-    with pytest.raises(Error, match="by 'score', not 'pair'"):
+    with pytest.raises(Error, match="by 'score', not 'pair'") as refused:
         JudgedFolder(tmp_path / "judged", OPTIONS | {"by": "pair"})
     with closing(JudgedFolder(tmp_path / "judged", OPTIONS)):  # the refusal released the lock
-        pass
+        assert refused.tb is not None  # the refused folder is still alive
+
+
+def test_a_folder_that_was_locked_and_not_begun_is_used(tmp_path):
+    for _ in range(2):
+        with closing(JudgedFolder(tmp_path / "judged", OPTIONS)):
+            (tmp_path / "judged" / "config.json").unlink()
 
 
 def test_another_model_is_refused_and_named(tmp_path):

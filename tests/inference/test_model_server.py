@@ -11,6 +11,7 @@ import pytest
 from support.model_server import FakeServer, dripping
 
 from tinyllm.errors import Error
+from tinyllm.inference import model_server
 from tinyllm.inference.model_server import ModelServer, ServerFailure
 
 
@@ -33,7 +34,12 @@ def test_ollamas_protocol(suffix):
     assert body["messages"] == [{"role": "user", "content": "grüße"}]
     options = body["options"]
     assert (options["temperature"], options["seed"], options["num_predict"]) == (0, 3, 7)
-    assert options["num_ctx"] >= 2048
+    assert options["num_ctx"] == 2048 + 3  # half of the seven bytes
+
+
+def test_a_reply_is_not_read_after_its_time():
+    with pytest.raises(TimeoutError):
+        model_server._read(None, None, time.monotonic() - 1)
 
 
 @pytest.mark.parametrize("suffix", ["", "/", "/v1", "/v1/", "/v1/chat/completions"])
