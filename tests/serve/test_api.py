@@ -89,7 +89,7 @@ def test_what_has_no_effect_is_accepted(given):
     ("given", "name"),
     [
         ({"frequency_penalty": 0.5}, "frequency_penalty"),
-        ({"presence_penalty": True}, "presence_penalty"),
+        ({"presence_penalty": False}, "presence_penalty"),
         ({"logit_bias": {"5": -100}}, "logit_bias"),
         ({"tools": [{"type": "function"}]}, "tools"),
         ({"response_format": {"type": "json_object"}}, "response_format"),
@@ -150,6 +150,7 @@ def test_wrong_values_are_refused_by_name(name, values):
         1, "Hi", None, [], {}, {"role": "user"}, {"content": "Hi"}, {"role": "user", "content": None},
         {"role": "user", "content": 5}, {"role": "tool", "content": "x"}, {"role": ["user"], "content": "x"},
         {"role": "user", "content": [{"type": "image_url", "image_url": {"url": "http://x"}}]},
+        {"role": "user", "content": [{"type": "image", "text": "x"}]},
         {"role": "user", "content": ["x"]}, {"role": "user", "content": "x", "tool_calls": [1]},
         {"role": "user", "content": "x", "name": "Ann"},
     ],

@@ -147,9 +147,7 @@ def parse_chat(body, limits: Limits) -> ChatRequest:
     options = _options(parameters, limits, ("max_completion_tokens", "max_tokens"), limits.max_tokens)
     parameters.finish()
     top = (top or 0) if logprobs else None
-    request = ChatRequest(**options, messages=messages, goes_on=goes_on, top=top)
-    _check_choices(request.n, limits)
-    return request
+    return ChatRequest(**options, messages=messages, goes_on=goes_on, top=top)
 
 
 def parse_completion(body, limits: Limits) -> CompletionRequest:
@@ -160,7 +158,11 @@ def parse_completion(body, limits: Limits) -> CompletionRequest:
     options = _options(parameters, limits, ("max_tokens",), min(16, limits.max_tokens))
     parameters.finish()
     request = CompletionRequest(**options, prompts=prompts, top=top)
-    _check_choices(len(prompts) * request.n, limits)
+    count = len(prompts) * request.n
+    if count > limits.choices:
+        raise APIError(
+            400, f"{count} texts are too many for one request: ask for at most {limits.choices}", "n"
+        )
     return request
 
 
@@ -298,13 +300,6 @@ def _check_prompt(prompt, limits: Limits) -> None:
     if wrong is not None:
         last = limits.vocab_size - 1
         raise APIError(400, f"prompt has the token id {_shown(wrong)}: they run from 0 to {last}", "prompt")
-
-
-def _check_choices(count: int, limits: Limits) -> None:
-    if count > limits.choices:
-        raise APIError(
-            400, f"{count} texts are too many for one request: ask for at most {limits.choices}", "n"
-        )
 
 
 def _neutral(name: str) -> tuple:
