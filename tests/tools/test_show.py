@@ -187,6 +187,12 @@ def test_a_chosen_token_outside_the_top_has_its_rank():
     assert show_probabilities(CHARS, p, chosen=1, top=2).split("\n")[0].startswith(">")
 
 
+def test_tokens_of_equal_probability_are_in_order_of_id():
+    two = 2 - np.arange(BYTES.vocab_size) % 2
+    lines = show_probabilities(BYTES, two / two.sum(), chosen=0, top=40).split("\n")
+    assert [line.split()[-1] for line in lines] == [repr(chr(33 + i)) for i in range(0, 80, 2)]
+
+
 def test_tokens_of_probability_zero_are_omitted():
     one_hot = np.array([0.0, 0.0, 1.0, 0.0])
     assert show_probabilities(CHARS, one_hot, chosen=2) == f"> 100.00%  {'█' * 32}  'c'"
