@@ -112,6 +112,15 @@ def test_the_model_is_that_of_the_server(server):
         assert (status, found["error"]["code"]) == (404, "model_not_found")
 
 
+def test_unused_ids_are_not_among_the_likely_tokens(server):
+    def likely(unused):
+        found = Looker(server.tokenizer, unused).look(server.model, read(server, "abc"), None, None)
+        return [token["id"] for token in found["lens"][-1]["top"]]
+
+    first, *others = likely([])
+    assert likely([first])[:-1] == others
+
+
 def test_the_last_text_is_kept_and_a_longer_one_than_allowed_is_refused(server):
     ids, looker = read(server, "abc"), Looker(server.tokenizer, most_tokens=3)
     calls, hidden_states = [], server.model.hidden_states
