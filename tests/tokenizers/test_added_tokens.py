@@ -6,6 +6,7 @@ import pytest
 from support.tokenizers import message_of
 
 from tinyllm.tokenizers import load_tokenizer
+from tinyllm.tokenizers.configs import read_added_tokens
 from tinyllm.tokenizers.tiktoken import SYMBOLS
 
 tokenizers = pytest.importorskip("tokenizers")
@@ -188,3 +189,12 @@ def test_unused_ids_include_gaps(llama, llama3, byte_level, tmp_path):
     (tmp_path / "gap").mkdir()
     tokenizer = load_tokenizer(write(tmp_path / "gap", tokenizer=definition))
     assert tokenizer.unused_ids(tokenizer.vocab_size + 1) == [2, 3, 4, 5, 6, tokenizer.vocab_size]
+
+
+def test_added_tokens_that_a_config_names_are_special(tmp_path):
+    config = {"eos_token": {"content": "<e>"}, "additional_special_tokens": ["<a>"]}
+    config["extra_special_tokens"] = ["<x>"]  # as transformers 5 writes it
+    names = ("<e>", "<a>", "<x>", "<other>")
+    write(tmp_path, tokenizer_config=config, added_tokens={name: i for i, name in enumerate(names)})
+    found = [(token["special"], token["normalized"]) for token in read_added_tokens(tmp_path).values()]
+    assert found == [(True, False)] * 3 + [(False, True)]
