@@ -59,10 +59,7 @@ class ClassifyConfig(DeviceOptions, ModelOptions):
 
 def run(config: ClassifyConfig) -> None:
     """Classify the texts, in the order of the file, and print a row for each."""
-    for name in ("batch", "max_length"):
-        value = getattr(config, name)
-        if value is not None and value < 1:
-            raise Error(f"{name} is {value}: choose a whole number of at least 1")
+    config.check_least(batch=1, max_length=1)
     checkpoint = config.find()
     texts = _texts(config)
     device = config.open_device()

@@ -8,7 +8,6 @@ from typing import Annotated, ClassVar
 from tinyllm.backend.dtypes import autocast
 from tinyllm.cli.options import DeviceOptions, SpecialOptions, TextModelOptions, move, option
 from tinyllm.data.corpus import count_bytes, open_corpus
-from tinyllm.errors import Error
 from tinyllm.inference.perplexity import check_windows, evaluate_text, ids_on_disk
 from tinyllm.training.tasks.text import naming_options
 
@@ -46,10 +45,7 @@ def run(config: EvalConfig) -> None:
     special tokens are predicted and count for the loss, but stand for no byte. The bytes are those of the
     text in UTF-8, without those of its first token, which is predicted only from a BOS token.
     """
-    for name in ("context", "stride", "batch"):  # what can be checked without the model, which may be large
-        value = getattr(config, name)
-        if value is not None and value < 1:
-            raise Error(f"{name} is {value}: choose a whole number of at least 1")
+    config.check_least(context=1, stride=1, batch=1)  # before the model is loaded, which may be large
     config.find()
     device = config.open_device()
     with naming_options():

@@ -90,10 +90,7 @@ def run(config: InspectConfig) -> None:
 
 def _check(config: InspectConfig, pictures: list[Path]) -> None:
     """Raise Error for options that do not fit together, before a model is loaded."""
-    for name, least in (("layer", 0), ("head", 0), ("top", 1)):
-        value = getattr(config, name)
-        if value is not None and value < least:
-            raise Error(f"{name} is {value}: choose a whole number of at least {least}")
+    config.check_least(layer=0, head=0, top=1)
     if config.head is not None and (config.layer is None or config.attention is None):
         raise Error("--head chooses one map of --attention: give --attention FILE and --layer, too")
     if config.layer is not None and config.attention is None and config.html is None:

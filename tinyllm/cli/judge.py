@@ -181,10 +181,7 @@ def run(config: JudgeConfig) -> None:
 
 
 def _check(config: JudgeConfig) -> None:
-    for name, least in (("rows", 1), ("max_new_tokens", 1), ("retries", 0), ("split_seed", 0)):
-        value = getattr(config, name)
-        if value is not None and value < least:
-            raise Error(f"{name} is {value}: choose a whole number of at least {least}")
+    config.check_least(rows=1, max_new_tokens=1, retries=0, split_seed=0)
     if not 0 < config.timeout <= LONGEST:
         raise Error(f"timeout is {config.timeout}: choose a number of seconds above 0 and up to {LONGEST:,}")
     if config.by == "pair" and config.against is None:

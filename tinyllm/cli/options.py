@@ -20,6 +20,7 @@ import tyro
 from tinyllm.backend.device import open_device
 from tinyllm.backend.dtypes import Precision, weights_dtype
 from tinyllm.backend.memory import keep_memory
+from tinyllm.checks import check_at_least
 from tinyllm.errors import Error
 from tinyllm.inference.chat import find_tokenizer, load_model_and_tokenizer, own_tokenizer
 from tinyllm.inference.sampling import check_sampling
@@ -100,6 +101,12 @@ class ModelOptions:
     def typed(self) -> str:
         """The option that chooses the model, as typed."""
         return f"--model {self.model}" if self.run is None else f"--run {self.run}"
+
+    def check_least(self, **least: int) -> None:
+        """Raise Error for an option that is given and is less than its least value."""
+        for name, minimum in least.items():
+            if (value := getattr(self, name)) is not None:
+                check_at_least(value, minimum, name)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -214,10 +221,8 @@ class SamplingOptions:
     def check_sampling(self, min_new_tokens: int = 0) -> None:
         """Raise Error for a value out of range, before a model is loaded."""
         check_sampling(*self.sampling)
-        for name, least in (("seed", 0), ("max_new_tokens", min_new_tokens)):
-            value = getattr(self, name)
-            if value < least:
-                raise Error(f"{name} is {value}: choose a whole number of at least {least}")
+        check_at_least(self.seed, 0, "seed")
+        check_at_least(self.max_new_tokens, min_new_tokens, "max_new_tokens")
 
 
 @dataclass(frozen=True, kw_only=True)

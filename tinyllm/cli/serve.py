@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Annotated, ClassVar
 
 from tinyllm.backend.dtypes import autocast
-from tinyllm.checks import check_at_least, pip_install
+from tinyllm.checks import pip_install
 from tinyllm.cli.options import DeviceOptions, TextModelOptions, move, option
 from tinyllm.errors import Error
 from tinyllm.files import printable
@@ -83,9 +83,7 @@ def run(config: ServeConfig) -> None:
     missing = [name for name in ("starlette", "uvicorn") if importlib.util.find_spec(name) is None]
     if missing:
         raise Error(f"serve needs {' and '.join(missing)}: {pip_install('serve')}")
-    for name, least in (("slots", 1), ("queue", 1), ("max_tokens", 1), ("context", 2)):
-        if getattr(config, name) is not None:
-            check_at_least(getattr(config, name), least, name)
+    config.check_least(slots=1, queue=1, max_tokens=1, context=2)
     given = [flag(name) for name in ABOUT_MODEL if getattr(config, name) != getattr(ServeConfig, name)]
     if given and not config.serves_model:
         raise Error(f"{given[0]} is about a model, and only runs are watched: give --model or --run, too")
