@@ -27,7 +27,7 @@ from tinyllm.data.conversations import (
     without_weights,
 )
 from tinyllm.data.examples import Row, open_examples
-from tinyllm.data.instructions import alpaca
+from tinyllm.data.instructions import alpaca, render_all
 from tinyllm.data.preferences import two_examples, unused_of_pairs
 from tinyllm.errors import Error
 from tinyllm.inference.chat import text_stream
@@ -38,7 +38,7 @@ from tinyllm.inference.judging import Item, JudgedFolder, answer_items, compare,
 from tinyllm.inference.model_server import LONGEST, ModelServer, ServerFailure
 from tinyllm.nn import Module
 from tinyllm.tokenizers import Tokenizer
-from tinyllm.tokenizers.chat_template import RenderError, end_of_answer, render_chats
+from tinyllm.tokenizers.chat_template import end_of_answer
 from tinyllm.training.checkpoint import hash_weights
 from tinyllm.training.config import flag
 
@@ -48,8 +48,6 @@ NUMBERS = {"score": ("score",), "pair": ("win",), "match": ("exact_match", "f1")
 # Options -> how answers are judged where they have an effect
 ONLY_BY = dict.fromkeys(("judge", "server", "timeout", "retries"), ("score", "pair"))
 ONLY_BY["choices"] = ("choice",)
-
-RENDERED_AT_ONCE = 1000  # prompts, in one process
 
 
 class Prompt(NamedTuple):
@@ -251,14 +249,9 @@ def _loader(
 
 def _encode(model: Module, tokenizer: Tokenizer, prompts: list[Prompt]) -> list[list[int]]:
     """The ids of every prompt; raises ``Error``, naming the row, for one that fills the context."""
-    found = []
-    for first in range(0, len(prompts), RENDERED_AT_ONCE):
-        chats = [(prompt.messages, True) for prompt in prompts[first : first + RENDERED_AT_ONCE]]
-        try:
-            rendered = render_chats(tokenizer, tokenizer.chat_template, chats)
-        except RenderError as error:
-            raise Error(f"{prompts[first + error.number].where}: {error}") from None
-        found += [tokenizer.with_bos(chat.encode(tokenizer)) for chat in rendered]
+    chats = [(prompt.messages, True) for prompt in prompts]
+    rendered = render_all(tokenizer, chats, [prompt.where for prompt in prompts])
+    found = [tokenizer.with_bos(chat.encode(tokenizer)) for chat in rendered]
     for prompt, ids in zip(prompts, found):
         if len(ids) >= model.context:
             raise Error(

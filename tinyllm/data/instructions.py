@@ -132,20 +132,14 @@ def encode_conversations(
     Raises ``Error``, naming the row, if the template renders an earlier part differently once a later one
     follows, because then no position in the whole text is the answer's.
     """
-    wanted, owners = [], []  # the parts to render, and the row of each
-    for number, messages in enumerate(chats):
-        for parts in _parts(messages):
-            wanted.append(parts)
-            owners.append(number)
-    rendered = _render_all(tokenizer, rows, wanted, owners)
-    by_row: list[list[RenderedChat]] = [[] for _ in chats]
-    for owner, part in zip(owners, rendered):
-        by_row[owner].append(part)
+    wanted = [[*_parts(messages)] for messages in chats]
+    where = [row.where for row, parts in zip(rows, wanted) for _ in parts]
+    rendered = iter(render_all(tokenizer, [part for parts in wanted for part in parts], where))
     found = []
-    for row, messages, parts in zip(rows, chats, by_row):
+    for row, messages, parts in zip(rows, chats, wanted):
         weights = [is_learned(each) for each in messages[1:] if each["role"] == "assistant"]
         try:
-            found.append(_encode(tokenizer, parts, weights, prompts))
+            found.append(_encode(tokenizer, [next(rendered) for _ in parts], weights, prompts))
         except Error as error:
             raise Error(f"{row.where}: {error}") from None
     return found
@@ -162,14 +156,20 @@ def _parts(messages: list[Message]) -> Iterable[tuple[list[Message], bool]]:
             yield without_weights(messages[: i + 1]), False
 
 
-def _render_all(tokenizer, rows, wanted, owners) -> list[RenderedChat]:
+def render_all(
+    tokenizer: Tokenizer, chats: Sequence[tuple[list[Message], bool]], where: Sequence[str]
+) -> list[RenderedChat]:
+    """Render conversations, each with its ``add_generation_prompt``, a thousand at a time.
+
+    Raises ``Error``, naming ``where`` it is from, for one that cannot be rendered.
+    """
     rendered = []
-    for first in range(0, len(wanted), RENDERED_AT_ONCE):
-        part = wanted[first : first + RENDERED_AT_ONCE]
+    for first in range(0, len(chats), RENDERED_AT_ONCE):
+        part = chats[first : first + RENDERED_AT_ONCE]
         try:
             rendered += render_chats(tokenizer, tokenizer.chat_template, part)
         except RenderError as error:
-            raise Error(f"{rows[owners[first + error.number]].where}: {error}") from None
+            raise Error(f"{where[first + error.number]}: {error}") from None
     return rendered
 
 
