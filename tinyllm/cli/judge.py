@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import sys
 from collections import Counter
 from collections.abc import Callable
@@ -41,6 +40,7 @@ from tinyllm.tokenizers import Tokenizer
 from tinyllm.tokenizers.chat_template import end_of_answer
 from tinyllm.training.checkpoint import hash_weights
 from tinyllm.training.config import flag
+from tinyllm.training.run_folder import new_folder
 
 # How answers are judged -> the numbers of a row
 NUMBERS = {"score": ("score",), "pair": ("win",), "match": ("exact_match", "f1"), "choice": ("correct",)}
@@ -141,7 +141,7 @@ def run(config: JudgeConfig) -> None:
     kept = {name: getattr(config, name) for name in names}
     kept |= {"data": data, "rows": len(rows), **weights}
     judge = (_Choices if config.by == "choice" else _Answers)(config, rows)
-    out = config.out or _new_folder(config.data)
+    out = config.out or new_folder(Path(config.data).stem, "judged")
     with closing(JudgedFolder(out, kept)) as folder:
         unused = not_used(judge.unused)
         print(f"{len(rows):,} rows of {config.data}{unused}; answers and scores are kept in {out}")
@@ -357,9 +357,3 @@ def _summary(judged: dict[str, list[dict]], numbers: tuple[str, ...]) -> dict[st
 
 def _minus(a: float | None, b: float | None) -> float | None:
     return None if a is None or b is None else a - b
-
-
-def _new_folder(data: str) -> Path:
-    """judged/NAME-N with the first number N that is free."""
-    name = Path(data).stem
-    return next(path for n in itertools.count(1) if not (path := Path("judged") / f"{name}-{n}").exists())

@@ -383,18 +383,18 @@ def _line(record: dict) -> bytes:
     return json.dumps(record).encode() + b"\n"
 
 
-def new_folder(name: str) -> Path:
-    """runs/NAME-N with the first number N that is free."""
-    return next(path for path in _numbered(name) if not path.exists())
+def new_folder(name: str, parent: str = "runs") -> Path:
+    """PARENT/NAME-N with the first number N that is free."""
+    return next(path for path in _numbered(name, parent) if not path.exists())
 
 
 def make_new_folder(name: str) -> Path:
     """Make ``new_folder``, or the next one if another process makes it first."""
-    for path in _numbered(name):
+    for path in _numbered(name, "runs"):
         with suppress(FileExistsError):
             path.mkdir(parents=True)
             return path
 
 
-def _numbered(name: str) -> Iterator[Path]:
-    return (Path("runs") / f"{name}-{n}" for n in itertools.count(1))
+def _numbered(name: str, parent: str) -> Iterator[Path]:
+    return (Path(parent) / f"{name}-{n}" for n in itertools.count(1))
