@@ -9,7 +9,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -45,37 +45,57 @@ def kill(tries: int, seed: int = 0, keep: str | Path | None = None) -> Iterator[
     that failed is copied into ``keep``. The seed determines the moments, but not how far a process has got by
     then.
     """
-    figures = Figures(counts=Counter({"recovered": 0, INSIDE: 0, "runs": 1}))
     rng = np.random.default_rng(seed)
-    with tempfile.TemporaryDirectory(prefix="kill-") as place, progress_bar(KILLS, tries) as bar:
-        whole = _never_killed(Path(place) / "whole")
-        run, kills = Path(place) / "run-1", 0
-        while kills or figures.tries < tries:
-            before = unfinished(run)
-            code, output, _ = _run(_command(run), *_death(figures.tries, tries, whole, rng))
-            if code == KILLED:
-                figures.tries, kills = figures.tries + 1, kills + 1
-                figures.counts[INSIDE] += bool(unfinished(run) - before)
-                problem = damage(run)
-                bar.update()
-            elif code == 0:
-                problem = difference(run, whole.left)
-            else:
-                problem = f"it exited with code {code}: {output}"
-            if problem:
-                figures.failures.append(f"{run.name}, seed {seed}, killed {kills} times: {problem}")
-                _keep(run, keep)
-                break
-            if code == 0:
-                figures.counts["recovered"] += kills
-                figures.counts["runs"] += figures.tries < tries
-                run, kills = Path(place) / f"run-{figures.counts['runs']}", 0
+    with tempfile.TemporaryDirectory(prefix="kill-") as folder:
+        place = Path(folder)
+        whole = _never_killed(place / "whole")
+
+        def attempt(run: Path, number: int) -> tuple[bool, int, str]:
+            code, output, _ = _run(command(run), *_death(number, tries, whole, rng))
+            return code == KILLED, code, output
+
+        figures = killed_and_resumed(KILLS, place, tries, seed, whole.left, attempt)
+        if figures.failures:
+            _keep(place / f"run-{figures.counts['runs']}", keep)
     yield KILLS, figures
 
 
 KILLS, INSIDE = "kill -9", "of them while saving a checkpoint"
 
 NEVER = -1
+
+
+# attempt(run, number) starts or resumes a run -> (whether it was killed, its exit code, its output)
+Attempt = Callable[[Path, int], tuple[bool, int, str]]
+
+
+def killed_and_resumed(
+    name: str, place: Path, tries: int, seed: int, whole: dict, attempt: Attempt
+) -> Figures:
+    """Let ``tries`` attempts be killed, resume each run to its end, and compare it with ``whole``."""
+    figures = Figures(counts=Counter({"recovered": 0, INSIDE: 0, "runs": 1}))
+    run, kills = place / "run-1", 0
+    with progress_bar(name, tries) as bar:
+        while kills or figures.tries < tries:
+            before = unfinished(run)
+            killed, code, output = attempt(run, figures.tries)
+            if killed:
+                figures.tries, kills = figures.tries + 1, kills + 1
+                figures.counts[INSIDE] += bool(unfinished(run) - before)
+                problem = damage(run)
+                bar.update()
+            elif code == 0:
+                problem = difference(run, whole)
+            else:
+                problem = f"it exited with code {code}: {output}"
+            if problem:
+                figures.failures.append(f"{run.name}, seed {seed}, killed {kills} times: {problem}")
+                break
+            if code == 0:
+                figures.counts["recovered"] += kills
+                figures.counts["runs"] += figures.tries < tries
+                run, kills = place / f"run-{figures.counts['runs']}", 0
+    return figures
 
 
 def _death(
@@ -90,7 +110,7 @@ def _death(
 
 
 def _never_killed(run: Path) -> Uninterrupted:
-    code, output, seconds = _run(_command(run), NEVER, None)
+    code, output, seconds = _run(command(run), NEVER, None)
     if code != 0:
         raise RuntimeError(f"the uninterrupted run exited with code {code}: {output}")
     return Uninterrupted(left(run), seconds, int(output.splitlines()[-1]))
@@ -103,13 +123,13 @@ def _keep(run: Path, keep: str | Path | None) -> None:
         shutil.copytree(run, kept)
 
 
-def _command(run: Path) -> list[str]:
+def command(run: Path, *more: str, **changes) -> list[str]:
     """The arguments that resume a run, or that start it if its folder has no config.json yet."""
     if (run / RUN_CONFIG).exists():
-        return ["train", "--resume", str(run)]
+        return ["train", f"--resume={run}", *more]
     shutil.rmtree(run, ignore_errors=True)
-    options = OPTIONS | dict(text=write_text(run.parent), out=run)
-    return ["train", *(f"--{name.replace('_', '-')}={value}" for name, value in options.items())]
+    options = OPTIONS | changes | dict(text=write_text(run.parent), out=run)
+    return ["train", *(f"--{name.replace('_', '-')}={value}" for name, value in options.items()), *more]
 
 
 def unfinished(run: Path) -> set[tuple[str, int]]:

@@ -14,7 +14,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,12 +22,11 @@ import numpy as np
 
 from parity.bench.process import python_path
 from parity.durability.faults import KILL, die, writing
-from parity.durability.kill import INSIDE, NEVER, unfinished
-from parity.durability.runs import OPTIONS, Figures, damage, difference, left, progress_bar, quick, write_text
+from parity.durability.kill import NEVER, command, killed_and_resumed
+from parity.durability.runs import Figures, left, quick
 from tinyllm import cli
 from tinyllm.backend.distributed import launched
 from tinyllm.errors import Error
-from tinyllm.training.begun import RUN_CONFIG
 
 READY = re.compile(r"ready: rank (\d+), PID (\d+)\n")
 
@@ -53,35 +51,23 @@ def kill_processes(
     or renames; else at a random moment. mpiexec must then end the others within seconds, every checkpoint
     must be intact, and a finished run must leave what the uninterrupted one left, bit for bit.
     """
-    figures = Figures(counts=Counter({"recovered": 0, INSIDE: 0, "runs": 1}))
     rng, name = np.random.default_rng(seed), f"kill -9 of one of {processes} processes"
-    with tempfile.TemporaryDirectory(prefix="kill-") as place, progress_bar(name, tries) as bar:
-        whole, seconds, calls = _never_killed(Path(place) / "whole", processes, options)
-        run, kills = Path(place) / "run-1", 0
-        while kills or figures.tries < tries:
-            before, rank = unfinished(run), figures.tries % processes
+    options = ("--distributed=mpi", *options)
+    with tempfile.TemporaryDirectory(prefix="kill-") as folder:
+        place = Path(folder)
+        whole, seconds, calls = _never_killed(place / "whole", processes, options)
+
+        def attempt(run: Path, number: int) -> tuple[bool, int, str]:
+            rank = number % processes
             death = Death(rank, seconds=rng.uniform(0, seconds))
-            if figures.tries >= tries:
+            if number >= tries:
                 death = None
-            elif rank == 0 and figures.tries // processes % 2:
+            elif rank == 0 and number // processes % 2:
                 death = Death(0, call=int(rng.integers(calls)))
-            code, output, _ = _run(_arguments(run, options), processes, death)
-            if code == 0:
-                problem = difference(run, whole)
-            elif death is not None and code in (KILL, 128 + KILL):
-                figures.tries, kills = figures.tries + 1, kills + 1
-                figures.counts[INSIDE] += bool(unfinished(run) - before)
-                problem = damage(run)
-                bar.update()
-            else:
-                problem = f"it exited with code {code}: {output}"
-            if problem:
-                figures.failures.append(f"{run.name}, seed {seed}, killed {kills} times: {problem}")
-                break
-            if code == 0:
-                figures.counts["recovered"] += kills
-                figures.counts["runs"] += figures.tries < tries
-                run, kills = Path(place) / f"run-{figures.counts['runs']}", 0
+            code, output, _ = _run(command(run, *options, micro_batch=2), processes, death)
+            return death is not None and code in (KILL, 128 + KILL), code, output
+
+        figures = killed_and_resumed(name, place, tries, seed, whole, attempt)
     yield name, figures
 
 
@@ -96,20 +82,10 @@ def launcher() -> str:
 
 def _never_killed(run: Path, processes: int, options: tuple[str, ...]) -> tuple[dict, float, int]:
     """What the run leaves, its seconds after the imports, and its first process's number of counted calls."""
-    code, output, seconds = _run(_arguments(run, options), processes, None)
+    code, output, seconds = _run(command(run, *options, micro_batch=2), processes, None)
     if code != 0:
         raise RuntimeError(f"the uninterrupted run exited with code {code}: {output}")
     return left(run), seconds, int(re.search(r"calls of rank 0: (\d+)", output)[1])
-
-
-def _arguments(run: Path, options: tuple[str, ...]) -> list[str]:
-    """The arguments that resume a run, or that start it if its folder has no config.json yet."""
-    several = ["--distributed=mpi", *options]
-    if (run / RUN_CONFIG).exists():
-        return ["train", f"--resume={run}", *several]
-    shutil.rmtree(run, ignore_errors=True)
-    given = OPTIONS | dict(micro_batch=2, text=write_text(run.parent), out=run)
-    return ["train", *(f"--{name.replace('_', '-')}={value}" for name, value in given.items()), *several]
 
 
 def _run(arguments: list[str], processes: int, death: Death | None) -> tuple[int, str, float]:
