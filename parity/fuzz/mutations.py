@@ -203,18 +203,20 @@ def number_mutations(file: str, places: dict[str, tuple[int, int]]) -> list[Muta
 
 def file_mutations(file: str) -> list[Mutation]:
     """The file is missing, or its name is that of a folder, pipe, link or device."""
-    kinds = {"missing": Path.unlink, "a folder": _make_folder}
+    kinds = {"missing": lambda path: None, "a folder": Path.mkdir}
     if os.name == "posix":  # Windows has no named pipes, and reserves links for administrators
         kinds |= {
-            "a pipe": _make_pipe,
-            "a link to itself": _link_to_itself,
-            "a link to nothing": _link_to_nothing,
-            "a link to an endless device": _link_to_device,
+            "a pipe": os.mkfifo,
+            "a link to itself": lambda path: path.symlink_to(path.name),
+            "a link to nothing": lambda path: path.symlink_to("nothing"),
+            "a link to an endless device": lambda path: path.symlink_to("/dev/zero"),
         }
-    mutations = [
-        Mutation(f"{file}: {name}", lambda folder, rng, change=change: change(folder / file))
-        for name, change in kinds.items()
-    ]
+
+    def apply(folder: Path, rng: Rng, make: Callable[[Path], None]) -> None:
+        (folder / file).unlink()
+        make(folder / file)
+
+    mutations = [Mutation(f"{file}: {name}", partial(apply, make=make)) for name, make in kinds.items()]
     if os.name == "posix":
         # As in Hugging Face's cache, where every file of a model is a link to ../../blobs.
         move = Mutation(
@@ -222,31 +224,6 @@ def file_mutations(file: str) -> list[Mutation]:
         )
         mutations.append(move)
     return mutations
-
-
-def _make_folder(path: Path) -> None:
-    path.unlink()
-    path.mkdir()
-
-
-def _make_pipe(path: Path) -> None:
-    path.unlink()
-    os.mkfifo(path)
-
-
-def _link_to_itself(path: Path) -> None:
-    path.unlink()
-    path.symlink_to(path.name)
-
-
-def _link_to_nothing(path: Path) -> None:
-    path.unlink()
-    path.symlink_to("nothing")
-
-
-def _link_to_device(path: Path) -> None:
-    path.unlink()
-    path.symlink_to("/dev/zero")
 
 
 def _to_blobs(path: Path) -> None:
@@ -364,16 +341,10 @@ def line_mutations(data: bytes, file: str) -> list[Mutation]:
     mutations = []
     for number in sorted({0, 1, count // 2, count - 1}):
         for line in LINES:
-            mutations.append(
-                fixed_edit(
-                    file,
-                    f"line {number} is {line[:20]!r}",
-                    lambda data, number=number, line=line: _with_line(data, number, [line]),
-                )
-            )
-        mutations.append(
-            fixed_edit(file, f"line {number} removed", lambda data, n=number: _with_line(data, n, []))
-        )
+            change = partial(_with_line, number=number, lines=[line])
+            mutations.append(fixed_edit(file, f"line {number} is {line[:20]!r}", change))
+        change = partial(_with_line, number=number, lines=[])
+        mutations.append(fixed_edit(file, f"line {number} removed", change))
     mutations.append(fixed_edit(file, "CRLF line endings", lambda data: data.replace(b"\n", b"\r\n")))
     mutations.append(fixed_edit(file, "no line endings", lambda data: data.replace(b"\n", b" ")))
     mutations.append(edit(file, "two lines exchanged", _exchange_lines, random=True))
@@ -397,3 +368,23 @@ def _repeat_line(data: bytes, rng: Rng) -> bytes:
     lines = data.split(b"\n")
     one, other = (int(i) for i in rng.integers(len(lines), size=2))
     return b"\n".join([*lines[:one], lines[other], *lines[one:]])
+
+
+# ---------------------------------------------------------------------------- all of a file
+
+
+def mutations_of_json(folder: Path, file: str) -> list[Mutation]:
+    """All mutations of a file that is one JSON document."""
+    document, data = read_json(folder / file), (folder / file).read_bytes()
+    return [*json_mutations(file, document), *byte_mutations(data, file), *file_mutations(file)]
+
+
+def mutations_of_lines(folder: Path, file: str, places: Iterable[int] = ()) -> list[Mutation]:
+    """All mutations of a text file."""
+    data = (folder / file).read_bytes()
+    return [*line_mutations(data, file), *byte_mutations(data, file, places), *file_mutations(file)]
+
+
+def mutations_of_bytes(folder: Path, file: str, places: Iterable[int] = ()) -> list[Mutation]:
+    """All mutations of a file of any kind."""
+    return [*byte_mutations((folder / file).read_bytes(), file, places), *file_mutations(file)]

@@ -14,9 +14,10 @@ from parity.fuzz.mutations import (
     byte_mutations,
     file_mutations,
     json_mutations,
-    line_mutations,
+    mutations_of_bytes,
+    mutations_of_json,
+    mutations_of_lines,
     number_mutations,
-    read_json,
     write_json,
 )
 from tinyllm.data.corpus import open_corpus
@@ -102,9 +103,7 @@ def check_tokens(file: TokenFile) -> None:
 def tokens_mutations(folder: Path) -> list[Mutation]:
     tokens, index = f"{TOKENS_FOLDER}/{TOKENS}", f"{TOKENS_FOLDER}/{INDEX}"
     return [
-        *json_mutations(index, read_json(folder / index)),
-        *byte_mutations((folder / index).read_bytes(), index),
-        *file_mutations(index),
+        *mutations_of_json(folder, index),
         *byte_mutations((folder / tokens).read_bytes(), tokens),
         *number_mutations(tokens, {"the first id": (0, 2)}),
         *file_mutations(tokens),
@@ -117,11 +116,8 @@ def unfinished_mutations(folder: Path) -> list[Mutation]:
     return [
         *_line_as_json(progress, lines, 0),
         *_line_as_json(progress, lines, 2),
-        *line_mutations(lines, progress),
-        *byte_mutations(lines, progress),
-        *file_mutations(progress),
-        *byte_mutations((folder / part).read_bytes(), part),
-        *file_mutations(part),
+        *mutations_of_lines(folder, progress),
+        *mutations_of_bytes(folder, part),
     ]
 
 
@@ -173,18 +169,12 @@ def load_run(folder: Path) -> None:
 
 
 def run_mutations(folder: Path) -> list[Mutation]:
-    metrics = (folder / METRICS).read_bytes()
-    mutations = [
-        *_line_as_json(METRICS, metrics, 1),
-        *line_mutations(metrics, METRICS),
-        *byte_mutations(metrics, METRICS),
-        *file_mutations(METRICS),
+    return [
+        *_line_as_json(METRICS, (folder / METRICS).read_bytes(), 1),
+        *mutations_of_lines(folder, METRICS),
+        *mutations_of_json(folder, CONFIG),
+        *mutations_of_json(folder, FILE_NAME),
     ]
-    for name in (CONFIG, FILE_NAME):
-        mutations += json_mutations(name, read_json(folder / name))
-        mutations += byte_mutations((folder / name).read_bytes(), name)
-        mutations += file_mutations(name)
-    return mutations
 
 
 JSONL, COMPRESSED = "a.jsonl", "b.jsonl.gz"
@@ -206,15 +196,11 @@ def load_corpus(folder: Path) -> None:
 
 
 def corpus_mutations(folder: Path) -> list[Mutation]:
-    lines = (folder / JSONL).read_bytes()
+    packed = (folder / COMPRESSED).read_bytes()
     return [
-        *_line_as_json(JSONL, lines, 1),
-        *line_mutations(lines, JSONL),
-        *byte_mutations(lines, JSONL),
-        *file_mutations(JSONL),
-        *byte_mutations((folder / COMPRESSED).read_bytes(), COMPRESSED, [2, 3, 4, 8, 10]),
-        *number_mutations(
-            COMPRESSED, {"the length at the end": (len((folder / COMPRESSED).read_bytes()) - 4, 4)}
-        ),
+        *_line_as_json(JSONL, (folder / JSONL).read_bytes(), 1),
+        *mutations_of_lines(folder, JSONL),
+        *byte_mutations(packed, COMPRESSED, [2, 3, 4, 8, 10]),
+        *number_mutations(COMPRESSED, {"the length at the end": (len(packed) - 4, 4)}),
         *file_mutations(COMPRESSED),
     ]

@@ -9,11 +9,10 @@ from pathlib import Path
 
 from parity.fuzz.mutations import (
     Mutation,
-    byte_mutations,
-    file_mutations,
     fixed_edit,
-    json_mutations,
-    line_mutations,
+    mutations_of_bytes,
+    mutations_of_json,
+    mutations_of_lines,
     number_mutations,
     read_json,
     write_json,
@@ -84,12 +83,8 @@ def make_char(folder: Path) -> None:
 
 def our_tokenizer_mutations(folder: Path) -> list[Mutation]:
     definition = read_json(folder / FILE_NAME)
-    return [
-        *json_mutations(FILE_NAME, definition),
-        *byte_mutations((folder / FILE_NAME).read_bytes(), FILE_NAME),
-        *file_mutations(FILE_NAME),
-        *(_definition(definition, **change) for change in DEFINITIONS),
-    ]
+    changed = [_definition(definition, **change) for change in DEFINITIONS]
+    return mutations_of_json(folder, FILE_NAME) + changed
 
 
 DEFINITIONS = [
@@ -210,12 +205,7 @@ def _with(part: dict) -> Mutation:
 
 
 def tokenizer_json_mutations(folder: Path) -> list[Mutation]:
-    return [
-        *map(_with, HOSTILE_COMPONENTS),
-        *json_mutations(TOKENIZER_JSON, read_json(folder / TOKENIZER_JSON)),
-        *byte_mutations((folder / TOKENIZER_JSON).read_bytes(), TOKENIZER_JSON),
-        *file_mutations(TOKENIZER_JSON),
-    ]
+    return [*map(_with, HOSTILE_COMPONENTS), *mutations_of_json(folder, TOKENIZER_JSON)]
 
 
 def make_pair(folder: Path) -> None:
@@ -225,15 +215,7 @@ def make_pair(folder: Path) -> None:
 
 
 def pair_mutations(folder: Path) -> list[Mutation]:
-    merges = (folder / MERGES).read_bytes()
-    return [
-        *json_mutations(VOCAB, read_json(folder / VOCAB)),
-        *byte_mutations((folder / VOCAB).read_bytes(), VOCAB),
-        *file_mutations(VOCAB),
-        *line_mutations(merges, MERGES),
-        *byte_mutations(merges, MERGES),
-        *file_mutations(MERGES),
-    ]
+    return mutations_of_json(folder, VOCAB) + mutations_of_lines(folder, MERGES)
 
 
 def make_llama3(folder: Path) -> None:
@@ -243,12 +225,8 @@ def make_llama3(folder: Path) -> None:
 
 
 def llama3_mutations(folder: Path) -> list[Mutation]:
-    data = (folder / TOKENIZER_MODEL).read_bytes()
-    return [
-        *line_mutations(data, TOKENIZER_MODEL),
-        *byte_mutations(data, TOKENIZER_MODEL, [4, 5, 6, 7, len(data) - 6]),
-        *file_mutations(TOKENIZER_MODEL),
-    ]
+    size = (folder / TOKENIZER_MODEL).stat().st_size
+    return mutations_of_lines(folder, TOKENIZER_MODEL, [4, 5, 6, 7, size - 6])
 
 
 def make_sentencepiece(folder: Path) -> None:
@@ -275,11 +253,8 @@ def sentencepiece_mutations(folder: Path) -> list[Mutation]:
     places |= {
         f"the score of piece {n}": (start + data[start + 2] + 4, 4) for n, start in enumerate(lengths[:4])
     }
-    return [
-        *number_mutations(TOKENIZER_MODEL, places),
-        *byte_mutations(data, TOKENIZER_MODEL, [*ends[:3], *ends[-3:]]),
-        *file_mutations(TOKENIZER_MODEL),
-    ]
+    numbers = number_mutations(TOKENIZER_MODEL, places)
+    return numbers + mutations_of_bytes(folder, TOKENIZER_MODEL, [*ends[:3], *ends[-3:]])
 
 
 def _field_lengths(data: bytes) -> list[int]:
@@ -312,9 +287,5 @@ def make_described(folder: Path) -> None:
 
 
 def described_mutations(folder: Path) -> list[Mutation]:
-    mutations = []
-    for name in CONFIGS:
-        mutations += json_mutations(name, read_json(folder / name))
-        mutations += byte_mutations((folder / name).read_bytes(), name)
-        mutations += file_mutations(name)
-    return mutations + byte_mutations((folder / TEMPLATE).read_bytes(), TEMPLATE) + file_mutations(TEMPLATE)
+    mutations = [mutation for name in CONFIGS for mutation in mutations_of_json(folder, name)]
+    return mutations + mutations_of_bytes(folder, TEMPLATE)

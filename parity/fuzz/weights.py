@@ -22,6 +22,7 @@ from parity.fuzz.mutations import (
     file_mutations,
     fixed_edit,
     json_mutations,
+    mutations_of_json,
     number_mutations,
     read_json,
     write_json,
@@ -155,18 +156,15 @@ def load_shards(folder: Path) -> None:
 
 
 def shard_mutations(folder: Path) -> list[Mutation]:
-    index = read_json(folder / INDEX)
-    data = (folder / SHARDS[0]).read_bytes()
+    index, places = (
+        read_json(folder / INDEX),
+        ("../{}", "./{}", "sub/{}", "..\\{}", "{folder}/{}", "{}/", "{}\0"),
+    )
     return [
-        *json_mutations(INDEX, index),
-        *byte_mutations((folder / INDEX).read_bytes(), INDEX),
-        *file_mutations(INDEX),
+        *mutations_of_json(folder, INDEX),
         *file_mutations(SHARDS[1]),
-        *header_mutations(SHARDS[0], data),
-        *(
-            _outside(index, name)
-            for name in ("../{}", "./{}", "sub/{}", "..\\{}", "{folder}/{}", "{}/", "{}\0")
-        ),
+        *header_mutations(SHARDS[0], (folder / SHARDS[0]).read_bytes()),
+        *(_outside(index, place) for place in places),
     ]
 
 
@@ -253,9 +251,6 @@ def is_a(value, hint) -> bool:
 
 
 def config_mutations(folder: Path) -> list[Mutation]:
-    return [
-        *json_mutations(CONFIG, read_json(folder / CONFIG)),
-        *byte_mutations((folder / CONFIG).read_bytes(), CONFIG),
-        *file_mutations(CONFIG),
-        *byte_mutations((folder / SINGLE_FILE).read_bytes(), SINGLE_FILE),
-    ]
+    return mutations_of_json(folder, CONFIG) + byte_mutations(
+        (folder / SINGLE_FILE).read_bytes(), SINGLE_FILE
+    )
