@@ -128,7 +128,6 @@ MODEL_KEYS = [
 ]
 
 SPM_KEYS = [
-    ("general.architecture", TEXT, "llama"),
     ("tokenizer.ggml.model", TEXT, "llama"),
     ("tokenizer.ggml.tokens", ARRAY, PIECES, TEXT),
     ("tokenizer.ggml.scores", ARRAY, [-float(i) for i in range(len(PIECES))], FLOAT32),
@@ -140,7 +139,6 @@ SPM_KEYS = [
 ]
 
 BYTE_LEVEL_KEYS = [
-    ("general.architecture", TEXT, "llama"),
     ("tokenizer.ggml.model", TEXT, "gpt2"),
     ("tokenizer.ggml.pre", TEXT, "smollm"),
     ("tokenizer.ggml.tokens", ARRAY, BYTE_LEVEL_TOKENS, TEXT),
@@ -160,11 +158,11 @@ def load_gguf_model(folder: Path) -> None:
 
 
 def make_gguf_byte_level(folder: Path) -> None:
-    (folder / GGUF).write_bytes(gguf(MODEL_KEYS + BYTE_LEVEL_KEYS[1:], _gguf_tensors()).data)
+    (folder / GGUF).write_bytes(gguf(MODEL_KEYS + BYTE_LEVEL_KEYS, _gguf_tensors()).data)
 
 
 def make_gguf_sentencepiece(folder: Path) -> None:
-    (folder / GGUF).write_bytes(gguf(MODEL_KEYS + SPM_KEYS[1:], _gguf_tensors()).data)
+    (folder / GGUF).write_bytes(gguf(MODEL_KEYS + SPM_KEYS, _gguf_tensors()).data)
 
 
 def load_gguf_tokenizer(folder: Path) -> None:
@@ -176,11 +174,11 @@ def gguf_model_mutations(folder: Path) -> list[Mutation]:
 
 
 def gguf_byte_level_mutations(folder: Path) -> list[Mutation]:
-    return _gguf_mutations(MODEL_KEYS + BYTE_LEVEL_KEYS[1:], BYTE_LEVEL_KEYS[1:])
+    return _gguf_mutations(MODEL_KEYS + BYTE_LEVEL_KEYS, BYTE_LEVEL_KEYS)
 
 
 def gguf_sentencepiece_mutations(folder: Path) -> list[Mutation]:
-    return _gguf_mutations(MODEL_KEYS + SPM_KEYS[1:], SPM_KEYS[1:])
+    return _gguf_mutations(MODEL_KEYS + SPM_KEYS, SPM_KEYS)
 
 
 OTHER_VALUES = [

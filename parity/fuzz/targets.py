@@ -3,6 +3,18 @@
 from parity.fuzz import gguf, runs, tokenizers, weights
 from parity.fuzz.harness import Target
 
+# Tokenizers, which are all read by the same function: name -> how to make one, how to break it
+OF_TOKENIZERS = {
+    "own BPE": (tokenizers.make_bpe, tokenizers.our_tokenizer_mutations),
+    "own characters": (tokenizers.make_char, tokenizers.our_tokenizer_mutations),
+    "tokenizer.json": (tokenizers.make_byte_level, tokenizers.tokenizer_json_mutations),
+    "tokenizer.json, Llama 2": (tokenizers.make_sentencepiece_json, tokenizers.tokenizer_json_mutations),
+    "vocab.json and merges.txt": (tokenizers.make_pair, tokenizers.pair_mutations),
+    "tokenizer.model, Llama 3": (tokenizers.make_llama3, tokenizers.llama3_mutations),
+    "tokenizer.model, Llama 2": (tokenizers.make_sentencepiece, tokenizers.sentencepiece_mutations),
+    "tokenizer_config.json": (tokenizers.make_described, tokenizers.described_mutations),
+}
+
 TARGETS = (
     Target("safetensors", weights.make_single, weights.load_single, weights.single_mutations),
     Target("safetensors shards", weights.make_shards, weights.load_shards, weights.shard_mutations),
@@ -18,48 +30,9 @@ TARGETS = (
         gguf.load_gguf_tokenizer,
         gguf.gguf_sentencepiece_mutations,
     ),
-    Target("own BPE", tokenizers.make_bpe, tokenizers.load_any_tokenizer, tokenizers.our_tokenizer_mutations),
-    Target(
-        "own characters",
-        tokenizers.make_char,
-        tokenizers.load_any_tokenizer,
-        tokenizers.our_tokenizer_mutations,
-    ),
-    Target(
-        "tokenizer.json",
-        tokenizers.make_byte_level,
-        tokenizers.load_any_tokenizer,
-        tokenizers.tokenizer_json_mutations,
-    ),
-    Target(
-        "tokenizer.json, Llama 2",
-        tokenizers.make_sentencepiece_json,
-        tokenizers.load_any_tokenizer,
-        tokenizers.tokenizer_json_mutations,
-    ),
-    Target(
-        "vocab.json and merges.txt",
-        tokenizers.make_pair,
-        tokenizers.load_any_tokenizer,
-        tokenizers.pair_mutations,
-    ),
-    Target(
-        "tokenizer.model, Llama 3",
-        tokenizers.make_llama3,
-        tokenizers.load_any_tokenizer,
-        tokenizers.llama3_mutations,
-    ),
-    Target(
-        "tokenizer.model, Llama 2",
-        tokenizers.make_sentencepiece,
-        tokenizers.load_any_tokenizer,
-        tokenizers.sentencepiece_mutations,
-    ),
-    Target(
-        "tokenizer_config.json",
-        tokenizers.make_described,
-        tokenizers.load_any_tokenizer,
-        tokenizers.described_mutations,
+    *(
+        Target(name, make, tokenizers.load_any_tokenizer, mutations)
+        for name, (make, mutations) in OF_TOKENIZERS.items()
     ),
     Target("token file", runs.make_tokens, runs.load_tokens, runs.tokens_mutations),
     Target(
