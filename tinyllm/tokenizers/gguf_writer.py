@@ -25,8 +25,8 @@ from tinyllm.tokenizers.sentencepiece import (
     USER_DEFINED,
     SentencePieceTokenizer,
 )
+from tinyllm.weights.gguf_export import INSTEAD
 
-INSTEAD = "export a Hugging Face folder instead"
 NAMED_ENDS = ("eos", "eot", "eom")  # tokenizer.ggml.eos_token_id, …
 
 

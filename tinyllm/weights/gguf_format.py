@@ -76,7 +76,7 @@ def read_tensor(path: Path, header: Header, entry: Entry) -> np.ndarray:
     Raises ``Error`` if the package gguf is missing or does not support the type, or if the file was replaced
     since its header was read.
     """
-    gguf = _import_gguf()
+    gguf = import_gguf("reading")
     array = np.empty(entry.shape, np.float32)
     rows = array.reshape(-1, entry.shape[-1])
     step = max(1, BLOCK // entry.shape[-1])
@@ -100,11 +100,12 @@ def read_tensor(path: Path, header: Header, entry: Entry) -> np.ndarray:
     return array
 
 
-def _import_gguf():
+def import_gguf(use: str):
+    """The package gguf. Raises ``Error``, saying that it is needed for reading or writing, without it."""
     try:
         import gguf
     except ImportError as error:
-        raise Error(f"reading a GGUF file needs the package gguf: {pip_install('models')}") from error
+        raise Error(f"{use} a GGUF file needs the package gguf: {pip_install('models')}") from error
     return gguf
 
 
@@ -179,7 +180,7 @@ def _read_tensor_info(fields: _Fields) -> tuple[str, tuple[int, ...], int, int]:
 
 
 def _locate(fields: _Fields, start: int, name: str, shape: tuple[int, ...], code: int, offset: int) -> Entry:
-    gguf = _import_gguf()
+    gguf = import_gguf("reading")
     try:
         type_ = gguf.GGMLQuantizationType(code)
     except ValueError:

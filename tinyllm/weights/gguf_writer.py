@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -11,11 +12,11 @@ from typing import Any
 import numpy as np
 
 from tinyllm.backend.device import to_device
-from tinyllm.checks import pip_install
 from tinyllm.errors import Error
 from tinyllm.files import replacing
 from tinyllm.weights.gguf_config import ROPE_FACTORS
 from tinyllm.weights.gguf_export import INSTEAD, model_keys, rope_factors, table_of_model
+from tinyllm.weights.gguf_format import import_gguf
 from tinyllm.weights.gguf_tables import EXPERT, Table
 
 TYPES = {"f32": "F32", "f16": "F16", "bf16": "BF16", "q8_0": "Q8_0"}  # of --type: GGUF's names
@@ -68,7 +69,7 @@ def write_gguf(
     weight is not finite or too large for float16, if the file exists or if gguf is not installed, and OSError
     if the file cannot be written.
     """
-    gguf, path = _import_gguf(), Path(path)
+    gguf, path = import_gguf("writing"), Path(path)
     if type not in TYPES:
         raise Error(f"type {type!r} is not one of {', '.join(TYPES)}: choose one of them")
     _check_new(path)
@@ -120,16 +121,15 @@ def _plan(gguf, table: Table, config: Mapping, tensors: Mapping[str, np.ndarray]
     planned = []
     for name, each in found.items():
         part, arrays = each["part"], tuple(each["arrays"][e] for e in sorted(each["arrays"]))
-        shape = (
-            arrays[0].shape if EXPERT not in table.inside.get(part, "") else (len(arrays), *arrays[0].shape)
-        )
+        shape = arrays[0].shape
+        if EXPERT in table.inside.get(part, ""):
+            shape = len(arrays), *shape
         kind = "F32" if len(shape) == 1 or part in SINGLE else type
         if kind == "Q8_0" and shape[-1] % gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType.Q8_0][0]:
             kind = "F16"
+        permuted_heads = heads[part] if part in table.permuted else 0
         offset = int(table.offset_norms and part.endswith("norm"))
-        planned.append(
-            Planned(name, shape, kind, arrays, heads[part] if part in table.permuted else 0, offset)
-        )
+        planned.append(Planned(name, shape, kind, arrays, permuted_heads, offset))
     factors = rope_factors(table, config)
     if factors is not None:
         planned.append(Planned(ROPE_FACTORS, factors.shape, "F32", (factors,)))
@@ -151,8 +151,7 @@ def _write(gguf, path: Path, table: Table, keys: Mapping[str, Any], planned: lis
             _add_key(writer, key, value)
         for each in planned:
             type_ = gguf.GGMLQuantizationType[each.type]
-            length, size = gguf.GGML_QUANT_SIZES[type_]
-            num_bytes = int(np.prod(each.shape)) // length * size
+            num_bytes = math.prod(_bytes_shape(gguf, each))
             writer.add_tensor_info(each.name, each.shape, np.dtype(np.float32), num_bytes, type_)
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
@@ -181,11 +180,9 @@ def _add_key(writer, key: str, value: Any) -> None:
 def _encoded(gguf, each: Planned) -> np.ndarray:
     """The bytes of a tensor (rows, bytes of a row), converted a few rows at a time."""
     type_ = gguf.GGMLQuantizationType[each.type]
-    length, size = gguf.GGML_QUANT_SIZES[type_]
-    columns = each.shape[-1]
-    encoded = np.empty((int(np.prod(each.shape[:-1])), columns // length * size), np.uint8)
+    encoded = np.empty(_bytes_shape(gguf, each), np.uint8)
     done = 0
-    for rows in _rows(each, max(1, BLOCK // columns)):
+    for rows in _rows(each, max(1, BLOCK // each.shape[-1])):
         largest = np.abs(rows).max()
         if not np.isfinite(largest):
             raise Error(f"{each.name} has a weight that is not finite: {EARLIER}")
@@ -199,6 +196,12 @@ def _encoded(gguf, each: Planned) -> np.ndarray:
     return encoded
 
 
+def _bytes_shape(gguf, each: Planned) -> tuple[int, int]:
+    """(rows, bytes of a row) of a tensor."""
+    length, size = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[each.type]]
+    return math.prod(each.shape[:-1]), each.shape[-1] // length * size
+
+
 def _rows(each: Planned, step: int) -> Iterator[np.ndarray]:
     """The rows of a tensor in float32, ``step`` at a time, those of the experts one after another."""
     for array in each.arrays:
@@ -207,14 +210,5 @@ def _rows(each: Planned, step: int) -> Iterator[np.ndarray]:
             array = permuted(array, each.heads)
         array = array.reshape(-1, each.shape[-1])
         for start in range(0, len(array), step):
-            yield np.ascontiguousarray(array[start : start + step], dtype=np.float32) + np.float32(
-                each.offset
-            )
-
-
-def _import_gguf():
-    try:
-        import gguf
-    except ImportError as error:
-        raise Error(f"writing a GGUF file needs the package gguf: {pip_install('models')}") from error
-    return gguf
+            rows = np.ascontiguousarray(array[start : start + step], dtype=np.float32)
+            yield rows + np.float32(each.offset)
