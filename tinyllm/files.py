@@ -177,6 +177,12 @@ def open_regular(path: str | Path) -> BinaryIO:
     return open(os.devnull, "rb") if empty else open(path, "rb", opener=_open_without_waiting)
 
 
+def sha256_of(path: str | Path) -> str:
+    """The SHA-256 of a regular file, in hex. Raises OSError."""
+    with open_regular(path) as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 def _open_without_waiting(path: str, flags: int) -> int:
     descriptor = os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
     try:

@@ -5,14 +5,13 @@ Their content is pinned by its SHA-256, so a name always stands for the same dat
 
 from __future__ import annotations
 
-import hashlib
 import os
 from dataclasses import dataclass
 from pathlib import Path
 
 from tinyllm.data.reviews import MovieReviews
 from tinyllm.errors import Error
-from tinyllm.files import open_regular
+from tinyllm.files import sha256_of
 
 BOOK = "https://raw.githubusercontent.com/rasbt/LLMs-from-scratch/main"
 
@@ -33,8 +32,7 @@ class PublishedFile:
         folder = os.environ.get("TINYLLM_DATA")
         places = [Path(folder, self.file), Path(folder, Path(self.file).name)] if folder else []
         for path in filter(Path.exists, places):
-            with open_regular(path) as file:
-                found = hashlib.file_digest(file, "sha256").hexdigest()
+            found = sha256_of(path)
             if found != self.sha256:
                 raise Error(
                     f"{str(path)!r} is not the expected file (SHA-256 {found}, not {self.sha256}): replace "

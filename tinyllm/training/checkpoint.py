@@ -39,7 +39,7 @@ from tinyllm.backend import distributed
 from tinyllm.backend.device import describe_device, to_device
 from tinyllm.backend.threads import num_threads
 from tinyllm.errors import Error
-from tinyllm.files import SAVING, open_regular, read_sealed, sealed, sync_folder, write_synced
+from tinyllm.files import SAVING, read_sealed, sealed, sha256_of, sync_folder, write_synced
 from tinyllm.nn import Module
 from tinyllm.optim import AdamW
 from tinyllm.tensor import Tensor
@@ -106,9 +106,7 @@ def save_checkpoint(
 
 
 def _fingerprint(path: Path) -> dict:
-    with open_regular(path) as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-    return {"bytes": path.stat().st_size, "sha256": digest}
+    return {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
 
 
 def verify(folder: Path) -> dict:

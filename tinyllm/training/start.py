@@ -12,7 +12,7 @@ from pathlib import Path
 
 from tinyllm.data.token_file import tokenizer_sha256
 from tinyllm.errors import Error
-from tinyllm.files import open_regular, read_file, write_whole
+from tinyllm.files import read_file, sha256_of, write_whole
 from tinyllm.models import LanguageModel, ModelConfig, empty_model
 from tinyllm.tokenizers import Tokenizer, load_tokenizer
 from tinyllm.tokenizers.base import FILE_NAME
@@ -175,8 +175,7 @@ def hash_tokenizer(tokenizer: Tokenizer, place: str | Path) -> str:
         digest.update(hashlib.sha256(_extended_json(tokenizer)).digest())
         return digest.hexdigest()
     for file in _tokenizer_files(Path(place), (*VOCABULARY_FILES, *ADDED_TOKENS)):
-        with open_regular(file) as opened:
-            digest.update(hashlib.file_digest(opened, "sha256").digest())
+        digest.update(bytes.fromhex(sha256_of(file)))
     return digest.hexdigest()
 
 

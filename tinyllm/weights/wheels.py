@@ -6,7 +6,6 @@ downloaded. A file is moved into the cache by a single rename after it is comple
 is found there is complete, and interruptions and concurrent downloads are harmless.
 """
 
-import hashlib
 import inspect
 import os
 import shutil
@@ -18,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tinyllm.errors import Error
-from tinyllm.files import lock, open_regular
+from tinyllm.files import lock, sha256_of
 
 PULLING, LOCK = ".pulling-", "lock"  # an unfinished download: the prefix of its folder, and its lock file
 
@@ -227,8 +226,7 @@ def _run_pip() -> None:
 
 def check_sha256(path: Path, expected: str) -> None:
     """Raise ``SourceError`` if a downloaded file has another SHA-256."""
-    with open_regular(path) as file:
-        found = hashlib.file_digest(file, "sha256").hexdigest()
+    found = sha256_of(path)
     if found != expected:
         raise SourceError(f"the downloaded {path.name} has the SHA-256 {found}, not {expected}")
 
