@@ -116,19 +116,18 @@ def with_dropout(model: LanguageModel, dropout: float) -> LanguageModel:
     return type(model)(replace(model.config, **dict.fromkeys(names, dropout)), rng=None)
 
 
-def describe_start(source: str, model: LanguageModel) -> dict:
-    """What config.json records: the source, the path of its weights, and the SHA-256 of their numbers."""
-    weights = find_source(source)[0]
-    return {"from": source, "weights": str(weights), "sha256": hash_weights(model)}
+def describe_start(source: str, model: LanguageModel, begun: dict | None) -> dict:
+    """What config.json records: the source, the path of its weights, and the SHA-256 of their numbers.
 
-
-def check_start(found: dict, begun: dict | None) -> None:
-    """Raise ``Error`` if a resumed run began from other weights; both are results of ``describe_start``."""
-    if begun is not None and found["sha256"] != begun["sha256"]:
+    Raises ``Error`` if these are not the weights of ``begun``, what a resumed run recorded.
+    """
+    weights, sha256 = find_source(source)[0], hash_weights(model)
+    if begun is not None and sha256 != begun["sha256"]:
         raise Error(
-            f"the weights in {found['weights']} are not those that the run was started with: restore them, "
-            "or start a new run"
+            f"the weights in {weights} are not those that the run was started with: restore them, or start a "
+            "new run"
         )
+    return {"from": source, "weights": str(weights), "sha256": sha256}
 
 
 def has_tokenizer(weights: Path) -> bool:
@@ -164,6 +163,14 @@ def save_tokenizer(tokenizer: Tokenizer, place: str | Path, folder: Path) -> Non
             shutil.copyfile(file, folder / (file.name if known else name))
     ids = {"bos_token_id": tokenizer.bos_id, "eos_token_id": list(tokenizer.eos_ids)}
     (folder / "generation_config.json").write_text(json.dumps(ids) + "\n", encoding="utf-8")
+
+
+def load_own_tokenizer(folder: Path, about: dict) -> Tokenizer:
+    """The tokenizer of the run in a folder with this config.json. Raises ``Error`` if it has changed."""
+    tokenizer = load_tokenizer(folder)
+    if hash_tokenizer(tokenizer, folder) != about["tokenizer"]["sha256"]:
+        raise Error(f"the tokenizer in {folder} changed since the run was started: copy it back")
+    return tokenizer
 
 
 def hash_tokenizer(tokenizer: Tokenizer, place: str | Path) -> str:

@@ -26,11 +26,11 @@ from tinyllm.tokenizers import Tokenizer, load_tokenizer
 from tinyllm.tokenizers.base import check_fits
 from tinyllm.training.config import RunOptions, flag
 from tinyllm.training.start import (
-    check_start,
     describe_start,
     find_source,
     has_tokenizer,
     hash_tokenizer,
+    load_own_tokenizer,
     save_tokenizer,
     tokenizer_place,
     with_dropout,
@@ -241,12 +241,13 @@ class Finetuning(Task):
         _, run = find_source(config.model)
         self.base_name = str(self.base) if self.adapter or run else config.model  # in the adapter's config
         architecture = empty_model(self.base)
-        self.place = folder if about else self._tokenizer_place(architecture.config.vocab_size)
-        self.tokenizer = load_tokenizer(self.place)
-        if about and self._hash_tokenizer() != about["tokenizer"]["sha256"]:
-            raise Error(f"the tokenizer in {folder} changed since the run was started: copy it back")
-        if not about and not self.adapter:  # an adapter may extend the vocabulary
-            check_fits(self.tokenizer, architecture, padded=True)
+        if about:
+            self.place, self.tokenizer = folder, load_own_tokenizer(folder, about)
+        else:
+            self.place = self._tokenizer_place(architecture.config.vocab_size)
+            self.tokenizer = load_tokenizer(self.place)
+            if not self.adapter:  # which may extend the vocabulary
+                check_fits(self.tokenizer, architecture, padded=True)
         self.max_length = config.max_length or min(architecture.context, LONGEST)
         self.examples = self.open_examples()
         if about and self.examples.sha256 != about["data"]["sha256"]:
@@ -270,9 +271,7 @@ class Finetuning(Task):
 
     def model(self) -> Module:
         model = self._start_model()
-        found = describe_start(self.config.model, model)
-        check_start(found, self.start)
-        self.start = found
+        self.start = describe_start(self.config.model, model, self.start)
         rng = np.random.default_rng(self.config.seed)
         self.prepare(model, rng)
         self._choose(model, rng)
@@ -376,12 +375,9 @@ class Finetuning(Task):
         counts = {part: len(getattr(found, part)) for part in ("train", "valid", "test")}
         return {
             "data": {"name": found.name, "sha256": found.sha256, **counts},
-            "tokenizer": {"name": self.tokenizer.name, "sha256": self._hash_tokenizer()},
+            "tokenizer": {"name": self.tokenizer.name, "sha256": hash_tokenizer(self.tokenizer, self.place)},
             "start": self.start,
         }
-
-    def _hash_tokenizer(self) -> str:
-        return hash_tokenizer(self.tokenizer, self.place)
 
     def save(self, folder: Path) -> None:
         save_tokenizer(self.tokenizer, self.place, folder)

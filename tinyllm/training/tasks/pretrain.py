@@ -17,7 +17,7 @@ from tinyllm.errors import Error
 from tinyllm.inference.generate import generate
 from tinyllm.nn import Module, initialize_as_torch, initialize_as_zero
 from tinyllm.optim import NoLossScale
-from tinyllm.tokenizers import Tokenizer, load_tokenizer
+from tinyllm.tokenizers import Tokenizer
 from tinyllm.tokenizers.base import check_fits
 from tinyllm.training import baselines
 from tinyllm.training.config import TrainConfig, check_writable
@@ -28,10 +28,10 @@ from tinyllm.training.run import make_optimizer, open_run_device, run_task
 from tinyllm.training.shared_run import in_turn
 from tinyllm.training.start import (
     check_architecture,
-    check_start,
     check_tokenizer,
     describe_start,
     hash_tokenizer,
+    load_own_tokenizer,
     save_tokenizer,
     starting_model,
 )
@@ -82,9 +82,7 @@ class Pretraining(Task):
         if about:
             self.place, self.start = folder, about.get("start")
             self.checkpoint = next(reversed(checkpoints(folder)), None)
-            self.tokenizer, text_sha256 = load_tokenizer(folder), about["text"]["sha256"]
-            if hash_tokenizer(self.tokenizer, folder) != about["tokenizer"]["sha256"]:
-                raise Error(f"the tokenizer in {folder} changed since the run was started: copy it back")
+            self.tokenizer, text_sha256 = load_own_tokenizer(folder, about), about["text"]["sha256"]
         self.text = load_data(config, self.tokenizer, text_sha256)
         self.batches = Batches(self.text.train, config.batch, config.seed)
         self.pairs = self.text.tokenizer.merged_pairs() if config.token_splits > 0 else None
@@ -108,7 +106,10 @@ class Pretraining(Task):
     def model(self) -> Module:
         config, tokenizer = self.config, self.text.tokenizer
         if config.start_from is not None:
-            return self._starting_model().train()
+            model = starting_model(config, self.checkpoint)
+            if self.checkpoint is None:
+                self.start = describe_start(config.start_from, model, self.start)
+            return model.train()
         rng = np.random.default_rng(config.seed)
         model = config.model(tokenizer.vocab_size, rng)
         if config.init == "torch":
@@ -116,14 +117,6 @@ class Pretraining(Task):
         if config.init == "zero":
             initialize_as_zero(model, model.into_residual)
         return model.astype(config.parameter_dtype).train()
-
-    def _starting_model(self) -> Module:
-        model = starting_model(self.config, self.checkpoint)
-        if self.checkpoint is None:
-            found = describe_start(self.config.start_from, model)
-            check_start(found, self.start)
-            self.start = found
-        return model
 
     def evaluate(self, model: Module, check: Check, final: bool) -> dict[str, float]:
         """Both losses, of the same windows at every step, and in the end the bits per byte of the table.
