@@ -54,8 +54,7 @@ def plot_attention(
     as ``Inspection.attention`` does, for a head without its layer, without matplotlib, and if the picture
     cannot be written.
     """
-    path = Path(path)
-    check_picture(path)
+    path = check_picture(path)
     if layer is None and head is not None:
         raise Error(f"head is {head}, but without a layer: choose the layer, too")
     if layer is not None and head is not None:
@@ -170,8 +169,7 @@ def plot_lens(found: Inspection, tokenizer: Tokenizer, path: str | Path) -> None
     one is the prediction. Of a long text the last 120 positions are drawn. Raises ``Error`` if the lens was
     not computed, without matplotlib, and if the picture cannot be written.
     """
-    path = Path(path)
-    check_picture(path)
+    path = check_picture(path)
     if not len(found.positions):
         raise Error("the lens has no positions: inspect the text with positions=None")
     names = ["embedding", *(name.rpartition(".")[2] for name in found.blocks)]
@@ -232,8 +230,7 @@ def plot_surprise(found: Inspection, tokenizer: Tokenizer, path: str | Path) -> 
     Tokens that share the bytes of a character are one, whose bits are added and whose rank is omitted. Raises
     ``Error`` without probabilities, without matplotlib, and if the picture cannot be written.
     """
-    path = Path(path)
-    check_picture(path)
+    path = check_picture(path)
     if found.probability is None:
         raise Error("the surprise of the tokens is unknown: inspect a language model with surprise=True")
     each, colours = bits(found.probability), _colours(REDS)
@@ -284,8 +281,7 @@ def plot_norms(found: Inspection, tokenizer: Tokenizer, path: str | Path) -> Non
 
     Raises ``Error`` without matplotlib, and if the picture cannot be written.
     """
-    path = Path(path)
-    check_picture(path)
+    path = check_picture(path)
     figure, [[axes]] = new_figure(8, 4.5)
     layers = np.arange(len(found.norms)) - 1
     largest = int(found.norms.max(axis=0).argmax())

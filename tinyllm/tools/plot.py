@@ -83,9 +83,10 @@ def plot_runs(runs: Sequence[str | Path], path: str | Path, x: str = "step", y: 
     Raises ``Error`` as ``read_run`` does, for losses that do not compare, for more runs than there are
     distinct colours, without matplotlib, and if the picture cannot be written.
     """
-    path = Path(path)
-    _check_request(path, x, y)
-    runs = _read_runs(runs)
+    for name, value, known in (("x", x, X_AXES), ("y", y, Y_AXES)):
+        if value not in known:
+            raise Error(f"{name} is {value!r}: choose {' or '.join(known)}")
+    path, runs = check_picture(path), _read_runs(runs)
     if len(runs) > len(COLORS):
         raise Error(f"there are {len(runs)} runs, too many for one plot: give at most {len(COLORS)}")
     if y == "loss" and not same_tokenizer(runs):
@@ -166,18 +167,13 @@ def show(path: str | Path, figure=None) -> None:
         display(Image(filename=str(path)))
 
 
-def _check_request(path: Path, x: str, y: str) -> None:
-    for name, value, known in (("x", x, X_AXES), ("y", y, Y_AXES)):
-        if value not in known:
-            raise Error(f"{name} is {value!r}: choose {' or '.join(known)}")
-    check_picture(path)
-
-
-def check_picture(path: Path) -> None:
-    """Raise ``Error`` unless the path ends like a picture, and matplotlib is installed."""
+def check_picture(path: str | Path) -> Path:
+    """The path of a picture. Raises ``Error`` unless it ends like one, and matplotlib is installed."""
+    path = Path(path)
     if path.suffix.lower() not in PICTURES:
         raise Error(f"the plot {path} must end in {', '.join(PICTURES)}: rename it")
     _figure_class()
+    return path
 
 
 def _time_unit(longest: float) -> tuple[int, str]:
