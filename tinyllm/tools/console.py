@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import sys
-import unicodedata
 from typing import TextIO
 
 EIGHTHS = ("", "▏", "▎", "▍", "▌", "▋", "▊", "▉")  # of a character cell; a full one is █
@@ -32,8 +31,3 @@ def shows_blocks(stream: TextIO) -> bool:
     except UnicodeEncodeError:
         return False
     return True
-
-
-def columns_of(text: str) -> int:
-    """The width of a text in a font of fixed width, where a Chinese character, say, takes two columns."""
-    return sum(2 if unicodedata.east_asian_width(character) in "WF" else 1 for character in text)

@@ -14,10 +14,10 @@ import numpy as np
 
 from tinyllm.errors import Error
 from tinyllm.tokenizers.base import Tokenizer
-from tinyllm.tools.console import columns_of
 from tinyllm.tools.inspect import Inspection
 from tinyllm.tools.inspect_text import bits, summary, token_label, visible, whole_characters
 from tinyllm.tools.plot import COLORS, GREY, LIGHT, check_picture, new_figure, save, title
+from tinyllm.training.output import columns_of
 
 BLUES = ("#ffffff", "#c9dcf0", "#7ba9d6", COLORS[0], "#12365f")  # weights and probabilities from 0 to 1
 REDS = ("#ffffff", "#fdf0c2", "#f9c98a", "#ee8a62", "#c93b3b")  # bits from 0 to 16

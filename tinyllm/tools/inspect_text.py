@@ -15,9 +15,9 @@ import numpy as np
 
 from tinyllm.errors import Error
 from tinyllm.tokenizers.base import Tokenizer
-from tinyllm.tools.console import columns_of
 from tinyllm.tools.inspect import Inspection
-from tinyllm.tools.show import characters_of, escaped
+from tinyllm.tools.show import characters_of, escaped, quoted
+from tinyllm.training.output import columns_of
 
 # From this many bits on, a background of xterm's 256 colours behind black text: pale yellow to red.
 LEVELS = ((1, 230), (4, 223), (8, 216), (12, 209))
@@ -134,24 +134,14 @@ def _table(tokenizer: Tokenizer, found: Inspection) -> list[str]:
         title = [f"The {ROWS} most surprising of {T:,} tokens:"]
     rows = [("#", "token", "p", "rank", "most likely")]
     for t in shown:
+        name, expected = (quoted(_piece(tokenizer, int(ids[t]))) for ids in (found.ids, found.expected))
         own = ("–", "–") if t == 0 else (percent(found.probability[t]), f"{found.rank[t]:,}")
-        other = f"{_name(tokenizer, found.expected[t])} {percent(found.expected_probability[t])}"
-        rows.append((f"{t}", _name(tokenizer, found.ids[t]), *own, other if found.rank[t] > 1 else ""))
+        other = f"{expected} {percent(found.expected_probability[t])}" if found.rank[t] > 1 else ""
+        rows.append((f"{t}", name, *own, other))
     widths = [max(map(columns_of, column)) for column in zip(*rows)]
     lines = []
     for row in rows:
-        padding = [" " * (width - columns_of(cell)) for width, cell in zip(widths, row)]
-        cells = [
-            cell + space if n == 1 else space + cell for n, (cell, space) in enumerate(zip(row, padding))
-        ]
-        lines.append("  ".join([*cells[:-1], row[-1]]).rstrip())
+        pad = [" " * (width - columns_of(cell)) for width, cell in zip(widths, row)]
+        line = f"{pad[0]}{row[0]}  {row[1]}{pad[1]}  {pad[2]}{row[2]}  {pad[3]}{row[3]}  {row[4]}"
+        lines.append(line.rstrip())
     return title + lines
-
-
-def _name(tokenizer: Tokenizer, i: int) -> str:
-    """The token's repr; that of its bytes if they are not whole characters."""
-    piece = _piece(tokenizer, int(i))
-    try:
-        return repr(piece.decode("utf-8"))
-    except UnicodeDecodeError:
-        return repr(piece)

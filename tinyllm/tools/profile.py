@@ -23,10 +23,12 @@ from typing import NamedTuple
 
 import numpy as np
 
+from tinyllm.backend.recording import owner
 from tinyllm.backend.threads import in_task, num_threads
 from tinyllm.errors import Error
 from tinyllm.nn import Module
 from tinyllm.tensor import mode
+from tinyllm.training.output import LINE
 
 OPS = "tinyllm.functional", "tinyllm.tensor", "tinyllm.errors"  # modules between an op and its caller
 
@@ -119,7 +121,7 @@ class _Account:
     def __init__(self, model: Module, bytes_too: bool):
         names = {id(module): re.sub(r"\.\d+\b", ".*", name) for name, module in model.named_modules()}
         self.names = names | {id(model): type(model).__name__}
-        self.parameters = {id(_owner(parameter.data)) for parameter in model.parameters()}
+        self.parameters = {id(owner(parameter.data)) for parameter in model.parameters()}
         self.bytes_too = bytes_too
         self.rows: dict[tuple[str, str], Row] = {}
         self.kept, self.seen = Counter(), set(self.parameters)  # in this forward pass: row -> bytes; arrays
@@ -183,7 +185,7 @@ class _Account:
 
     def keep(self, row: Row, vjp) -> None:
         """Count the arrays in the closure of a gradient that no earlier closure holds."""
-        for array in map(_owner, _arrays_in(vjp)):
+        for array in map(owner, _arrays_in(vjp)):
             if id(array) not in self.seen:
                 self.seen.add(id(array))
                 self.kept[row] += array.nbytes
@@ -259,13 +261,6 @@ def _arrays_in(function) -> Iterator[np.ndarray]:
                     found.append(cell.cell_contents)
 
 
-def _owner(array: np.ndarray) -> np.ndarray:
-    """The array that owns the memory of a view."""
-    while isinstance(array.base, np.ndarray):
-        array = array.base
-    return array
-
-
 def _page_faults() -> float:
     """The number in this process so far; nan where the system does not count them (Windows)."""
     try:
@@ -335,8 +330,6 @@ def _timed_products(model: Module):
 # -------------------------------------------------------------------------------- the table
 
 COLUMNS = "ms share fwd bwd gemm calls keeps needs faults".split()
-
-LINE = 88  # columns of the table
 
 
 def _table(profile: Profile) -> Iterator[str]:

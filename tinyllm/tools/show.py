@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 from tinyllm.backend.device import to_device
-from tinyllm.checks import check_ids, is_integer
+from tinyllm.checks import check_at_least, check_ids
 from tinyllm.errors import Error
 from tinyllm.inference.sampling import probabilities as sampling_probabilities
 from tinyllm.inference.sampling import suppress
@@ -116,8 +116,7 @@ def show_probabilities(
             f"probabilities range from {p.min():g} to {p.max():g} and sum to {p.sum():g}: compute them from "
             "logits with tinyllm.inference.sampling.probabilities"
         )
-    if not is_integer(top) or top < 1:
-        raise Error(f"top is {top!r}: choose a whole number of at least 1")
+    check_at_least(top, 1, "top")
     chosen = int(check_ids([chosen], tokenizer.vocab_size, name="chosen")[0])
     ranked = np.argsort(-p, kind="stable").tolist()  # stable: ties in order of id
     shown = [i for i in ranked[:top] if p[i] > 0]
@@ -128,13 +127,16 @@ def show_probabilities(
 
 
 def _candidate(tokenizer: Tokenizer, p: np.ndarray, i: int, chosen: bool, blocks: bool) -> str:
-    percent = "<0.01%" if 0 < p[i] < 0.00005 else f"{p[i]:.2%}"
-    piece = tokenizer.decode_bytes([i])
-    try:
-        name = repr(piece.decode("utf-8"))
-    except UnicodeDecodeError:
-        name = repr(piece)
+    percent, name = "<0.01%" if 0 < p[i] < 0.00005 else f"{p[i]:.2%}", quoted(tokenizer.decode_bytes([i]))
     return f"{'>' if chosen else ' '} {percent:>7}  {_bar(p[i], blocks)}  {name}"
+
+
+def quoted(piece: bytes) -> str:
+    """The repr of a token's text, or that of its bytes if they are not whole characters."""
+    try:
+        return repr(piece.decode("utf-8"))
+    except UnicodeDecodeError:
+        return repr(piece)
 
 
 def _bar(p: float, blocks: bool) -> str:

@@ -84,17 +84,17 @@ def wrap(line: str, indent: int) -> list[str]:
     """
     lines, current = [], ""
     for word in re.findall(" *[^ ]+", line):
-        if current.strip() and _columns(current + word) > LINE:
+        if current.strip() and columns_of(current + word) > LINE:
             lines.append(current)
             current, word = " " * indent, word.lstrip()
         for character in word:
-            if indent and _columns(current + character) > LINE:
+            if indent and columns_of(current + character) > LINE:
                 lines.append(current)
                 current = " " * indent
             current += character
     return [*lines, current]
 
 
-def _columns(text: str) -> int:
-    """The width of a text in a terminal, where a Chinese character, say, takes two columns."""
+def columns_of(text: str) -> int:
+    """The width of a text in a font of fixed width, where a Chinese character, say, takes two columns."""
     return sum(2 if unicodedata.east_asian_width(character) in "WF" else 1 for character in text)
