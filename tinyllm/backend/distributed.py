@@ -154,9 +154,8 @@ class NCCL(MPI):
         self._cupy, self._nccl = cupy, nccl
         with self.agreed():
             gpus = cupy.cuda.runtime.getDeviceCount()
-            device.use_gpu(
-                self.local_rank if gpus > 1 else 0
-            )  # a launcher may show each process its own only
+            # A launcher may show each process its own GPU only.
+            device.use_gpu(self.local_rank if gpus > 1 else 0)
             pick = device.pick_device("cuda")
         with self.agreed():
             self._check_own_gpu(pick)

@@ -71,17 +71,16 @@ def dropout_mask(address, shape, p: float, like, part: int | None = None):
     seed, step, first_row, op = address
     size = math.prod(shape)
     rows = 1 if part is not None or not shape else shape[0]
-    counts = -(-size // max(rows, 1) // per_count)  # counter values per row
-    start = first_row * counts if part is None else 0
+    per_row = size // max(rows, 1)
+    counts = -(-per_row // per_count)  # counter values per row
+    drawn, start = counts * per_count, first_row * counts if part is None else 0
     if launch.library_of(like) is not None:
-        kept = launch.dropout_kept(
-            address, [part or 0], rows * counts * per_count, bits, threshold, like, start
-        )
-        kept = kept.reshape(rows, counts * per_count)[:, : size // max(rows, 1)].reshape(shape)
+        kept = launch.dropout_kept(address, [part or 0], rows * drawn, bits, threshold, like, start)
+        kept = kept.reshape(rows, drawn)[:, :per_row].reshape(shape)
         return (kept * accumulation_dtype(like.dtype).type(scale)).astype(like.dtype, copy=False)
     key, counter = np.array([seed, step], np.uint64), np.array([start, part or 0, op, 0], np.uint64)
     generator = np.random.Philox(key=key, counter=counter)
-    samples = generator.random_raw(rows * counts * 4).view(f"u{bits // 8}").reshape(rows, counts * per_count)
-    samples = samples[:, : size // max(rows, 1)].reshape(shape)
+    samples = generator.random_raw(rows * counts * 4).view(f"u{bits // 8}")
+    samples = samples.reshape(rows, drawn)[:, :per_row].reshape(shape)
     mask = np.multiply(samples >= threshold, scale, dtype=like.dtype)
     return np.asarray(mask, like=like)

@@ -206,20 +206,8 @@ def add_rows_at(buffer, index, values) -> None:
     ids = index.reshape(-1).astype(np.int64) % len(buffer)  # -1 is the last row, as in NumPy
     order = np.argsort(ids, kind="stable")
     values = contiguous(values.reshape(-1, C))
-    types = (values.dtype, buffer.dtype)
-    launch(
-        buffer,
-        "embedding_back",
-        types,
-        ids.size,
-        threads_for(C),
-        ids[order],
-        order,
-        values,
-        buffer,
-        ids.size,
-        C,
-    )
+    types, arguments = (values.dtype, buffer.dtype), (ids[order], order, values, buffer, ids.size, C)
+    launch(buffer, "embedding_back", types, ids.size, threads_for(C), *arguments)
 
 
 def contiguous(array):
