@@ -231,10 +231,9 @@ def _difference(found, truth) -> str | None:
 
 def _close(found, truth) -> bool:
     with np.errstate(invalid="ignore"):
-        bound = RELATIVE * np.abs(truth, where=np.isfinite(truth), out=np.zeros(np.shape(truth))).max(
-            initial=0
-        )
-        return bool(((found == truth) | (np.abs(found - truth) <= bound + FLOOR)).all())
+        sizes = np.abs(truth, where=np.isfinite(truth), out=np.zeros(np.shape(truth)))
+        bound = RELATIVE * sizes.max(initial=0) + FLOOR
+        return bool(((found == truth) | (np.abs(found - truth) <= bound)).all())
 
 
 def _error(found, truth) -> str:

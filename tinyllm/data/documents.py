@@ -27,12 +27,7 @@ from tinyllm.files import open_regular, unique_keys
 from tinyllm.tokenizers.base import check_text
 
 KNOWN_TEXTS = ("python-docs", "python-docstrings", "python-docstrings-test", "the-verdict")
-SUFFIXES = (
-    ".txt",
-    ".jsonl",
-    ".txt.gz",
-    ".jsonl.gz",
-)  # the files read from a folder unless a pattern is given
+SUFFIXES = (".txt", ".jsonl", ".txt.gz", ".jsonl.gz")  # of the files read from a folder without a pattern
 BLOCK_BYTES = 2**20
 LONGEST_LINE = 2**26  # bytes of a line in a .jsonl file, which is parsed in memory
 

@@ -18,9 +18,7 @@ from pathlib import Path
 from tinyllm.data.documents import python_docs
 from tinyllm.errors import Error
 
-DOCSTRING_CHARACTERS = (
-    45_000  # of each text of docstrings: about the size of the held-out part of python-docs
-)
+DOCSTRING_CHARACTERS = 45_000  # of each text: about the size of the held-out part of python-docs
 
 BLANK_LINES = re.compile(r"\n\s*\n")
 

@@ -319,9 +319,7 @@ def _shown(value) -> str:
         return _kind(value) if value else repr(value)
     if isinstance(value, int) and not isinstance(value, bool) and abs(value) >= 10**20:
         return "a number of more than 20 digits"
-    text = (
-        {True: "true", False: "false", None: "null"}[value] if isinstance(value, bool | None) else repr(value)
-    )
+    text = json.dumps(value) if isinstance(value, bool | None) else repr(value)
     return text if len(text) <= 100 else f"{text[:100]}…"
 
 

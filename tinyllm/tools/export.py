@@ -77,9 +77,8 @@ def export_folder(model: LanguageModel, tokenizer: Tokenizer, folder: str | Path
 
 def _not_standard(config: ModelConfig) -> str:
     """Why ``transformers`` has no such model, and what to do instead."""
-    own = [each for each in fields(config) if each.name.endswith("_bias")]
-    found = {each.name: getattr(config, each.name) for each in own}
-    found = {each.name: found[each.name] for each in own if found[each.name] != each.default}
+    defaults = {each.name: each.default for each in fields(config) if each.name.endswith("_bias")}
+    found = {name: getattr(config, name) for name in defaults if getattr(config, name) != defaults[name]}
     named = ", ".join(f"{name}={value}" for name, value in found.items())
     instead = "only tinyllm can run it" if found.get("lm_head_bias") else "export a GGUF file instead"
     return f"{config.hub_class} of transformers has no model with {named}: {instead}"

@@ -49,9 +49,10 @@ from tinyllm.weights.safetensors import SINGLE_FILE, Weights, write_safetensors
 
 FORMAT = 1
 
+# Of checkpoint.json, which a resumed run reads
 FIELDS = dict(
     step=int, tokens=int, val_loss=float | None, samples_bytes=int, run=str, machine=dict, t=dict, files=dict
-)  # of checkpoint.json, which a resumed run reads
+)
 
 OPTIMIZER, ABOUT = "optimizer.safetensors", "checkpoint.json"
 

@@ -76,11 +76,9 @@ class GGUFFile(StoredTensors):
 
     def _check_heads(self) -> None:
         for name, part in self._parts.items():
-            rows = self.shapes[name][0]
-            if part in self._table.permuted and rows != self._heads(part) * self.config["head_dim"]:
-                problem = (
-                    f"{name} has {rows} rows, not {self._heads(part)} heads of {self.config['head_dim']}"
-                )
+            rows, head_dim = self.shapes[name][0], self.config.get("head_dim")
+            if part in self._table.permuted and rows != self._heads(part) * head_dim:
+                problem = f"{name} has {rows} rows, not {self._heads(part)} heads of {head_dim}"
                 raise Error(f"{self.path}: {problem}: copy or convert the file again")
 
     def _rope_factors(self) -> np.ndarray | None:
