@@ -130,11 +130,9 @@ class SharedRun(RunFolder):
         self.step, self.tokens = record["step"], record["tokens"]
         self._updates = self.optimizer.state_dict()["t"]
 
-    def take_back(self) -> dict:
+    def _rewrite_metrics(self) -> None:
         if self.leads:
-            return super().take_back()
-        last = bool(self.history) and self.history[-1]["step"] == self.step
-        return self.history.pop() if last else {"step": self.step, "tokens": self.tokens}
+            super()._rewrite_metrics()
 
     def not_finite(self, completed: CompletedStep) -> str:
         of_all = enumerate(self.replicas.losses_of)
