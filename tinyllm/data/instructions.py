@@ -17,7 +17,7 @@ from tinyllm.data.conversations import Message, is_learned, text_of, without_wei
 from tinyllm.data.examples import Row
 from tinyllm.errors import Error
 from tinyllm.tokenizers.base import END_OF_TEXT, Tokenizer
-from tinyllm.tokenizers.chat_template import RenderedChat, RenderError, end_after, render_chats
+from tinyllm.tokenizers.chat_template import PROBE, RenderedChat, RenderError, end_of_probe, render_chats
 
 # The template of Stanford's Alpaca, without its second preamble for rows with an input, as in Raschka's
 # chapter 7. END stands for the tokenizer's token that ends a text.
@@ -54,9 +54,7 @@ def check_template(tokenizer: Tokenizer) -> tuple[int, ...]:
 
     Raises ``Error`` if the tokenizer lacks special tokens that the template writes, or if none ends answers.
     """
-    answer = "0a1b2c"
-    probe = [{"role": "user", "content": "question"}, {"role": "assistant", "content": answer}]
-    (rendered,) = render_chats(tokenizer, tokenizer.chat_template, [(probe, False)])
+    (rendered,) = render_chats(tokenizer, tokenizer.chat_template, [(PROBE, False)])
     written = dict.fromkeys(TOKEN_LIKE.findall(rendered.text))
     missing = [name for name in written if name not in tokenizer.special_tokens]
     if missing:
@@ -65,7 +63,7 @@ def check_template(tokenizer: Tokenizer) -> tuple[int, ...]:
             f"the chat template writes {', '.join(missing)}, which {tokenizer.name} does not have as special "
             f"tokens: add them with --special-tokens {names}, or choose --template alpaca"
         )
-    ends = end_after(tokenizer, rendered.text, answer)
+    ends = end_of_probe(tokenizer, rendered.text)
     if not ends:
         raise Error(
             "the chat template ends an answer without a special token, so the model would not learn to stop: "

@@ -58,21 +58,21 @@ def load_tokenizer(spec: str | Path) -> Tokenizer:
     """Load a tokenizer: ``"gpt2"``, ``"bytes"``, or the one in a run's folder, a model's folder or a file.
 
     ``bytes`` has 256 ids, the bytes in GPT-2's order, and ``<|endoftext|>``. A name takes precedence over a
-    folder of that name; write ``./gpt2`` for the folder. The name of a model
-    that was pulled, such as ``smollm2``, gives that model's tokenizer.
+    folder of that name; write ``./gpt2`` for the folder. The name of a model that was pulled, such as
+    ``smollm2``, gives that model's tokenizer.
 
     For a published model, ``added_tokens.json`` or ``tokenizer_config.json`` may add tokens to the
     vocabulary. The files next to it (``tokenizer_config.json``, ``generation_config.json``, ``config.json``,
-    ``chat_template.jinja``; in GGUF, the file's keys) set
-    ``bos_id`` (the id that begins a text, or None), ``add_bos`` (whether the model expects it before a text),
-    ``eos_ids`` (a tuple of the ids that end one, possibly empty), ``closing_ids`` (those after a text that is
-    classified; usually none), ``chat_template`` (or None; see ``chat_template.py``) and ``other_tokens``, the
-    names of tokens that a template may use, such as ``pad_token``. The bos token in
-    ``tokenizer_config.json``, even if null, takes precedence over the vocabulary's, and that over the
-    model's configs; ``eos_ids`` combines the ids of all files. ``add_bos`` is ``add_bos_token`` in
-    ``tokenizer_config.json`` or the GGUF file; otherwise it is true if the template in ``tokenizer.json``
-    begins with a token, and for ``tokenizer.model`` and llama.cpp's Llama vocabularies. ``closing_ids`` are
-    those after the text in that template; ``add_eos_token`` adds the first of ``eos_ids``, or removes them.
+    ``chat_template.jinja``; in GGUF, the file's keys) set ``bos_id`` (the id that begins a text, or None),
+    ``add_bos`` (whether the model expects it before a text), ``eos_ids`` (a tuple of the ids that end one,
+    possibly empty), ``closing_ids`` (those after a text that is classified; usually none),
+    ``chat_template`` (or None; see ``chat_template.py``) and ``other_tokens``, the names of tokens that a
+    template may use, such as ``pad_token``. The bos token in ``tokenizer_config.json``, even if null, takes
+    precedence over the vocabulary's, and that over the model's configs; ``eos_ids`` combines the ids of all
+    files. ``add_bos`` is ``add_bos_token`` in ``tokenizer_config.json`` or the GGUF file; otherwise it is
+    true if the template in ``tokenizer.json`` begins with a token, and for ``tokenizer.model`` and
+    llama.cpp's Llama vocabularies. ``closing_ids`` are those after the text in that template;
+    ``add_eos_token`` adds the first of ``eos_ids``, or removes them.
 
     Raises ``Error`` if there is no tokenizer, if it is damaged or of an unsupported kind, or if a package is
     not installed.
@@ -94,14 +94,14 @@ def load_tokenizer(spec: str | Path) -> Tokenizer:
     file = _find_file(path) if path.is_dir() else path
     read = _read_ours if file.name == FILE_NAME else _reader(file)
     tokenizer = read(file)
-    if read not in (_read_ours, read_gguf):
-        tokenizer = tokenizer.with_file_tokens(read_added_tokens(file.parent))
+    if read in (_read_ours, read_gguf):
+        if (file.parent / CHAT_TEMPLATE).exists():  # of a run that chose one
+            tokenizer.chat_template = read_text(file.parent / CHAT_TEMPLATE)
+        return tokenizer
+    tokenizer = tokenizer.with_file_tokens(read_added_tokens(file.parent))
     if read in (read_vocab_and_merges, read_sentencepiece):
         check_prefix_space(tokenizer, file.parent)
-    if read not in (_read_ours, read_gguf):
-        read_configs(tokenizer, file.parent)
-    elif (file.parent / CHAT_TEMPLATE).exists():  # of a run that chose one
-        tokenizer.chat_template = read_text(file.parent / CHAT_TEMPLATE)
+    read_configs(tokenizer, file.parent)
     return tokenizer
 
 

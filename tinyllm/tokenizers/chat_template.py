@@ -36,6 +36,8 @@ MAX_CHARACTERS = 1_000_000  # of all messages in total, and of the prompt
 # Environment variables that the process needs: to start Python, to find packages, and for the local time.
 INHERITED = "PATH LD_LIBRARY_PATH DYLD_LIBRARY_PATH PYTHONHOME SYSTEMROOT HOME USERPROFILE APPDATA TZ".split()
 ROLE = re.compile(r"[\w-]+", re.ASCII)
+# Rendered to see what a template writes after an answer; this one occurs in no template.
+PROBE = [{"role": "user", "content": "question"}, {"role": "assistant", "content": "0a1b2c"}]
 
 
 def render_chat(
@@ -167,18 +169,16 @@ def end_of_answer(tokenizer: Tokenizer) -> tuple[int, ...]:
 
     A model trained on such texts ends its answers with it, even if the model's files do not say so.
     """
-    answer = "0a1b2c"
-    messages = [{"role": "user", "content": "question"}, {"role": "assistant", "content": answer}]
     try:
-        text = render_chat(tokenizer.chat_template, messages, False, **_named_tokens(tokenizer))
+        text = render_chat(tokenizer.chat_template, PROBE, False, **_named_tokens(tokenizer))
     except Error:  # not a template for this conversation
         return ()
-    return end_after(tokenizer, text, answer)
+    return end_of_probe(tokenizer, text)
 
 
-def end_after(tokenizer: Tokenizer, text: str, answer: str) -> tuple[int, ...]:
-    """The id of the special token after the last ``answer`` in a rendered text, or ()."""
-    _, found, rest = text.rpartition(answer)
+def end_of_probe(tokenizer: Tokenizer, text: str) -> tuple[int, ...]:
+    """The id of the special token after the answer in the rendered ``PROBE``, or ()."""
+    _, found, rest = text.rpartition(PROBE[1]["content"])
     ends = tokenizer.find_special(rest) if found else []
     return tuple(tokenizer.special_tokens[end[0]] for end in ends[:1] if not rest[: end.start()].strip())
 
