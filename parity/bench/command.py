@@ -133,17 +133,13 @@ class BenchDecode:
     Speculation and llama.cpp need a trained model: --model smollm2. Exit code 1 if a target is not met.
     """
 
-    model: str | None = (
-        None  # smollm2, folder, .gguf file or hub id; default: SmolLM2-135M with random weights
-    )
+    model: str | None = None  # smollm2, folder, GGUF or hub id; default: SmolLM2-135M with random weights
     works: tuple[str, ...] = decode.WORKS  # what to measure
     rounds: int = 3  # measurements of each side
     threads: int = 2  # threads of each side
     isa: Isa = "native"  # avx2 holds both sides to AVX2 on a processor that has more
     json: Path | None = None  # also write the complete result to this file
-    write: bool = (
-        False  # also write the tables of parity/bench/measured and README.md; needs a model and every work
-    )
+    write: bool = False  # also write the tables of measured/ and README.md; needs a model and every work
 
     def run(self) -> int:
         """Check the arguments, measure and print the report; return the exit code."""

@@ -364,6 +364,18 @@ def test_help_breaks_the_text_of_no_option(words, capsys, monkeypatch):
     assert [row for row, after in pairwise(rows) if not begins.match(row) and not begins.match(after)] == []
 
 
+@pytest.mark.parametrize("words", parity.COMMANDS)
+def test_help_of_parity_has_a_text_for_every_option(words, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "500")
+    with pytest.raises(SystemExit):
+        parity.main([*words.split(), "--help"])
+    rows = [line.strip("│╰╯─ ") for line in capsys.readouterr().out.splitlines()]
+    rows = [re.sub(r" *\(default: \S+\)$", "", row) for row in rows]
+    begins = re.compile("--[a-z]|$")  # an option, or the end: its text is on its line, or on the next
+    alone = [row for row, after in pairwise(rows) if row.startswith("--") and begins.match(after)]
+    assert [row for row in alone if "  " not in row] == []
+
+
 def test_help_of_a_command_is_found_either_way(capsys):
     pages = []
     for args in (["finetune", "--task", "dpo", "--help"], ["help", "finetune", "--task", "dpo"]):
