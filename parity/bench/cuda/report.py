@@ -14,11 +14,6 @@ from parity.bench.targets import Target, ratio_by_round, rows_of
 COSTS = {"time": lambda run: run["seconds"], "peak memory": lambda run: run["peak_bytes"]}
 
 
-def targets_of(case: str) -> list[Target]:
-    """The targets of one work in one precision: at most the time and memory of PyTorch eager."""
-    return [Target(case, cost, ("torch-eager",), 1.0) for cost in COSTS]
-
-
 def failure(results: list[dict]) -> str | None:
     """The reason why a variant's last measurement failed, or None."""
     return results[-1].get("failed") if results else None
@@ -115,8 +110,11 @@ def case_table(case: dict) -> list[str]:
 
 
 def target_rows(cases: dict[str, dict]) -> list[dict]:
-    """The targets of all cases with their measured ratios, as ``parity.bench.targets.rows_of``."""
-    targets = [target for name in cases for target in targets_of(name)]
+    """The targets of all cases with their measured ratios, as ``parity.bench.targets.rows_of``.
+
+    They are at most the time and the memory of PyTorch eager.
+    """
+    targets = [Target(name, cost, ("torch-eager",), 1.0) for name in cases for cost in COSTS]
     complete = {
         name: {variant: case["runs"][variant] for variant in case["variants"]} for name, case in cases.items()
     }

@@ -36,23 +36,25 @@ class Prepared(NamedTuple):
     device: str
 
 
+def training(step: Callable[[], Any], device: str) -> Prepared:
+    """A variant of ``train``, whose ``step()`` returns the loss as a Tensor or a torch tensor."""
+    import numpy as np
+
+    return Prepared(
+        lambda: np.array([step().item() for _ in range(STEPS_COMPARED)], np.float32), step, device
+    )
+
+
 # ---- tinyllm ----
 
 
 def tinyllm_train(work: Work, folder: str, precision: str, device: str) -> Prepared:
     """Training with tinyllm; parameters and optimizer state are float32 in every precision."""
-    import numpy as np
-
     from parity.bench.train_variants import tinyllm_train_step
 
     model = tinyllm_model(folder, "float32", device).train()
     step, (ids, targets) = tinyllm_train_step(model), random_ids(work, 2)
-
-    def answers():
-        steps = (step(ids, targets) for _ in range(STEPS_COMPARED))
-        return np.array([loss.item() for loss in steps], np.float32)
-
-    return Prepared(answers, lambda: step(ids, targets), tinyllm_device(model))
+    return training(lambda: step(ids, targets), tinyllm_device(model))
 
 
 def tinyllm_forward(work: Work, folder: str, precision: str, device: str) -> Prepared:
@@ -146,7 +148,6 @@ def in_precision(precision: str, function: Callable) -> Callable:
 
 def torch_train(work: Work, folder: str, precision: str, device: str, compiler: str | None) -> Prepared:
     """Training with PyTorch: float32 parameters, fused AdamW, autocast for bfloat16, compiled loss."""
-    import numpy as np
     import torch
 
     from parity.bench.train_variants import torch_train_step
@@ -162,12 +163,7 @@ def torch_train(work: Work, folder: str, precision: str, device: str, compiler: 
 
     step = torch_train_step(twin, compute_loss)
     ids, targets = torch.from_numpy(random_ids(work, 2)).to(device)  # once, so that no step waits for it
-
-    def answers():
-        steps = (step(ids, targets) for _ in range(STEPS_COMPARED))
-        return np.array([loss.item() for loss in steps], np.float32)
-
-    return Prepared(answers, lambda: step(ids, targets), torch_device(twin))
+    return training(lambda: step(ids, targets), torch_device(twin))
 
 
 def torch_forward(work: Work, folder: str, precision: str, device: str, compiler: str | None) -> Prepared:
