@@ -269,10 +269,15 @@ def serve(model: str, threads: int, sizes: Sizes) -> dict:
 # ---- The report ----
 
 
-def growth_of(memory: list[int]) -> float:
-    """Relative growth from the largest value of the first third to that of the last."""
+def thirds_of(memory: list[int]) -> tuple[int, int]:
+    """The largest value of the first third and that of the last."""
     third = max(1, len(memory) // 3)
-    before, after = max(memory[:third], default=0), max(memory[-third:], default=0)
+    return max(memory[:third], default=0), max(memory[-third:], default=0)
+
+
+def growth_of(memory: list[int]) -> float:
+    """Relative growth from the first of ``thirds_of`` to the second."""
+    before, after = thirds_of(memory)
     return after / before - 1 if before else 0.0
 
 
@@ -304,7 +309,7 @@ def markdown(result: dict) -> str:
         ["clients", "tokens/s in total", "times one client's"],
         ([str(count), f"{rate:.1f}", f"{rate / one:.2f}"] for count, rate in rates.items()),
     ), ""]  # fmt: skip
-    memory, firsts = crowd["memory"] or [0], crowd["firsts"] or [0.0]
+    (before, after), firsts = thirds_of(crowd["memory"]), crowd["firsts"] or [0.0]
     refused = crowd["statuses"].get(503, 0)
     rows = [
         ["time to the first token of a first turn, and of a second", f"{result['first turn']:.2f} s, "
@@ -315,8 +320,7 @@ def markdown(result: dict) -> str:
          f"{crowd['statuses'].get(200, 0)}, {len(crowd['problems'])}, {refused}"],
         ["median and longest time to the first token", f"{median(firsts):.1f} s, {max(firsts):.1f} s"],
         ["memory of the server: first third, last third",
-         f"{max(memory[: max(1, len(memory) // 3)]) / 1e6:.0f} MB, {memory[-1] / 1e6:.0f} MB "
-         f"({growth_of(memory):+.1%})"],
+         f"{before / 1e6:.0f} MB, {after / 1e6:.0f} MB ({growth_of(crowd['memory']):+.1%})"],
     ]  # fmt: skip
     lines += [tables.markdown(["", ""], rows), ""]
     missed = not_met(result)

@@ -53,6 +53,12 @@ def test_a_target_that_is_not_met_is_named(result, change, problem):
     assert problem in found and problem in bench.markdown(good)
 
 
+def test_the_growth_of_memory_is_that_of_the_two_numbers_before_it(result):
+    made = copy.deepcopy(result)
+    made["crowd"]["memory"] = [100_000_000, 90_000_000, 95_000_000, 95_000_000, 106_000_000, 91_000_000]
+    assert "100 MB, 106 MB (+6.0%)" in bench.markdown(made)
+
+
 @pytest.mark.parametrize(
     ("events", "problem"),
     [
