@@ -98,10 +98,10 @@ def _copy_parameters(ours, theirs) -> None:
         )
         return
     for name, parameter in other.items():
+        target = mine[name]
         array = np.array(parameter.data if isinstance(parameter, Tensor) else parameter.detach().numpy())
-        if tuple(mine[name].shape) != array.shape:
-            raise Error(f"{name} has shape {tuple(mine[name].shape)}, but {array.shape} in the reference")
-        target = dict(ours.named_parameters())[name]
+        if tuple(target.shape) != array.shape:
+            raise Error(f"{name} has shape {tuple(target.shape)}, but {array.shape} in the reference")
         target.data = array if isinstance(target, Tensor) else torch.tensor(array)
 
 

@@ -8,7 +8,7 @@ torch.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -42,6 +42,11 @@ class Case:
     needs: Sequence[bool] | None = None  # which inputs require a gradient; None: all of them
     seed: int = 0  # of the upstream gradient and the direction
 
+    @property
+    def required(self) -> Sequence[bool]:
+        """Which inputs require a gradient."""
+        return self.needs or [True] * len(self.inputs)
+
 
 def assert_close(ours, theirs, what: str, relative: float = RELATIVE, floor: float = FLOOR) -> None:
     """No element differs by more than ``relative`` times the reference's largest, plus ``floor``."""
@@ -66,24 +71,19 @@ def upstream(shape, dtype, seed: int) -> np.ndarray:
 
 def run(op, case: Case, dtype=np.float64):
     """(output, gradients, upstream gradient) of ``op`` in tinyllm on the inputs of ``case``."""
-    needs = case.needs or [True] * len(case.inputs)
-    tensors = [Tensor(x.astype(dtype, copy=False), requires_grad=n) for x, n in zip(case.inputs, needs)]
+    pairs = zip(case.inputs, case.required)
+    tensors = [Tensor(x.astype(dtype, copy=False), requires_grad=needed) for x, needed in pairs]
     out = op(*tensors)
     grad = upstream(out.shape, dtype, case.seed)
     assert out.dtype == dtype, f"{case.label}: {np.dtype(dtype)} in, {out.dtype} out"
     out.backward(grad)
-    for i, (tensor, needed) in enumerate(zip(tensors, needs)):
-        has_grad = tensor.grad is not None
-        assert has_grad == needed, (
-            f"{case.label}: input {i}: has a gradient {has_grad}, requires one {needed}"
-        )
-        if needed:
-            assert tensor.grad.dtype == dtype, (
-                f"{case.label}: gradient {i} of {np.dtype(dtype)} is {tensor.grad.dtype}"
-            )
-            assert tensor.grad.shape == tensor.shape, (
-                f"{case.label}: gradient {i} has shape {tensor.grad.shape}"
-            )
+    for i, (tensor, needed) in enumerate(zip(tensors, case.required)):
+        found, has = tensor.grad, tensor.grad is not None
+        assert has == needed, f"{case.label}: input {i}: has a gradient {has}, requires one {needed}"
+        if has:
+            name = f"{case.label}: gradient {i}"
+            assert found.dtype == dtype, f"{name} of {np.dtype(dtype)} is {found.dtype}"
+            assert found.shape == tensor.shape, f"{name} has shape {found.shape}"
     return out.data, [tensor.grad for tensor in tensors], grad
 
 
@@ -91,8 +91,8 @@ def run_torch(case: Case, grad):
     """(output, gradients) of ``case.theirs`` in float64, for the same upstream gradient."""
     import torch
 
-    needs = case.needs or [True] * len(case.inputs)
-    inputs = [torch.tensor(x.copy(), requires_grad=n) for x, n in zip(case.inputs, needs)]
+    pairs = zip(case.inputs, case.required)
+    inputs = [torch.tensor(x.copy(), requires_grad=needed) for x, needed in pairs]
     out = case.theirs(*inputs)
     assert tuple(out.shape) == grad.shape, (
         f"{case.label}: shape {grad.shape}, but torch has {tuple(out.shape)}"
@@ -112,25 +112,24 @@ def _assert_same(case, ours, theirs, grad, relative=RELATIVE, floor=FLOOR):
 
 def check_torch(case: Case) -> None:
     """Output and all gradients equal torch's in float64."""
-    out, grads, grad = run(case.ours, case)
-    _assert_same(case, (out, grads), run_torch(case, grad), grad)
+    *ours, grad = run(case.ours, case)
+    _assert_same(case, ours, run_torch(case, grad), grad)
 
 
 def check_composed(case: Case) -> None:
     """The fused op equals the plain form, whose gradients the engine derives."""
-    out, grads, grad = run(case.ours, case)
-    plain_out, plain_grads, _ = run(case.composed, case)
-    _assert_same(case, (out, grads), (plain_out, plain_grads), grad)
+    *ours, grad = run(case.ours, case)
+    *plain, _ = run(case.composed, case)
+    _assert_same(case, ours, plain, grad)
 
 
 def check_float32(case: Case) -> None:
     """With float32 inputs all results are float32 (asserted by ``run``) and close to those in float64."""
-    single = Case(case.label, [x.astype(np.float32) for x in case.inputs], case.ours, case.theirs,
-                  needs=case.needs, seed=case.seed)  # fmt: skip
-    out, grads, _ = run(case.ours, single, np.float32)
+    single = replace(case, inputs=[x.astype(np.float32) for x in case.inputs])
+    *ours, _ = run(case.ours, single, np.float32)
     # Float64 on the same rounded numbers, the upstream gradient included
-    exact_out, exact_grads, grad = run(case.ours, single, np.float64)
-    _assert_same(case, (out, grads), (exact_out, exact_grads), grad, FLOAT32, FLOAT32)
+    *exact, grad = run(case.ours, single, np.float64)
+    _assert_same(case, ours, exact, grad, FLOAT32, FLOAT32)
 
 
 def check_direction(case: Case) -> None:
@@ -139,9 +138,8 @@ def check_direction(case: Case) -> None:
     Jv is the central difference (f(x + hv) - f(x - hv)) / 2h in float64. The two sides may differ by
     DIRECTION times the sum of the magnitudes of all terms.
     """
-    needs = case.needs or [True] * len(case.inputs)
     rng = np.random.default_rng(case.seed)
-    v = [rng.standard_normal(x.shape) * need for x, need in zip(case.inputs, needs)]
+    v = [rng.standard_normal(x.shape) * needed for x, needed in zip(case.inputs, case.required)]
     _, grads, w = run(case.ours, case)
 
     def moved(h):
