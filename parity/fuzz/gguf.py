@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import struct
+from collections.abc import Sequence
 from pathlib import Path
 
 from parity.fuzz.mutations import (
@@ -149,20 +150,15 @@ BYTE_LEVEL_KEYS = [
 ]
 
 
-def make_gguf_model(folder: Path) -> None:
-    (folder / GGUF).write_bytes(gguf(MODEL_KEYS, _gguf_tensors()).data)
+VOCABULARIES = {"GGUF byte-level": BYTE_LEVEL_KEYS, "GGUF SentencePiece": SPM_KEYS}
+
+
+def make_gguf_model(folder: Path, vocabulary: Sequence[tuple] = ()) -> None:
+    (folder / GGUF).write_bytes(gguf([*MODEL_KEYS, *vocabulary], _gguf_tensors()).data)
 
 
 def load_gguf_model(folder: Path) -> None:
     check_model(load_model(folder / GGUF))
-
-
-def make_gguf_byte_level(folder: Path) -> None:
-    (folder / GGUF).write_bytes(gguf(MODEL_KEYS + BYTE_LEVEL_KEYS, _gguf_tensors()).data)
-
-
-def make_gguf_sentencepiece(folder: Path) -> None:
-    (folder / GGUF).write_bytes(gguf(MODEL_KEYS + SPM_KEYS, _gguf_tensors()).data)
 
 
 def load_gguf_tokenizer(folder: Path) -> None:
@@ -170,15 +166,11 @@ def load_gguf_tokenizer(folder: Path) -> None:
 
 
 def gguf_model_mutations(folder: Path) -> list[Mutation]:
-    return _gguf_mutations(MODEL_KEYS) + _tensor_mutations()
+    return _gguf_mutations(MODEL_KEYS, MODEL_KEYS) + _tensor_mutations()
 
 
-def gguf_byte_level_mutations(folder: Path) -> list[Mutation]:
-    return _gguf_mutations(MODEL_KEYS + BYTE_LEVEL_KEYS, BYTE_LEVEL_KEYS)
-
-
-def gguf_sentencepiece_mutations(folder: Path) -> list[Mutation]:
-    return _gguf_mutations(MODEL_KEYS + SPM_KEYS, SPM_KEYS)
+def gguf_tokenizer_mutations(folder: Path, vocabulary: list[tuple]) -> list[Mutation]:
+    return _gguf_mutations(MODEL_KEYS + vocabulary, vocabulary)
 
 
 OTHER_VALUES = [
@@ -200,8 +192,8 @@ OTHER_VALUES = [
 ]
 
 
-def _gguf_mutations(keys: list[tuple], changed: list[tuple] | None = None) -> list[Mutation]:
-    """Mutations of a file with these keys; only the keys in ``changed`` (default: all) get other values."""
+def _gguf_mutations(keys: list[tuple], changed: list[tuple]) -> list[Mutation]:
+    """Mutations of a file with these keys, of which only those in ``changed`` get other values."""
     written = gguf(keys, _gguf_tensors())
     ends = [start + width for start, width in written.places.values()]
     mutations = [
@@ -209,7 +201,7 @@ def _gguf_mutations(keys: list[tuple], changed: list[tuple] | None = None) -> li
         *byte_mutations(bytes(written.data), GGUF, ends),
         *file_mutations(GGUF),
     ]
-    for key in changed or keys:
+    for key in changed:
         at = keys.index(key)
         for other in OTHER_VALUES:
             others = [*keys[:at], (key[0], *other), *keys[at + 1 :]]
@@ -219,22 +211,17 @@ def _gguf_mutations(keys: list[tuple], changed: list[tuple] | None = None) -> li
     return mutations
 
 
-def _whole_gguf(
-    name: str, keys: list[tuple], tensors: list[tuple] | None = None, shift=0, **options
-) -> Mutation:
+def _whole_gguf(name: str, keys: list[tuple], tensors=None, shift=0, **options) -> Mutation:
     data = bytes(gguf(keys, tensors or _gguf_tensors(), shift).data)
     return fixed_edit(GGUF, name, lambda old: data, **options)
 
 
 def _tensor_mutations() -> list[Mutation]:
-    tensors = _gguf_tensors()
+    tensors, mutations = _gguf_tensors(), []
     name, shape, _, numbers = tensors[2]
-    mutations = [
-        _whole_gguf(
-            f"{name} of type {other}", MODEL_KEYS, [*tensors[:2], (name, shape, other, numbers), *tensors[3:]]
-        )
-        for other in range(45)
-    ]
+    for other in range(45):
+        changed = [*tensors[:2], (name, shape, other, numbers), *tensors[3:]]
+        mutations.append(_whole_gguf(f"{name} of type {other}", MODEL_KEYS, changed))
     mutations += [
         _whole_gguf(f"tensors shifted by {shift}", MODEL_KEYS, shift=shift, expect="refused")
         for shift in (-32, -1, 1, 16)

@@ -1,5 +1,7 @@
 """The list of targets: every file format that tinyllm reads."""
 
+from functools import partial
+
 from parity.fuzz import gguf, runs, tokenizers, weights
 from parity.fuzz.harness import Target
 
@@ -21,14 +23,14 @@ TARGETS = (
     Target("GPT-2 folder", weights.make_gpt2, weights.load_hugging_face, weights.config_mutations),
     Target("Llama folder", weights.make_llama, weights.load_hugging_face, weights.config_mutations),
     Target("GGUF model", gguf.make_gguf_model, gguf.load_gguf_model, gguf.gguf_model_mutations),
-    Target(
-        "GGUF byte-level", gguf.make_gguf_byte_level, gguf.load_gguf_tokenizer, gguf.gguf_byte_level_mutations
-    ),
-    Target(
-        "GGUF SentencePiece",
-        gguf.make_gguf_sentencepiece,
-        gguf.load_gguf_tokenizer,
-        gguf.gguf_sentencepiece_mutations,
+    *(
+        Target(
+            name,
+            partial(gguf.make_gguf_model, vocabulary=keys),
+            gguf.load_gguf_tokenizer,
+            partial(gguf.gguf_tokenizer_mutations, vocabulary=keys),
+        )
+        for name, keys in gguf.VOCABULARIES.items()
     ),
     *(
         Target(name, make, tokenizers.load_any_tokenizer, mutations)

@@ -156,15 +156,12 @@ def load_shards(folder: Path) -> None:
 
 
 def shard_mutations(folder: Path) -> list[Mutation]:
-    index, places = (
-        read_json(folder / INDEX),
-        ("../{}", "./{}", "sub/{}", "..\\{}", "{folder}/{}", "{}/", "{}\0"),
-    )
+    places = "../{}", "./{}", "sub/{}", "..\\{}", "{folder}/{}", "{}/", "{}\0"
     return [
         *mutations_of_json(folder, INDEX),
         *file_mutations(SHARDS[1]),
         *header_mutations(SHARDS[0], (folder / SHARDS[0]).read_bytes()),
-        *(_outside(index, place) for place in places),
+        *(_outside(read_json(folder / INDEX), place) for place in places),
     ]
 
 
@@ -251,6 +248,5 @@ def is_a(value, hint) -> bool:
 
 
 def config_mutations(folder: Path) -> list[Mutation]:
-    return mutations_of_json(folder, CONFIG) + byte_mutations(
-        (folder / SINGLE_FILE).read_bytes(), SINGLE_FILE
-    )
+    weights = (folder / SINGLE_FILE).read_bytes()
+    return mutations_of_json(folder, CONFIG) + byte_mutations(weights, SINGLE_FILE)
