@@ -324,8 +324,8 @@ class _Copy:
 # --------------------------------------------------------------------------------------- CuPy
 
 
-def simulated_cupy(monkeypatch, seed: int = 0) -> FakeCupy:
+def simulated_cupy(monkeypatch) -> FakeCupy:
     """``fake_cupy`` with kernels and products computed by a simulated GPU."""
     module = fake_cupy(monkeypatch)
-    monkeypatch.setitem(launch.LIBRARIES, module.ndarray, Simulator(seed))
+    monkeypatch.setitem(launch.LIBRARIES, module.ndarray, Simulator())
     return module

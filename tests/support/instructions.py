@@ -60,11 +60,11 @@ def write_chats(path, chats=CHATS):
     return path
 
 
-def write_parts(folder, valid=3):
-    """A folder whose training part is all but the last chats."""
+def write_parts(folder):
+    """A folder whose training part is all but the last three chats."""
     folder.mkdir(parents=True, exist_ok=True)
-    write_chats(folder / "train.jsonl", CHATS[:-valid])
-    write_chats(folder / "valid.jsonl", CHATS[-valid:])
+    write_chats(folder / "train.jsonl", CHATS[:-3])
+    write_chats(folder / "valid.jsonl", CHATS[-3:])
     return folder
 
 

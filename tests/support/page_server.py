@@ -67,13 +67,13 @@ class PageServer:
     ``runs`` are watched; ``chat=False`` is a model without a chat template, ``model=False`` none at all.
     """
 
-    def __init__(self, folder, runs=(), chat=True, model=True, api_key=None, context=1024):
-        self.answers, self.say = Answers(), None
+    def __init__(self, folder, runs=(), chat=True, model=True, api_key=None):
+        self.answers = Answers()
         self.say = self.answers.say
         self.engine, routes = None, [*page_routes(bool(runs)), *watch_routes(watched(runs))]
         if model:
             folder.mkdir(exist_ok=True)
-            write_model(folder, CHATML if chat else None, context)
+            write_model(folder, CHATML if chat else None, context=1024)
             self.model, self.tokenizer = load_model_and_tokenizer(str(folder))
             self.engine = Engine(self.model, self.tokenizer, "tiny")
             routes += look_routes(self.engine)
