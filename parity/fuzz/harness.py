@@ -55,9 +55,8 @@ class Target:
     """A file format. The functions must be importable, because another process calls them.
 
     ``make(folder)`` deterministically writes a valid file. ``load(folder)`` reads it and raises
-    AssertionError
-    if the result is not valid. ``mutations(folder)`` lists the ways to break it. ``writes``: reading may
-    change the folder, because it resumes interrupted work.
+    AssertionError if the result is not valid. ``mutations(folder)`` lists the ways to break it. ``writes``:
+    reading may change the folder, because it resumes interrupted work.
     """
 
     name: str

@@ -68,8 +68,8 @@ def run(config: ChatConfig) -> None:
 
     Answers are written to stdout, everything else, including thoughts, to stderr. Raises Error before the
     first line is read if an option is out of range, the model is missing and not downloaded, or it has no
-    chat template.
-    After that, a line that cannot be answered gets an error message, and the conversation continues.
+    chat template. After that, a line that cannot be answered gets an error message, and the conversation
+    continues.
     """
     config.check_sampling(min_new_tokens=1)
     if config.run is None and config.model is None:

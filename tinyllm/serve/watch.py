@@ -81,8 +81,8 @@ class WatchedRun:
         """Everything that the page shows of the run, as JSON values.
 
         ``curves`` maps names to points [step, tokens, seconds of training, value]; of a long one, the means
-        of groups of neighbours. ``age`` is in seconds since the last record.
-        ``unit`` is what a loss is a mean over.
+        of groups of neighbours. ``age`` is in seconds since the last record. ``unit`` is what a loss is a
+        mean over.
         """
         notes = [printable(note) for note in self.update()]
         run = RecordedRun(self.name, {}, {}, self.records, notes)

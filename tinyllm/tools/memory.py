@@ -64,9 +64,8 @@ def memory(
     ``optimizer``, from the second step on, when it holds its averages (None: without one), and with the
     scratch memory of one thread. Python, its libraries and BLAS are not included. A context above 4,096
     tokens is extrapolated linearly from two shorter ones, all but the cache, which does not grow beyond a
-    layer's window.
-    ``dtype`` is float32 or float64. Raises Error for a context outside the model's, a batch below 1 or of
-    more than 2**40 tokens, or another dtype.
+    layer's window. ``dtype`` is float32 or float64. Raises Error for a context outside the model's, a batch
+    below 1 or of more than 2**40 tokens, or another dtype.
     """
     dtype = dtype_of(dtype)
     check_context(model, context)

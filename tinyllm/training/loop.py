@@ -98,9 +98,9 @@ def fit(
 
     ``lr`` is a learning rate or a function of the step; by default the ``optimizer``'s, or 3e-4 with AdamW on
     the parameters that require a gradient when ``fit`` is called. An optimizer of your own is a subclass of
-    ``AdamW`` that defines ``step``, see there. Gradients are clipped to the norm ``clip``.
-    Dropout is on; its mask depends on ``seed``, the step and the row (axis 0 of the input of ``F.dropout``),
-    so ``micro_batch`` does not change it. ``on_step(model, optimizer, record)`` is called after every step.
+    ``AdamW`` that defines ``step``, see there. Gradients are clipped to the norm ``clip``. Dropout is on; its
+    mask depends on ``seed``, the step and the row (axis 0 of the input of ``F.dropout``), so ``micro_batch``
+    does not change it. ``on_step(model, optimizer, record)`` is called after every step.
 
     To resume after ``first_step`` steps, give the weights and the optimizer's state that they ended with: the
     further ``steps`` are bitwise those of one run (in float16 only up to the loss scale, which begins anew).
