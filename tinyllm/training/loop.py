@@ -110,35 +110,16 @@ def fit(
     that of the enclosing ``backend.autocast``; in float16 the loss is scaled, and a step whose gradients
     overflow is skipped (its grad_norm is not finite).
     """
-    if not callable(batch_at):
-        raise Error(f"batch_at is a {type(batch_at).__name__}: give a function of the step's number")
-    check_at_least(steps, 1, "steps")
-    check_at_least(seed, 0, "seed")
-    check_at_least(first_step, 0, "first_step")
-    if seed >= 2**64 or not isinstance(clip, int | float) or not clip > 0:
-        raise Error(f"seed is {seed} and clip {clip!r}: choose a seed below 2**64 and a clip above 0")
-    if micro_batch is not None:
-        check_at_least(micro_batch, 1, "micro_batch")
-    for name, function in (("loss_fn", loss_fn), ("count", count), ("on_step", on_step)):
-        if function is not None and not callable(function):
-            raise Error(f"{name} is a {type(function).__name__}: give a function, or omit it")
+    _check_arguments(
+        batch_at, steps, first_step, micro_batch, clip, seed, loss_fn=loss_fn, count=count, on_step=on_step
+    )
     optimizer = AdamW(model, LEARNING_RATE) if optimizer is None else optimizer
-    if not isinstance(optimizer, AdamW):  # a Muon is one, too
-        what = type(optimizer).__name__
-        raise Error(
-            f"optimizer is a {what}: give an optim.AdamW, an optim.Muon, or a subclass with its own step()"
-        )
-    own = {id(parameter) for parameter in model.parameters()}
-    if not any(id(parameter) in own for _, parameter in optimizer.parameters):
-        raise Error(
-            "the optimizer has no parameter of the model, so nothing would be trained: make it of this model"
-        )
+    _check_optimizer(optimizer, model)
     if loss_fn is None and not hasattr(model, "loss"):
         raise Error(f"a {type(model).__name__} has no method loss(ids, targets, num_targets): give a loss_fn")
-    records = []
+    records, first_lr = [], optimizer.lr
     loss_scale = LossScale() if compute_dtype() == np.float16 else NoLossScale()
     data = batch_at, count or count_targets, _checked(loss_fn)
-    first_lr = optimizer.lr
     lr_at, numbers = _schedule(first_lr if lr is None else lr), range(first_step, first_step + steps)
     options = dict(micro_batch=micro_batch, clip=clip, seed=seed)
     modes = [(module, module.training) for module in model.modules()]
@@ -162,6 +143,36 @@ def fit(
         for module, mode in modes:
             module.training = mode
     return records
+
+
+def _check_arguments(
+    batch_at, steps: int, first_step: int, micro_batch: int | None, clip, seed: int, **functions
+) -> None:
+    if not callable(batch_at):
+        raise Error(f"batch_at is a {type(batch_at).__name__}: give a function of the step's number")
+    check_at_least(steps, 1, "steps")
+    check_at_least(first_step, 0, "first_step")
+    check_at_least(seed, 0, "seed")
+    if seed >= 2**64 or not isinstance(clip, int | float) or not clip > 0:
+        raise Error(f"seed is {seed} and clip {clip!r}: choose a seed below 2**64 and a clip above 0")
+    if micro_batch is not None:
+        check_at_least(micro_batch, 1, "micro_batch")
+    for name, function in functions.items():
+        if function is not None and not callable(function):
+            raise Error(f"{name} is a {type(function).__name__}: give a function, or omit it")
+
+
+def _check_optimizer(optimizer, model: Module) -> None:
+    if not isinstance(optimizer, AdamW):  # a Muon is one, too
+        what = type(optimizer).__name__
+        raise Error(
+            f"optimizer is a {what}: give an optim.AdamW, an optim.Muon, or a subclass with its own step()"
+        )
+    own = {id(parameter) for parameter in model.parameters()}
+    if not any(id(parameter) in own for _, parameter in optimizer.parameters):
+        raise Error(
+            "the optimizer has no parameter of the model, so nothing would be trained: make it of this model"
+        )
 
 
 def _batch(batch_at, step: int) -> tuple:
