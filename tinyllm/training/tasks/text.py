@@ -78,16 +78,8 @@ def load_data(
     if corpus.left_out:
         say(f"{corpus.name}: {len(corpus.left_out):,} other files and links to folders were not read")
     large = corpus.num_bytes > config.in_memory * 10**6
-    if large and (config.tokenizer == "char" or (tokenizer is not None and not is_ours(tokenizer))):
-        raise Error(
-            f"{corpus.name} has {corpus.num_bytes / 10**6:,.0f} MB, too much for the tokenizer "
-            f"{config.tokenizer}: choose bpe:VOCAB or gpt2, or a larger --in-memory"
-        )
-    if large and config.second_text is not None:
-        raise Error(
-            f"--second-text {config.second_text}: the paragraphs of {corpus.name}, which is larger than "
-            f"{config.in_memory} MB, cannot be compared with it: omit it, or choose a larger --in-memory"
-        )
+    if large:
+        _check_large(config, corpus, tokenizer)
     # A learned tokenizer has <|endoftext|>.
     split = config.special == "allow" if tokenizer is None else splits(tokenizer, config.special)
     documents = [] if large else [*corpus.documents(split)]
@@ -115,6 +107,20 @@ def load_data(
     validation = Windows(validation, config.context)
     second = _second_text(config, tokenizer, documents)
     return Data(corpus, tokenizer, prompt, prompt_ids, train, validation, bytes_per_token, texts, second)
+
+
+def _check_large(config: TrainConfig, corpus: Corpus, tokenizer: Tokenizer | None) -> None:
+    """Raise ``Error`` for an option that needs the whole text in memory."""
+    if config.tokenizer == "char" or (tokenizer is not None and not is_ours(tokenizer)):
+        raise Error(
+            f"{corpus.name} has {corpus.num_bytes / 10**6:,.0f} MB, too much for the tokenizer "
+            f"{config.tokenizer}: choose bpe:VOCAB or gpt2, or a larger --in-memory"
+        )
+    if config.second_text is not None:
+        raise Error(
+            f"--second-text {config.second_text}: the paragraphs of {corpus.name}, which is larger than "
+            f"{config.in_memory} MB, cannot be compared with it: omit it, or choose a larger --in-memory"
+        )
 
 
 def _tokenized(config: TrainConfig, corpus: Corpus, tokenizer: Tokenizer) -> tuple:
