@@ -420,18 +420,20 @@ def test_unfinished_download_of_a_running_process_is_kept(cache, index, no_pip):
     held.release()
 
 
-@pytest.mark.parametrize("moment", ["before", "after"])
+@pytest.mark.parametrize("moment", ["before", "meanwhile", "after"])
 def test_working_folder_taken_for_a_leftover_is_made_again(cache, index, no_pip, monkeypatch, moment):
     """Another process may find the folder before it is locked, or open its lock file before it is removed."""
     folders = []
+    # filelock calls mkdir(exist_ok=True), which raises the second if the folder is removed within it.
+    errors = {"before": FileNotFoundError(2, "removed"), "meanwhile": FileExistsError(17, "was there")}
 
     def lock_removed_folder(path, busy):
         folders.append(path.parent)
         if len(folders) > 1:
             return lock(path, busy)
-        if moment == "before":
+        if moment in errors:
             shutil.rmtree(path.parent)
-            raise FileNotFoundError(2, "removed")
+            raise errors[moment]
         held = lock(path, busy)
         shutil.rmtree(path.parent)
         return held

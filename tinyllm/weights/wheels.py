@@ -125,7 +125,7 @@ def _working_folder(parent: Path) -> Iterator[Path]:
             path = Path(folder) / LOCK
             try:
                 held = lock(path, f"{folder} is being removed")
-            except (Error, FileNotFoundError):
+            except (Error, FileNotFoundError, FileExistsError):
                 continue  # another process found the folder before it was locked, and removes it
             try:
                 if path.exists():  # or the lock is that of a removed file
