@@ -10,8 +10,9 @@ from hypothesis import strategies as st
 
 from tinyllm import GPT2, GPT2Config, Tensor, nn
 from tinyllm.errors import Error
+from tinyllm.inference import sampling
 from tinyllm.inference.generate import generate
-from tinyllm.inference.sampling import choose_tokens, most_likely, probabilities
+from tinyllm.inference.sampling import choose_tokens, most_likely, probabilities, suppress
 
 ALMOST_ONE = 1 - 2.0**-53  # the largest number that a generator's random() returns
 
@@ -88,6 +89,7 @@ untied = st.lists(st.floats(-8, 8), min_size=1, max_size=12)
 
 
 # Twelve equal logits of which two are kept: always tested, in addition to Hypothesis's examples.
+@pytest.mark.parametrize("few", [1, 4, 256])  # tokens that are sorted at first, if top_k is None
 @example(row=[0.0] * 12, temperature=1.0, top_k=2, nucleus=False, seed=0)
 @given(
     row=tied | untied,
@@ -96,14 +98,16 @@ untied = st.lists(st.floats(-8, 8), min_size=1, max_size=12)
     nucleus=st.booleans(),
     seed=st.integers(0, 2**32 - 1),
 )
-def test_sampled_tokens_equal_those_of_plain_torch(row, temperature, top_k, nucleus, seed):
+def test_sampled_tokens_equal_those_of_plain_torch(few, row, temperature, top_k, nucleus, seed):
     rng = np.random.default_rng(seed)
     # Random numbers, so that no uniform number or top_p falls on the boundary between two tokens.
     top_p = rng.random() if nucleus else None
     logits = np.stack([rng.permutation(row) for _ in range(5)])
     uniforms = rng.random(5)
     expected = [reference(r, u, temperature, top_k, top_p) for r, u in zip(logits, uniforms)]
-    assert choose_tokens(logits, uniforms, temperature, top_k, top_p).tolist() == expected
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sampling, "FEW", few)
+        assert choose_tokens(logits, uniforms, temperature, top_k, top_p).tolist() == expected
 
 
 @given(st.lists(st.integers(-2, 2), min_size=1, max_size=10))
@@ -127,6 +131,7 @@ def test_top_k_keeps_exactly_k_of_equal_logits(top_k):
     assert set(sampled(np.zeros(200), grid(4000), top_k=top_k).tolist()) == set(range(top_k))
 
 
+@pytest.mark.parametrize("few", [1, 3, 256])
 @pytest.mark.parametrize(
     ("top_p", "expected"),
     [
@@ -141,12 +146,22 @@ def test_top_k_keeps_exactly_k_of_equal_logits(top_k):
         (1.0, {2, 0, 1, 3}),
     ],
 )
-def test_top_p_keeps_the_shortest_prefix_that_reaches_it(top_p, expected):
+def test_top_p_keeps_the_shortest_prefix_that_reaches_it(few, top_p, expected, monkeypatch):
+    monkeypatch.setattr(sampling, "FEW", few)
     logits = np.log2(
         [0.25, 0.125, 0.5, 0.125]
     )  # at temperature 1/log(2) these are the probabilities, exactly
     tokens = sampled(logits, grid(1000), temperature=1 / math.log(2), top_p=top_p)
     assert set(tokens.tolist()) == expected
+
+
+@pytest.mark.parametrize("top_p", [None, 0.75, 1.0])
+def test_sorting_a_few_tokens_first_samples_the_same(top_p, monkeypatch):
+    logits, uniforms = np.log2([[0.25, 0.125, 0.5, 0.125]] * 8), np.arange(8) / 8  # also at the boundaries
+    options = dict(temperature=1 / math.log(2), top_p=top_p)
+    expected = choose_tokens(logits, uniforms, **options)
+    monkeypatch.setattr(sampling, "FEW", 3)
+    assert np.array_equal(choose_tokens(logits, uniforms, **options), expected)
 
 
 def test_top_p_is_applied_after_top_k():
@@ -500,6 +515,13 @@ def test_arguments_are_checked_at_the_call(model, ids, options, said):
     with pytest.raises(Error, match=said) as raised:
         generate(model, ids, **options)  # no step is executed
     assert "\n" not in str(raised.value)
+
+
+def test_suppressing_copies_the_logits_and_ignores_ids_beyond_them():
+    logits = np.zeros((1, 3))
+    assert suppress(logits, [1, 7, 8]).tolist() == [[0, -np.inf, 0]] and not logits.any()
+    with pytest.raises(Error, match="suppress_ids has all 3 ids"):
+        suppress(logits, [2, 1, 0])
 
 
 def test_all_ids_suppressed_is_not_called_damage(model):
