@@ -93,6 +93,22 @@ def linear(c_out, bias=True):
     return lambda layer: nn.Linear(12, c_out, bias, rng=RNG, std=0.5).astype(np.float64)
 
 
+def check_loss(model, ids, targets) -> float:
+    """Compare the model's loss and its gradients with the cross-entropy of its logits; return the loss."""
+    loss = model.loss(ids, targets)
+    loss.backward()
+    gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
+    model.zero_grad()
+    expected = composed.cross_entropy(model(ids), targets)
+    expected.backward()
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-12)
+    for name, parameter in model.named_parameters():
+        assert (parameter.grad is None) == (gradients[name] is None), name
+        if parameter.grad is not None:
+            np.testing.assert_allclose(gradients[name], parameter.grad, rtol=0, atol=1e-12, err_msg=name)
+    return loss.item()
+
+
 HEADS = {
     "zeros": lambda head: Zeros(13),
     "5 classes": linear(5),
@@ -118,18 +134,7 @@ def test_replaced_head_is_used_by_logits_loss_and_generate(config, head):
     targets = np.where(targets >= logits.shape[-1], 1, targets)
     assert np.array_equal(model(ids).data, logits.data)
 
-    loss = model.loss(ids, targets)
-    loss.backward()
-    gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
-    model.zero_grad()
-    expected = composed.cross_entropy(model(ids), targets)
-    expected.backward()
-    assert loss.item() == pytest.approx(expected.item(), rel=1e-12)
-    for name, parameter in model.named_parameters():
-        assert (parameter.grad is None) == (gradients[name] is None), name
-        if parameter.grad is not None:
-            np.testing.assert_allclose(gradients[name], parameter.grad, rtol=0, atol=1e-12, err_msg=name)
-
+    check_loss(model, ids, targets)
     prompt = [[1, 2], [3]]
     first = model([[1, 2]]).data[0, -1].argmax(), model([[3]]).data[0, -1].argmax()
     assert text(model, prompt, 1, temperature=0)[0] == list(first)
@@ -190,16 +195,8 @@ def test_loss_uses_overridden_head_logits(config, where):
     else:
         model.head_logits = lambda h: plain.head_logits(model, h) * 0.25
     ids, targets = batch(config, (2, 8))
-    loss = model.loss(ids, targets)
-    loss.backward()
-    found = {name: parameter.grad for name, parameter in model.named_parameters()}
-    model.zero_grad()
-    expected = composed.cross_entropy(model(ids), targets)
-    expected.backward()
-    assert loss.item() == pytest.approx(expected.item(), rel=1e-12)
-    assert model.head_loss(model.hidden_states(ids), targets).item() == loss.item()
-    for name, parameter in model.named_parameters():
-        assert_close(found[name], parameter.grad, name, 1e-12)
+    loss = check_loss(model, ids, targets)
+    assert model.head_loss(model.hidden_states(ids), targets).item() == loss
 
 
 @every_model

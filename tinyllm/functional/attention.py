@@ -169,9 +169,9 @@ def scaled_dot_product_attention(
 
     # In the backward pass threads share groups of heads. In the forward pass they share the blocks of all
     # groups, which are as large as the cache allows, unless weights are kept for the backward pass's groups.
-    scores = R * min(T, step) * widest
-    groups = _head_groups(B, G, scores, threads_for(num_scores))
-    forward_groups = groups if keeps else _head_groups(B, G, scores, 1)
+    per_block = R * min(T, step) * widest  # scores of one key-value head
+    groups = _head_groups(B, G, per_block, threads_for(num_scores))
+    forward_groups = groups if keeps else _head_groups(B, G, per_block, 1)
     every = [(bg, *block) for bg in forward_groups for block in reversed(blocks)]  # the longest first
     # place -> E of its block
     kept = {place(bg, i): new_block(bg, rows, keys) for bg, rows, keys, i in every if keeps}
