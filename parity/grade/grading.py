@@ -54,7 +54,7 @@ class Verdict(NamedTuple):
 
 
 class TooSlow(BaseException):
-    """Ends a call after ``SECONDS``, and Hypothesis's search. It is no Exception: code may catch these."""
+    """Ends a call after ``SECONDS``, and Hypothesis's search. Not an Exception, which code may catch."""
 
 
 def grade(exercise: Exercise, path: Path) -> list[Verdict]:

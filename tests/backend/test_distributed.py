@@ -1,4 +1,4 @@
-"""Processes that exchange messages and arrays: MPI, NCCL by a stand-in, and the share of the cores."""
+"""Processes that exchange messages and arrays: MPI, a fake NCCL, and the share of the cores."""
 
 import inspect
 import json

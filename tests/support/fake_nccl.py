@@ -1,4 +1,4 @@
-"""A stand-in for ``cupy.cuda.nccl``, with its call signatures: addresses, counts, types, operations, streams.
+"""A fake ``cupy.cuda.nccl``, with its call signatures: addresses, counts, types, operations, streams.
 
 What NCCL would do among GPUs, it does with MPI on the memory at these addresses.
 """
