@@ -5,13 +5,17 @@ from collections import defaultdict
 from pathlib import Path
 
 import pytest
+from hypothesis import Phase, is_hypothesis_test, settings
 
 from tinyllm.errors import Error
 
 ROOT = Path(__file__).parents[2]  # also pytest's root, to which the names of tests are relative
 
-# Options of a nested session: without plugins that write files or belong to the outer session
-QUIET = ["-q", "-p", "no:cacheprovider", "-p", "no:faulthandler", "-p", "no:xdist"]
+# Options of a nested session: without plugins that write files, belong to the outer session, or (unraisable
+# exceptions) end every session with five collections of all garbage
+QUIET = ["-q"]
+for plugin in ("cacheprovider", "faulthandler", "xdist", "unraisableexception"):
+    QUIET += ["-p", f"no:{plugin}"]
 
 
 def proven(argument: str, subjects):
@@ -50,6 +54,16 @@ class _Run:
 
     def __init__(self):
         self.passed, self.errors = set(), {}
+
+    @pytest.hookimpl(wrapper=True)
+    def pytest_runtest_call(self, item):
+        """Let Hypothesis end at the first input that fails: it need not be the simplest one."""
+        with pytest.MonkeyPatch.context() as patch:
+            if is_hypothesis_test(item.obj):
+                name = "_hypothesis_internal_use_settings"  # where ``@settings`` leaves them
+                options = settings(getattr(item.obj, name), phases=[Phase.explicit, Phase.generate])
+                patch.setattr(item.obj, name, options)
+            return (yield)
 
     def pytest_exception_interact(self, node, call):
         self.errors[node.nodeid] = call.excinfo.value
