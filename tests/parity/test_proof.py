@@ -55,18 +55,6 @@ def write_tests(folder, off="0"):
     (folder / "test_faults.py").write_text(FAULT)
 
 
-@pytest.mark.parametrize(("off", "code"), [("0", 0), ("1e-6", 1)])
-def test_tables_and_exit_code(tmp_path, off, code):
-    write_tests(tmp_path / "tests", off)
-    done = proof("--tests", tmp_path / "tests")
-    assert done.returncode == code, done.stderr
-    assert "| `twice` | 4 | 1e-10 | 3.0e-12 | 2.0e-12 |" in done.stdout
-    loss = {"0": "0", "1e-6": "2.0e-07"}[off]
-    assert f"| `steps` | 1 | 1e-09 | {loss} | – |" in done.stdout
-    assert "| the fault | the caught by | the located at |" in done.stdout
-    assert "9.0e-11" not in done.stdout
-
-
 @pytest.mark.parametrize("arguments", [(), ("--tests", ".")])
 def test_a_folder_without_our_tests_gives_exit_code_2(tmp_path, arguments):
     done = proof(*arguments, cwd=tmp_path)
@@ -89,7 +77,7 @@ def test_a_file_that_cannot_be_imported_is_a_failure_and_ctrl_c_an_interruption(
 
 
 @pytest.mark.parametrize(("off", "code"), [("0", 0), ("1e-6", 1)])
-def test_write_replaces_the_tables_only_if_all_tests_pass(tmp_path, off, code):
+def test_tables_are_printed_and_written_only_if_all_tests_pass(tmp_path, off, code):
     write_tests(tmp_path / "tests", off)
     page = tmp_path / "README.md"
     page.write_text("before\n<!-- proof -->\nold\n<!-- /proof -->\nafter\n", encoding="utf-8")
@@ -98,7 +86,13 @@ def test_write_replaces_the_tables_only_if_all_tests_pass(tmp_path, off, code):
         "tables.PAGE = pathlib.Path('README.md').absolute(); "
         "sys.exit(__main__.main(['proof', '--tests', 'tests', '--write']))"
     )
-    assert subprocess.run([sys.executable, "-c", program], cwd=tmp_path).returncode == code
+    done = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == code, done.stderr
+    assert "| `twice` | 4 | 1e-10 | 3.0e-12 | 2.0e-12 |" in done.stdout
+    loss = {"0": "0", "1e-6": "2.0e-07"}[off]
+    assert f"| `steps` | 1 | 1e-09 | {loss} | – |" in done.stdout
+    assert "| the fault | the caught by | the located at |" in done.stdout
+    assert "9.0e-11" not in done.stdout
     text = page.read_text(encoding="utf-8")
     assert text.startswith("before\n<!-- proof -->\n") and text.endswith("\n<!-- /proof -->\nafter\n")
     if code:
