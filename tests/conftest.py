@@ -3,6 +3,7 @@
 HYPOTHESIS_PROFILE=thorough runs ten times as many examples. Tests marked ``gpu`` need CuPy and a GPU.
 """
 
+import gc
 import os
 import signal
 import sys
@@ -51,6 +52,7 @@ def pytest_collection_modifyitems(items):
 def pytest_collection_finish():
     if "torch" in sys.modules:
         sys.modules["torch"].set_num_threads(1)
+    gc.freeze()  # modules and tests live to the end: the collector need not look at them again and again
 
 
 @pytest.fixture(params=["strict array", *GPUS])
