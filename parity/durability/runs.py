@@ -20,11 +20,12 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from unittest import mock
 
-import tinyllm.training.run_folder
+import tinyllm.training.run_log
 from tinyllm.errors import Error
 from tinyllm.training.checkpoint import OPTIMIZER, verify
 from tinyllm.training.config import TrainConfig
-from tinyllm.training.run_folder import METRICS, SAMPLES
+from tinyllm.training.metrics import METRICS
+from tinyllm.training.run_log import SAMPLES
 from tinyllm.training.tasks.pretrain import train
 from tinyllm.weights.runs import checkpoints, last_checkpoint
 from tinyllm.weights.safetensors import CONFIG, SINGLE_FILE
@@ -125,7 +126,7 @@ def write_text(place: Path) -> Path:
 @contextmanager
 def quick() -> Iterator[None]:
     """Skip the loss plots, which take most of the time of so small a run."""
-    with mock.patch.object(tinyllm.training.run_folder, "plot_losses", lambda *_: None):
+    with mock.patch.object(tinyllm.training.run_log, "plot_losses", lambda *_: None):
         yield
 
 

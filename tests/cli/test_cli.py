@@ -914,7 +914,7 @@ def test_a_full_disk_exits_with_1(text, tmp_path, capsys, monkeypatch):
     def full(*args):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("tinyllm.training.run_folder.plot_losses", full)
+    monkeypatch.setattr("tinyllm.training.run_log.plot_losses", full)
     assert main(["train", *TINY, "--text", text, "--prompt", "the", "--out", str(tmp_path / "run")]) == 1
     err = capsys.readouterr().err
     assert "No space left on device" in err

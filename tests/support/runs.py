@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-import tinyllm.training.run_folder
+import tinyllm.training.run_log
 from tinyllm.training.checkpoint import verify
 from tinyllm.training.config import TrainConfig
 from tinyllm.training.tasks.pretrain import train
@@ -87,7 +87,7 @@ def tiny(text, out, **changes):
 def no_pictures(patched):
     """Plotting would take most of the time of so small a run."""
     name = "plot_losses"
-    patched.setattr(tinyllm.training.run_folder, name, lambda history, path, *_: path.write_bytes(b"picture"))
+    patched.setattr(tinyllm.training.run_log, name, lambda history, path, *_: path.write_bytes(b"picture"))
 
 
 # The files of a run

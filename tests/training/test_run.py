@@ -16,7 +16,7 @@ import pytest
 from safetensors.numpy import load_file
 from support.runs import CONTEXT, RHYME, records, rhyme, same_arrays, small, values, weights
 
-import tinyllm.training.run_folder
+import tinyllm.training.run_log
 import tinyllm.training.step
 from tinyllm import GPT2, load_model, load_tokenizer
 from tinyllm.data.corpus import load_text
@@ -303,7 +303,7 @@ def test_a_signal_abandons_the_step_and_nothing_is_written_twice(text, tmp_path,
     """Step 3 is abandoned just before its update; after an evaluation there is no step to abandon."""
     number = getattr(signal, name)
     config = small(text, tmp_path / "run", eval_every=2, steps=6, warmup=0)
-    clip, plot = tinyllm.training.step.clip_grad_norm, tinyllm.training.run_folder.RunFolder._plot
+    clip, plot = tinyllm.training.step.clip_grad_norm, tinyllm.training.run_log.RunLog._plot
     calls = []
 
     def clip_and_signal(*args):
@@ -312,13 +312,13 @@ def test_a_signal_abandons_the_step_and_nothing_is_written_twice(text, tmp_path,
             signal.raise_signal(number)
         return clip(*args)
 
-    def plot_and_signal(folder):
-        plot(folder)
-        if folder.step == {"an evaluation": 4, "the last evaluation": 6}.get(during):
+    def plot_and_signal(log):
+        plot(log)
+        if log.history[-1]["step"] == {"an evaluation": 4, "the last evaluation": 6}.get(during):
             signal.raise_signal(number)
 
     monkeypatch.setattr(tinyllm.training.step, "clip_grad_norm", clip_and_signal)
-    monkeypatch.setattr(tinyllm.training.run_folder.RunFolder, "_plot", plot_and_signal)
+    monkeypatch.setattr(tinyllm.training.run_log.RunLog, "_plot", plot_and_signal)
     handlers = signal.getsignal(number)
     with pytest.raises(KeyboardInterrupt) as raised:
         train(config, progress=False)

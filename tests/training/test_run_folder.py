@@ -18,6 +18,7 @@ import pytest
 from support.runs import contents, full_disk, left, records, small, stopped_after, tiny
 
 import tinyllm.training.run_folder
+import tinyllm.training.run_log
 import tinyllm.training.tasks.pretrain
 import tinyllm.training.tasks.text
 from tinyllm.cli import _parse, main
@@ -247,8 +248,8 @@ def test_the_picture_is_not_plotted_more_often_than_it_takes_to_train(text, tmp_
     def step(record):
         clock[0] += 3
 
-    monkeypatch.setattr(tinyllm.training.run_folder, "plot_losses", plot)
-    monkeypatch.setattr(tinyllm.training.run_folder.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(tinyllm.training.run_log, "plot_losses", plot)
+    monkeypatch.setattr(tinyllm.training.run_log.time, "monotonic", lambda: clock[0])
     config = small(text, tmp_path / "run", eval_every=1, checkpoint_minutes=0)
     train(config, progress=False, callback=step)
     assert plotted == [0, 4, 8, 12]  # 4 steps take 12 seconds
@@ -382,7 +383,7 @@ def test_an_evaluation_that_is_the_best_so_far_saves_a_checkpoint(text, tmp_path
 def test_checkpoints_by_time(text, tmp_path, monkeypatch):
     minutes = itertools.count()  # every reading of the clock takes one
     monkeypatch.setattr(tinyllm.training.run_folder.time, "monotonic", lambda: 60.0 * next(minutes))
-    monkeypatch.setattr(tinyllm.training.run_folder.RunFolder, "_plot", lambda run: None)  # reads it too
+    monkeypatch.setattr(tinyllm.training.run_log.RunLog, "_plot", lambda log: None)  # reads it too
     made = []
     save = tinyllm.training.run_folder.save_checkpoint
     monkeypatch.setattr(
@@ -417,7 +418,7 @@ def test_a_picture_is_replaced_only_by_a_complete_one(text, tmp_path, monkeypatc
 
     pytest.importorskip("matplotlib")
     monkeypatch.setattr("matplotlib.figure.Figure.savefig", half)
-    monkeypatch.setattr(tinyllm.training.run_folder, "plot_losses", plot_losses)
+    monkeypatch.setattr(tinyllm.training.run_log, "plot_losses", plot_losses)
     with pytest.raises(OSError, match=r"No space left.*--resume"):
         train(begun_config(out), progress=False)
     assert (out / "loss.png").read_bytes() == b"picture"

@@ -196,7 +196,7 @@ def test_a_finished_run_returns_its_model(whole, capsys):
 
 def test_the_logs_of_a_custom_task(tmp_path, monkeypatch):
     pytest.importorskip("tensorboardX")
-    monkeypatch.setattr("tinyllm.training.run_folder.plot_losses", lambda *_: None)
+    monkeypatch.setattr("tinyllm.training.run_log.plot_losses", lambda *_: None)
     out = tmp_path / "run"
     train(options(out, log=("tensorboard",)))
     (events,) = (out / "tensorboard").iterdir()

@@ -23,7 +23,7 @@ from tinyllm.errors import Error
 from tinyllm.files import open_regular, parse_json, printable, read_file
 from tinyllm.training.metrics import CONFIG, METRICS, UNITS, RecordedRun, best_record, parse_records
 from tinyllm.training.picture import COLORS
-from tinyllm.training.run_folder import SAMPLES
+from tinyllm.training.run_log import SAMPLES
 
 CURVES = ("train_loss", "train_eval_loss", "val_loss", "tokens_per_s", "lr", "grad_norm")
 LAST = ("step", "tokens", "tokens_per_s", "train_loss", "val_loss")  # of the last record that has each

@@ -139,7 +139,7 @@ def _run(run: RunFolder, progress: bool, callback: Log | None) -> Module:
             remedy = f"free some space or make the folder writable, then continue with {run.resuming()}"
             raise OSError(f"{error}: {remedy}") from error
     if run.leads:
-        for lines in (task.conclusion(run.history[-1]), run.summary()):
+        for lines in (task.conclusion(run.log.history[-1]), run.summary()):
             if lines:
                 say(lines)
     return model
@@ -186,8 +186,8 @@ def _steps(run: RunFolder, logs: list[Log], check: Check, progress: bool) -> Non
             for log in logs:
                 log(record)
 
-    if is_evaluated(run.step) and not run.was_evaluated(run.step):
-        evaluate_and_log(run.take_back())
+    if is_evaluated(run.step) and not run.log.was_evaluated(run.step):
+        evaluate_and_log(run.log.take_back(run.step) or {"step": run.step, "tokens": run.tokens})
     bar = dict(unit="step", dynamic_ncols=True, disable=None if progress else True)
     steps = tqdm(range(run.step, config.steps), initial=run.step, total=config.steps, **bar)
     data = task.batch_at, task.count, task.loss

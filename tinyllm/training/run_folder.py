@@ -20,7 +20,6 @@ and the files of the task, such as tinyllm_tokenizer.json.
 """
 
 import itertools
-import json
 import platform
 import time
 from collections.abc import Iterator
@@ -32,16 +31,14 @@ import numpy as np
 from tinyllm.backend.device import describe_device, pick_device
 from tinyllm.checks import pip_install
 from tinyllm.errors import Error
-from tinyllm.files import append_whole, lock, read_file, read_sealed, sealed, sync, write_whole
+from tinyllm.files import lock, read_sealed, sealed, write_whole
 from tinyllm.models.mixture import is_balanced
 from tinyllm.nn import Module
 from tinyllm.optim import AdamW, LossScale, NoLossScale
 from tinyllm.training.begun import RUN_CONFIG, begun_config, data_hashes, read_about
 from tinyllm.training.checkpoint import (
-    DAMAGED,
     check_space,
     load_checkpoint,
-    lost_evaluations,
     machine,
     remove_checkpoint,
     remove_left_overs,
@@ -51,15 +48,16 @@ from tinyllm.training.checkpoint import (
 )
 from tinyllm.training.config import RunOptions, check_continues, check_writable
 from tinyllm.training.loop import CompletedStep
-from tinyllm.training.metrics import METRICS, best_record, parse_records
+from tinyllm.training.metrics import best_record
 from tinyllm.training.output import say
-from tinyllm.training.picture import PLOT, plot_losses
+from tinyllm.training.picture import PLOT
+from tinyllm.training.run_log import RunLog, json_line
 from tinyllm.training.step import weights_are_finite
-from tinyllm.training.tasks.base import Task, is_evaluation
+from tinyllm.training.tasks.base import Task
 from tinyllm.version import __version__
 from tinyllm.weights.runs import checkpoint_folder, checkpoints, step_of
 
-SAMPLES, LOCK = "samples.txt", "lock"
+LOCK = "lock"
 
 
 class RunFolder:
@@ -69,23 +67,30 @@ class RunFolder:
     and removes older ones. The folder is locked until ``close``.
     """
 
-    leads, replicas = True, None  # of several processes (``shared_run.py``)
+    replicas = None  # of several processes (``shared_run.py``)
 
     def __init__(self, task: Task):
         self.task = task
-        self.folder = self.config.resume or self.config.out or new_folder(task.name)
-        self.history: list[dict] = []
+        self.log = RunLog(self.config.resume or self.config.out or new_folder(task.name), task)
         self.about: dict = {}  # config.json
         self.state: dict = {}  # checkpoint.json of the checkpoint to resume from
         self.step = self.tokens = 0  # completed steps, and the tokens trained on
         self.loss_scale = LossScale() if self.config.dtype == "float16" else NoLossScale()
-        self._saved_at = self._plotted_at = time.monotonic()
-        self._lock, self._plotting = None, 0.0  # the last picture took so many seconds
+        self._lock, self._saved_at = None, time.monotonic()
 
     @property
     def config(self) -> RunOptions:
         """The task's options, which ``Task.load`` may complete."""
         return self.task.config
+
+    @property
+    def folder(self) -> Path:
+        return self.log.folder
+
+    @property
+    def leads(self) -> bool:
+        """Whether this process writes and prints."""
+        return self.log.writes
 
     def close(self) -> None:
         if self._lock is not None:
@@ -113,7 +118,7 @@ class RunFolder:
         """Make the folder. Raises ``Error`` if it is not empty, OSError if the disk is too full."""
         task, config, parameters = self.task, self.config, self.model.num_parameters()
         if config.out is None:
-            self.folder = make_new_folder(task.name)  # perhaps another, if two runs started at once
+            self.log.folder = make_new_folder(task.name)  # perhaps another, if two runs started at once
         self.folder.mkdir(parents=True, exist_ok=True)
         self._take_lock()
         self._check_empty()  # again: another process may have started a run since ``check_new``
@@ -163,12 +168,9 @@ class RunFolder:
         self.about = read_about(self.folder, self.config.task)
         self._find_checkpoint()
         remove_left_overs(self.folder)
-        metrics, last = self.folder / METRICS, self.step if self.state else -1
-        lines = read_file(metrics).split(b"\n")[:-1] if metrics.exists() else []  # not a partial last line
-        records, _ = parse_records(lines)
-        self.history = [record for record in records if record["step"] <= last]
+        self.log.read(self.step if self.state else -1)
         if not self.is_finished():
-            self._repair_logs()
+            self.log.repair(self.state)
 
     def _find_checkpoint(self) -> None:
         damaged = {}
@@ -191,39 +193,7 @@ class RunFolder:
 
     def is_finished(self) -> bool:
         """Whether all steps and the last evaluation are done."""
-        return self.was_evaluated(self.config.steps)
-
-    def was_evaluated(self, step: int) -> bool:
-        """Whether this is the last completed step, and its evaluation is recorded."""
-        return bool(self.history) and self.history[-1]["step"] == step and "val_loss" in self.history[-1]
-
-    def _repair_logs(self) -> None:
-        """Restore the logs to their state when the checkpoint was written: later steps are run again."""
-        step, samples, metrics = self.step, self.folder / SAMPLES, self.folder / METRICS
-        if self.state and (not self.history or self.history[-1]["step"] != step):
-            kept = ""
-            if metrics.exists():
-                write_whole(self.folder / f"{DAMAGED}{METRICS}", read_file(metrics))
-                kept = f"; it was copied to {DAMAGED}{METRICS}"
-            say(f"warning: {metrics} is damaged: records up to step {step} are missing{kept}")
-            self.history += lost_evaluations(self.folder, self.history, step)
-        if self.state and self.state["val_loss"] is None and self.was_evaluated(step):
-            last = self.history.pop()  # the evaluation is later than the checkpoint: it is repeated
-            self.history.append({key: last[key] for key in last if not is_evaluation(key)})
-        self._rewrite_metrics()
-        if samples.exists():
-            write_whole(samples, read_file(samples, self.state.get("samples_bytes", 0)))
-
-    def _rewrite_metrics(self) -> None:
-        write_whole(self.folder / METRICS, b"".join(map(_line, self.history)))
-
-    def take_back(self) -> dict:
-        """Remove the last record from metrics.jsonl and return it: its evaluation was not completed."""
-        if self.history and self.history[-1]["step"] == self.step:
-            last = self.history.pop()
-            self._rewrite_metrics()
-            return last
-        return {"step": self.step, "tokens": self.tokens}
+        return self.log.was_evaluated(self.config.steps)
 
     def _restore(self) -> None:
         """Load the checkpoint into model and optimizer, if the data has not changed."""
@@ -257,42 +227,18 @@ class RunFolder:
     # Every step
 
     def __call__(self, record: dict) -> None:
-        metrics = {key: value for key, value in record.items() if key != "sample"}
-        if "sample" in record:  # before the metrics, so that a recorded val_loss implies a sample
-            text = f"--- step {record['step']}\n{record['sample']}\n"
-            append_whole(self.folder / SAMPLES, text.encode())
-        append_whole(self.folder / METRICS, _line(metrics))
-        self.history.append(metrics)
+        self.log.add(record)
         self.step, self.tokens = record["step"], record["tokens"]
         self._updates = self.optimizer.state_dict()["t"]
-        if "val_loss" in record:
-            self._plot()
-            for line in self._describe(record):
-                say(line, indent=12)
+        if "val_loss" in record and self.leads:
+            self.log.show(record, self._seconds_left())
 
-    def _plot(self) -> None:
-        """Draw the loss curves, unless (before the end) that last took longer than the training since."""
-        started = time.monotonic()
-        if started - self._plotted_at < self._plotting and self.step < self.config.steps:
-            return
-        plot_losses(self.history, self.folder / PLOT, *self.task.picture())
-        self._plotted_at = time.monotonic()
-        self._plotting = self._plotted_at - started
-
-    def _describe(self, record: dict) -> Iterator[str]:
-        """The lines of an evaluation: its numbers; speed, memory and time left; the sample."""
-        (first, started), step, last = self._started, self.step, self.config.steps
-        yield f"step {step:>5}  {self.task.describe_evaluation(record)}"
-        if "mean_tokens_per_s" in record:
-            line = f"{' ' * 12}{record['mean_tokens_per_s']:,.0f} tokens/s"
-            if record.get("peak_memory") is not None:
-                line += f", {record['peak_memory'] / 1e9:.2f} GB"
-            if first < step < last:
-                seconds = round((time.perf_counter() - started) / (step - first) * (last - step))
-                line += f", {seconds // 60}:{seconds % 60:02} left"
-            yield line
-        if "sample" in record:
-            yield f"{' ' * 12}{' '.join(record['sample'].split())}"
+    def _seconds_left(self) -> float | None:
+        """At the speed of the steps since the start; None before the first and after the last one."""
+        first, started = self._started
+        if not first < self.step < self.config.steps:
+            return None
+        return (time.perf_counter() - started) / (self.step - first) * (self.config.steps - self.step)
 
     def summary(self) -> str:
         """The lines at the end of a run: where its folder and picture are, and how to continue."""
@@ -309,15 +255,15 @@ class RunFolder:
 
     def is_between_updates(self) -> bool:
         """Whether the weights are those of the last record, that is, no later update was interrupted."""
-        return bool(self.history) and self.optimizer.state_dict()["t"] == self._updates
+        return bool(self.log.history) and self.optimizer.state_dict()["t"] == self._updates
 
     def not_finite(self, completed: CompletedStep) -> str:
         """Save the batch, and return what was not finite; FloatingPointError if it is one time too many."""
         what, path = completed.what_is_not_finite(), self.folder / f"nonfinite-step-{completed.step}.json"
         numbers = {"loss": str(completed.loss), "grad_norm": str(completed.grad_norm)}  # JSON has no nan
         batch = self.task.describe_batch(completed.batch)
-        write_whole(path, _line({"step": completed.step, **numbers, "lr": completed.lr, **batch}))
-        before = itertools.takewhile(lambda record: "skipped" in record, reversed(self.history))
+        write_whole(path, json_line({"step": completed.step, **numbers, "lr": completed.lr, **batch}))
+        before = itertools.takewhile(lambda record: "skipped" in record, reversed(self.log.history))
         if sum(1 for _ in before) >= self.config.skip_nonfinite or not weights_are_finite(self.model):
             raise FloatingPointError(
                 f"step {completed.step}: {what}: start again with a smaller --lr or --clip, or --resume "
@@ -333,7 +279,7 @@ class RunFolder:
         step, every, minutes = self.step, self.config.checkpoint_every, self.config.checkpoint_minutes
         by_time = 0 < minutes <= (time.monotonic() - self._saved_at) / 60
         by_steps = every is not None and (
-            step % every == 0 or best_record(self.history, "val_loss") is self.history[-1]
+            step % every == 0 or best_record(self.log.history, "val_loss") is self.log.history[-1]
         )
         return step == self.config.steps or by_steps or by_time
 
@@ -351,13 +297,10 @@ class RunFolder:
             if saved := checkpoints(self.folder):
                 remedy += f", for example with {self.config.restart} {saved[-1]}"
             raise FloatingPointError(f"the weights after step {self.step} are not finite: {remedy}")
-        samples = self.folder / SAMPLES
-        for path in (self.folder / METRICS, samples):  # on disk before the checkpoint that refers to them
-            with open(path, "ab") as file:
-                sync(file)
+        samples_bytes = self.log.sync()  # on disk before the checkpoint that refers to them
         # The step is also the position in the data: a batch is a function of it.
         here = {"step": self.step, "tokens": self.tokens, "lr": self.optimizer.lr, "seed": self.config.seed}
-        here |= {"val_loss": self.history[-1].get("val_loss"), "samples_bytes": samples.stat().st_size}
+        here |= {"val_loss": self.log.history[-1].get("val_loss"), "samples_bytes": samples_bytes}
         here |= {f"{name}_sha256": found for name, found in data_hashes(self.about).items()}
         here |= {"run": self.about["sha256"], "versions": self.about["versions"], "machine": self._machine()}
         if scale := self.loss_scale.state_dict():
@@ -370,17 +313,13 @@ class RunFolder:
 
     def _remove_old_checkpoints(self) -> None:
         saved = {step_of(folder): folder for folder in checkpoints(self.folder)}
-        best = best_record((record for record in self.history if record["step"] in saved), "val_loss")
+        best = best_record((record for record in self.log.history if record["step"] in saved), "val_loss")
         for step in list(saved)[: -self.config.keep]:
             try:
                 if best is None or step != best["step"]:
                     remove_checkpoint(saved[step])
             except OSError as error:  # the run can continue
                 say(f"warning: the old checkpoint {saved[step]} cannot be removed ({error})")
-
-
-def _line(record: dict) -> bytes:
-    return json.dumps(record).encode() + b"\n"
 
 
 def new_folder(name: str, parent: str = "runs") -> Path:

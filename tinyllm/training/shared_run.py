@@ -53,7 +53,7 @@ class SharedRun(RunFolder):
 
     def __init__(self, task: Task, processes: MPI):
         super().__init__(task)
-        self.processes, self.leads = processes, processes.rank == 0
+        self.processes, self.log.writes = processes, processes.rank == 0
 
     # The beginning
 
@@ -69,9 +69,9 @@ class SharedRun(RunFolder):
 
     def _tell(self) -> None:
         """Give all processes what the first one found in the folder."""
-        found = self.folder, self.about, self.state, self.step, self.tokens, self.history
+        log, found = self.log, (self.folder, self.log.history, self.about, self.state, self.step, self.tokens)
         found, *_ = self.processes.gather(found if self.leads else None)
-        self.folder, self.about, self.state, self.step, self.tokens, self.history = found
+        log.folder, log.history, self.about, self.state, self.step, self.tokens = found
 
     def start(self, model: Module, optimizer: AdamW) -> None:
         self._compare(self._what_it_trains() | _weights(model))
@@ -121,18 +121,6 @@ class SharedRun(RunFolder):
                     raise Error(f"{found} and {first.get(name)} on process 0: make them equal")
 
     # Every step
-
-    def __call__(self, record: dict) -> None:
-        if self.leads:
-            super().__call__(record)
-            return
-        self.history.append({key: value for key, value in record.items() if key != "sample"})
-        self.step, self.tokens = record["step"], record["tokens"]
-        self._updates = self.optimizer.state_dict()["t"]
-
-    def _rewrite_metrics(self) -> None:
-        if self.leads:
-            super()._rewrite_metrics()
 
     def not_finite(self, completed: CompletedStep) -> str:
         of_all = enumerate(self.replicas.losses_of)
