@@ -15,7 +15,7 @@ import numpy as np
 
 from tinyllm.backend.threads import first_task_only, matmul, num_threads
 from tinyllm.functional.attention import QUERY_BLOCK, keys_of
-from tinyllm.nn import Module
+from tinyllm.nn import Module, evaluating
 from tinyllm.optim import AdamW, Muon
 from tinyllm.tools.memory import LONG, Memory, check_context, dtype_of, memory
 from tinyllm.tools.meta import meta_copy
@@ -113,7 +113,7 @@ def _products(model: Module, positions: int = 1) -> _Products:
             shapes = in_head if id(module) in head else linears
             shapes.append((x.size // x.shape[-1], *weight.shape[::-1]))
 
-    with watching(watch), first_task_only():
+    with watching(watch), first_task_only(), evaluating(model):  # dropout has no products, but takes time
         model(np.zeros((positions, 1), np.int64))
     return _Products(linears, in_head, attentions, sum(p.size for p in model.parameters() if id(p) in used))
 
@@ -128,7 +128,11 @@ def flops_per_token(model: Module, context: int) -> Flops:
     training; decoding needs it at the last position only. Raises Error for a context outside the model's.
     """
     check_context(model, context)
-    products, attention, textbook = _products(model), 0, 0
+    return _flops(_products(model), context)
+
+
+def _flops(products: _Products, context: int) -> Flops:
+    attention = textbook = 0
     for query, key, value, window in products.attentions:
         heads, per_score = query[1], 2 * (query[3] + value[3])  # Q Kᵀ, and P V
         step, scores = max(1, QUERY_BLOCK * key[1] // heads), 0
@@ -199,9 +203,9 @@ def describe(model: Module, batch: int, context: int, dtype="float32", optimizer
     The measurements take a second or two. Raises Error as ``memory`` does.
     """
     dtype = dtype_of(dtype)
-    costs, flops = memory(model, batch, context, dtype, optimizer), flops_per_token(model, context)
-    number, used = model.num_parameters(), _products(model).used
-    active = f", of which a token uses {used:,}" if used < number else ""
+    costs, products = memory(model, batch, context, dtype, optimizer), _products(model)
+    number, flops = model.num_parameters(), _flops(products, context)
+    active = f", of which a token uses {products.used:,}" if products.used < number else ""
     lines = [
         f"{type(model).__name__}: {number:,} parameters{active}",
         "",
@@ -213,7 +217,7 @@ def describe(model: Module, batch: int, context: int, dtype="float32", optimizer
         f"Arithmetic per token, sequences of {context} tokens: 2 m k n for a product (m, k) @ (k, n)",
         *_arithmetic_lines(flops),
         "",
-        *_machine_lines(model, batch * context, flops, dtype),
+        *_machine_lines(product_shapes(model, batch * context), products.weights(), flops, dtype),
     ]
     return "\n".join(lines)
 
@@ -261,9 +265,9 @@ def _arithmetic_lines(flops: Flops) -> list[str]:
     ]
 
 
-def _machine_lines(model: Module, tokens: int, flops: Flops, dtype: np.dtype) -> list[str]:
-    gemm, bandwidth = gemm_rate(product_shapes(model, tokens), dtype), memory_rate(dtype)
-    matrices, threads = dtype.itemsize * _products(model).weights(), num_threads()
+def _machine_lines(shapes: Counter, weights: int, flops: Flops, dtype: np.dtype) -> list[str]:
+    gemm, bandwidth = gemm_rate(shapes, dtype), memory_rate(dtype)
+    matrices, threads = dtype.itemsize * weights, num_threads()
     read = _amount(matrices, "B")
     return [
         f"This machine, measured now with {threads} thread{'s' * (threads > 1)}",
