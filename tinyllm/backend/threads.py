@@ -7,6 +7,7 @@ import contextlib
 import math
 import os
 import threading
+from collections.abc import Sequence
 
 import numpy as np
 from threadpoolctl import ThreadpoolController, threadpool_limits
@@ -63,7 +64,7 @@ class _Workers:
     busy = threading.local()
 
 
-def run_tasks(function, tasks: list, elements: float = math.inf) -> None:
+def run_tasks(function, tasks: Sequence, elements: float = math.inf) -> None:
     """Call ``function(task)`` for every task, on all cores. Tasks must not write to the same memory.
 
     Each thread, including this one, takes the next task from a shared queue, because submitting tasks one by
@@ -304,12 +305,21 @@ def each_block(function, rows: int, row_size: int, like) -> None:
     if not isinstance(like, np.ndarray):
         function(slice(0, rows))
         return
+    starts = _starts(rows, row_size)
     sums = min(rows, row_size) > 1  # which may be products
     with one_blas_thread() if sums else contextlib.nullcontext():
-        run_tasks(function, blocks_of(rows, row_size), elements=rows * row_size)
+        run_tasks(lambda start: function(_block(start, starts.step, rows)), starts, rows * row_size)
 
 
 def blocks_of(rows: int, row_size: int) -> list[slice]:
     """``range(rows)`` in slices of about BLOCK elements each."""
-    step = max(1, BLOCK // max(1, row_size))
-    return [slice(start, min(start + step, rows)) for start in range(0, max(rows, 1), step)]
+    starts = _starts(rows, row_size)
+    return [_block(start, starts.step, rows) for start in starts]
+
+
+def _starts(rows: int, row_size: int) -> range:
+    return range(0, max(rows, 1), max(1, BLOCK // max(1, row_size)))
+
+
+def _block(start: int, step: int, rows: int) -> slice:
+    return slice(start, min(start + step, rows))

@@ -71,11 +71,13 @@ def each_block_of(arrays: Sequence, function) -> None:
     tasks, elements = [], 0
     for i, array in enumerate(arrays):
         if isinstance(array, np.ndarray):
-            tasks += [(i, block) for block in blocks_of(len(array), math.prod(array.shape[1:]))]
+            width = math.prod(array.shape[1:])
+            tasks += [
+                (width * (block.stop - block.start), i, block) for block in blocks_of(len(array), width)
+            ]
             elements += array.size
         else:
             function(i, slice(0, len(array)))
-    # The largest first, so that no thread ends with it
-    tasks.sort(key=lambda task: -arrays[task[0]][task[1]].size)
+    tasks.sort(key=lambda task: -task[0])  # the largest first, so that no thread ends with it
     with one_blas_thread():
-        run_tasks(lambda task: function(*task), tasks, elements)
+        run_tasks(lambda task: function(*task[1:]), tasks, elements)

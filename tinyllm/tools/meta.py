@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import math
 import mmap
 
@@ -72,12 +73,10 @@ class MetaArray(np.ndarray):
             matrices = np.broadcast_shapes(a[:-2], b[:-2])
             shape = (*matrices, *a[-2:-1], *b[-1:]) if len(b) > 1 else a[:-1]
         else:
-            shape = np.broadcast_shapes(*map(np.shape, inputs))
-        compute = getattr(np.multiply if ufunc is np.matmul else ufunc, method)
-        ones = [np.ones(1, x.dtype) if isinstance(x, np.ndarray) else x for x in inputs]
-        dtype = options.get("dtype") or compute(*ones).dtype
+            shape = np.broadcast_shapes(*map(_shape, inputs))
+        dtype = options.get("dtype") or _result_dtype(ufunc, method, *map(_type, inputs))
         strides = None
-        if method == "__call__" and shape == np.shape(first):  # with the layout of the input
+        if method == "__call__" and shape == _shape(first):  # with the layout of the input
             strides = _strides_like(first, dtype)
         return MetaArray(shape, dtype, strides)
 
@@ -93,12 +92,18 @@ class MetaArray(np.ndarray):
         return _wrap(function(*_plain(args), **_plain(kwargs)), self)
 
     def __getitem__(self, index):
+        if isinstance(index, np.ndarray) and index.dtype.kind in "iu" and self.flags.c_contiguous:
+            return MetaArray(index.shape + self.shape[1:], self.dtype)  # NumPy would copy every row
+        if all(type(i) in _BASIC for i in (index if isinstance(index, tuple) else (index,))):
+            return super().__getitem__(index)
         return _wrap(_plain(self)[index], self)
 
     def __setitem__(self, index, value):
         pass
 
     def reshape(self, *shape, **options):
+        if self.flags.c_contiguous and not options:
+            return super().reshape(*shape)  # a view
         return _wrap(_plain(self).reshape(*shape, **options), self)
 
     def astype(self, dtype, copy=True, **_):
@@ -109,6 +114,8 @@ class MetaArray(np.ndarray):
     def copy(self, order="C"):
         return MetaArray(self.shape, self.dtype)
 
+
+_BASIC = {int, slice, type(None), type(Ellipsis)}  # indices that give a view
 
 # Read-only, so that no system reserves memory for it. Windows has no such flags.
 _READ_ONLY = dict(flags=mmap.MAP_PRIVATE, prot=mmap.PROT_READ) if hasattr(mmap, "PROT_READ") else {}
@@ -122,6 +129,23 @@ def _zeros(size: int) -> mmap.mmap:
     if len(_largest_zeros) < size:
         _largest_zeros = mmap.mmap(-1, size, **_READ_ONLY)
     return _largest_zeros
+
+
+def _shape(x) -> tuple[int, ...]:
+    return x.shape if isinstance(x, np.ndarray) else np.shape(x)  # np.shape of a meta array is slow
+
+
+def _type(x) -> np.dtype | type:
+    """What NumPy promotes by: an array's dtype, or the type of a number."""
+    if isinstance(x, np.ndarray):
+        return x.dtype
+    return type(x) if isinstance(x, int | float | complex) else np.asarray(x).dtype
+
+
+@functools.cache
+def _result_dtype(ufunc, method: str, *types) -> np.dtype:
+    compute = getattr(np.multiply if ufunc is np.matmul else ufunc, method)
+    return compute(*(np.ones(1, kind) if isinstance(kind, np.dtype) else kind(1) for kind in types)).dtype
 
 
 def _strides_like(array, dtype) -> tuple[int, ...]:
