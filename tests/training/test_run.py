@@ -14,7 +14,7 @@ from dataclasses import asdict, replace
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
-from support.runs import CONTEXT, RHYME, records, rhyme, same_arrays, small, values, weights
+from support.runs import CONTEXT, RHYME, no_pictures, records, rhyme, same_arrays, small, values, weights
 
 import tinyllm.training.run_log
 import tinyllm.training.step
@@ -41,6 +41,14 @@ def run(text, tmp_path_factory):
     """A finished run, its config and its model; tests only read it."""
     config = small(text, tmp_path_factory.mktemp("runs") / "deep" / "run")
     return config, train(config, progress=False)
+
+
+PLOT_LOSSES = tinyllm.training.run_log.plot_losses
+
+
+@pytest.fixture(autouse=True)
+def only_run_has_a_picture(run, monkeypatch):
+    no_pictures(monkeypatch)
 
 
 # The files of a run
@@ -155,6 +163,7 @@ def test_a_run_in_float64(text, tmp_path):
 
 
 def test_without_matplotlib_a_run_lacks_only_its_picture(text, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(tinyllm.training.run_log, "plot_losses", PLOT_LOSSES)
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     config = small(text, tmp_path / "run", steps=2, warmup=0)
@@ -350,11 +359,11 @@ def test_a_stopped_run_has_the_same_records_until_then(run, text, tmp_path):
     assert values(stopped.out) == values(config.out)[:8]
 
 
-def command(text, out, steps):
+def command(text, out, steps, eval_every=1000):
     options = (
         f"--preset gpt2-small --text {text} --out {out} --tokenizer char --n-layer 1 --n-head 2 "
         f"--n-embd 16 --context {CONTEXT} "
-        f"--batch 4 --steps {steps} --warmup 0 --eval-every 1000 --prompt the"
+        f"--batch 4 --steps {steps} --warmup 0 --eval-every {eval_every} --prompt the"
     )
     return [sys.executable, "-m", "tinyllm", "train", *options.split()]
 
@@ -401,7 +410,7 @@ def test_a_closed_terminal_stops_the_run_unless_its_signal_is_ignored(text, tmp_
     import fcntl
     import termios
 
-    out, steps = tmp_path / "run", 2000 if ignored else 10**6
+    out, steps = tmp_path / "run", 1000 if ignored else 10**6
     terminal, ours = os.openpty()
 
     def in_terminal():
@@ -410,7 +419,7 @@ def test_a_closed_terminal_stops_the_run_unless_its_signal_is_ignored(text, tmp_
         signal.signal(signal.SIGHUP, signal.SIG_IGN if ignored else signal.SIG_DFL)
 
     process = subprocess.Popen(
-        command(text, out, steps), stdin=ours, stdout=ours, stderr=ours, preexec_fn=in_terminal
+        command(text, out, steps, 500), stdin=ours, stdout=ours, stderr=ours, preexec_fn=in_terminal
     )
     try:
         os.close(ours)
