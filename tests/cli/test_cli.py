@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from support.chat_model import write_model
+from support.runs import no_pictures
 
 import parity.__main__ as parity
 from tinyllm import GPT2, GPT2Config, load_tokenizer
@@ -49,6 +50,11 @@ def run(text, tmp_path_factory):
     out = tmp_path_factory.mktemp("runs") / "run"
     assert main(["train", *TINY, "--text", text, "--prompt", "the", "--out", str(out)]) == 0
     return str(out)
+
+
+@pytest.fixture(autouse=True)
+def only_run_has_a_picture(run, monkeypatch):
+    no_pictures(monkeypatch)
 
 
 @pytest.fixture
