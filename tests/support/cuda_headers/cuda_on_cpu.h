@@ -32,7 +32,7 @@ struct uint3 {
 typedef uint3 dim3;
 
 const int warpSize = 32;
-#define threadIdx (simulator::current->index)
+#define threadIdx (simulator::machine.current->index)
 #define blockIdx (simulator::block_index)
 #define blockDim (simulator::block_size)
 #define gridDim (simulator::grid_size)
@@ -53,32 +53,50 @@ inline float float_of(unsigned bits) {
     return x;
 }
 
-const unsigned MOST_THREADS = 1024, MOST_SHARED = 48 * 1024, STACK = 64 * 1024, PAGE = 4096;
+const unsigned MOST_THREADS = 1024, MOST_SHARED = 48 * 1024, STACK = 68 * 1024, PAGE = 4096;
 const unsigned short POISON = 0x7ff5;  // a NaN in every type of float, however often repeated
 
 enum State { RUNS, AT_BARRIER, AT_EXCHANGE, ENDED };
 const char* const DOING[] = {"runs", "waits at __syncthreads in line %d", "waits for its warp in line %d",
                              "has ended"};
 
+struct Coroutine {
+    char* stack;
+    size_t stack_size;
+    bool started;
+    jmp_buf place;  // where it goes on
+};
+
 struct Thread {
     uint3 index;
     State state;
     int line;  // where it waits
-    bool started;
-    jmp_buf place;  // where it goes on
+    Coroutine* coroutine;  // from its first turn to its end
     unsigned exchanges;
     unsigned long long offered[2];  // what it shows its warp: one is read while the next is already written
 };
 
+// What all kernels of a process share, although each is a library of its own: the loader merges inline variables
+// that are visible. Mapping a stack and starting a coroutine on it takes longer than most threads run, so both
+// are kept.
+struct Machine {
+    Coroutine coroutines[MOST_THREADS];
+    Coroutine* idle[MOST_THREADS];
+    unsigned idle_count;
+    Thread threads[MOST_THREADS];
+    Thread* current;
+    Thread** next;  // those of a warp that are still to run until they wait, then null
+    jmp_buf scheduler;
+    void (*kernel)(void**);
+    void** arguments;
+};
+__attribute__((visibility("default"))) inline Machine machine;
+static Thread* const threads = machine.threads;
+
 static uint3 grid_size, block_size, block_index;
-static Thread threads[MOST_THREADS];
-static Thread* current;
-static jmp_buf scheduler, failure;
-static void (*kernel)(void**);
-static void** arguments;
+static jmp_buf failure;
 static unsigned long long seed, block_number;
 static unsigned turns[MOST_THREADS / 32];
-static char* stacks;
 static char* message;
 static size_t message_size;
 
@@ -114,7 +132,7 @@ static inline void shuffle(unsigned* order, unsigned n, unsigned long long what,
     for (unsigned i = 0; i < n; i++) order[i] = i;
     for (unsigned i = n; i > 1; i--) {
         state = state * FACTOR + STEP;
-        unsigned j = (state >> 33) % i, last = order[i - 1];
+        unsigned j = (state >> 32) * i >> 32, last = order[i - 1];
         order[i - 1] = order[j], order[j] = last;
     }
     for (unsigned i = 0; seed % 2 && i < n / 2; i++) {
@@ -125,40 +143,56 @@ static inline void shuffle(unsigned* order, unsigned n, unsigned long long what,
 
 // ------- coroutines: ucontext begins a stack, but asks the system at every switch; _setjmp and _longjmp do not
 
+static void live();
+
+// Runs the next thread of the warp's turn, directly from the one before, or returns to `run_threads`.
+[[noreturn]] static __attribute__((noinline)) void run_next() {
+    Thread* thread = machine.current = *machine.next++;
+    if (!thread) _longjmp(machine.scheduler, 1);
+    if (!thread->coroutine) thread->coroutine = machine.idle[--machine.idle_count];
+    Coroutine* coroutine = thread->coroutine;
+    if (coroutine->started) _longjmp(coroutine->place, 1);
+    coroutine->started = true;
+    ucontext_t context;
+    getcontext(&context);
+    context.uc_stack.ss_sp = coroutine->stack;
+    context.uc_stack.ss_size = coroutine->stack_size;
+    makecontext(&context, live, 0);
+    setcontext(&context);
+    abort();
+}
+
 static __attribute__((noinline)) void pause_thread(State state, int line) {
-    current->state = state, current->line = line;
-    if (!_setjmp(current->place)) _longjmp(scheduler, 1);
+    Thread* thread = machine.current;
+    thread->state = state, thread->line = line;
+    if (!_setjmp(thread->coroutine->place)) run_next();
 }
 
 static void live() {
-    for (;;) {  // one turn for each block
-        kernel(arguments);
+    for (;;) {  // one turn for each thread
+        machine.kernel(machine.arguments);
+        machine.idle[machine.idle_count++] = machine.current->coroutine;  // of the next thread that begins
         pause_thread(ENDED, 0);
     }
 }
 
-static __attribute__((noinline)) void resume(Thread* thread) {
-    current = thread;
-    if (_setjmp(scheduler)) return;
-    if (thread->started) _longjmp(thread->place, 1);
-    thread->started = true;
-    ucontext_t context;
-    getcontext(&context);
-    context.uc_stack.ss_sp = stacks + (thread - threads) * STACK + PAGE;
-    context.uc_stack.ss_size = STACK - PAGE;
-    makecontext(&context, live, 0);
-    setcontext(&context);
+static __attribute__((noinline)) void run_threads(Thread** threads) {
+    machine.next = threads;
+    if (!_setjmp(machine.scheduler)) run_next();
 }
 
 // ------- running a block
 
 static void run_warp(unsigned warp) {
     unsigned order[32];
-    Thread* lanes = threads + 32 * warp;
+    Thread *lanes = threads + 32 * warp, *running[33];
     for (;;) {
         shuffle(order, 32, warp, turns[warp]++);
+        Thread** end = running;
         for (unsigned i : order)
-            if (lanes[i].state == RUNS) resume(&lanes[i]);
+            if (lanes[i].state == RUNS) *end++ = &lanes[i];
+        *end = nullptr;
+        run_threads(running);
         Thread* waiting = nullptr;
         for (unsigned i = 0; i < 32; i++)
             if (lanes[i].state == AT_EXCHANGE) waiting = &lanes[i];
@@ -173,7 +207,7 @@ static void run_warp(unsigned warp) {
 static void run_block(unsigned count) {
     unsigned order[MOST_THREADS / 32];
     memset(turns, 0, sizeof turns);
-    for (unsigned i = 0; i < count; i++) threads[i].state = RUNS;
+    for (unsigned i = 0; i < count; i++) threads[i].state = RUNS, threads[i].coroutine = nullptr;
     for (unsigned barriers = 0;; barriers++) {
         shuffle(order, count / 32, MOST_THREADS, barriers);
         for (unsigned i = 0; i < count / 32; i++) run_warp(order[i]);
@@ -206,11 +240,16 @@ static int find_shared(dl_phdr_info* library, size_t, void* found) {
     return this_one;
 }
 
+// Each thread of the process has its own such memory, but the place of `first_shared` within it is the same.
 static Shared find_shared() {
+    static size_t before, size;
     memset(first_shared, 0, sizeof first_shared);
-    Shared shared = {nullptr, 0};
-    dl_iterate_phdr(find_shared, &shared);
-    return shared;
+    if (!size) {
+        Shared shared = {nullptr, 0};
+        dl_iterate_phdr(find_shared, &shared);
+        before = first_shared - (char*)shared.begin, size = shared.size;
+    }
+    return {(unsigned short*)(first_shared - before), size};
 }
 
 static void poison_shared(const Shared& shared) {
@@ -221,12 +260,29 @@ static void poison_shared(const Shared& shared) {
 
 static uint3 place_in(uint3 size, unsigned i) { return {i % size.x, i / size.x % size.y, i / size.x / size.y}; }
 
-static void make_threads(unsigned count) {
-    stacks = (char*)mmap(nullptr, count * STACK, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-    for (unsigned i = 0; i < count; i++) {
+static void make_stacks() {
+    const int ACCESS = PROT_READ | PROT_WRITE, KIND = MAP_PRIVATE | MAP_ANONYMOUS;
+    char* stacks = (char*)mmap(nullptr, MOST_THREADS * STACK, ACCESS, KIND, -1, 0);
+    for (unsigned i = 0; i < MOST_THREADS; i++) {
         mprotect(stacks + i * STACK, PAGE, PROT_NONE);  // a stack that is too small must not reach its neighbour
+        machine.coroutines[i].stack = stacks + i * STACK + PAGE;
+        machine.coroutines[i].stack_size = STACK - PAGE - i % 64 * 64;  // their ends use different cache lines
+    }
+}
+
+// Make all coroutines idle: there are none yet, or some are still within a kernel that failed.
+static void make_coroutines() {
+    if (!machine.coroutines[0].stack) make_stacks();
+    machine.idle_count = MOST_THREADS;
+    for (unsigned i = 0; i < MOST_THREADS; i++) {
+        machine.coroutines[i].started = false;
+        machine.idle[i] = &machine.coroutines[i];
+    }
+}
+
+static void make_threads(unsigned count) {
+    for (unsigned i = 0; i < count; i++) {
         threads[i].index = place_in(block_size, i);
-        threads[i].started = false;
         threads[i].exchanges = 0;
     }
 }
@@ -252,10 +308,10 @@ static bool run(uint3 grid, uint3 block) {
     unsigned* const order = (unsigned*)malloc(blocks * sizeof(unsigned));
     block_number = 0;
     shuffle(order, blocks, MOST_THREADS + 1, 0);
+    if (machine.idle_count < MOST_THREADS) make_coroutines();
     make_threads(count);
     bool failed = _setjmp(failure);
     if (!failed) run_blocks(count, order, blocks);
-    munmap(stacks, count * STACK);
     free(order);
     return !failed;
 }
@@ -300,6 +356,7 @@ struct Line {  // no number turns into one: an argument too many does not compil
 
 template <class T> T exchange(unsigned mask, T value, unsigned from, Line line) {
     static_assert(Name<T>::text && sizeof(T) >= 4, "CUDA exchanges numbers of 4 and of 8 bytes");
+    Thread* current = machine.current;
     if (mask != 0xffffffff) fail("exchange of less than a warp is not simulated", *current, *current);
     unsigned place = current->exchanges++ % 2;
     memcpy(&current->offered[place], &value, sizeof value);
@@ -309,7 +366,7 @@ template <class T> T exchange(unsigned mask, T value, unsigned from, Line line) 
     return value;
 }
 
-inline unsigned lane() { return (current - threads) % 32; }
+inline unsigned lane() { return (machine.current - threads) % 32; }
 
 }  // namespace simulator
 
@@ -320,8 +377,8 @@ inline unsigned lane() { return (current - threads) % 32; }
     }                                                                                                             \
     extern "C" __attribute__((visibility("default"))) bool launch(                                                \
         const unsigned* sizes, void** arguments, unsigned long long seed, char* message, size_t message_size) {   \
-        simulator::kernel = [](void** arguments) { simulator::call(__VA_ARGS__, arguments); };                    \
-        simulator::arguments = arguments, simulator::seed = seed;                                                 \
+        simulator::machine.kernel = [](void** arguments) { simulator::call(__VA_ARGS__, arguments); };                    \
+        simulator::machine.arguments = arguments, simulator::seed = seed;                                                 \
         simulator::message = message, simulator::message_size = message_size;                                     \
         return simulator::run({sizes[0], sizes[1], sizes[2]}, {sizes[3], sizes[4], sizes[5]});                    \
     }
