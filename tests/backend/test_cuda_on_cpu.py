@@ -352,6 +352,16 @@ def test_reading_outside_of_an_array_gives_nan(name, dtype):
     assert np.isnan(y.get()[10])
 
 
+@pytest.mark.parametrize("size", [60, 61])
+def test_memory_after_an_array_holds_nothing_of_earlier_launches(size):
+    x, y = of(np.ones(size, np.uint8)), of(np.ones(size, np.uint8))
+    FIRST.kernel("copy_at<unsigned char>")((1,), (32,), (x, y, 0))
+    for at in range(1, 16):
+        y = zeros(at + 1)
+        FIRST.kernel("copy_at<float>")((1,), (32,), (zeros(1), y, at))
+        assert np.isnan(y.get()[at])
+
+
 def test_arguments_that_share_memory_share_it_in_the_kernel():
     buffer = of(np.arange(6, dtype=np.float32))
     FIRST.kernel("copy_at<float>")((1,), (32,), (buffer[2:], buffer[:4], 3))  # buffer[3] = buffer[5]
