@@ -11,9 +11,11 @@ Everything that is not listed is refused: before adding a line, check that CuPy 
 """
 
 import numbers
+import operator
 import weakref
 from typing import ClassVar, NamedTuple
 
+import ml_dtypes
 import numpy as np
 from einops._backends import AbstractBackend
 from numpy.lib.mixins import NDArrayOperatorsMixin
@@ -25,7 +27,7 @@ ADD_AT_DTYPES = {"int32", "int64", "uint32", "uint64", "float16", "float32", "fl
 # but a sequence of numbers would be converted to a host array.
 PLAIN = {"shape", "newshape", "axis", "axes", "axis1", "axis2", "source", "destination", "shift", "ord", "k"}
 PLAIN |= {"reps", "repeats", "indices_or_sections", "kth", "decimals", "ddof", "start", "stop", "step"}
-NUMBERS = (numbers.Number, np.generic)
+NUMBERS = (int, float, np.generic, numbers.Number)  # the last is slow to ask for
 CONVERSIONS = {"array", "asarray", "ascontiguousarray"}  # with like=x, the explicit copy from host to device
 ZERO_D_RESULTS = {"allclose", "array_equal", "count_nonzero"}  # Python values in NumPy, 0-d arrays in CuPy
 
@@ -109,9 +111,12 @@ class DeviceArray(NDArrayOperatorsMixin):
         """All elements, as Python numbers, through a copy on the host."""
         return self.get().tolist()
 
+    shape, dtype, ndim, size, nbytes, itemsize, strides = (
+        property(operator.attrgetter(f"_array.{name}"))
+        for name in ("shape", "dtype", "ndim", "size", "nbytes", "itemsize", "strides")
+    )
+
     def __getattr__(self, name: str):
-        if name in ("shape", "dtype", "ndim", "size", "nbytes", "itemsize", "strides"):
-            return getattr(self._array, name)
         if name in ("T", "mT", "real", "imag"):
             return DeviceArray(getattr(self._array, name), self.device)
         if name in METHODS:
@@ -195,14 +200,14 @@ class DeviceArray(NDArrayOperatorsMixin):
 def _call(name, signature, function, args, kwargs, device):
     """Run NumPy's function on the wrapped arrays if CuPy's function would accept these arguments."""
     try:
-        bound = signature.bind(*args, **kwargs)
+        arguments = _bind(signature, args, kwargs)
     except TypeError as error:
         raise TypeError(f"CuPy's {name} does not take this call: {error}") from None
-    for parameter, value in bound.arguments.items():
+    for parameter, value in arguments:
         if parameter in PLAIN and _holds(value, DeviceArray):
             raise TypeError(f"{name}: {parameter} is read on the host and cannot be a device array")
-        in_sequence = isinstance(value, (list, tuple)) and _holds(value, NUMBERS)
-        if in_sequence and parameter not in (*PLAIN, "inputs", "arrays_and_dtypes"):
+        mixed = parameter in PLAIN or parameter in ("inputs", "arrays_and_dtypes")
+        if not mixed and isinstance(value, (list, tuple)) and _holds(value, NUMBERS):
             raise TypeError(f"{name}: {parameter} is a sequence of host numbers, not a device array")
     given = {}
     host_args = _to_host(args, given)
@@ -211,6 +216,26 @@ def _call(name, signature, function, args, kwargs, device):
     if any(_is_bfloat16(array._array) for array in given.values()):
         function = _IN_FLOAT32.get(name, lambda function: function)(function)
     return _to_device(function(*host_args, **host_kwargs), given, device)
+
+
+_BOUND: dict[tuple, dict] = {}
+
+
+def _bind(signature, args, kwargs) -> list[tuple]:
+    """(parameter, value) for every parameter that gets one. Raises TypeError like ``signature.bind``.
+
+    Which argument a parameter gets does not depend on the values, so that is remembered: ``bind`` is slow.
+    """
+    form = (id(signature), len(args), *kwargs)
+    if form not in _BOUND:
+        _BOUND[form] = signature.bind(*range(len(args)), **{key: key for key in kwargs}).arguments
+    found = []
+    for parameter, place in _BOUND[form].items():
+        if isinstance(place, tuple):  # of *args
+            found.append((parameter, args[place[0] :]))
+        else:
+            found.append((parameter, args[place] if isinstance(place, int) else kwargs[place]))
+    return found
 
 
 def _check_devices(name, given, device) -> None:
@@ -254,7 +279,7 @@ def _multiply_in_float32(function):
 
 
 def _is_bfloat16(x) -> bool:
-    return isinstance(x, np.ndarray) and x.dtype.name == "bfloat16"
+    return isinstance(x, np.ndarray) and x.dtype == ml_dtypes.bfloat16
 
 
 def _choose_in_float32(function):
