@@ -40,7 +40,7 @@ def gemm(
     b = _operand(_matrices(B, Btype, batch, strideB, rows_b, columns_b, ldb), transb, compute_type)
     number = ctypes.c_double if compute == np.float64 else ctypes.c_float
     alpha, beta = (compute.type(number.from_address(place).value) for place in (alpha, beta))
-    product = alpha * np.matmul(a.astype(compute), b.astype(compute))
+    product = alpha * np.matmul(a.astype(compute, copy=False), b.astype(compute, copy=False))
     if beta != 0:  # otherwise C may be uninitialized and is not read
         product += beta * c.astype(compute)
     c[...] = product
