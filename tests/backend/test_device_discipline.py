@@ -20,7 +20,7 @@ import tinyllm
 from tinyllm import Tensor, manual_seed, nn, no_grad, optim
 from tinyllm import functional as F
 from tinyllm.backend.cuda import launch
-from tinyllm.functional import composed
+from tinyllm.functional import attention, composed, cuda, cuda_losses
 from tinyllm.tensor_ops import ArrayAlgebra
 
 TARGETS = np.array([[0, 3, 1], [2, -100, 3]])
@@ -375,10 +375,21 @@ def train(name, put, dropout, steps=2, length=20, kind=optim.AdamW):
 every_model = pytest.mark.parametrize("name", MODELS)
 
 
+@pytest.fixture
+def small_blocks(monkeypatch):
+    """Blocks so small that two texts of 70 tokens have several of every kind."""
+    assert cuda.QUERY_BLOCK == attention.QUERY_BLOCK  # each block has a dropout mask of its own
+    for module in (attention, cuda):
+        monkeypatch.setattr(module, "QUERY_BLOCK", 64)
+    monkeypatch.setattr(cuda, "SCORES", 2**14)  # blocks of queries without dropout
+    monkeypatch.setattr(cuda_losses, "LOGITS", 2**12)
+    monkeypatch.setattr(launch, "ROWS", 64)
+
+
 @pytest.mark.parametrize("dropout, steps", [(0.0, 1), (0.2, 2)])
 @every_model
-def test_training_on_the_device_equals_numpy(name, dropout, steps, put):
-    length = 140  # more than a block of queries
+def test_training_on_the_device_equals_numpy(name, dropout, steps, put, small_blocks):
+    length = 70
     with keeping(everything=False):  # as on a GPU
         expected, expected_parameters = train(name, stay, dropout, steps, length)
     numbers, parameters = train(name, put, dropout, steps, length)
