@@ -142,7 +142,7 @@ def test_generated_tokens_equal_those_of_the_cpu(name, put):
     prompts = [[1, 2, 3], [4, 5, 6, 7, 8]]
     for options in (dict(temperature=0), dict(temperature=1.0, top_k=5)):
         tokens, expected = (
-            np.array(list(generate(m, prompts, 12, rng=np.random.default_rng(0), **options)))
+            np.array(list(generate(m, prompts, 6, rng=np.random.default_rng(0), **options)))
             for m in (model, at_home)
         )
         np.testing.assert_array_equal(tokens, expected)
