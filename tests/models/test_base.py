@@ -16,7 +16,7 @@ from support.models import (
     random_model,
 )
 
-from tinyllm import GPT2, Error, GPT2Config, Llama, LlamaConfig, generate, load_model, nn, optim
+from tinyllm import GPT2, Error, GPT2Config, Llama, LlamaConfig, Tensor, generate, load_model, nn, optim
 from tinyllm.models import ARCHITECTURES, LanguageModel, ModelConfig, empty_model, gpt2, llama, register
 from tinyllm.training import fit
 from tinyllm.weights import hub
@@ -292,8 +292,25 @@ def test_frozen_and_trainable_parameters_can_be_resized(config):
     assert losses[1] < losses[0]
 
 
+@both_models
+def test_the_vocabulary_keeps_its_size_or_grows_to_a_whole_number(config):
+    model = random_model(config)
+    before = model.state_dict()
+    model.resize_token_embeddings(13, rng=0)
+    assert all(np.array_equal(array, before[name]) for name, array in model.state_dict().items())
+    for size in (12, 20.0, True):
+        with pytest.raises(Error, match=f"vocab_size {size}"):
+            model.resize_token_embeddings(size, rng=0)
+
+
 def linear(rows, **options):
     return nn.Linear(12, rows, rng=np.random.default_rng(0), **options).astype(np.float64)
+
+
+def with_bias_of(rows):
+    head = linear(13)
+    head.bias = Tensor(np.zeros(rows))
+    return head
 
 
 class Head(nn.Module):
@@ -326,6 +343,7 @@ def test_replaced_head_with_one_row_per_id_can_be_resized(config, head):
         ("lm_head", lambda layer: linear(5)),
         ("lm_head", Wrapped),
         ("lm_head", lambda layer: nn.LayerNorm(13)),
+        ("lm_head", lambda layer: with_bias_of(12)),
         ("embedding", Wrapped),
         ("embedding", lambda layer: nn.Embedding(14, 12, rng=None)),
     ],
@@ -400,6 +418,16 @@ def test_config_keys_of_other_tools_and_null_keys_are_ignored():
     for key, value in (("quantization_config", {"bits": 4}), ("sliding_window", 4096)):
         with pytest.raises(Error, match=key):
             LlamaConfig.from_dict(ours | {key: value})
+
+
+def test_a_config_may_have_a_field_for_what_is_fixed_without_it():
+    @dataclass(frozen=True)
+    class PartlyRotated(BagConfig):
+        partial_rotary_factor: float = 1.0
+
+    assert PartlyRotated.from_dict({"partial_rotary_factor": 0.5}).partial_rotary_factor == 0.5
+    with pytest.raises(Error, match=r"only partial_rotary_factor=1\.0, .* 0\.5"):
+        BagConfig.from_dict({"partial_rotary_factor": 0.5})
 
 
 def test_an_architecture_without_what_it_needs_is_not_registered():

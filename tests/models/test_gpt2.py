@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import tracemalloc
 
 import numpy as np
@@ -617,6 +618,7 @@ BAD_CONFIGS = {
     "negative": (dict(n_positions=-4), "n_positions .* not -4"),
     "n_inner": (dict(n_inner=0), "n_inner .* not 0"),
     "dropout": (dict(attn_pdrop=1.0), "attn_pdrop .* not 1.0"),
+    "negative dropout": (dict(attn_pdrop=-0.1), "attn_pdrop .* not -0.1"),
     "activation": (dict(activation_function="mish"), "activation_function 'mish' .* gelu_new"),
     "eps": (dict(layer_norm_epsilon=0.0), "layer_norm_epsilon .* not 0.0"),
     "unknown": (dict(n_heads=4, rotary=True), "n_heads, rotary"),
@@ -636,9 +638,10 @@ def test_invalid_config_is_refused(changes, message):
         GPT2Config.from_dict(SMALL | changes)
 
 
-def test_load_model_refuses_unsupported_model_types(tmp_path):
-    (tmp_path / "config.json").write_text('{"model_type": "bert"}')
-    with pytest.raises(Error, match=r"model_type 'bert' is not supported.*gpt2"):
+@pytest.mark.parametrize("kind", ["bert", ["gpt2"], None])
+def test_load_model_refuses_unsupported_model_types(kind, tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": kind}))
+    with pytest.raises(Error, match=rf"model_type {re.escape(repr(kind))} is not supported.*gpt2"):
         load_model(tmp_path)
 
 

@@ -205,6 +205,14 @@ def test_layers_keep_their_windows_when_others_are_removed(kind, tmp_path):
     assert_close(again(ids).data, theirs(torch.from_numpy(ids)).logits, "logits", 1e-5)
 
 
+@every_kind
+def test_windows_are_those_of_the_config_if_an_attention_layer_has_none(kind):
+    model = random_llama(config_of(kind))
+    windows = model.windows()
+    model.layers[0].self_attn = nn.Dropout(0.0)
+    assert model.windows() == windows
+
+
 # -------------------------------------------------------------------------------- other changes
 
 

@@ -28,6 +28,7 @@ from tinyllm import functional as F
 from tinyllm.functional import composed
 from tinyllm.inference.perplexity import evaluate_text
 from tinyllm.models.gpt2 import Conv1D
+from tinyllm.models.packed import Packed
 from tinyllm.weights.safetensors import Weights
 
 CONFIGS = {
@@ -178,6 +179,10 @@ def test_loss_uses_an_overridden_forward(config, where):
     expected = composed.cross_entropy(model(ids), targets).item()
     assert model.loss(ids, targets).item() == pytest.approx(expected, rel=1e-12)
     assert np.abs(model(ids).data).max() <= 2
+    options = {"num_targets": 7, "weights": np.random.default_rng(0).random(targets.shape)}
+    apart = Packed([[0, 0, 0, 1, 1, 1, 1, 1]] * 2, model)
+    expected = composed.cross_entropy(model(ids, cache=apart), targets, **options).item()
+    assert model.loss(ids, targets, **options, cache=apart).item() == pytest.approx(expected, rel=1e-12)
 
 
 @every_model
