@@ -1,6 +1,6 @@
 """Common to every architecture: sources of weights, initialization, options, resizing, registration."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pytest
@@ -248,13 +248,16 @@ def test_of_size_refuses_unsupported_options(config, option):
 @every_model
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 def test_resizing_the_vocabulary_preserves_existing_ids(config, dtype, tmp_path):
-    model = random_model(config, dtype)
+    model = random_model(replace(config, initializer_range=0.3), dtype)
     tied = config.tie_word_embeddings
     before = {name: array.copy() for name, array in model.state_dict().items()}
-    ids, _ = batch(config, (2, 8))
+    ids, targets = batch(config, (2, 8))
     logits = model(ids).data
-    model.resize_token_embeddings(20, np.random.default_rng(5))
+    model.loss(ids, targets).backward()
+    model.resize_token_embeddings(np.int64(20), np.random.default_rng(5))
     assert model.config.vocab_size == 20
+    assert all(parameter.grad is None for parameter in model.parameters())
+    assert model.lm_head.bias is None or not model.lm_head.bias.data[13:].any()
     assert (model.lm_head.weight is getattr(model, model.token_embedding).weight) == tied
     for name, array in model.state_dict().items():
         grown = name.startswith(("lm_head", model.token_embedding))

@@ -101,7 +101,7 @@ def test_rows_may_be_packed_differently_and_a_head_may_be_any_module():
 
 def test_a_sequence_number_may_come_again_and_a_window_holds_within_a_sequence(monkeypatch):
     model = MODELS["llama"]
-    again = Packed(np.array([[0, 0, 1, 0]]), model)
+    again = Packed(np.array([[0, 0, 1, 0]], np.uint8), model)
     assert again.positions(4).tolist() == [[0, 1, 0, 0]]
     assert again.keys[0][0, 0].tolist() == [
         [True, True, False, False],

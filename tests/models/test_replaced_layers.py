@@ -517,6 +517,13 @@ def test_replaced_layers_indistinguishable_in_a_folder_are_refused(what, tmp_pat
     assert not (tmp_path / "model").exists()
 
 
+def test_a_layer_replaced_by_a_function_is_refused(tmp_path):
+    model = random_model(CONFIGS["gpt2"])
+    model.drop = lambda x: x * 2
+    with pytest.raises(Error, match="replaced layers drop have"):
+        model.save_pretrained(tmp_path)
+
+
 @pytest.mark.parametrize("change", ["a block more", "a block less"])
 @every_model
 def test_model_with_another_number_of_blocks_is_saved_and_loaded(config, change, tmp_path):

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from tinyllm import Error, Llama, LlamaConfig, generate, no_grad
 from tinyllm.inference.decoding import DecodingSteps
 from tinyllm.models import Gemma3Config, MixtralConfig
-from tinyllm.models.packed import Packed
+from tinyllm.models.packed import Packed, padded
 from tinyllm.models.rope import (
     OPTIONAL,
     ROPE_TYPES,
@@ -273,8 +273,7 @@ def test_padding_does_not_count_as_a_part_of_the_text(lengths):
     """Below and above the length in training, 5 tokens."""
     model = llama("longrope")
     ids, _ = batch(model.config, (2, 8))
-    padded = Packed([[0] * length + [-1] * (8 - length) for length in lengths], model)
-    found = model.hidden_states(ids, padded).data
+    found = model.hidden_states(ids, padded(np.array(lengths), 8, model)).data
     for row, length in enumerate(lengths):
         alone = model.hidden_states(ids[row : row + 1, :length]).data[0]
         assert_close(found[row, :length], alone, f"{length} tokens", 1e-12)
