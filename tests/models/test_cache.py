@@ -431,6 +431,15 @@ def test_ids_that_exceed_the_cache_are_refused(config):
     assert cache.texts == [[1, 2, 3], [4, 5, 6]]
 
 
+@pytest.mark.parametrize("trained", ["k_proj", "v_proj"])
+def test_a_cache_refuses_keys_or_values_with_a_graph(trained):
+    model = build(LLAMA_CONFIG)
+    model.requires_grad_(False)
+    getattr(model.layers[0].self_attn, trained).weight.requires_grad = True
+    with pytest.raises(Error, match=r"under no_grad\(\)"):
+        model([[1, 2]], cache=model.new_cache(1))
+
+
 def test_drop_oldest_preserves_positions():
     model = build(LLAMA_CONFIG)
     cache = model.new_cache(2, 6)

@@ -611,15 +611,18 @@ def test_a_model_whose_layers_ignore_the_cache_generates_the_same_text(config, n
     )
 
 
-def test_keys_of_another_shape_are_refused_by_the_cache_only():
+@pytest.mark.parametrize(
+    ("replaced", "found"), [("kv", r"\(6, 4\) and \(6, 4\)"), ("v", r"\(2, 4\) and \(6, 4\)")]
+)
+def test_keys_or_values_of_another_shape_are_refused_by_the_cache_only(replaced, found):
     model = random_model(EVERYTHING)
     for layer in model.layers:
-        layer.self_attn.k_proj, layer.self_attn.v_proj = (
-            linear(24)(layer.self_attn.q_proj) for _ in range(2)
-        )
-    with pytest.raises(Error, match=r"\(2, 4\).*\(6, 4\).*use_cache=False"):
+        for name in replaced:
+            setattr(layer.self_attn, f"{name}_proj", linear(24)(layer.self_attn.q_proj))
+    with pytest.raises(Error, match=rf"\(2, 4\).*{found}.*use_cache=False"):
         text(model, [[1, 2]])
-    assert len(text(model, [[1, 2]], use_cache=False)) == 5
+    if replaced == "kv":
+        assert len(text(model, [[1, 2]], use_cache=False)) == 5
 
 
 @pytest.mark.parametrize(
