@@ -375,6 +375,10 @@ def test_dropping_more_than_a_row_holds_is_refused(count):
     with pytest.raises(Error, match=r"cannot drop .*\[3, 2\]"):
         cache.drop_oldest(count if np.ndim(count) == 0 else count + np.array([1, 0]))
     assert cache.free.tolist() == [5, 6]
+    cache.drop_oldest(1)
+    with pytest.raises(Error, match=r"cannot drop .*\[2, 1\]"):
+        cache.drop_oldest(2)
+    assert cache.free.tolist() == [6, 7]
 
 
 @pytest.mark.parametrize("moved", [0, 1, 3])
@@ -429,6 +433,15 @@ def test_ids_that_exceed_the_cache_are_refused(config):
     with pytest.raises(Error, match=r"under no_grad\(\)"):
         model(np.array([[1], [2]]), cache=cache)
     assert cache.texts == [[1, 2, 3], [4, 5, 6]]
+
+
+def test_ids_that_exceed_one_of_the_rows_are_refused():
+    model = build(LLAMA_CONFIG)
+    cache = model.new_cache(2, 4)
+    logits_of(model, [[1, 2, 3]], cache=cache[:1])
+    logits_of(model, [[1]], cache=cache[1:])
+    with pytest.raises(Error, match="cache of 2 rows that hold 3, 1 of at most 4 tokens"):
+        logits_of(model, [[1, 2], [3, 4]], cache=cache)
 
 
 @pytest.mark.parametrize("trained", ["k_proj", "v_proj"])

@@ -110,13 +110,20 @@ def apply(model, cache, action, i, j, n, rng):
         cache[i : i + 1].clear()
         assert cache.texts[i] == []
     elif action == "copy":
-        cache.copy_row(i, j)
-        assert cache.texts[j] == before[i] and (i == j or cache.texts[j] is not cache.texts[i])
+        view, length = cache[j : j + 1], None if any(getattr(model.config, "windows", ())) else n
+        cache.copy_row(i, j, length)
+        assert cache.texts[j] == before[i][:length] and (i == j or cache.texts[j] is not cache.texts[i])
+        assert view.texts == [cache.texts[j]]
     elif action == "swap":
+        views = cache[i : i + 1], cache[j : j + 1]
         cache.swap_rows(i, j)
         assert (cache.texts[i], cache.texts[j]) == (before[j], before[i])
+        assert [view.texts for view in views] == [[before[j]], [before[i]]]
     elif action == "grow":
-        return cache.with_capacity(min(CONTEXT, cache.capacity + n))
+        grown = cache.with_capacity(min(CONTEXT, cache.capacity + n))
+        cache.clear()  # it is another one
+        assert grown.texts == before
+        return grown
     else:  # go on from a part of each text
         texts = [[*text[: rng.integers(len(text) + 1)], 12] for text in before]
         cache.keep_prefix(texts)
@@ -156,6 +163,31 @@ def test_layer_with_a_window_stores_little_more_and_goes_back_by_the_slack(windo
         with pytest.raises(Error, match="cannot roll back 12 tokens"):
             cache.rollback(12)
         assert cache.texts == [ids[:20]]
+
+
+@pytest.mark.usefixtures("small_slack")
+@pytest.mark.parametrize("count", range(1, 9))
+def test_rollback_goes_as_far_as_the_window_of_the_next_token_is_held(count):
+    model, ids = models[3, None], [5, 3, 8, 1, 2, 9, 4, 7]
+    cache = model.new_cache(1)
+    for token in ids:
+        logits_of(model, [[token]], cache)
+    assert cache.dropped[3].tolist() == [3]  # so the next token is in position 5, 3 and 4 before it, or later
+    if count <= 3:
+        cache.rollback(count)
+        expect_logits(model, cache, logits_of(model, [[6]], cache))
+    else:
+        with pytest.raises(Error, match=f"cannot roll back {count} tokens"):
+            cache.rollback(count)
+    assert cache.texts == [[*ids[: 8 - count], 6] if count <= 3 else ids]
+
+
+@pytest.mark.usefixtures("small_slack")
+def test_a_prompt_longer_than_a_window_holds_is_processed_in_its_dtype():
+    model = build((3, 5)).astype(np.float32)
+    cache = model.new_cache(2)
+    assert cache.keys[0].shape[2] < 20 and cache.keys[0].dtype == np.float32
+    assert logits_of(model, np.ones((2, 20), int), cache).dtype == np.float32
 
 
 @pytest.mark.usefixtures("small_slack")

@@ -307,25 +307,38 @@ class ALiBi(nn.Module):
         return -self.slopes * distances
 
 
+class Kerple(ALiBi):
+    """Chi et al., arXiv 2205.09921: unlike ALiBi, wrong if all distances are wrong by the same number."""
+
+    def forward(self, distances):  # (T, S)
+        return -self.slopes * np.log1p(np.abs(distances))
+
+
+class Steps(nn.Module):
+    def forward(self, distances):  # (T, S), whole numbers
+        return -distances
+
+
 class Nothing(nn.Module):
     def forward(self, positions):
         return 0.0
 
 
-def with_alibi(config):
+def with_alibi(config, bias=ALiBi):
     model = random_model(config)
     blocks = getattr(model, model.blocks)
     for block in blocks:
         attention = block.attn if hasattr(block, "attn") else block.self_attn
-        attention.score_bias = ALiBi(3 if hasattr(block, "attn") else 6)
+        attention.score_bias = bias(3 if hasattr(block, "attn") else 6)
     if hasattr(model, "wpe"):
         model.wpe = Nothing()
     return model
 
 
+@pytest.mark.parametrize("bias", [ALiBi, Kerple])
 @both_models
-def test_alibi_is_equal_with_a_cache(config):
-    model = with_alibi(config)
+def test_score_bias_is_equal_with_a_cache(config, bias):
+    model = with_alibi(config, bias)
     ids, _ = batch(config, (3, 8))
     with no_grad():
         whole = model(ids).data
@@ -384,6 +397,9 @@ def test_score_bias_is_converted_and_may_be_a_tensor(dtype):
         layer.self_attn.score_bias = AsTensor(6)
     assert expected.dtype == model.loss(ids, targets).dtype == dtype
     assert np.array_equal(model(ids).data, expected)
+    for layer in model.layers:
+        layer.self_attn.score_bias = Steps()
+    assert model(ids).dtype == dtype and not np.array_equal(model(ids).data, expected)
 
 
 @both_models

@@ -284,11 +284,11 @@ class Cache:
 
     def with_capacity(self, capacity: int) -> Cache:
         """A copy with another capacity. Raises ``Error`` if a row holds more tokens, in any layer."""
-        held = [int((self.lengths - dropped).max()) for dropped in self.dropped.values()]
+        held = max(int((self.lengths - dropped).max()) for dropped in self.dropped.values())
+        if held > capacity:
+            raise Error(f"the cache holds {held} tokens, more than a capacity of {capacity}")
         B, G, _, D = self.keys[0].shape
         new = Cache(self.windows, B, G, capacity, D, self.keys[0])
-        if any(n > new._capacity(window) for window, n in zip(self.dropped, held)):
-            raise Error(f"the cache holds {max(held)} tokens, more than a capacity of {capacity}")
         new.texts, new.changes = [list(text) for text in self.texts], self.changes
         new.dropped = {window: dropped.copy() for window, dropped in self.dropped.items()}
         for old_entries, entries in zip(self.keys + self.values, new.keys + new.values):
