@@ -524,13 +524,13 @@ def test_an_interrupted_step_leaves_the_model_and_the_cache(step, monkeypatch):
 
 
 @pytest.mark.parametrize("speculate", [None, "prompt"])
-def test_a_cache_serves_one_text_at_a_time(speculate):
+@pytest.mark.parametrize(("other", "count"), [([4, 5, 6], 1), ([1, 2, 3], 2), ([1, 2, 3, 7], 20)])
+def test_a_cache_serves_one_text_at_a_time(other, count, speculate):
     model = build(LLAMA)
     cache = model.new_cache(1, 60)
     first = generate(model, [1, 2, 3], 30, temperature=0, cache=cache, speculate=speculate)
     next(first)
-    for other in ([4, 5, 6], [1, 2, 3, 7]):
-        assert text_of(model, other, 20, cache=cache) == text_of(model, other, 20)
+    assert text_of(model, other, count, cache=cache) == text_of(model, other, count)
     with pytest.raises(Error, match="another text meanwhile"):
         list(first)
 

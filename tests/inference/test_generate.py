@@ -409,6 +409,11 @@ def test_same_seed_gives_the_same_text(model):
     assert text(0) != text(1)
 
 
+def test_every_call_without_a_generator_samples_another_text(model):
+    first, second = (generated(generate(model, [[1], [2]], 20)).tolist() for _ in range(2))
+    assert first != second
+
+
 def test_frequencies_match_the_models_probabilities(model):
     """One step of 20,000 identical rows: chi-square within six standard deviations of its mean."""
     rows = 20_000

@@ -269,6 +269,7 @@ def test_modes_are_restored_between_steps():
         (dict(speculate="promt"), "speculate is 'promt': give \"prompt\" or a smaller language model"),
         (dict(speculate=nn.Linear(2, 2, rng=0)), "speculate is .*smaller language model"),
         (dict(speculate=gpt2(vocab_size=9)), "vocabulary of 9 tokens and the model of 7"),
+        (dict(speculate=gpt2(vocab_size=5)), "vocabulary of 5 tokens and the model of 7"),
         (dict(speculate="prompt", use_cache=False), "speculate needs a cache"),
     ],
 )

@@ -210,7 +210,9 @@ def tolerance(config):
     return 1e-10 if isinstance(config, GPT2Config) else 3e-6 if isinstance(config, Gemma2Config) else 1e-6
 
 
-@pytest.mark.parametrize("labels", [LABELS, ("LABEL_0", "LABEL_1")], ids=["named", "default"])
+@pytest.mark.parametrize(
+    "labels", [LABELS, ("LABEL_0", "LABEL_1"), tuple("abcdefghijkl")], ids=["named", "default", "12"]
+)
 @pytest.mark.parametrize("config", [CONFIGS["gpt2"], EVERYTHING], ids=["gpt2", "llama"])
 def test_a_folder_of_transformers_loads(tmp_path, config, labels):
     theirs = theirs_of(config, labels)
@@ -231,6 +233,8 @@ def test_a_saved_folder_loads_in_transformers_and_here(tmp_path, config):
     )
     assert not any(report.values()), report
     assert theirs.config.id2label == dict(enumerate(LABELS))
+    assert theirs.config.label2id == {label: number for number, label in enumerate(LABELS)}
+    assert theirs.config.problem_type == "single_label_classification"
     ids, lengths, _ = padded(config, 5, 8)
     again = SequenceClassifier.from_pretrained(tmp_path, np.float64)
     assert again.labels == LABELS and again.pad_id == 0

@@ -490,6 +490,7 @@ BAD_CONFIGS = {
     "bad factor": (dict(rope_scaling=dict(type="linear", factor=-1)),
                    "factor in rope_parameters must be a positive number, not -1"),
     "text theta": (dict(rope_theta="big"), "rope_theta in rope_parameters must be a positive number"),
+    "no object": (dict(rope_scaling="linear"), "rope_scaling must be an object of parameters, not 'linear'"),
     "two thetas": (dict(rope_theta=1.0, rope_parameters=dict(rope_theta=2.0)),
                    "gives rope_theta as 2.0 and as 1.0: keep one of them"),
     "two types": (dict(rope_scaling=dict(type="linear", rope_type="llama3", factor=2.0)),

@@ -341,12 +341,12 @@ def test_every_published_size_has_a_count():
 
 @every_kind
 def test_train_makes_a_model_of_the_options_sizes(kind):
-    options = ModelOptions(arch=kind, n_layer=2, n_head=4, n_kv_head=2, n_embd=24, context=16, dropout=0.0)
+    options = ModelOptions(arch=kind, n_layer=2, n_head=4, n_kv_head=2, n_embd=24, context=18, dropout=0.0)
     model = options.model(50, np.random.default_rng(0))
-    assert type(model) is ARCHITECTURES[kind] and model.context == 16
-    assert model.windows() == [4 if kind == "mistral" else None] * 2
+    assert type(model) is ARCHITECTURES[kind] and model.context == 18
+    assert model.windows() == [5 if kind == "mistral" else None] * 2
     assert model.config.kv_shape == (2, 6) and model.config.tie_word_embeddings
-    ids, targets = batch(model.config, (2, 16))
+    ids, targets = batch(model.config, (2, 18))
     assert model.loss(ids, targets).item() == pytest.approx(np.log(50), abs=0.2)
     with pytest.raises(Error, match=r"hidden_size \(25\) .* num_attention_heads \(4\)"):
         ModelOptions(arch=kind, n_embd=25, n_head=4).model_config(50)
