@@ -645,6 +645,7 @@ def test_keys_or_values_of_another_shape_are_refused_by_the_cache_only(replaced,
     "answer, message",
     [
         (lambda h: Tensor(h.data[:, 0]), r"\(1, 12\)"),
+        (lambda h: Tensor(h.data[..., 0]), r"\(1, 1\)"),
         (lambda h: h.data, "ndarray"),
         (lambda h: Tensor(np.arange(14.0) + np.zeros((*h.shape[:2], 1))), "class 13.* below 13"),
     ],

@@ -80,6 +80,15 @@ def table_key(name, key):
     return BY_MODEL_TYPE[model_type].keys.get(key)
 
 
+@pytest.mark.parametrize("name", ["mixtral", "qwen3_moe"])
+def test_experts_are_in_the_order_of_their_numbers(saved, tmp_path, name):
+    config, tensors = saved(name)
+    write_gguf(tmp_path / "m.gguf", config, dict(reversed(tensors.items())))
+    read = GGUFFile(tmp_path / "m.gguf")
+    for key, array in tensors.items():
+        np.testing.assert_array_equal(read[key], array, err_msg=key)
+
+
 @pytest.mark.parametrize("name", ["low_freq_factor", "high_freq_factor"])
 def test_a_scaling_of_llama3_that_cannot_be_read_back_is_refused(saved, tmp_path, name):
     config, tensors = saved("llama3_128")

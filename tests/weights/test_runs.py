@@ -14,7 +14,7 @@ from tinyllm.weights.safetensors import save_folder
 def run(tmp_path):
     """A run with a model in two checkpoints and none in the newest checkpoint folder."""
     (tmp_path / "config.json").write_text(json.dumps({"train": {}}))
-    for step in (3, 1_000_000):
+    for step in (999_999, 1_000_000):
         save_folder(checkpoint_folder(tmp_path, step), {"step": step}, {})
     checkpoint_folder(tmp_path, 2_000_000).mkdir()
     return tmp_path
@@ -24,7 +24,7 @@ def test_checkpoints_are_sorted_by_step(run):
     for name in ("step-12", "damaged-step-000004", ".saving-step-000005", "step-00000٣"):
         (run / name).mkdir()
     (run / "step-000006").touch()
-    assert [step_of(folder) for folder in checkpoints(run)] == [3, 1_000_000, 2_000_000]
+    assert [step_of(folder) for folder in checkpoints(run)] == [999_999, 1_000_000, 2_000_000]
     assert checkpoints(str(run)) == checkpoints(run)
     assert checkpoints(run / "nowhere") == []
 
