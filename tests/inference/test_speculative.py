@@ -213,6 +213,7 @@ def test_candidates_follow_the_latest_longest_match():
     drafter = PromptLookup([])
     drafter.rates = [0.0] + [0.99] * 5
     assert drafter.candidates([7, 8, 7, 8, 7, 8], 5) == [7, 8, 7, 8, 7]  # past the end, the period goes on
+    assert drafter.candidates([7, 8, 7, 8, 7, 8, 3], 5) == []
 
 
 def test_draft_that_is_never_right_pauses():

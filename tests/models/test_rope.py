@@ -1,5 +1,6 @@
 """RoPE's frequencies and factors against transformers, texts longer than in training, and its parameters."""
 
+import itertools
 import json
 import math
 from dataclasses import replace
@@ -10,6 +11,7 @@ from hypothesis import assume, example, given
 from hypothesis import strategies as st
 
 from tinyllm import Error, Llama, LlamaConfig, generate, no_grad
+from tinyllm.inference import speculative
 from tinyllm.inference.decoding import DecodingSteps
 from tinyllm.models import Gemma3Config, MixtralConfig
 from tinyllm.models.packed import Packed, padded
@@ -193,8 +195,9 @@ def test_rows_of_a_cache_are_rotated_by_their_own_lengths():
 
 @pytest.mark.parametrize("kind", ["dynamic", "longrope"])
 @pytest.mark.parametrize("speculate", [None, "prompt", "itself"])
-def test_a_text_becomes_longer_than_in_training_with_a_cache(kind, speculate):
+def test_a_text_becomes_longer_than_in_training_with_a_cache(kind, speculate, monkeypatch):
     """Its keys are rotated anew, so it is processed again: the tokens are those without a cache."""
+    monkeypatch.setattr(speculative, "pass_cost", lambda tokens: 0.5)  # as many candidates as there may be
     model = llama(kind, max_position_embeddings=12)
     prompts = [[1, 2, 1, 2, 1]] if speculate else [[1, 2, 3, 4, 5, 6, 7], [5], [3, 1]]
     options = dict(max_new_tokens=model.context, rng=0, slide=True)
@@ -244,7 +247,10 @@ def test_a_cache_of_a_longer_text_is_none_of_a_short_one(kept, length):
     assert cache.texts == [first[:4]]
 
 
-def test_a_draft_model_proposes_no_more_tokens_than_it_was_trained_for():
+def test_a_draft_model_proposes_no_more_tokens_than_it_was_trained_for(monkeypatch):
+    monkeypatch.setattr(
+        speculative, "worthwhile", lambda rates, most, cost: len([*itertools.islice(rates, most)])
+    )
     model, draft = llama("default", max_position_embeddings=40), llama("dynamic", max_position_embeddings=8)
     plain = [int(token[0]) for token in generate(model, [1, 2, 3], 30, rng=0)]
     assert [int(token[0]) for token in generate(model, [1, 2, 3], 30, rng=0, speculate=draft)] == plain
