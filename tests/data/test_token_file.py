@@ -590,6 +590,11 @@ def test_split_is_at_the_end_of_a_chunk(tmp_path, corpus):
             assert piece.encode("utf-8") in content[: len(content) - num_bytes]
 
 
+def test_split_between_two_chunks(tmp_path):
+    train, validation, num_bytes = TokenFile(tmp_path, np.arange(5), {"chunks": [[2, 8], [3, 8]]}).split(0.5)
+    assert (train.tolist(), validation.tolist(), num_bytes) == ([0, 1], [2, 3, 4], 8)
+
+
 def test_split_of_too_little(tmp_path):
     (tmp_path / "a.txt").write_text("word " * 45, encoding="utf-8")
     file = tokenize_corpus(open_corpus(tmp_path / "a.txt"), GPT2, "refuse", tmp_path / "t")
