@@ -9,6 +9,7 @@ from support.tokenizers import (
 )
 
 from tinyllm.tokenizers import load_tokenizer
+from tinyllm.tokenizers.sentencepiece import proto_field
 
 sentencepiece = pytest.importorskip("sentencepiece")
 tokenizers = pytest.importorskip("tokenizers")
@@ -54,3 +55,11 @@ def test_a_text_that_continues_another_gets_no_space(llama2):
     assert ours.decode([*before, *rest]) == "the cat" and rest != ours.encode("cat")
     end = ours.special_tokens["</s>"]
     assert ours.encode_around("cat", [], [*before, end]).tolist() == ours.encode("cat")  # as in encode
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"), [(0, "00"), (127, "7f"), (128, "8001"), (150, "9601"), (2**14, "808001")]
+)
+def test_numbers_of_a_protocol_buffer(value, expected):
+    """150 is the example of its documentation."""
+    assert proto_field(1, value).hex() == "08" + expected

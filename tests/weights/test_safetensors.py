@@ -382,6 +382,13 @@ def test_shards_are_split_and_named_as_in_transformers(model, tmp_path):
         assert sum(tensor.nbytes for tensor in load_file(path).values()) <= 50_000
 
 
+def test_a_shard_may_be_full_to_the_last_byte(tmp_path):
+    save_folder(tmp_path, {}, {name: np.zeros(2, np.float32) for name in "abc"}, max_shard_bytes=16)
+    index = read_json(tmp_path / "model.safetensors.index.json")
+    first, last = (f"model-0000{i}-of-00002.safetensors" for i in (1, 2))
+    assert index == {"metadata": {"total_size": 24}, "weight_map": {"a": first, "b": first, "c": last}}
+
+
 def test_tensor_larger_than_a_shard_gets_its_own(tmp_path):
     sizes = {"first": 90, "a": 2, "big": 100, "c": 2, "d": 2}
     arrays = {name: np.full(size, float(size)) for name, size in sizes.items()}
