@@ -347,6 +347,7 @@ def test_a_missing_expert_is_named(tmp_path):
         (dict(model_type="mixtral", router_jitter_noise=0.1), ["router_jitter_noise", "0.1"]),
         (dict(model_type="mixtral", router_aux_loss_coef=-1.0), ["router_aux_loss_coef", "-1.0"]),
         (dict(model_type="mixtral", num_local_experts=10**8), ["100,000,000 experts"]),
+        (dict(model_type="mixtral", num_local_experts=5000), ["5,000 experts in 32 layers"]),
         (dict(model_type="qwen3_moe", num_experts=0), ["num_experts", "at least 1", "0"]),
         (dict(model_type="qwen3_moe", num_local_experts=4), ["num_experts_per_tok is 8", "4 experts"]),
         (dict(model_type="qwen3_moe", mlp_only_layers=3), ["mlp_only_layers", "list", "3"]),
@@ -359,6 +360,14 @@ def test_configs_that_do_not_fit_are_refused(config, words, tmp_path):
         load_model(tmp_path)
     for word in words:
         assert word in str(caught.value)
+
+
+@pytest.mark.parametrize("kind", [Mixtral, Qwen3Moe])
+def test_of_size_makes_two_experts_as_large_as_the_network_of_a_llama(kind):
+    found = kind.config_class.of_size(50, context=32, n_layer=2, n_head=4, n_embd=24)
+    width = found.intermediate_size if kind is Mixtral else found.moe_intermediate_size
+    assert (found.num_experts, found.num_experts_per_tok, width) == (8, 2, 32)
+    assert found.output_router_logits and found.norm_topk_prob and found.sliding_window is None
 
 
 PUBLISHED = [

@@ -64,10 +64,11 @@ def test_arrays_of_separate_experts_stay_as_they_are():
     assert per_expert("no mapping", *NAMES) == "no mapping"
 
 
-def test_an_odd_number_of_rows_is_not_halved():
-    """One of gate and up would lack a row: the array keeps its name, which no model has."""
-    found = per_expert({"mlp.experts.gate_up_proj": np.ones((E, 2 * INNER + 1, C))}, *NAMES)
-    assert dict(found.shapes) == {"mlp.experts.gate_up_proj": (E, 2 * INNER + 1, C)}
+@pytest.mark.parametrize("shape", [(E, 2 * INNER + 1, C), (E,), (E, 2 * INNER)])
+def test_an_array_of_another_shape_is_not_divided(shape):
+    """One of gate and up would lack a row, say: the array keeps its name, which no model has."""
+    found = per_expert({"mlp.experts.gate_up_proj": np.ones(shape)}, *NAMES)
+    assert dict(found.shapes) == {"mlp.experts.gate_up_proj": shape}
 
 
 def test_the_same_matrix_twice_is_an_error():

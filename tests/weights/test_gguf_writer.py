@@ -149,6 +149,29 @@ def test_rows_that_do_not_divide_by_32_are_float16_and_counted(saved, tmp_path):
     assert written.not_quantized == sum(kind == "F16" for kind in stored.values()) == 1 + 3 * 3
 
 
+@pytest.mark.parametrize("type_name", ["f32", "f16", "bf16", "q8_0"])
+@pytest.mark.parametrize("value", [np.nan, -np.inf])
+def test_a_weight_that_is_not_finite_is_refused(saved, tmp_path, type_name, value):
+    config, tensors = saved("llama3")
+    damaged = tensors | {"model.norm.weight": np.full_like(tensors["model.norm.weight"], value)}
+    said = message_of(tmp_path / "m.gguf", config, damaged, type_name)
+    assert "output_norm.weight has a weight that is not finite" in said and list(tmp_path.iterdir()) == []
+
+
+def test_the_file_says_which_layers_have_a_window(saved, tmp_path):
+    config, tensors = saved("gemma3")
+    write_gguf(tmp_path / "m.gguf", config, tensors, about={"gemma3.attention.sliding_window_pattern": 2})
+    kinds = GGUFFile(tmp_path / "m.gguf").config["layer_types"]
+    assert kinds == [["sliding_attention", "full_attention"][i % 2] for i in range(len(kinds))]
+
+
+@pytest.mark.parametrize("alignment", ["32", 48])
+def test_an_alignment_that_is_no_power_of_two_is_refused(saved, tmp_path, alignment):
+    write_gguf(tmp_path / "m.gguf", *saved("llama3"), about={"general.alignment": alignment})
+    with pytest.raises(Error, match=f"general.alignment is {alignment!r}, not a power of two"):
+        GGUFFile(tmp_path / "m.gguf")
+
+
 @pytest.mark.parametrize("type_name", ["f16", "q8_0"])
 def test_a_weight_too_large_for_float16_is_refused(saved, tmp_path, type_name):
     config, tensors = saved("llama3")

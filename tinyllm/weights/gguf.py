@@ -56,7 +56,7 @@ class GGUFFile(StoredTensors):
 
     def __getitem__(self, name: str) -> np.ndarray:
         array, part = read_tensor(self.path, self._header, self._entries[name]), self._parts[name]
-        if part in self._table.transposed and array.ndim == 2:
+        if part in self._table.transposed:  # of a bias nothing changes
             return array.T
         if part.endswith("norm") and self._table.offset_norms:
             return array - 1

@@ -110,7 +110,7 @@ def _plan(gguf, table: Table, config: Mapping, tensors: Mapping[str, np.ndarray]
             )
         if (is_bias and part not in table.biases) or (part == "output" and table.tied):
             raise Error(f"llama.cpp's {table.architecture} has no {name}: {INSTEAD}")
-        if part in table.transposed and not is_bias:
+        if part in table.transposed:  # of a bias nothing changes
             array = array.T
         found.setdefault(gguf_name, {"part": part, "arrays": {}})["arrays"][expert or 0] = array
     for part in table.needed_biases:
