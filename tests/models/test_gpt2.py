@@ -20,7 +20,7 @@ from support.models import (
     rewrite,
 )
 
-from tinyllm import GPT2, Error, GPT2Config, load_model, manual_seed, no_grad
+from tinyllm import GPT2, Error, GPT2Config, load_model, manual_seed, nn, no_grad
 from tinyllm.models import saving
 from tinyllm.models.gpt2 import ACTIVATIONS, SIZES, Conv1D
 
@@ -331,6 +331,16 @@ def test_dropout_is_reproducible_and_disabled_in_eval():
     assert model.loss(ids, targets).item() == plain.loss(ids, targets).item()
 
 
+def test_every_dropout_has_the_probability_of_its_place():
+    dropouts = dict(embd_pdrop=0.1, attn_pdrop=0.2, resid_pdrop=0.3)
+    model = GPT2(GPT2Config(**SMALL | dict(n_layer=1) | dropouts), rng=0)
+    found = {name: each.p for name, each in model.named_modules() if isinstance(each, nn.Dropout)}
+    assert found == {"drop": 0.1, "h.0.attn.resid_dropout": 0.3, "h.0.mlp.dropout": 0.3}
+    assert model.h[0].attn.attn_pdrop == 0.2
+    made = GPT2Config.of_size(13, context=8, n_layer=1, n_head=3, n_embd=12, dropout=0.4)
+    assert made.embd_pdrop == made.attn_pdrop == made.resid_pdrop == 0.4
+
+
 @pytest.mark.parametrize("place", ["embd_pdrop", "attn_pdrop", "resid_pdrop"])
 def test_every_dropout_has_an_effect_and_the_right_gradient(place):
     """With fixed masks the loss is smooth: compare its gradient with central differences."""
@@ -618,6 +628,8 @@ BAD_CONFIGS = {
     "negative": (dict(n_positions=-4), "n_positions .* not -4"),
     "n_inner": (dict(n_inner=0), "n_inner .* not 0"),
     "dropout": (dict(attn_pdrop=1.0), "attn_pdrop .* not 1.0"),
+    "dropout of the stream": (dict(resid_pdrop=1.0), "resid_pdrop .* not 1.0"),
+    "dropout of embeddings": (dict(embd_pdrop=1.0), "embd_pdrop .* not 1.0"),
     "negative dropout": (dict(attn_pdrop=-0.1), "attn_pdrop .* not -0.1"),
     "activation": (dict(activation_function="mish"), "activation_function 'mish' .* gelu_new"),
     "eps": (dict(layer_norm_epsilon=0.0), "layer_norm_epsilon .* not 0.0"),

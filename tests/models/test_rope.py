@@ -121,6 +121,12 @@ def test_cos_and_sin_equal_their_rotary_embedding(kind, length):
         np.testing.assert_allclose(ours, expected[0, :, :2].numpy(), rtol=0, atol=1e-6)
 
 
+@pytest.mark.parametrize("kind", ["yarn", "longrope"])
+def test_a_shorter_context_does_not_change_the_scores(kind):
+    given = {name: x for name, x in ROPES[kind].items() if name != "attention_factor"} | {"factor": 0.5}
+    assert attention_factor(LlamaConfig(**SMALL_LLAMA, rope_parameters=given)) == 1
+
+
 @pytest.mark.parametrize("size", ["Llama-3.1-8B", "Llama-3.2-1B"])
 def test_published_rope_scaling_has_an_effect(size):
     """Llama 3.1 keeps high frequencies, divides low ones by the factor, and interpolates in between."""
