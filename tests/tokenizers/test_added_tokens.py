@@ -94,6 +94,14 @@ def test_special_and_ordinary_added_tokens_in_ordinary_text(llama):
     assert special.encode("<|im_start|>") == [800]
 
 
+def test_the_order_of_added_tokens_does_not_matter_and_they_are_added_to_a_copy(llama):
+    base = load_tokenizer(llama())
+    tokens = {i: {"content": f"<{i}>", "special": True} for i in (803, 801)}
+    assert base.with_file_tokens(tokens).vocab_size == 804
+    assert base.vocab_size <= 801 and not {"<801>", "<803>"} & base.special_tokens.keys()
+    assert base.file_tokens() == {}
+
+
 def test_ids_without_a_token_are_refused(llama):
     tokenizer = load_tokenizer(llama(added_tokens={"<|im_start|>": 803}))
     assert tokenizer.vocab_size == 804

@@ -118,6 +118,8 @@ def test_tokenizer_config_of_a_llama_adds_eos(llama2, tmp_path, add_eos, closing
     del config["eos_token"]  # then it is that of the vocabulary
     write_folder(tmp_path, llama2 / "tokenizer.model", tokenizer_config=config)
     assert check_equals_transformers(folder).closing_ids == closing
+    write_folder(tmp_path, llama2 / "tokenizer.model", generation_config={"eos_token_id": [2, 1]})
+    assert load_tokenizer(folder).closing_ids == closing  # only the first one
     config["add_eos_token"] = 1
     write_folder(tmp_path, llama2 / "tokenizer.model", tokenizer_config=config)
     assert "add_eos_token" in message_of(load_tokenizer, tmp_path)
@@ -159,6 +161,25 @@ def test_gguf_with_sentencepiece_adds_it_by_default(tmp_path, keys, expected):
     assert (tokenizer.bos_id, tokenizer.eos_ids, tokenizer.closing_ids) == (1, (2,), ())
     keys = sentencepiece_keys() | {"add_eos_token": True}
     assert load_tokenizer(write_gguf(tmp_path / "b.gguf", **keys)).closing_ids == (2,)
+
+
+def test_gguf_ids_that_end_a_turn_end_a_text(tmp_path):
+    keys = sentencepiece_keys() | {"eot_token_id": 9, "eom_token_id": 10}
+    assert load_tokenizer(write_gguf(tmp_path / "a.gguf", **keys)).eos_ids == (2, 9, 10)
+    size = len(keys["tokens"])
+    said = message_of(load_tokenizer, write_gguf(tmp_path / "b.gguf", **keys | {"eot_token_id": size}))
+    assert f"eot_token_id = {size}, not an id below {size}" in said
+
+
+def test_gguf_piece_that_is_spelled_like_a_byte_is_a_text(tmp_path):
+    keys = {
+        "tokens": ["<unk>", "<s>", "</s>", "<0x41>", "▁a"],
+        "token_type": [2, 3, 3, 1, 1],
+        "scores": [0.0] * 5,
+    }
+    assert (
+        load_tokenizer(write_gguf(tmp_path / "a.gguf", model="llama", **keys)).decode_bytes([3]) == b"<0x41>"
+    )
 
 
 @pytest.mark.parametrize("pre, default", [("llama-bpe", True), ("gpt-2", False), ("smollm", False)])
