@@ -220,6 +220,12 @@ def test_gguf_keys_of_wrong_type_are_rejected(tmp_path, key, value):
     assert "m.gguf" in said and key in said
 
 
+def test_rows_of_a_gguf_model_without_a_token_are_unused_ids(tmp_path):
+    keys = {"tokens": [*SYMBOLS, "ab", "[PAD257]"], "token_type": [1] * 257 + [5], "merges": ["a b"]}
+    tokenizer = load_tokenizer(write_gguf(tmp_path / "m.gguf", model="gpt2", pre="gpt-2", **keys))
+    assert list(tokenizer.unused_ids(258)) == [257]
+
+
 def test_damaged_gguf_vocabularies_are_rejected(byte_level, tmp_path):
     path = tmp_path / "a.gguf"
 

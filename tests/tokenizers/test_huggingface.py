@@ -331,6 +331,7 @@ def test_ids_and_template_from_the_config_files(byte_level, tmp_path):
     for config, named in (
         (gpt2, "50256"),
         ({"eos_token_id": -1}, "-1"),
+        ({"eos_token_id": tokenizer.vocab_size}, str(tokenizer.vocab_size)),
         ({"eos_token_id": [5000, 1]}, "5000"),
     ):
         with pytest.warns(UserWarning, match=f"{named}, which is ignored"):
