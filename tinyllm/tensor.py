@@ -25,7 +25,8 @@ from tinyllm.backend.dtypes import is_floating, is_half, mixed_dtypes, mixed_pre
 from tinyllm.backend.memory import is_kept
 from tinyllm.checks import as_array, check_gradient
 from tinyllm.errors import Error, names_shapes
-from tinyllm.tensor_ops import ArrayAlgebra, At, as_rows, constant, number_for, vector_matmul
+from tinyllm.tensor_einsum import vector_matmul
+from tinyllm.tensor_ops import ArrayAlgebra, At, as_rows, constant, number_for
 
 # --------------------------------------------------------------------------- the chain rule
 

@@ -1,4 +1,4 @@
-"""einsum, and its notation: one letter per axis."""
+"""Sums of products: einsum, with its notation of one letter per axis, and the products of vectors."""
 
 import string
 
@@ -7,6 +7,23 @@ import numpy as np
 from tinyllm.backend.dtypes import is_half
 from tinyllm.errors import Error, names_shapes
 from tinyllm.tensor_ops import check_tensors
+
+
+def vector_matmul(a, b):
+    """``a @ b`` where a, b or both are vectors: a row on the left, a column on the right.
+
+    (K,) @ (K,) -> (), (K,) @ (..., K, N) -> (..., N) and (..., M, K) @ (K,) -> (..., M). The gradient is that
+    of the ops it is composed of: for c = a · b, da = dc b and db = dc a; otherwise that of a matrix product.
+    """
+    if a.shape[-1] != b.shape[-2:][0]:
+        raise Error(f"@ needs rows on the left as long as columns on the right, not {a.shape} and {b.shape}")
+    if a.ndim == b.ndim == 1:
+        return (a * b).sum()
+    if a.ndim == 1:
+        out = a.reshape(1, -1) @ b
+        return out.reshape(out.shape[:-2] + out.shape[-1:])
+    out = a @ b.reshape(-1, 1)
+    return out.reshape(out.shape[:-1])
 
 
 @names_shapes

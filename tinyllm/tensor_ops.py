@@ -48,6 +48,17 @@ def _comparison(compare):
     return method
 
 
+def _in_place(operate):
+    """The method of Tensor for ``x -= y`` and its like: ``x = x - y``, by which a parameter would be lost."""
+
+    def method(self, other):
+        if self.requires_grad and self.node.parents == ():
+            raise Error("a leaf that requires a gradient is not changed in place: write w.data -= …")
+        return operate(self, other)
+
+    return method
+
+
 class ArrayAlgebra:
     """Tensor's methods for layout, indexing, comparison, functions, reductions, dtype and device."""
 
@@ -95,6 +106,8 @@ class ArrayAlgebra:
             out = einops.rearrange(self.data, pattern, **sizes)
         except einops.EinopsError as error:
             raise ValueError(" ".join(str(error).split())) from None
+        except ZeroDivisionError:
+            raise ValueError(f"a size of 0 in {sizes} leaves the rest of its group unknown") from None
         return self.from_op(out, (self,), vjp)
 
     @names_shapes
@@ -133,6 +146,10 @@ class ArrayAlgebra:
     __lt__, __le__ = _comparison(operator.lt), _comparison(operator.le)
     __gt__, __ge__ = _comparison(operator.gt), _comparison(operator.ge)
     __hash__ = object.__hash__
+
+    __iadd__, __isub__ = _in_place(operator.add), _in_place(operator.sub)
+    __imul__, __itruediv__ = _in_place(operator.mul), _in_place(operator.truediv)
+    __ipow__, __imatmul__ = _in_place(operator.pow), _in_place(operator.matmul)
 
     # -------------------------------------------------------------------------- reductions
 
@@ -243,23 +260,6 @@ class ArrayAlgebra:
 # ------------------------------------------------------------- functions of several tensors
 
 
-def vector_matmul(a, b):
-    """``a @ b`` where a, b or both are vectors: a row on the left, a column on the right.
-
-    (K,) @ (K,) -> (), (K,) @ (..., K, N) -> (..., N) and (..., M, K) @ (K,) -> (..., M). The gradient is that
-    of the ops it is composed of: for c = a · b, da = dc b and db = dc a; otherwise that of a matrix product.
-    """
-    if a.shape[-1] != b.shape[-2:][0]:
-        raise Error(f"@ needs rows on the left as long as columns on the right, not {a.shape} and {b.shape}")
-    if a.ndim == b.ndim == 1:
-        return (a * b).sum()
-    if a.ndim == 1:
-        out = a.reshape(1, -1) @ b
-        return out.reshape(out.shape[:-2] + out.shape[-1:])
-    out = a @ b.reshape(-1, 1)
-    return out.reshape(out.shape[:-1])
-
-
 @names_shapes
 def concatenate(tensors, axis=0):
     """As ``np.concatenate``; the vjp splits the gradient."""
@@ -288,7 +288,9 @@ def split(tensor, sections, axis=0) -> list:
     """
     (axis,) = normalize_axis_tuple(axis, tensor.ndim)
     length, by_sizes = tensor.shape[axis], isinstance(sections, (list, tuple))
-    sizes = list(sections) if by_sizes else [length // max(sections, 1)] * sections
+    if not by_sizes:
+        check_at_least(sections, 1, f"the number of parts of an axis of length {length}")
+    sizes = list(sections) if by_sizes else [length // sections] * sections
     if sum(sizes) != length or min(sizes, default=-1) < 0:
         parts = f"parts of sizes {sizes}" if by_sizes else f"{sections} equal parts"
         raise Error(f"cannot split an axis of length {length} into {parts}")

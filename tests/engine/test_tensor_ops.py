@@ -469,6 +469,7 @@ NOT_OPS = {f"__{name}__" for name in "init repr bool float int format len iter a
 NOT_OPS |= {"from_op", "saved", "backward"}  # the graph
 NOT_OPS |= {"replace", "detach", "item", "no_grad", "retain_grad"}  # without a gradient
 NOT_OPS |= {f"__{name}__" for name in "eq ne lt le gt ge hash".split()}
+NOT_OPS |= {f"__i{name}__" for name in "add sub mul truediv pow matmul".split()}
 NOT_OPS |= {"to"}  # between devices: tests/backend/test_device_discipline.py
 
 
@@ -599,6 +600,19 @@ def test_condition_of_where_may_be_a_comparison_or_a_boolean_tensor():
     x = Tensor(np.array([-1.0, 2.0]), requires_grad=True)
     for condition in (x > 0, Tensor(x > 0)):
         assert where(condition, x, 0.0).data.tolist() == [0, 2]
+
+
+@pytest.mark.parametrize("name", ["add", "sub", "mul", "truediv", "pow", "matmul"])
+def test_an_operator_in_place_is_the_operator_except_on_a_leaf_with_a_gradient(name):
+    in_place, plain = getattr(operator, f"i{name}"), getattr(operator, name)
+    x, w = Tensor(np.array([3.0, 5.0])), Tensor(np.array([2.0, 4.0]), requires_grad=True)
+    for result in (in_place(x, w), in_place(x * w, w)):
+        assert result.requires_grad
+    assert np.array_equal(in_place(x, w).data, plain(x.data, w.data))
+    assert x.data.tolist() == [3, 5]
+    with pytest.raises(Error, match=r"w\.data"):
+        in_place(w, x)
+    assert w.data.tolist() == [2, 4]
 
 
 def test_requires_grad_can_be_set_on_a_leaf():
@@ -788,6 +802,7 @@ ERRORS = {  # mistake -> (call, words in its message: the value and the remedy)
         lambda: setattr(leaf(2) * 2, "requires_grad", False),
         ["computed", "detach()"],
     ),
+    "a leaf changed in place": (lambda: operator.isub(leaf(2), 1.0), ["leaf", "w.data"]),
     "truth of a Tensor": (lambda: bool(leaf(2)), [".data", ".item()"]),
     "np.asarray of a Tensor": (lambda: np.asarray(leaf(2)), [".data"]),
     "float32 + float64": (lambda: leaf(2) + np.ones(2, np.float32), ["float64", "float32", "astype()"]),
@@ -889,6 +904,7 @@ WRONG_SHAPES = {  # each is an error in NumPy; the shapes that the message names
     "swapaxes": (lambda: leaf(2, 3).swapaxes(0, 2), ["(2, 3)", "2"]),
     "swapaxes of a scalar": (lambda: leaf().swapaxes(0, 1), ["()", "0"]),
     "rearrange": (lambda: leaf(2, 3).rearrange("a (b c) -> a b c", b=2), ["(2, 3)", "(b c)"]),
+    "rearrange into no groups": (lambda: leaf(4).rearrange("(a b) -> a b", a=0), ["(4,)", "{'a': 0}"]),
     "rearrange of more axes": (lambda: leaf(2, 3).rearrange("a b c -> c b a"), ["(2, 3)", "a b c"]),
     "index": (lambda: leaf(2, 3)[2], ["(2, 3)", "2"]),
     "index of an array": (lambda: leaf(2, 3)[np.array([0, 5])], ["(2, 3)", "5"]),
@@ -913,6 +929,7 @@ WRONG_SHAPES = {  # each is an error in NumPy; the shapes that the message names
     "split of a negative size": (lambda: split(leaf(3), [4, -1]), ["3", "[4, -1]"]),
     "split into nothing": (lambda: split(leaf(3), []), ["3", "[]"]),
     "split into 0": (lambda: split(leaf(3), 0), ["3", "0"]),
+    "split into 1.5": (lambda: split(leaf(3), 1.5), ["3", "1.5", "whole number"]),
     "split of a scalar": (lambda: split(leaf(), 1), ["()"]),
     "chunk": (lambda: chunk(leaf(3), 0), ["0", "at least 1"]),
     "chunk along no axis": (lambda: chunk(leaf(3), 2, 1), ["(3,)"]),

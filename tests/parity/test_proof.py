@@ -120,6 +120,7 @@ NOT_OPS = {f"__{name}__" for name in "init repr bool float int format len iter a
 NOT_OPS |= {"from_op", "saved", "backward", "no_grad"}  # bookkeeping of the graph
 NOT_OPS |= {"replace", "detach", "item", "to", "retain_grad"}  # access to arrays, moving them to a device
 NOT_OPS |= {f"__{name}__" for name in "eq ne lt le gt ge hash".split()}  # without a gradient
+NOT_OPS |= {f"__i{name}__" for name in "add sub mul truediv pow matmul".split()}  # the ops without the i
 
 
 def tensor_ops():
