@@ -19,6 +19,7 @@ from tinyllm.data import token_file
 from tinyllm.data.corpus import encode_documents, open_corpus
 from tinyllm.data.token_file import INDEX, PART, PROGRESS, TOKENS, TokenFile, tokenize_corpus
 from tinyllm.errors import Error
+from tinyllm.files import lock
 from tinyllm.tokenizers import load_tokenizer
 from tinyllm.tokenizers.base import END_OF_TEXT
 from tinyllm.tokenizers.bpe import BPETokenizer
@@ -355,11 +356,18 @@ def test_full_disk_error_states_the_space_needed(tmp_path):
     assert "(Input/output error) after 0.0 of 40.0 MB of text: fix this and run it again" in str(error)
 
 
-def test_one_writer_at_a_time(tmp_path, corpus):
+def test_one_writer_at_a_time(tmp_path, corpus, monkeypatch):
+    def remembered(*arguments):
+        locks.append(lock(*arguments))
+        return locks[-1]
+
+    locks = []
+    monkeypatch.setattr(token_file, "lock", remembered)
     (tmp_path / "t").mkdir()
     with FileLock(tmp_path / "t" / token_file.LOCK), pytest.raises(Error, match="another process is writing"):
         tokenize_corpus(corpus, GPT2, "refuse", tmp_path / "t")
     assert tokenize_corpus(corpus, GPT2, "refuse", tmp_path / "t").tokens.tolist() == expected(corpus)
+    assert [lock.is_locked for lock in locks] == [False]
 
 
 def test_file_finished_by_another_process_is_opened(tmp_path, corpus, monkeypatch):
@@ -420,6 +428,12 @@ def test_open_checks_the_given_arguments_only(tmp_path, corpus):
             TokenFile.open(folder, *arguments)
 
 
+def test_the_order_in_which_a_tokenizer_is_described_does_not_matter(monkeypatch):
+    sha256, described = token_file.tokenizer_sha256(BYTES), list(BYTES.to_json().items())
+    monkeypatch.setattr(BPETokenizer, "to_json", lambda _: dict(reversed(described)))
+    assert token_file.tokenizer_sha256(BYTES) == sha256
+
+
 def test_text_changed_while_tokenizing_is_detected(tmp_path, corpus, monkeypatch):
     documents = list(corpus.documents())
     write_jsonl(tmp_path / "corpus.jsonl", [*documents[:-1], "the End"])  # after the corpus was opened
@@ -436,6 +450,10 @@ def test_documents_without_an_end_of_text_token_fail_early(tmp_path, corpus):
     with pytest.raises(Error, match=r"'char' has no <\|endoftext\|>"):
         tokenize_corpus(corpus, tokenizer, "refuse", tmp_path / "t")
     assert not (tmp_path / "t").exists()
+    two = write_jsonl(tmp_path / "two.jsonl", list(corpus.documents())[:2])
+    with pytest.raises(Error, match=r"'char' has no <\|endoftext\|>"):
+        tokenize_corpus(two, tokenizer, "refuse", tmp_path / "t")
+    assert not (tmp_path / "t").exists()
     extended = tokenizer.with_special_tokens([END_OF_TEXT])
     ids = tokenize_corpus(corpus, extended, "refuse", tmp_path / "t").tokens.tolist()
     assert ids == expected(corpus, extended)
@@ -451,6 +469,7 @@ def test_special_token_with_a_space_is_rejected(tmp_path, corpus):
 def test_other_folders_are_rejected(tmp_path, corpus):
     for content, said in [
         ("[]", "no token file of format 1"),
+        ("{}", "no token file of format 1"),
         ('{"format": 2}', "no token file of format 1"),
         ("{", "cannot be read"),
     ]:
@@ -501,6 +520,7 @@ def test_inconsistent_index_is_rejected(tmp_path, corpus):
         {"special": 1},
         {"count": index["count"] + 1},
         {"count": float("nan")},
+        {"chunks": [[index["count"] - 1, index["corpus"]["bytes"]]]},
         {"chunks": None},
         {"chunks": []},
         {"chunks": [[1, 2, 3]]},
@@ -513,6 +533,11 @@ def test_inconsistent_index_is_rejected(tmp_path, corpus):
         with pytest.raises(Error, match="delete") as caught:
             TokenFile.open(folder)
         assert str(folder) in str(caught.value)
+    no_ids = index | {"count": 0, "chunks": [[0, index["corpus"]["bytes"]]]}
+    (folder / INDEX).write_text(json.dumps(no_ids), encoding="utf-8")
+    (folder / TOKENS).write_bytes(b"")
+    with pytest.raises(Error, match=r"the index of .* is damaged"):
+        TokenFile.open(folder)
     (folder / INDEX).write_text("[" * 100_000, encoding="utf-8")
     with pytest.raises(Error, match=r"cannot be read .*delete the folder"):
         TokenFile.open(folder)
@@ -605,6 +630,12 @@ def test_split_of_too_little(tmp_path):
     for fraction in (0, 1, float("nan")):
         with pytest.raises(Error, match="validation_fraction is"):
             file.split(fraction)
+    # A text that ends with its chunk has no empty chunk after it, to which a split could cut.
+    whole = write_jsonl(tmp_path / "whole.jsonl", ["ten chars." * 10])
+    file = tokenize_corpus(whole, GPT2, "refuse", tmp_path / "u")
+    assert file.index["chunks"] == [[len(file.tokens), 100]]
+    with pytest.raises(Error, match="it has 1"):
+        file.split(0.5)
 
 
 # Memory
