@@ -266,6 +266,27 @@ def test_resumes_after_kill_at_every_disk_operation(tmp_path, corpus):
     assert steps >= 2 * (chunks // 7 + 1) + 5
 
 
+def test_the_index_is_written_when_its_ids_are_on_disk_and_only_it_if_that_is_all(
+    tmp_path, corpus, monkeypatch
+):
+    def flushed(folder):
+        synced.append((folder / TOKENS).exists())
+
+    def interrupted(*_):
+        assert synced == [True]  # the folder, after its file of ids got its name
+        raise KeyboardInterrupt
+
+    synced = []
+    with monkeypatch.context() as patched:
+        patched.setattr(token_file, "sync_folder", flushed)
+        patched.setattr(token_file, "write_whole", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            tokenize_corpus(corpus, GPT2, "refuse", tmp_path / "t")
+    monkeypatch.delattr(token_file, "encode_documents")  # not encoded again
+    ids = tokenize_corpus(corpus, GPT2, "refuse", tmp_path / "t").tokens.tolist()
+    assert ids == expected(corpus)
+
+
 def test_resumes_from_a_progress_file_cut_anywhere(tmp_path, corpus, monkeypatch):
     """A crash may leave an incomplete last line, and ids that are not yet recorded."""
     folder = tmp_path / "t"
@@ -342,12 +363,12 @@ def test_full_disk_is_reported_and_resumed(tmp_path, corpus, monkeypatch):
 
 
 def test_full_disk_error_states_the_space_needed(tmp_path):
-    full = OSError(errno.ENOSPC, "No space left on device")
     about = {"corpus": {"bytes": 40_000_000}, "dtype": "<u2"}
-    error = token_file._cannot_write(
-        full, tmp_path, about, [[2_000_000, 8_000_000]] * 2, [[500_000, 2_000_000]]
-    )
-    assert "after 16.0 of 40.0 MB of text: free about 12.0 MB more and run it again" in str(error)
+    chunks, unrecorded = [[2_000_000, 8_000_000]] * 2, [[1_000_000, 2_000_000]]
+    for number in (errno.EDQUOT, errno.ENOSPC):
+        full = OSError(number, "No space left on device")
+        error = token_file._cannot_write(full, tmp_path, about, chunks, unrecorded)
+        assert "after 16.0 of 40.0 MB of text: free about 13.3 MB more and run it again" in str(error)
     error = token_file._cannot_write(
         full, tmp_path, about, [], []
     )  # nothing encoded yet: at most one id per byte
