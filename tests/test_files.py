@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from tinyllm import files
 from tinyllm.data.corpus import open_corpus
 from tinyllm.errors import Error
-from tinyllm.files import check_is_file, parse_json, read_file, read_json, read_text
+from tinyllm.files import check_is_file, check_is_writable, parse_json, read_file, read_json, read_text
 from tinyllm.weights.gguf_format import read_header
 
 posix = pytest.mark.skipif(os.name != "posix", reason="Windows has no pipes with names and no /dev/zero")
@@ -137,6 +137,18 @@ def test_a_file_that_was_not_finished_leaves_the_old_one(tmp_path, stop):
         new.write_text("ne")
         raise stop
     assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
+
+
+@posix
+def test_a_file_that_cannot_be_replaced_is_known_before(tmp_path, monkeypatch):
+    """Replacing a file needs permission to make one in its folder; a device is written directly."""
+    asked = []
+    monkeypatch.setattr(os, "access", lambda *arguments: asked.append(arguments))
+    (tmp_path / "old").write_text("old")
+    for name in ("old", "new"):
+        assert f"no file can be made in {tmp_path}" in message_of(check_is_writable, tmp_path / name)
+    assert asked == [(tmp_path, os.W_OK | os.X_OK)] * 2
+    check_is_writable(Path(os.devnull))
 
 
 def test_time_of_a_repeated_key_is_linear():

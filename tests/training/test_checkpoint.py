@@ -17,7 +17,7 @@ from support.runs import full_disk
 from parity.durability.faults import raising, writing
 from tinyllm import GPT2, GPT2Config, Llama, LlamaConfig, load_model
 from tinyllm.errors import Error
-from tinyllm.files import append_whole, lock, read_sealed, sealed, write_whole
+from tinyllm.files import append_whole, lock, read_sealed, sealed, sync_folder, write_whole
 from tinyllm.optim import AdamW
 from tinyllm.training.checkpoint import (
     check_space,
@@ -379,12 +379,23 @@ def test_write_whole_leaves_the_old_or_the_new_file_whatever_fails(tmp_path):
     write_whole(path, b"old")
     with writing() as calls:
         write_whole(path, b"newer")
+    last = ["write", "fsync", "replace", *["fsync"] * AFTER_THE_RENAME]  # the file, its name, the folder
+    assert calls[-len(last) :] == last
     for n in range(len(calls)):
         write_whole(path, b"old")
         with writing(n, raising(OSError(errno.EIO, "broken"))), pytest.raises(OSError, match="broken"):
             write_whole(path, b"newer")
         assert path.read_bytes() == (b"newer" if n == len(calls) - AFTER_THE_RENAME else b"old")
         assert list(tmp_path.iterdir()) == [path]
+
+
+def test_flushing_a_folder_leaves_nothing_open(tmp_path):
+    lowest = [os.dup(0)]
+    os.close(lowest[0])
+    sync_folder(tmp_path)
+    lowest.append(os.dup(0))
+    os.close(lowest[1])
+    assert lowest[0] == lowest[1]
 
 
 def test_append_whole_appends_everything_or_nothing(tmp_path):
