@@ -374,6 +374,11 @@ def test_read_sealed_refuses_files_without_a_hash(tmp_path, data):
         read_sealed(tmp_path / "x.json")
 
 
+def test_what_json_cannot_say_is_not_sealed():
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        sealed({"loss": float("nan")})
+
+
 def test_write_whole_leaves_the_old_or_the_new_file_whatever_fails(tmp_path):
     path = tmp_path / "file"
     write_whole(path, b"old")
