@@ -215,6 +215,62 @@ def test_buckets_change_nothing(monkeypatch):
         np.testing.assert_allclose(mine.data, theirs.data, rtol=1e-13, err_msg=name)
 
 
+class Beside(OneProcess):
+    """The first of two processes; ``other`` makes what the second one gathers of what this one does."""
+
+    size = 2
+
+    def gather(self, value=None):
+        return [value, self.other(value)]
+
+    def name(self, rank):
+        return f"process {rank}"
+
+
+def test_a_process_without_rows_has_no_gradient_where_no_process_has_one():
+    model, processes = start(Job()), Beside()
+    first, *rest = model.parameters()
+    replicas = Replicas(processes, AdamW(model))
+    replicas.deal(batch_at(0), MICRO_BATCH)
+    processes.other = lambda here: ([2.0], here[1], [True, *[False] * len(rest)])
+    assert replicas.all_losses([1.0]) == [1.0, 2.0]
+    assert replicas.losses_of == [[1.0], [2.0]]
+    assert not first.grad.any() and all(parameter.grad is None for parameter in rest)
+
+
+def test_every_array_of_a_batch_is_compared():
+    model, processes, said = start(Job()), Beside(), []
+    replicas = Replicas(processes, AdamW(model))
+    processes.other = lambda here: said.append(here) or said[0]
+    for changed in range(len(batch_at(0))):
+        said.clear()
+        replicas.deal(batch_at(0), MICRO_BATCH)
+        assert replicas.all_losses([1.0]) == [1.0, 1.0]
+        replicas.deal(tuple(array + (i == changed) for i, array in enumerate(batch_at(0))), MICRO_BATCH)
+        with pytest.raises(Error, match="process 1 has another batch than process 0"):
+            replicas.all_losses([1.0])
+
+
+def test_parameters_become_contiguous_and_keep_their_values():
+    model, expected = start(Job()), start(Job())
+    for parameter in model.parameters():
+        parameter.replace(np.asfortranarray(parameter.data))
+    Replicas(OneProcess(), AdamW(model))
+    for parameter, other in zip(model.parameters(), expected.parameters()):
+        assert parameter.data.flags.c_contiguous and np.array_equal(parameter.data, other.data)
+
+
+def test_a_step_that_was_stopped_sends_no_message():
+    def stopped():
+        raise KeyboardInterrupt
+
+    model, processes = start(Job()), Beside()
+    optimizer = AdamW(model)
+    replicas = Replicas(processes, optimizer)
+    with pytest.raises(KeyboardInterrupt):  # and not AttributeError: it has no ``other`` to ask
+        replicas.clip_grad_norm(optimizer, 1.0, stopped)
+
+
 @pytest.mark.parametrize("sharded", [False, True])
 def test_the_parts_to_profile_are_a_step(sharded):
     one, other = start(Job()), start(Job())
