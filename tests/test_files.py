@@ -79,8 +79,13 @@ def test_a_pipe_that_replaced_a_file_after_the_check_is_refused(tmp_path, monkey
         return status
 
     monkeypatch.setattr(files, "check_is_file", swap)
+    lowest = [os.dup(0)]
+    os.close(lowest[0])
     with pytest.raises(OSError, match="regular file"):
         files.open_regular(tmp_path / name)
+    lowest.append(os.dup(0))
+    os.close(lowest[1])
+    assert lowest[0] == lowest[1]  # it is not left open
 
 
 def test_a_file_too_large_for_memory_is_refused(tmp_path):
