@@ -29,7 +29,7 @@ from tinyllm.training.config import TrainConfig
 from tinyllm.training.metrics import best_checkpoint, read_run
 from tinyllm.training.output import wrap
 from tinyllm.training.picture import plot_losses
-from tinyllm.training.run_folder import begun_config
+from tinyllm.training.run_folder import RunFolder, begun_config
 from tinyllm.training.tasks.pretrain import train
 from tinyllm.weights.runs import checkpoints, last_checkpoint, step_of
 
@@ -452,6 +452,18 @@ def test_two_new_runs_in_one_folder_are_refused(text, tmp_path):
     train(tiny(text, out), progress=False)  # a lock file that is not held is ignored
     with pytest.raises(Error, match="not an empty folder"):
         train(tiny(text, out), progress=False)
+
+
+def test_a_run_that_another_process_started_meanwhile_is_not_overwritten(text, tmp_path, monkeypatch):
+    def later(folder):
+        (folder.folder / "config.json").write_text("another run's")
+        take_lock(folder)
+
+    take_lock = RunFolder._take_lock
+    monkeypatch.setattr(RunFolder, "_take_lock", later)
+    with pytest.raises(Error, match="not an empty folder"):
+        train(tiny(text, tmp_path / "run"), progress=False)
+    assert (tmp_path / "run" / "config.json").read_text() == "another run's"
 
 
 def test_a_disk_too_full_for_a_checkpoint_stops_the_run_which_can_resume(
