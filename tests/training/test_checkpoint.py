@@ -22,6 +22,7 @@ from tinyllm.optim import AdamW
 from tinyllm.training.checkpoint import (
     check_space,
     load_checkpoint,
+    lost_evaluations,
     remove_checkpoint,
     remove_left_overs,
     save_checkpoint,
@@ -220,6 +221,9 @@ def test_a_truncated_longer_or_missing_file_is_detected(saved, name):
     (saved / name).unlink()
     with pytest.raises(Error, match=f"{name} cannot be read"):
         verify(saved)
+    (saved / name).mkdir()
+    with pytest.raises(Error, match=f"{name} cannot be read"):
+        verify(saved)
 
 
 def test_an_invalid_checkpoint_json_with_a_valid_hash_is_refused(saved):
@@ -243,6 +247,15 @@ def test_averages_that_do_not_match_the_steps_are_refused(saved):
     with pytest.raises(Error, match=r"optimizer\.safetensors cannot be read"):
         (saved / "optimizer.safetensors").write_bytes(b"\xff" * 20)
         load_checkpoint(saved, about, model, optimizer)
+
+
+def test_lost_evaluations_are_those_after_the_records_and_before_the_step(tmp_path):
+    for step, val_loss in ((1, 5.0), (2, 4.0), (3, None), (4, 3.0), (5, 2.0)):
+        about = ABOUT | {"step": step, "val_loss": val_loss}
+        save_checkpoint(checkpoint_folder(tmp_path, step), *trained(a_model()), about)
+    lost = [{"step": step, "tokens": 48, "val_loss": val_loss} for step, val_loss in ((2, 4.0), (4, 3.0))]
+    assert lost_evaluations(tmp_path, [{"step": 1}], before=5) == lost
+    assert [record["step"] for record in lost_evaluations(tmp_path, [], before=2)] == [1]
 
 
 # Injected faults
