@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -21,8 +22,10 @@ from tinyllm.files import append_whole, lock, read_sealed, sealed, sync_folder, 
 from tinyllm.optim import AdamW
 from tinyllm.training.checkpoint import (
     check_space,
+    hash_weights,
     load_checkpoint,
     lost_evaluations,
+    machine,
     remove_checkpoint,
     remove_left_overs,
     save_checkpoint,
@@ -30,6 +33,7 @@ from tinyllm.training.checkpoint import (
     verify,
 )
 from tinyllm.weights.runs import checkpoint_folder, checkpoints
+from tinyllm.weights.safetensors import write_safetensors
 
 ABOUT = {
     "step": 3,
@@ -247,6 +251,9 @@ def test_averages_that_do_not_match_the_steps_are_refused(saved):
     with pytest.raises(Error, match=r"optimizer\.safetensors cannot be read"):
         (saved / "optimizer.safetensors").write_bytes(b"\xff" * 20)
         load_checkpoint(saved, about, model, optimizer)
+    write_safetensors(saved / "optimizer.safetensors", {"x.wte.weight": np.zeros(1, np.float32)})
+    with pytest.raises(Error, match=r"optimizer\.safetensors cannot be read"):
+        load_checkpoint(saved, about, model, optimizer)
 
 
 def test_lost_evaluations_are_those_after_the_records_and_before_the_step(tmp_path):
@@ -324,6 +331,7 @@ def test_a_checkpoint_is_renamed_before_it_is_removed(saved, monkeypatch):
         remove_checkpoint(saved)
     assert checkpoints(saved.parent) == []
     monkeypatch.undo()
+    (saved.parent / ".saving-12345678-metrics.jsonl").write_text("{}")
     remove_left_overs(saved.parent)
     assert list(saved.parent.iterdir()) == []
 
@@ -332,7 +340,9 @@ def test_set_aside_renames_and_replaces_an_earlier_one(saved):
     for content in ("first", "second"):
         saved.mkdir(exist_ok=True)
         (saved / "note").write_text(content)
-        aside = set_aside(saved)
+        with writing() as calls:
+            aside = set_aside(saved)
+        assert calls == ["replace", *["fsync"] * AFTER_THE_RENAME]
         assert (aside / "note").read_text() == content
         assert [path.name for path in saved.parent.iterdir()] == ["damaged-step-000003"]
 
@@ -351,6 +361,24 @@ def test_check_space_needs_the_size_of_a_checkpoint_and_of_the_logs(tmp_path, mo
             with pytest.raises(OSError, match=said) as raised:
                 check_space(tmp_path, model.parameters(), optimizer)
             assert str(tmp_path) in str(raised.value)
+
+
+def test_the_hash_of_weights_has_their_names():
+    one, other = (SimpleNamespace(state_dict=lambda name=name: {name: np.ones(2)}) for name in "ab")
+    assert hash_weights(one) == hash_weights(one) != hash_weights(other)
+
+
+def test_the_machine_has_the_blas_of_numpy_also_without_an_architecture(monkeypatch):
+    about = {"user_api": "blas", "internal_api": "mkl", "num_threads": 2}
+    paths = {"1": "/packages/numpy/libmkl.so", "2": "/packages/torch/libmkl.so"}
+    found = [about | {"version": version, "filepath": path} for version, path in paths.items()]
+    openmp = {"user_api": "openmp", "filepath": "/packages/numpy/libgomp.so"}
+    for libraries, blas in (
+        ([openmp, *found], "mkl 1, None, threads: 2"),
+        (found[1:], "mkl 2, None, threads: 2"),
+    ):
+        monkeypatch.setattr("threadpoolctl.threadpool_info", lambda libraries=libraries: libraries)
+        assert machine("cpu")["blas"] == blas
 
 
 # Files
