@@ -148,7 +148,7 @@ class RunFolder:
     def _check_empty(self) -> None:
         if not self.folder.exists():
             return
-        if not self.folder.is_dir() or any(path.name != LOCK for path in self.folder.iterdir()):
+        if any(path.name != LOCK for path in self.folder.iterdir()):
             raise Error(f"{self.folder} exists and is not an empty folder: choose another --out")
 
     def _take_lock(self) -> None:
