@@ -12,6 +12,7 @@ import sys
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -424,6 +425,26 @@ def test_a_picture_is_replaced_only_by_a_complete_one(text, tmp_path, monkeypatc
     assert (out / "loss.png").read_bytes() == b"picture"
     assert not list(out.glob(".*"))
     assert last_checkpoint(out).name == "step-000004"  # of the evaluation, although no checkpoint was due
+
+
+def test_the_time_left_is_that_of_the_steps_since_the_start(monkeypatch):
+    run = RunFolder.__new__(RunFolder)
+    run.task = SimpleNamespace(config=SimpleNamespace(steps=10))
+    run._started = 2, 100.0
+    monkeypatch.setattr(tinyllm.training.run_folder.time, "perf_counter", lambda: 108.0)
+    for run.step, seconds in ((2, None), (4, 8 / 2 * 6), (9, 8 / 7), (10, None)):
+        assert run._seconds_left() == seconds
+
+
+def test_weights_of_an_update_without_a_record_are_not_those_of_the_last_one():
+    run, updates = RunFolder.__new__(RunFolder), {"wte.weight": 3}
+    run.optimizer = SimpleNamespace(state_dict=lambda: {"t": dict(updates)})
+    run.log, run._updates = SimpleNamespace(history=[{"step": 3}]), dict(updates)
+    assert run.is_between_updates()
+    updates["wte.weight"] += 1
+    assert not run.is_between_updates()
+    run.log.history, run._updates = [], dict(updates)  # nothing was recorded
+    assert not run.is_between_updates()
 
 
 # Two processes, full disks
