@@ -128,6 +128,13 @@ def test_resume_names_the_run_of_a_checkpoint(tmp_path, whole, capsys):
     model = shutil.copytree(checkpoint, tmp_path / "model")
     assert main(["train", "--resume", str(model)]) == 2
     assert f"{model} is a model's folder" in capsys.readouterr().err
+    for name in ("model.safetensors.index.json", "adapter_model.safetensors"):
+        model = tmp_path / name.split(".")[0]
+        model.mkdir(exist_ok=True)
+        (model / "model.safetensors").unlink(missing_ok=True)
+        (model / name).write_text("{}")
+        with pytest.raises(Error, match="is a model's folder"):
+            begun_config(model)
 
 
 @pytest.mark.parametrize("damage", [b"", b"{}", b'{"train": {}}', b"\xff", None])
@@ -159,9 +166,10 @@ def test_an_invalid_config_with_a_valid_hash_is_refused(whole, tmp_path, change,
     (tmp_path / "config.json").write_bytes(sealed(about | {"train": about["train"] | change}))
     with pytest.raises(Error, match=said):
         begun_config(tmp_path)
-    (tmp_path / "config.json").write_bytes(sealed({"train": about["train"]}))
-    with pytest.raises(Error, match="was not written by this version"):
-        begun_config(tmp_path)
+    for key in ("train", "versions"):
+        (tmp_path / "config.json").write_bytes(sealed({key: about[key]}))
+        with pytest.raises(Error, match="was not written by this version"):
+            begun_config(tmp_path)
 
 
 def test_another_simd_level_causes_a_warning(text, tmp_path):
