@@ -176,6 +176,20 @@ def test_gradients_of_equal_ids_accumulate_in_float32(put):
     assert table.grad.get()[0, 0] == 9984.0  # 10,000 rounded to eight bits
 
 
+@on_gpus
+@every_short
+def test_gradients_of_weights_accumulate_in_float32(dtype, put):
+    """600 terms with as many bits as the dtype has: a sum of two of them has one more."""
+    term, rows = 1 + 2 * ROUNDING[dtype], 600
+    g, ones = put(np.full((rows, 3), term, dtype)), put(np.ones((rows, 3), np.float32))
+    _, of_bias = launch.sums_over_rows(g, np.float32)
+    of_norm = launch.sums_over_rows(g, np.float32, ones, ones[:, 0] * 0, ones[:, 0], centred=True)
+    of_table = put(np.zeros((2, 3), np.float32))
+    launch.add_rows_at(of_table, put(np.zeros(rows, np.int64)), g)
+    for gradient in (of_bias, *of_norm, of_table[0]):
+        np.testing.assert_array_equal(gradient.get(), np.full(3, rows * term))  # exact in float32
+
+
 REDUCTIONS = {
     "sum": lambda x: x.sum(axis=-1),
     "mean": lambda x: x.mean(axis=-1),
@@ -380,6 +394,19 @@ def test_results_do_not_depend_on_the_order_of_threads(name, monkeypatch, put):
         runs.append({"loss": loss} | grads | parameters)
     for key, array in runs[0].items():
         np.testing.assert_array_equal(array, runs[1][key], err_msg=key)
+
+
+@on_gpus
+def test_target_is_read_before_the_gradient_overwrites_it(monkeypatch, put):
+    """In float32 the gradient is written where the logits were, here by two warps for a row."""
+    rng = np.random.default_rng(0)
+    x, w = rng.standard_normal((60, 8)), rng.standard_normal((60, 8))
+    expected = F.linear_cross_entropy(Tensor(x), Tensor(w), np.arange(60))
+    for seed in (2, 3):  # opposite thread orders
+        monkeypatch.setitem(launch.LIBRARIES, DeviceArray, Simulator(seed))
+        leaves = [Tensor(put(a.astype(np.float32)), requires_grad=True) for a in (x, w)]
+        loss = F.linear_cross_entropy(*leaves, np.arange(60))
+        assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
 
 
 @pytest.mark.parametrize("put", GPUS[:1], indirect=True)
