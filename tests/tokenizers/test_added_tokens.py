@@ -170,6 +170,15 @@ def test_tokenizer_json_with_added_tokens_equals_transformers(byte_level, tmp_pa
     assert f"not {size + 5}" in message_of(load_tokenizer, write(tmp_path, **files))
 
 
+def test_tokens_of_the_files_may_be_in_any_order_and_rename_none(byte_level):
+    ours = load_tokenizer(byte_level)
+    size, (start, end) = ours.vocab_size, added("start", "end").values()
+    start, end = start | {"content": "<x>"}, end | {"content": "<y>"}
+    new = ours.with_file_tokens({size + 1: end, size: start})
+    assert new.encode("<x><y>", "allow") == [size, size + 1]
+    assert "gives the added token '<x>'" in message_of(ours.with_file_tokens, {0: start})
+
+
 def test_llama_3_vocabulary_with_renamed_and_added_tokens(llama3, tmp_path):
     (tmp_path / "tokenizer.model").write_bytes((llama3 / "tokenizer.model").read_bytes())
     plain = load_tokenizer(llama3)

@@ -23,6 +23,7 @@ from support.tokenizers import (
 from tinyllm.errors import Error
 from tinyllm.tokenizers import load_tokenizer
 from tinyllm.tokenizers.base import library_errors
+from tinyllm.tokenizers.huggingface import TokenizersTokenizer
 from tinyllm.tokenizers.tiktoken import (
     BYTE_OF,
     BYTE_ORDER,
@@ -84,7 +85,49 @@ def test_a_text_that_continues_another_gets_no_space(tmp_path, scheme):
             compared += 1
     assert compared > 20
     before = ours.encode("A: ")
-    assert ours.decode([*before, *ours.encode_around("Hi", [], before)]) == "A: Hi"
+    for rest in ("Hi", "Hi</s>"):  # the second is ordinary text, too
+        assert ours.decode([*before, *ours.encode_around(rest, [], before)]) == f"A: {rest}"
+
+
+def test_bytes_that_continue_a_text_get_no_space(tmp_path):
+    definition = a_tokenizer(added_tokens=[special(256, "<e>")])
+    definition["pre_tokenizer"] = definition["pre_tokenizer"] | {"add_prefix_space": True}
+    ours = load_tokenizer(write_json(tmp_path, definition))
+    assert ours.decode(ours.encode("b<e>c", "allow")) == " b<e> c"
+    for before, text in (([], " b<e> c"), (ours.encode("a"), "b<e> c"), ([256], " b<e> c")):
+        assert ours.decode(ours.encode_around("b<e>c", ours.find_special("b<e>c"), before)) == text
+
+
+def test_a_new_special_token_stands_between_texts(byte_level):
+    ours = load_tokenizer(byte_level).with_special_tokens(["<new>"])
+    ids = ours.encode("a<new>é", "allow")
+    assert ours.encode_around("a<new>é", ours.find_special("a<new>é")).tolist() == ids
+    assert ours.special_tokens["<new>"] in ids and ours.decode(ids) == "a<new>é"
+
+
+def test_unknown_characters_become_a_special_token_in_ordinary_text(tmp_path):
+    """The only special token that ordinary text may become."""
+    steps = [
+        {"type": "Replace", "pattern": {"String": "▁"}, "content": " "},
+        {"type": "ByteFallback"},
+        {"type": "Fuse"},
+    ]
+    model = {"unk_token": "<unk>", "vocab": {"a": 0, "<unk>": 1, "b": 3}}
+    pieces = {"pre_tokenizer": None, "decoder": {"type": "Sequence", "decoders": steps}}
+    definition = a_tokenizer(added_tokens=[special(1, "<unk>")], model=model, **pieces)
+    ours = load_tokenizer(write_json(tmp_path, definition))
+    assert ours.special_tokens == {"<unk>": 1}
+    assert ours.encode("a漢a") == ours.encode("a漢a", "text") == [0, 1, 0]
+    assert "no token with id 2" in message_of(ours.decode, [0, 2])
+
+
+def test_a_tokenizer_of_the_library_is_neither_truncated_nor_padded(byte_level):
+    library = tokenizers.Tokenizer.from_file(str(byte_level / "tokenizer.json"))
+    library.enable_truncation(2)
+    library.enable_padding(length=9)
+    ours = TokenizersTokenizer("given", library)
+    assert ours.encode("one two three") == load_tokenizer(byte_level).encode("one two three")
+    assert len(ours.encode("a")) == 1
 
 
 class Watched:
