@@ -214,7 +214,25 @@ def test_the_cache_grows_with_the_longest_text_only(monkeypatch):
     assert isinstance(failed.ends[0], ZeroDivisionError) and short.ends == long.ends == ["length"]
 
 
+def test_the_cache_grows_to_the_context_at_most(monkeypatch):
+    monkeypatch.setattr(module, "START", 18)
+    scheduler = Scheduler(MODELS["llama"], 2)
+    submitted(scheduler, [1] * 20)
+    run(scheduler)
+    assert scheduler.cache.capacity == CONTEXT
+
+
 # ------------------------------------------------------------------------------------ prefixes
+
+
+def test_cached_tokens_are_none_where_a_window_has_forgotten_them():
+    model = random_llama(RELATIVES["mistral"](**SMALL_LLAMA | WINDOW | {"max_position_embeddings": 200}))
+    scheduler, text = Scheduler(model, 1), [1, 2, 3, 4] * 40
+    for ids in (text, [*text[:40], 9]):
+        listener = submitted(scheduler, ids, max_new_tokens=1, top=VOCABULARY)
+        run(scheduler)
+        assert listener.request.cached_tokens == 0
+        assert_as_alone(model, listener)
 
 
 def test_the_next_turn_goes_to_the_row_of_its_conversation():
@@ -237,6 +255,19 @@ def test_a_new_conversation_takes_the_row_that_was_idle_for_longest():
     assert sorted(scheduler.cache.texts) == [[1, 2], [5, 6], [7, 8]]
 
 
+def test_a_row_that_is_moved_keeps_the_time_of_its_last_use():
+    scheduler = Scheduler(MODELS["llama"], 4)
+    for ids, count in (([1, 2], 3), ([3, 4], 12), ([5, 6], 1)):  # [5, 6] is complete before [1, 2]
+        submitted(scheduler, ids, max_new_tokens=count)
+    while len(scheduler.ends) < 2:
+        scheduler.step()
+    submitted(scheduler, [7, 8], max_new_tokens=3)  # decodes next to [3, 4], in the place of [1, 2]
+    run(scheduler)
+    submitted(scheduler, [9, 10], max_new_tokens=1)
+    run(scheduler)
+    assert sorted(text[:2] for text in scheduler.cache.texts) == [[1, 2], [3, 4], [7, 8], [9, 10]]
+
+
 def test_shared_instructions_are_copied_and_do_not_cost_a_conversation():
     scheduler, shared = Scheduler(MODELS["llama"], 2), [1, 2, 3, 4]
     submitted(scheduler, [*shared, 5, 6, 7, 8, 9, 10], max_new_tokens=1)
@@ -246,6 +277,21 @@ def test_shared_instructions_are_copied_and_do_not_cost_a_conversation():
     assert other.request.cached_tokens == 4
     assert sorted(map(len, scheduler.cache.texts)) == [5, 10]
     assert_as_alone(MODELS["llama"], other)
+
+
+@pytest.mark.parametrize(("shared", "kept"), [(4, 0), (3, 8)])
+def test_a_row_is_taken_for_half_of_its_text(shared, kept):
+    """Although another row was idle for longer; less than half is copied to that one."""
+    scheduler = Scheduler(MODELS["llama"], 2)
+    submitted(scheduler, [12, 12], max_new_tokens=1)
+    run(scheduler)
+    text = [1, 2, 3, 4, 5, 6, 7, 8]
+    submitted(scheduler, text, max_new_tokens=1)
+    run(scheduler)
+    turn = submitted(scheduler, [*text[:shared], 11], max_new_tokens=1)
+    run(scheduler)
+    assert turn.request.cached_tokens == shared
+    assert sorted(map(len, scheduler.cache.texts)) == sorted([kept or 2, shared + 1])
 
 
 def test_several_answers_to_one_prompt_process_it_once(monkeypatch):
@@ -293,6 +339,19 @@ def test_a_long_prompt_does_not_stall_the_others(monkeypatch):
         scheduler.step()
         counts.append(len(quick.tokens))
     assert counts == [2, 3, 4, 5, 6, 7]  # 12 tokens in chunks of 2, and a token of the other in each step
+
+
+def test_prompts_are_processed_in_the_order_of_their_requests(monkeypatch):
+    """Not in that of their rows: the third request takes the row of the first one."""
+    monkeypatch.setattr(module, "LONG_CHUNK", 2)
+    scheduler = Scheduler(MODELS["llama"], 2)
+    first, second = submitted(scheduler, [9], max_new_tokens=1), submitted(scheduler, [*range(8)])
+    scheduler.step()
+    third = submitted(scheduler, [5, 6], max_new_tokens=1)
+    assert first.ends == ["length"]
+    while not third.tokens:
+        scheduler.step()
+    assert second.tokens
 
 
 @pytest.mark.parametrize("steps", range(6))
@@ -372,6 +431,15 @@ def test_the_end_of_a_text():
     assert (told.tokens, told.ends) == (free[:2], ["stop"])
 
 
+def test_suppressed_ids_are_never_sampled():
+    model, options = MODELS["llama"], dict(max_new_tokens=8, temperature=0)
+    usual = {int(step[0]) for step in generate(model, [[1, 2]], **options)}
+    scheduler = Scheduler(model, 1, suppress_ids=sorted(usual))
+    listener = submitted(scheduler, [1, 2], **options)
+    run(scheduler)
+    assert len(listener.tokens) == 8 and usual.isdisjoint(listener.tokens)
+
+
 @pytest.mark.parametrize("top", [0, 1, 3, 300])
 def test_alternatives_of_equal_logits_are_in_order_of_id(top):
     model = random_llama(replace(LLAMA, vocab_size=300))
@@ -425,9 +493,9 @@ def test_an_error_of_one_row_ends_only_that_row(nan, place, monkeypatch):
     for each in good:
         expected = generate(model, [each.request.ids], 12, temperature=0, suppress_ids=[12])
         assert (each.tokens, each.ends) == ([int(step[0]) for step in expected], ["length"])
-    again = submitted(scheduler, bad[:1] if place else [1])  # the row can be used again
+    again = submitted(scheduler, [1, 2])  # the row can be used again, but not what it held
     run(scheduler)
-    assert again.ends == ["length"]
+    assert again.ends == ["length"] and again.request.cached_tokens == 0
 
 
 def test_an_error_of_a_listener_ends_only_its_row():
