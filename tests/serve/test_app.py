@@ -1,5 +1,6 @@
 """OpenAI's own client, unchanged, against a real server."""
 
+import asyncio
 import json
 
 import numpy as np
@@ -9,7 +10,9 @@ from support.serving import Scripted, ask, busy, post, serving, tiny_chat_model,
 
 from tinyllm import Error, generate
 from tinyllm.inference.sampling import probabilities
+from tinyllm.serve.engine import Answers, Engine
 from tinyllm.serve.prompts import chat_prompt
+from tinyllm.serve.text import AnswerText
 from tinyllm.tensor import no_grad
 
 openai = pytest.importorskip("openai")
@@ -184,6 +187,7 @@ def test_logprobs_without_alternatives(client):
         ("naïve €uro", "€", "naïve "),
         ("naïve €uro", ["ïve"], "na"),
         ("aaab", "aab", "a"),
+        ("aaac", "aab", "aaac"),
     ],
 )
 @pytest.mark.parametrize("stream", [False, True])
@@ -214,6 +218,15 @@ def test_a_full_context_ends_an_answer(tiny, client):
     reply = client.chat.completions.create(model="tiny", messages=[{"role": "user", "content": "x" * 190}])
     if reply.choices[0].finish_reason == "length":
         assert reply.usage.total_tokens == tiny[0].context + 1
+
+
+def test_an_answer_ends_with_every_token_that_ends_a_text(tiny, monkeypatch):
+    """Those of the model's files, and the one that the chat template writes after an answer."""
+    model, tokenizer = tiny
+    monkeypatch.setattr(tokenizer, "eos_ids", (5, 7))
+    assert Engine(model, tokenizer, "tiny").stop_ids == (5, 7, END)
+    monkeypatch.setattr(tokenizer, "chat_template", None)
+    assert Engine(model, tokenizer, "tiny").stop_ids == (5, 7)
 
 
 # ------------------------------------------------------------------------------- conversations
@@ -359,6 +372,25 @@ def test_an_api_key(tiny):
         assert post(url, "/health", None, method="GET")[0] == 200
         with pytest.raises(openai.AuthenticationError):
             client_of(url).models.list()
+
+
+@pytest.mark.parametrize(
+    ("ends", "seconds"), [([], 1), ([5.0], 1), ([2.0, 2.0], 1), ([1.0, 3.0, 6.0], 3), ([0.0, 99.0], 60)]
+)
+def test_a_row_becomes_free_as_often_as_lately(tiny, ends, seconds):
+    engine = Engine(*tiny, "tiny")
+    engine.scheduler.ends.extend(ends)
+    assert engine.retry_after == seconds
+
+
+def test_answers_that_nobody_can_read_are_cancelled(tiny):
+    async def started():
+        return Answers([AnswerText(tiny[1], ())], [{"ids": [1], "max_new_tokens": 9}])
+
+    answers = asyncio.run(started())
+    (answer,) = answers.each
+    answer.request.on_end("length")  # its event loop is closed
+    assert answer.request.cancelled
 
 
 def test_a_full_queue_is_503_and_says_when_to_come_back(scripted, monkeypatch):
