@@ -473,8 +473,9 @@ def test_published_configs_can_be_read():
     assert Gemma2Config.from_dict(twice) == Gemma2Config.preset("Gemma-2-2B")
     assert Gemma3Config.from_dict(HUB_GEMMA_3_1B) == Gemma3Config.preset("Gemma-3-1B")
     assert Gemma3Config.from_dict(HUB_GEMMA_3_270M) == Gemma3Config.preset("Gemma-3-270M")
-    config = Gemma3Config.from_dict(HUB_GEMMA_3_1B | {"sliding_window_pattern": 4})
-    assert config.layer_types[:5] == [SLIDING, SLIDING, SLIDING, FULL, SLIDING]
+    for patterns in ({"sliding_window_pattern": 4}, {"_sliding_window_pattern": 4}):
+        config = Gemma3Config.from_dict(HUB_GEMMA_3_1B | {"sliding_window_pattern": None} | patterns)
+        assert config.layer_types[:5] == [SLIDING, SLIDING, SLIDING, FULL, SLIDING]
     linear = {"factor": 8.0, "rope_type": "linear"}  # of the larger models, for full layers only
     rope = Gemma3Config.from_dict(HUB_GEMMA_3_1B | {"rope_scaling": linear}).rope_parameters
     assert rope == {SLIDING: dict(rope_type="default", rope_theta=10000), FULL: linear | dict(rope_theta=1e6)}

@@ -143,10 +143,10 @@ def test_gpt2_damaged_vocabulary_is_rejected(tmp_path, monkeypatch):
 def test_any_tiktoken_encoding_can_be_wrapped_but_only_gpt2_saved(tmp_path):
     ranks = {bytes([byte]): byte for byte in range(256)} | {b"ab": 256}
     encoding = tiktoken.Encoding(
-        "mine", pat_str=r"\S+|\s+", mergeable_ranks=ranks, special_tokens={"<x>": 300}
+        "mine", pat_str=r"\S+|\s+", mergeable_ranks=ranks, special_tokens={"<x>": 300, "<y>": 299}
     )
     mine = TiktokenTokenizer("mine", encoding)
-    assert mine.vocab_size == 301
+    assert mine.vocab_size == 301 and list(mine.special_tokens) == ["<y>", "<x>"]  # by id
     assert mine.encode("abc") == [256, ord("c")]
     with pytest.raises(Error, match="280"):
         mine.decode([256, 280])
@@ -185,7 +185,9 @@ def test_llama3_special_tokens(llama3):
 
 def test_damaged_ranks_are_rejected(llama3, tmp_path):
     lines = (llama3 / "tokenizer.model").read_bytes().splitlines(keepends=True)
-    for damaged in (lines[:5], [*lines, lines[3]], [lines[0], *lines[2:]], [*lines, b"IQ== x\n"]):
+    again, next_rank = lines[3].split()[0], b" %d\n" % len(lines)
+    last = lines[3], b"IQ== x\n", again + next_rank, b"!bm8gc3VjaCB0b2tlbg==" + next_rank
+    for damaged in (lines[:5], [lines[0], *lines[2:]], *([*lines, line] for line in last)):
         (tmp_path / "tokenizer.model").write_bytes(b"".join(damaged))
         assert "copy it again" in message_of(load_tokenizer, tmp_path)
 

@@ -101,7 +101,7 @@ class TiktokenTokenizer(Tokenizer):
         for name, i in names.items():
             if i < len(self.encoding._mergeable_ranks):
                 raise Error(f"{self.name} already has a token with the id {i}: correct that of {name!r}")
-        kept = {name: i for name, i in self.special_tokens.items() if i not in tokens and name not in names}
+        kept = {name: i for name, i in self.special_tokens.items() if i not in tokens}
         extended = copy.copy(self)
         extended.special_tokens = dict(sorted((kept | names).items(), key=lambda item: item[1]))
         extended.encoding = self._encoding_with(extended.special_tokens)
