@@ -519,3 +519,6 @@ def test_mistral_may_say_twice_which_layers_slide():
     for window, kind in ((4, SLIDING), (None, FULL)):
         given = config_of("mistral", sliding_window=window).to_dict() | {"layer_types": [kind] * 3}
         assert RELATIVES["mistral"].from_dict(given).window_of(0) == window
+        assert given["layer_types"] == [kind] * 3  # the caller's dict is not changed
+    usual = RELATIVES["mistral"].from_dict({"layer_types": [SLIDING] * 32})
+    assert usual.window_of(0) == 4096

@@ -9,8 +9,9 @@ from support.chat_model import ANSWER, BYTE_ID, END, turn
 from support.serving import Scripted, ask, busy, post, serving, tiny_chat_model, wait_until
 
 from tinyllm import Error, generate
+from tinyllm.backend.dtypes import autocast, tf32_allowed
 from tinyllm.inference.sampling import probabilities
-from tinyllm.serve.engine import Answers, Engine
+from tinyllm.serve.engine import Answers, Engine, Stopped
 from tinyllm.serve.prompts import chat_prompt
 from tinyllm.serve.text import AnswerText
 from tinyllm.tensor import no_grad
@@ -381,6 +382,38 @@ def test_a_row_becomes_free_as_often_as_lately(tiny, ends, seconds):
     engine = Engine(*tiny, "tiny")
     engine.scheduler.ends.extend(ends)
     assert engine.retry_after == seconds
+
+
+def test_ids_without_a_token_are_not_sampled(tiny, monkeypatch):
+    monkeypatch.setattr(tiny[1], "unused_ids", lambda vocab_size: [3, vocab_size])
+    assert Engine(*tiny, "tiny").scheduler.suppress_ids == [3, tiny[0].config.vocab_size]
+
+
+def test_the_models_thread_has_the_context_in_which_it_is_started(tiny):
+    engine = Engine(*tiny, "tiny")
+    with autocast("tf32"):
+        engine.start()
+    assert asyncio.run(engine.run(lambda model: tf32_allowed()))
+    engine.close()
+    engine.join()
+
+
+def test_requests_that_wait_when_the_server_stops_are_refused(tiny):
+    async def stopped():
+        waiting = engine.submit([{"ids": [1], "max_new_tokens": 2}])
+        engine.drain()
+        engine.start()
+        with pytest.raises(Stopped):
+            await anext(aiter(waiting))
+        with pytest.raises(Stopped):
+            engine.submit([{"ids": [1], "max_new_tokens": 2}])
+        with pytest.raises(Stopped):
+            await engine.run(str)
+
+    engine = Engine(*tiny, "tiny")
+    asyncio.run(stopped())
+    engine.close()
+    engine.join()
 
 
 def test_answers_that_nobody_can_read_are_cancelled(tiny):
