@@ -206,11 +206,11 @@ def test_layers_keep_their_windows_when_others_are_removed(kind, tmp_path):
 
 
 @every_kind
-def test_windows_are_those_of_the_config_if_an_attention_layer_has_none(kind):
+def test_layers_are_those_of_the_config_if_one_has_no_attention(kind):
     model = random_llama(config_of(kind))
     windows = model.windows()
     model.layers[0].self_attn = nn.Dropout(0.0)
-    assert model.windows() == windows
+    assert model.windows() == windows and model.current_config() == model.config
 
 
 # -------------------------------------------------------------------------------- other changes
