@@ -352,6 +352,10 @@ def test_a_missing_expert_is_named(tmp_path):
         (dict(model_type="qwen3_moe", num_local_experts=4), ["num_experts_per_tok is 8", "4 experts"]),
         (dict(model_type="qwen3_moe", mlp_only_layers=3), ["mlp_only_layers", "list", "3"]),
         (dict(model_type="qwen3_moe", decoder_sparse_step=0), ["decoder_sparse_step", "at least 1"]),
+        (
+            dict(model_type="qwen3_moe", use_sliding_window=True, layer_types=["full_attention"] * 24),
+            ["layer_types is ['full_attention', ", "are alike"],
+        ),
     ],
 )
 def test_configs_that_do_not_fit_are_refused(config, words, tmp_path):
@@ -360,6 +364,12 @@ def test_configs_that_do_not_fit_are_refused(config, words, tmp_path):
         load_model(tmp_path)
     for word in words:
         assert word in str(caught.value)
+
+
+@pytest.mark.parametrize("kind", [Mixtral, Qwen3Moe])
+def test_default_configs_are_those_of_transformers(kind):
+    theirs = transformers.AutoConfig.for_model(kind.config_class.model_type)
+    assert kind.config_class.from_dict(theirs.to_dict()) == kind.config_class()
 
 
 @pytest.mark.parametrize("kind", [Mixtral, Qwen3Moe])
