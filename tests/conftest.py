@@ -19,7 +19,7 @@ os.environ["PYTHONPATH"] = os.pathsep.join(
     [str(Path(__file__).parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])]
 )
 
-# They read the bytecode that this process writes. To compile tinyllm again would double their time to start.
+# They read the bytecode that this process writes; compiling tinyllm again would double their start-up time.
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 sys.dont_write_bytecode = False
 

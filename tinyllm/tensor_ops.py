@@ -49,7 +49,7 @@ def _comparison(compare):
 
 
 def _in_place(operate):
-    """The method of Tensor for ``x -= y`` and its like: ``x = x - y``, by which a parameter would be lost."""
+    """The method of Tensor for ``x -= y`` and its like: as ``x = x - y``, it returns a new tensor."""
 
     def method(self, other):
         if self.requires_grad and self.node.parents == ():

@@ -22,6 +22,7 @@ from tinyllm import GPT2, load_model, load_tokenizer
 from tinyllm.data.corpus import load_text
 from tinyllm.training.checkpoint import verify
 from tinyllm.training.config import TrainConfig
+from tinyllm.training.picture import plot_losses
 from tinyllm.training.tasks.pretrain import mean_loss, train
 from tinyllm.training.tasks.text import load_data
 from tinyllm.weights.runs import checkpoints, last_checkpoint
@@ -41,9 +42,6 @@ def run(text, tmp_path_factory):
     """A finished run, its config and its model; tests only read it."""
     config = small(text, tmp_path_factory.mktemp("runs") / "deep" / "run")
     return config, train(config, progress=False)
-
-
-PLOT_LOSSES = tinyllm.training.run_log.plot_losses
 
 
 @pytest.fixture(autouse=True)
@@ -163,7 +161,7 @@ def test_a_run_in_float64(text, tmp_path):
 
 
 def test_without_matplotlib_a_run_lacks_only_its_picture(text, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(tinyllm.training.run_log, "plot_losses", PLOT_LOSSES)
+    monkeypatch.setattr(tinyllm.training.run_log, "plot_losses", plot_losses)
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     config = small(text, tmp_path / "run", steps=2, warmup=0)

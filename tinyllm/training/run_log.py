@@ -1,4 +1,4 @@
-"""What a run says of its steps: their records, the generated texts, the picture, the lines it prints."""
+"""What a run reports of its steps: records, generated texts, the picture, and the lines it prints."""
 
 import json
 import time
