@@ -101,6 +101,15 @@ def check_is_writable(path: Path) -> None:
         raise Error(f"{path} cannot be written: no file can be made in {path.parent}")
 
 
+def check_writable(folder: Path, option: str) -> None:
+    """Raise ``Error``, naming the option, if the folder cannot be made or written to."""
+    existing = next(path for path in (folder, *folder.absolute().parents) if os.path.lexists(path))
+    if not existing.is_dir():
+        raise Error(f"{option} {folder}: {existing} is not a folder: choose another {option}")
+    if not os.access(existing, os.R_OK | os.W_OK | os.X_OK):
+        raise Error(f"{option} {folder}: {existing} cannot be written to: choose another {option}")
+
+
 def append_whole(path: Path, data: bytes) -> None:
     """Append to a file. Raises OSError, and leaves the file as it was, if the disk is full, say."""
     size = path.stat().st_size if path.exists() else 0

@@ -11,11 +11,11 @@ import numpy as np
 
 from tinyllm.cli.options import AdapterOptions, option
 from tinyllm.errors import Error
+from tinyllm.files import check_writable
 from tinyllm.models import load_model
 from tinyllm.nn import merge_lora
 from tinyllm.tokenizers import load_tokenizer
 from tinyllm.tools.export import export_folder, export_gguf
-from tinyllm.training.config import check_writable
 from tinyllm.training.tasks.classify import ClassifyOptions
 from tinyllm.weights.safetensors import read_config
 

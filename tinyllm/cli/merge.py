@@ -10,11 +10,11 @@ import numpy as np
 
 from tinyllm.cli.options import AdapterOptions, option
 from tinyllm.errors import Error
+from tinyllm.files import check_writable
 from tinyllm.models import load_model
 from tinyllm.models.saving import check_weights
 from tinyllm.nn import merge_lora
 from tinyllm.tokenizers import load_tokenizer
-from tinyllm.training.config import check_writable
 from tinyllm.training.metrics import best_checkpoint
 from tinyllm.training.start import save_tokenizer
 from tinyllm.training.tasks.classify import ClassifyOptions, load_classifier

@@ -1,7 +1,6 @@
 """The options of a training run, their defaults, and the presets."""
 
 import math
-import os
 import re
 import shlex
 from dataclasses import asdict, dataclass, fields
@@ -360,15 +359,6 @@ def check_continues(begun: RunOptions, asked: RunOptions) -> None:
             f"the run was started with {was}, not {wanted}: omit that, or start a new run from its weights "
             f"with {begun.restart} {begun.out}"
         )
-
-
-def check_writable(folder: Path, option: str) -> None:
-    """Raise ``Error``, naming the option, if the folder cannot be made or written to."""
-    existing = next(path for path in (folder, *folder.absolute().parents) if os.path.lexists(path))
-    if not existing.is_dir():
-        raise Error(f"{option} {folder}: {existing} is not a folder: choose another {option}")
-    if not os.access(existing, os.R_OK | os.W_OK | os.X_OK):
-        raise Error(f"{option} {folder}: {existing} cannot be written to: choose another {option}")
 
 
 DEFAULT_PRESET = "modern"  # of tinyllm train

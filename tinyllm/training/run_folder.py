@@ -31,7 +31,7 @@ import numpy as np
 from tinyllm.backend.device import describe_device, pick_device
 from tinyllm.checks import pip_install
 from tinyllm.errors import Error
-from tinyllm.files import lock, read_sealed, sealed, write_whole
+from tinyllm.files import check_writable, lock, read_sealed, sealed, write_whole
 from tinyllm.models.mixture import is_balanced
 from tinyllm.nn import Module
 from tinyllm.optim import AdamW, LossScale, NoLossScale
@@ -46,7 +46,7 @@ from tinyllm.training.checkpoint import (
     set_aside,
     verify,
 )
-from tinyllm.training.config import RunOptions, check_continues, check_writable
+from tinyllm.training.config import RunOptions, check_continues
 from tinyllm.training.loop import CompletedStep
 from tinyllm.training.metrics import best_record
 from tinyllm.training.output import say

@@ -14,13 +14,14 @@ from tinyllm.backend.memory import keep_memory
 from tinyllm.data.batches import Batches, Windows
 from tinyllm.data.noise import replace_tokens, split_tokens
 from tinyllm.errors import Error
+from tinyllm.files import check_writable
 from tinyllm.inference.generate import generate
 from tinyllm.nn import Module, initialize_as_torch, initialize_as_zero
 from tinyllm.optim import NoLossScale
 from tinyllm.tokenizers import Tokenizer
 from tinyllm.tokenizers.base import check_fits
 from tinyllm.training import baselines
-from tinyllm.training.config import TrainConfig, check_writable
+from tinyllm.training.config import TrainConfig
 from tinyllm.training.data_parallel import Replicas
 from tinyllm.training.loggers import Log
 from tinyllm.training.output import number
