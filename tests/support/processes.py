@@ -9,7 +9,7 @@ import os
 import shutil
 import subprocess
 import sys
-from contextlib import contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from unittest import mock
@@ -27,6 +27,7 @@ from tinyllm.training.checkpoint import hash_weights
 from tinyllm.training.data_parallel import Replicas, ShardedAdamW
 from tinyllm.training.loop import training_steps
 from tinyllm.training.step import count_targets, language_model_loss
+from tinyllm.training.workers import Workers
 
 STEPS, ROWS, MICRO_BATCH, LENGTH, VOCABULARY, CLIP, SEED = 50, 12, 2, 8, 17, 0.7, 3
 TIMEOUT = 180.0  # seconds, of programs that take a few
@@ -82,10 +83,10 @@ def batch_at(step: int):
     return ids, targets
 
 
-def trained(job: Job, processes=None, put=None) -> dict[str, np.ndarray]:
+def trained(job: Job, processes=None, put=None, forked=1, micro_batch=MICRO_BATCH) -> dict[str, np.ndarray]:
     """Losses, gradient norms, the weights' SHA-256 after every step, and the last weights.
 
-    ``put`` moves an array to the device on which to train.
+    ``put`` moves an array to the device on which to train; ``forked`` processes share every step.
     """
     model = start(job)
     for parameter in model.parameters() if put else ():
@@ -96,10 +97,13 @@ def trained(job: Job, processes=None, put=None) -> dict[str, np.ndarray]:
     data = (batch_at if job.fault != "a step behind" or processes.rank == 0 else a_step_behind), count_targets
     lr_at = warmup_cosine(1e-2, 1e-4, 1e-3, 5, STEPS)
     found = {"losses": [], "norms": [], "hashes": []}
-    with planted(job.fault):
+    with planted(job.fault), ExitStack() as stack:
+        if forked > 1:
+            of_a_step = forked, model, optimizer, language_model_loss
+            replicas = stack.enter_context(closing(Workers(*of_a_step)))
         for done in training_steps(
             model, optimizer, *data, language_model_loss, lr_at, range(job.steps), NoLossScale(),
-            micro_batch=MICRO_BATCH, clip=CLIP, seed=SEED, replicas=replicas,
+            micro_batch=micro_batch, clip=CLIP, seed=SEED, replicas=replicas,
         ):  # fmt: skip
             found["losses"].append(done.loss)
             found["norms"].append(done.grad_norm)
@@ -108,6 +112,43 @@ def trained(job: Job, processes=None, put=None) -> dict[str, np.ndarray]:
     return {name: np.array(value) for name, value in found.items()} | {
         f"weight {name}": to_device(parameter.data, "cpu") for name, parameter in model.named_parameters()
     }
+
+
+# ------------------------------------------------------------------------------------ comparing
+
+BOUNDS = {"float64": 1e-12, "float32": 1e-4}
+
+# A bias of the keys adds the same to all scores of a query, which softmax ignores: its gradient is a rounding
+# error, which AdamW divides by its own size. So its sign moves a weight by a good part of the rate.
+BOUNDS_OF_KEY_BIASES = {"float64": 1e-9, "float32": 0.1}
+
+
+def in_parts(found, key_biases):
+    """The biases of the keys alone, or all else."""
+    names = [name for name in found if name.endswith("c_attn.bias")]
+    biases = {name: np.split(found[name], 3) for name in names}
+    if key_biases:
+        return {name: key for name, (_, key, _) in biases.items()}
+    return found | {name: np.concatenate([query, value]) for name, (query, _, value) in biases.items()}
+
+
+def largest_difference(ours, theirs):
+    """Of losses, norms and weights, relative to the largest element of each."""
+    names = [name for name in theirs if name not in ("hashes", "averages")]
+    return max(
+        np.abs(ours[name][: len(theirs[name])] - theirs[name]).max() / np.abs(theirs[name]).max()
+        for name in names
+    )
+
+
+def check_equal(job: Job, ours, theirs):
+    """Two results of ``trained`` differ by rounding only."""
+    assert largest_difference(in_parts(ours, False), in_parts(theirs, False)) <= BOUNDS[job.dtype]
+    if job.model == "gpt2":
+        keys = in_parts(ours, True), in_parts(theirs, True)
+        assert largest_difference(*keys) <= BOUNDS_OF_KEY_BIASES[job.dtype]
+    rtol = 1e-12 if job.dtype == "float64" else 1e-3
+    np.testing.assert_allclose(ours["losses"], theirs["losses"], rtol=rtol)
 
 
 # --------------------------------------------------------------------------------------- faults

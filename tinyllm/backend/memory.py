@@ -68,6 +68,12 @@ def peak_memory(device: str = "cpu") -> int | None:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # bytes on macOS
 
 
+def private_memory(pid: int) -> int:
+    """The bytes in memory of a process that no other one shares; on Linux."""
+    found = Path(f"/proc/{pid}/smaps_rollup").read_text(encoding="utf-8")
+    return 1024 * sum(map(int, re.findall(r"^Private_\w+: +(\d+) kB", found, re.MULTILINE)))
+
+
 def out_of_memory(error: MemoryError, dtype: Precision, remedies: list[str]) -> str:
     """The message for an out-of-memory error: the requested and the free memory, and remedies.
 

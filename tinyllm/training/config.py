@@ -26,7 +26,7 @@ CHOICES = {
 
 # A resumed run may change these, because it may resume on another device or with less memory. Its numbers
 # then differ from there on by rounding, and with ``micro_batch`` the balancing loss of a mixture of experts.
-ELSEWHERE = {"device", "dtype", "micro_batch"}
+ELSEWHERE = {"device", "dtype", "micro_batch", "processes"}
 
 
 @dataclass(frozen=True)
@@ -75,6 +75,8 @@ class RunOptions:
     """float32 or float64; on a GPU also bfloat16, float16 or tf32 for matrix products, all else float32."""
     gpu_memory: float | None = None
     """Limit on the GPU memory used, in gigabytes (10^9 bytes); by default all of it."""
+    processes: int | None = None
+    """Processes that share every step, a core each; by default one per core for a small model, else 1."""
     distributed: str | None = None
     """Train with all processes that mpiexec or srun started: mpi (on CPUs) or nccl (a GPU for each)."""
     shard_optimizer: bool = False
@@ -93,7 +95,7 @@ class RunOptions:
     )
 
     def __post_init__(self):
-        self._require_at_least(1, "steps batch keep eval_every checkpoint_every micro_batch")
+        self._require_at_least(1, "steps batch keep eval_every checkpoint_every micro_batch processes")
         self._require_at_least(0, "skip_nonfinite initial_lr min_lr weight_decay checkpoint_minutes")
         for name in ("lr", "clip"):
             self._require(name, 0 < getattr(self, name) < math.inf, "above 0")
@@ -102,6 +104,8 @@ class RunOptions:
             self._require(name, rate is None or rate <= self.lr, f"at most the peak, --lr {self.lr}")
         whole = self.micro_batch is None or self.batch % self.micro_batch == 0
         self._require("micro_batch", whole, f"a divisor of the batch, {self.batch}")
+        few = self.processes is None or self.processes <= self.batch
+        self._require("processes", few, f"at most the batch, {self.batch}: a process has at least a row")
         self._require("seed", 0 <= self.seed < 2**64, "from 0 to 2**64 - 1")
         if self.steps is not None:  # else it follows from the data
             least = f"at least 0 and below the {self.steps} steps of the run"
@@ -190,7 +194,8 @@ class RunOptions:
     def smaller_micro_batch(self) -> list[str]:
         """The option for the next smaller micro-batch, if there is one."""
         rows = self.batch // distributed.current().size
-        smaller = max((n for n in range(1, self.at_once) if rows % n == 0), default=None)
+        now = min(self.at_once, -(-rows // (self.processes or 1)))
+        smaller = max((n for n in range(1, now) if rows % n == 0), default=None)
         return [] if smaller is None else [f"--micro-batch {smaller}"]
 
 

@@ -35,7 +35,7 @@ from tinyllm.backend.device import to_device
 from tinyllm.backend.distributed import MPI
 from tinyllm.errors import Error
 from tinyllm.optim import AdamW, clip, sum_of_squares
-from tinyllm.training.step import Alone, Check
+from tinyllm.training.step import Alone, Check, MicroBatch, micro_batches
 
 BUCKET = 2**22  # elements that a process sends at once: 16 MB in float32
 
@@ -53,12 +53,11 @@ class Replicas(Alone):
                 parameter.replace(parameter.data.copy())
         self._cut = Shares([parameter.shape for parameter in self._parameters], processes.size)
 
-    def deal(self, batch: tuple, size: int) -> Iterator[tuple[int, tuple]]:
+    @contextmanager
+    def dealt(self, batch: tuple, size: int, how: tuple) -> Iterator[list[MicroBatch]]:
         """The micro-batches are those of a single process; each process computes a run of them."""
         self._fingerprint = [zlib.crc32(np.ascontiguousarray(array)) for array in batch]
-        rank, of = self.processes.rank, self.processes.size
-        parts = list(super().deal(batch, size))
-        return iter(parts[len(parts) * rank // of : len(parts) * (rank + 1) // of])
+        yield runs(micro_batches(batch, size), self.processes.size)[self.processes.rank]
 
     def all_losses(self, losses: list[float]) -> list[float]:
         """Raises ``Error`` if a process has another batch than the first one."""
@@ -129,6 +128,12 @@ class Replicas(Alone):
 
     def _vector(self, arrays: list) -> Vector:
         return Vector(arrays, self._cut, self._parameters[0].data)
+
+
+def runs(parts: list, number: int) -> list[list]:
+    """A list in ``number`` consecutive parts of nearly equal length."""
+    ends = [len(parts) * rank // number for rank in range(number + 1)]
+    return [parts[start:stop] for start, stop in itertools.pairwise(ends)]
 
 
 def all_shares(

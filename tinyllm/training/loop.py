@@ -7,6 +7,7 @@ a folder with checkpoints and logs (``run.py``).
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import closing, nullcontext
 from typing import NamedTuple
 
 import numpy as np
@@ -17,7 +18,14 @@ from tinyllm.errors import Error
 from tinyllm.nn import Module
 from tinyllm.optim import AdamW, LossScale, NoLossScale
 from tinyllm.tensor import Tensor
-from tinyllm.training.step import count_targets, language_model_loss, training_step, weights_are_finite
+from tinyllm.training.step import (
+    Alone,
+    count_targets,
+    language_model_loss,
+    training_step,
+    weights_are_finite,
+)
+from tinyllm.training.workers import Workers
 
 LEARNING_RATE = 3e-4
 
@@ -88,6 +96,7 @@ def fit(
     clip: float = 1.0,
     seed: int = 0,
     first_step: int = 0,
+    processes: int = 1,
 ) -> list[dict]:
     """Train a model; returns a record of every step: ``step`` (from 1), ``loss``, ``lr`` and ``grad_norm``.
 
@@ -102,6 +111,9 @@ def fit(
     mask depends on ``seed``, the step and the row (axis 0 of the input of ``F.dropout``), so ``micro_batch``
     does not change it. ``on_step(model, optimizer, record)`` is called after every step.
 
+    Several ``processes`` share every step, a core each, which makes small models faster (``workers.py``; on
+    Linux). The others see the model, ``loss_fn`` and what these refer to as they were at the call.
+
     To resume after ``first_step`` steps, give the weights and the optimizer's state that they ended with: the
     further ``steps`` are bitwise those of one run (in float16 only up to the loss scale, which begins anew).
 
@@ -113,6 +125,7 @@ def fit(
     _check_arguments(
         batch_at, steps, first_step, micro_batch, clip, seed, loss_fn=loss_fn, count=count, on_step=on_step
     )
+    check_at_least(processes, 1, "processes")
     optimizer = AdamW(model, LEARNING_RATE) if optimizer is None else optimizer
     _check_optimizer(optimizer, model)
     if loss_fn is None and not hasattr(model, "loss"):
@@ -125,15 +138,16 @@ def fit(
     modes = [(module, module.training) for module in model.modules()]
     model.train().zero_grad()
     try:
-        for completed in training_steps(model, optimizer, *data, lr_at, numbers, loss_scale, **options):
-            if not completed.updated and not completed.overflowed:
-                raise FloatingPointError(
-                    f"step {completed.step}: {completed.what_is_not_finite()}: use a smaller lr"
-                )
-            records.append({key: getattr(completed, key) for key in ("step", "loss", "lr", "grad_norm")})
-            if on_step is not None:
-                on_step(model, optimizer, records[-1])
-                model.train()  # on_step may have changed the mode
+        with _sharing(processes, model, optimizer, data[-1]) as options["replicas"]:
+            for completed in training_steps(model, optimizer, *data, lr_at, numbers, loss_scale, **options):
+                if not completed.updated and not completed.overflowed:
+                    raise FloatingPointError(
+                        f"step {completed.step}: {completed.what_is_not_finite()}: use a smaller lr"
+                    )
+                records.append({key: getattr(completed, key) for key in ("step", "loss", "lr", "grad_norm")})
+                if on_step is not None:
+                    on_step(model, optimizer, records[-1])
+                    model.train()  # on_step may have changed the mode
         if not weights_are_finite(model):
             raise FloatingPointError(
                 f"the weights after step {first_step + steps} are not finite: use a smaller lr"
@@ -143,6 +157,11 @@ def fit(
         for module, mode in modes:
             module.training = mode
     return records
+
+
+def _sharing(processes: int, *of_a_step):
+    """The context within which processes share steps."""
+    return closing(Workers(processes, *of_a_step)) if processes > 1 else nullcontext(Alone())
 
 
 def _check_arguments(

@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 from tinyllm.backend import autocast, distributed
 from tinyllm.backend.device import open_device, pick_device
+from tinyllm.backend.forked import can_fork
 from tinyllm.backend.memory import keep_memory, out_of_memory, peak_memory
 from tinyllm.errors import Error
 from tinyllm.nn import Module
@@ -86,6 +87,9 @@ def open_run_device(config: RunOptions) -> str:
         raise Error(
             f"--distributed {kind} and --device {config.device}: use mpi with cpu, and nccl with cuda"
         )
+    if config.processes not in (None, 1) and (gpu or kind is not None or not can_fork()):
+        where = "on Linux and the CPU, without --distributed"
+        raise Error(f"--processes {config.processes} share a step only {where}: use --processes 1")
     return open_device(config.device, config.dtype, config.gpu_memory)
 
 
@@ -131,7 +135,7 @@ def _run(run: RunFolder, progress: bool, callback: Log | None) -> Module:
         optimizer.reserve()
         try:
             names = config.log if run.leads else ()
-            with open_logs(names, run.folder, run.about) as log, autocast(config.dtype):
+            with open_logs(names, run.folder, run.about) as log, autocast(config.dtype), run.sharing():
                 processes.gather()  # all have come so far: an exception is now followed by a checkpoint
                 logs = [each for each in (run, log, callback) if each is not None]
                 _train(run, logs, check, progress)
@@ -198,7 +202,8 @@ def _steps(run: RunFolder, logs: list[Log], check: Check, progress: bool) -> Non
         seconds += completed.seconds
         if is_evaluated(completed.step):
             record["mean_tokens_per_s"] = round((record["tokens"] - tokens_before) / seconds, 1)
-            record["peak_memory"] = peak_memory(pick_device(config.device))
+            memory = peak_memory(pick_device(config.device))
+            record["peak_memory"] = memory and memory + run.replicas.memory()
         evaluate_and_log(record)
         if run.is_due():
             run.save()

@@ -23,7 +23,7 @@ import itertools
 import platform
 import time
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 
 import numpy as np
@@ -52,8 +52,9 @@ from tinyllm.training.metrics import best_record
 from tinyllm.training.output import say
 from tinyllm.training.picture import PLOT
 from tinyllm.training.run_log import RunLog, json_line
-from tinyllm.training.step import weights_are_finite
+from tinyllm.training.step import Alone, weights_are_finite
 from tinyllm.training.tasks.base import Task
+from tinyllm.training.workers import Workers, suitable_number
 from tinyllm.version import __version__
 from tinyllm.weights.runs import checkpoint_folder, checkpoints, step_of
 
@@ -67,7 +68,7 @@ class RunFolder:
     and removes older ones. The folder is locked until ``close``.
     """
 
-    replicas = None  # of several processes (``shared_run.py``)
+    replicas = Alone()
 
     def __init__(self, task: Task):
         self.task = task
@@ -107,6 +108,7 @@ class RunFolder:
     def start(self, model: Module, optimizer: AdamW) -> None:
         """Start the run with this model and optimizer, or load the newest checkpoint into them."""
         self.model, self.optimizer = model, optimizer
+        self.shared_by = self.config.processes or suitable_number(model, self.config.batch)  # processes
         if self.config.resume is None:
             self._begin()
         else:
@@ -215,16 +217,27 @@ class RunFolder:
         if changed:
             found = "; ".join(f"{key} was {there[key]} and is {here[key]}" for key in changed)
             differ = "results may differ by rounding from here on"
-            if "micro-batch" in changed and is_balanced(self.model):
+            if {"micro-batch", "processes"} & {*changed} and is_balanced(self.model):
                 differ = "results differ from here on, as each micro-batch has its own load-balancing loss"
             say(f"warning: {found}: {differ}")
 
     def _machine(self) -> dict:
         """The machine and the options in ``ELSEWHERE``, recorded in checkpoints."""
         here = machine(pick_device(self.config.device))
+        here["processes"] *= self.shared_by
         return here | {"dtype": self.config.dtype, "micro-batch": self.config.at_once}
 
     # Every step
+
+    @contextmanager
+    def sharing(self) -> Iterator[None]:
+        """Within this block workers share the steps, if there should be several processes."""
+        if self.shared_by == 1:
+            yield
+            return
+        with closing(Workers(self.shared_by, self.model, self.optimizer, self.task.loss)) as self.replicas:
+            say(f"{self.shared_by} processes share every step, a core each", indent=0)
+            yield
 
     def __call__(self, record: dict) -> None:
         self.log.add(record)

@@ -11,13 +11,15 @@ the next token at every position, except targets of -100, which are ignored. A s
 Only one micro-batch's activations are in memory at a time; gradients are accumulated over all of them. Each
 micro-batch divides its sum by N, not by its own number of targets. The accumulated gradient is therefore that
 of the whole batch, however targets are distributed, and ``micro_batch`` affects only memory. For the same
-reason several processes can share the micro-batches (``data_parallel.py``). The load-balancing loss of a
-mixture of experts is no such sum: each micro-batch has its own (``models/mixture.py``).
+reason several processes can share the micro-batches (``workers.py``, ``data_parallel.py``). The
+load-balancing loss of a mixture of experts is no such sum: each micro-batch has its own
+(``models/mixture.py``).
 """
 
 import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import NamedTuple
 
@@ -57,21 +59,41 @@ def count_targets(batch: tuple) -> int:
     return int((batch[-1] != -100).sum())
 
 
+class MicroBatch(NamedTuple):
+    """Some rows of a batch's arrays, and the number of the first of them."""
+
+    first: int
+    rows: tuple
+
+
+def micro_batches(batch: tuple, size: int) -> list[MicroBatch]:
+    """A batch in parts of ``size`` rows; the last one may be smaller."""
+    starts = range(0, len(batch[0]), size)
+    return [MicroBatch(start, tuple(array[start : start + size] for array in batch)) for start in starts]
+
+
 def do_nothing() -> None:
     """A check that never interrupts."""
 
 
 class Alone:
-    """What several processes do together in a step (``data_parallel.py``), for a single one."""
+    """What several processes do together in a step, for a single one."""
 
-    def deal(self, batch: tuple, size: int) -> Iterator[tuple[int, tuple]]:
-        """(its first row, its arrays) of each micro-batch of ``size`` rows that this process computes."""
-        for first in range(0, len(batch[0]), size):
-            yield first, tuple(array[first : first + size] for array in batch)
+    @contextmanager
+    def dealt(self, batch: tuple, size: int, how: tuple) -> Iterator[list[MicroBatch]]:
+        """The micro-batches of ``size`` rows that this process computes within the block.
+
+        ``how`` are the further arguments of ``add_gradient``, for other processes.
+        """
+        yield micro_batches(batch, size)
 
     def all_losses(self, losses: list[float]) -> list[float]:
         """The losses of all micro-batches of the batch, in order, from those of this process."""
         return losses
+
+    def memory(self) -> int:
+        """The bytes that this process's workers (``workers.py``) have for themselves."""
+        return 0
 
     def clip_grad_norm(self, optimizer: AdamW, max_norm: float, check: Check) -> float:
         """Sum the gradients of all processes, clip them by their norm, call ``check``; returns the norm."""
@@ -143,15 +165,29 @@ def accumulate_gradients(
 
     With ``replicas``, the gradient is that of this process's micro-batches, and L that of all.
     """
-    losses, replicas = [], replicas or Alone()
-    for first, rows in replicas.deal(batch, micro_batch or len(batch[0])):
-        check()
-        manual_seed(seed, step, first)
-        loss = loss_fn(model, *rows, num_targets=num_targets)
-        loss.backward(loss_scale.seed(loss))
-        losses.append(loss)
+    losses, replicas, how = [], replicas or Alone(), (num_targets, loss_scale, seed, step)
+    with replicas.dealt(batch, micro_batch or len(batch[0]), how) as parts:
+        for part in parts:
+            check()
+            losses.append(add_gradient(model, loss_fn, part, *how))
     # Only now: ``item`` waits for a GPU, which otherwise computes asynchronously.
     return sum(replicas.all_losses([loss.item() for loss in losses]))
+
+
+def add_gradient(
+    model: Module,
+    loss_fn: Callable[..., Tensor],
+    part: MicroBatch,
+    num_targets: int,
+    loss_scale: LossScale | NoLossScale,
+    seed: int,
+    step: int,
+) -> Tensor:
+    """Add the gradient of a micro-batch to the ``.grad`` of every parameter; returns its loss."""
+    manual_seed(seed, step, part.first)
+    loss = loss_fn(model, *part.rows, num_targets=num_targets)
+    loss.backward(loss_scale.seed(loss))
+    return loss
 
 
 def evaluate(
