@@ -45,14 +45,19 @@ def result_of(child: subprocess.CompletedProcess, name: str, number: int) -> dic
 
 
 def peak_memory() -> int:
-    """The peak resident memory of this process, in bytes.
+    """The peak resident memory of this process, in bytes, plus what its forked processes have alone.
 
-    The same as ``tinyllm.backend.memory.peak_memory``, which would load tinyllm into PyTorch's process.
+    So does ``tinyllm train``, whose functions would load tinyllm into PyTorch's process.
     """
+    import multiprocessing
     import resource
 
     if sys.platform == "linux":  # ru_maxrss survives exec: a child would start with its parent's peak
-        return 1024 * int(re.search(r"VmHWM:\s*(\d+) kB", Path("/proc/self/status").read_text())[1])
+        own = re.findall(r"VmHWM:\s*(\d+) kB", Path("/proc/self/status").read_text())
+        for child in multiprocessing.active_children():
+            rollup = Path(f"/proc/{child.pid}/smaps_rollup").read_text()
+            own += re.findall(r"^Private_\w+: +(\d+) kB", rollup, re.MULTILINE)
+        return 1024 * sum(map(int, own))
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # bytes on macOS
 
 

@@ -9,6 +9,7 @@ The peers are PyTorch's: eager, eager with its fused loss, compiled. JAX is not 
 """
 
 import importlib.util
+import itertools
 import os
 import shutil
 import sys
@@ -73,30 +74,30 @@ Step = Callable[..., float | None]
 
 
 def tinyllm_step(work: Work, threads: int) -> Step:
-    """A step of tinyllm. The number of threads is set by ``measure`` in the environment."""
-    update = tinyllm_train_step(tinyllm_model(work))
-    return lambda ids, targets: float(update(ids, targets).item())
+    """A step as ``tinyllm train`` takes it: that of a small model is shared by a process for each core.
 
-
-def tinyllm_train_step(model) -> Callable:
-    """A training step of ``model``: (ids, targets) -> the loss, a Tensor on the model's device.
-
-    The model must already be on its device and in the dtype of its parameters.
+    The number of threads is set by ``measure`` in the environment.
     """
-    from tinyllm import optim
+    from tinyllm.training.step import Alone, language_model_loss, training_step
+    from tinyllm.training.workers import Workers, suitable_number
 
-    optimizer = optim.AdamW(model, LEARNING_RATE, betas=BETAS, eps=EPS, weight_decay=WEIGHT_DECAY)
-    optimizer.reserve()  # as ``tinyllm train`` does
+    model, steps = tinyllm_model(work), itertools.count()
+    optimizer, number = tinyllm_optimizer(model), suitable_number(model, work.batch)
+    replicas = Workers(number, model, optimizer, language_model_loss) if number > 1 else Alone()
 
     def step(ids, targets):
-        loss = model.loss(ids, targets)
-        loss.backward()
-        optim.clip_grad_norm(optimizer.parameters, MAX_GRAD_NORM)
-        optimizer.step()
-        optimizer.zero_grad()
-        return loss
+        how = dict(clip=MAX_GRAD_NORM, step=next(steps), replicas=replicas)
+        return training_step(model, optimizer, (ids, targets), targets.size, **how).loss
 
     return step
+
+
+def tinyllm_optimizer(model):
+    from tinyllm.optim import AdamW
+
+    optimizer = AdamW(model, LEARNING_RATE, betas=BETAS, eps=EPS, weight_decay=WEIGHT_DECAY)
+    optimizer.reserve()  # as ``tinyllm train`` does
+    return optimizer
 
 
 def tinyllm_model(work: Work):

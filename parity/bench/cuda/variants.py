@@ -50,11 +50,21 @@ def training(step: Callable[[], Any], device: str) -> Prepared:
 
 def tinyllm_train(work: Work, folder: str, precision: str, device: str) -> Prepared:
     """Training with tinyllm; parameters and optimizer state are float32 in every precision."""
-    from parity.bench.train_variants import tinyllm_train_step
+    from parity.bench.train_variants import MAX_GRAD_NORM, tinyllm_optimizer
+    from tinyllm.optim import clip_grad_norm
 
     model = tinyllm_model(folder, "float32", device).train()
-    step, (ids, targets) = tinyllm_train_step(model), random_ids(work, 2)
-    return training(lambda: step(ids, targets), tinyllm_device(model))
+    optimizer, (ids, targets) = tinyllm_optimizer(model), random_ids(work, 2)
+
+    def step():
+        loss = model.loss(ids, targets)
+        loss.backward()
+        clip_grad_norm(optimizer.parameters, MAX_GRAD_NORM)
+        optimizer.step()
+        optimizer.zero_grad()
+        return loss
+
+    return training(step, tinyllm_device(model))
 
 
 def tinyllm_forward(work: Work, folder: str, precision: str, device: str) -> Prepared:
