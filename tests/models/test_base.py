@@ -41,6 +41,8 @@ def test_blocks_begin_as_the_identity_if_their_projections_are_zero(arch):
     ids = np.array([[3, 1, 4, 1, 5]])
     before = model.hidden_states(ids).data
     nn.initialize_as_zero(model, model.into_residual)
+    zeros = [x for x in model.parameters() if x.data.ndim == 2 and not x.data.any()]
+    assert {len(x.data) for x in zeros} == {16}  # (out, in): those into the residual stream
     found = model.hidden_states(ids).data
     assert not np.allclose(found, before, atol=1e-6)
     setattr(model, model.blocks, [])
