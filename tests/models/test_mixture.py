@@ -35,6 +35,8 @@ from parity.ops.cases import FLOOR  # noqa: E402
 from parity.twins import bridge  # noqa: E402
 
 EAGER = dict(dtype=torch.float32, experts_implementation="eager", attn_implementation="eager")
+# A window in every layer, whatever max_window_layers says
+QWEN3_WINDOWED = replace(QWEN3_MOE, use_sliding_window=True, sliding_window=4, max_window_layers=1)
 every_config = pytest.mark.parametrize("name", CONFIGS)
 
 
@@ -68,6 +70,7 @@ def real(targets):
 @settings(max_examples=25)
 @example(config=MIXTRAL, rows=2, padding=3, seed=0, num_targets=None)
 @example(config=MIXED, rows=2, padding=0, seed=1, num_targets=7)
+@example(config=QWEN3_WINDOWED, rows=2, padding=0, seed=16, num_targets=None)
 @given(
     config=llama_configs(MixtralConfig) | llama_configs(Qwen3MoeConfig),
     rows=st.integers(1, 3),

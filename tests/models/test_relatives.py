@@ -477,6 +477,8 @@ def test_explicit_layer_types_are_those_of_transformers():
     ids, targets = batch(config, (2, 8))
     check_against(bridge.to_transformers(model), model, ids, targets)
     assert config_of("qwen3", layer_types=[FULL, SLIDING, SLIDING]) == config_of("qwen3")
+    kinds[1] = SLIDING  # the config has a list of its own
+    assert config.layer_types == [SLIDING, FULL, SLIDING]
 
 
 BAD = {
