@@ -94,6 +94,28 @@ def test_special_and_ordinary_added_tokens_in_ordinary_text(llama):
     assert special.encode("<|im_start|>") == [800]
 
 
+def test_a_piece_of_the_model_may_be_an_added_token(llama):
+    """No space is added after it, as after other added tokens."""
+    processor = load_tokenizer(llama()).processor
+    i = processor.piece_to_id("at")
+    files = {
+        "config": {"added_tokens_decoder": {str(i): added(i)[str(i)] | {"content": "at", "special": False}}}
+    }
+    ours = check_equals_transformers(llama(**files))
+    assert ours.encode("cat a").count(i) == 1 and ours.decode(ours.encode("cat a")) == "cat a"
+
+
+def test_of_added_tokens_that_overlap_the_first_is_encoded(llama):
+    names = {800: ("<a>", True), 801: ("a>b", False)}
+    tokens = {
+        str(i): added(i)[str(i)] | {"content": name, "special": flag} for i, (name, flag) in names.items()
+    }
+    ours = load_tokenizer(llama(config={"added_tokens_decoder": tokens}))
+    ids = ours.encode("<a>b", "allow")
+    assert ids[0] == 800 and 801 not in ids and ours.decode(ids) == "<a>b"
+    assert 801 in ours.encode("<a>b", "text")
+
+
 def test_the_order_of_added_tokens_does_not_matter_and_they_are_added_to_a_copy(llama):
     base = load_tokenizer(llama())
     tokens = {i: {"content": f"<{i}>", "special": True} for i in (803, 801)}
