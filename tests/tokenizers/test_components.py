@@ -29,6 +29,8 @@ def template(*pieces):
     return {"type": "TemplateProcessing", "single": single, "pair": [text], "special_tokens": {}}
 
 
+BYTES = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
+METASPACE = {"type": "Metaspace", "replacement": "▁", "prepend_scheme": "first", "split": False}
 HUNDREDFOLD = replace({"String": "a"}, "a" * 100)
 HOSTILE = {
     "replaces nothing": {"normalizer": replace({"String": ""}, "x")},
@@ -55,6 +57,25 @@ HOSTILE = {
     "no text": {"post_processor": template()},
     "another text": {"post_processor": template({"Sequence": {"id": "B", "type_id": 0}})},
     "random": {"model": {"dropout": 0.5}},
+    "always random": {"model": {"dropout": 1}},
+    "grows 65-fold": {"normalizer": replace({"String": "a"}, "a" * 65)},
+    "grows in two components": {"pre_tokenizer": BYTES, "normalizer": replace({"String": "a"}, "a" * 33)},
+    "grows and shrinks": {
+        "normalizer": sequence("normalizers", replace({"String": "b" * 99}, ""), HUNDREDFOLD)
+    },
+    "prepends again and again": {
+        "normalizer": sequence("normalizers", *[{"type": "Prepend", "prepend": "▁"}] * 7)
+    },
+    "prepends again in pieces": {"pre_tokenizer": sequence("pretokenizers", *[METASPACE] * 7)},
+    "prepends 17 characters": {"normalizer": {"type": "Prepend", "prepend": "a" * 17}},
+    "prepends a number": {"normalizer": {"type": "Prepend", "prepend": 1}},
+    "replaces by a number": {"normalizer": replace({"String": "a"}, 1)},
+    "splits by no pattern": {"pre_tokenizer": {"type": "Split", "behavior": "Isolated", "invert": False}},
+    "33 steps": {"pre_tokenizer": sequence("pretokenizers", *[{"type": "Whitespace"}] * 33)},
+    "a number of steps": {"pre_tokenizer": {"type": "Sequence", "pretokenizers": 3}},
+    "a pre-tokenizer as normalizer": {"normalizer": split(" ")},
+    "another normalizer as pre-tokenizer": {"pre_tokenizer": {"type": "Prepend", "prepend": "a"}},
+    "a post-processor as pre-tokenizer": {"pre_tokenizer": template("A")},
 }
 
 
@@ -65,6 +86,13 @@ def test_hostile_components_are_refused_when_loaded(tmp_path, capfd, name):
     key = next(iter(HOSTILE[name]))
     assert key in said or "dropout" in said
     assert "panicked" not in capfd.readouterr().err
+
+
+def test_the_component_that_makes_a_text_too_long_is_named(tmp_path):
+    parts = replace({"String": "a"}, "first---"), replace({"String": "b"}, "second---")
+    path = write_json(tmp_path, a_tokenizer(normalizer=sequence("normalizers", *parts)))
+    said = message_of(load_tokenizer, path)
+    assert "second" in said and "first" not in said
 
 
 def test_sizes_for_padding_and_truncation_are_not_used(tmp_path):
@@ -141,6 +169,9 @@ def test_published_patterns_are_accepted_and_linear(name):
             r"\s*[\r\n]+",
         ),
         *("a{1,99}" * 5 + "b", "a?" * 40 + "a" * 40, "(a|a)" * 40 + "b", "(a|a){30}b", "a{1,3}+", ".*x"),
+        *(r"\s+(?!\S)x", r"\s*[\r\n]+x|\s+", "[A-Z]*[a-z]+x|[A-Z]+[a-z]*", "a+b?c"),
+        *(r"\s*[\r\n]+|a\s+", r"\s*[\r\n]+|\s+(?!\S)", "(a||b)", "(a|a){1,9}b", "a{9,1}" * 3 + "b"),
+        "a{1,10}a{1,11}b",
         *("[a-z]*[a-y]+", "", "a|", "|a", "a*", r"\s?", "a{0,3}", "(a|)", "(|a)", "(?:|a)x"),
         *(
             r"(a)\1",
@@ -161,21 +192,28 @@ def test_patterns_that_may_backtrack_or_match_nothing_are_refused(pattern):
     assert not is_linear(pattern)
 
 
+@pytest.mark.parametrize("pattern", ["a{1,10}a{1,10}b", r"\s*[\r\n]+|\s", "a" * 10_000])
+def test_patterns_at_the_limits_are_accepted(pattern):
+    assert is_linear(pattern)
+
+
 def test_components_of_published_tokenizers_are_accepted(tmp_path):
     space = [{"type": "Prepend", "prepend": "▁"}, replace({"String": " "}, "▁")]
     byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
-    metaspace = {"type": "Metaspace", "replacement": "▁", "prepend_scheme": "first", "split": False}
+    digits = {"type": "Digits", "individual_digits": True}
     for changes in (
         {"normalizer": sequence("normalizers", *space)},
         {"normalizer": space[1]},
         {"normalizer": sequence("normalizers", {"type": "NFC"}, replace({"Regex": r"\s+"}, " "))},
-        {"pre_tokenizer": sequence("pretokenizers", metaspace, byte_level)},
+        {"pre_tokenizer": sequence("pretokenizers", METASPACE, byte_level)},
         {"pre_tokenizer": sequence("pretokenizers", split(PUBLISHED["Qwen 2"]), byte_level)},
-        {
-            "pre_tokenizer": sequence(
-                "pretokenizers", {"type": "Digits", "individual_digits": True}, byte_level
-            )
-        },
+        {"pre_tokenizer": sequence("pretokenizers", digits, byte_level)},
         {"post_processor": sequence("processors", byte_level, template("A"))},
+        # 32-fold, and doubled by the pre-tokenizer
+        {"normalizer": replace({"String": "a"}, "a" * 32), "post_processor": byte_level},
+        {"normalizer": sequence("normalizers", *[replace({"String": "a" * 9}, "b" * 9)] * 3)},
+        {"normalizer": {"type": "Prepend", "prepend": "a" * 16}},
+        {"pre_tokenizer": sequence("pretokenizers", *[digits] * 31, byte_level)},
+        {"model": {"continuing_subword_prefix": "", "dropout": 0.0}},
     ):
         assert load_tokenizer(write_json(tmp_path, a_tokenizer(**changes))).encode("") == []
