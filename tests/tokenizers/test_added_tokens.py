@@ -146,6 +146,7 @@ def test_ids_without_a_token_are_refused(llama):
             "same name",
         ),
         ({"config": {"added_tokens_decoder": {"900": "x"}}}, "'x'"),
+        ({"config": {"added_tokens_decoder": {"900x": {"content": "a"}}}}, "'900x'"),
         ({"config": {"added_tokens_decoder": ["x"]}}, "'x'"),
     ],
 )
@@ -233,8 +234,21 @@ def test_unused_ids_include_gaps(llama, llama3, byte_level, tmp_path):
 
 def test_added_tokens_that_a_config_names_are_special(tmp_path):
     config = {"eos_token": {"content": "<e>"}, "additional_special_tokens": ["<a>"]}
-    config["extra_special_tokens"] = ["<x>"]  # as transformers 5 writes it
-    names = ("<e>", "<a>", "<x>", "<other>")
+    config |= {"extra_special_tokens": ["<x>"], "pad_token": "<p>"}  # the first as transformers 5 writes it
+    names = ("<e>", "<a>", "<x>", "<p>", "<other>")
     write(tmp_path, tokenizer_config=config, added_tokens={name: i for i, name in enumerate(names)})
     found = [(token["special"], token["normalized"]) for token in read_added_tokens(tmp_path).values()]
-    assert found == [(True, False)] * 3 + [(False, True)]
+    assert found == [(True, False)] * 4 + [(False, True)]
+
+
+def test_flags_of_added_tokens_are_true_or_false_and_a_config_makes_them_special(tmp_path):
+    decoder = {"1": {"content": "<a>", "special": "yes", "lstrip": None}}
+    decoder["2"] = {"content": "<e>", "special": False}
+    config = {"eos_token": "<e>", "added_tokens_decoder": decoder, "additional_special_tokens": 3}
+    found = read_added_tokens(write(tmp_path, tokenizer_config=config, added_tokens={"<other>": 3}))
+    assert found == {
+        1: {"content": "<a>", "special": False, "lstrip": False},
+        2: {"content": "<e>", "special": True},
+    }
+    write(tmp_path, tokenizer_config={"added_tokens_decoder": {}})
+    assert read_added_tokens(tmp_path) == {}  # as in transformers, the other file is not read

@@ -10,7 +10,7 @@ from warnings import warn
 from tinyllm.checks import is_integer
 from tinyllm.errors import Error
 from tinyllm.files import read_json, read_text
-from tinyllm.tokenizers.base import Tokenizer, check_text
+from tinyllm.tokenizers.base import Tokenizer
 
 ADDED_TOKENS, CHAT_TEMPLATE = "added_tokens.json", "chat_template.jinja"
 GENERATION_CONFIG = "generation_config.json"
@@ -44,7 +44,6 @@ def read_added_tokens(folder: Path) -> dict[int, dict]:
     for key, token in entries:
         match token:
             case {"content": str(name)} if name and re.fullmatch("[0-9]{1,9}", str(key)):
-                check_text(name)
                 flags = {flag: token[flag] is True for flag in FLAGS if flag in token}
                 flags["special"] = flags.get("special", False) or name in named
                 tokens[int(key)] = {"content": name, **flags}
