@@ -369,6 +369,10 @@ def test_ids_and_template_from_the_config_files(byte_level, tmp_path):
     assert read(tokenizer_config={"chat_template": several}).chat_template == "d"
     assert "chat_template" in message_of(read, tokenizer_config={"chat_template": several[:1]})
     assert "'<x>'" in message_of(read, tokenizer_config={"eos_token": "<x>"})
+    assert "5000" in message_of(read, tokenizer_config={"eos_token": {"content": 5000}})
+    named |= {"pad_token": {"content": "<p>"}, "unk_token": None, "cls_token": 3, "sep_token": ["<s>"]}
+    names = {"bos_token": "<|im_start|>", "eos_token": "<|im_end|>", "pad_token": "<p>"}
+    assert read(tokenizer_config=named).other_tokens == names  # for a template
     gpt2 = transformers.GPT2Config(vocab_size=400).to_dict()  # with the ids of its usual vocabulary
     assert gpt2["eos_token_id"] == 50256
     for config, named in (

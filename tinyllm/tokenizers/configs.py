@@ -97,8 +97,7 @@ def read_configs(tokenizer: Tokenizer, folder: Path) -> None:
     bos = _ids_of(tokenizer, [own.get("bos_token", usual)], folder)
     eos = _ids_of(tokenizer, [own.get("eos_token"), *_as_list(model.get("eos_token_id"))], folder)
     eos = eos or tokenizer.eos_ids
-    if bos or "bos_token" in own:
-        tokenizer.bos_id = bos[0] if bos else None
+    tokenizer.bos_id = bos[0] if bos else None
     for key in ("add_bos_token", "add_eos_token"):
         if own.get(key) not in (None, True, False) or is_integer(own.get(key)):
             raise Error(f"{folder / 'tokenizer_config.json'} has {key} {own[key]!r}: make it true or false")
