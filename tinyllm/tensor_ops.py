@@ -254,7 +254,12 @@ class ArrayAlgebra:
         return f"Tensor({values}, shape={self.shape}, dtype={self.dtype}{grad})"
 
     def __array__(self, *args, **kwargs):
-        raise Error("a Tensor is not converted to an array implicitly: use .data")
+        raise Error("a Tensor is not converted to an array implicitly: use .data, or methods such as .exp()")
+
+    def __array_function__(self, function, types, args, kwargs):
+        if function in (np.shape, np.ndim, np.size):
+            return function(self.data, *args[1:], **kwargs)
+        raise Error(f"np.{function.__name__} takes no Tensor: use .data, or a function of tinyllm")
 
 
 # ------------------------------------------------------------- functions of several tensors

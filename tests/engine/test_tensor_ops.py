@@ -18,7 +18,7 @@ import torch
 from hypothesis import Phase, find, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
-from support.ops import fails, place_of_error, scale_one_gradient
+from support.ops import NOT_OPS, fails, place_of_error, scale_one_gradient
 from support.suite import proven
 
 import tinyllm
@@ -465,14 +465,6 @@ def test_float32_results_are_float32_and_close_to_float64(op, data):
     check_float32(data.draw(CASES[op]))
 
 
-NOT_OPS = {f"__{name}__" for name in "init repr bool float int format len iter array".split()}
-NOT_OPS |= {"from_op", "saved", "backward"}  # the graph
-NOT_OPS |= {"replace", "detach", "item", "no_grad", "retain_grad"}  # without a gradient
-NOT_OPS |= {f"__{name}__" for name in "eq ne lt le gt ge hash".split()}
-NOT_OPS |= {f"__i{name}__" for name in "add sub mul truediv pow matmul".split()}
-NOT_OPS |= {"to"}  # between devices: tests/backend/test_device_discipline.py
-
-
 def test_every_public_op_has_cases():
     members = vars(ArrayAlgebra) | vars(Tensor)
     hidden = {name for name in members if name.startswith("_") and not name.endswith("__")}
@@ -805,6 +797,7 @@ ERRORS = {  # mistake -> (call, words in its message: the value and the remedy)
     "a leaf changed in place": (lambda: operator.isub(leaf(2), 1.0), ["leaf", "w.data"]),
     "truth of a Tensor": (lambda: bool(leaf(2)), [".data", ".item()"]),
     "np.asarray of a Tensor": (lambda: np.asarray(leaf(2)), [".data"]),
+    "np.mean of a Tensor": (lambda: np.mean(leaf(2)), ["np.mean", ".data"]),
     "float32 + float64": (lambda: leaf(2) + np.ones(2, np.float32), ["float64", "float32", "astype()"]),
     "float64 @ float32": (lambda: leaf(2) @ leaf(2, dtype=np.float32), ["float64", "float32", "astype()"]),
     "where of two dtypes": (
@@ -1006,6 +999,24 @@ def test_error_names_the_value_and_the_remedy(name):
         call()
     for word in words:
         assert word in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "call",
+    [np.exp, np.isnan, np.add.reduce, np.sum, np.max, np.std, np.argmax, np.copy, np.flip,
+     lambda x: np.maximum(x, 0), lambda x: np.multiply(np.ones(2), x), lambda x: np.where(x > 0, x, 0),
+     lambda x: np.concatenate([x, x]), lambda x: np.array_equal(x, np.ones(2)), lambda x: np.asarray([x])],
+)  # fmt: skip
+def test_function_of_numpy_on_a_tensor_names_the_remedy(call):
+    with pytest.raises(Error, match=r"use \.data"):
+        call(leaf(2))
+
+
+def test_numpy_reads_a_tensors_shape_and_leaves_operators_to_it():
+    x, array = leaf(2, 3), np.arange(3.0)
+    assert (np.shape(x), np.ndim(x), np.size(x), np.size(x, 0)) == ((2, 3), 2, 6, 2)
+    assert isinstance(array - x, Tensor) and isinstance(np.float64(2) * x, Tensor)
+    assert np.array_equal(array < x, array < x.data) and np.array_equal((array / x).data, array / x.data)
 
 
 @pytest.mark.parametrize("module", [tensor, tensor_ops, tensor_einsum])

@@ -6,6 +6,7 @@ import sys
 
 import numpy as np
 import pytest
+from support.ops import NOT_OPS
 from support.suite import collected
 
 import tinyllm
@@ -115,12 +116,6 @@ def test_a_page_without_markers_gives_one_sentence_and_exit_code_2(tmp_path, mon
 
 
 # ---- The subjects of the proof ----
-
-NOT_OPS = {f"__{name}__" for name in "init repr bool float int format len iter array".split()}
-NOT_OPS |= {"from_op", "saved", "backward", "no_grad"}  # bookkeeping of the graph
-NOT_OPS |= {"replace", "detach", "item", "to", "retain_grad"}  # access to arrays, moving them to a device
-NOT_OPS |= {f"__{name}__" for name in "eq ne lt le gt ge hash".split()}  # without a gradient
-NOT_OPS |= {f"__i{name}__" for name in "add sub mul truediv pow matmul".split()}  # the ops without the i
 
 
 def tensor_ops():

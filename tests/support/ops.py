@@ -14,6 +14,14 @@ from tinyllm.errors import Error
 from tinyllm.functional import attention, losses
 from tinyllm.tensor_ops import At
 
+# Members of Tensor and functions of ``tinyllm`` that compute nothing that has a gradient.
+COMPARISONS = {f"__{name}__" for name in "eq ne lt le gt ge".split()}
+NOT_OPS = {f"__{name}__" for name in "init repr bool float int format len iter array array_function".split()}
+NOT_OPS |= {"from_op", "saved", "backward", "no_grad", "_operand"}  # bookkeeping of the graph
+NOT_OPS |= {"replace", "detach", "item", "to", "retain_grad"}  # access to arrays, moving them to a device
+NOT_OPS |= {"__hash__"} | COMPARISONS
+NOT_OPS |= {f"__i{name}__" for name in "add sub mul truediv pow matmul".split()}  # the ops without the i
+
 # -------------------------------------------------------------------- small inputs
 
 
