@@ -2,8 +2,11 @@
 
 import contextlib
 import inspect
+import math
+import os
 from collections.abc import Mapping
 from dataclasses import Field, fields
+from numbers import Real
 
 import numpy as np
 
@@ -58,6 +61,36 @@ def check_at_least(value: int, minimum: int, name: str) -> int:
     return int(value)
 
 
+def check_not_negative(value: float, name: str) -> None:
+    """Raise ``Error`` unless the value is a finite number of at least 0."""
+    with contextlib.suppress(OverflowError):  # of 10**400
+        if isinstance(value, Real) and 0 <= float(value) < math.inf:
+            return
+    raise Error(f"{name} is {value!r}: choose a finite number of at least 0")
+
+
+def check_shape(shape) -> tuple[int, ...]:
+    """The shape of a parameter, one size or several, as a tuple. Raises ``Error`` for another or negative."""
+    sizes = tuple(shape) if isinstance(shape, tuple | list) else (shape,)
+    if not all(is_integer(size) and size >= 0 for size in sizes):
+        raise Error(f"a parameter cannot have shape {shape!r}: give whole numbers of at least 0")
+    return sizes
+
+
+def check_model(model, attribute: str) -> None:
+    """Raise ``Error`` unless it is a model, not the name or the class of one: it has this attribute."""
+    if isinstance(model, type) or not hasattr(model, attribute):
+        raise Error(f"model is {described(model)}: pass a model, such as load_model('smollm2')")
+
+
+def described(value) -> str:
+    """What an argument of a wrong type is, in a message: its value if that is short."""
+    if isinstance(value, type):
+        return f"the class {value.__name__}"
+    short = value is None or isinstance(value, str | int | float | np.generic | os.PathLike)
+    return repr(value) if short else f"a {type(value).__name__}"
+
+
 def check_gradient(grad, shape: tuple, dtype: np.dtype) -> None:
     """Raise ``Error`` unless a gradient is None or an array, not a Tensor, of this shape and dtype."""
     is_array = hasattr(grad, "dtype") and not hasattr(grad, "requires_grad")
@@ -96,8 +129,7 @@ def as_generator(rng) -> np.random.Generator | None:
         return rng
     if is_integer(rng) and rng >= 0:
         return np.random.default_rng(int(rng))
-    found = repr(rng) if isinstance(rng, int | float | str | np.generic) else f"a {type(rng).__name__}"
-    raise Error(f"rng is {found}: pass a non-negative integer seed or np.random.default_rng(seed)")
+    raise Error(f"rng is {described(rng)}: pass a non-negative integer seed or np.random.default_rng(seed)")
 
 
 def check_fraction(validation_fraction: float) -> None:

@@ -1,6 +1,7 @@
 """Sampling and generation: comparison with plain torch, with expected frequencies and with plain loops."""
 
 import math
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -12,6 +13,7 @@ from tinyllm import GPT2, GPT2Config, Tensor, nn
 from tinyllm.errors import Error
 from tinyllm.inference import sampling
 from tinyllm.inference.generate import generate
+from tinyllm.inference.perplexity import evaluate_text
 from tinyllm.inference.sampling import choose_tokens, most_likely, probabilities, suppress
 
 ALMOST_ONE = 1 - 2.0**-53  # the largest number that a generator's random() returns
@@ -520,6 +522,25 @@ def test_arguments_are_checked_at_the_call(model, ids, options, said):
     with pytest.raises(Error, match=said) as raised:
         generate(model, ids, **options)  # no step is executed
     assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("given", "found"),
+    [
+        ("smollm2", "'smollm2'"),
+        (Path("runs/a"), r"PosixPath\('runs/a'\)"),
+        (None, "None"),
+        (GPT2, "the class GPT2"),
+        (GPT2Config(), "a GPT2Config"),
+        ([[1]], "a list"),
+        (nn.Linear(2, 3, rng=0), "a Linear"),
+    ],
+    ids=["a name", "a path", "None", "a class", "a config", "ids", "a layer"],
+)
+def test_what_is_not_a_model_is_refused(given, found):
+    for call in (lambda: generate(given, [[1]]), lambda: evaluate_text(given, [1, 2])):
+        with pytest.raises(Error, match=f"^model is {found}: pass a model, such as load_model"):
+            call()
 
 
 def test_suppressing_copies_the_logits_and_ignores_ids_beyond_them():

@@ -416,6 +416,12 @@ def test_a_smaller_capacity_must_hold_what_every_layer_holds():
     assert cache.with_capacity(230).texts == cache.texts
 
 
+@pytest.mark.parametrize("cache", ["a cache", 3, build(LLAMA_CONFIG)], ids=["a text", "a number", "a model"])
+def test_what_is_not_a_cache_is_refused(cache):
+    with pytest.raises(Error, match=r"cache has 0 layers and the model 2: create one with new_cache"):
+        build(LLAMA_CONFIG)([[1]], cache=cache)
+
+
 @pytest.mark.parametrize("arguments", [(0,), (-1,), (1, 0), (1, -5), (1, 2.5)])
 def test_a_cache_needs_a_row_and_a_column(arguments):
     with pytest.raises(Error, match="at least 1"):

@@ -284,6 +284,36 @@ def test_load_state_dict_refuses_anything_but_arrays_by_name(arrays, message):
 # ------------------------------------------------------------------------------------- layers
 
 
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: nn.Linear(3.0, 4, rng=0), r"shape \(4, 3.0\): give whole numbers"),
+        (lambda: nn.Linear(3.0, 4, rng=None), r"shape \(4, 3.0\)"),
+        (lambda: nn.Linear(3, None, rng=0), r"shape \(None, 3\)"),
+        (lambda: nn.Linear(True, 4, rng=0), r"shape \(4, True\)"),
+        (lambda: nn.Embedding(10.0, 4, rng=0), r"shape \(10.0, 4\)"),
+        (lambda: nn.Embedding(-1, 4, rng=0), r"shape \(-1, 4\)"),
+        (lambda: nn.LayerNorm("8"), "shape '8'"),
+        (lambda: nn.LayerNorm((4, 2.5)), r"shape \(4, 2.5\)"),
+        (lambda: nn.RMSNorm(None), "shape None"),
+        (lambda: nn.Linear(3, 4, rng=0, std="a"), "std is 'a': choose a finite number"),
+        (lambda: nn.Embedding(3, 4, rng=0, std=np.nan), "std is nan"),
+        (lambda: nn.LayerNorm(8, eps=-1), "eps is -1"),
+        (lambda: nn.LayerNorm(8, eps=None), "eps is None"),
+        (lambda: nn.RMSNorm(8, eps="a"), "eps is 'a'"),
+    ],
+)
+def test_sizes_and_numbers_of_a_layer_are_checked(make, message):
+    with pytest.raises(Error, match=message):
+        make()
+
+
+def test_sizes_of_a_layer_may_be_numpys_integers_lists_and_0():
+    assert nn.Linear(np.int64(3), np.uint8(4), rng=0, std=np.float32(0.5)).weight.shape == (4, 3)
+    assert nn.LayerNorm([2, 3], eps=0).weight.shape == nn.RMSNorm((2, 3)).weight.shape == (2, 3)
+    assert nn.Embedding(0, 4, rng=0).weight.shape == (0, 4)
+
+
 def test_linear_and_embedding_weights_have_the_given_std():
     rng = np.random.default_rng(0)
     for module in (nn.Linear(400, 500, rng=rng, std=0.05), nn.Embedding(500, 400, rng=rng, std=0.05)):

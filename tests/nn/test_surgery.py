@@ -86,6 +86,18 @@ def test_replace_needs_a_function(make):
         nn.replace(model, "lm_head", make)
 
 
+@pytest.mark.parametrize("call", [
+    lambda model: nn.replace(model, "lm_head", Wrapped),
+    lambda model: nn.add_lora(model, rng=0),
+    nn.merge_lora,
+    lambda model: nn.observe(print, model).__enter__(),
+])  # fmt: skip
+@pytest.mark.parametrize(("model", "found"), [("smollm2", "'smollm2'"), (nn.Linear, "the class Linear")])
+def test_a_name_or_class_is_not_a_model(call, model, found):
+    with pytest.raises(Error, match=f"model is {found}: pass a model"):
+        call(model)
+
+
 @pytest.mark.parametrize(
     "pattern", [re.compile("x"), [re.compile("x")], ["lm_head", 3], 3, None, iter(["lm_head"])]
 )

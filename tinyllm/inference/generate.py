@@ -15,7 +15,7 @@ import numpy as np
 from tinyllm.backend.device import to_device
 from tinyllm.backend.dtypes import accumulation_dtype
 from tinyllm.backend.threads import step_of_few_rows
-from tinyllm.checks import as_generator, check_at_least, check_ids
+from tinyllm.checks import as_generator, check_at_least, check_ids, check_model
 from tinyllm.errors import Error
 from tinyllm.inference.decoding import DecodingSteps
 from tinyllm.inference.sampling import check_sampling, choose_tokens, suppress
@@ -80,6 +80,7 @@ def generate(
     freed with the iterator, unless it was given. Parameters that multiply the same input, such as q_proj's
     and k_proj's, may become views of one matrix: their values stay, but ``.data`` is another array.
     """
+    check_model(model, "config")
     prompts = _check_prompts(ids, model)
     stop_ids = _check_list(stop_ids, model, "stop_ids")
     suppress_ids = _check_list(suppress_ids, model, "suppress_ids")

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from tinyllm.checks import check_at_least, check_ids, is_integer
+from tinyllm.checks import check_at_least, check_ids, check_model, is_integer
 from tinyllm.data.corpus import Corpus, end_of_text_id, splits
 from tinyllm.data.padded import IGNORED
 from tinyllm.errors import Error
@@ -156,6 +156,7 @@ def check_windows(
     model: Module, context: int | None, stride: int | None, batch: int | None
 ) -> tuple[int, int, int]:
     """``evaluate_text``'s context, stride and batch with defaults filled in; raises the same errors."""
+    check_model(model, "config")
     context = model.context if context is None else context
     if not is_integer(context) or not 1 <= context <= model.context:
         raise Error(f"context is {context!r}: choose a whole number from 1 to the model's {model.context}")

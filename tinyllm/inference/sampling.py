@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
+from numbers import Real
 
 import numpy as np
 
-from tinyllm.checks import is_integer
+from tinyllm.checks import check_not_negative, is_integer
 from tinyllm.errors import Error
 
 FEW = 256  # tokens, among which the sampled one nearly always is
@@ -15,12 +15,10 @@ FEW = 256  # tokens, among which the sampled one nearly always is
 
 def check_sampling(temperature: float, top_k: int | None, top_p: float | None) -> None:
     """Raise ``Error`` unless 0 ≤ temperature < ∞, top_k is None or ≥ 1, and top_p None or 0 < top_p ≤ 1."""
-    numbers = int | float | np.number
-    if not isinstance(temperature, numbers) or not 0 <= temperature <= sys.float_info.max:  # 10**400 is above
-        raise Error(f"temperature is {temperature!r}: choose a finite number of at least 0")
+    check_not_negative(temperature, "temperature")
     if top_k is not None and (not is_integer(top_k) or top_k < 1):
         raise Error(f"top_k is {top_k!r}: choose a whole number of at least 1, or none")
-    if top_p is not None and (not isinstance(top_p, numbers) or not 0 < top_p <= 1):
+    if top_p is not None and (not isinstance(top_p, Real) or not 0 < top_p <= 1):
         raise Error(f"top_p is {top_p!r}: choose a number above 0 and at most 1, or none")
 
 

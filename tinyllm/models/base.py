@@ -192,8 +192,8 @@ class LanguageModel(nn.Module):
     def configure(self, config, rng) -> np.random.Generator | None:
         """Set ``config``, check its type, and return the generator that ``rng`` gives."""
         if not isinstance(config, self.config_class):
-            found = config.__name__ if isinstance(config, type) else f"a {type(config).__name__}"
-            raise Error(f"config is {found}: pass a {self.config_class.__name__}(...)")
+            found, wanted = checks.described(config), self.config_class.__name__
+            raise Error(f"config is {found}: pass a {wanted}(...)")
         self.config = config
         return checks.as_generator(rng)
 
@@ -274,10 +274,9 @@ class LanguageModel(nn.Module):
         layers = len(getattr(self, self.blocks))
         if cache is None:
             return ids, np.arange(ids.shape[1]), [None] * layers
-        if len(cache.keys) != layers:
-            raise Error(
-                f"the cache has {len(cache.keys)} layers and the model {layers}: create one with new_cache()"
-            )
+        cached = len(getattr(cache, "keys", ()))
+        if cached != layers:
+            raise Error(f"the cache has {cached} layers and the model {layers}: create one with new_cache()")
         return ids, cache.positions(ids.shape[1]), cache.layers(*ids.shape)
 
     # -------------------------------------------------------------------------- weights in files

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from tinyllm.checks import check_model
 from tinyllm.tensor import Tensor, mode
 
 
@@ -44,6 +45,8 @@ def observe(
     ``on_op(name, arguments, output)`` is called after the forward pass of every op of ``tinyllm.functional``,
     such as "scaled_dot_product_attention", with the arguments that were given by their names.
     """
+    if model is not None:
+        check_model(model, "named_modules")
     before = _watch.callback, _watch.names, mode.on_op
     _watch.callback, _watch.names = callback, None if model is None else _names(model)
     mode.on_op = on_op

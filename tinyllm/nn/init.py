@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from tinyllm.checks import as_generator
+from tinyllm.checks import as_generator, check_not_negative, check_shape
 from tinyllm.errors import Error
 from tinyllm.tensor import Tensor
 
@@ -16,7 +16,8 @@ def normal(rng: np.random.Generator | int | None, shape, std: float) -> Tensor:
     its data. So a model of any size can be built, its parameters counted, and its weights loaded one by one.
     A seed gives equal parameters of equal shape: to initialize several, pass one generator to all of them.
     """
-    rng = as_generator(rng)
+    rng, shape = as_generator(rng), check_shape(shape)
+    check_not_negative(std, "std")
     if rng is None:
         return Tensor(np.broadcast_to(np.float32(0), shape), requires_grad=True)
     data = rng.standard_normal(shape, dtype=np.float32)

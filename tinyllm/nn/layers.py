@@ -7,6 +7,7 @@ import math
 import numpy as np
 
 from tinyllm import functional as F
+from tinyllm.checks import check_not_negative, check_shape
 from tinyllm.functional.activations import check_probability
 from tinyllm.nn.init import as_generator, loaded, normal
 from tinyllm.nn.module import Module
@@ -62,8 +63,10 @@ class LayerNorm(Module):
     """
 
     def __init__(self, channels: int | tuple[int, ...], eps: float = 1e-5, bias: bool = True):
-        self.weight = Tensor(np.ones(channels, np.float32), requires_grad=True)
-        self.bias = Tensor(np.zeros(channels, np.float32), requires_grad=True) if bias else None
+        shape = check_shape(channels)
+        check_not_negative(eps, "eps")
+        self.weight = Tensor(np.ones(shape, np.float32), requires_grad=True)
+        self.bias = Tensor(np.zeros(shape, np.float32), requires_grad=True) if bias else None
         self.eps = eps
 
     def forward(self, x):
@@ -76,7 +79,8 @@ class RMSNorm(Module):
     offset = 0.0  # added to the weight
 
     def __init__(self, channels: int | tuple[int, ...], eps: float | None = None):
-        self.weight = Tensor(np.full(channels, 1 - self.offset, np.float32), requires_grad=True)
+        check_not_negative(eps or 0, "eps")
+        self.weight = Tensor(np.full(check_shape(channels), 1 - self.offset, np.float32), requires_grad=True)
         self.eps = eps
 
     def forward(self, x):

@@ -28,7 +28,7 @@ import numpy as np
 
 from tinyllm.backend.device import to_device_of
 from tinyllm.backend.dtypes import accumulation_dtype
-from tinyllm.checks import as_generator, check_at_least
+from tinyllm.checks import as_generator, check_at_least, check_model
 from tinyllm.errors import Error
 from tinyllm.nn.init import loaded
 from tinyllm.nn.layers import Dropout, Linear
@@ -98,9 +98,9 @@ def add_lora(
     Raises ``Error``, and changes nothing, if a name or one of ``targets`` matches no layer, if a target is
     not a Linear, or if the model has LoRA layers already.
     """
-    modules, rng = dict(model.named_modules()), as_generator(rng)
     if lora_layers(model):
         raise Error("the model has LoRA layers already: merge them into its weights first (nn.merge_lora)")
+    modules, rng = dict(model.named_modules()), as_generator(rng)
     layers = ", ".join(name for name in modules if name)
     whole = [name for name in modules if matches([*check_names(modules_to_save, "modules_to_save")], name)]
     for wanted in modules_to_save:
@@ -140,6 +140,7 @@ def add_lora(
 
 def lora_layers(model: Module) -> dict[str, LoRA]:
     """The LoRA layers of a model by name."""
+    check_model(model, "named_modules")
     return {name: module for name, module in model.named_modules() if isinstance(module, LoRA)}
 
 

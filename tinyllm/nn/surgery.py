@@ -6,6 +6,7 @@ import re
 from collections.abc import Callable, Collection, Mapping
 from fnmatch import fnmatchcase
 
+from tinyllm.checks import check_model
 from tinyllm.errors import Error
 from tinyllm.nn.module import Module
 
@@ -23,6 +24,7 @@ def replace(
     Raises ``Error`` if a pattern matches no layer, if one matches the model itself (its name is empty), and
     if ``make`` does not return a Module.
     """
+    check_model(model, "named_modules")
     if isinstance(make, Module) or not callable(make):
         raise Error(
             f"make is a {type(make).__name__}: pass a function, such as lambda name, layer: MyLayer(layer)"

@@ -21,6 +21,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from tinyllm.checks import described
 from tinyllm.errors import Error
 from tinyllm.files import read_file, read_json, read_text
 from tinyllm.tokenizers.base import END_OF_TEXT, FILE_NAME, Tokenizer, extend_vocabulary
@@ -82,7 +83,9 @@ def load_tokenizer(spec: str | Path) -> Tokenizer:
     if spec == "bytes":
         return BPETokenizer([])
     if not isinstance(spec, str | Path):
-        raise Error(f"the tokenizer is {spec!r}: give 'gpt2', 'bytes', or the path of a folder or file")
+        raise Error(
+            f"the tokenizer is {described(spec)}: give 'gpt2', 'bytes', or the path of a folder or file"
+        )
     if spec in KNOWN_MODELS and not os.path.lexists(spec):
         spec = find_model(spec)
     if not os.path.exists(spec):

@@ -5,6 +5,7 @@ import re
 import sys
 from pathlib import Path
 
+from tinyllm.checks import described
 from tinyllm.errors import Error
 from tinyllm.weights import StoredTensors
 from tinyllm.weights.gguf import GGUFFile
@@ -39,7 +40,7 @@ def find_model(name: str | Path) -> Path:
     if a known model has not been pulled, and as ``find_folder`` does.
     """
     if not isinstance(name, str | os.PathLike):
-        raise Error(f"{name!r} does not name a model: pass its folder, its .gguf file, or a hub id")
+        raise Error(f"{described(name)} does not name a model: pass its folder, its .gguf file, or a hub id")
     name = os.fspath(name)
     path = os.path.expanduser(name)
     if name.lower().endswith(".gguf") and not os.path.isdir(path):
