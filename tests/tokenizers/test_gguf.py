@@ -206,6 +206,10 @@ def test_smollm2_encodes_every_character_or_raises(smollm2):
         ("add_space_prefix", [1, 2]),
         ("remove_extra_whitespaces", 1),
         ("bos_token_id", True),
+        ("token_type", [True] * 258),
+        ("token_type", [2.0, *[6.0] * 256, 1.0]),
+        ("scores", [False] * 258),
+        ("scores", [0] * 258),
     ],
 )
 def test_gguf_keys_of_wrong_type_are_rejected(tmp_path, key, value):

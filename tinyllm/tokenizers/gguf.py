@@ -43,7 +43,7 @@ def read_gguf(path: Path) -> Tokenizer:
         raise Error(
             f"{path} has {len(tokens)} tokens, but only {len(set(tokens))} of them differ: copy it again"
         )
-    types = _numbers(file, "token_type", len(tokens), np.ones(len(tokens), np.int32))
+    types = _numbers(file, "token_type", "iu", len(tokens), np.ones(len(tokens), np.int32))
     if not set(types) <= set(range(1, 7)):
         raise Error(f"{path} has a token of an unknown type: copy it again")
     model = file.value("tokenizer.ggml.model", str | None)
@@ -75,12 +75,13 @@ def read_gguf(path: Path) -> Tokenizer:
     return tokenizer
 
 
-def _numbers(file: GGUFFile, key: str, count: int, default: np.ndarray | None = None) -> list:
-    """The value of a key that has one number per token."""
+def _numbers(file: GGUFFile, key: str, kinds: str, count: int, default: np.ndarray | None = None) -> list:
+    """The value of a key that has one number per token, of a dtype of these ``kinds``."""
     value = file.value(f"tokenizer.ggml.{key}", np.ndarray, default)
-    if len(value) != count:
+    if len(value) != count or value.dtype.kind not in kinds:
         raise Error(
-            f"{file.path} has {len(value)} numbers in tokenizer.ggml.{key} instead of {count}: copy it again"
+            f"{file.path} has {len(value)} {value.dtype} in tokenizer.ggml.{key} instead of {count} "
+            f"{'float32' if kinds == 'f' else 'int32'}: copy it again"
         )
     return value.tolist()
 
@@ -119,7 +120,7 @@ def _sentencepiece_model(file: GGUFFile, tokens: list[str], types: list[int]) ->
     (model_type 3 = BPE, vocab_size 4, byte_fallback 35, the ids and names of unk, bos and eos 40 … 47),
     normalizer_spec 3 (add_dummy_prefix 3, remove_extra_whitespaces 4).
     """
-    scores = _numbers(file, "scores", len(tokens))
+    scores = _numbers(file, "scores", "f", len(tokens))
     unknown, pieces = _unknown_id(file, types), []
     for i, (token, score, kind) in enumerate(zip(tokens, scores, types)):
         if kind == USER_DEFINED:  # GGUF has it as it occurs in a text: two spaces, not two ▁

@@ -131,7 +131,7 @@ def read_config(metadata: Metadata, shapes: Mapping[str, tuple], factors: np.nda
         config[field] = f"{table.prefix}{table.blocks}.0.{table.inside[part]}.bias" in shapes
     for name in ("bos_token_id", "eos_token_id"):
         if f"tokenizer.ggml.{name}" in metadata.values:
-            config[name] = metadata.values[f"tokenizer.ggml.{name}"]
+            config[name] = metadata.value(f"tokenizer.ggml.{name}", int)
     return config
 
 
@@ -239,4 +239,4 @@ def query_scalar(table: Table, config: Mapping) -> int:
 
 
 def same(value, expected) -> bool:
-    return isinstance(value, type(expected)) and value == expected
+    return type(value) is type(expected) and value == expected

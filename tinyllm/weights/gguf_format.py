@@ -17,7 +17,7 @@ from typing import BinaryIO
 
 import numpy as np
 
-from tinyllm.checks import pip_install
+from tinyllm.checks import is_integer, pip_install
 from tinyllm.errors import Error
 from tinyllm.files import open_regular
 
@@ -161,7 +161,7 @@ def _read(fields: _Fields) -> tuple[dict, list[Entry]]:
         metadata[key] = fields.value(fields.number("I"))
     infos = [_read_tensor_info(fields) for _ in range(tensor_count)]
     alignment = metadata.get("general.alignment", ALIGNMENT)
-    if not isinstance(alignment, int) or alignment < 1 or alignment & (alignment - 1):
+    if not is_integer(alignment) or alignment < 1 or alignment & (alignment - 1):
         raise ValueError(f"general.alignment is {alignment!r}, not a power of two")
     start = -(-fields.position // alignment) * alignment
     entries = [_locate(fields, start, *info) for info in infos]
