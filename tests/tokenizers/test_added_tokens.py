@@ -147,6 +147,8 @@ def test_ids_without_a_token_are_refused(llama):
         ),
         ({"config": {"added_tokens_decoder": {"900": "x"}}}, "'x'"),
         ({"config": {"added_tokens_decoder": {"900x": {"content": "a"}}}}, "'900x'"),
+        ({"config": {"added_tokens_decoder": added(900, lstrip=None)}}, "'lstrip': None"),
+        ({"config": {"added_tokens_decoder": added(900, special="true")}}, "'special': 'true'"),
         ({"config": {"added_tokens_decoder": ["x"]}}, "'x'"),
     ],
 )
@@ -241,14 +243,45 @@ def test_added_tokens_that_a_config_names_are_special(tmp_path):
     assert found == [(True, False)] * 4 + [(False, True)]
 
 
-def test_flags_of_added_tokens_are_true_or_false_and_a_config_makes_them_special(tmp_path):
-    decoder = {"1": {"content": "<a>", "special": "yes", "lstrip": None}}
+def test_a_config_makes_added_tokens_special(tmp_path):
+    spacing = dict(lstrip=False, rstrip=False, single_word=False)
+    decoder = {"1": {"content": "<a>", "special": False, "lstrip": True}}
     decoder["2"] = {"content": "<e>", "special": False}
     config = {"eos_token": "<e>", "added_tokens_decoder": decoder, "additional_special_tokens": 3}
     found = read_added_tokens(write(tmp_path, tokenizer_config=config, added_tokens={"<other>": 3}))
     assert found == {
-        1: {"content": "<a>", "special": False, "lstrip": False},
-        2: {"content": "<e>", "special": True},
+        1: {"content": "<a>", "special": False, "normalized": True, **(spacing | {"lstrip": True})},
+        2: {"content": "<e>", "special": True, "normalized": True, **spacing},
     }
     write(tmp_path, tokenizer_config={"added_tokens_decoder": {}})
     assert read_added_tokens(tmp_path) == {}  # as in transformers, the other file is not read
+
+
+@pytest.mark.parametrize("flags", [
+    {"lstrip": True}, {"rstrip": True}, {"single_word": True}, {"lstrip": True, "special": False}, {}, None,
+])  # fmt: skip
+@pytest.mark.parametrize("in_json", [{}, {"lstrip": True}, {"rstrip": True, "special": False}])
+def test_properties_in_the_config_replace_those_in_tokenizer_json(byte_level, tmp_path, flags, in_json):
+    definition = json.loads((byte_level / "tokenizer.json").read_text(encoding="utf-8"))
+    definition |= {"truncation": None, "padding": None}
+    for token in definition["added_tokens"]:
+        token |= in_json
+    config = {"tokenizer_class": "PreTrainedTokenizerFast"}
+    if flags is not None:
+        config["added_tokens_decoder"] = added(0, 1, **flags)
+    folder = write(tmp_path, tokenizer=definition, tokenizer_config=config)
+    ours = check_equals_transformers(folder, decodes=False)
+    theirs = transformers.AutoTokenizer.from_pretrained(folder).added_tokens_decoder
+    assert {*ours.special_tokens.values()} == {i for i, token in theirs.items() if token.special}
+    text = "a <|im_end|> b"  # as ordinary text, unless the token is not special
+    assert (1 in ours.encode(text, "text")) == (1 not in ours.special_tokens.values())
+
+
+def test_added_tokens_json_does_not_replace_properties(byte_level, tmp_path):
+    definition = json.loads((byte_level / "tokenizer.json").read_text(encoding="utf-8"))
+    definition |= {"truncation": None, "padding": None}
+    definition["added_tokens"][1]["lstrip"] = True
+    folder = write(tmp_path, tokenizer=definition, added_tokens={"<|im_end|>": 1})
+    ours = check_equals_transformers(folder, decodes=False)
+    assert 1 in ours.special_tokens.values()
+    assert ours.encode("a <|im_end|>", "allow") == [*ours.encode("a"), 1]

@@ -14,7 +14,8 @@ from tinyllm.tokenizers.base import Tokenizer
 
 ADDED_TOKENS, CHAT_TEMPLATE = "added_tokens.json", "chat_template.jinja"
 GENERATION_CONFIG = "generation_config.json"
-FLAGS = ("special", "lstrip", "rstrip", "single_word", "normalized")  # of an added token
+SPACING = ("lstrip", "rstrip", "single_word")
+FLAGS = ("special", "normalized", *SPACING)  # of an ``AddedToken``
 
 # Special tokens that end a turn of a chat, by the names that llama.cpp looks for. Older files name only the
 # token that ends a text as eos.
@@ -29,22 +30,26 @@ ENDS_OF_TEXT = ("<|endoftext|>", "<|end_of_text|>", "<eos>", "</s>", "[EOS]")
 def read_added_tokens(folder: Path) -> dict[int, dict]:
     """The tokens that a model's folder adds to its vocabulary: id -> properties of an ``AddedToken``.
 
-    They are in ``added_tokens_decoder`` of ``tokenizer_config.json``, or else in ``added_tokens.json``, names
-    and ids without properties. There, those that a config names, such as ``eos_token``, are special.
+    They are in ``added_tokens_decoder`` of ``tokenizer_config.json``, here with all ``FLAGS``, or else in
+    ``added_tokens.json``, names and ids. Those that a config names, such as ``eos_token``, are special.
     """
-    named = named_tokens(folder)
+    named, absent = named_tokens(folder), {}
     own, added = (_read(folder, name) for name in ("tokenizer_config.json", ADDED_TOKENS))
     if "added_tokens_decoder" in own:
         found, source = own["added_tokens_decoder"], folder / "tokenizer_config.json"
         entries = list(found.items()) if isinstance(found, dict) else [(None, found)]
+        absent = dict.fromkeys(SPACING, False)
     else:
         source = folder / ADDED_TOKENS
         entries = [(i, {"content": name, "normalized": name not in named}) for name, i in added.items()]
     tokens = {}
     for key, token in entries:
         match token:
-            case {"content": str(name)} if name and re.fullmatch("[0-9]{1,9}", str(key)):
-                flags = {flag: token[flag] is True for flag in FLAGS if flag in token}
+            case {"content": str(name)} if (
+                name and re.fullmatch("[0-9]{1,9}", str(key)) and _has_flags(token)
+            ):
+                flags = absent | {flag: token[flag] for flag in FLAGS if flag in token}
+                flags.setdefault("normalized", not flags.get("special"))
                 flags["special"] = flags.get("special", False) or name in named
                 tokens[int(key)] = {"content": name, **flags}
             case _:
@@ -52,6 +57,11 @@ def read_added_tokens(folder: Path) -> dict[int, dict]:
     if len({token["content"] for token in tokens.values()}) < len(entries):
         raise Error(f"{source} adds two tokens with the same name or id: correct it")
     return tokens
+
+
+def _has_flags(token: dict) -> bool:
+    """Whether all properties of a token that are given are true or false."""
+    return all(isinstance(token.get(flag, False), bool) for flag in FLAGS)
 
 
 def named_tokens(folder: Path) -> set[str | None]:

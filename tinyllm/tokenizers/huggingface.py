@@ -30,7 +30,7 @@ from tinyllm.tokenizers.base import (
     require,
 )
 from tinyllm.tokenizers.components import check_components, flatten
-from tinyllm.tokenizers.configs import named_tokens, tokenizer_class
+from tinyllm.tokenizers.configs import FLAGS, named_tokens, tokenizer_class
 from tinyllm.tokenizers.sentencepiece import piece_bytes
 from tinyllm.tokenizers.tiktoken import BYTE_OF, LLAMA3_PATTERN
 
@@ -223,18 +223,25 @@ class TokenizersTokenizer(Tokenizer):
         return extended
 
     def with_file_tokens(self, tokens: Mapping[int, Mapping]) -> TokenizersTokenizer:
-        library = require("tokenizers")
-        known = {i: token.content for i, token in self._added.items()}
-        new = {i: token for i, token in tokens.items() if known.get(i) != token["content"]}
+        new = {i: token for i, token in tokens.items() if not self._has(i, token)}
         if not new:
             return self
-        tokenizer = type(self.tokenizer).from_str(self.tokenizer.to_str())
+        library = require("tokenizers")
+        tokenizer = library.Tokenizer.from_str(self.tokenizer.to_str())
         for i, token in sorted(new.items()):
             tokenizer.add_tokens([library.AddedToken(**token)])
             if tokenizer.token_to_id(token["content"]) != i:
                 found = tokenizer.token_to_id(token["content"])
                 raise Error(f"{self.name} gives the added token {token['content']!r} the id {found}, not {i}")
-        return TokenizersTokenizer(self.name, tokenizer)
+        # Read again: the object itself would still treat a token that is no longer special as one that is.
+        return TokenizersTokenizer(self.name, library.Tokenizer.from_str(tokenizer.to_str()))
+
+    def _has(self, i: int, token: Mapping) -> bool:
+        """Whether it has an added token, with these properties unless only some are given."""
+        known = self._added.get(i)
+        if known is None or known.content != token["content"]:
+            return False
+        return not token.keys() >= {*FLAGS} or all(getattr(known, flag) == token[flag] for flag in FLAGS)
 
     def token_ids(self) -> set[int]:
         return self._ids
