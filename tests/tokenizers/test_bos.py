@@ -71,6 +71,27 @@ def test_template_of_tokenizer_json_decides(byte_level, tmp_path, first, named):
     assert (ours.bos_id, ours.add_bos) == (0, True)
 
 
+def test_template_decides_if_the_config_names_no_bos(byte_level, tmp_path):
+    folder = with_template(byte_level, tmp_path, "<|im_start|> $A")
+    (folder / "tokenizer_config.json").write_text(json.dumps({"bos_token": None}), encoding="utf-8")
+    ours = check_equals_transformers(folder)
+    assert (ours.bos_id, ours.add_bos) == (0, True)
+
+
+def test_template_and_config_that_name_different_tokens_are_refused(byte_level, tmp_path):
+    folder = with_template(byte_level, tmp_path, "<|im_start|> $A")
+    config = {"bos_token": {"content": "<|im_end|>"}, "add_bos_token": True}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config), encoding="utf-8")
+    said = message_of(load_tokenizer, folder)
+    assert (
+        "the bos_token '<|im_end|>'" in said
+        and "puts '<|im_start|>' before a text: make them the same" in said
+    )
+    config["add_bos_token"] = False  # then neither begins a text
+    (folder / "tokenizer_config.json").write_text(json.dumps(config), encoding="utf-8")
+    assert load_tokenizer(folder).with_bos([5]) == [5]
+
+
 def test_another_id_in_the_models_config_does_not_change_what_the_template_says(byte_level, tmp_path):
     folder = with_template(byte_level, tmp_path, "<|im_start|> $A")
     (folder / "config.json").write_text(json.dumps({"model_type": "llama", "bos_token_id": 1}))

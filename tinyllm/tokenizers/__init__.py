@@ -69,9 +69,10 @@ def load_tokenizer(spec: str | Path) -> Tokenizer:
     possibly empty), ``closing_ids`` (those after a text that is classified; usually none),
     ``chat_template`` (or None; see ``chat_template.py``) and ``other_tokens``, the names of tokens that a
     template may use, such as ``pad_token``. The bos token in ``tokenizer_config.json``, even if null, takes
-    precedence over the vocabulary's, and that over the model's configs; ``eos_ids`` combines the ids of all
-    files. ``add_bos`` is ``add_bos_token`` in ``tokenizer_config.json`` or the GGUF file; otherwise it is
-    true if the template in ``tokenizer.json`` begins with a token, and for ``tokenizer.model`` and
+    precedence over the vocabulary's, and that over the model's configs; null does not replace the token that
+    a template in ``tokenizer.json`` puts before a text, and another one is an error. ``eos_ids`` combines the
+    ids of all files. ``add_bos`` is ``add_bos_token`` in ``tokenizer_config.json`` or the GGUF file, else it
+    is true if the template in ``tokenizer.json`` begins with a token, and for ``tokenizer.model`` and
     llama.cpp's Llama vocabularies. ``closing_ids`` are those after the text in that template;
     ``add_eos_token`` adds the first of ``eos_ids``, or removes them.
 

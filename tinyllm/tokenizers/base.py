@@ -43,6 +43,7 @@ class Tokenizer:
     # From the files of a published model, see ``load_tokenizer``.
     bos_id: int | None = None
     add_bos: bool = False
+    template_bos: int | None = None  # the id that the template in a tokenizer.json puts before a text
     eos_ids: tuple[int, ...] = ()
     closing_ids: tuple[int, ...] = ()
     chat_template: str | None = None

@@ -107,12 +107,18 @@ def read_configs(tokenizer: Tokenizer, folder: Path) -> None:
     bos = _ids_of(tokenizer, [own.get("bos_token", usual)], folder)
     eos = _ids_of(tokenizer, [own.get("eos_token"), *_as_list(model.get("eos_token_id"))], folder)
     eos = eos or tokenizer.eos_ids
-    tokenizer.bos_id = bos[0] if bos else None
+    tokenizer.bos_id = bos[0] if bos else tokenizer.template_bos
     for key in ("add_bos_token", "add_eos_token"):
         if own.get(key) not in (None, True, False) or is_integer(own.get(key)):
             raise Error(f"{folder / 'tokenizer_config.json'} has {key} {own[key]!r}: make it true or false")
     if own.get("add_bos_token") is not None:
         tokenizer.add_bos = own["add_bos_token"]
+    if tokenizer.add_bos and tokenizer.template_bos not in (None, tokenizer.bos_id):
+        named, first = _name_of(own["bos_token"]), tokenizer.decode([tokenizer.template_bos])
+        raise Error(
+            f"{folder} has the bos_token {named!r} in tokenizer_config.json, but the template in "
+            f"tokenizer.json puts {first!r} before a text: make them the same"
+        )
     if own.get("add_eos_token") is not None:
         tokenizer.closing_ids = (tokenizer.closing_ids or eos[:1]) if own["add_eos_token"] else ()
     tokenizer.chat_template = _chat_template(folder, own)

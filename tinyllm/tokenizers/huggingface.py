@@ -85,7 +85,7 @@ class TokenizersTokenizer(Tokenizer):
         opening, self.closing_ids = self._around_a_text()
         if len(opening) > 1:
             raise Error(f"{name} puts {len(opening)} tokens before a text: choose a tokenizer that puts one")
-        self.bos_id = opening[0] if opening else None
+        self.bos_id = self.template_bos = opening[0] if opening else None
         self.add_bos = self.bos_id is not None
 
     def _around_a_text(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
