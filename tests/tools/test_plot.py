@@ -327,3 +327,11 @@ def test_show_displays_a_picture_in_a_notebook(tmp_path, monkeypatch, figures):
     monkeypatch.setitem(sys.modules, "IPython.display", fake)
     show(tmp_path / "there.png")
     assert displayed == [str(tmp_path / "there.png")] and not figures
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="links need a privilege")
+def test_a_link_to_itself_is_not_a_run(tmp_path):
+    (tmp_path / "loop").symlink_to("loop")
+    for call in (summary, lambda runs: plot_runs(runs, tmp_path / "runs.png")):
+        with pytest.raises(Error, match="is not a run folder"):
+            call([tmp_path / "loop"])

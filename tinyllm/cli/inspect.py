@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -104,8 +105,8 @@ def _check(config: InspectConfig, pictures: list[Path]) -> None:
         check_is_writable(path)
     if config.html is not None and config.html.is_file() and config.html.suffix.lower() not in PAGES:
         raise Error(f"--html {config.html} exists and is not a page: choose a name that ends in .html")
-    paths = [path.resolve() for path in views]
-    if repeated := [str(path) for path in paths if paths.count(path) > 1]:
+    paths = [os.path.realpath(path) for path in views]
+    if repeated := [path for path in paths if paths.count(path) > 1]:
         raise Error(f"{repeated[0]} is to be written twice: choose different files")
 
 

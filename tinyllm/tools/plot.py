@@ -9,6 +9,7 @@ with different tokenizers compare in bits per byte only, since a longer token is
 from __future__ import annotations
 
 import json
+import os
 import sys
 import textwrap
 from collections.abc import Sequence
@@ -47,7 +48,7 @@ def _read_runs(folders: Sequence[str | Path]) -> list[RecordedRun]:
     """The runs with distinct names: the folder's name, or its whole path where two names are equal."""
     if isinstance(folders, str | Path) or not folders:
         raise Error(f"runs is {folders!r}: give a list of at least one run folder")
-    places = [Path(folder).expanduser().resolve() for folder in folders]
+    places = [os.path.realpath(Path(folder).expanduser()) for folder in folders]
     if repeated := [str(f) for f, place in zip(folders, places) if places.count(place) > 1]:
         raise Error(f"the run {repeated[-1]} is given more than once: give each run once")
     runs = [read_run(folder) for folder in folders]

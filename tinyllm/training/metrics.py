@@ -78,8 +78,8 @@ def read_run(folder: str | Path) -> RecordedRun:
     ``Error`` if the folder is not a run's, if it has no evaluation yet, or if a line is damaged.
     """
     folder = Path(folder)
-    name = folder.resolve().name
     about = _read_json(folder, CONFIG)
+    name = folder.resolve().name
     try:
         options = {key: value for key, value in about["train"].items() if key not in BOOKKEEPING}
         if "text" in about:
