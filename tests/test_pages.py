@@ -12,6 +12,7 @@ from support.suite import ROOT
 
 from parity.__main__ import COMMANDS as PARITY
 from tinyllm.cli import COMMANDS
+from tinyllm.cli import options_of as class_of
 from tinyllm.cli.finetune import TASKS
 
 PAGES = [
@@ -35,7 +36,7 @@ def code(text: str) -> list[str]:
 def options_of(program: str, words: list[str]) -> set[str]:
     """The options of the command that ``words`` begin with; KeyError if there is none."""
     if program == "tinyllm":
-        known = [COMMANDS[words[0]][0]]
+        known = [class_of(words[0])]
     else:
         known = [PARITY[next(name for name in (" ".join(words[:2]), words[0]) if name in PARITY)]]
     if words[0] == "finetune":

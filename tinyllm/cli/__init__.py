@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import io
 import os
 import sys
@@ -12,57 +13,47 @@ import tyro
 
 from tinyllm.backend import distributed
 from tinyllm.backend.memory import out_of_memory
-from tinyllm.cli import (
-    chat,
-    classify,
-    eval,
-    export,
-    finetune,
-    generate,
-    info,
-    inspect,
-    judge,
-    merge,
-    plot,
-    pull,
-    serve,
-    tokenize,
-    train,
-)
 from tinyllm.cli.options import as_typed, did_you_mean, parse_options, wrap_help
 from tinyllm.errors import Error
-from tinyllm.training.config import TrainConfig
 from tinyllm.training.output import robust_output, silence
 from tinyllm.version import __version__
 
-__all__ = ["COMMANDS", "main", "parse_options"]
+__all__ = ["COMMANDS", "main", "options_of", "parse_options"]
 
 DONE, FAILED, WRONG = 0, 1, 2  # exit codes; 128 + signal when interrupted
 
-COMMANDS = {
-    "train": (TrainConfig, train.run),
-    "finetune": (finetune.FinetuneOptions, finetune.run),
-    "generate": (generate.GenerateConfig, generate.run),
-    "chat": (chat.ChatConfig, chat.run),
-    "classify": (classify.ClassifyConfig, classify.run),
-    "eval": (eval.EvalConfig, eval.run),
-    "merge": (merge.MergeConfig, merge.run),
-    "export": (export.ExportConfig, export.run),
-    "judge": (judge.JudgeConfig, judge.run),
-    "serve": (serve.ServeConfig, serve.run),
-    "pull": (pull.PullConfig, pull.run),
-    "tokenize": (tokenize.TokenizeConfig, tokenize.run),
-    "inspect": (inspect.InspectConfig, inspect.run),
-    "info": (info.InfoConfig, info.run),
-    "plot": (plot.PlotConfig, plot.run),
+COMMANDS = {  # the name of a command, and of its file -> the class of its options
+    "train": "TrainConfig",
+    "finetune": "FinetuneOptions",
+    "generate": "GenerateConfig",
+    "chat": "ChatConfig",
+    "classify": "ClassifyConfig",
+    "eval": "EvalConfig",
+    "merge": "MergeConfig",
+    "export": "ExportConfig",
+    "judge": "JudgeConfig",
+    "serve": "ServeConfig",
+    "pull": "PullConfig",
+    "tokenize": "TokenizeConfig",
+    "inspect": "InspectConfig",
+    "info": "InfoConfig",
+    "plot": "PlotConfig",
 }
+TRAINING = ("train", "finetune")  # they have a ``parse`` of their own, as some options set others
 
 
-PARSERS = {"train": train.parse, "finetune": finetune.parse}  # of commands with options that set others
+def options_of(name: str) -> type:
+    """The class of a command's options."""
+    return getattr(_module(name), COMMANDS[name])
+
+
+def _module(name: str):
+    """The file of a command. Importing only that one takes half as long as all of them."""
+    return importlib.import_module(f"tinyllm.cli.{name}")
 
 
 def _help() -> str:
-    summaries = {name: options.__doc__.splitlines()[0] for name, (options, _) in COMMANDS.items()}
+    summaries = {name: options_of(name).__doc__.splitlines()[0] for name in COMMANDS}
     return "\n".join(
         [
             "usage: tinyllm COMMAND [OPTIONS]",
@@ -78,7 +69,7 @@ def _help() -> str:
 
 
 def _parse(args: list[str]):
-    """The options of a command line, as an instance of one of the classes in COMMANDS."""
+    """The options of a command line, as an instance of its command's class."""
     name, *rest = args or ["--help"]
     if name == "help" and rest:
         return _parse([*rest, "--help"])
@@ -91,10 +82,10 @@ def _parse(args: list[str]):
     if name not in COMMANDS:
         known = ", ".join(COMMANDS)
         raise Error(f"unknown command {name!r}{did_you_mean(name, COMMANDS)}: choose one of {known}")
-    if name in PARSERS:
-        return PARSERS[name](rest)
+    if name in TRAINING:
+        return _module(name).parse(rest)
     only_positive_flags = (tyro.conf.FlagCreatePairsOff,)
-    return parse_options(COMMANDS[name][0], f"tinyllm {name}", rest, config=only_positive_flags)
+    return parse_options(options_of(name), f"tinyllm {name}", rest, config=only_positive_flags)
 
 
 def main(args: list[str] | None = None) -> int:
@@ -136,8 +127,7 @@ def _main(args: list[str] | None) -> int:
         kind = _distributed(args)  # first, so that all processes agree on every mistake
         with distributed.opened(kind) if kind else contextlib.nullcontext():
             config = _parse(args)
-            run = next(function for options, function in COMMANDS.values() if isinstance(config, options))
-            run(config)
+            _module(args[0]).run(config)
     except Error as error:
         return _fail(str(error) if config is None else as_typed(str(error), config), WRONG)
     except FloatingPointError as error:
@@ -154,7 +144,7 @@ def _distributed(args: list[str]) -> str | None:
     """The value of --distributed, if it is given to a command that has it."""
     for word, after in zip(args, [*args[1:], ""]):
         name, equals, value = word.partition("=")
-        if name == "--distributed" and args[0] in PARSERS:
+        if name == "--distributed" and args[0] in TRAINING:
             return value if equals else after
     return None
 
