@@ -113,7 +113,7 @@ class Tensor(ArrayAlgebra):
     """
 
     __slots__ = ("data", "node", "recompute")
-    __array_priority__ = 1000  # above NumPy's and CuPy's: for array * Tensor they call __rmul__
+    __array_ufunc__ = None  # for ndarray * Tensor, NumPy calls __rmul__
 
     def __init__(self, data, requires_grad: bool = False):
         if isinstance(data, Tensor):

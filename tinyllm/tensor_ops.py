@@ -254,7 +254,7 @@ class ArrayAlgebra:
         return f"Tensor({values}, shape={self.shape}, dtype={self.dtype}{grad})"
 
     def __array__(self, *args, **kwargs):
-        raise Error("a Tensor is not converted to an array implicitly: use .data, or methods such as .exp()")
+        raise Error("a Tensor is not converted to an array implicitly: use .data")
 
     def __array_function__(self, function, types, args, kwargs):
         if function in (np.shape, np.ndim, np.size):

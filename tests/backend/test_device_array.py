@@ -268,9 +268,9 @@ def test_out_is_returned():
     np.testing.assert_array_equal(out.get(), X[[0, 0]])
 
 
-def test_operator_defers_to_types_of_higher_priority():
+def test_operator_defers_to_types_without_ufunc_support():
     class Tensor:
-        __array_priority__ = 1000
+        __array_ufunc__ = None
 
         def __rmul__(self, other):
             return "reflected"

@@ -88,7 +88,6 @@ class DeviceArray(NDArrayOperatorsMixin):
     """A CuPy array as far as the code under test can tell. `of` creates one, `get` copies it to the host."""
 
     __slots__ = ("__weakref__", "_array", "device")
-    __array_priority__ = 100
 
     def __init__(self, array: np.ndarray, device: Device | None = None):
         self._array = array
@@ -196,20 +195,6 @@ class DeviceArray(NDArrayOperatorsMixin):
     def __imatmul__(self, other):
         # CuPy has no such method: "a @= b" creates a new array there, whereas NumPy modifies a.
         raise TypeError("a @= b does not work in place in CuPy: use np.matmul(a, b, out=a)")
-
-
-def _deferring(method):
-    """The operator of a CuPy array, which is left to an operand of higher priority."""
-
-    def operate(self, other):
-        defers = getattr(other, "__array_priority__", 0) > self.__array_priority__
-        return NotImplemented if defers else method(self, other)
-
-    return operate
-
-
-for _name in "add sub mul truediv pow matmul eq ne lt le gt ge".split():
-    setattr(DeviceArray, f"__{_name}__", _deferring(getattr(DeviceArray, f"__{_name}__")))
 
 
 def _call(name, signature, function, args, kwargs, device):
