@@ -501,7 +501,7 @@ def test_every_option_can_be_given():
         "--pattern *.py --in-memory 3 --tokens k --special-tokens <|a|> <|b|> --micro-batch 6 --n-kv-head 3 "
         "--profile --device cuda:1 --dtype bfloat16 --gpu-memory 3 --checkpoint-minutes 1.5 --keep 4 "
         "--skip-nonfinite 2 --log tensorboard --distributed mpi --shard-optimizer --second-text s "
-        "--schedule linear --token-noise 0.1 --token-splits 0.1"
+        "--processes 2 --schedule linear --token-noise 0.1 --token-splits 0.1"
     )
     given = dataclasses.asdict(_parse(["train", *train.split()]))
     left = {name for name, value in dataclasses.asdict(TrainConfig()).items() if given[name] == value}
