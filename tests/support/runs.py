@@ -52,6 +52,7 @@ def small(text, out, **changes):
         dropout=0.0,
         eval_every=5,
         prompt="the ",
+        processes=1,
     )
     return replace(config, **changes)
 
@@ -80,6 +81,7 @@ def tiny(text, out, **changes):
         eval_every=2,
         eval_windows=20,
         prompt="the ",
+        processes=1,
     )
     return replace(config, **changes)
 

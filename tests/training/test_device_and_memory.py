@@ -38,7 +38,7 @@ from tinyllm.weights.runs import checkpoints, last_checkpoint
 
 TINY = (
     "--preset gpt2-small --tokenizer char --n-layer 1 --n-head 2 --n-embd 8 --context 8 --stride 4 "
-    "--batch 24 --micro-batch 8 "
+    "--batch 24 --micro-batch 8 --processes 1 "
     "--steps 6 --lr 1e-2 --warmup 2 --dropout 0.2 --eval-every 2 --eval-windows 20 --prompt the"
 ).split()
 

@@ -304,11 +304,11 @@ def test_a_run_has_the_results_of_one_process(text, tmp_path, capsys):
 
 
 def test_the_default_is_a_process_for_each_core(text, tmp_path, capsys, monkeypatch):
-    short = dict(steps=1, warmup=0)
+    short = dict(steps=1, warmup=0, processes=None)
     monkeypatch.setenv("OMP_NUM_THREADS", "3")
     train(tiny(text, tmp_path / "run", **short), progress=False)
     assert "3 processes share every step" in capsys.readouterr().out
-    train(tiny(text, tmp_path / "alone", **short, processes=1), progress=False)
+    train(tiny(text, tmp_path / "alone", **short | dict(processes=1)), progress=False)
     assert "processes share" not in capsys.readouterr().out
 
 
