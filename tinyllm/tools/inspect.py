@@ -262,6 +262,7 @@ def _chunks(model: LanguageModel, count: int) -> list[slice]:
 
 def _lens(model, x, ids, at: np.ndarray, top: int, suppress_ids) -> tuple[np.ndarray, np.ndarray]:
     """The ids and probabilities (P, top) of the most likely tokens at the positions ``at``."""
+    top = min(top, model.config.vocab_size)
     found = [(np.zeros((0, top), np.int64), np.zeros((0, top)))]
     for part in _chunks(model, len(at)):
         states = x[:, np.asarray(at[part], like=x.data)]
