@@ -7,6 +7,7 @@ import pytest
 from support.runs import full_disk
 
 from tinyllm.errors import Error
+from tinyllm.files import sealed
 from tinyllm.inference.judging import (
     Item,
     JudgedFolder,
@@ -100,11 +101,28 @@ def test_a_folder_of_something_else_and_a_locked_one_are_refused(tmp_path):
     (tmp_path / "file").write_text("x", encoding="utf-8")
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "x").write_text("x", encoding="utf-8")
-    for name in ("file", "full"):
+    (tmp_path / "loop").symlink_to("loop")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.json").write_bytes(sealed({"model": {}}))
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text('{"model_type": "gpt2"}', encoding="utf-8")
+    for name in ("file", "full", "loop", "run", "model"):
         with pytest.raises(Error, match=f"{name} exists and is not"):
             JudgedFolder(tmp_path / name, OPTIONS)
+    assert [path.name for path in (tmp_path / "model").iterdir()] == ["config.json"]  # no lock
     with closing(JudgedFolder(tmp_path / "judged", OPTIONS)), pytest.raises(Error, match="another process"):
         JudgedFolder(tmp_path / "judged", OPTIONS)
+
+
+def test_a_damaged_config_is_named(tmp_path):
+    with closing(JudgedFolder(tmp_path, OPTIONS)):
+        pass
+    path = tmp_path / "config.json"
+    whole = path.read_bytes()
+    for damaged in (whole[:-9], whole.replace(b"score", b"match")):
+        path.write_bytes(damaged)
+        with pytest.raises(Error, match=r"config\.json is damaged"):
+            JudgedFolder(tmp_path, OPTIONS)
 
 
 @pytest.mark.parametrize("line", [b"x", b"[]", b'{"row": 1}', b"\xff"])

@@ -14,6 +14,7 @@ lock             held by the one process that writes here
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -84,7 +85,7 @@ class JudgedFolder:
 
     def __init__(self, folder: Path, options: dict):
         self.folder = folder
-        if folder.exists() and not _may_be_ours(folder):
+        if os.path.lexists(folder) and not _may_be_ours(folder):
             raise Error(f"--out {folder} exists and is not the folder of a judgement: choose another")
         folder.mkdir(parents=True, exist_ok=True)
         busy = f"another process is judging in {folder}: wait for it, or choose another --out"
@@ -131,7 +132,13 @@ def _may_be_ours(folder: Path) -> bool:
     """Whether the path is a folder of a judgement, or of one that has not begun."""
     if not folder.is_dir():
         return False
-    return (folder / CONFIG).exists() or all(path.name == LOCK for path in folder.iterdir())
+    if not (folder / CONFIG).exists():
+        return all(path.name == LOCK for path in folder.iterdir())
+    try:
+        found = json.loads(read_file(folder / CONFIG))
+    except (ValueError, RecursionError):
+        return True  # damaged, which read_sealed says
+    return isinstance(found, dict) and "by" in found  # a model's and a run's have no such option
 
 
 def answer_items(
