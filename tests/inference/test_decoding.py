@@ -434,6 +434,29 @@ def test_any_use_of_the_cache_gives_the_logits_of_the_model(uses, kind, rows):
     np.testing.assert_allclose(logits, expected, rtol=1e-10, atol=1e-10)
 
 
+def steps_of(model, order, **options):
+    """The recordings after one step of each of these caches, and how many steps the last one has recorded."""
+    run, caches = DecodingSteps(model, 100, **options), [model.new_cache(1, 60) for _ in range(3)]
+    with no_grad():
+        for cache in caches:
+            model([[1, 2]], cache=cache)
+        counts = []
+        for number in order:
+            run(np.array([[3]]), caches[number])
+            counts.append(len(next(reversed(run.recordings.values())).columns))
+    return [caches.index(cache) for cache, *_ in run.recordings], counts
+
+
+def test_the_recordings_used_last_are_kept():
+    model = build(LLAMA)
+    assert steps_of(model, [0, 1, 0, 2], kept=2)[0] == [0, 2]
+    assert steps_of(model, [0, 1, 0])[0] == [0]
+
+
+def test_patient_steps_are_recorded_later():
+    assert steps_of(build(LLAMA), [0, 0, 0, 1, 0], kept=2, patience=2)[1] == [0, 0, 1, 0, 2]
+
+
 # ------------------------------------------------------------------------------ the parameters
 
 
