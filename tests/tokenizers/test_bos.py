@@ -182,6 +182,8 @@ def test_gguf_with_sentencepiece_adds_it_by_default(tmp_path, keys, expected):
     assert (tokenizer.bos_id, tokenizer.eos_ids, tokenizer.closing_ids) == (1, (2,), ())
     keys = sentencepiece_keys() | {"add_eos_token": True}
     assert load_tokenizer(write_gguf(tmp_path / "b.gguf", **keys)).closing_ids == (2,)
+    tokenizer = load_tokenizer(write_gguf(tmp_path / "b.gguf", **keys, eot_token_id=9))
+    assert (tokenizer.eos_ids, tokenizer.closing_ids) == ((2, 9), (2,))
 
 
 def test_gguf_ids_that_end_a_turn_end_a_text(tmp_path):

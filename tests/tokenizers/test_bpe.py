@@ -121,6 +121,13 @@ def test_ids_are_bytes_then_merges_then_end_of_text():
     assert [tokenizer.decode([i]) for i in (256, 257, 258)] == ["ab", "abab", END_OF_TEXT]
 
 
+def test_a_tokenizer_has_merges_of_its_own():
+    given = [[64, 65]]  # as in JSON
+    tokenizer = BPETokenizer(given)
+    given[0][0] = 0
+    assert tokenizer.merges == [(64, 65)]
+
+
 def test_tie_is_broken_by_smaller_ids():
     # As bytes, \n is 10 and ! is 33; in GPT-2's order ! is the first id and \n comes late.
     assert train_bpe("\nx\nx!x!x", 258, pattern=r"\nx|!x") == [tuple(ids_of("!x"))]

@@ -155,6 +155,79 @@ def test_types_of_tokens_and_rows_without_one(byte_level):
     assert len(tokens) == len(types) == last + 3
 
 
+def test_ids_between_tokens_are_unused(tmp_path):
+    added = [special(260, "<|endoftext|>")]
+    definition = a_tokenizer(added_tokens=added, model={"vocab": VOCABULARY | {"<|endoftext|>": 260}})
+    definition["model"]["merges"] = [["a", "b"]]
+    keys = tokenizer_keys(load_tokenizer(write_json(tmp_path, definition)), 261)
+    assert keys["tokenizer.ggml.tokens"][256:] == ["ab", "[PAD257]", "[PAD258]", "[PAD259]", "<|endoftext|>"]
+    assert keys["tokenizer.ggml.token_type"][256:] == [1, 5, 5, 5, 3]
+
+
+@pytest.mark.parametrize("rows", [799, 803])
+def test_a_sentencepiece_vocabulary_has_the_rows_of_the_model(llama2, rows):
+    keys = tokenizer_keys(load_tokenizer(llama2), rows)
+    assert [len(keys[f"tokenizer.ggml.{name}"]) for name in ("tokens", "token_type", "scores")] == [rows] * 3
+    assert keys["tokenizer.ggml.token_type"][800:] == [5, 5, 5][: rows - 800 if rows > 800 else 0]
+    assert (keys["tokenizer.ggml.model"], keys["tokenizer.ggml.pre"]) == ("llama", "default")
+
+
+def without_prefix(llama2_json, folder):
+    """Like Gemma's: no space in front of a text, and an added token of spaces."""
+    definition = json.loads((llama2_json / "tokenizer.json").read_text(encoding="utf-8"))
+    definition["normalizer"] = {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}
+    definition["decoder"]["decoders"] = definition["decoder"]["decoders"][:3]
+    definition["added_tokens"].append(special(800, "▁" * 40, special=False, normalized=True))
+    definition["added_tokens"].append(special(801, "<▁>"))
+    return load_tokenizer(write_json(folder, definition))
+
+
+def test_a_bpe_over_characters_without_a_prefix_is_written_to_gguf(llama2_json, tmp_path):
+    tokenizer = without_prefix(llama2_json, tmp_path)
+    tokenizer.eos_ids = (2,)
+    keys = tokenizer_keys(tokenizer, 802)
+    assert keys["tokenizer.ggml.add_space_prefix"] is False and keys["tokenizer.ggml.unknown_token_id"] == 0
+    assert keys["tokenizer.ggml.tokens"][800:] == [" " * 40, "<▁>"]
+    types = keys["tokenizer.ggml.token_type"]
+    assert (types[:3], types[800:], types.count(6)) == ([2, 3, 3], [4, 3], 256)
+    again = load_tokenizer(gguf_of(tokenizer, tmp_path / "m.gguf"))
+    for text in [*nasty_strings(COUNT, seed=13), "a" + " " * 43 + "b"]:
+        assert again.encode(text, "allow") == tokenizer.encode(text, "allow"), text
+
+
+@pytest.mark.parametrize("change", ["pieces", "no bytes"])
+def test_what_a_bpe_over_characters_may_be(llama2_json, tmp_path, change):
+    definition = json.loads((llama2_json / "tokenizer.json").read_text(encoding="utf-8"))
+    if change == "pieces":
+        definition["pre_tokenizer"] = {"type": "Whitespace"}
+    else:
+        definition["model"]["byte_fallback"] = False
+    tokenizer = load_tokenizer(write_json(tmp_path, definition))
+    tokenizer.eos_ids = (2,)
+    if change == "pieces":
+        assert "no place" in message_of(tokenizer_keys, tokenizer, 800)
+        return
+    keys = tokenizer_keys(tokenizer, 800)
+    assert keys["tokenizer.ggml.token_type"].count(6) == 0 and keys["tokenizer.ggml.unknown_token_id"] == 0
+
+
+@pytest.mark.parametrize("prefix", [True, False])
+def test_a_sentencepiece_model_without_bytes_is_exported(tmp_path, prefix):
+    """Adjacent unknown characters are one unknown token; without a prefix there may be added pieces."""
+    tokens = ["?", "<s>", "</s>", "a", "b", "c", "ab", "bc", "▁", "▁a", "▁▁"]
+    keys = {"token_type": [2, 3, 3, 1, 1, 1, 1, 1, 1, 1, 1 if prefix else 4], "model": "llama"}
+    keys |= {"tokens": tokens if prefix else [*tokens[:-1], "  "], "add_space_prefix": prefix}
+    scores = [0.0, 0.0, 0.0, 0.0, 0.0, 0.0, -2.0, -1.0, 0.0, -3.0, -4.0]
+    tokenizer = load_tokenizer(write_gguf(tmp_path / "m.gguf", scores=scores, **keys))
+    found = library_tokenizer(tokenizer)
+    for text in ("abc", "a bc", "  abab", "aéèb", "éa  a   a", " ", "", "<s>ab</s>"):
+        ids = tokenizer.encode(text, "allow")
+        assert found.encode(text, add_special_tokens=False).ids == ids, text
+        assert found.encode(text).ids == [1, *ids]
+        if not tokenizer.find_special(text) and "é" not in text:
+            assert found.decode(ids) == tokenizer.decode(ids), text
+
+
 def test_the_end_of_a_text_and_what_begins_one(bpe, llama2):
     keys = tokenizer_keys(bpe, bpe.vocab_size)
     end = bpe.special_tokens["<|endoftext|>"]
@@ -210,6 +283,10 @@ BYTES = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "
         ({"added_tokens": [special(257, "<mask>", lstrip=True)]}, "'<mask>' with lstrip"),
         ({"added_tokens": []}, "no token that ends a text"),
         ({"model": {"merges": []}}, "has no merges"),
+        ({"added_tokens": [special(257, "<mask>", rstrip=True)]}, "'<mask>' with rstrip"),
+        ({"added_tokens": [special(257, "<mask>", single_word=True)]}, "'<mask>' with single_word"),
+        ({"model": {"vocab": VOCABULARY | {" ": 258, "a ": 259}, "merges": [["a", " "]]}}, "its space"),
+        ({"pre_tokenizer": None, "normalizer": {"type": "ByteLevel"}}, "has no name"),
     ],
 )
 def test_what_gguf_has_no_place_for_is_refused(tmp_path, changes, said):
@@ -225,9 +302,18 @@ def test_more_ends_than_keys_are_refused_unless_llamacpp_knows_their_names(tmp_p
     definition = a_tokenizer(added_tokens=added, model={"vocab": VOCABULARY, "merges": [["a", "b"]]})
     tokenizer = load_tokenizer(write_json(tmp_path, definition))
     tokenizer.eos_ids = (257, 258, 259)
-    assert tokenizer_keys(tokenizer, 261)["tokenizer.ggml.eom_token_id"] == 259
+    tokenizer.closing_ids = (257,)
+    keys = {name.rpartition(".")[2]: value for name, value in tokenizer_keys(tokenizer, 261).items()}
+    assert [keys[f"{name}_token_id"] for name in ("eos", "eot", "eom", "bos")] == [257, 258, 259, 257]
+    assert keys["add_eos_token"] is False  # our models are not trained to read one
+    tokenizer.bos_id = 0
+    assert tokenizer_keys(tokenizer, 261)["tokenizer.ggml.bos_token_id"] == 0
     tokenizer.eos_ids = (257, 258, 259, 260)
     assert "'<c>'" in message_of(tokenizer_keys, tokenizer, 261)
+    definition["added_tokens"][3]["content"] = "<|im_end|>"
+    tokenizer = load_tokenizer(write_json(tmp_path, definition))
+    tokenizer.eos_ids = (257, 258, 259, 260)
+    assert "tokenizer.ggml.tokens" in tokenizer_keys(tokenizer, 261)
 
 
 def test_a_sentencepiece_model_of_another_kind_is_refused(corpus):
@@ -260,6 +346,45 @@ def test_a_sentencepiece_model_with_spaces_and_added_tokens_is_refused(llama2):
     tokenizer = load_tokenizer(llama2).with_file_tokens(added)
     assert "<|im_end|>" in message_of(tokenizer_keys, tokenizer, 801)
     assert "<|im_end|>" in message_of(library_tokenizer, tokenizer)
+
+
+def test_the_configs_name_what_the_tokenizer_has(tmp_path):
+    added = [special(256 + i, name) for i, name in enumerate(("<s>", "</s>", "<end>", "<p>"))]
+    tokenizer = load_tokenizer(write_json(tmp_path, a_tokenizer(added_tokens=added)))
+    tokenizer.bos_id, tokenizer.eos_ids = 0, (258, 257)
+    tokenizer.other_tokens = {"pad_token": "<p>", "eos_token": "<of the file>"}
+    save_for_transformers(tokenizer, tmp_path, context=64)
+    config, generation = (
+        json.loads((tmp_path / f"{name}_config.json").read_text()) for name in ("tokenizer", "generation")
+    )
+    assert config == {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "model_max_length": 64,
+        "clean_up_tokenization_spaces": False,
+        "bos_token": "!",
+        "eos_token": "<end>",
+        "pad_token": "<p>",
+    }
+    assert generation == {"bos_token_id": 0, "eos_token_id": [258, 257]}
+    tokenizer.bos_id, tokenizer.eos_ids = None, ()
+    save_for_transformers(tokenizer, tmp_path, context=64)
+    assert json.loads((tmp_path / "generation_config.json").read_text()) == {}
+
+
+def test_an_export_leaves_the_tokenizer_and_adds_a_bos_only_where_it_does(byte_level, tmp_path):
+    library = load_tokenizer(byte_level).tokenizer
+    single = [{"SpecialToken": {"id": "<|im_end|>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}]
+    template = {"type": "TemplateProcessing", "single": single, "pair": single}
+    template["special_tokens"] = {"<|im_end|>": {"id": "<|im_end|>", "ids": [1], "tokens": ["<|im_end|>"]}}
+    definition = json.loads(library.to_str()) | {"post_processor": template}
+    tokenizer = load_tokenizer(write_json(tmp_path, definition))
+    before, ids = tokenizer.tokenizer.to_str(), tokenizer.encode("a b")
+    assert library_tokenizer(tokenizer).encode("a b").ids == [1, *ids]
+    tokenizer.bos_id = 0
+    assert library_tokenizer(tokenizer).encode("a b").ids == [0, *ids]
+    tokenizer.add_bos = False
+    assert library_tokenizer(tokenizer).encode("a b").ids == ids
+    assert tokenizer.tokenizer.to_str() == before
 
 
 def test_files_are_json_with_a_line_end(bpe, tmp_path):

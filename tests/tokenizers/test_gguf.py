@@ -105,6 +105,32 @@ def test_gguf_llama3_does_not_merge_a_piece_that_is_a_token(tmp_path):
     assert load_tokenizer(path).encode("abc") == [0, 4]
 
 
+def test_unknown_and_control_tokens_of_a_byte_level_vocabulary_are_special(tmp_path):
+    keys = {"tokens": [*SYMBOLS, "ab", "<unk>", "<s>", "<u>"], "token_type": [1] * 257 + [2, 3, 4]}
+    path = write_gguf(tmp_path / "m.gguf", model="gpt2", pre="gpt-2", merges=["a b"], **keys)
+    ours = load_tokenizer(path)
+    assert ours.special_tokens == {"<unk>": 257, "<s>": 258}
+    assert ours.encode("<u>") == ours.encode("<u>", "text") == [259]
+
+
+def small_sentencepiece(path, **changes):
+    keys = {"tokens": ["?", "a", "b", "c", "ab", "bc"], "scores": [0.0, 0.0, 0.0, 0.0, -1.5, -1.2]}
+    keys |= {"token_type": [2, 1, 1, 1, 1, 1], "model": "llama", "add_space_prefix": False}
+    return load_tokenizer(write_gguf(path, **keys | changes))
+
+
+def test_a_small_sentencepiece_vocabulary(tmp_path):
+    """Without bytes, with an unknown token of any name and scores that are not whole numbers."""
+    ours = small_sentencepiece(tmp_path / "m.gguf")
+    assert ours.encode("abc") == [1, 5] and ours.encode("ab") == [4]
+    assert ours.encode("aéb") == [1, 0, 2] and ours.special_tokens == {"?": 0}
+    assert (ours.bos_id, ours.eos_ids) == (None, ())  # by default 1 and 2, if they are control tokens
+    spaces = small_sentencepiece(tmp_path / "m.gguf", tokens=["?", "a", "▁", "c", "ab", "▁a"])
+    assert spaces.encode(" a  a ") == [5, 2, 5, 2]
+    squeezed = {"tokens": ["?", "a", "▁", "c", "ab", "▁a"], "remove_extra_whitespaces": True}
+    assert small_sentencepiece(tmp_path / "m.gguf", **squeezed).encode(" a  a ") == [1, 5]
+
+
 def test_time_of_control_tokens_is_linear(tmp_path):
     """The library rebuilds its index of added tokens in each call: one per token took 30 seconds here."""
     names, symbols = [f"<|{i}|>" for i in range(6000)], [*BYTE_OF, "ab"]
@@ -239,7 +265,9 @@ def test_damaged_gguf_vocabularies_are_rejected(byte_level, tmp_path):
     assert "'qwen5'" in error_of(pre="qwen5")
     assert "'bert'" in error_of(model="bert")
     assert "token_type" in error_of(token_type=[1, 1])
-    assert "unknown type" in error_of(tokens=["a", "b"], token_type=[1, -1])
+    for kind in (-1, 0, 7):
+        assert "unknown type" in error_of(tokens=["a", "b"], token_type=[1, kind])
+    assert "token_type" in error_of(tokens=["a", "b"], token_type=[1, 1, 1])
     assert "merges" in error_of(merges="a b")
     assert "copy it again" in error_of(merges=["a", "b"])
     assert "copy it again" in error_of(merges=["a notthere"])
