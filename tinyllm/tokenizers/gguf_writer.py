@@ -102,9 +102,7 @@ def _library_keys(tokenizer: Tokenizer) -> dict[str, Any]:
         i = token["id"]
         tokens[i], types[i] = token["content"], CONTROL if token["special"] else USER_DEFINED
     keys = {"tokens": tokens, "token_type": types}
-    merges = [
-        merge.split(" ") if isinstance(merge, str) else merge for merge in definition["model"]["merges"]
-    ]
+    merges = definition["model"]["merges"]
     if not merges:
         raise Error(f"the tokenizer {tokenizer.name} has no merges, which a GGUF file needs: {INSTEAD}")
     for part in itertools.chain.from_iterable(merges):
