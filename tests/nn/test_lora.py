@@ -171,6 +171,8 @@ def test_a_head_with_two_names_gets_no_lora_by_either():
         (dict(rank_pattern={"h.1.attn.c_attn": -1}), "rank is -1"),
         (dict(alpha=0), "alpha is 0"),
         (dict(alpha=float("inf")), "alpha is inf"),
+        (dict(alpha=1e308), "alpha is 1e+308"),
+        (dict(alpha=10**400), "alpha is 1000"),
         (dict(dropout=1.5), "1.5"),
     ],
 )

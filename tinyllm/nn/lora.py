@@ -28,7 +28,7 @@ import numpy as np
 
 from tinyllm.backend.device import to_device_of
 from tinyllm.backend.dtypes import accumulation_dtype
-from tinyllm.checks import as_generator, check_at_least, check_model
+from tinyllm.checks import MAX_SIZE, as_generator, check_at_least, check_model
 from tinyllm.errors import Error
 from tinyllm.nn.init import loaded
 from tinyllm.nn.layers import Dropout, Linear
@@ -53,8 +53,10 @@ class LoRA(Module):
     ):  # fmt: skip
         W, rng = base_layer.weight, as_generator(rng)
         self.rank, self.alpha = check_at_least(rank, 1, "LoRA's rank"), alpha
-        if isinstance(alpha, bool) or not (isinstance(alpha, int | float) and 0 < alpha < math.inf):
-            raise Error(f"LoRA's alpha is {alpha!r}: choose a positive number, such as the rank")
+        if isinstance(alpha, bool) or not (isinstance(alpha, int | float) and 0 < alpha <= MAX_SIZE):
+            raise Error(
+                f"LoRA's alpha is {alpha!r}: choose a positive number up to {MAX_SIZE:,}, such as the rank"
+            )
         self.use_rslora, self.base_layer, self.dropout = use_rslora, base_layer, Dropout(dropout)
         self.lora_A = Linear(W.shape[1], self.rank, bias=False, rng=None).astype(W.dtype)
         self.lora_B = Linear(self.rank, W.shape[0], bias=False, rng=None).astype(W.dtype)
