@@ -5,7 +5,8 @@ import json
 
 import pytest
 
-from tinyllm.data.labelled import open_labelled
+from tinyllm.data.examples import read_rows
+from tinyllm.data.labelled import open_labelled, text_of
 from tinyllm.errors import Error
 
 
@@ -83,6 +84,15 @@ def test_columns_with_usual_names_are_found_and_others_named(tmp_path):
     with pytest.raises(Error, match=r"row 1 .*'starz'.*stars, words"):
         open_labelled(path, text_column="words", label_column="starz")
     assert open_labelled(path, text_column="words", label_column="stars").labels == ("0", "1")
+
+
+def test_an_empty_name_of_a_column_is_not_replaced_by_a_usual_one(tmp_path):
+    path = write(tmp_path / "a.csv", [(f"text {i}", i % 2) for i in range(40)])
+    for options in (dict(text_column=""), dict(label_column="")):
+        with pytest.raises(Error, match="no column ''"):
+            open_labelled(path, **options)
+    with pytest.raises(Error, match="no column ''"):
+        text_of(read_rows(path)[0], "")
 
 
 def test_a_text_stays_only_in_the_last_part_that_has_it(tmp_path):

@@ -107,11 +107,13 @@ class _Columns:
         self.text_column, self.label_column = text_column, label_column
 
     def text(self, row: Row) -> str:
-        self.text_column = self.text_column or _guess(row, TEXT_COLUMNS, "text", "--text-column")
+        if self.text_column is None:
+            self.text_column = _guess(row, TEXT_COLUMNS, "text", "--text-column")
         return text_of(row, self.text_column)
 
     def label(self, row: Row) -> str:
-        self.label_column = self.label_column or _guess(row, LABEL_COLUMNS, "label", "--label-column")
+        if self.label_column is None:
+            self.label_column = _guess(row, LABEL_COLUMNS, "label", "--label-column")
         label = _value(row, self.label_column, "label", "--label-column")
         if isinstance(label, int) and not isinstance(label, bool):
             label = str(label)
@@ -124,7 +126,8 @@ class _Columns:
 
 def text_of(row: Row, column: str | None = None) -> str:
     """The text of a row, by default in a column with a usual name. Raises ``Error``, naming the row."""
-    column = column or _guess(row, TEXT_COLUMNS, "text", "--text-column")
+    if column is None:
+        column = _guess(row, TEXT_COLUMNS, "text", "--text-column")
     text = _value(row, column, "text", "--text-column")
     if not isinstance(text, str) or not text.strip():
         raise Error(f"{row.where} has the text {text!r} in {column!r}: give words, or remove the row")
