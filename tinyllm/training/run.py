@@ -57,6 +57,9 @@ def run_task(task: Task, progress: bool = True, callback: Log | None = None) -> 
 
     With ``config.distributed`` all processes of ``mpiexec`` call this. They train together, the first one
     writes and prints, and what one of them raises all of them raise. ``callback`` is called in each.
+
+    Without it, ``config.processes`` forked from this one share every step (``workers.py``): by default one
+    for each core if the model is small. Only this one evaluates, writes, and calls ``callback``.
     """
     check_logs(task.config.log)
     with ExitStack() as stack:
